@@ -1,0 +1,48 @@
+"""Low-rank training that pays: OIALR for PyTorch, from a laptop to a Slurm cluster.
+
+Three lines in any training loop::
+
+    oialr = OIALR(model, optimizer, OIALRConfig(delay=1000, frequency=500, rule=RelativeCutoff(0.1)))
+    loss = criterion(oialr.model(x), y)      # the forward pass
+    oialr.step()                             # after optimizer.step()
+"""
+
+from hpc_oialr.lowrank import Selection, dense_parameters, low_rank_layers, merge, trainable_parameters
+from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.oialr import OIALR
+from hpc_oialr.method.report import LayerUpdate, UpdateReport
+from hpc_oialr.method.rules import (
+    CumulativeSum,
+    Energy,
+    FixedFraction,
+    NoiseEdge,
+    RankLimits,
+    RankRule,
+    RelativeCutoff,
+    StableRank,
+)
+from hpc_oialr.optim import MuonAdamW, muon_adamw
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OIALR",
+    "CumulativeSum",
+    "Energy",
+    "FixedFraction",
+    "LayerUpdate",
+    "MuonAdamW",
+    "NoiseEdge",
+    "OIALRConfig",
+    "RankLimits",
+    "RankRule",
+    "RelativeCutoff",
+    "Selection",
+    "StableRank",
+    "UpdateReport",
+    "dense_parameters",
+    "low_rank_layers",
+    "merge",
+    "muon_adamw",
+    "trainable_parameters",
+]

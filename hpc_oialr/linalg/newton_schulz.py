@@ -1,0 +1,55 @@
+"""Newton-Schulz iteration to the nearest orthogonal matrix, batched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Quintic coefficients with the steepest slope at zero, K. Jordan, "Muon: an optimizer for hidden layers
+# in neural networks" (2024): five steps bring singular values from [1e-3, 1] into about [0.7, 1.2].
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7
+
+
+def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Approximate ``U Vh`` of ``G = U S Vh``; commutes with rotations, ``NS(P^T G Q^T) = P^T NS(G) Q^T``.
+
+    Parameters
+    ----------
+    G
+        One matrix (m x n) or a batch of equal shape (b x m x n).
+    steps
+        Iterations; 5 is Muon's choice.
+    dtype
+        Arithmetic; default float64 for float64, bfloat16 on CUDA, float32 otherwise.
+
+    Returns
+    -------
+    Tensor
+        Same shape and dtype as ``G``, singular values in about [0.7, 1.2].
+
+    Notes
+    -----
+    ``2 steps (2 k^2 l + k^3)`` operations a matrix, k the short and l the long side.
+    """
+    X = G.to(dtype or _default_dtype(G))
+    tall = G.shape[-2] > G.shape[-1]
+    X = X.mT if tall else X
+    X = X / (torch.linalg.matrix_norm(X, keepdim=True) + EPSILON)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        A = X @ X.mT
+        X = _add_product(X, _add_product(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def _add_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """``beta C + alpha A B`` in one pass over memory."""
+    product = torch.baddbmm if C.dim() == 3 else torch.addmm
+    return product(C, A, B, beta=beta, alpha=alpha)
+
+
+def _default_dtype(G: Tensor) -> torch.dtype:
+    if G.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if G.is_cuda else torch.float32

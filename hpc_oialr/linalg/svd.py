@@ -1,0 +1,93 @@
+"""A thin SVD that screens its input and tries harder before it gives up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpc_oialr.errors import NonFiniteError
+
+
+class SVD(NamedTuple):
+    """``A = U diag(s) Vh`` with ``U`` (m x k), ``s`` (k, descending), ``Vh`` (k x n), k = min(m, n)."""
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a factorisation runs in: float64 stays, everything else becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def svd(A: Tensor, *, name: str = "matrix") -> SVD:
+    """Thin SVD in fp32 (fp64 for fp64 input), with a documented chain of fall-backs.
+
+    The chain: LAPACK gesdd or cuSOLVER in the input's precision; the same in float64; another
+    driver in float64 (cuSOLVER gesvd on CUDA, gesdd of the transpose elsewhere, whose
+    bidiagonalisation takes another path). The result has the dtype of the first attempt.
+
+    Parameters
+    ----------
+    A
+        Matrix, m x n, any floating dtype.
+    name
+        Named in the error, usually the layer.
+
+    Raises
+    ------
+    NonFiniteError
+        If ``A`` holds NaN or Inf, or every attempt failed.
+
+    Notes
+    -----
+    About ``4 m n k + 22 k^3`` floating-point operations (Golub & Van Loan, 4th ed., figure 8.6.1).
+    """
+    dtype = compute_dtype(A.dtype)
+    A = A.detach().to(dtype)
+    if not bool(torch.isfinite(A).all()):
+        bad = int((~torch.isfinite(A)).sum())
+        raise NonFiniteError(
+            f"{name} holds {bad} NaN or Inf among {A.numel()} values; an SVD needs finite ones. "
+            "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+        )
+    for attempt in _attempts(A):
+        try:
+            result = attempt()
+        except torch.linalg.LinAlgError:
+            continue
+        if all(bool(torch.isfinite(part).all()) for part in result):
+            return SVD(*(part.to(dtype).contiguous() for part in result))
+    raise NonFiniteError(
+        f"no SVD of {name} ({A.shape[0]} x {A.shape[1]}) converged, neither in {dtype} nor in float64 with "
+        "another driver. Check the weight's scale; resume from an earlier checkpoint."
+    )
+
+
+def _attempts(A: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    yield lambda: torch.linalg.svd(A, full_matrices=False)
+    yield lambda: torch.linalg.svd(A.double(), full_matrices=False)
+    if A.is_cuda:
+        yield lambda: torch.linalg.svd(A.double(), full_matrices=False, driver="gesvd")
+    else:
+        yield lambda: _svd_of_transpose(A.double())
+
+
+def _svd_of_transpose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    V, s, Uh = torch.linalg.svd(A.mT.contiguous(), full_matrices=False)
+    return Uh.mT, s, V.mT
+
+
+def orthogonality_error(Q: Tensor) -> float:
+    """``||Q^T Q - I||_F / sqrt(r)`` for ``Q`` (m x r) with columns that should be orthonormal.
+
+    Costs ``2 m r^2`` operations and one read-back to the host.
+    """
+    Q = Q.detach().to(compute_dtype(Q.dtype))
+    gram = Q.mT @ Q
+    gram.diagonal().sub_(1)
+    return float(torch.linalg.matrix_norm(gram)) / max(1.0, Q.shape[1] ** 0.5)

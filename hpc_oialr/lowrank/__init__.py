@@ -1,0 +1,18 @@
+"""Low-rank layers, and the way from a dense model to a low-rank one and back."""
+
+from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.conversion import convert, dense_parameters, low_rank_layers, trainable_parameters
+from hpc_oialr.lowrank.merge import merge
+from hpc_oialr.lowrank.selection import Selection, Site, select
+
+__all__ = [
+    "LowRankWeight",
+    "Selection",
+    "Site",
+    "convert",
+    "dense_parameters",
+    "low_rank_layers",
+    "merge",
+    "select",
+    "trainable_parameters",
+]

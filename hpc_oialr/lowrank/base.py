@@ -1,0 +1,138 @@
+"""What every low-rank layer shares: the parameters ``U``, ``S``, ``Vh`` and their life."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank.execution import prefer_factored
+
+
+
+class LowRankWeight(nn.Module):
+    """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
+
+    Instances are made by :meth:`adopt` from a dense layer, *in place*: the object stays, its class
+    changes. So hooks, names, references held elsewhere, ``training`` and every other attribute of
+    the dense layer survive the conversion, and :func:`hpc_oialr.merge` turns it back.
+
+    Attributes
+    ----------
+    U, S, Vh
+        Parameters, m x r, r x r and r x n.
+    dense_class
+        The class the layer had, and gets back when it is merged.
+    dense_shape
+        Shape of the dense weight; m x n is (leading axis) x (all the rest).
+    dense_dtype
+        Dtype of the dense weight.
+    crossover
+        See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
+    """
+
+    U: nn.Parameter
+    S: nn.Parameter
+    Vh: nn.Parameter
+    bias: nn.Parameter | None
+    dense_class: type[nn.Module]
+    dense_shape: torch.Size
+    dense_dtype: torch.dtype
+    crossover: float
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: float = 1.0) -> LowRankWeight:
+        """Turn the dense ``layer`` into this class, with the given factors; its weight is dropped."""
+        weight = cast(Tensor, layer._parameters.pop("weight"))
+        dense_class = type(layer)
+        layer.__class__ = cls
+        self = cast(LowRankWeight, layer)
+        self.dense_class, self.dense_shape, self.dense_dtype = dense_class, weight.shape, weight.dtype
+        self.crossover = crossover
+        self._register(U, S, Vh)
+        return self
+
+    def _register(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
+        self.register_parameter("U", nn.Parameter(U.contiguous(), requires_grad=False))
+        self.register_parameter("S", nn.Parameter(S.contiguous()))
+        self.register_parameter("Vh", nn.Parameter(Vh.contiguous(), requires_grad=False))
+
+    def set_factors(self, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
+        """Take new factors; returns whether r changed and the parameters are therefore new objects.
+
+        A parameter of another shape must be a new object: autograd's accumulation node and the
+        autocast cache keep the old shape otherwise.
+        """
+        if S.shape == self.S.shape:
+            with torch.no_grad():
+                self.U.copy_(U)
+                self.S.copy_(S)
+                self.Vh.copy_(Vh)
+            return False
+        dtypes = (self.U.dtype, self.S.dtype, self.Vh.dtype)
+        trained = self.S.requires_grad
+        self._register(*(x.to(dtype) for x, dtype in zip((U, S, Vh), dtypes, strict=True)))
+        self.S.requires_grad_(trained)
+        return True
+
+    @property
+    def m(self) -> int:
+        """Rows of the weight: its leading axis."""
+        return int(self.dense_shape[0])
+
+    @property
+    def n(self) -> int:
+        """Columns of the weight: all axes after the leading one."""
+        return int(self.dense_shape.numel() // self.dense_shape[0])
+
+    @property
+    def r(self) -> int:
+        """Inner dimension."""
+        return int(self.S.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Largest r this weight can have, min(m, n)."""
+        return min(self.m, self.n)
+
+    def matrix(self) -> Tensor:
+        """``U S Vh`` (m x n), differentiable in S, in at least the core's precision."""
+        U, S, Vh = self.matched_factors(self.S.dtype)
+        return U @ (S @ Vh)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at each access; for code that looks at ``layer.weight``."""
+        return self.matrix().reshape(self.dense_shape).to(self.dense_dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The dense weight in its own shape and dtype, computed in fp32 or better."""
+        dtype = compute_dtype(self.S.dtype)
+        W = self.U.to(dtype) @ (self.S.to(dtype) @ self.Vh.to(dtype))
+        return W.reshape(self.dense_shape).to(self.dense_dtype)
+
+    def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors in one dtype; under autocast they go as they are, autocast casts."""
+        if torch.is_autocast_enabled(self.S.device.type):
+            return self.U, self.S, self.Vh
+        return self.U.to(dtype), self.S.to(dtype), self.Vh.to(dtype)
+
+    def factored(self, tokens: int) -> bool:
+        """Whether this many tokens are cheaper in factored execution."""
+        return prefer_factored(tokens, self.m, self.n, self.r, crossover=self.crossover)
+
+    def extra_repr(self) -> str:
+        """Shape and inner dimension, as ``print(model)`` shows them."""
+        return f"m={self.m}, n={self.n}, r={self.r}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept another r: parameters take the stored shape before torch copies the values."""
+        stored = [state_dict.get(prefix + name) for name in ("U", "S", "Vh")]
+        if all(isinstance(x, Tensor) for x in stored):
+            U, S, Vh = (torch.empty_like(cast(Tensor, x), device=self.S.device) for x in stored)
+            if S.shape != self.S.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
+                self.set_factors(U, S, Vh)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,113 @@
+"""From a dense layer to a low-rank one, in place, and what a model then counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpc_oialr.linalg.svd import compute_dtype, svd
+from hpc_oialr.lowrank.attention import unpack
+from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
+from hpc_oialr.lowrank.selection import Selection, Site, select
+
+LAYERS: dict[str, type[LowRankWeight]] = {
+    "Linear": LowRankLinear,
+    "MultiheadAttention": LowRankLinear,
+    "Conv1D": LowRankConv1D,
+    "Conv1d": LowRankConv1d,
+    "Conv2d": LowRankConv2d,
+    "Conv3d": LowRankConv3d,
+}
+
+
+@torch.no_grad()
+def convert_site(
+    site: Site,
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    *,
+    factor_dtype: torch.dtype | None = None,
+    crossover: float = 1.0,
+) -> LowRankWeight:
+    """Replace the dense weight of ``site`` by the given factors; the weight and its gradient are freed.
+
+    Parameters
+    ----------
+    U, S, Vh
+        m x r, r x r, r x n, any floating dtype.
+    factor_dtype
+        Storage of ``U`` and ``Vh``; default the dtype of the weight. ``S`` takes the weight's.
+    crossover
+        See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
+    """
+    if site.kind == "MultiheadAttention":
+        unpack(site.owner)  # type: ignore[arg-type]
+    weight = site.weight
+    weight.grad = None
+    stored = factor_dtype or weight.dtype
+    parts = (U.to(stored), S.to(weight.dtype), Vh.to(stored))
+    layer = LAYERS[site.kind].adopt(site.holder, *parts, crossover=crossover)
+    return layer
+
+
+def leave_fused_inference(model: nn.Module) -> None:
+    """Keep torch's encoders off nested tensors, which only torch's own fused attention understands."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and not hasattr(module, "dense_use_nested_tensor"):
+            module.dense_use_nested_tensor, module.use_nested_tensor = module.use_nested_tensor, False  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def convert(model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0) -> list[Site]:
+    """Convert every selected layer of ``model`` in place by a truncated SVD of its weight.
+
+    For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training and takes
+    the optimizer along.
+
+    Parameters
+    ----------
+    fraction
+        Share of k = min(m, n) that is kept.
+
+    Raises
+    ------
+    NonFiniteError
+        If a weight holds NaN or Inf.
+    """
+    sites = select(model, selection)
+    leave_fused_inference(model)
+    for site in sites:
+        weight = site.weight
+        U, s, Vh = svd(weight.reshape(weight.shape[0], -1), name=site.name)
+        r = max(1, round(fraction * site.k))
+        convert_site(site, U[:, :r], torch.diag(s[:r]), Vh[:r])
+    return sites
+
+
+def make_shell(site: Site, r: int, *, factor_dtype: torch.dtype | None = None, crossover: float = 1.0) -> LowRankWeight:
+    """Give ``site`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
+    m, n = site.shape
+    zeros = torch.zeros(m * r + r * r + r * n, dtype=compute_dtype(site.weight.dtype), device=site.weight.device)
+    U, S, Vh = zeros.split([m * r, r * r, r * n])
+    return convert_site(
+        site, U.view(m, r), S.view(r, r), Vh.view(r, n), factor_dtype=factor_dtype, crossover=crossover
+    )
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:
+    """The low-rank layers of ``model`` by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankWeight)}
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Numbers that are trained: every parameter that requires a gradient, each counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def dense_parameters(model: nn.Module) -> int:
+    """Trainable numbers of the dense twin: low-rank weights count m n instead of r^2."""
+    saved = sum(layer.m * layer.n - layer.S.numel() for layer in low_rank_layers(model).values())
+    return trainable_parameters(model) + saved

@@ -1,0 +1,77 @@
+"""Factored or merged: which is cheaper for these m, n, r and this many tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hpc_oialr.errors import ConfigError
+
+
+def dense_cost(tokens: int, m: int, n: int) -> int:
+    """Multiply-adds of a dense layer, forward and backward: ``3 B m n``."""
+    return 3 * tokens * m * n
+
+
+def factored_cost(tokens: int, m: int, n: int, r: int) -> int:
+    """Multiply-adds of ``x -> x Vh^T -> S^T -> U^T`` with only S trained: ``2 B r (m + n) + 3 B r^2``."""
+    return 2 * tokens * r * (m + n) + 3 * tokens * r * r
+
+
+def merged_cost(tokens: int, m: int, n: int, r: int) -> int:
+    """Multiply-adds when ``W = U S Vh`` is built first and its gradient projected back to S.
+
+    A dense layer, ``S Vh`` and ``U (S Vh)`` forward, the two products of ``U^T dW Vh^T`` backward.
+    """
+    return dense_cost(tokens, m, n) + 2 * m * n * r + 2 * n * r * r
+
+
+def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1.0) -> bool:
+    """Whether factored execution is the faster one.
+
+    Parameters
+    ----------
+    tokens
+        Rows of the layer's input (for a convolution: output positions).
+    m, n, r
+        Shape of the weight and its inner dimension.
+    crossover
+        Ratio of factored to merged multiply-adds at which both take the same time: 1 by the count
+        alone, below 1 where a measurement found the thin products of the factored form less efficient.
+
+    Examples
+    --------
+    >>> prefer_factored(1024, 768, 768, 192), prefer_factored(1024, 768, 768, 700)
+    (True, False)
+    """
+    return factored_cost(tokens, m, n, r) <= crossover * merged_cost(tokens, m, n, r)
+
+
+def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
+    """The crossover found by ``python -m benchmarks.layer --out FILE`` on the machine at hand.
+
+    Between the measured points the logarithm of factored time over merged time is taken as linear in
+    the ratio of their multiply-adds; the crossover is where it passes zero, at most 1.
+
+    Parameters
+    ----------
+    path
+        Result file of the benchmark.
+    dtype
+        Its rows of this dtype are used.
+
+    Raises
+    ------
+    ConfigError
+        If the file holds no such rows.
+    """
+    rows = [row for row in json.loads(Path(path).read_text())["rows"] if row["dtype"] == dtype]
+    if not rows:
+        raise ConfigError("crossover", str(path), f"must hold rows of dtype {dtype}", fix="Run python -m benchmarks.layer.")
+    costs = [(row["tokens"], row["m"], row["n"], row["r"]) for row in rows]
+    flops = np.array([factored_cost(*c) / merged_cost(*c) for c in costs])
+    slower = np.log([row["time_ratio"] / row["rebuild_ratio"] for row in rows])
+    slope, offset = np.polyfit(flops, slower, 1)
+    return float(np.clip(-offset / slope, 0.0, 1.0)) if slope > 0 else 1.0

@@ -1,0 +1,36 @@
+"""Low-rank ``nn.Linear`` and transformers' ``Conv1D`` (a linear layer with its weight transposed)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpc_oialr.lowrank.base import LowRankWeight
+
+
+class LowRankLinear(LowRankWeight):
+    """``y = x (U S Vh)^T + b``; autograd keeps ``x Vh^T`` (B x r) instead of ``x`` (B x n) when factored."""
+
+    in_features: int
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input (..., n), output (..., m)."""
+        if not self.factored(x.numel() // x.shape[-1]):
+            return F.linear(x, self.matrix(), self.bias)
+        U, S, Vh = self.matched_factors(x.dtype)
+        return F.linear(F.linear(F.linear(x, Vh), S), U, self.bias)
+
+
+class LowRankConv1D(LowRankWeight):
+    """transformers' ``Conv1D``: ``y = x (U S Vh) + b``, the weight is stored input by output."""
+
+    nf: int
+    nx: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input (..., m), output (..., n)."""
+        if not self.factored(x.numel() // x.shape[-1]):
+            return F.linear(x, self.matrix().mT, self.bias)
+        U, S, Vh = self.matched_factors(x.dtype)
+        return F.linear(F.linear(F.linear(x, U.mT), S.mT), Vh.mT, self.bias)

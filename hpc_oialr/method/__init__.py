@@ -1,0 +1,1 @@
+"""OIALR: the controller, its rules for r, and the stability of a basis."""

@@ -1,0 +1,119 @@
+"""One layer's change of basis, with everything that must follow it: optimizer, averages, step size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank import LowRankWeight, Site, select
+from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
+from hpc_oialr.lowrank.execution import measured_crossover
+from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.optim.carry import carry, carry_average, replace_parameter
+from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
+
+
+class BasisChanges:
+    """Applies conversions and rotations to a model, its optimizer and its running averages.
+
+    Parameters
+    ----------
+    optimizer
+        Its groups keep their order; a core takes the place of its weight.
+    averages
+        Copies of the model with averaged weights, e.g. ``torch.optim.swa_utils.AveragedModel``.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: OIALRConfig, averages: Sequence[nn.Module]) -> None:
+        self.optimizer, self.config = optimizer, config
+        self.core_lr = CoreLearningRate(optimizer)
+        self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
+        self.crossover = config.crossover if not isinstance(config.crossover, str) else measured_crossover(config.crossover)
+        self._averages = [self._sites_by_name(average) for average in averages]
+        leave_fused_inference(model)
+
+    def _sites_by_name(self, average: nn.Module) -> dict[str, Site]:
+        leave_fused_inference(average)
+        inner = getattr(average, "module", average)
+        for p in inner.parameters():
+            p.requires_grad_(True)
+        sites = {site.name: site for site in select(inner, self.config.selection)}
+        for p in inner.parameters():
+            p.requires_grad_(False)
+        return sites
+
+    @torch.no_grad()
+    def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:
+        """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed."""
+        weight = site.weight
+        carry(self.optimizer, weight, U, Vh, reset=not self.config.carry_moments)
+        layer = self._convert(site, U, torch.diag(s), Vh)
+        replace_parameter(self.optimizer, weight, layer.S)
+        self._set_step(layer)
+        for average in self._averages:
+            twin = average[site.name]
+            self._convert(twin, U, carry_average(twin.weight, U, Vh), Vh).S.requires_grad_(False)
+
+    def _convert(self, site: Site, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
+        return convert_site(site, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
+
+    def shell(self, site: Site, r: int) -> None:
+        """Convert to zero factors of inner dimension ``r``; a checkpoint fills them."""
+        weight = site.weight
+        layer = make_shell(site, r, factor_dtype=self.factor_dtype, crossover=self.crossover)
+        replace_parameter(self.optimizer, weight, layer.S)
+        self._set_step(layer)
+        for average in self._averages:
+            twin = make_shell(average[site.name], r, factor_dtype=self.factor_dtype, crossover=self.crossover)
+            twin.S.requires_grad_(False)
+
+    @torch.no_grad()
+    def rotate(self, layer: LowRankWeight, name: str, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool) -> bool:
+        """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; returns whether r changed.
+
+        Parameters
+        ----------
+        P, s, Qh
+            r x r', r' and r' x r, already cut to the new r'.
+        repair
+            Re-orthogonalise the new bases by QR, ``U = Q R``, with both R folded into S.
+        """
+        dtype = compute_dtype(layer.S.dtype)
+        U, S, Vh = layer.U.to(dtype) @ P, torch.diag(s), Qh @ layer.Vh.to(dtype)
+        if repair:
+            U, S, Vh = reorthogonalise(U, S, Vh)
+        core = layer.S
+        carry(self.optimizer, core, P, Qh, reset=not self.config.carry_moments and len(s) < layer.r)
+        for average in self._averages:
+            twin = average[name].low_rank
+            assert twin is not None
+            twin.set_factors(U, carry_average(twin.S, P, Qh), Vh)
+        reshaped = layer.set_factors(U, S, Vh)
+        if reshaped:
+            replace_parameter(self.optimizer, core, layer.S)
+            self._set_step(layer, replaces=core)
+        return reshaped
+
+    def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
+        factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
+        self.core_lr.set(layer.S, factor, replaces=replaces)
+
+
+def reorthogonalise(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal bases of the same product: ``U = Q1 R1``, ``Vh^T = Q2 R2``, ``S <- R1 S R2^T``.
+
+    Signs are chosen so that both R have positive diagonals and the bases hardly turn.
+    """
+    Q1, R1 = _positive_qr(U)
+    Q2, R2 = _positive_qr(Vh.mT)
+    return Q1, R1 @ S @ R2.mT, Q2.mT
+
+
+def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    Q, R = torch.linalg.qr(A)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
+    return Q * signs, signs[:, None] * R

@@ -1,0 +1,91 @@
+"""Every setting of the method, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.lowrank import Selection
+from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
+
+
+@dataclass(kw_only=True)
+class OIALRConfig:
+    """Settings of :class:`hpc_oialr.OIALR`; defaults are the published ones (arXiv 2401.08505).
+
+    Parameters
+    ----------
+    delay
+        d: full-rank steps before the conversion (steps).
+    frequency
+        nu: steps between two updates (steps).
+    rule
+        Chooses r from the singular values.
+    limits
+        Every choice goes through these.
+    selection
+        Which layers take part.
+    layer_share_step
+        Updates start at the last layers and reach this share more of the layers each time; 1 = all at once.
+    stability_frequency
+        Measure every layer's stability each so many full-rank steps; None = not.
+    stability_threshold
+        Convert each layer on its own, once its stability has stayed at or above this for
+        ``stability_patience`` measurements in a row, not before ``delay``; None = all at ``delay``.
+    stability_patience
+        See ``stability_threshold`` (measurements).
+    core_lr_scale
+        The step of a core over the step its optimizer would give it; "auto" chooses by optimizer.
+    carry_moments
+        Carry the optimizer's moments through every change of basis; False zeroes them, as published.
+    factor_dtype
+        Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
+    orthogonality_bound
+        Bases further from orthonormal than this (Frobenius norm of ``Q^T Q - I`` over sqrt(r)) are
+        re-orthogonalised by QR, with R folded into S.
+    crossover
+        Ratio of factored to merged multiply-adds up to which a layer runs factored: 1 by the count, or
+        the result file of ``python -m benchmarks.layer`` for what was measured on this machine.
+    """
+
+    delay: int = 1000
+    frequency: int = 100
+    rule: RankRule = field(default_factory=RelativeCutoff)
+    limits: RankLimits = field(default_factory=RankLimits)
+    selection: Selection = field(default_factory=Selection)
+    layer_share_step: float = 0.1
+    stability_frequency: int | None = None
+    stability_threshold: float | None = None
+    stability_patience: int = 2
+    core_lr_scale: float | Literal["auto"] = "auto"
+    carry_moments: bool = True
+    factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    orthogonality_bound: float = 1e-4
+    crossover: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("delay", 0), ("frequency", 1), ("stability_patience", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
+        check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
+        check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
+        self._check_stability()
+        if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
+            raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
+        if not isinstance(self.crossover, str):
+            check_interval("crossover", self.crossover, 0, 2, closed=(True, True))
+
+    def _check_stability(self) -> None:
+        if self.stability_frequency is not None and self.stability_frequency < 1:
+            raise ConfigError("stability_frequency", self.stability_frequency, "must be at least 1 step, or null")
+        if self.stability_threshold is None:
+            return
+        check_interval("stability_threshold", self.stability_threshold, 0, 1)
+        if self.stability_frequency is None:
+            raise ConfigError(
+                "stability_threshold",
+                self.stability_threshold,
+                "needs measurements",
+                fix="Set stability_frequency, e.g. to a fifth of delay.",
+            )

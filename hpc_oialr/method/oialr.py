@@ -1,0 +1,305 @@
+"""Orthogonality-Informed Adaptive Low-Rank training: the paper's algorithm, line by line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpc_oialr.engines import Engine, adopt
+from hpc_oialr.errors import ModelError
+from hpc_oialr.linalg.svd import compute_dtype, orthogonality_error, svd
+from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers, select
+from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.checks import check_optimizer, require_finite, trained_sites
+from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
+from hpc_oialr.method.stability import rotation_stability
+from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.processes.replicas import check_equal
+
+
+class OIALR:
+    """Trains a model at low rank, inside any training loop.
+
+    ``oialr.model(x)`` is the forward pass and ``oialr.step()`` follows ``optimizer.step()``; nothing
+    else of the loop changes, on one process or many.
+
+    Parameters
+    ----------
+    model
+        Any dense module, in its final place; plain or wrapped in ``DistributedDataParallel``. Its
+        layers are converted in place.
+    optimizer
+        Made from ``model.parameters()``. Groups and schedulers stay as they are; a core takes the
+        place of its weight.
+    config
+        Settings; default the published ones.
+    engine
+        How processes share the work; default: what the model is wrapped in, or the initialised
+        process group, or one process.
+    averages
+        Running averages that follow every change, e.g. ``AveragedModel(model)``.
+
+    Raises
+    ------
+    ModelError
+        If the optimizer holds parameters that are not the model's, or no layer can be converted.
+
+    Notes
+    -----
+    Memory: layers are converted one after another, each dense weight, gradient and moment freed
+    before the next; with ``limits.at_conversion`` below about 0.7 the peak never passes the dense
+    run's. Traffic of an update: ``2 r^2 + r + 2`` numbers a layer, of the conversion
+    ``r (m + n) + k``; in every step the gradients of what is trained, ``r^2`` a layer.
+
+    References
+    ----------
+    Coquelin et al., arXiv 2401.08505, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: OIALRConfig | None = None,
+        *,
+        engine: Engine | None = None,
+        averages: Sequence[nn.Module] = (),
+    ) -> None:
+        self.config = config or OIALRConfig()
+        self.optimizer = optimizer
+        self.engine, self.module = (engine, model) if engine else adopt(model)
+        check_optimizer(self.module, optimizer)
+        self.sites = trained_sites(select(self.module, self.config.selection), optimizer)
+        if not self.sites:
+            raise ModelError("no layer of the model can be converted; the log names the reason for each (level INFO).")
+        self.t = 0
+        self.updates = 0
+        self._changes = BasisChanges(self.module, optimizer, self.config, averages)
+        self._watch = StabilityWatch(self.sites, self.engine.world, self.config.stability_threshold)
+        self._model = self.engine.wrap(self.module)
+
+    @property
+    def model(self) -> nn.Module:
+        """What to call in the loop. Fetch it anew each time: a change of shapes may replace it."""
+        return self._model
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Inner dimension of every low-rank layer."""
+        return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context for all but the last backward pass of an accumulated step: gradients stay local."""
+        return self.engine.no_sync(self._model)
+
+    # -- the algorithm ---------------------------------------------------------------------------
+
+    def step(self) -> UpdateReport | None:
+        """One step of the algorithm, after ``optimizer.step()``; the report of what it changed, if anything.
+
+        Raises
+        ------
+        NonFiniteError
+            If a weight due for an SVD holds NaN or Inf; nothing has been changed then.
+        ReplicaMismatchError
+            If processes hold different factors after an update.
+        """
+        self.t += 1
+        measured = self._measure_stability() if self._stability_due() else None
+        settled = self._settled()
+        if settled:
+            return self._convert(settled)
+        if self._update_due():
+            return self._update(self._layers_due())
+        return measured
+
+    def _stability_due(self) -> bool:
+        every = self.config.stability_frequency
+        return every is not None and self.t % every == 0 and bool(self._dense())
+
+    def _settled(self) -> list[Site]:
+        """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable."""
+        if self.t < self.config.delay:
+            return []
+        if self.config.stability_threshold is None:
+            return self._dense()
+        streaks, patience = self._watch.streaks, self.config.stability_patience
+        return [site for site in self._dense() if streaks.get(site.name, 0) >= patience]
+
+    def _update_due(self) -> bool:
+        since = self.t - self.config.delay
+        return since > 0 and since % self.config.frequency == 0 and len(self._dense()) < len(self.sites)
+
+    def _layers_due(self) -> list[Site]:
+        """The last layers first, a growing share of them."""
+        self.updates += 1
+        share = min(1.0, self.config.layer_share_step * self.updates)
+        first = len(self.sites) - max(1, round(share * len(self.sites)))
+        return [site for site in self.sites[first:] if site.low_rank is not None]
+
+    def _dense(self) -> list[Site]:
+        return [site for site in self.sites if site.low_rank is None]
+
+    def _measure_stability(self) -> UpdateReport:
+        start, sites = time.perf_counter(), self._dense()
+        require_finite(sites)
+        return self._report("stability", self._watch.measure(sites), start, sum(site.k + 1 for site in sites))
+
+    @torch.no_grad()
+    def _convert(self, sites: list[Site]) -> UpdateReport:
+        """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
+        start = time.perf_counter()
+        require_finite(sites)
+        jobs = [self._conversion_job(site) for site in sites]
+        layers: dict[int, LayerUpdate] = {}
+        for result in deal(jobs, self.engine.world):
+            layers[result.index] = self._freeze_basis(sites[result.index], result.values, result.seconds)
+        self._after_change([site.name for site in sites], reshaped=True)
+        return self._report("conversion", _in_order(layers), start, sum(job.size for job in jobs))
+
+    @torch.no_grad()
+    def _update(self, sites: list[Site]) -> UpdateReport:
+        """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
+        start = time.perf_counter()
+        require_finite(sites)
+        jobs = [_update_job(site) for site in sites]
+        layers: dict[int, LayerUpdate] = {}
+        for result in deal(jobs, self.engine.world):
+            layers[result.index] = self._rotate_and_cut(sites[result.index], result.values, result.seconds)
+        self._after_change([site.name for site in sites], reshaped=any(u.cut_values for u in layers.values()))
+        return self._report("update", _in_order(layers), start, sum(job.size for job in jobs))
+
+    # -- one layer -------------------------------------------------------------------------------
+
+    def _conversion_job(self, site: Site) -> Job:
+        (m, n), k, r = site.shape, site.k, self.config.limits.initial(site.k)
+        weight = site.weight
+
+        def compute() -> Tensor:
+            U, s, Vh = svd(weight.reshape(m, n), name=site.name)
+            return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
+
+        return Job(site.name, compute, k + r * (m + n), weight, compute_dtype(weight.dtype), float(m) * n * k)
+
+    def _freeze_basis(self, site: Site, values: Tensor, seconds: float) -> LayerUpdate:
+        (m, n), k, r = site.shape, site.k, self.config.limits.initial(site.k)
+        s, U, Vh = values.split([k, m * r, r * n])
+        self._changes.convert(site, U.view(m, r), s[:r], Vh.view(r, n))
+        self._watch.forget(site.name)
+        return _layer_update(site, k, s, None, (0.0, 0.0), seconds)
+
+    def _rotate_and_cut(self, site: Site, values: Tensor, seconds: float) -> LayerUpdate:
+        layer = site.low_rank
+        assert layer is not None
+        r = layer.r
+        s, P, Qh, errors = values.split([r, r * r, r * r, 2])
+        P, Qh = P.view(r, r), Qh.view(r, r)
+        spectrum, (error_U, error_Vh) = s.cpu(), errors.tolist()
+        keep = self.config.limits.apply(self.config.rule.choose(spectrum, layer.m, layer.n), r, layer.k)
+        drifted = max(error_U, error_Vh) > self.config.orthogonality_bound
+        self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
+        return _layer_update(site, r, spectrum, rotation_stability(P, Qh), (error_U, error_Vh), seconds)
+
+    def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
+        """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
+        if reshaped:
+            self._model = self.engine.rewrap(self.module)
+        layers = low_rank_layers(self.module)
+        factors = {name: (layers[name].U, layers[name].S, layers[name].Vh) for name in names}
+        check_equal(factors, self.engine.world)
+
+    def _report(self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int) -> UpdateReport:
+        width = compute_dtype(self.sites[0].trained.dtype).itemsize
+        sent = numbers * width * (self.engine.world.size - 1)
+        return UpdateReport(t=self.t, kind=kind, layers=layers, seconds=time.perf_counter() - start, bytes_sent=sent)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the r of every low-rank layer; plain numbers, fit for JSON."""
+        return {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._watch.streaks)}
+
+    def tensor_state(self) -> dict[str, Tensor]:
+        """The bases kept for measuring stability in the full-rank phase; a collective call."""
+        return self._watch.bases(self._dense())
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Take the structure of a checkpoint: counters, and low-rank layers of the stored r, still empty.
+
+        Call it on a fresh, dense model; load the model's and the optimizer's state after it.
+
+        Raises
+        ------
+        ModelError
+            If a stored layer is not among this model's.
+        """
+        sites = {site.name: site for site in self.sites}
+        missing = [name for name in state["r"] if name not in sites]
+        if missing:
+            raise ModelError(
+                f"the checkpoint has a low-rank layer {missing[0]!r} that this model and selection do not have; "
+                "it belongs to another model or to another oialr.selection."
+            )
+        for name, r in state["r"].items():
+            self._take_shape(sites[name], int(r))
+        self.t, self.updates = int(state["t"]), int(state["updates"])
+        self._watch.restore(tensors or {}, state["streaks"])
+        if state["r"]:
+            self._model = self.engine.rewrap(self.module)
+
+    def _take_shape(self, site: Site, r: int) -> None:
+        layer = site.low_rank
+        if layer is None:
+            self._changes.shell(site, r)
+        elif layer.r != r:
+            raise ModelError(f"{site.name} is already low-rank with r = {layer.r}; load into a fresh, dense model.")
+
+
+def _update_job(site: Site) -> Job:
+    layer = site.low_rank
+    assert layer is not None
+    r, dtype = layer.r, compute_dtype(layer.S.dtype)
+    return Job(site.name, lambda: _diagonalise(layer, site.name), r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3)
+
+
+def _diagonalise(layer: LowRankWeight, name: str) -> Tensor:
+    """``s``, ``P``, ``Qh`` of the core and both bases' orthogonality errors, as one flat tensor."""
+    P, s, Qh = svd(layer.S, name=name)
+    errors = s.new_tensor([orthogonality_error(layer.U), orthogonality_error(layer.Vh.mT)])
+    return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors])
+
+
+def _in_order(layers: dict[int, LayerUpdate]) -> tuple[LayerUpdate, ...]:
+    return tuple(layers[i] for i in sorted(layers))
+
+
+def _layer_update(
+    site: Site,
+    r_before: int,
+    s: Tensor,
+    stability: float | None,
+    errors: tuple[float, float],
+    seconds: float,
+) -> LayerUpdate:
+    layer = site.low_rank
+    assert layer is not None
+    return LayerUpdate(
+        name=site.name,
+        m=layer.m,
+        n=layer.n,
+        r_before=r_before,
+        r=layer.r,
+        singular_values=s.float().cpu(),
+        stability=stability,
+        orthogonality_error_U=errors[0],
+        orthogonality_error_Vh=errors[1],
+        seconds=seconds,
+    )

@@ -1,0 +1,75 @@
+"""What one measurement, conversion or update did: the record every writer gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["stability", "conversion", "update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """One layer's part.
+
+    Attributes
+    ----------
+    name, m, n
+        The layer and its weight's shape.
+    r_before, r
+        Inner dimension before and after; k while the weight is dense.
+    singular_values
+        All values before the cut, descending (fp32, CPU).
+    stability
+        Agreement with the basis before; None where there was none.
+    orthogonality_error_U, orthogonality_error_Vh
+        ``||Q^T Q - I||_F / sqrt(r)`` before this update; 0 while dense.
+    seconds
+        Time of the SVD on the process that did it (s).
+    """
+
+    name: str
+    m: int
+    n: int
+    r_before: int
+    r: int
+    singular_values: Tensor
+    stability: float | None
+    orthogonality_error_U: float
+    orthogonality_error_Vh: float
+    seconds: float
+
+    @property
+    def cut_values(self) -> int:
+        """How many singular values were cut."""
+        return self.r_before - self.r
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """All layers of one event.
+
+    Attributes
+    ----------
+    t
+        Steps done.
+    kind
+        "stability" (a measurement in the full-rank phase), "conversion" or "update".
+    seconds
+        Wall time of the whole event on this process (s).
+    bytes_sent
+        Bytes broadcast in all, by all processes together.
+    """
+
+    t: int
+    kind: Kind
+    layers: tuple[LayerUpdate, ...]
+    seconds: float
+    bytes_sent: int
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether any parameter is a new object, so that shapes and memory have changed."""
+        return self.kind == "conversion" or any(layer.cut_values for layer in self.layers)

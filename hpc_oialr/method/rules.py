@@ -1,0 +1,162 @@
+"""Rules that choose the inner dimension r from a spectrum, and the limits they all go through."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.method.noise import noise_edge
+
+
+class RankRule(ABC):
+    """Chooses r from singular values; one small type each."""
+
+    @abstractmethod
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """How many of the values to keep.
+
+        Parameters
+        ----------
+        s
+            Singular values that are left, descending, on the CPU; at most k = min(m, n).
+        m, n
+            Shape of the weight.
+        """
+
+
+@dataclass(frozen=True)
+class RelativeCutoff(RankRule):
+    """The paper's rule: keep ``s_i >= beta s_0``. Hardly cuts early weights of long aspect."""
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_interval("rule.beta", self.beta, 0, 1, fix="The paper uses 0.1-0.2.")
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """Values at or above the cutoff."""
+        return int((s >= self.beta * s[0]).sum())
+
+
+@dataclass(frozen=True)
+class CumulativeSum(RankRule):
+    """SARA's rule: smallest r whose values reach ``threshold`` of sum(s). arXiv 2408.03290."""
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_interval("rule.threshold", self.threshold, 0, 1, closed=(False, True))
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """Leading values up to the threshold."""
+        return _leading(s, self.threshold)
+
+
+@dataclass(frozen=True)
+class Energy(RankRule):
+    """Smallest r whose squared values reach ``threshold`` of ``||W||_F^2``."""
+
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_interval("rule.threshold", self.threshold, 0, 1, closed=(False, True))
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """Leading values up to the threshold."""
+        return _leading(s * s, self.threshold)
+
+
+@dataclass(frozen=True)
+class NoiseEdge(RankRule):
+    """Keep what stands above the bulk of noise; independent of the aspect ratio.
+
+    The noise level comes from the median of all k values. Once more than half are cut the bulk is
+    gone, the level cannot be told any more, and nothing further is cut.
+    """
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """Values above ``sigma (sqrt m + sqrt n)``."""
+        middle = (min(m, n) - 1) // 2
+        if middle >= len(s):
+            return len(s)
+        return int((s > noise_edge(float(s[middle]), m, n)).sum())
+
+
+@dataclass(frozen=True)
+class StableRank(RankRule):
+    """``r = ceil(factor ||S||_F^2 / s_0^2)``, as Cuttlefish. arXiv 2305.02538."""
+
+    factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_interval("rule.factor", self.factor, 0, math.inf)
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """A multiple of the stable rank."""
+        return math.ceil(self.factor * float((s * s).sum() / (s[0] * s[0])))
+
+
+@dataclass(frozen=True)
+class FixedFraction(RankRule):
+    """``r = fraction k`` for every layer; with ``limits.max_drop`` it is reached in steps."""
+
+    fraction: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_interval("rule.fraction", self.fraction, 0, 1, closed=(False, True))
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """The same share of k everywhere."""
+        return math.ceil(self.fraction * min(m, n))
+
+
+def _leading(values: Tensor, threshold: float) -> int:
+    total = values.double().cumsum(0)
+    return int((total < threshold * total[-1]).sum()) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLimits:
+    """Limits every rule goes through.
+
+    Parameters
+    ----------
+    max_drop
+        Largest share of r that one update may cut.
+    min_fraction
+        r never goes under this share of k.
+    round_to
+        r is rounded up to a multiple of this: tensor cores like 8, 16 or 64, and few distinct
+        shapes mean few recompilations and few rebuilds.
+    at_conversion
+        Share of k kept at the conversion itself; 1 keeps all, as the paper does. At r = k the
+        factors need more memory than the dense weight; from about 0.7 on they need less.
+    """
+
+    max_drop: float = 0.5
+    min_fraction: float = 0.01
+    round_to: int = 1
+    at_conversion: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_interval("limits.max_drop", self.max_drop, 0, 1, closed=(False, True), fix="The published code uses 0.5.")
+        check_interval("limits.min_fraction", self.min_fraction, 0, 1, closed=(True, True))
+        check_interval("limits.at_conversion", self.at_conversion, 0, 1, closed=(False, True))
+        if self.round_to < 1:
+            raise ConfigError("limits.round_to", self.round_to, "must be a positive whole number")
+
+    def apply(self, wanted: int, r: int, k: int) -> int:
+        """The new r: what the rule wants, within the limits, never above the present ``r``."""
+        floor = max(1, math.ceil(r * (1 - self.max_drop)), math.ceil(self.min_fraction * k))
+        return min(r, self._rounded(max(wanted, floor)))
+
+    def initial(self, k: int) -> int:
+        """r right after the conversion."""
+        return min(k, self._rounded(max(1, round(self.at_conversion * k), math.ceil(self.min_fraction * k))))
+
+    def _rounded(self, r: int) -> int:
+        return -(-r // self.round_to) * self.round_to

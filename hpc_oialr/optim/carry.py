@@ -1,0 +1,76 @@
+"""Optimizer state through a change of variables ``W = U S Vh``, later ``S = P S' Qh``."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# A first moment is linear in the gradient and moves exactly; a second moment holds squares and moves
+# approximately, its entries taken as uncorrelated.
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+
+
+def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put ``new`` in the place of ``old`` in its group, and hand it the state."""
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][i] = new
+    if old is not new and old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+
+
+@torch.no_grad()
+def carry(optimizer: Optimizer, parameter: nn.Parameter, left: Tensor, right: Tensor, *, reset: bool = False) -> None:
+    """Move the state of ``parameter`` into the basis of ``left`` and ``right``, in place of the old one.
+
+    First moment ``M' = left^T M right^T``, second ``V' = (left o left)^T V (right o right)^T``.
+    State of the parameter's shape under an unknown key is reset to zero with one warning that names
+    it; step counters and other scalars stay.
+
+    Parameters
+    ----------
+    left, right
+        m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update.
+    reset
+        Zero the moments instead, as the published code does.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    shape = (left.shape[0], right.shape[1])
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() == shape[0] * shape[1] and value.dim() >= 2:
+            state[key] = _move(key, value.reshape(shape), left, right, reset)
+
+
+def _move(key: str, value: Tensor, left: Tensor, right: Tensor, reset: bool) -> Tensor:
+    moments = value.to(left.dtype)
+    if key in FIRST_MOMENTS and not reset:
+        moved = left.mT @ (moments @ right.mT)
+    elif key in SECOND_MOMENTS and not reset:
+        moved = (left * left).mT @ (moments @ (right * right).mT)
+    else:
+        if key not in FIRST_MOMENTS | SECOND_MOMENTS:
+            _warn(key)
+        moved = moments.new_zeros(left.shape[1], right.shape[0])
+    return moved.to(value.dtype).contiguous()
+
+
+def _warn(key: str) -> None:
+    known = f"{', '.join(sorted(FIRST_MOMENTS))} (first moments), {', '.join(sorted(SECOND_MOMENTS))} (second)"
+    warnings.warn(
+        f"optimizer state {key!r} is of unknown meaning and is reset to zero when its parameter changes basis; "
+        f"known: {known}",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def carry_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
+    return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(value.dtype)

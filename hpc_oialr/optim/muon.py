@@ -1,0 +1,195 @@
+"""Muon for weight matrices and cores beside AdamW for the rest, as one optimizer object."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+
+from hpc_oialr.errors import ConfigError, UnknownNameError
+from hpc_oialr.linalg.newton_schulz import newton_schulz
+from hpc_oialr.lowrank import Selection, low_rank_layers, select
+
+Group = dict[str, Any]
+ALGORITHMS = ("muon", "adamw")
+
+
+def muon_adamw(
+    model: nn.Module,
+    *,
+    lr: float = 0.02,
+    adamw_lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    selection: Selection | None = None,
+    **options: Any,
+) -> MuonAdamW:
+    """Muon for the weights that can become low-rank, AdamW for every other trained parameter.
+
+    Parameters
+    ----------
+    model
+        Dense or already low-rank.
+    lr, adamw_lr
+        Learning rates of the two; Muon's is a step in spectral norm, times sqrt(max(1, m/n)).
+    selection
+        Which weights Muon takes; default all layers :class:`Selection` admits.
+    options
+        Further keyword arguments of :class:`MuonAdamW`.
+    """
+    matrices = [site.weight for site in select(model, selection)]
+    matrices += [layer.S for layer in low_rank_layers(model).values()]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [
+        {"params": matrices, "algorithm": "muon", "lr": lr},
+        {"params": rest, "algorithm": "adamw", "lr": adamw_lr},
+    ]
+    return MuonAdamW([g for g in groups if g["params"]], weight_decay=weight_decay, **options)
+
+
+class MuonAdamW(Optimizer):
+    """Muon and AdamW side by side; each parameter group names its ``algorithm``.
+
+    Muon's step: ``M <- momentum M + (1 - momentum) G``; ``D`` = Newton-Schulz of ``M`` (or of
+    Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of
+    equal shape go through Newton-Schulz in one batch. Weights with more axes are flattened to
+    (leading axis) x (all the rest).
+
+    Parameters
+    ----------
+    params
+        Groups with a key ``"algorithm"``, ``"muon"`` or ``"adamw"``, and any of the options below.
+    lr
+        Default learning rate of groups without one.
+    momentum, nesterov, newton_schulz_steps, newton_schulz_dtype
+        Muon's options; the dtype default is :func:`newton_schulz`'s.
+    betas, eps
+        AdamW's options.
+    weight_decay
+        Decoupled, for both.
+
+    Raises
+    ------
+    UnknownNameError
+        For a group with another ``algorithm``.
+    ConfigError
+        For a negative rate or decay, a momentum outside [0, 1), or a Muon parameter with one axis.
+
+    References
+    ----------
+    K. Jordan, "Muon" (2024); Loshchilov & Hutter, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Group] | Iterable[Tensor],
+        *,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        newton_schulz_steps: int = 5,
+        newton_schulz_dtype: torch.dtype | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {
+            "algorithm": "muon",
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "newton_schulz_steps": newton_schulz_steps,
+            "newton_schulz_dtype": newton_schulz_dtype,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(cast(Any, params), defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's; options and shapes are checked here, before any step."""
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                (self._muon if group["algorithm"] == "muon" else self._adamw)(params, group)
+        return loss
+
+    def _muon(self, params: list[Tensor], group: Group) -> None:
+        updates = self._momentum(params, group)
+        batches: defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for i, update in enumerate(updates):
+            batches[update.shape, update.device, update.dtype].append(i)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for (shape, _, _), members in batches.items():
+            step = newton_schulz(
+                torch.stack([updates[i] for i in members]),
+                steps=group["newton_schulz_steps"],
+                dtype=group["newton_schulz_dtype"],
+            )
+            scale = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+            chosen = [params[i] for i in members]
+            torch._foreach_add_(chosen, [d.view_as(p) for d, p in zip(step.unbind(), chosen, strict=True)], alpha=scale)
+
+    def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
+        """Fold the gradients into the momenta and return what is to be orthogonalised, as matrices."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [cast(Tensor, p.grad) for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        directions = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        return [d.reshape(d.shape[0], -1) for d in directions]
+
+    def _adamw(self, params: list[Tensor], group: Group) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        columns = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+        adamw(
+            params,
+            [cast(Tensor, p.grad) for p in params],
+            columns["exp_avg"],
+            columns["exp_avg_sq"],
+            [],
+            columns["step"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _check_group(group: Group) -> None:
+    if group["algorithm"] not in ALGORITHMS:
+        raise UnknownNameError("algorithm", str(group["algorithm"]), ALGORITHMS)
+    for name in ("lr", "weight_decay"):
+        if group[name] < 0:
+            raise ConfigError(name, group[name], "must not be negative")
+    if not 0 <= group["momentum"] < 1:
+        raise ConfigError("momentum", group["momentum"], "must lie in [0, 1)")
+    if group["algorithm"] == "muon" and any(p.dim() < 2 for p in group["params"]):
+        shape = next(tuple(p.shape) for p in group["params"] if p.dim() < 2)
+        raise ConfigError(
+            "params", shape, "must have at least two axes under Muon", fix='Give it algorithm="adamw", or use muon_adamw(model).'
+        )

@@ -1,0 +1,59 @@
+"""The SVD's chain of fall-backs, and what it says when it gives up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_oialr.errors import NonFiniteError
+from hpc_oialr.linalg.svd import orthogonality_error, svd
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 24), n=st.integers(1, 24), seed=st.integers(0, 9))
+def test_reproduces_the_matrix(m: int, n: int, seed: int) -> None:
+    A = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    U, s, Vh = svd(A)
+    assert (U.shape, s.shape, Vh.shape) == ((m, min(m, n)), (min(m, n),), (min(m, n), n))
+    torch.testing.assert_close(U @ torch.diag(s) @ Vh, A, rtol=0, atol=1e-12)
+    assert orthogonality_error(U) < 1e-13
+    assert orthogonality_error(Vh.mT) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_short_dtypes_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    A = torch.randn(6, 4).to(dtype)
+    assert {part.dtype for part in svd(A)} == {torch.float32}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_names_the_layer(bad: float) -> None:
+    A = torch.randn(5, 3)
+    A[2, 1] = bad
+    with pytest.raises(NonFiniteError, match=r"encoder\.3\.fc1 holds 1 NaN or Inf among 15 values"):
+        svd(A, name="encoder.3.fc1")
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_falls_back_then_gives_up(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    original, calls = torch.linalg.svd, []
+
+    def flaky(A: torch.Tensor, **options: bool) -> object:
+        calls.append((A.dtype, tuple(A.shape)))
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(A, **options)
+
+    A = torch.randn(5, 3)
+    monkeypatch.setattr(torch.linalg, "svd", flaky)
+    if failures == 3:
+        with pytest.raises(NonFiniteError, match=r"no SVD of W \(5 x 3\) converged"):
+            svd(A, name="W")
+    else:
+        U, s, Vh = svd(A)
+        torch.testing.assert_close(U @ torch.diag(s) @ Vh, A)
+        assert U.dtype == torch.float32
+    expected = [(torch.float32, (5, 3)), (torch.float64, (5, 3)), (torch.float64, (3, 5))]
+    assert calls == expected[: min(failures + 1, 3)]

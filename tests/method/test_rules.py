@@ -1,0 +1,109 @@
+"""Rules for r, limits, and the noise edge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_oialr import CumulativeSum, Energy, FixedFraction, NoiseEdge, OIALRConfig, RankLimits, RelativeCutoff, StableRank
+from hpc_oialr.errors import ConfigError
+from hpc_oialr.method.noise import marchenko_pastur_median, noise_edge
+
+SPECTRUM = torch.tensor([10.0, 5.0, 4.0, 1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (RelativeCutoff(0.1), 4),
+        (RelativeCutoff(0.45), 2),
+        (CumulativeSum(0.7), 2),
+        (CumulativeSum(1.0), 6),
+        (Energy(0.7), 1),
+        (Energy(0.8), 2),
+        (StableRank(2.0), 3),
+        (FixedFraction(0.5), 4),
+    ],
+)
+def test_rules_by_hand(rule: RelativeCutoff, expected: int) -> None:
+    assert rule.choose(SPECTRUM, 20, 8) == expected
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (600, 200), (100, 800)])
+def test_noise_edge_keeps_the_planted_signal_only(shape: tuple[int, int]) -> None:
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.3 * torch.randn(m, n, generator=generator)
+    U = torch.linalg.qr(torch.randn(m, 7, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(n, 7, generator=generator)).Q
+    signal = U @ torch.diag(torch.linspace(2, 4, 7) * 0.3 * (m**0.5 + n**0.5)) @ V.mT
+    assert NoiseEdge().choose(torch.linalg.svdvals(noise + signal), m, n) == 7
+
+
+def test_noise_edge_needs_the_bulk() -> None:
+    s = torch.linspace(2, 1, 30)
+    assert NoiseEdge().choose(s, 100, 100) == 30
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (900, 300)])
+def test_marchenko_pastur_against_simulation(shape: tuple[int, int]) -> None:
+    m, n = shape
+    s = torch.linalg.svdvals(torch.randn(m, n, generator=torch.Generator().manual_seed(1)))
+    median = float(s[min(m, n) // 2] ** 2) / max(m, n)
+    assert marchenko_pastur_median(min(m, n) / max(m, n)) == pytest.approx(median, rel=0.02)
+    assert noise_edge(float(s[min(m, n) // 2]), m, n) == pytest.approx(float(s[0]), rel=0.03)
+
+
+@given(
+    wanted=st.integers(0, 300),
+    k=st.integers(1, 256),
+    drop=st.floats(0.01, 1.0),
+    least=st.floats(0.0, 1.0),
+    multiple=st.sampled_from([1, 8, 16]),
+    data=st.data(),
+)
+def test_limits(wanted: int, k: int, drop: float, least: float, multiple: int, data: st.DataObject) -> None:
+    r = data.draw(st.integers(1, k))
+    limits = RankLimits(max_drop=drop, min_fraction=least, round_to=multiple)
+    new = limits.apply(wanted, r, k)
+    assert 1 <= new <= r
+    assert new >= min(r, r * (1 - drop))
+    assert new >= min(r, least * k)
+    assert new == r or new % multiple == 0
+    assert new >= min(wanted, r)
+
+
+def test_gradual_cuts() -> None:
+    limits, r, path = RankLimits(max_drop=0.2, at_conversion=0.5), 128, []
+    assert limits.initial(256) == 128
+    while r > 64:
+        r = limits.apply(FixedFraction(0.25).choose(SPECTRUM, 256, 256), r, 256)
+        path.append(r)
+    assert path == [103, 83, 67, 64]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: RelativeCutoff(1.3), r"rule.beta is 1.3; must lie in \(0, 1\). The paper uses 0.1-0.2."),
+        (lambda: RelativeCutoff(0.0), r"rule.beta is 0.0; must lie in \(0, 1\)"),
+        (lambda: CumulativeSum(1.2), r"rule.threshold is 1.2; must lie in \(0, 1\]"),
+        (lambda: Energy(0.0), r"rule.threshold is 0.0"),
+        (lambda: StableRank(-1.0), r"rule.factor is -1.0; must lie in \(0, inf\)"),
+        (lambda: FixedFraction(2.0), r"rule.fraction is 2.0"),
+        (lambda: RankLimits(max_drop=0.0), r"limits.max_drop is 0.0; must lie in \(0, 1\]"),
+        (lambda: RankLimits(round_to=0), "limits.round_to is 0; must be a positive whole number"),
+        (lambda: OIALRConfig(delay=-1), "delay is -1; must be a whole number of at least 0"),
+        (lambda: OIALRConfig(frequency=0), "frequency is 0; must be a whole number of at least 1"),
+        (lambda: OIALRConfig(layer_share_step=0.0), r"layer_share_step is 0.0; must lie in \(0, 1\]"),
+        (lambda: OIALRConfig(core_lr_scale=-2.0), 'core_lr_scale is -2.0; must be positive, or "auto"'),
+        (lambda: OIALRConfig(stability_threshold=0.9), "stability_threshold is 0.9; needs measurements. Set stability_freq"),
+        (lambda: OIALRConfig(stability_frequency=0), "stability_frequency is 0; must be at least 1 step"),
+    ],
+)
+def test_bad_values(make: object, text: str) -> None:
+    assert callable(make)
+    with pytest.raises(ConfigError, match=text):
+        make()

@@ -1,0 +1,90 @@
+"""MuonAdamW against torch's own Muon and AdamW."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_oialr import MuonAdamW, Selection, muon_adamw
+from hpc_oialr.errors import ConfigError, UnknownNameError
+from hpc_oialr.lowrank import convert
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3))
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 5) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        loss = model(torch.randn(8, 6, generator=generator)).square().mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_equals_torch_muon_beside_torch_adamw() -> None:
+    ours, theirs = network(), network()
+    optimizer = muon_adamw(ours, lr=0.02, adamw_lr=1e-3, weight_decay=0.1, newton_schulz_dtype=torch.bfloat16)
+    matrices = [theirs[i].weight for i in (0, 2, 3)]
+    rest = [p for p in theirs.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    adamw = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    train(ours, [optimizer])
+    train(theirs, [muon, adamw])
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        # Newton-Schulz runs in bf16, batched here and one by one there.
+        torch.testing.assert_close(p, q, rtol=0, atol=4e-3 if p.dim() == 2 else 1e-4, msg=name)
+
+
+def test_convolutions_are_flattened() -> None:
+    conv, flat = nn.Conv2d(3, 8, 2, bias=False), nn.Parameter(torch.zeros(8, 12))
+    with torch.no_grad():
+        flat.copy_(conv.weight.flatten(1))
+    conv.weight.grad = torch.randn(8, 3, 2, 2)
+    flat.grad = conv.weight.grad.flatten(1)
+    for parameter in (conv.weight, flat):
+        MuonAdamW([parameter], lr=0.1).step()
+    torch.testing.assert_close(conv.weight.flatten(1), flat)
+
+
+def test_state_dict_round_trip_and_scheduler() -> None:
+    model = network()
+    optimizer = muon_adamw(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    train(model, [optimizer])
+    scheduler.step()
+    twin = copy.deepcopy(model)
+    other = muon_adamw(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, [optimizer])
+    train(twin, [other])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_groups() -> None:
+    model = network()
+    muon, adamw = muon_adamw(model).param_groups
+    assert [tuple(p.shape) for p in muon["params"]] == [(12, 6), (12, 12), (12, 12)]
+    assert sum(p.numel() for p in adamw["params"]) == sum(p.numel() for p in model.parameters()) - 72 - 288
+    convert(model)
+    cores = muon_adamw(model, selection=Selection(exclude=("*",))).param_groups[0]["params"]
+    assert [tuple(p.shape) for p in cores] == [(6, 6), (12, 12), (12, 12)]
+
+
+def test_bad_groups() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"params is \(3,\); must have at least two axes under Muon. Give it algorithm"):
+        MuonAdamW([p])
+    with pytest.raises(UnknownNameError, match="unknown algorithm 'moun'; valid: adamw, muon. Did you mean 'muon'"):
+        MuonAdamW([{"params": [p], "algorithm": "moun"}])
+    with pytest.raises(ConfigError, match="lr is -1; must not be negative"):
+        MuonAdamW([{"params": [p], "algorithm": "adamw"}], lr=-1)
+    with pytest.raises(ConfigError, match=r"momentum is 1.0; must lie in \[0, 1\)"):
+        MuonAdamW([{"params": [p], "algorithm": "adamw"}], momentum=1.0)
