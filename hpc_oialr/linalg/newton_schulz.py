@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None
     steps
         Iterations; 5 is Muon's choice.
     dtype
-        Arithmetic; default float64 for float64, bfloat16 on CUDA, float32 otherwise.
+        Arithmetic; default float64 for float64, otherwise bfloat16 where the hardware multiplies it,
+        else float32.
 
     Returns
     -------
@@ -52,4 +55,11 @@ def _add_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float, alpha: float =
 def _default_dtype(G: Tensor) -> torch.dtype:
     if G.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if G.is_cuda else torch.float32
+    return torch.bfloat16 if G.is_cuda or _fast_bf16_on_cpu() else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _fast_bf16_on_cpu() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(probe()) for probe in (getattr(torch.cpu, name, None) for name in probes) if probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
     for attempt in _attempts(A):
         try:
             result = attempt()
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if all(bool(torch.isfinite(part).all()) for part in result):
             return SVD(*(part.to(dtype).contiguous() for part in result))
@@ -90,4 +91,4 @@ def orthogonality_error(Q: Tensor) -> float:
     Q = Q.detach().to(compute_dtype(Q.dtype))
     gram = Q.mT @ Q
     gram.diagonal().sub_(1)
-    return float(torch.linalg.matrix_norm(gram)) / max(1.0, Q.shape[1] ** 0.5)
+    return float(torch.linalg.matrix_norm(gram)) / max(1.0, math.sqrt(Q.shape[1]))

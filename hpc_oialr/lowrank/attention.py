@@ -52,12 +52,15 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
     def _project(self, q: Tensor, k: Tensor, v: Tensor, *, same: bool) -> tuple[Tensor, Tensor, Tensor]:
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if "in_proj" not in self._modules:
-            layers = (self.q_proj, self.k_proj, self.v_proj)
+            layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
             out = [layer(x) for layer, x in zip(layers, (q, k, v), strict=True)]
         elif same:
-            out = list(self.in_proj(q).chunk(3, dim=-1))
+            out = list(self.get_submodule("in_proj")(q).chunk(3, dim=-1))
         else:
-            out = [_rows(self.in_proj, x, part, self.embed_dim) for part, x in enumerate((q, k, v))]
+            out = [
+                _rows(self.get_submodule("in_proj"), x, part, self.embed_dim)
+                for part, x in enumerate((q, k, v))
+            ]
         q, k, v = (x if b is None else x + b for x, b in zip(out, biases, strict=True))
         return q, k, v
 
@@ -74,7 +77,7 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
         return k, v, extra
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, batched: bool, q: Tensor, extra: int
@@ -127,7 +130,12 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
-PROJECTIONS = {"in_proj_weight": "in_proj", "q_proj_weight": "q_proj", "k_proj_weight": "k_proj", "v_proj_weight": "v_proj"}
+PROJECTIONS = {
+    "in_proj_weight": "in_proj",
+    "q_proj_weight": "q_proj",
+    "k_proj_weight": "k_proj",
+    "v_proj_weight": "v_proj",
+}
 
 
 def unpack(attention: nn.MultiheadAttention) -> FactorisedMultiheadAttention:
@@ -163,6 +171,6 @@ def repack(attention: FactorisedMultiheadAttention) -> nn.MultiheadAttention:
         if layer is not None:
             assert not isinstance(layer, LowRankWeight)
             attention._parameters[parameter] = cast(nn.Parameter, layer.weight)
-    attention.__class__ = nn.MultiheadAttention
+    attention.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     attention._qkv_same_embed_dim = attention._parameters.get("in_proj_weight") is not None
     return attention

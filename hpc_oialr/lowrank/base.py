@@ -11,7 +11,6 @@ from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.execution import prefer_factored
 
 
-
 class LowRankWeight(nn.Module):
     """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
 
@@ -43,7 +42,9 @@ class LowRankWeight(nn.Module):
     crossover: float
 
     @classmethod
-    def adopt(cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: float = 1.0) -> LowRankWeight:
+    def adopt(
+        cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: float = 1.0
+    ) -> LowRankWeight:
         """Turn the dense ``layer`` into this class, with the given factors; its weight is dropped."""
         weight = cast(Tensor, layer._parameters.pop("weight"))
         dense_class = type(layer)

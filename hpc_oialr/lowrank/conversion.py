@@ -87,10 +87,14 @@ def convert(model: nn.Module, selection: Selection | None = None, *, fraction: f
     return sites
 
 
-def make_shell(site: Site, r: int, *, factor_dtype: torch.dtype | None = None, crossover: float = 1.0) -> LowRankWeight:
+def make_shell(
+    site: Site, r: int, *, factor_dtype: torch.dtype | None = None, crossover: float = 1.0
+) -> LowRankWeight:
     """Give ``site`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
     m, n = site.shape
-    zeros = torch.zeros(m * r + r * r + r * n, dtype=compute_dtype(site.weight.dtype), device=site.weight.device)
+    zeros = torch.zeros(
+        m * r + r * r + r * n, dtype=compute_dtype(site.weight.dtype), device=site.weight.device
+    )
     U, S, Vh = zeros.split([m * r, r * r, r * n])
     return convert_site(
         site, U.view(m, r), S.view(r, r), Vh.view(r, n), factor_dtype=factor_dtype, crossover=crossover

@@ -69,7 +69,9 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
     """
     rows = [row for row in json.loads(Path(path).read_text())["rows"] if row["dtype"] == dtype]
     if not rows:
-        raise ConfigError("crossover", str(path), f"must hold rows of dtype {dtype}", fix="Run python -m benchmarks.layer.")
+        raise ConfigError(
+            "crossover", str(path), f"must hold rows of dtype {dtype}", fix="Run python -m benchmarks.layer."
+        )
     costs = [(row["tokens"], row["m"], row["n"], row["r"]) for row in rows]
     flops = np.array([factored_cost(*c) / merged_cost(*c) for c in costs])
     slower = np.log([row["time_ratio"] / row["rebuild_ratio"] for row in rows])

@@ -42,7 +42,7 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
 def _merge_layer(layer: LowRankWeight) -> None:
     weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
     rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
-    layer.__class__ = layer.dense_class
+    layer.__class__ = layer.dense_class  # type: ignore[assignment]
     for attribute in ("dense_class", "dense_shape", "dense_dtype", "crossover"):
         delattr(layer, attribute)
     # The kinds this project knows register their weight before their bias.

@@ -64,7 +64,9 @@ class Selection:
             if kind not in KINDS:
                 raise UnknownNameError("layer kind", kind, KINDS)
         if self.max_aspect < 1:
-            raise ConfigError("max_aspect", self.max_aspect, "must be at least 1", fix="The published code uses 10.")
+            raise ConfigError(
+                "max_aspect", self.max_aspect, "must be at least 1", fix="The published code uses 10."
+            )
         if self.min_dim < 1:
             raise ConfigError("min_dim", self.min_dim, "must be at least 1")
 
@@ -194,6 +196,9 @@ def _unknown_kinds(model: nn.Module) -> dict[str, str]:
             continue
         if parametrize.is_parametrized(module):
             reasons[name] = "its weight is parametrized"
-        elif any(p is not None and p.dim() > 1 and key.startswith("weight") for key, p in module._parameters.items()):
+        elif any(
+            p is not None and p.dim() > 1 and key.startswith("weight")
+            for key, p in module._parameters.items()
+        ):
             reasons[name] = f"unknown kind {type(module).__name__}"
     return reasons

@@ -13,7 +13,7 @@ from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import measured_crossover
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.optim.carry import carry, carry_average, replace_parameter
+from hpc_oialr.optim.carry import carry, carry_average, order_cores, replace_parameter
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 
 
@@ -28,11 +28,17 @@ class BasisChanges:
         Copies of the model with averaged weights, e.g. ``torch.optim.swa_utils.AveragedModel``.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, config: OIALRConfig, averages: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, config: OIALRConfig, averages: Sequence[nn.Module]
+    ) -> None:
         self.optimizer, self.config = optimizer, config
         self.core_lr = CoreLearningRate(optimizer)
         self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
-        self.crossover = config.crossover if not isinstance(config.crossover, str) else measured_crossover(config.crossover)
+        self.crossover = (
+            config.crossover
+            if not isinstance(config.crossover, str)
+            else measured_crossover(config.crossover)
+        )
         self._averages = [self._sites_by_name(average) for average in averages]
         leave_fused_inference(model)
 
@@ -71,8 +77,14 @@ class BasisChanges:
             twin = make_shell(average[site.name], r, factor_dtype=self.factor_dtype, crossover=self.crossover)
             twin.S.requires_grad_(False)
 
+    def order(self, sites: Sequence[Site]) -> None:
+        """Sort what conversions in any order, on any number of processes, have put into the optimizer."""
+        order_cores(self.optimizer, [site.trained for site in sites])
+
     @torch.no_grad()
-    def rotate(self, layer: LowRankWeight, name: str, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool) -> bool:
+    def rotate(
+        self, layer: LowRankWeight, name: str, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool
+    ) -> bool:
         """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; returns whether r changed.
 
         Parameters

@@ -78,7 +78,9 @@ class OIALRConfig:
 
     def _check_stability(self) -> None:
         if self.stability_frequency is not None and self.stability_frequency < 1:
-            raise ConfigError("stability_frequency", self.stability_frequency, "must be at least 1 step, or null")
+            raise ConfigError(
+                "stability_frequency", self.stability_frequency, "must be at least 1 step, or null"
+            )
         if self.stability_threshold is None:
             return
         check_interval("stability_threshold", self.stability_threshold, 0, 1)

@@ -91,7 +91,9 @@ def _compute_agreed(jobs: Sequence[Job], mine: int | None, world: World) -> tupl
     if failure is not None:
         raise failure
     if world.size > 1 and int(failed) > 0:
-        raise NonFiniteError(f"{jobs[int(failed) - 1].name}: no SVD on the process that had to do it; see its log.")
+        raise NonFiniteError(
+            f"{jobs[int(failed) - 1].name}: no SVD on the process that had to do it; see its log."
+        )
     return values, seconds
 
 

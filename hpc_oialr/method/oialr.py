@@ -79,7 +79,9 @@ class OIALR:
         check_optimizer(self.module, optimizer)
         self.sites = trained_sites(select(self.module, self.config.selection), optimizer)
         if not self.sites:
-            raise ModelError("no layer of the model can be converted; the log names the reason for each (level INFO).")
+            raise ModelError(
+                "no layer of the model can be converted; the log names the reason for each (level INFO)."
+            )
         self.t = 0
         self.updates = 0
         self._changes = BasisChanges(self.module, optimizer, self.config, averages)
@@ -162,6 +164,7 @@ class OIALR:
         layers: dict[int, LayerUpdate] = {}
         for result in deal(jobs, self.engine.world):
             layers[result.index] = self._freeze_basis(sites[result.index], result.values, result.seconds)
+        self._changes.order(self.sites)
         self._after_change([site.name for site in sites], reshaped=True)
         return self._report("conversion", _in_order(layers), start, sum(job.size for job in jobs))
 
@@ -216,10 +219,14 @@ class OIALR:
         factors = {name: (layers[name].U, layers[name].S, layers[name].Vh) for name in names}
         check_equal(factors, self.engine.world)
 
-    def _report(self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int) -> UpdateReport:
+    def _report(
+        self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int
+    ) -> UpdateReport:
         width = compute_dtype(self.sites[0].trained.dtype).itemsize
         sent = numbers * width * (self.engine.world.size - 1)
-        return UpdateReport(t=self.t, kind=kind, layers=layers, seconds=time.perf_counter() - start, bytes_sent=sent)
+        return UpdateReport(
+            t=self.t, kind=kind, layers=layers, seconds=time.perf_counter() - start, bytes_sent=sent
+        )
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -250,6 +257,7 @@ class OIALR:
             )
         for name, r in state["r"].items():
             self._take_shape(sites[name], int(r))
+        self._changes.order(self.sites)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._watch.restore(tensors or {}, state["streaks"])
         if state["r"]:
@@ -260,14 +268,18 @@ class OIALR:
         if layer is None:
             self._changes.shell(site, r)
         elif layer.r != r:
-            raise ModelError(f"{site.name} is already low-rank with r = {layer.r}; load into a fresh, dense model.")
+            raise ModelError(
+                f"{site.name} is already low-rank with r = {layer.r}; load into a fresh, dense model."
+            )
 
 
 def _update_job(site: Site) -> Job:
     layer = site.low_rank
     assert layer is not None
     r, dtype = layer.r, compute_dtype(layer.S.dtype)
-    return Job(site.name, lambda: _diagonalise(layer, site.name), r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3)
+    return Job(
+        site.name, lambda: _diagonalise(layer, site.name), r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3
+    )
 
 
 def _diagonalise(layer: LowRankWeight, name: str) -> Tensor:

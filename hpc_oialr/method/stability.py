@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,10 @@ def stability(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor) -> float:
     arXiv 2401.08505, section 3 (there r1 = r2 = k).
     """
     product = ((U1.mT @ U2) * (Vh1 @ Vh2.mT)).sum(dtype=torch.float64)
-    return float(product) / (U1.shape[1] * U2.shape[1]) ** 0.5
+    return float(product) / math.sqrt(U1.shape[1] * U2.shape[1])
 
 
 def rotation_stability(P: Tensor, Qh: Tensor) -> float:
     """Stability between ``(U, Vh)`` and its rotation ``(U P, Qh Vh)``: ``sum(P o Qh^T) / r``."""
-    return float((P * Qh.mT).sum(dtype=torch.float64)) / P.shape[0]
+    product = (P * Qh.mT).sum(dtype=torch.float64)
+    return float(product) / int(P.shape[0])

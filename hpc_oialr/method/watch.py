@@ -101,7 +101,9 @@ class StabilityWatch:
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
         """Take back what :meth:`bases` gave; each process keeps its own layers only."""
         self.streaks = dict(streaks)
-        mine = [name for name, owner in self.owners.items() if owner == self.world.rank and f"{name}.U" in bases]
+        mine = [
+            name for name, owner in self.owners.items() if owner == self.world.rank and f"{name}.U" in bases
+        ]
         self._bases = {name: (bases[f"{name}.U"], bases[f"{name}.Vh"]) for name in mine}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +17,42 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 
 def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put ``new`` in the place of ``old`` in its group, and hand it the state."""
+    """Put ``new`` in the place of ``old`` and hand it the state; a first core goes to the group for cores.
+
+    Only an optimizer with a group marked ``"cores"`` has such a place, see
+    :class:`hpc_oialr.MuonAdamW`; in every other one the groups keep their order and length.
+    """
+    home = next(group for group in optimizer.param_groups if any(p is old for p in group["params"]))
+    cores = next((group for group in optimizer.param_groups if group.get("cores")), home)
+    if cores is home:
+        home["params"] = [new if p is old else p for p in home["params"]]
+    else:
+        home["params"] = [p for p in home["params"] if p is not old]
+        cores["params"].append(new)
+    state = optimizer.state.pop(old, None)
+    if state:
+        optimizer.state[new] = state if home["params"] is cores["params"] else _for_group(state, cores)
+
+
+def _for_group(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """The state another algorithm goes on with: AdamW's first moment is Muon's momentum."""
+    if group["algorithm"] == "muon" and "exp_avg" in state:
+        return {"momentum_buffer": state["exp_avg"]}
+    return state
+
+
+def order_cores(optimizer: Optimizer, order: Sequence[nn.Parameter]) -> None:
+    """Sort the group for cores, so that it does not depend on who was converted first."""
+    position = {id(p): i for i, p in enumerate(order)}
     for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][i] = new
-    if old is not new and old in optimizer.state:
-        optimizer.state[new] = optimizer.state.pop(old)
+        if group.get("cores"):
+            group["params"].sort(key=lambda p: position.get(id(p), len(position)))
 
 
 @torch.no_grad()
-def carry(optimizer: Optimizer, parameter: nn.Parameter, left: Tensor, right: Tensor, *, reset: bool = False) -> None:
+def carry(
+    optimizer: Optimizer, parameter: nn.Parameter, left: Tensor, right: Tensor, *, reset: bool = False
+) -> None:
     """Move the state of ``parameter`` into the basis of ``left`` and ``right``, in place of the old one.
 
     First moment ``M' = left^T M right^T``, second ``V' = (left o left)^T V (right o right)^T``.
@@ -62,7 +89,9 @@ def _move(key: str, value: Tensor, left: Tensor, right: Tensor, reset: bool) -> 
 
 
 def _warn(key: str) -> None:
-    known = f"{', '.join(sorted(FIRST_MOMENTS))} (first moments), {', '.join(sorted(SECOND_MOMENTS))} (second)"
+    known = (
+        f"{', '.join(sorted(FIRST_MOMENTS))} (first moments), {', '.join(sorted(SECOND_MOMENTS))} (second)"
+    )
     warnings.warn(
         f"optimizer state {key!r} is of unknown meaning and is reset to zero when its parameter changes basis; "
         f"known: {known}",
@@ -73,4 +102,6 @@ def _warn(key: str) -> None:
 @torch.no_grad()
 def carry_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
-    return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(value.dtype)
+    return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(
+        value.dtype
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from hpc_oialr.optim.muon import MuonAdamW
+from hpc_oialr.optim.muon import CORE_LR_RATIO, MuonAdamW
 
 ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adafactor")
 
@@ -42,34 +42,30 @@ class CoreLearningRate:
     def _stretch(self, *_: Any) -> None:
         if not self._before:
             return
-        cores = [p for p, _ in self._before]
+        cores: list[Tensor] = [p for p, _ in self._before]
         steps = torch._foreach_sub(cores, [value for _, value in self._before])
-        torch._foreach_mul_(steps, [self.factors[p] - 1.0 for p in cores])
-        torch._foreach_add_(cores, steps)
+        torch._foreach_mul_(steps, [self.factors[p] - 1.0 for p, _ in self._before])
+        torch._foreach_add_(cores, list(steps))
         self._before = []
 
 
 def core_factor(optimizer: Optimizer, core: nn.Parameter, m: int, n: int, scale: float | str) -> float:
     """What the step of a core (r x r) of an m x n weight is multiplied by.
 
-    ``scale`` times what the optimizer's own shape factor loses when m x n becomes r x r. With
-    ``scale="auto"``: 1 for SGD, whose step does not depend on the basis; :func:`adam_scale` for
-    Adam-like optimizers; ``MUON_SCALE`` for Muon.
+    ``scale`` times what Muon's own shape factor loses when m x n becomes r x r. With
+    ``scale="auto"``: 1 for SGD, whose step does not depend on the basis, and for a group of cores,
+    which has a learning rate of its own; :func:`adam_scale` for Adam-like optimizers;
+    ``CORE_LR_RATIO`` for Muon.
     """
     r = core.shape[0]
     group = next(g for g in optimizer.param_groups if any(p is core for p in g["params"]))
-    muon = isinstance(optimizer, Muon) or (isinstance(optimizer, MuonAdamW) and group["algorithm"] == "muon")
-    if muon:
-        factor = MUON_SCALE if isinstance(scale, str) else scale
-        return factor * _muon_shape_factor(group, m, n, r)
+    if isinstance(optimizer, Muon) or (isinstance(optimizer, MuonAdamW) and group["algorithm"] == "muon"):
+        automatic = 1.0 if group.get("cores") else CORE_LR_RATIO
+        return (automatic if isinstance(scale, str) else scale) * _muon_shape_factor(group, m, n, r)
     if not isinstance(scale, str):
         return scale
     adaptive = isinstance(optimizer, MuonAdamW) or type(optimizer).__name__ in ADAPTIVE
     return adam_scale(m, n, r) if adaptive else 1.0
-
-
-# Best of 1, 2, 3 and 4 in benchmarks/results; see the README's table of what was tried.
-MUON_SCALE = 3.0
 
 
 def adam_scale(m: int, n: int, r: int) -> float:

@@ -19,37 +19,62 @@ Group = dict[str, Any]
 ALGORITHMS = ("muon", "adamw")
 
 
+# A core wants a larger step than the dense weight did: best of 1, 1.5, 3 and 6 on validation data,
+# python -m benchmarks.search.
+CORE_LR_RATIO = 1.5
+
+
 def muon_adamw(
     model: nn.Module,
     *,
-    lr: float = 0.02,
+    lr: float = 0.01,
+    core_lr: float | None = None,
     adamw_lr: float = 1e-3,
-    weight_decay: float = 0.01,
+    dense_algorithm: str = "muon",
     selection: Selection | None = None,
     **options: Any,
 ) -> MuonAdamW:
-    """Muon for the weights that can become low-rank, AdamW for every other trained parameter.
+    """Muon for the weights that can become low-rank and for their cores, AdamW for every other parameter.
+
+    Three groups, each with a learning rate that schedulers see: dense matrices, cores (empty until
+    the conversion, then :class:`hpc_oialr.OIALR` moves each core there), and the rest.
 
     Parameters
     ----------
     model
         Dense or already low-rank.
-    lr, adamw_lr
-        Learning rates of the two; Muon's is a step in spectral norm, times sqrt(max(1, m/n)).
+    lr
+        Learning rate of the dense matrices.
+    core_lr
+        Muon's learning rate of the cores; default ``CORE_LR_RATIO`` times ``lr`` under Muon, 0.01 otherwise.
+    adamw_lr
+        Learning rate of the rest.
+    dense_algorithm
+        "muon", or "adamw" for matrices that are still dense: cheaper steps where Newton-Schulz on an
+        m x n matrix would cost more than it gives.
     selection
-        Which weights Muon takes; default all layers :class:`Selection` admits.
+        Which weights count as matrices; default all layers :class:`Selection` admits.
     options
-        Further keyword arguments of :class:`MuonAdamW`.
+        Further keyword arguments of :class:`MuonAdamW`, for all groups.
     """
     matrices = [site.weight for site in select(model, selection)]
-    matrices += [layer.S for layer in low_rank_layers(model).values()]
-    taken = {id(p) for p in matrices}
+    cores = [layer.S for layer in low_rank_layers(model).values()]
+    taken = {id(p) for p in [*matrices, *cores]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    if core_lr is None:
+        core_lr = CORE_LR_RATIO * lr if dense_algorithm == "muon" else 0.01
     groups = [
-        {"params": matrices, "algorithm": "muon", "lr": lr},
-        {"params": rest, "algorithm": "adamw", "lr": adamw_lr},
+        {"params": matrices, "algorithm": dense_algorithm, "lr": lr},
+        {"params": cores, "algorithm": "muon", "lr": core_lr, "cores": True},
+        {"params": [p for p in rest if p.dim() > 1], "algorithm": "adamw", "lr": adamw_lr},
+        {
+            "params": [p for p in rest if p.dim() <= 1],
+            "algorithm": "adamw",
+            "lr": adamw_lr,
+            "weight_decay": 0.0,
+        },
     ]
-    return MuonAdamW([g for g in groups if g["params"]], weight_decay=weight_decay, **options)
+    return MuonAdamW(groups, **options)
 
 
 class MuonAdamW(Optimizer):
@@ -64,6 +89,8 @@ class MuonAdamW(Optimizer):
     ----------
     params
         Groups with a key ``"algorithm"``, ``"muon"`` or ``"adamw"``, and any of the options below.
+        A group with ``"cores": True`` takes the core of every weight of the other groups that is
+        converted, and its momentum with it.
     lr
         Default learning rate of groups without one.
     momentum, nesterov, newton_schulz_steps, newton_schulz_dtype
@@ -71,7 +98,7 @@ class MuonAdamW(Optimizer):
     betas, eps
         AdamW's options.
     weight_decay
-        Decoupled, for both.
+        Decoupled, for both; :func:`muon_adamw` gives parameters with one axis none.
 
     Raises
     ------
@@ -100,6 +127,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         defaults = {
             "algorithm": "muon",
+            "cores": False,
             "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -143,7 +171,9 @@ class MuonAdamW(Optimizer):
             )
             scale = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
             chosen = [params[i] for i in members]
-            torch._foreach_add_(chosen, [d.view_as(p) for d, p in zip(step.unbind(), chosen, strict=True)], alpha=scale)
+            torch._foreach_add_(
+                chosen, [d.view_as(p) for d, p in zip(step.unbind(), chosen, strict=True)], alpha=scale
+            )
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
         """Fold the gradients into the momenta and return what is to be orthogonalised, as matrices."""
@@ -191,5 +221,8 @@ def _check_group(group: Group) -> None:
     if group["algorithm"] == "muon" and any(p.dim() < 2 for p in group["params"]):
         shape = next(tuple(p.shape) for p in group["params"] if p.dim() < 2)
         raise ConfigError(
-            "params", shape, "must have at least two axes under Muon", fix='Give it algorithm="adamw", or use muon_adamw(model).'
+            "params",
+            shape,
+            "must have at least two axes under Muon",
+            fix='Give it algorithm="adamw", or use muon_adamw(model).',
         )

@@ -12,7 +12,7 @@ from hpc_oialr.linalg.newton_schulz import newton_schulz
 def test_singular_values_move_to_about_one(shape: tuple[int, int]) -> None:
     G = torch.randn(*shape, dtype=torch.float64)
     s = torch.linalg.svdvals(newton_schulz(G))
-    assert 0.6 < s.min()
+    assert s.min() > 0.6
     assert s.max() < 1.25
 
 
@@ -29,7 +29,7 @@ def test_agrees_with_torch_muon() -> None:
     theirs = _zeropower_via_newtonschulz(G, (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7)
     ours = newton_schulz(G, dtype=torch.bfloat16)
     assert (ours - theirs.float()).abs().max() < 0.05
-    torch.testing.assert_close(newton_schulz(G), ours, rtol=0, atol=0.05)
+    torch.testing.assert_close(newton_schulz(G, dtype=torch.float32), ours, rtol=0, atol=0.05)
 
 
 def test_commutes_with_rotations() -> None:

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.lowrank.execution import dense_cost, factored_cost, measured_crossover, merged_cost, prefer_factored
+from hpc_oialr.lowrank.execution import (
+    dense_cost,
+    factored_cost,
+    measured_crossover,
+    merged_cost,
+    prefer_factored,
+)
 
 
 def test_square_layer_is_cheaper_below_0_535_k() -> None:

@@ -36,7 +36,10 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]]]] = {
     "cross-attention": (attention(), [(5, 3, 16), (7, 3, 16), (7, 3, 16)]),
     "batch first": (attention(batch_first=True), [(3, 5, 16), (3, 7, 16), (3, 7, 16)]),
     "attention without bias": (attention(bias=False), [(5, 3, 16)]),
-    "bias_kv and zero": (attention(add_bias_kv=True, add_zero_attn=True), [(5, 3, 16), (7, 3, 16), (7, 3, 16)]),
+    "bias_kv and zero": (
+        attention(add_bias_kv=True, add_zero_attn=True),
+        [(5, 3, 16), (7, 3, 16), (7, 3, 16)],
+    ),
     "separate projections": (attention(kdim=10, vdim=6), [(5, 3, 16), (7, 3, 10), (7, 3, 6)]),
 }
 # Errors relative to the largest value; bf16 has 8 bits, and three products instead of one.
@@ -124,7 +127,10 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_masks_and_options(case: str, mask: str) -> None:
     dense, low = pair(case, torch.float64)
-    expected, got = run(dense, case, torch.float64, **MASKS[mask]), run(low, case, torch.float64, **MASKS[mask])
+    expected, got = (
+        run(dense, case, torch.float64, **MASKS[mask]),
+        run(low, case, torch.float64, **MASKS[mask]),
+    )
     assert_close(got[0], expected[0], torch.float64)
     assert_close(got[1], expected[1], torch.float64)
 
@@ -146,7 +152,9 @@ def test_transformer_encoder_inference(padding: bool) -> None:
     x = torch.randn(3, 5, 16)
     mask = torch.arange(5)[None] >= torch.tensor([5, 5, 3])[:, None] if padding else None
     with torch.no_grad():
-        expected = encoder.layers[1](encoder.layers[0](x, src_key_padding_mask=mask), src_key_padding_mask=mask)
+        expected = encoder.layers[1](
+            encoder.layers[0](x, src_key_padding_mask=mask), src_key_padding_mask=mask
+        )
         got = low(x, src_key_padding_mask=mask)
     keep = slice(None) if mask is None else ~mask
     torch.testing.assert_close(got[keep], expected[keep], rtol=0, atol=1e-4)

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_oialr import CumulativeSum, Energy, FixedFraction, NoiseEdge, OIALRConfig, RankLimits, RelativeCutoff, StableRank
+from hpc_oialr import (
+    CumulativeSum,
+    Energy,
+    FixedFraction,
+    NoiseEdge,
+    OIALRConfig,
+    RankLimits,
+    RelativeCutoff,
+    StableRank,
+)
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.noise import marchenko_pastur_median, noise_edge
 
@@ -99,7 +108,10 @@ def test_gradual_cuts() -> None:
         (lambda: OIALRConfig(frequency=0), "frequency is 0; must be a whole number of at least 1"),
         (lambda: OIALRConfig(layer_share_step=0.0), r"layer_share_step is 0.0; must lie in \(0, 1\]"),
         (lambda: OIALRConfig(core_lr_scale=-2.0), 'core_lr_scale is -2.0; must be positive, or "auto"'),
-        (lambda: OIALRConfig(stability_threshold=0.9), "stability_threshold is 0.9; needs measurements. Set stability_freq"),
+        (
+            lambda: OIALRConfig(stability_threshold=0.9),
+            "stability_threshold is 0.9; needs measurements. Set stability_freq",
+        ),
         (lambda: OIALRConfig(stability_frequency=0), "stability_frequency is 0; must be at least 1 step"),
     ],
 )

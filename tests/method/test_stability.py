@@ -10,7 +10,9 @@ from hpc_oialr.method.stability import rotation_stability, stability
 
 
 def basis(m: int, r: int, seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(m, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(
+        torch.randn(m, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ).Q
 
 
 @pytest.mark.parametrize(("r1", "r2"), [(6, 6), (6, 4)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpc_oialr import MuonAdamW
 from hpc_oialr.optim.carry import carry, carry_average, replace_parameter
 
 
@@ -40,7 +41,12 @@ def test_second_moment_is_right_for_uncorrelated_entries() -> None:
     weight = nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))
     optimizer = torch.optim.Adam([weight], amsgrad=True)
     zeros = torch.zeros_like(V)
-    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": zeros, "exp_avg_sq": V, "max_exp_avg_sq": V}
+    optimizer.state[weight] = {
+        "step": torch.tensor(1.0),
+        "exp_avg": zeros,
+        "exp_avg_sq": V,
+        "max_exp_avg_sq": V,
+    }
     carry(optimizer, weight, U, Vh)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], sampled, rtol=0.02, atol=0)
     torch.testing.assert_close(optimizer.state[weight]["max_exp_avg_sq"], sampled, rtol=0.02, atol=0)
@@ -61,7 +67,9 @@ def test_unknown_state_is_reset_with_a_warning_that_names_it() -> None:
     core = nn.Parameter(torch.zeros(4, 4))
     optimizer = torch.optim.SGD([core], momentum=0.9)
     optimizer.state[core] = {"curvature": torch.ones(4, 4), "count": 7, "scalar": torch.tensor(2.0)}
-    with pytest.warns(UserWarning, match="optimizer state 'curvature' is of unknown meaning and is reset to zero"):
+    with pytest.warns(
+        UserWarning, match="optimizer state 'curvature' is of unknown meaning and is reset to zero"
+    ):
         carry(optimizer, core, torch.eye(4)[:, :2], torch.eye(4)[:2])
     assert torch.equal(optimizer.state[core]["curvature"], torch.zeros(2, 2))
     assert optimizer.state[core]["count"] == 7
@@ -79,6 +87,22 @@ def test_reset_zeroes_moments_and_keeps_the_step() -> None:
     assert optimizer.state[core]["step"] == 1
 
 
+def test_a_first_core_moves_to_the_group_for_cores_with_its_momentum() -> None:
+    weight, other = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    optimizer = MuonAdamW([{"params": [weight, other], "algorithm": "adamw"}, {"params": [], "cores": True}])
+    weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    momentum, core = optimizer.state[weight]["exp_avg"].clone(), nn.Parameter(torch.zeros(2, 2))
+    carry(optimizer, weight, torch.eye(4)[:, :2], torch.eye(4)[:2])
+    replace_parameter(optimizer, weight, core)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    assert list(optimizer.state[core]) == ["momentum_buffer"]
+    assert torch.equal(optimizer.state[core]["momentum_buffer"], momentum[:2, :2])
+    core.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert core.any()
+
+
 def test_replacing_keeps_group_order_and_moves_the_state() -> None:
     a, b, c = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
     optimizer = torch.optim.Adam([{"params": [a], "lr": 1.0}, {"params": [b, c], "lr": 2.0}])
@@ -86,6 +110,9 @@ def test_replacing_keeps_group_order_and_moves_the_state() -> None:
     optimizer.step()
     expected, new = copy.deepcopy(dict(optimizer.state[b])), nn.Parameter(torch.zeros(2, 2))
     replace_parameter(optimizer, b, new)
-    assert [p is q for p, q in zip(optimizer.param_groups[1]["params"], (new, c), strict=True)] == [True, True]
+    assert [p is q for p, q in zip(optimizer.param_groups[1]["params"], (new, c), strict=True)] == [
+        True,
+        True,
+    ]
     assert b not in optimizer.state
     assert torch.equal(optimizer.state[new]["exp_avg"], expected["exp_avg"])

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hpc_oialr import MuonAdamW
-from hpc_oialr.optim.core_lr import MUON_SCALE, CoreLearningRate, adam_scale, core_factor
+from hpc_oialr.optim.core_lr import CoreLearningRate, adam_scale, core_factor
+from hpc_oialr.optim.muon import CORE_LR_RATIO
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.1),
@@ -46,7 +47,8 @@ def test_automatic_factors() -> None:
     assert core_factor(torch.optim.AdamW([core]), core, 768, 256, 2.5) == 2.5
     muon = pytest.approx(3**0.5)
     assert core_factor(torch.optim.Muon([core]), core, 768, 256, 1.0) == muon
-    assert core_factor(MuonAdamW([core]), core, 768, 256, "auto") / MUON_SCALE == muon
+    assert core_factor(MuonAdamW([core]), core, 768, 256, "auto") / CORE_LR_RATIO == muon
+    assert core_factor(MuonAdamW([{"params": [core], "cores": True}]), core, 768, 256, "auto") == muon
     assert core_factor(MuonAdamW([core]), core, 256, 768, 1.0) == 1.0
     matched = torch.optim.Muon([core], adjust_lr_fn="match_rms_adamw")
     assert core_factor(matched, core, 768, 256, 1.0) == pytest.approx(12**0.5)

@@ -15,7 +15,9 @@ from hpc_oialr.lowrank import convert
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+    )
 
 
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 5) -> None:
@@ -34,7 +36,9 @@ def test_equals_torch_muon_beside_torch_adamw() -> None:
     matrices = [theirs[i].weight for i in (0, 2, 3)]
     rest = [p for p in theirs.parameters() if all(p is not m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
-    adamw = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    decayed = [p for p in rest if p.dim() > 1]
+    groups = [{"params": decayed}, {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     train(ours, [optimizer])
     train(theirs, [muon, adamw])
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -70,19 +74,28 @@ def test_state_dict_round_trip_and_scheduler() -> None:
 
 def test_groups() -> None:
     model = network()
-    muon, adamw = muon_adamw(model).param_groups
-    assert [tuple(p.shape) for p in muon["params"]] == [(12, 6), (12, 12), (12, 12)]
-    assert sum(p.numel() for p in adamw["params"]) == sum(p.numel() for p in model.parameters()) - 72 - 288
+    optimizer = muon_adamw(model, lr=0.01)
+    matrices, cores, rest, vectors = optimizer.param_groups
+    assert [tuple(p.shape) for p in matrices["params"]] == [(12, 6), (12, 12), (12, 12)]
+    assert cores["params"] == []
+    assert cores["lr"] == pytest.approx(0.015)
+    assert [tuple(p.shape) for p in rest["params"]] == [(3, 12)]
+    assert vectors["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     convert(model)
-    cores = muon_adamw(model, selection=Selection(exclude=("*",))).param_groups[0]["params"]
-    assert [tuple(p.shape) for p in cores] == [(6, 6), (12, 12), (12, 12)]
+    groups = muon_adamw(model, selection=Selection(exclude=("*",))).param_groups
+    assert [tuple(p.shape) for p in groups[1]["params"]] == [(6, 6), (12, 12), (12, 12)]
 
 
 def test_bad_groups() -> None:
     p = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ConfigError, match=r"params is \(3,\); must have at least two axes under Muon. Give it algorithm"):
+    with pytest.raises(
+        ConfigError, match=r"params is \(3,\); must have at least two axes under Muon. Give it algorithm"
+    ):
         MuonAdamW([p])
-    with pytest.raises(UnknownNameError, match="unknown algorithm 'moun'; valid: adamw, muon. Did you mean 'muon'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown algorithm 'moun'; valid: adamw, muon. Did you mean 'muon'"
+    ):
         MuonAdamW([{"params": [p], "algorithm": "moun"}])
     with pytest.raises(ConfigError, match="lr is -1; must not be negative"):
         MuonAdamW([{"params": [p], "algorithm": "adamw"}], lr=-1)

@@ -1,0 +1,30 @@
+"""``oialr resume``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.cli.command_train import finish
+from hpc_oialr.cli.console import add_command, show_warnings
+
+EXAMPLES = """  oialr resume runs/first
+  torchrun --nproc-per-node 2 -m hpc_oialr resume runs/first"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    summary = "go on with a run from its last whole checkpoint"
+    parser = add_command(commands, "resume", summary=summary, examples=EXAMPLES)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Resume, then print the folder and a table."""
+    from hpc_oialr.train.run import resume
+
+    show_warnings()
+    finish(resume(arguments.folder))
+    return 0

@@ -1,0 +1,69 @@
+"""``oialr``: the entry point."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hpc_oialr import __version__
+from hpc_oialr.cli import command_compare, command_data, command_export, command_info, command_recipes
+from hpc_oialr.cli import command_resume, command_train
+from hpc_oialr.cli.console import show_error
+from hpc_oialr.errors import OIALRError
+
+COMMANDS = (
+    command_train,
+    command_compare,
+    command_recipes,
+    command_data,
+    command_resume,
+    command_export,
+    command_info,
+)
+
+EXAMPLES = """examples:
+  oialr recipes
+  oialr train fashion_mnist_vit --train.epochs 1 --out runs/first
+  oialr compare fashion_mnist_vit --own
+  torchrun --nproc-per-node 2 -m hpc_oialr train fashion_mnist_vit
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="oialr",
+        description="Low-rank training that pays.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hpc_oialr {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it succeeded, 2 for what the user can put right, told in one line.
+
+    Settings of a run are left over by the parser and go to ``train`` and ``compare`` only.
+    """
+    parser = make_parser()
+    arguments, settings = parser.parse_known_args(argv)
+    if settings and not getattr(arguments, "takes_settings", False):
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    arguments.settings = settings
+    try:
+        return int(arguments.run(arguments))
+    except OIALRError as error:
+        show_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

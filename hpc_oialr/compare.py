@@ -1,0 +1,171 @@
+"""A recipe and its dense twin: metric against wall time for both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.errors import OIALRError
+from hpc_oialr.processes import World, launch_info
+from hpc_oialr.train.load_config import LoadedConfig, dense_twin
+from hpc_oialr.train.run import train
+
+SIDES = ("dense", "oialr")
+
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two finished runs.
+
+    Attributes
+    ----------
+    folder
+        Holds both run folders and ``compare.json``.
+    result
+        Content of ``compare.json``.
+    curves
+        For each side, (training seconds, metric) of every evaluation.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    curves: dict[str, Curve]
+
+
+def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
+    """Train the dense twin, then the recipe, and compare them.
+
+    Each runs in a fresh process, so that memory and caches of one do not serve the other; started as
+    several processes, both run in them one after the other.
+
+    Parameters
+    ----------
+    loaded
+        The recipe, with the method.
+    folder
+        Gets the run folders ``dense`` and ``oialr``, and ``compare.json``.
+    own
+        The dense twin takes the recipe's ``dense`` settings; otherwise the same ones, so the same steps.
+
+    Raises
+    ------
+    OIALRError
+        If the recipe trains dense anyway, the folder holds a comparison, or a run fails.
+    """
+    if loaded.config.oialr is None:
+        raise OIALRError(
+            "oialr is null: there is nothing to compare a dense run with. Leave out --oialr null."
+        )
+    sides = {"dense": dense_twin(loaded, own=own), "oialr": loaded}
+    if launch_info().size > 1:
+        _run_here(sides, folder)
+    else:
+        _run_fresh(sides, folder)
+    return collect(folder)
+
+
+def collect(folder: Path) -> Comparison:
+    """The comparison of two finished runs ``dense`` and ``oialr``; writes ``compare.json``."""
+    summaries = {
+        side: json.loads((folder / side / "summary.json").read_text(encoding="utf-8")) for side in SIDES
+    }
+    curves = {side: evaluation_curve(folder / side / "metrics.jsonl") for side in SIDES}
+    result = judge(summaries["dense"], summaries["oialr"], curves["dense"])
+    if launch_info().rank == 0:
+        draft = folder / "compare.json.draft"
+        draft.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        draft.replace(folder / "compare.json")
+    return Comparison(folder, result, curves)
+
+
+def judge(dense: Mapping[str, Any], oialr: Mapping[str, Any], dense_curve: Curve) -> dict[str, Any]:
+    """Both summaries, ratios of OIALR to dense, and the difference of the metrics, OIALR minus dense."""
+    keys = {"wall": "wall_s", "peak_memory": "peak_memory_gib", "trainable": "trainable_params"}
+    return {
+        "dense": dict(dense),
+        "oialr": dict(oialr),
+        "ratios": {name: oialr[key] / dense[key] for name, key in keys.items()},
+        "metric_difference": oialr["metric"] - dense["metric"],
+        "dense_metric_at_oialr_wall": metric_at(dense_curve, oialr["wall_s"]),
+    }
+
+
+def metric_at(curve: Curve, wall_s: float) -> float | None:
+    """A curve's metric after ``wall_s`` seconds, between two evaluations by a straight line.
+
+    The first value before the first evaluation, the last one after the last; None for no curve.
+
+    Examples
+    --------
+    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 15.0)
+    0.6
+    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 99.0)
+    0.7
+    """
+    if not curve:
+        return None
+    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+        if before < wall_s <= after:
+            return low + (high - low) * (wall_s - before) / (after - before)
+    return curve[0][1] if wall_s <= curve[0][0] else curve[-1][1]
+
+
+def evaluation_curve(metrics: Path) -> list[tuple[float, float]]:
+    """(training seconds, metric) of every evaluation during a run, in order."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = [row for row in rows if "metric" in row]
+    split = found[0]["split"] if found else None
+    return [(row["wall_s"], row["metric"]) for row in found if row["split"] == split]
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Metric against wall time for both runs; needs matplotlib.
+
+    Raises
+    ------
+    ImportError
+        If there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for side, colour, marker in (("dense", "#0072B2", "o"), ("oialr", "#D55E00", "s")):
+        seconds, metric = zip(*comparison.curves[side], strict=True)
+        share = comparison.result[side]["trainable_params"] / comparison.result["dense"]["trainable_params"]
+        label = "dense" if side == "dense" else f"OIALR, {share:.1%} of the parameters trained at the end"
+        axes.plot(seconds, metric, color=colour, marker=marker, markersize=4, label=label)
+    axes.axvline(comparison.result["oialr"]["wall_s"], color="0.6", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("training time (s)")
+    axes.set_ylabel(comparison.result["dense"]["metric_name"].replace("_", " "))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
+    world = World.from_environment(device=sides["oialr"].config.train.device)
+    try:
+        for side, loaded in sides.items():
+            train(loaded, folder / side, world=world)
+    finally:
+        world.close()
+
+
+def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, loaded in sides.items():
+        recipe = folder / f"{side}.yaml"
+        recipe.write_text(loaded.text, encoding="utf-8")
+        command = [sys.executable, "-m", "hpc_oialr", "train", str(recipe), "--out", str(folder / side)]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise OIALRError(
+                f"the {side} run in {folder / side} failed with exit code {code}; its log says why."
+            )

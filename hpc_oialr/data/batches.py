@@ -1,0 +1,155 @@
+"""Global batches: the same for 1, 2 or 4 processes, and after a resume."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hpc_oialr.data.base import ArrayDataset, Batch
+from hpc_oialr.data.draws import Draw
+from hpc_oialr.errors import ConfigError
+
+
+class GlobalBatches:
+    """Deals a data set to processes in global batches.
+
+    The order of an epoch is a pure function of (seed, epoch). Process p of P gets slice p of every
+    global batch; slices in process order, joined, are the global batch, whatever P is.
+
+    Parameters
+    ----------
+    dataset
+        What to deal.
+    global_batch
+        Samples per step over all processes.
+    world_rank, world_size
+        This process and the number of processes.
+    seed
+        Seed of the order and of the augmentation.
+    shuffle
+        A new order each epoch, with augmentation (training); else the order of the data set, without
+        augmentation (evaluation).
+    drop_last
+        Leave out the tail of an epoch that does not fill a global batch. Kept, it is sliced as evenly
+        as it goes: in evaluation a process may then have one batch fewer than another.
+    num_workers
+        Processes that prepare batches; 0 is best for arrays in memory.
+    pin_memory
+        Put batches into pinned memory, for asynchronous copies to a GPU.
+
+    Raises
+    ------
+    ConfigError
+        The global batch does not divide by the number of processes, is larger than the data set, or
+        a kept tail cannot be dealt evenly in training.
+    """
+
+    def __init__(
+        self,
+        dataset: ArrayDataset,
+        global_batch: int,
+        *,
+        world_rank: int = 0,
+        world_size: int = 1,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.global_batch = dataset, global_batch
+        self.world_rank, self.world_size = world_rank, world_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._check()
+
+    def __len__(self) -> int:
+        """Global batches in an epoch."""
+        full, tail = divmod(len(self.dataset), self.global_batch)
+        return full if self.drop_last or not tail else full + 1
+
+    def order(self, epoch: int) -> Tensor:
+        """Positions in the order of an epoch, int64 [len(dataset)]."""
+        n = len(self.dataset)
+        return Draw(self.seed, epoch).permutation(n) if self.shuffle else torch.arange(n)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This process's part of the batches of one epoch.
+
+        Parameters
+        ----------
+        epoch
+            Index of the epoch, from 0.
+        start
+            Global batches to leave out at the front: the step within the epoch to go on from.
+
+        Yields
+        ------
+        dict of str to Tensor
+            Batches of ``global_batch / world_size`` samples. Torch's global generator is not touched.
+        """
+        draw = Draw(self.seed, epoch) if self.shuffle else None
+        loader = DataLoader(
+            _ByBatch(self.dataset, draw),
+            batch_size=None,
+            sampler=self._slices(epoch, start),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
+        )
+        return cast(Iterator[Batch], iter(loader))
+
+    def _slices(self, epoch: int, start: int) -> Iterator[list[int]]:
+        order, p, size = self.order(epoch), self.world_rank, self.world_size
+        for step in range(start, len(self)):
+            whole = order[step * self.global_batch : (step + 1) * self.global_batch]
+            part = whole[p * len(whole) // size : (p + 1) * len(whole) // size]
+            if len(part):
+                yield part.tolist()
+
+    def _check(self) -> None:
+        batch, size, n = self.global_batch, self.world_size, len(self.dataset)
+        if batch < 1 or batch % size:
+            raise ConfigError(
+                "global_batch",
+                batch,
+                f"must be a positive multiple of the world size, which is {size}",
+                fix=f"Nearest that fits: {max(1, round(batch / size)) * size}.",
+            )
+        if n == 0 or (self.drop_last and batch > n):
+            raise ConfigError("global_batch", batch, f"must not exceed the {n} samples of the data set")
+        tail = n % batch
+        if self.shuffle and not self.drop_last and tail % size:
+            raise ConfigError(
+                "drop_last",
+                False,
+                f"the last {tail} of {n} samples cannot be dealt evenly to {size} processes",
+                fix="Set it to true.",
+            )
+
+
+class _ByBatch(Dataset[Batch]):
+    """Lets the DataLoader ask for a whole slice at once."""
+
+    def __init__(self, dataset: ArrayDataset, draw: Draw | None) -> None:
+        self.dataset, self.draw = dataset, draw
+
+    def __getitem__(self, indices: Any) -> Batch:
+        return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.draw)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """A job's warning signals go to every process; only the trainer answers them."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

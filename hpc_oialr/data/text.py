@@ -1,0 +1,155 @@
+"""A byte-level corpus from a folder of text files: vocabulary 256, nothing to train or download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
+from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data.catalog import describe
+from hpc_oialr.data.draws import SPLIT_SEED, Draw
+from hpc_oialr.errors import ConfigError, DataError
+
+SEPARATOR = b"\0"
+"""Ends each document; does not occur in text."""
+
+
+class ByteSequences(ArrayDataset):
+    """Consecutive sequences of a corpus, without overlap; a rest at the end is left out.
+
+    Parameters
+    ----------
+    corpus
+        Bytes of the documents, each ended by a separator, uint8 [bytes].
+    sequence_length
+        Bytes of a sequence, T.
+    """
+
+    def __init__(self, corpus: Tensor, sequence_length: int) -> None:
+        self.num_bytes = len(corpus)
+        count = self.num_bytes // sequence_length
+        self.sequences = corpus[: count * sequence_length].view(count, sequence_length)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        """``{"input_ids": int64 [B, T], "labels": int64 [B, T]}``, equal: the model shifts them."""
+        tokens = self.sequences.index_select(0, indices).to(torch.int64)
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFolder(DataConfig):
+    """Text files of a folder and all below it, read as bytes and split by document.
+
+    Parameters
+    ----------
+    path
+        The folder; not given: the fetched data set ``python-docs``.
+    patterns
+        Names of the files to take.
+    sequence_length
+        Bytes of a sample.
+    validation_fraction, test_fraction
+        Share of the bytes, in whole documents; the same documents for every seed.
+    limit
+        Use only the first so many training sequences.
+    """
+
+    path: str | None = None
+    patterns: tuple[str, ...] = ("*.txt", "*.rst", "*.md", "*.py")
+    sequence_length: int = 256
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+    limit: int | None = None
+
+    vocab_size: ClassVar[int] = 256
+
+    def __post_init__(self) -> None:
+        self._check_limit()
+        check_fractions(self.validation_fraction, self.test_fraction)
+        if self.sequence_length < 2:
+            raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 2")
+
+    def folder(self) -> Path:
+        """The folder that is read."""
+        return cache_root() / "python-docs" if self.path is None else Path(self.path)
+
+    def files(self) -> list[Path]:
+        """The documents, sorted by path.
+
+        Raises
+        ------
+        DataError
+            No such folder, or no file in it has a fitting name.
+        """
+        folder = self.folder()
+        if not folder.is_dir():
+            fix = (
+                describe("python-docs").fix
+                if self.path is None
+                else "Set data.path to a folder of text files."
+            )
+            raise DataError(f"text folder {folder} does not exist. {fix}")
+        found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
+        if not found:
+            raise DataError(
+                f"text folder {folder} has no file named {' or '.join(self.patterns)}. "
+                "Set data.path or data.patterns."
+            )
+        return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+    def _load(self) -> Splits:
+        files = self.files()
+        sizes = [file.stat().st_size + len(SEPARATOR) for file in files]
+        parts = split_documents(sizes, self.validation_fraction, self.test_fraction)
+        train, validation, test = (self._sequences([files[i] for i in part]) for part in parts)
+        for name, part, wanted in (
+            ("training", train, True),
+            ("validation", validation, self.validation_fraction > 0),
+            ("test", test, self.test_fraction > 0),
+        ):
+            if wanted and not len(part):
+                raise DataError(
+                    f"text folder {self.folder()} is too small: {len(files)} documents of {sum(sizes)} bytes "
+                    f"leave {part.num_bytes} bytes for the {name} part, less than one sequence of "
+                    f"{self.sequence_length}. Add text, or lower data.sequence_length or the fractions."
+                )
+        return Splits(train, validation if len(validation) else None, test if len(test) else None)
+
+    def _sequences(self, files: Iterable[Path]) -> ByteSequences:
+        joined = b"".join(file.read_bytes() + SEPARATOR for file in files)
+        return ByteSequences(torch.from_numpy(np.frombuffer(joined, np.uint8).copy()), self.sequence_length)
+
+
+def split_documents(
+    sizes: Sequence[int], validation_fraction: float, test_fraction: float
+) -> tuple[list[int], list[int], list[int]]:
+    """Deal documents to training, validation and test by bytes, in a fixed random order.
+
+    Test takes documents until it has its share, then validation; training gets the rest. A share
+    of zero gets none.
+
+    Returns
+    -------
+    three lists of int
+        Indices of the documents, ascending.
+    """
+    waiting = Draw(SPLIT_SEED).permutation(len(sizes)).tolist()
+    total, parts = sum(sizes), []
+    for fraction in (test_fraction, validation_fraction):
+        part: list[int] = []
+        taken = 0
+        while waiting and taken < fraction * total:
+            part.append(waiting.pop())
+            taken += sizes[part[-1]]
+        parts.append(sorted(part))
+    return sorted(waiting), parts[1], parts[0]

@@ -1,0 +1,258 @@
+"""Forecasting windows from a CSV, in the form that transformers' Autoformer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
+from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data.catalog import describe
+from hpc_oialr.data.csv_series import SeriesTable, read_series
+from hpc_oialr.data.draws import Draw
+from hpc_oialr.errors import ConfigError, DataError
+
+_CALENDAR_FEATURES = 4
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series, standardised by the mean and standard deviation of its training part.
+
+    Parameters
+    ----------
+    name
+        Its id and column.
+    values
+        Standardised, 0 where nothing was observed, float32 [steps].
+    observed
+        1 or 0, float32 [steps].
+    calendar
+        Time features in [-0.5, 0.5], float32 [steps, features]; None without a time column.
+    bounds
+        Steps at which training and validation end.
+    mean, std
+        ``original = values * std + mean``.
+    """
+
+    name: str
+    values: Tensor
+    observed: Tensor
+    calendar: Tensor | None
+    bounds: tuple[int, int]
+    mean: float
+    std: float
+
+
+class SeriesWindows(ArrayDataset):
+    """Windows of past and future over some series; index views, only a batch is copied.
+
+    Parameters
+    ----------
+    series
+        The series.
+    starts
+        First steps of each series' windows.
+    past, future
+        Length of the two parts of a window, in steps.
+    """
+
+    def __init__(self, series: Sequence[Series], starts: Sequence[range], *, past: int, future: int) -> None:
+        self.series, self.past = tuple(series), past
+        offsets = np.cumsum([0, *(len(one.values) for one in series)])
+        shifted = [np.arange(r.start, r.stop) + o for r, o in zip(starts, offsets, strict=False)]
+        self.starts = torch.from_numpy(np.concatenate(shifted).astype(np.int64))
+        length = past + future
+        # unfold makes [steps - length + 1, length] views of the joined series.
+        self._values = torch.cat([one.values for one in series]).unfold(0, length, 1)
+        self._observed = torch.cat([one.observed for one in series]).unfold(0, length, 1)
+        calendars = [one.calendar for one in series if one.calendar is not None]
+        self._calendar = torch.cat(calendars).unfold(0, length, 1) if calendars else None
+        self._age = torch.linspace(-0.5, 0.5, length)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        """Windows as float32 tensors with the names of transformers' ``AutoformerForPrediction``.
+
+        ``past_values``, ``past_observed_mask`` [B, past]; ``past_time_features`` [B, past, features];
+        ``future_values``, ``future_observed_mask`` [B, future]; ``future_time_features`` [B, future,
+        features].
+        """
+        starts = self.starts.index_select(0, indices)
+        arrays = {
+            "values": self._values[starts],
+            "observed_mask": self._observed[starts],
+            "time_features": self._time_features(starts),
+        }
+        past = {f"past_{name}": array[:, : self.past] for name, array in arrays.items()}
+        return past | {f"future_{name}": array[:, self.past :] for name, array in arrays.items()}
+
+    def _time_features(self, starts: Tensor) -> Tensor:
+        age = self._age.expand(len(starts), -1, -1)
+        if self._calendar is None:
+            return age
+        return torch.cat((self._calendar[starts].transpose(1, 2), age), dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSeriesCSV(DataConfig):
+    """Windows over the series of a CSV; each value column (of each id) is a series of its own.
+
+    The split is by time: the first steps train, the last test. A window belongs to the part that its
+    whole future lies in; its past may reach back into the part before.
+
+    Parameters
+    ----------
+    path
+        The CSV, or a folder with one; not given: the fetched data set ``taylor-30-min``.
+    columns
+        Value columns.
+    id_column
+        Column that tells series apart.
+    timestamp_column
+        Column of ISO 8601 times, ascending. With it, each step has features for time of day, day of
+        week, day of month and day of year beside its age in the window; without it, the age alone.
+    context_length
+        Steps the model sees, without its lags.
+    horizon
+        Steps to forecast.
+    lags_sequence
+        How far back the model's lagged inputs reach; a window has ``max(lags_sequence)`` more past steps.
+    validation_fraction, test_fraction
+        Share of the steps of each series.
+    limit
+        Use only the first so many training windows.
+    """
+
+    path: str | None = None
+    columns: tuple[str, ...] = ("value",)
+    id_column: str | None = None
+    timestamp_column: str | None = None
+    context_length: int = 96
+    horizon: int = 24
+    lags_sequence: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+    limit: int | None = None
+
+    input_size: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        self._check_limit()
+        check_fractions(self.validation_fraction, self.test_fraction)
+        for name in ("context_length", "horizon"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}", getattr(self, name), "must be at least 1")
+        if not self.columns:
+            raise ConfigError("data.columns", self.columns, "must name at least one value column")
+        if not self.lags_sequence or min(self.lags_sequence) < 1:
+            raise ConfigError("data.lags_sequence", self.lags_sequence, "must hold lags of at least 1 step")
+
+    @property
+    def past_length(self) -> int:
+        """Past steps of a window: the context and what the lags look back to."""
+        return self.context_length + max(self.lags_sequence)
+
+    @property
+    def num_time_features(self) -> int:
+        """Features of each step."""
+        return 1 + (_CALENDAR_FEATURES if self.timestamp_column else 0)
+
+    def file(self) -> Path:
+        """The CSV that is read.
+
+        Raises
+        ------
+        DataError
+            There is no such file, or a folder without exactly one CSV.
+        """
+        path = cache_root() / "taylor-30-min" if self.path is None else Path(self.path)
+        found = sorted(path.glob("*.csv")) if path.is_dir() else [path] * path.is_file()
+        if len(found) == 1:
+            return found[0]
+        fix = describe("taylor-30-min").fix if self.path is None else "Set data.path to a CSV file."
+        what = f"holds {len(found)} CSV files, not one" if path.is_dir() else "does not exist"
+        raise DataError(f"time series {path} {what}. {fix}")
+
+    def _load(self) -> Splits:
+        path = self.file()
+        tables = read_series(
+            path, self.columns, id_column=self.id_column, timestamp_column=self.timestamp_column
+        )
+        series = [one for name, table in tables.items() for one in self._standardised(path, name, table)]
+        return Splits(
+            self._windows(path, series, 0),
+            self._windows(path, series, 1) if self.validation_fraction else None,
+            self._windows(path, series, 2) if self.test_fraction else None,
+        )
+
+    def _standardised(self, path: Path, name: str, table: SeriesTable) -> list[Series]:
+        steps = len(table.values[0])
+        test_at = steps - round(self.test_fraction * steps)
+        bounds = (test_at - round(self.validation_fraction * steps), test_at)
+        calendar = calendar_features(table.times) if table.times else None
+        made = []
+        for column, raw in zip(self.columns, table.values, strict=True):
+            values = np.asarray(raw, dtype=np.float64)
+            label = f"{name}/{column}" if name else column
+            made.append(_standardise(path, label, values, calendar, bounds))
+        return made
+
+    def _windows(self, path: Path, series: Sequence[Series], part: int) -> SeriesWindows:
+        """All windows whose future lies within part 0 (training), 1 (validation) or 2 (test)."""
+        starts = []
+        for one in series:
+            edges = (0, *one.bounds, len(one.values))
+            first = max(0, edges[part] - self.past_length)
+            starts.append(range(first, max(first, edges[part + 1] - self.past_length - self.horizon + 1)))
+        if not any(starts):
+            name, longest = ("training", "validation", "test")[part], max(len(one.values) for one in series)
+            raise DataError(
+                f"{path} is too short: its longest series has {longest} steps, and its {name} part no room "
+                f"for a window of {self.past_length} past and {self.horizon} future steps. "
+                "Lower data.context_length, data.lags_sequence or data.horizon, or change the fractions."
+            )
+        return SeriesWindows(series, starts, past=self.past_length, future=self.horizon)
+
+
+def calendar_features(times: Sequence[datetime]) -> Tensor:
+    """Time of day, day of week, of month and of year, each in [-0.5, 0.5], float32 [steps, 4].
+
+    Examples
+    --------
+    >>> calendar_features([datetime(2000, 1, 3, 12)])
+    tensor([[ 0.0000, -0.5000, -0.4333, -0.4945]])
+    """
+    rows = [
+        (
+            (t.hour * 3600 + t.minute * 60 + t.second) / 86400 - 0.5,
+            t.weekday() / 6 - 0.5,
+            (t.day - 1) / 30 - 0.5,
+            (t.timetuple().tm_yday - 1) / 365 - 0.5,
+        )
+        for t in times
+    ]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _standardise(
+    path: Path, name: str, values: NDArray[np.float64], calendar: Tensor | None, bounds: tuple[int, int]
+) -> Series:
+    seen = ~np.isnan(values)
+    training = values[: bounds[0]][seen[: bounds[0]]]
+    if not len(training):
+        raise DataError(f"{path}: series {name} has no value in its training part of {bounds[0]} steps.")
+    mean, std = float(training.mean()), float(training.std()) or 1.0
+    scaled = np.where(seen, (values - mean) / std, 0.0).astype(np.float32)
+    observed = torch.from_numpy(seen.astype(np.float32))
+    return Series(name, torch.from_numpy(scaled), observed, calendar, bounds, mean, std)

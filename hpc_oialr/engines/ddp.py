@@ -1,0 +1,123 @@
+"""DistributedDataParallel around a module whose parameters are replaced now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc_oialr.engines.base import Engine
+from hpc_oialr.processes import World
+
+Hook = tuple[Callable[..., Any], object]
+
+
+class DDPEngine(Engine):
+    """Averages the gradients of what is trained, and of nothing else, while they are computed.
+
+    Parameters
+    ----------
+    world
+        The processes.
+    find_unused_parameters, gradient_as_bucket_view, bucket_cap_mb
+        As in ``DistributedDataParallel``. Bucket views save one copy of the gradients.
+
+    Notes
+    -----
+    Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
+    any trained parameter is not wrapped.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        find_unused_parameters: bool = False,
+        gradient_as_bucket_view: bool = True,
+        bucket_cap_mb: float = 25,
+    ) -> None:
+        self.world = world
+        self._options: dict[str, Any] = {
+            "process_group": world.group,
+            "find_unused_parameters": find_unused_parameters,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+            "bucket_cap_mb": bucket_cap_mb,
+        }
+        self._hooks: list[Hook] = []
+        self._broadcast_buffers = True
+        self._wrapped: DistributedDataParallel | None = None
+
+    @classmethod
+    def adopting(cls, model: DistributedDataParallel) -> DDPEngine:
+        """An engine that goes on with a wrapper its user made: same group, devices, options and hooks."""
+        engine = cls(World.current(model.process_group))
+        engine._options = _options_of(model)
+        engine._hooks = list(model._comm_hooks)
+        engine._broadcast_buffers = model.broadcast_buffers
+        engine._wrapped = model
+        return engine
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module in a wrapper; if it was adopted in one, that wrapper."""
+        if self._wrapped is not None and self._wrapped.module is module:
+            return self._wrapped
+        if not _trained(module):
+            self._send_initial(module)
+        return self._make(module, init_sync=True)
+
+    def rewrap(self, module: nn.Module) -> nn.Module:
+        """A new wrapper; the old one's hooks are taken off first, or gradients would be summed twice."""
+        return self._make(module, init_sync=False)
+
+    def _make(self, module: nn.Module, *, init_sync: bool) -> nn.Module:
+        self._detach()
+        if not _trained(module):
+            return module
+        self._wrapped = DistributedDataParallel(module, init_sync=init_sync, **self._options)
+        # Set afterwards: the argument's name differs between versions of torch.
+        self._wrapped.broadcast_buffers = self._broadcast_buffers
+        for hook, state in self._hooks:
+            self._wrapped.register_comm_hook(state, hook)
+        return self._wrapped
+
+    def _detach(self) -> None:
+        if self._wrapped is not None:
+            # The autograd nodes of parameters that stay call an old reducer until it is taken off.
+            self._wrapped.reducer._remove_autograd_hooks()
+            self._wrapped = None
+
+    @torch.no_grad()
+    def _send_initial(self, module: nn.Module) -> None:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            work = self.world.broadcast(tensor.data, src=0)
+            if work is not None:
+                work.wait()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The module inside."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """``DistributedDataParallel.no_sync``."""
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _options_of(model: DistributedDataParallel) -> dict[str, Any]:
+    return {
+        "process_group": model.process_group,
+        "device_ids": model.device_ids,
+        "output_device": model.output_device,
+        "dim": model.dim,
+        "find_unused_parameters": model.find_unused_parameters,
+        "gradient_as_bucket_view": model.gradient_as_bucket_view,
+        "static_graph": model.static_graph,
+        "bucket_cap_mb": model.bucket_bytes_cap / 1024**2,
+    }

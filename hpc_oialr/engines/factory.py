@@ -1,0 +1,54 @@
+"""Which engine a run gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.ddp import DDPEngine
+from hpc_oialr.engines.single import SingleEngine
+from hpc_oialr.errors import ModelError
+from hpc_oialr.processes import World
+
+_OTHER_WRAPPERS = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def make_engine(world: World, **ddp_options: Any) -> Engine:
+    """The engine of a number of processes: none needed for one, :class:`DDPEngine` for more.
+
+    Parameters
+    ----------
+    ddp_options
+        Keyword arguments of :class:`DDPEngine`.
+    """
+    return SingleEngine(world) if world.size == 1 else DDPEngine(world, **ddp_options)
+
+
+def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
+    """The engine that a user's model implies, and the module inside.
+
+    A model in ``DistributedDataParallel`` keeps its group and options; a plain one gets the process
+    group that exists, or none. A collective call where there are several processes.
+
+    Raises
+    ------
+    ModelError
+        If the model is wrapped in something whose parameters cannot be replaced.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return DDPEngine.adopting(model), model.module
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        raise ModelError(
+            "the model is torch.compile around DistributedDataParallel, which is rebuilt when shapes change; "
+            "compile the module first, then wrap it."
+        )
+    wrappers = _OTHER_WRAPPERS & {kind.__name__ for kind in type(model).__mro__}
+    if wrappers:
+        raise ModelError(
+            f"the model is wrapped in {wrappers.pop()}; must be plain or in DistributedDataParallel. "
+            "Pass the plain module: the process group is found by itself."
+        )
+    return make_engine(World.current()), model

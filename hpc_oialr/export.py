@@ -1,0 +1,132 @@
+"""A run's model as safetensors: dense, for the stock class, or with its factors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hpc_oialr.errors import CheckpointError
+from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select
+from hpc_oialr.lowrank.conversion import leave_fused_inference, make_shell
+from hpc_oialr.processes import World
+from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.load_config import load_config
+
+Format = Literal["dense", "lowrank"]
+FORMATS: tuple[Format, ...] = ("dense", "lowrank")
+
+
+def export(run: Path, form: Format, *, out: Path | None = None, step: int | None = None) -> Path:
+    """Write a checkpoint's model into a folder ``RUN/export/dense`` or ``RUN/export/lowrank``.
+
+    Parameters
+    ----------
+    run
+        Folder of a run.
+    form
+        "dense": ``model.safetensors`` with the original names and, for a transformers model,
+        ``config.json``, so that its class's ``from_pretrained`` loads the folder. "lowrank": factors as
+        ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and ``lowrank.json`` with r and the shape of every layer.
+    out
+        Another folder.
+    step
+        Checkpoint to take; default the last.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no such checkpoint, or it is damaged.
+    """
+    model = load_model(run, step=step)
+    target = out or run / "export" / form
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    if form == "lowrank":
+        (draft / "lowrank.json").write_text(json.dumps(_shapes(model), indent=2), encoding="utf-8")
+    else:
+        model = merge(model, inplace=True)
+    save_file(_untied(model), draft / "model.safetensors", metadata={"format": "pt"})
+    if hasattr(model, "config"):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(draft)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.replace(target)
+    return target
+
+
+def load_model(run: Path, *, step: int | None = None) -> nn.Module:
+    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay so.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no such checkpoint, or it is damaged.
+    """
+    world = World.single("cpu")
+    store = CheckpointStore(run / "checkpoints", world)
+    chosen = _choose(store, step)
+    state = store.read_state(chosen)
+    model = build_model(load_config(run / "config.yaml").config, state)
+    with torch.no_grad():
+        store.read_into(chosen, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval()
+
+
+def build_model(config: RunConfig, state: dict[str, Any]) -> nn.Module:
+    """A model of a checkpoint's structure, its values still to be filled in; no data are needed."""
+    example = {
+        key: torch.zeros(shape, dtype=getattr(torch, dtype))
+        for key, (shape, dtype) in state["example"].items()
+    }
+    model = config.model.build(example)
+    model.to(torch.float64 if config.train.precision == "float64" else torch.float32)
+    ranks: dict[str, int] = state["controller"]["r"]
+    leave_fused_inference(model)
+    method = config.oialr
+    factor_dtype = getattr(torch, method.factor_dtype) if method and method.factor_dtype else None
+    for site in select(model, method.selection if method else Selection()):
+        if site.name in ranks:
+            make_shell(site, ranks[site.name], factor_dtype=factor_dtype)
+    return model
+
+
+def _choose(store: CheckpointStore, step: int | None) -> int:
+    if step is None:
+        step = store.latest()
+        if step is None:
+            raise CheckpointError(
+                f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
+            )
+        return step
+    if step not in store.steps():
+        held = ", ".join(map(str, store.steps())) or "none"
+        raise CheckpointError(f"{store.folder} holds no checkpoint of step {step}; there are: {held}.")
+    damage = store.damage(step)
+    if damage:
+        raise CheckpointError(f"{store.path(step)} is damaged ({damage}); choose another --step.")
+    return step
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    layers = low_rank_layers(model)
+    described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers.items()}
+    return {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of tied weights, which the stock class ties again itself."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name not in tied}

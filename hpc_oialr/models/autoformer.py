@@ -1,0 +1,102 @@
+"""Forecasting of time series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.models.base import (
+    Batch,
+    ModelConfig,
+    check_at_least,
+    check_divides,
+    quiet_transformers,
+    require_input,
+)
+
+
+@dataclass(kw_only=True)
+class Autoformer(ModelConfig):
+    """``transformers.AutoformerForPrediction``, a normal distribution at its end. arXiv 2106.13008.
+
+    Horizon, context, series and time features come from the data.
+
+    Parameters
+    ----------
+    dim
+        Width.
+    encoder_layers, decoder_layers
+        Layers.
+    heads
+        Attention heads of encoder and decoder.
+    mlp_dim
+        Width of the hidden layer of a block.
+    lags
+        Steps back that each time step sees besides the context; the data must reach back by the largest.
+    moving_average
+        Window of the trend (time steps, odd).
+    label_length
+        Time steps of the context from which the decoder starts.
+    dropout
+        Probability, in hidden layers and attention.
+    """
+
+    float64 = False
+
+    dim: int = 512
+    encoder_layers: int = 2
+    decoder_layers: int = 1
+    heads: int = 8
+    mlp_dim: int = 2048
+    lags: tuple[int, ...] = (1,)
+    moving_average: int = 25
+    label_length: int = 48
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_at_least(1, encoder_layers=self.encoder_layers, decoder_layers=self.decoder_layers, heads=self.heads)
+        check_divides("dim", self.dim, "heads", self.heads)
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+        if not self.lags or min(self.lags) < 1:
+            raise ConfigError("lags", self.lags, "must hold at least one whole number of at least 1")
+        if self.moving_average % 2 == 0:
+            raise ConfigError("moving_average", self.moving_average, "must be odd")
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model for series and windows like those of ``example``."""
+        past = require_input(example, "past_values", "Autoformer", "time series")
+        context = past.shape[1] - max(self.lags)
+        if context < max(self.label_length, 1):
+            rule = f"must be at most {context}, the data's past of {past.shape[1]} time steps less the largest lag"
+            raise ConfigError("label_length", self.label_length, rule)
+        quiet_transformers()
+        from transformers import AutoformerConfig, AutoformerForPrediction
+
+        config = AutoformerConfig(
+            prediction_length=example["future_values"].shape[1],
+            context_length=context,
+            input_size=1 if past.dim() == 2 else past.shape[2],
+            num_time_features=example["past_time_features"].shape[2],
+            distribution_output="normal",
+            lags_sequence=list(self.lags),
+            scaling="std",
+            d_model=self.dim,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            encoder_attention_heads=self.heads,
+            decoder_attention_heads=self.heads,
+            encoder_ffn_dim=self.mlp_dim,
+            decoder_ffn_dim=self.mlp_dim,
+            dropout=self.dropout,
+            attention_dropout=self.dropout,
+            activation_dropout=self.dropout,
+            encoder_layerdrop=0.0,
+            decoder_layerdrop=0.0,
+            label_length=self.label_length,
+            moving_average=self.moving_average,
+            use_cache=False,
+        )
+        model: nn.Module = AutoformerForPrediction(config)
+        return model

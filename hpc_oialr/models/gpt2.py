@@ -1,0 +1,66 @@
+"""Language model on bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hpc_oialr.errors import check_interval
+from hpc_oialr.models.base import (
+    Batch,
+    ModelConfig,
+    check_at_least,
+    check_divides,
+    quiet_transformers,
+    require_input,
+)
+
+
+@dataclass(kw_only=True)
+class GPT2(ModelConfig):
+    """``transformers.GPT2LMHeadModel`` with one token per byte value.
+
+    Parameters
+    ----------
+    dim, depth, heads
+        Width, layers and attention heads.
+    vocabulary
+        Tokens; 256 for bytes.
+    dropout
+        Probability, in embeddings, residuals and attention.
+    """
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    vocabulary: int = 256
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, depth=self.depth, heads=self.heads, vocabulary=self.vocabulary)
+        check_divides("dim", self.dim, "heads", self.heads)
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model; its context is the data's sequence length."""
+        tokens = require_input(example, "input_ids", "GPT2", "text")
+        quiet_transformers()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            vocab_size=self.vocabulary,
+            n_positions=tokens.shape[1],
+            n_embd=self.dim,
+            n_layer=self.depth,
+            n_head=self.heads,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        model: nn.Module = GPT2LMHeadModel(config)
+        return model

@@ -1,0 +1,248 @@
+"""Who am I, of how many, and where do we meet: read from what the launcher has set.
+
+The one place of the package that reads environment variables of launchers. All functions are pure:
+they take a mapping and touch nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_count
+
+# Slurm gives steps that are no srun (batch script, interactive shell) the highest 32-bit numbers.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+# Below the ephemeral range (32768-60999), from which the kernel hands out ports to anybody.
+_FIRST_PORT, _PORTS = 20_000, 12_768
+_SECRET = re.compile(r"TOKEN|KEY|PASSW|SECRET|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
+_RECORDED = re.compile(
+    r"(OMP|MKL|NCCL|GLOO|UCX|OMPI_MCA|HDF5|TORCH|PYTORCH|OIALR)_\w+|CUDA_VISIBLE_DEVICES|MASTER_(ADDR|PORT)"
+    r"|SLURM_(JOB_(ID|NAME|NODELIST|PARTITION|NUM_NODES)|NTASKS|NNODES|TASKS_PER_NODE|CPUS_PER_TASK|GPUS_PER_NODE"
+    r"|STEP_ID|RESTART_COUNT|ARRAY_JOB_ID|ARRAY_TASK_ID|CLUSTER_NAME)"
+)
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """One process's place among all.
+
+    Attributes
+    ----------
+    rank, size
+        This process and how many there are.
+    local_rank, local_size
+        The same among the processes of its node.
+    launcher
+        "single", "torchrun", "slurm" or "mpi".
+    master_addr, master_port
+        Where process 0 listens.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+    master_addr: str
+    master_port: int
+
+    def __post_init__(self) -> None:
+        _check_place("rank", self.rank, self.size, self.launcher)
+        _check_place("local rank", self.local_rank, self.local_size, self.launcher)
+        if self.local_size > self.size:
+            raise WorldError(
+                f"{self.launcher} gives {self.local_size} processes on this node but {self.size} in all; a "
+                "node cannot hold more than all. Unset stale RANK, WORLD_SIZE, SLURM_* or OMPI_* variables."
+            )
+
+
+def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+    """Find the launcher and this process's place, from ``os.environ`` by default.
+
+    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then mpirun, whose daemons may
+    themselves be a Slurm step; then srun. A shell inside an allocation, without srun, is one process.
+
+    Raises
+    ------
+    WorldError
+        If variables are missing or contradict each other.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env:
+        return _from_torchrun(env)
+    if _number(env, "OMPI_COMM_WORLD_SIZE", 0) > 1 or ("OMPI_COMM_WORLD_SIZE" in env and not in_step(env)):
+        return _from_open_mpi(env)
+    if _number(env, "PMI_SIZE", 0) > 1:
+        return _from_pmi(env)
+    if in_step(env):
+        return _from_slurm(env)
+    return _single(env)
+
+
+def in_step(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether srun started this process; False in a batch script and in an ``salloc`` shell."""
+    env = os.environ if environ is None else environ
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
+    return step is not None and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def node_name(environ: Mapping[str, str] | None = None) -> str:
+    """This node's name; Slurm's where there is one, since several of its nodes may share a host."""
+    env = os.environ if environ is None else environ
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def gpus_per_node(environ: Mapping[str, str] | None = None) -> int | None:
+    """GPUs of this node that Slurm gave to the job, if it says so (``4`` or ``a100:4``)."""
+    env = os.environ if environ is None else environ
+    return gpu_count(env.get("SLURM_GPUS_PER_NODE", ""))
+
+
+def recorded_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that change how a run behaves, for its record; nothing whose name hints at a secret."""
+    env = os.environ if environ is None else environ
+    return {name: env[name] for name in sorted(env) if _RECORDED.fullmatch(name) and not _SECRET.search(name)}
+
+
+def _single(env: Mapping[str, str]) -> LaunchInfo:
+    if _number(env, "WORLD_SIZE", 1) > 1:
+        raise WorldError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set; both must be, or none. Start with "
+            "torchrun, srun or mpirun, or unset WORLD_SIZE."
+        )
+    return LaunchInfo(0, 1, 0, 1, "single", "127.0.0.1", _port(env, "single"))
+
+
+def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    tasks = _step_tasks(env) if in_step(env) else 1
+    if size == 1 and tasks > 1 and "TORCHELASTIC_RUN_ID" not in env:
+        raise WorldError(
+            f"WORLD_SIZE is 1 but srun started {tasks} tasks; every task would train alone, into the same "
+            "folder. Unset RANK and WORLD_SIZE, or start with torchrun."
+        )
+    if size == 1:
+        return LaunchInfo(rank, 1, 0, 1, "torchrun", "127.0.0.1", _port(env, "torchrun"))
+    local_rank = _number(env, "LOCAL_RANK")
+    local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1)
+    address = _required(env, "MASTER_ADDR", "must name the host of process 0")
+    _required(env, "MASTER_PORT", "must be a port that is free on the host of process 0")
+    return LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, _port(env, "torchrun"))
+
+
+def _from_open_mpi(env: Mapping[str, str]) -> LaunchInfo:
+    rank, size = _number(env, "OMPI_COMM_WORLD_RANK"), _number(env, "OMPI_COMM_WORLD_SIZE")
+    local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+    local_size = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    address = _mpi_address(env, size, local_size)
+    port = _port(env, env.get("PMIX_NAMESPACE", "mpi"))
+    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, port)
+
+
+def _from_pmi(env: Mapping[str, str]) -> LaunchInfo:
+    """MPICH, Intel MPI and ``srun --mpi=pmi2``; the last is told apart by its agreement with Slurm."""
+    rank, size = _number(env, "PMI_RANK"), _number(env, "PMI_SIZE")
+    if in_step(env) and (rank, size) == (_number(env, "SLURM_PROCID"), _step_tasks(env)):
+        return _from_slurm(env)
+    local_rank, local_size = _number(env, "MPI_LOCALRANKID"), _number(env, "MPI_LOCALNRANKS")
+    address = _mpi_address(env, size, local_size)
+    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, _port(env, "mpi"))
+
+
+def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
+    rank, size, node = _number(env, "SLURM_PROCID"), _step_tasks(env), _number(env, "SLURM_NODEID")
+    _check_world_size(env, size)
+    counts = expand_counts(_first_of(env, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
+    if node >= len(counts) or sum(counts) != size:
+        raise WorldError(
+            f"Slurm gives {size} tasks, and tasks per node {counts} seen from node {node}; their sum must be "
+            "the number of tasks. Start every process by one srun."
+        )
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if len(counts) == 1 else _slurm_address(env))
+    port = _port(env, f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}")
+    return LaunchInfo(rank, size, _number(env, "SLURM_LOCALID"), counts[node], "slurm", address, port)
+
+
+def _check_world_size(env: Mapping[str, str], size: int) -> None:
+    """Many batch scripts export WORLD_SIZE for srun; it must be the truth."""
+    if _number(env, "WORLD_SIZE", size) != size:
+        raise WorldError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but srun started {size} tasks; they must agree. Remove "
+            "WORLD_SIZE from the batch script (it is not needed), or correct --ntasks."
+        )
+
+
+def _step_tasks(env: Mapping[str, str]) -> int:
+    return int(_first_of(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+
+
+def _slurm_address(env: Mapping[str, str]) -> str:
+    nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    return expand_nodes(nodes)[0]
+
+
+def _mpi_address(env: Mapping[str, str], size: int, local_size: int) -> str:
+    if "MASTER_ADDR" in env:
+        return env["MASTER_ADDR"]
+    if size == local_size:
+        return "127.0.0.1"
+    if "SLURM_JOB_NODELIST" in env:
+        return expand_nodes(env["SLURM_JOB_NODELIST"])[0]
+    raise WorldError(
+        f"MASTER_ADDR is not set, and mpirun's {size} processes are on several nodes; it must name the "
+        "host of process 0. Add: mpirun -x MASTER_ADDR=HOST (Open MPI), or -genv MASTER_ADDR HOST "
+        "(MPICH, Intel MPI)."
+    )
+
+
+def _port(env: Mapping[str, str], salt: str) -> int:
+    """MASTER_PORT, or a port that all processes of a job find alone and its neighbours do not share."""
+    if "MASTER_PORT" in env:
+        return _number(env, "MASTER_PORT")
+    job, _, step = salt.partition(".")
+    if job.isdigit() and step.isdigit():
+        return _FIRST_PORT + (int(job) * 16 + int(step) % 16) % _PORTS
+    return _FIRST_PORT + zlib.crc32(salt.encode()) % _PORTS
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in env and default is not None:
+        return default
+    text = _required(env, name, "must be a whole number")
+    if not text.strip().isdigit():
+        raise WorldError(
+            f"{name} is {text!r}; must be a whole number. The launcher sets it: do not set it by hand."
+        )
+    return int(text)
+
+
+def _required(env: Mapping[str, str], name: str, rule: str) -> str:
+    if name not in env:
+        raise WorldError(
+            f"{name} is not set; {rule}. torchrun, srun and mpirun set what is needed: start with one of "
+            "them, or unset RANK to run one process."
+        )
+    return env[name]
+
+
+def _first_of(env: Mapping[str, str], *names: str) -> str:
+    for name in names:
+        if name in env:
+            return env[name]
+    raise WorldError(
+        f"none of {', '.join(names)} is set inside a Slurm step; srun sets them. Pass --export=ALL to srun."
+    )
+
+
+def _check_place(what: str, place: int, of: int, launcher: str) -> None:
+    if not 0 <= place < of:
+        raise WorldError(
+            f"{what} is {place} of {of} ({launcher}); must lie in [0, {of}). Unset stale RANK, WORLD_SIZE, "
+            "SLURM_* or OMPI_* variables."
+        )

@@ -1,0 +1,99 @@
+"""Replicas must be equal bit for bit: a cheap hash of every layer, compared over all processes."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hpc_oialr.errors import ReplicaMismatchError
+from hpc_oialr.processes.world import World
+
+# Values hashed at a time: bounds the int64 copies to 2 MiB while a GPU still has enough to do.
+_CHUNK = 1 << 17
+_STEP = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier: odd, so that nothing is lost modulo 2^64
+_INTEGERS = {1: torch.uint8, 2: torch.int16}
+
+
+def check_equal(named: Mapping[str, Sequence[Tensor]], world: World) -> None:
+    """Raise :class:`ReplicaMismatchError` unless all processes hold equal bits.
+
+    Sends 16 bytes a name, by one all-reduce; names must be the same, in the same order, everywhere.
+
+    Parameters
+    ----------
+    named
+        For each layer the tensors to compare: any shapes, dtypes and devices.
+
+    Raises
+    ------
+    ReplicaMismatchError
+        On every process; names the layers and the processes that differ from the majority.
+    """
+    if world.size == 1 or not named:
+        return
+    hashes = torch.stack([_combined(tensors, world.device) for tensors in named.values()])
+    # max(~h) = ~min(h): one reduction finds both ends, and they meet only where all are equal.
+    highest, lowest = world.all_reduce(torch.cat([hashes, ~hashes]), op="max").chunk(2)
+    if not torch.equal(highest, ~lowest):
+        _explain(list(named), world.all_gather_object(hashes.tolist()))
+
+
+def _combined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for tensor in tensors:
+        total = total * _STEP + bit_hash(tensor).to(device)
+    return total
+
+
+@torch.no_grad()
+def bit_hash(tensor: Tensor) -> Tensor:
+    """64-bit hash of a tensor's bits, order, shape and dtype; int64 of shape (), on its device.
+
+    A sum of (bits as integers of at most 32 bits) x (odd 64-bit weights), modulo 2^64, so that any one
+    changed value is seen, and sign flips of whole columns, which an SVD likes to make, cannot cancel.
+    """
+    bits = _bits(tensor)
+    weights = _weights(min(_CHUNK, bits.numel()), bits.device)
+    label = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    total = torch.full((), label, dtype=torch.int64, device=bits.device)
+    for chunk in _chunks(bits):
+        total = total * _STEP + (chunk.long() * weights[: chunk.numel()]).sum()
+    return total
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().reshape(-1)
+    # 64-bit values as two halves: times 2^63 a weight leaves one bit, and pairs of sign flips would cancel.
+    return flat.view(_INTEGERS.get(tensor.element_size(), torch.int32))
+
+
+def _chunks(bits: Tensor) -> list[Tensor]:
+    return [bits[start : start + _CHUNK] for start in range(0, bits.numel(), _CHUNK)]
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd pseudo-random 64-bit numbers, the same on every device (the finaliser of SplitMix64)."""
+    x = torch.arange(1, count + 1, device=device) * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return (x ^ (x >> 31)) | 1
+
+
+def _explain(names: list[str], hashes: list[list[int]]) -> None:
+    """Name what differs; ties go to process 0."""
+    lines = []
+    for i, name in enumerate(names):
+        held = [row[i] for row in hashes]
+        usual = max(Counter(held).items(), key=lambda item: (item[1], item[0] == held[0]))[0]
+        odd = [str(rank) for rank, value in enumerate(held) if value != usual]
+        if odd:
+            lines.append(f"{name} (process {', '.join(odd)})")
+    more = " and more" if len(lines) > 10 else ""
+    raise ReplicaMismatchError(
+        f"processes hold different bits: {'; '.join(lines[:10])}{more}; replicas must be equal after every "
+        "update. Something changed a parameter on one process only: look for a seed, a hook, a faulty node."
+    )

@@ -1,0 +1,219 @@
+"""All processes of a run seen from one of them: the only object that talks to the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes.devices import choose_device, group_device
+from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
+
+Op = Literal["sum", "max", "min"]
+T = TypeVar("T")
+_CPU = torch.device("cpu")
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's view of the run.
+
+    With one process every method returns at once and no process group exists.
+
+    Attributes
+    ----------
+    rank, size
+        This process and how many there are.
+    local_rank, local_size
+        The same among the processes of its node.
+    device
+        Where this process computes.
+    launcher
+        "single", "torchrun", "slurm", "mpi" or "adopted" (the group was there before).
+    group
+        Process group; None stands for one process.
+    owns_group
+        Whether :meth:`close` ends the group.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = _CPU
+    launcher: str = "single"
+    group: dist.ProcessGroup | None = None
+    owns_group: bool = False
+
+    # -- making one ------------------------------------------------------------------------------
+
+    @classmethod
+    def single(cls, device: str | torch.device | None = None) -> World:
+        """One process, whatever the launcher says; ``device`` defaults to a GPU if there is one."""
+        return cls(device=choose_device(None if device is None else str(device), 0, 1, None))
+
+    @classmethod
+    def from_environment(
+        cls,
+        *,
+        device: str | None = None,
+        backend: str | None = None,
+        timeout_s: float = 600.0,
+        environ: Mapping[str, str] | None = None,
+    ) -> World:
+        """Join the processes that torchrun, srun or mpirun started; alone without one of them.
+
+        Parameters
+        ----------
+        device
+            "cpu" or "cuda"; default "cuda" if there is one. A GPU's index is the local rank, or 0
+            where each process sees one only.
+        backend
+            torch.distributed backend; default gloo for CPU tensors and NCCL for CUDA tensors.
+        timeout_s
+            After this long without an answer a process counts as dead (s).
+        environ
+            Variables to read; default ``os.environ``.
+
+        Raises
+        ------
+        WorldError
+            If variables contradict each other, a GPU is missing, or the others cannot be reached.
+        """
+        info = launch_info(environ)
+        place = choose_device(device, info.local_rank, info.local_size, gpus_per_node(environ))
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if info.size == 1:
+            return cls(device=place, launcher=info.launcher)
+        _join(info, place, backend, timeout_s)
+        where = (info.rank, info.size, info.local_rank, info.local_size)
+        return cls(*where, place, info.launcher, dist.group.WORLD, owns_group=True)
+
+    @classmethod
+    def current(cls, group: dist.ProcessGroup | None = None) -> World:
+        """The processes of ``group``, or of the process group that exists already, or this one alone.
+
+        A collective call where a group exists: processes tell each other their node's name.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls.single()
+        group = group or dist.group.WORLD
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        device = group_device(group)
+        if size == 1:
+            return cls(device=device, launcher="adopted", group=None)
+        nodes: list[Any] = [None] * size
+        dist.all_gather_object(nodes, node_name(), group=group)
+        local_rank, local_size = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
+        return cls(rank, size, local_rank, local_size, device, "adopted", group)
+
+    # -- talking to the others -------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which alone writes and shows."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any(False)
+
+    def broadcast(self, tensor: Tensor, src: int) -> dist.Work | None:
+        """Send ``tensor`` from process ``src`` into every other's; call ``wait()`` before using it.
+
+        Returns
+        -------
+        Work or None
+            None for one process: nothing is to be waited for. Its ``wait()`` raises RuntimeError if a
+            process has died.
+        """
+        if self.size == 1:
+            return None
+        with self._reported("a broadcast"):
+            work: dist.Work = dist.broadcast(tensor, group=self.group, group_src=src, async_op=True)
+        return work
+
+    def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Tensor:
+        """Reduce ``tensor`` over all processes, in place; the same bits on each.
+
+        Raises
+        ------
+        WorldError
+            If another process has died or does not answer within the timeout.
+        """
+        if self.size > 1:
+            with self._reported("an all-reduce"):
+                dist.all_reduce(tensor, op=_OPS[op], group=self.group)
+        return tensor
+
+    def all_gather_object(self, obj: T) -> list[T]:
+        """Every process's object, in order of rank; small ones only, they travel as pickles."""
+        if self.size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.size
+        with self._reported("an all-gather"):
+            dist.all_gather_object(gathered, obj, group=self.group)
+        return gathered
+
+    def broadcast_object(self, obj: T, src: int = 0) -> T:
+        """Process ``src``'s object; small ones only."""
+        if self.size == 1:
+            return obj
+        box: list[Any] = [obj]
+        with self._reported("a broadcast"):
+            dist.broadcast_object_list(box, group=self.group, group_src=src)
+        return box[0]  # type: ignore[no-any-return]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)], device=self.device)
+        return bool(self.all_reduce(flags, op="max").item())
+
+    def close(self) -> None:
+        """End the process group if :meth:`from_environment` made it; may be called twice."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise WorldError(
+                f"process {self.rank} of {self.size}: {what} failed; every process must take part within the "
+                f"timeout. Another one has died or hangs: see its log, then resume from the last checkpoint. "
+                f"({error})"
+            ) from error
+
+
+def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s: float) -> None:
+    on_gpu = device.type == "cuda"
+    # An IPv6 address needs brackets inside a URL.
+    host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
+    try:
+        dist.init_process_group(
+            backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+            init_method=f"tcp://{host}:{info.master_port}",
+            rank=info.rank,
+            world_size=info.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise WorldError(
+            f"process {info.rank} of {info.size} ({info.launcher}) could not meet the others at {host}:"
+            f"{info.master_port} within {timeout_s:g} s; all {info.size} must be started, and process 0 must "
+            f"be reachable there. Check the other processes' logs; if the port is in use, set MASTER_PORT. "
+            f"({error})"
+        ) from error

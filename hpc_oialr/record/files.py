@@ -1,0 +1,50 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace a file at once; a reader, or a kill at any moment, finds the old or the new one, never a part.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the old file is as before.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        # Without this a node that loses power may keep the new name with no content behind it.
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities, which JSON does not know, become null.
+
+    Examples
+    --------
+    >>> to_json({"loss": float("nan"), "r": {"head": 4}})
+    '{"loss": null, "r": {"head": 4}}'
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # numpy's and torch's scalars
+        return _plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

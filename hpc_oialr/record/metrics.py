@@ -1,0 +1,69 @@
+"""``metrics.jsonl``: one JSON object a line, whole lines only, no step twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.errors import DataError
+from hpc_oialr.record.files import to_json, write_atomically
+
+
+class MetricsWriter:
+    """Appends lines; each is handed to the operating system whole before :meth:`write` returns.
+
+    Parameters
+    ----------
+    path
+        The file; created if missing. A last line torn by a kill is removed.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file = self.path.open("ab", buffering=0)
+        self._drop_torn_line()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record, which must hold an integer ``step``; NaN becomes null."""
+        assert isinstance(record["step"], int)
+        self._file.write((to_json(record) + "\n").encode())
+
+    def truncate_after(self, step: int) -> None:
+        """Drop records of later steps, as a run does that goes on from an older checkpoint."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """All records of a file, also of one that is being written: a torn last line is left out.
+
+    Raises
+    ------
+    DataError
+        If a line before the last is no JSON.
+    """
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    return [_record(line, number, path) for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: bytes, number: int, path: Path | str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"line {number} of {path} is no JSON; every line must be one object. Remove the line. ({error})"
+        ) from error
+    return record

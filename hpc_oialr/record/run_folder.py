@@ -1,0 +1,101 @@
+"""Where everything of one run lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.record.files import to_json, write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's files, and how they are written.
+
+    Attributes
+    ----------
+    path
+        The folder.
+
+    Examples
+    --------
+    >>> RunFolder("runs/demo").metrics.as_posix()
+    'runs/demo/metrics.jsonl'
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def config(self) -> Path:
+        """The effective configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def spectra(self) -> Path:
+        """Singular values of every layer and update."""
+        return self.path / "spectra.h5"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of log files."""
+        return self.path / "logs"
+
+    @property
+    def summary(self) -> Path:
+        """What came out; written last."""
+        return self.path / "summary.json"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here came to its end."""
+        return self.summary.exists()
+
+    def create(self) -> RunFolder:
+        """Make the folder and those inside, readable by their owner only; what exists is kept."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            # parents=True would give the mode to the last one only, which is meant: parents are shared.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self
+
+    def write_config(self, text: str) -> None:
+        """Write ``config.yaml``."""
+        write_atomically(self.config, text)
+
+    def write_environment(self, report: Mapping[str, Any]) -> None:
+        """Write ``environment.json``."""
+        write_atomically(self.environment, to_json(report, indent=2) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        write_atomically(self.summary, to_json(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What :meth:`write_summary` wrote."""
+        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        return summary

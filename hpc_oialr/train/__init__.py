@@ -1,0 +1,1 @@
+"""Training: typed settings, the loop, evaluation, checkpoints."""

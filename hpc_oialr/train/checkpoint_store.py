@@ -1,0 +1,209 @@
+"""Checkpoints on disk: written beside, checksummed, renamed; the last few kept; damage found, not trusted.
+
+A checkpoint is a folder ``step_00000123`` of safetensors files (torch.distributed.checkpoint, every process
+its share), ``state.json`` and ``manifest.json`` with the sha256 of all others. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from hpc_oialr.errors import CheckpointError
+from hpc_oialr.processes import World
+
+log = logging.getLogger(__name__)
+
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+class CheckpointStore:
+    """The checkpoints of one run. All methods but :meth:`steps` are collective calls.
+
+    Parameters
+    ----------
+    folder
+        Seen by all processes.
+    world
+        The processes.
+    keep
+        How many of the last checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, world: World, *, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after ``step`` steps."""
+        return self.folder / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints that were completed, ascending; they may be damaged since."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+        """Write one checkpoint; it exists only once it is complete and on the disk.
+
+        Parameters
+        ----------
+        tensors
+            By name. What all processes hold under one name is written once; DTensors as their shards.
+        state
+            The rest, fit for JSON; the main process's counts.
+        """
+        target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
+        if self.world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.world.barrier()
+        self._write_tensors(draft, tensors)
+        if self.world.is_main:
+            _write_json(draft / STATE, state)
+        self.world.barrier()
+        sums = self._checksums(draft, sorted(path.name for path in draft.iterdir()))
+        if self.world.is_main:
+            _write_json(draft / MANIFEST, {"version": 1, "step": step, "files": sums})
+            _sync_folder(draft)
+            shutil.rmtree(target, ignore_errors=True)
+            draft.replace(target)
+            _sync_folder(self.folder)
+            self._prune()
+        self.world.barrier()
+        return target
+
+    def _write_tensors(self, draft: Path, tensors: Mapping[str, Tensor]) -> None:
+        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=self.world.size == 1
+            )
+
+    def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
+        """sha256 of files, dealt over the processes."""
+        mine = {name: _sha256(folder / name) for name in names[self.world.rank :: self.world.size]}
+        shared: dict[str, str] = {}
+        for part in self.world.all_gather_object(mine):
+            shared |= part
+        return dict(sorted(shared.items()))
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        for draft in self.folder.glob(".step_*.draft"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def latest(self) -> int | None:
+        """Step of the last checkpoint that is whole, or None if there is none at all.
+
+        Raises
+        ------
+        CheckpointError
+            If there are checkpoints but all are damaged.
+        """
+        steps: list[int] = self.world.broadcast_object(self.steps())
+        for step in reversed(steps):
+            damage = self.damage(step)
+            if damage is None:
+                return step
+            log.warning("checkpoint %s is damaged (%s); using the one before it", self.path(step), damage)
+        if steps:
+            raise CheckpointError(
+                f"all {len(steps)} checkpoints in {self.folder} are damaged; train again with another --out, or "
+                "bring the folder back from a backup."
+            )
+        return None
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        path = self.path(step)
+        manifest: Any = self.world.broadcast_object(_read_manifest(path) if self.world.is_main else None)
+        if not isinstance(manifest, dict):
+            return str(manifest)
+        missing = [name for name in manifest if not (path / name).is_file()]
+        if self.world.any(bool(missing)):
+            return f"{(missing or ['a file'])[0]} is missing"
+        found = self._checksums(path, sorted(manifest))
+        wrong = [name for name, checksum in found.items() if checksum != manifest[name]]
+        return f"the checksum of {wrong[0]} is wrong" if wrong else None
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """What is not a tensor."""
+        state: dict[str, Any] = json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))
+        return state
+
+    def read_into(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors`` in place from the checkpoint; each process reads what it needs.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint lacks one of them, or holds it in another shape.
+        """
+        held = self.metadata(step)
+        for name, tensor in tensors.items():
+            shape = tuple(held[name][0]) if name in held else None
+            if shape != tuple(tensor.shape):
+                found = f"in shape {shape}" if shape is not None else "not at all"
+                raise CheckpointError(f"{self.path(step)} holds {name} {found}; {tuple(tensor.shape)} is needed.")
+        if tensors:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path(step))), no_dist=True)
+
+    def read(self, step: int, prefix: str) -> dict[str, Tensor]:
+        """All tensors under ``prefix``, on the CPU, by the rest of their names."""
+        held = self.metadata(step)
+        tensors = {k: torch.empty(shape, dtype=dtype) for k, (shape, dtype) in held.items() if k.startswith(prefix)}
+        self.read_into(step, tensors)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def metadata(self, step: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor of a checkpoint."""
+        metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
+        items: dict[str, Any] = metadata.state_dict_metadata
+        return {name: (item.size, item.properties.dtype) for name, item in items.items()}
+
+
+def _read_manifest(path: Path) -> dict[str, str] | str:
+    try:
+        files: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}"
+    return files
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make names in a folder durable, not only the files' contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

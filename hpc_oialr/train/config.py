@@ -1,0 +1,189 @@
+"""One run as one typed object; every field is checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hpc_oialr.data import DataConfig
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.models import ModelConfig
+from hpc_oialr.train.optimizers import OptimizerConfig
+from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
+from hpc_oialr.train.tasks import Task
+
+Precision = Literal["fp32", "bf16", "fp16", "float64"]
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Parameters
+    ----------
+    epochs
+        Length of the run in passes over the training data.
+    steps
+        Length of the run in steps; goes before ``epochs``.
+    global_batch
+        Samples per step, all processes together.
+    accumulation
+        Parts into which each process splits its share of a batch, to save memory.
+    precision
+        fp32 and float64 throughout; bf16 and fp16 by autocast, fp16 with a loss scale.
+    gradient_clip
+        Largest 2-norm of the gradient of all parameters together; null = off.
+    seed
+        Everything random follows from it.
+    evaluations
+        How many, equally spaced in steps, the last one at the end.
+    evaluation_batch
+        Samples per evaluation step and process.
+    early_stopping
+        Stop after so many evaluations in a row without a better metric; null = off.
+    activation_checkpointing
+        Recompute activations in the backward pass, where the model can.
+    workers
+        Data loader processes; 0 = load in the training process.
+    device
+        "cpu", "cuda"; null = CUDA where there is one.
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+    global_batch: int = 128
+    accumulation: int = 1
+    precision: Precision = "fp32"
+    gradient_clip: float | None = None
+    seed: int = 0
+    evaluations: int = 10
+    evaluation_batch: int = 500
+    early_stopping: int | None = None
+    activation_checkpointing: bool = False
+    workers: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("epochs", None, "must be set, or steps", fix="E.g. --train.epochs 3")
+        for name in ("epochs", "steps", "gradient_clip", "early_stopping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(name, value, "must be positive")
+        for name in ("global_batch", "accumulation", "evaluations", "evaluation_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, getattr(self, name), "must not be negative")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * steps_per_epoch))
+
+    def check_accumulation(self, world_size: int) -> None:
+        """Raise :class:`ConfigError` unless ``accumulation`` divides a process's share of a batch."""
+        local = self.global_batch // world_size
+        if self.global_batch % world_size == 0 and local % self.accumulation:
+            rule = f"must divide the {local} samples that each of {world_size} processes takes per step"
+            raise ConfigError("accumulation", self.accumulation, rule)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints; one is always written at the end of a run.
+
+    Parameters
+    ----------
+    every
+        Steps between two; null = only at the end.
+    keep
+        How many of the last ones stay.
+    """
+
+    every: int | None = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ConfigError("every", self.every, "must be at least 1 step, or null")
+        if self.keep < 1:
+            raise ConfigError("keep", self.keep, "must be at least 1")
+
+
+@dataclass(kw_only=True)
+class RecordConfig:
+    """What a run writes down.
+
+    Parameters
+    ----------
+    every
+        Steps between two rows of training loss in ``metrics.jsonl``.
+    spectra
+        Keep the singular values of every update in ``spectra.h5``.
+    """
+
+    every: int = 20
+    spectra: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError("every", self.every, "must be at least 1 step")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Options of ``DistributedDataParallel``, used with more than one process.
+
+    Parameters
+    ----------
+    find_unused_parameters
+        Needed if a step may leave parameters without a gradient.
+    gradient_as_bucket_view
+        Gradients live in the communication buffers: no copy of them.
+    bucket_cap_mb
+        Size of a buffer (MiB).
+    """
+
+    find_unused_parameters: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: float = 25.0
+
+    def __post_init__(self) -> None:
+        check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Parameters
+    ----------
+    data, model, task, optimizer, schedule
+        Choices of type, as ``class_path`` and ``init_args``.
+    oialr
+        The method; null trains dense.
+    train, checkpoint, record, engine
+        See their types.
+    compile
+        Compile the model by ``torch.compile``; recompilations are counted in the summary.
+    dense
+        Settings of the dense twin that differ when ``oialr compare --own`` trains it; same structure.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    task: Task
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    schedule: ScheduleConfig = field(default_factory=WarmupCosine)
+    oialr: OIALRConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    compile: bool = False
+    dense: dict[str, Any] | None = None

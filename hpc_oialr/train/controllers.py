@@ -1,0 +1,75 @@
+"""With the method or without it: one interface for the loop."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hpc_oialr.engines import Engine
+from hpc_oialr.errors import ModelError
+from hpc_oialr.method.oialr import OIALR
+from hpc_oialr.method.report import UpdateReport
+
+
+class Dense:
+    """Ordinary training behind the face of :class:`hpc_oialr.OIALR`."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.module, self.engine, self.t = model, engine, 0
+        self._model = engine.wrap(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """What to call in the loop."""
+        return self._model
+
+    @property
+    def r(self) -> dict[str, int]:
+        """No layer is low-rank."""
+        return {}
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context in which gradients stay local."""
+        return self.engine.no_sync(self._model)
+
+    def step(self) -> UpdateReport | None:
+        """Count."""
+        self.t += 1
+        return None
+
+    def rewrap(self) -> None:
+        """A new wrapper, in the state that a resumed run begins with."""
+        self._model = self.engine.rewrap(self.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state before its first update."""
+        return {"t": self.t, "updates": 0, "r": {}, "streaks": {}}
+
+    def tensor_state(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises
+        ------
+        ModelError
+            If the state is that of a low-rank run.
+        """
+        if state["r"]:
+            raise ModelError("the checkpoint is that of a low-rank run, but oialr is null here.")
+        self.t = int(state["t"])
+
+
+class LowRank(OIALR):
+    """:class:`hpc_oialr.OIALR` for the trainer."""
+
+    def rewrap(self) -> None:
+        """A new wrapper, in the state that a resumed run begins with."""
+        self._model = self.engine.rewrap(self.module)
+
+
+Controller = Dense | LowRank

@@ -1,0 +1,172 @@
+"""From a recipe and the command line to a checked :class:`RunConfig`: YAML < command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from hpc_oialr.errors import ConfigError, OIALRError
+from hpc_oialr.recipes import find_recipe
+from hpc_oialr.train.command_line import parse_settings, read_yaml
+from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.config_tree import (
+    Normaliser,
+    Tree,
+    build,
+    choices,
+    field_types,
+    find_choice,
+    is_choice,
+    merge_trees,
+    section_type,
+    short_path,
+)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A run's settings in their three forms.
+
+    Attributes
+    ----------
+    config
+        The checked object.
+    tree
+        Every setting, defaults included, as plain values.
+    origins
+        Where each given setting came from, by dotted name.
+    """
+
+    config: RunConfig
+    tree: Tree
+    origins: Mapping[str, str]
+
+    @property
+    def text(self) -> str:
+        """The effective settings as YAML."""
+        return yaml.safe_dump(self.tree, sort_keys=False)
+
+
+def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConfig:
+    """Read a recipe by name, or a YAML file, and the settings of the command line on top.
+
+    Raises
+    ------
+    UnknownNameError
+        For an unknown recipe, setting or type; lists the valid ones.
+    ConfigError
+        For a value of the wrong type or out of its range; names its origin.
+    """
+    path = find_recipe(recipe)
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    return from_trees([(path.name, raw), ("the command line", parse_settings(arguments))])
+
+
+def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
+    """Merge trees, each with the name of its origin, later ones on top, and check the result."""
+    origins: dict[str, str] = {}
+    merged: Tree = {}
+    dense: Tree = {}
+    for origin, raw in layers:
+        normaliser = Normaliser(origin, origins)
+        own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
+        merged = merge_trees(merged, normaliser.section(own, RunConfig, merged))
+        twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
+        dense = merge_trees(dense, normaliser.section(twin, RunConfig, merge_trees(merged, dense), "dense"))
+    _require(merged)
+    typed = _typed(merged, origins)
+    loaded = LoadedConfig(build(RunConfig, typed, origins), {**typed, "dense": dense or None}, origins)
+    loaded.config.dense = dense or None
+    return loaded
+
+
+def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
+    """The same run without the method; with the recipe's ``dense`` settings if ``own``."""
+    over: Tree = {"oialr": None}
+    layers = [("config.yaml", {**loaded.tree, "dense": None})]
+    if own and loaded.config.dense:
+        layers.append(("dense", loaded.config.dense))
+    return from_trees([*layers, ("dense", over)])
+
+
+def make_parser(prog: str) -> jsonargparse.ArgumentParser:
+    """jsonargparse's view of :class:`RunConfig`: types, defaults and help of every setting."""
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_class_arguments(RunConfig, None, fail_untyped=True)
+    return parser
+
+
+def _typed(tree: Tree, origins: Mapping[str, str]) -> Tree:
+    """Every setting, defaults included, each converted to its type; plain containers."""
+    try:
+        namespace = make_parser("oialr train").parse_object(tree)
+    except ArgumentError as error:
+        _name_culprit(tree, RunConfig, origins)
+        raise OIALRError(" ".join(str(error).split())) from None
+    plain = _plain(namespace.as_dict(), RunConfig)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """Short class names, lists for tuples."""
+    cls = section_type(hint)
+    if cls is not None and isinstance(value, dict):
+        if is_choice(cls):
+            chosen = find_choice(cls, value["class_path"], cls.__name__)
+            return {"class_path": short_path(chosen), "init_args": _settings(value.get("init_args", {}), chosen)}
+        return _settings(value, cls)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _settings(value: Tree, cls: type) -> Tree:
+    hints = field_types(cls)
+    return {key: _plain(item, hints[key]) for key, item in value.items()}
+
+
+def _name_culprit(tree: Tree, cls: type, origins: Mapping[str, str], prefix: str = "") -> None:
+    """Raise :class:`ConfigError` for the first value that is not of its field's type."""
+    for key, value in tree.items():
+        hint = field_types(cls)[key]
+        section, name = section_type(hint), f"{prefix}{key}"
+        if section is not None and isinstance(value, dict):
+            if is_choice(section):
+                section, value = find_choice(section, value["class_path"], name), value["init_args"]
+            _name_culprit(value, section, origins, f"{name}.")
+        elif section is None and not _fits(hint, value):
+            rule = f"must be {_type_name(hint)}"
+            raise ConfigError(name, value, rule, origin=origins.get(name))
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
+
+
+def _type_name(hint: Any) -> str:
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return name.replace("None", "null")
+
+
+def _require(tree: Tree) -> None:
+    for field in dataclasses.fields(RunConfig):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and tree.get(field.name) is None:
+            family = section_type(field_types(RunConfig)[field.name])
+            valid = ", ".join(sorted(choices(family))) if family and is_choice(family) else "settings"
+            raise ConfigError(field.name, tree.get(field.name), f"must be set; valid: {valid}")

@@ -1,0 +1,154 @@
+"""Optimizers as typed settings; a choice of optimizer is a choice of type."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.optim import muon_adamw
+
+
+class OptimizerConfig(ABC):
+    """Settings of one optimizer."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a dense ``model`` that is in its final place."""
+
+
+@dataclass(kw_only=True)
+class AdamW(OptimizerConfig):
+    """``torch.optim.AdamW``; weight decay on matrices and kernels only. arXiv 1711.05101.
+
+    Parameters
+    ----------
+    lr
+        Learning rate at the schedule's peak.
+    weight_decay
+        Decoupled; biases, norms and other parameters with one axis get none.
+    betas, eps
+        As torch's.
+    fused
+        One kernel for all parameters, where torch has one for the device.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rates(lr=self.lr, weight_decay=self.weight_decay)
+        for beta in self.betas:
+            check_interval("betas", beta, 0, 1, closed=(True, False))
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over two groups, with and without weight decay."""
+        groups = decay_groups(model, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused or None)
+
+
+@dataclass(kw_only=True)
+class SGD(OptimizerConfig):
+    """``torch.optim.SGD``; weight decay on matrices and kernels only.
+
+    Parameters
+    ----------
+    lr
+        Learning rate at the schedule's peak.
+    momentum, nesterov
+        As torch's.
+    weight_decay
+        Added to the gradient; biases, norms and other parameters with one axis get none.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_rates(lr=self.lr, weight_decay=self.weight_decay)
+        check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
+        if self.nesterov and not self.momentum:
+            raise ConfigError("nesterov", True, "needs a momentum above 0")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD over two groups, with and without weight decay."""
+        groups = decay_groups(model, self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+@dataclass(kw_only=True)
+class MuonAdamW(OptimizerConfig):
+    """:func:`hpc_oialr.muon_adamw`: Muon for the weights that can become low-rank, AdamW for the rest.
+
+    Parameters
+    ----------
+    lr
+        Learning rate of dense matrices at the schedule's peak; Muon's is a step in spectral norm.
+    core_lr
+        Muon's learning rate of the cores at the schedule's peak; null = a fixed multiple of ``lr``.
+    adamw_lr
+        Learning rate of the rest at the schedule's peak.
+    dense_algorithm
+        What trains matrices while they are dense.
+    weight_decay
+        Decoupled, for both.
+    momentum, nesterov, newton_schulz_steps
+        Muon's.
+    betas
+        AdamW's.
+    """
+
+    lr: float = 0.01
+    core_lr: float | None = None
+    adamw_lr: float = 1e-3
+    dense_algorithm: Literal["muon", "adamw"] = "muon"
+    weight_decay: float = 0.01
+    momentum: float = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: int = 5
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        _check_rates(lr=self.lr, adamw_lr=self.adamw_lr, core_lr=self.core_lr or 0.0, weight_decay=self.weight_decay)
+        check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
+        if self.newton_schulz_steps < 1:
+            raise ConfigError("newton_schulz_steps", self.newton_schulz_steps, "must be at least 1")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Muon beside AdamW."""
+        return muon_adamw(
+            model,
+            lr=self.lr,
+            core_lr=self.core_lr,
+            adamw_lr=self.adamw_lr,
+            dense_algorithm=self.dense_algorithm,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            newton_schulz_steps=self.newton_schulz_steps,
+            betas=self.betas,
+        )
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: those with two axes or more decay, the others don't."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _check_rates(**rates: float) -> None:
+    for name, value in rates.items():
+        if not value >= 0:
+            raise ConfigError(name, value, "must not be negative")

@@ -1,0 +1,104 @@
+"""Learning-rate schedules as typed settings: a factor for every step, a pure function of it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from hpc_oialr.errors import ConfigError, check_interval
+
+
+class ScheduleConfig(ABC):
+    """Settings of one schedule."""
+
+    @abstractmethod
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rates of step ``step`` (from 0) of ``total`` are multiplied by."""
+
+    def build(self, optimizer: Optimizer, total: int) -> LearningRates:
+        """The schedule of one run of ``total`` steps."""
+        return LearningRates(optimizer, lambda step: self.factor(step, total))
+
+
+@dataclass(kw_only=True)
+class Constant(ScheduleConfig):
+    """The optimizer's learning rates throughout."""
+
+    def factor(self, step: int, total: int) -> float:
+        """Always 1."""
+        return 1.0
+
+
+@dataclass(kw_only=True)
+class WarmupCosine(ScheduleConfig):
+    """Linear warm-up, then half a cosine with k-decay. arXiv 1608.03983, 2004.05909.
+
+    With t the share of the steps after the warm-up, the factor is
+    ``final + (1 - final) (1 + cos(pi t^k_decay)) / 2``.
+
+    Parameters
+    ----------
+    warmup
+        Share of all steps, in [0, 1).
+    warmup_steps
+        Number of steps instead.
+    k_decay
+        1 is the plain cosine; below 1 the rate falls sooner.
+    final
+        Factor at the end.
+    """
+
+    warmup: float = 0.05
+    warmup_steps: int | None = None
+    k_decay: float = 1.0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_interval("warmup", self.warmup, 0, 1, closed=(True, False))
+        check_interval("k_decay", self.k_decay, 0, math.inf)
+        check_interval("final", self.final, 0, 1, closed=(True, True))
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError("warmup_steps", self.warmup_steps, "must not be negative")
+
+    def factor(self, step: int, total: int) -> float:
+        """Warm-up, then cosine."""
+        warmup = round(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return (step + 1) / warmup
+        share = min(1.0, (step - warmup) / max(1, total - warmup))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share**self.k_decay))
+
+
+class LearningRates:
+    """Sets every group's learning rate to its first value times ``factor(step)``.
+
+    Groups keep their order when parameters in them are replaced, so nothing is to be done then.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self.optimizer, self.factor = optimizer, factor
+        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def set(self, step: int) -> None:
+        """Take the learning rates of step ``step`` (from 0)."""
+        factor = self.factor(step)
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = base * factor
+
+    @property
+    def current(self) -> float:
+        """Learning rate of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, fit for JSON."""
+        return {"base": list(self.base)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self.base = [float(base) for base in state["base"]]

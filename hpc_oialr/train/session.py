@@ -1,0 +1,197 @@
+"""Everything one run works with, made in the order that makes it reproducible."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hpc_oialr.data import Batch, GlobalBatches, Splits
+from hpc_oialr.engines import make_engine
+from hpc_oialr.errors import ConfigError
+from hpc_oialr.processes import World
+from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.config_tree import in_section
+from hpc_oialr.train.controllers import Controller, Dense, LowRank
+from hpc_oialr.train.fingerprint import fingerprint
+from hpc_oialr.train.schedules import LearningRates
+from hpc_oialr.train.seeds import seed_model, seed_process
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Session:
+    """The parts of a run.
+
+    Attributes
+    ----------
+    batches
+        Training batches; ``batches.epoch(e, start)`` gives this process's part.
+    controller
+        The method, or its dense stand-in; holds the model.
+    scaler
+        Loss scale for fp16; disabled otherwise.
+    total_steps
+        Length of the run.
+    identity
+        The dense model's fingerprint.
+    example
+        Shape and dtype of every tensor of a small batch: what the model was made for.
+    """
+
+    config: RunConfig
+    world: World
+    splits: Splits
+    batches: GlobalBatches
+    controller: Controller
+    optimizer: Optimizer
+    rates: LearningRates
+    scaler: torch.amp.GradScaler
+    total_steps: int
+    identity: dict[str, Any]
+    example: dict[str, Any]
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without wrappers."""
+        return self.controller.module
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision for a forward pass."""
+        return autocast(self.config.train.precision, self.world.device)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the device, in float64 where the run is."""
+        moved = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
+        if self.config.train.precision != "float64":
+            return moved
+        return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
+
+
+def make_session(config: RunConfig, world: World) -> Session:
+    """Load the data, then make model, optimizer and method from the run's seed.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError
+        If settings, data, world and model do not fit each other.
+    """
+    train = config.train
+    prepare_torch(world)
+    with _section("data"):
+        splits = config.data.build()
+    batches = _batches(config, world, splits)
+    total = train.total_steps(len(batches))
+    seed_model(train.seed)
+    sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
+    with _section("model"):
+        module = config.model.build(sample)
+    identity = _place_model(module, config, world)
+    optimizer = config.optimizer.build(module)
+    rates = config.schedule.build(optimizer, total)
+    controller = _controller(config, world, module, optimizer, total)
+    seed_process(train.seed, 0, world.rank)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
+    return Session(
+        config=config,
+        world=world,
+        splits=splits,
+        batches=batches,
+        controller=controller,
+        optimizer=optimizer,
+        rates=rates,
+        scaler=scaler,
+        total_steps=total,
+        identity=identity,
+        example={key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sample.items()},
+    )
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to bf16 or fp16; a context without effect for the others."""
+    return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+
+
+def prepare_torch(world: World) -> None:
+    """Reproducible kernels on the CPU, and cores shared among the processes of a node."""
+    if world.device.type != "cpu":
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory only helps to find reads of it, and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A launcher or OMP_NUM_THREADS that gives a process less than the whole node is left alone.
+    if world.local_size > 1 and torch.get_num_threads() >= cores:
+        torch.set_num_threads(max(1, cores // world.local_size))
+
+
+def _batches(config: RunConfig, world: World, splits: Splits) -> GlobalBatches:
+    train = config.train
+    with _section("train"):
+        train.check_accumulation(world.size)
+        return GlobalBatches(
+            splits.train,
+            train.global_batch,
+            world_rank=world.rank,
+            world_size=world.size,
+            seed=train.seed,
+            num_workers=train.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str, Any]:
+    """Move and prepare the model in place; its fingerprint."""
+    train = config.train
+    if train.precision == "float64" and not config.model.float64:
+        name = type(config.model).__name__
+        raise ConfigError("train.precision", "float64", f"{name} of transformers computes parts in float32")
+    module.to(world.device, torch.float64 if train.precision == "float64" else torch.float32)
+    if train.activation_checkpointing:
+        _checkpoint_activations(module)
+    if config.compile:
+        module.compile()
+    return fingerprint(module)
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    if not getattr(module, "supports_gradient_checkpointing", False):
+        rule = f"{type(module).__name__} cannot recompute its activations"
+        raise ConfigError("train.activation_checkpointing", True, rule, fix="Set it to false.")
+    module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def _controller(
+    config: RunConfig, world: World, module: nn.Module, optimizer: Optimizer, total: int
+) -> Controller:
+    engine = make_engine(world, **asdict(config.engine))
+    if config.oialr is None:
+        return Dense(module, engine)
+    if config.oialr.delay >= total:
+        log.warning(
+            "oialr.delay is %d but the run has %d steps: nothing will be converted, training stays dense. "
+            "Set oialr.delay below %d, or train longer.",
+            config.oialr.delay,
+            total,
+            total,
+        )
+    return LowRank(module, optimizer, config.oialr, engine=engine)
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Give errors of a section its name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise in_section(error, name) from None

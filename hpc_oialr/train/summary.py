@@ -1,0 +1,62 @@
+"""What a finished run comes down to: ``summary.json``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+from hpc_oialr.lowrank import dense_parameters, trainable_parameters
+from hpc_oialr.train.compilation import graphs_compiled
+from hpc_oialr.train.fingerprint import weights_sha256
+from hpc_oialr.train.trainer import Trainer
+
+
+def summarise(trainer: Trainer) -> dict[str, Any]:
+    """Evaluate on the test set, or on the validation set if there is no test set, and sum up the run.
+
+    A collective call; the same on all processes but for times and memory. ``trainable_params`` is the
+    count at the end, ``dense_trainable_params`` the dense twin's.
+    """
+    session, progress = trainer.session, trainer.progress
+    final = _final_metrics(trainer)
+    module, seconds = session.module, trainer.clocks.state_dict()
+    units = progress.step * trainer.recorder.units_per_step
+    first = trainer.first_graphs
+    return {
+        "metric": final["metric"],
+        "metric_name": final["metric_name"],
+        "best_metric": progress.best_metric,
+        "wall_s": seconds["wall"],
+        "update_wall_s": seconds["update"],
+        "data_wait_s": seconds["data_wait"],
+        "eval_wall_s": seconds["eval"],
+        "checkpoint_wall_s": seconds["checkpoint"],
+        f"{session.config.task.unit}_per_s": units / seconds["wall"] if seconds["wall"] else 0.0,
+        "steps": progress.step,
+        "trainable_params": trainable_parameters(module),
+        "dense_trainable_params": dense_parameters(module),
+        "total_params": sum(p.numel() for p in module.parameters()),
+        "peak_memory_gib": trainer.recorder.peak_memory_gib(progress.peak_memory_gib),
+        "peak_rss_gib": peak_rss_gib(),
+        "r": session.controller.r,
+        "recompilations": 0 if first is None else graphs_compiled() - first,
+        "world_size": session.world.size,
+        "seed": session.config.train.seed,
+        "weights_sha256": weights_sha256(module),
+    }
+
+
+def _final_metrics(trainer: Trainer) -> dict[str, Any]:
+    """On the test set; the last evaluation's if it was just that."""
+    split = "test" if trainer.session.splits.test is not None else "validation"
+    last = trainer.progress.last
+    if last.get("split") == split and last["step"] == trainer.progress.step:
+        return last
+    return trainer.evaluate(split, final=True)
+
+
+def peak_rss_gib() -> float:
+    """Largest resident memory of this process so far (GiB), libraries and data included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3

@@ -1,0 +1,206 @@
+"""The training loop: one path for any number of processes, with the method or without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from hpc_oialr.data import Batch
+from hpc_oialr.train import snapshot
+from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.clocks import Clocks
+from hpc_oialr.train.compilation import graphs_compiled
+from hpc_oialr.train.evaluation import evaluate
+from hpc_oialr.train.recorder import Recorder
+from hpc_oialr.train.session import Session
+from hpc_oialr.train.snapshot import Progress
+from hpc_oialr.train.tasks import Moment
+
+
+class Trainer:
+    """Runs a session from where it stands to its end.
+
+    Parameters
+    ----------
+    session
+        Model, data and optimizer.
+    store
+        Where checkpoints go.
+    recorder
+        What writes and shows the run.
+    stop_requested
+        Asked on every process after each step; once any says yes, all write a checkpoint and stop.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: CheckpointStore,
+        recorder: Recorder,
+        *,
+        stop_requested: Callable[[], bool] | None = None,
+    ) -> None:
+        self.session, self.store, self.recorder = session, store, recorder
+        self.stop_requested = stop_requested
+        self.config = session.config
+        self.clocks = Clocks(session.world.device)
+        self.progress = Progress()
+        self.first_graphs: int | None = None
+        self._trained: list[nn.Parameter] | None = None
+        self._evaluation_steps = _spread(self.config.train.evaluations, session.total_steps)
+        self._saved: int | None = None
+
+    def resume(self) -> int | None:
+        """Go on from the last whole checkpoint; its step, or None if there is none."""
+        step = self.store.latest()
+        if step is not None:
+            self.progress = snapshot.load(self.store, step, self.session, self.clocks)
+            self._saved = step
+        return step
+
+    def fit(self) -> bool:
+        """Train to the end; False if it was stopped on request, True otherwise.
+
+        Raises
+        ------
+        NonFiniteError
+            If a weight that is due for an SVD holds NaN or Inf.
+        """
+        self.session.module.train()
+        with self.clocks.training():
+            for batch in self._batches():
+                self._step(batch)
+                self._evaluate_if_due()
+                stopping = self._stopping()
+                if stopping or self._checkpoint_due():
+                    self.save()
+                if stopping:
+                    return False
+        self.save()
+        return True
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch) -> None:
+        session, step = self.session, self.progress.step
+        session.rates.set(step)
+        self.recorder.before_step(step)
+        loss = self._forward_backward(session.place(batch), step)
+        if self.config.train.gradient_clip is not None:
+            session.scaler.unscale_(session.optimizer)
+            clip_grad_norm_(self._trained_parameters(), self.config.train.gradient_clip)
+        session.scaler.step(session.optimizer)
+        session.scaler.update()
+        session.optimizer.zero_grad(set_to_none=True)
+        self._update()
+        self.progress.step = step + 1
+        if self.first_graphs is None:
+            self.first_graphs = graphs_compiled()
+        self.recorder.after_step(self.progress.step, loss, batch, self.clocks, self.session)
+
+    def _forward_backward(self, batch: Batch, step: int) -> Tensor:
+        """Gradients of the mean loss over the global batch; this process's mean loss, on the device."""
+        controller, count = self.session.controller, self.config.train.accumulation
+        losses = []
+        for part, piece in enumerate(_pieces(batch, count)):
+            last = part == count - 1
+            with nullcontext() if last else controller.no_sync():
+                with self.session.autocast():
+                    moment = Moment(self.config.train.seed, step, part)
+                    loss = self.config.task.loss(controller.model, piece, moment) / count
+                self.session.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _update(self) -> None:
+        """The method's step."""
+        start = time.perf_counter()
+        report = self.session.controller.step()
+        if report is None:
+            return
+        self.clocks.add("update", time.perf_counter() - start)
+        self._trained = None
+        self.recorder.update(report)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        if self._trained is None:
+            self._trained = [p for p in self.session.module.parameters() if p.requires_grad]
+        return self._trained
+
+    def _batches(self) -> Iterator[Batch]:
+        """This process's batches from the present step to the last one."""
+        batches, left = self.session.batches, self.session.total_steps - self.progress.step
+        while left > 0:
+            epoch, start = divmod(self.session.total_steps - left, len(batches))
+            iterator = iter(batches.epoch(epoch, start))
+            for _ in range(min(left, len(batches) - start)):
+                if self._settled():
+                    return
+                since = time.perf_counter()
+                batch = next(iterator)
+                self.clocks.add("data_wait", time.perf_counter() - since)
+                left -= 1
+                yield batch
+
+    # -- between steps ---------------------------------------------------------------------------
+
+    def _evaluate_if_due(self) -> None:
+        if self.progress.step in self._evaluation_steps:
+            splits = self.session.splits
+            split = "validation" if splits.validation is not None else "test"
+            self.evaluate(split)
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Evaluate on "validation" or "test", write it down, and keep count for early stopping."""
+        task, progress = self.config.task, self.progress
+        dataset = getattr(self.session.splits, split)
+        with self.clocks.aside("eval"):
+            metrics = evaluate(self.session, dataset)
+        value = metrics[task.metric]
+        better = task.better(value, progress.best_metric)
+        progress.waited = 0 if better else progress.waited + 1
+        progress.best_metric = value if better else progress.best_metric
+        row = {"split": split, "metric_name": f"{split}_{task.metric}", "metric": value, **metrics}
+        progress.last = {"step": progress.step, **row}
+        self.recorder.evaluation(progress.step, self.clocks.wall, row)
+        return row
+
+    def _settled(self) -> bool:
+        """Whether early stopping applies."""
+        patience = self.config.train.early_stopping
+        return patience is not None and self.progress.waited >= patience
+
+    def _stopping(self) -> bool:
+        return self.stop_requested is not None and self.session.world.any(self.stop_requested())
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint.every
+        return every is not None and self.progress.step % every == 0
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self._saved == self.progress.step:
+            return
+        self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
+        with self.clocks.aside("checkpoint"):
+            snapshot.save(self.store, self.session, self.progress, self.clocks)
+        self._saved = self.progress.step
+
+
+def _spread(count: int, total: int) -> set[int]:
+    """``count`` steps, equally spaced, the last one at the end."""
+    return {max(1, round(total * i / count)) for i in range(1, count + 1)}
+
+
+def _pieces(batch: Batch, count: int) -> list[Batch]:
+    """Equal parts of a batch."""
+    if count == 1:
+        return [batch]
+    parts = {key: value.chunk(count) for key, value in batch.items()}
+    return [{key: values[i] for key, values in parts.items()} for i in range(count)]

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hpc_oialr.data.augment import FlipAndCrop
+from hpc_oialr.data.base import ArrayDataset, Batch
+from hpc_oialr.data.batches import GlobalBatches
+from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.fashion_mnist import ImageArrays
+from hpc_oialr.errors import ConfigError
+
+
+class Numbers(ArrayDataset):
+    """Sample i is the number i; augmentation adds a random fraction to it."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        noise = torch.zeros(len(indices), dtype=torch.float64)
+        if draw is not None:
+            noise = torch.from_numpy(draw.integers(indices.numpy(), 1 << 20, stream=1)) / (1 << 20)
+        return {"x": indices.to(torch.float64) + noise}
+
+
+def training(n: int, global_batch: int, seed: int = 0, rank: int = 0, size: int = 1) -> GlobalBatches:
+    return GlobalBatches(
+        Numbers(n),
+        global_batch,
+        world_rank=rank,
+        world_size=size,
+        seed=seed,
+        shuffle=True,
+        drop_last=True,
+    )
+
+
+def values(batches: GlobalBatches, epoch: int = 0, start: int = 0) -> list[list[float]]:
+    return [batch["x"].tolist() for batch in batches.epoch(epoch, start)]
+
+
+def joined(parts: Iterable[list[float]]) -> list[float]:
+    return [x for part in parts for x in part]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    per_process=st.integers(1, 5),
+    steps=st.integers(1, 5),
+    tail=st.integers(0, 19),
+    seed=st.integers(0, 1000),
+    epoch=st.integers(0, 100),
+    data=st.data(),
+)
+def test_slices_join_to_the_same_global_batches_also_after_a_resume(
+    per_process: int, steps: int, tail: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    batch = 4 * per_process
+    n = steps * batch + tail % batch
+    whole = values(training(n, batch, seed), epoch)
+    assert len(whole) == len(training(n, batch)) == steps
+    for size in (1, 2, 4):
+        parts = [values(training(n, batch, seed, rank, size), epoch) for rank in range(size)]
+        assert [joined(slices) for slices in zip(*parts, strict=True)] == whole
+        assert {len(part) for one in parts for part in one} == {batch // size}
+    start = data.draw(st.integers(0, steps))
+    assert values(training(n, batch, seed), epoch, start) == whole[start:]
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(8, 200), batch=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_every_sample_once_and_another_order_each_epoch(n: int, batch: int, seed: int) -> None:
+    batches = training(n, batch, seed)
+    seen = [int(x) for step in values(batches) for x in step]
+    assert len(seen) == len(set(seen)) == n // batch * batch
+    assert values(batches, 0) == values(batches, 0)
+    assert values(batches, 0) != values(batches, 1)
+    assert values(batches, 0) != values(training(n, batch, seed + 1), 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 100), batch=st.integers(1, 10), size=st.sampled_from([1, 2, 3, 4]))
+def test_evaluation_sees_each_sample_once_in_order_and_unaugmented(n: int, batch: int, size: int) -> None:
+    parts = [
+        GlobalBatches(
+            Numbers(n),
+            batch * size,
+            world_rank=rank,
+            world_size=size,
+            seed=0,
+            shuffle=False,
+            drop_last=False,
+        )
+        for rank in range(size)
+    ]
+    seen = [x for part in parts for step in values(part) for x in step]
+    assert sorted(seen) == list(range(n))
+    assert all(a < b for part in parts for a, b in pairwise(joined(values(part))))
+    counts = [len(joined(values(part))) for part in parts]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_torch_generator_is_not_touched() -> None:
+    before = torch.get_rng_state()
+    values(training(40, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_epochs_at_a_time_do_not_disturb_each_other() -> None:
+    batches = training(40, 8)
+    together = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
+    assert [one["x"].tolist() for one, _ in together] == values(batches, 0)
+    assert [two["x"].tolist() for _, two in together] == values(batches, 1)
+
+
+class Stubborn(Numbers):
+    """Sends its own worker the signals that a job gets before its end."""
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return super().gather(indices, draw)
+
+
+def test_workers_give_the_same_batches_and_survive_signals() -> None:
+    options = {"seed": 3, "shuffle": True, "drop_last": True}
+    workers = GlobalBatches(Stubborn(24), 4, num_workers=2, **options)
+    assert values(workers, 1, 2) == values(GlobalBatches(Numbers(24), 4, **options), 1, 2)
+
+
+def test_augmentation_is_the_same_for_any_world_size_and_in_a_subset() -> None:
+    images = torch.randint(0, 256, (16, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator())
+    whole = ImageArrays(
+        images, torch.arange(16), mean=0.5, std=0.5, augment=FlipAndCrop(flip=True, padding=2)
+    )
+    plain = ImageArrays(images, torch.arange(16), mean=0.5, std=0.5)
+
+    def pixels(dataset: ArrayDataset, size: int, epoch: int) -> dict[int, Tensor]:
+        found = {}
+        for rank in range(size):
+            batches = GlobalBatches(
+                dataset, 8, world_rank=rank, world_size=size, seed=5, shuffle=True, drop_last=True
+            )
+            for batch in batches.epoch(epoch):
+                found |= dict(zip(batch["labels"].tolist(), batch["pixel_values"], strict=True))
+        return found
+
+    alone, four, half = pixels(whole, 1, 0), pixels(whole, 4, 0), pixels(whole.take(8), 2, 0)
+    assert sorted(alone) == list(range(16))
+    assert sorted(half) == list(range(8))
+    assert all(torch.equal(alone[i], four[i]) for i in alone)
+    assert all(torch.equal(alone[i], half[i]) for i in half)
+    later, unchanged = pixels(whole, 1, 1), pixels(plain, 1, 0)
+    assert not all(torch.equal(alone[i], later[i]) for i in alone)
+    assert not all(torch.equal(alone[i], unchanged[i]) for i in alone)
+
+
+def test_take_and_subset_are_views() -> None:
+    numbers = Numbers(10)
+    assert len(numbers.take(3)) == 3
+    assert len(numbers.take(99)) == 10
+    picked = numbers.subset(torch.tensor([9, 7, 5])).take(2)
+    assert picked.__getitems__([1, 0])["x"].tolist() == [7.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (
+            100,
+            {"global_batch": 30, "world_size": 4},
+            "global_batch is 30; must be a positive multiple of the world size, which is 4. "
+            "Nearest that fits: 32.",
+        ),
+        (100, {"global_batch": 0}, "global_batch is 0; must be a positive multiple of the world size"),
+        (20, {"global_batch": 32}, "global_batch is 32; must not exceed the 20 samples of the data set."),
+        (
+            21,
+            {"global_batch": 4, "world_size": 2, "drop_last": False},
+            "drop_last is False; the last 1 of 21 samples cannot be dealt evenly to 2 processes. "
+            "Set it to true.",
+        ),
+    ],
+)
+def test_bad_settings_are_named(n: int, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GlobalBatches(Numbers(n), **({"seed": 0, "shuffle": True, "drop_last": True} | options))
+    assert message in str(caught.value)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_oialr.data.idx import parse_idx, verified_bytes
+from hpc_oialr.errors import DataError
+
+
+def packed(array: torch.Tensor, kind: int = 8) -> bytes:
+    header = bytes([0, 0, kind, array.dim()]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.numpy().tobytes()
+
+
+@settings(deadline=None)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_reads_back_what_was_written(shape: list[int], seed: int) -> None:
+    array = torch.randint(
+        0, 256, tuple(shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    assert torch.equal(parse_idx(gzip.compress(packed(array)), "x"), array)
+
+
+GOOD = packed(torch.arange(12, dtype=torch.uint8).view(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD, "x does not unpack: Not a gzipped file"),
+        (gzip.compress(GOOD)[:-9], "x does not unpack: "),
+        (gzip.compress(GOOD[:-1]), "x does not hold the 12 bytes its header (3, 4) promises."),
+        (gzip.compress(GOOD + b"!"), "x does not hold the 12 bytes its header (3, 4) promises."),
+        (gzip.compress(b"GIF89a"), "x is no IDX file of unsigned bytes: it begins with '47494638'."),
+        (gzip.compress(b"\0\0\r\2" + GOOD[4:]), "x is no IDX file of unsigned bytes"),
+        (gzip.compress(b""), "x is no IDX file of unsigned bytes: it begins with ''."),
+    ],
+)
+def test_other_content_is_named(content: bytes, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_idx(content, "x")
+    assert str(caught.value).startswith(message)
+
+
+def test_checksum_is_compared(tmp_path: Path) -> None:
+    path = tmp_path / "x.gz"
+    path.write_bytes(b"right")
+    right, wrong = hashlib.sha256(b"right").hexdigest(), hashlib.sha256(b"wrong").hexdigest()
+    assert verified_bytes(path, (wrong, right), fix="Fetch it.") == b"right"
+    with pytest.raises(DataError) as caught:
+        verified_bytes(path, (wrong,), fix="Fetch it.")
+    assert str(caught.value) == f"{path} is damaged: expected sha256 {wrong}, found {right}. Fetch it."
+    with pytest.raises(DataError, match=r"cannot read .*y\.gz: No such file or directory\. Fetch it\."):
+        verified_bytes(tmp_path / "y.gz", (wrong,), fix="Fetch it.")

@@ -1,0 +1,57 @@
+"""Slurm's short forms against what they stand for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_count
+
+NODE_LISTS = {
+    "node1": ["node1"],
+    "a[01-03,7],b2": ["a01", "a02", "a03", "a7", "b2"],
+    "hkn[0998-1001]": ["hkn0998", "hkn0999", "hkn1000", "hkn1001"],
+    "r[1-2]n[01-02]": ["r1n01", "r1n02", "r2n01", "r2n02"],
+    "jwb[0001]-ib,x[5]": ["jwb0001-ib", "x5"],
+    "a-b.example.org": ["a-b.example.org"],
+}
+
+
+@pytest.mark.parametrize("text", NODE_LISTS)
+def test_node_lists(text: str) -> None:
+    assert expand_nodes(text) == NODE_LISTS[text]
+
+
+@pytest.mark.parametrize("text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"])
+def test_a_damaged_node_list_is_an_error(text: str) -> None:
+    with pytest.raises(
+        WorldError, match=r"the node list is .* must look like 'a\[01-03,7\],b2'.*MASTER_ADDR"
+    ):
+        expand_nodes(text)
+
+
+@given(st.lists(st.integers(0, 9999), min_size=1, max_size=20))
+def test_a_bracket_of_single_nodes_keeps_order_and_zeros(numbers: list[int]) -> None:
+    text = ",".join(f"{n:04d}" for n in numbers)
+    assert expand_nodes(f"n[{text}]") == [f"n{n:04d}" for n in numbers]
+
+
+@given(st.lists(st.tuples(st.integers(0, 128), st.integers(1, 5)), min_size=1, max_size=8))
+def test_counts(groups: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else str(tasks) for tasks, nodes in groups)
+    assert expand_counts(text) == [tasks for tasks, nodes in groups for _ in range(nodes)]
+
+
+@pytest.mark.parametrize("text", ["", "4(x", "four", "4,"])
+def test_damaged_counts_are_an_error(text: str) -> None:
+    with pytest.raises(WorldError, match=r"tasks per node are .* must look like '4\(x2\),3'"):
+        expand_counts(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("", None), ("4", 4), ("a100:4", 4), ("a100:2,v100:1", 3), ("a100", 1)]
+)
+def test_gpus_per_node(text: str, count: int | None) -> None:
+    assert gpu_count(text) == count

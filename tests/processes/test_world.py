@@ -1,0 +1,152 @@
+"""The World with one process, with several, and with a dead one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.spawn import free_port, launch_environment, spawn
+
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes import World
+
+
+def test_one_process_talks_to_nobody() -> None:
+    world = World.from_environment(device="cpu", environ={})
+    tensor = torch.arange(3.0)
+    assert world == World(device=torch.device("cpu"))
+    assert world.is_main
+    assert world.broadcast(tensor, src=0) is None
+    assert world.all_reduce(tensor, op="max") is tensor
+    assert world.all_gather_object("a") == ["a"]
+    assert world.broadcast_object("a") == "a"
+    assert (world.any(True), world.any(False)) == (True, False)
+    world.barrier()
+    world.close()
+    assert not dist.is_initialized()
+    assert World.single("cpu") == world
+    assert World.current().size == 1
+
+
+def talk(rank: int, size: int) -> dict[str, object]:
+    world = World.from_environment(timeout_s=60)
+    sent = torch.full((2,), float(rank))
+    work = world.broadcast(sent, src=1)
+    assert work is not None
+    work.wait()
+    result = {
+        "me": (world.rank, world.size, world.local_rank, world.local_size, world.launcher, world.is_main),
+        "sent": sent.tolist(),
+        "sum": world.all_reduce(torch.tensor(rank + 1)).item(),
+        "max": world.all_reduce(torch.tensor(float(rank)), op="max").item(),
+        "min": world.all_reduce(torch.tensor(float(rank)), op="min").item(),
+        "gathered": world.all_gather_object({"rank": rank}),
+        "object": world.broadcast_object(f"from {rank}", src=1),
+        "any": (world.any(rank == 1), world.any(False)),
+    }
+    adopted = World.current()
+    result["adopted"] = (adopted.rank, adopted.size, adopted.local_rank, adopted.local_size, adopted.launcher)
+    adopted.close()
+    assert dist.is_initialized()
+    world.barrier()
+    world.close()
+    world.close()
+    assert not dist.is_initialized()
+    return result
+
+
+def test_two_processes() -> None:
+    first, second = spawn(talk, 2)
+    assert first.pop("me") == (0, 2, 0, 2, "torchrun", True)
+    assert second.pop("me") == (1, 2, 1, 2, "torchrun", False)
+    assert first.pop("adopted") == (0, 2, 0, 2, "adopted")
+    assert second.pop("adopted") == (1, 2, 1, 2, "adopted")
+    assert first == second
+    assert first == {
+        "sent": [1.0, 1.0],
+        "sum": 3,
+        "max": 1.0,
+        "min": 0.0,
+        "gathered": [{"rank": 0}, {"rank": 1}],
+        "object": "from 1",
+        "any": (True, False),
+    }
+
+
+def subgroup(rank: int, size: int) -> tuple[int, int, float]:
+    World.from_environment(timeout_s=60)
+    groups = [dist.new_group([0]), dist.new_group([2, 1])]
+    if rank == 0:
+        world = World.current(groups[0])
+        return world.rank, world.size, world.all_reduce(torch.tensor(5.0)).item()
+    world = World.current(groups[1])
+    value = torch.tensor(float(rank))
+    work = world.broadcast(value, src=1)
+    assert work is not None
+    work.wait()
+    return world.rank, world.size, value.item()
+
+
+def test_a_group_counts_its_own_processes() -> None:
+    alone, *pair = spawn(subgroup, 3)
+    assert alone == (0, 1, 5.0)
+    ranks = [rank for rank, _, _ in pair]
+    assert sorted(ranks) == [0, 1]
+    assert {value for _, _, value in pair} == {float(1 + ranks.index(1))}
+
+
+def test_a_process_that_never_comes_is_an_error() -> None:
+    environ = launch_environment(0, 2, free_port())
+    start = time.monotonic()
+    with pytest.raises(
+        WorldError, match=r"process 0 of 2 \(torchrun\) could not meet the others.*within 2 s"
+    ):
+        World.from_environment(device="cpu", timeout_s=2, environ=environ)
+    assert time.monotonic() - start < 30
+
+
+def _die(rank: int, port: int, reports: multiprocessing.SimpleQueue[str]) -> None:
+    world = World.from_environment(device="cpu", timeout_s=5, environ=launch_environment(rank, 2, port))
+    world.barrier()
+    if rank == 1:
+        os._exit(9)
+    try:
+        world.all_reduce(torch.ones(1000))
+    except WorldError as error:
+        reports.put(str(error))
+
+
+def test_a_process_that_dies_leaves_the_others_an_error() -> None:
+    context = multiprocessing.get_context("spawn")
+    reports: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    port = free_port()
+    children = [context.Process(target=_die, args=(rank, port, reports)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    assert not any(child.is_alive() for child in children)
+    message = reports.get()
+    assert "process 0 of 2: an all-reduce failed; every process must take part within the timeout" in message
+    assert "resume from the last checkpoint" in message
+
+
+def _hang(rank: int, size: int) -> float:
+    world = World.from_environment(timeout_s=2)
+    world.barrier()
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(6)
+        return 0.0
+    with pytest.raises(WorldError, match="an all-reduce failed"):
+        world.all_reduce(torch.ones(10))
+    return time.monotonic() - start
+
+
+def test_a_process_that_hangs_is_an_error_after_the_timeout() -> None:
+    waited, _ = spawn(_hang, 2)
+    assert 1 < waited < 5.5

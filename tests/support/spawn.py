@@ -1,0 +1,62 @@
+"""Run a test's function in several fresh processes that can make a gloo group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` in each process; what they return, in order of rank.
+
+    ``fn`` must be a function of a module, not a nested one. RANK, WORLD_SIZE and the rest are set as
+    torchrun does, so that ``World.from_environment()`` works; each process has one thread. The first
+    error of any process is raised here. Warnings are errors there too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_child, args=(fn, world_size, free_port(), folder, args), nprocs=world_size)
+        return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def launch_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for processes of one node."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _child(
+    rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(launch_environment(rank, world_size, port))
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    result = fn(rank, world_size, *args)
+    torch.save(result, _result(folder, rank))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _result(folder: str, rank: int) -> Path:
+    return Path(folder) / f"{rank}.pt"
