@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select
@@ -17,6 +17,7 @@ from hpc_oialr.lowrank.conversion import leave_fused_inference, make_shell
 from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.fingerprint import untied_state
 from hpc_oialr.train.load_config import load_config
 
 Format = Literal["dense", "lowrank"]
@@ -57,7 +58,8 @@ def export(run: Path, form: Format, *, out: Path | None = None, step: int | None
         (draft / "lowrank.json").write_text(json.dumps(_shapes(model), indent=2), encoding="utf-8")
     else:
         model = merge(model, inplace=True)
-    save_file(_untied(model), draft / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
+    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
     if hasattr(model, "config"):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(draft)
@@ -80,7 +82,7 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
     state = store.read_state(chosen)
     model = build_model(load_config(run / "config.yaml").config, state)
     with torch.no_grad():
-        store.read_into(chosen, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+        store.read_into(chosen, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
     return model.eval()
 
 
@@ -123,10 +125,3 @@ def _shapes(model: nn.Module) -> dict[str, Any]:
     layers = low_rank_layers(model)
     described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers.items()}
     return {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
-
-
-def _untied(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of tied weights, which the stock class ties again itself."""
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
-    return {name: t.detach().contiguous() for name, t in model.state_dict().items() if name not in tied}

@@ -189,7 +189,7 @@ class MuonAdamW(Optimizer):
     def _adamw(self, params: list[Tensor], group: Group) -> None:
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         columns = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -200,6 +200,7 @@ class MuonAdamW(Optimizer):
             columns["exp_avg_sq"],
             [],
             columns["step"],
+            fused=all(p.device.type in ("cpu", "cuda") for p in params),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -8,7 +8,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hpc_oialr.record.quiet import without_lines
+
+Subject = nn.Module | torch.optim.Optimizer | Tensor
+Change = tuple[int, int]  # (nanoseconds since the epoch, bytes)
 
 # What the profiler says on standard error whenever it starts and stops, and when a tensor dies that is
 # older than it; the last is just what the probe accounts for itself.
@@ -32,8 +34,9 @@ class MemoryMeter:
 
     Parameters
     ----------
-    resident
-        Gives the tensors that live between steps, when a probe begins: :func:`resident_tensors`.
+    subjects
+        Gives the models, optimizers and other tensors that live between steps; called when a probe
+        begins, since a model's wrapper may have been replaced.
     device
         Where the run computes.
 
@@ -43,8 +46,8 @@ class MemoryMeter:
     which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
     """
 
-    def __init__(self, resident: Callable[[], Iterable[Tensor]], device: torch.device | str = "cpu") -> None:
-        self._resident, self._device = resident, torch.device(device)
+    def __init__(self, subjects: Callable[[], Iterable[Subject]], device: torch.device | str = "cpu") -> None:
+        self._subjects, self._device = subjects, torch.device(device)
         self._probed = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -62,42 +65,41 @@ class MemoryMeter:
         if self._device.type == "cuda":
             yield
             return
-        before = _Residents(self._resident())
-        self._probed = max(self._probed, before.bytes)
-        with without_lines(_CHATTER), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        subjects = tuple(self._subjects())
+        before = resident_bytes(*subjects)
+        deaths, watched = _watch_deaths(resident_tensors(*subjects))
+        # Holding on to a wrapper would keep alive what the probe is to see dying.
+        del subjects
+        with (
+            without_lines(_CHATTER),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        ):
             yield
-        changes = sorted([*before.deaths, *_allocations(profiler)])
-        self._probed = max(self._probed, before.bytes + highest_sum(change for _, change in changes))
+        del watched
+        changes = sorted([*deaths, *_allocations(profiler)])
+        self._probed = max(self._probed, before + highest_sum(change for _, change in changes))
 
 
-@dataclass
-class _Residents:
-    """Tensors that live when a probe begins; the profiler does not know their size when they die."""
+def _watch_deaths(tensors: Iterable[Tensor]) -> tuple[list[Change], list[weakref.ref[Any]]]:
+    """Changes to come from tensors older than the probe, of which the profiler does not know the size."""
+    deaths: list[Change] = []
 
-    tensors: Iterable[Tensor]
-    deaths: list[tuple[int, int]] = field(default_factory=list)
-    bytes: int = 0
+    def on_death(size: int) -> Callable[[Any], None]:
+        return lambda _: deaths.append((time.time_ns(), -size))
 
-    def __post_init__(self) -> None:
-        self._watched = []
-        for storage in _storages(self.tensors).values():
-            size = storage.nbytes()
-            self.bytes += size
-            self._watched.append(weakref.ref(storage, self._on_death(size)))
-        # Holding on to them would keep alive what the probe is to see dying.
-        self.tensors = ()
-
-    def _on_death(self, size: int) -> Callable[[Any], None]:
-        return lambda _: self.deaths.append((time.time_ns(), -size))
+    storages = _storages(tensors).values()
+    return deaths, [weakref.ref(storage, on_death(storage.nbytes())) for storage in storages]
 
 
-def _allocations(profiler: profile) -> list[tuple[int, int]]:
+def _allocations(profiler: profile) -> list[Change]:
     """(time, bytes) of allocations, and of the deaths of what was allocated under the profiler.
 
     Other deaths are left out: the allocator's table may hold a stale size for them, from an earlier probe.
     """
     assert profiler.profiler is not None
-    events = sorted(_walk(profiler.profiler.kineto_results.experimental_event_tree()))
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    events = sorted(_walk(results.experimental_event_tree()))
     live: set[int] = set()
     changes = []
     for moment, address, size in events:
@@ -136,20 +138,41 @@ def highest_sum(changes: Iterable[int]) -> int:
     return highest
 
 
-def resident_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Tensor]:
-    """What lives between steps: parameters, buffers, gradients, the optimizer's state."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        yield tensor
-        if tensor.grad is not None:
-            yield tensor.grad
-    if optimizer is not None:
-        yield from _tensors_in(optimizer.state)
+def resident_tensors(*subjects: Subject) -> Iterator[Tensor]:
+    """What lives between steps: parameters, buffers, gradients, optimizers' state."""
+    for subject in subjects:
+        if isinstance(subject, nn.Module):
+            yield from subject.buffers()
+            for parameter in subject.parameters():
+                yield parameter
+                if parameter.grad is not None:
+                    yield parameter.grad
+        else:
+            yield from _tensors_in(subject if isinstance(subject, Tensor) else subject.state)
 
 
-def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of :func:`resident_tensors`, each storage counted once, and of DDP's gradient buckets."""
-    storages = _storages(resident_tensors(model, optimizer))
-    return sum(storage.nbytes() for storage in storages.values())
+def resident_bytes(*subjects: Subject) -> int:
+    """Bytes of :func:`resident_tensors`, each storage counted once, and of DDP's gradient buckets.
+
+    Parameters
+    ----------
+    subjects
+        Models, wrapped or not, optimizers, and single tensors.
+    """
+    storages = _storages(resident_tensors(*subjects)).values()
+    buckets = sum(
+        _bucket_bytes(subject) for subject in subjects if isinstance(subject, DistributedDataParallel)
+    )
+    return sum(storage.nbytes() for storage in storages) + buckets
+
+
+def _bucket_bytes(model: DistributedDataParallel) -> int:
+    """Buckets that no gradient shows; 0 before they are rebuilt in the second step, within sight of a probe."""
+    if not model._has_rebuilt_buckets:
+        return 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seen = _storages(p.grad for p in trained if p.grad is not None and model.gradient_as_bucket_view)
+    return max(0, sum(p.nbytes for p in trained) - sum(storage.nbytes() for storage in seen.values()))
 
 
 def peak_rss_bytes() -> int:

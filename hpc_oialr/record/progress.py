@@ -88,7 +88,11 @@ def make_progress(
     stream = stream or sys.stderr
     if not show:
         return SilentProgress()
-    return LiveProgress(stream) if (stream.isatty() if live is None else live) else PlainProgress(stream, every_s)
+    return (
+        LiveProgress(stream)
+        if (stream.isatty() if live is None else live)
+        else PlainProgress(stream, every_s)
+    )
 
 
 class SilentProgress:

@@ -27,5 +27,5 @@ def without_lines(markers: Sequence[bytes]) -> Iterator[None]:
             os.dup2(kept, 2)
             held.seek(0)
             rest = b"".join(line for line in held if not any(marker in line for marker in markers))
-            with open(kept, "wb", buffering=0) as stream:
+            with os.fdopen(kept, "wb") as stream:
                 stream.write(rest)

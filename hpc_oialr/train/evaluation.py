@@ -22,6 +22,7 @@ def evaluate(session: Session, dataset: ArrayDataset) -> dict[str, float]:
         session.config.train.evaluation_batch * world.size,
         world_rank=world.rank,
         world_size=world.size,
+        seed=session.config.train.seed,
         shuffle=False,
         drop_last=False,
     )

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_oialr.errors import CheckpointError
 
@@ -38,6 +38,13 @@ def _difference(here: dict[str, Any], stored: dict[str, Any]) -> str | None:
 
 def _describe(tensor: list[Any] | None) -> str:
     return "missing" if tensor is None else f"{' x '.join(map(str, tensor[0])) or 'a scalar'} {tensor[1]}"
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of tied weights."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def weights_sha256(model: nn.Module) -> str:

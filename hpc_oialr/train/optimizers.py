@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.lowrank import Selection
 from hpc_oialr.optim import muon_adamw
 
 
@@ -99,6 +100,8 @@ class MuonAdamW(OptimizerConfig):
         Learning rate of the rest at the schedule's peak.
     dense_algorithm
         What trains matrices while they are dense.
+    selection
+        Which layers' weights count as matrices; as in ``oialr.selection``.
     weight_decay
         Decoupled, for both.
     momentum, nesterov, newton_schulz_steps
@@ -111,6 +114,7 @@ class MuonAdamW(OptimizerConfig):
     core_lr: float | None = None
     adamw_lr: float = 1e-3
     dense_algorithm: Literal["muon", "adamw"] = "muon"
+    selection: Selection = field(default_factory=Selection)
     weight_decay: float = 0.01
     momentum: float = 0.95
     nesterov: bool = True
@@ -131,6 +135,7 @@ class MuonAdamW(OptimizerConfig):
             core_lr=self.core_lr,
             adamw_lr=self.adamw_lr,
             dense_algorithm=self.dense_algorithm,
+            selection=self.selection,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             nesterov=self.nesterov,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.processes import World
+from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.session import make_session
+from hpc_oialr.train.session import Session, make_session
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
 
@@ -57,9 +60,13 @@ def train(
         If the folder holds a run, or settings, data and world do not fit each other.
     """
     with _joined(world, loaded) as joined:
-        if joined.broadcast_object((folder / "config.yaml").exists()):
-            raise OIALRError(f"{folder} already holds a run. Go on with it: oialr resume {folder}; or choose another --out.")
-        return _run(loaded, folder, joined, stop_requested, resumed=False)
+        run_folder = RunFolder(folder)
+        if joined.broadcast_object(run_folder.holds_run):
+            raise OIALRError(f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out.")
+        # What cannot run at all fails here, before there is a folder.
+        session = make_session(loaded.config, joined)
+        _begin(run_folder, loaded, joined)
+        return _run(loaded, session, run_folder, stop_requested)
 
 
 def resume(folder: Path, *, world: World | None = None, stop_requested: Stop | None = None) -> Result:
@@ -70,9 +77,73 @@ def resume(folder: Path, *, world: World | None = None, stop_requested: Stop | N
     CheckpointError
         If the folder holds no run, or all its checkpoints are damaged or of another model.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise CheckpointError(f"{folder} holds no run: there is no {path}.")
-    loaded = load_config(path)
+    run_folder = RunFolder(folder)
+    if not run_folder.holds_run:
+        raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
+    if run_folder.finished:
+        return Result(folder, run_folder.read_summary())
+    loaded = load_config(run_folder.config)
     with _joined(world, loaded) as joined:
-        return _run(loaded, folder, joined, stop_requested, resumed=True)
+        return _run(loaded, make_session(loaded.config, joined), run_folder, stop_requested)
+
+
+@contextmanager
+def _joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
+    """The given processes, or those of the launcher, which are left again at the end."""
+    if world is not None:
+        yield world
+        return
+    joined = World.from_environment(device=loaded.config.train.device)
+    try:
+        yield joined
+    finally:
+        joined.close()
+
+
+def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
+    """A new run folder; the settings come last, they make it one."""
+    if world.is_main:
+        folder.create()
+        folder.write_environment(environment_report())
+        folder.write_config(loaded.text)
+    world.barrier()
+
+
+def _run(loaded: LoadedConfig, session: Session, folder: RunFolder, stop_requested: Stop | None) -> Result:
+    world = session.world
+    store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
+    with _logged(folder, world):
+        attributes = {
+            "config": loaded.tree,
+            "environment": environment_report(),
+            "seed": loaded.config.train.seed,
+            "world_size": world.size,
+        }
+        recorder = Recorder(folder, session, attributes)
+        trainer = Trainer(session, store, recorder, stop_requested=stop_requested)
+        try:
+            trainer.resume()
+            summary = summarise(trainer) if trainer.fit() else None
+        finally:
+            recorder.close()
+        if summary is not None and world.is_main:
+            folder.write_summary(summary)
+        world.barrier()
+    return Result(folder.path, summary)
+
+
+@contextmanager
+def _logged(folder: RunFolder, world: World) -> Iterator[None]:
+    """This process's log in the folder, meanwhile."""
+    logger = logging.getLogger("hpc_oialr")
+    handler = logging.FileHandler(folder.logs / f"process_{world.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()

@@ -90,6 +90,8 @@ def make_session(config: RunConfig, world: World) -> Session:
     prepare_torch(world)
     with _section("data"):
         splits = config.data.build()
+        if splits.validation is None and splits.test is None:
+            raise ConfigError("class_path", type(config.data).__name__, "leaves neither validation nor test data")
     batches = _batches(config, world, splits)
     total = train.total_steps(len(batches))
     seed_model(train.seed)
@@ -145,6 +147,8 @@ def _batches(config: RunConfig, world: World, splits: Splits) -> GlobalBatches:
             world_rank=world.rank,
             world_size=world.size,
             seed=train.seed,
+            shuffle=True,
+            drop_last=True,
             num_workers=train.workers,
             pin_memory=world.device.type == "cuda",
         )

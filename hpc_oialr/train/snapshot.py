@@ -13,7 +13,7 @@ from hpc_oialr.processes import World
 from hpc_oialr.train import optimizer_state
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
-from hpc_oialr.train.fingerprint import require_same
+from hpc_oialr.train.fingerprint import require_same, untied_state
 from hpc_oialr.train.seeds import generator_state, restore_generators, seed_process
 from hpc_oialr.train.session import Session
 
@@ -50,7 +50,7 @@ def save(store: CheckpointStore, session: Session, progress: Progress, clocks: C
     """
     share_buffers(session)
     named, rest = optimizer_state.collect(session.module, session.optimizer)
-    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in session.module.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in untied_state(session.module).items()}
     tensors |= {f"optimizer.{name}": t for name, t in named.items()}
     tensors |= {f"oialr.{name}": t for name, t in session.controller.tensor_state().items()}
     tensors |= {f"rng.{name}": t for name, t in generator_state(session.world.rank, session.world.device).items()}
@@ -85,7 +85,7 @@ def load(store: CheckpointStore, step: int, session: Session, clocks: Clocks) ->
     require_same(session.identity, state["model"], str(store.path(step)))
     session.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
     with torch.no_grad():
-        store.read_into(step, {f"model.{name}": t for name, t in session.module.state_dict().items()})
+        store.read_into(step, {f"model.{name}": t for name, t in untied_state(session.module).items()})
     optimizer_state.restore(
         session.module, session.optimizer, store.read(step, "optimizer."), state["optimizer"]
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import Any
 
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
+from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.train.compilation import graphs_compiled
 from hpc_oialr.train.fingerprint import weights_sha256
 from hpc_oialr.train.trainer import Trainer
@@ -38,7 +37,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "dense_trainable_params": dense_parameters(module),
         "total_params": sum(p.numel() for p in module.parameters()),
         "peak_memory_gib": trainer.recorder.peak_memory_gib(progress.peak_memory_gib),
-        "peak_rss_gib": peak_rss_gib(),
+        "peak_rss_gib": peak_rss_bytes() / 1024**3,
         "r": session.controller.r,
         "recompilations": 0 if first is None else graphs_compiled() - first,
         "world_size": session.world.size,
@@ -53,10 +52,4 @@ def _final_metrics(trainer: Trainer) -> dict[str, Any]:
     last = trainer.progress.last
     if last.get("split") == split and last["step"] == trainer.progress.step:
         return last
-    return trainer.evaluate(split, final=True)
-
-
-def peak_rss_gib() -> float:
-    """Largest resident memory of this process so far (GiB), libraries and data included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3
+    return trainer.evaluate(split)

@@ -55,14 +55,14 @@ class Trainer:
         self._trained: list[nn.Parameter] | None = None
         self._evaluation_steps = _spread(self.config.train.evaluations, session.total_steps)
         self._saved: int | None = None
+        self._waited_s = 0.0
 
-    def resume(self) -> int | None:
-        """Go on from the last whole checkpoint; its step, or None if there is none."""
+    def resume(self) -> None:
+        """Go on from the last whole checkpoint; from the start if there is none."""
         step = self.store.latest()
         if step is not None:
             self.progress = snapshot.load(self.store, step, self.session, self.clocks)
             self._saved = step
-        return step
 
     def fit(self) -> bool:
         """Train to the end; False if it was stopped on request, True otherwise.
@@ -72,6 +72,7 @@ class Trainer:
         NonFiniteError
             If a weight that is due for an SVD holds NaN or Inf.
         """
+        self.recorder.begin(self.progress.step)
         self.session.module.train()
         with self.clocks.training():
             for batch in self._batches():
@@ -88,21 +89,27 @@ class Trainer:
     # -- one step --------------------------------------------------------------------------------
 
     def _step(self, batch: Batch) -> None:
-        session, step = self.session, self.progress.step
-        session.rates.set(step)
-        self.recorder.before_step(step)
-        loss = self._forward_backward(session.place(batch), step)
-        if self.config.train.gradient_clip is not None:
-            session.scaler.unscale_(session.optimizer)
-            clip_grad_norm_(self._trained_parameters(), self.config.train.gradient_clip)
-        session.scaler.step(session.optimizer)
-        session.scaler.update()
-        session.optimizer.zero_grad(set_to_none=True)
-        self._update()
+        step = self.progress.step
+        with self.recorder.probe(step):
+            loss = self._learn(batch, step)
+            self._update()
         self.progress.step = step + 1
         if self.first_graphs is None:
             self.first_graphs = graphs_compiled()
-        self.recorder.after_step(self.progress.step, loss, batch, self.clocks, self.session)
+        self.recorder.step(self.progress.step, loss, batch, self._waited_s, self.clocks)
+
+    def _learn(self, batch: Batch, step: int) -> Tensor:
+        """One step of the optimizer; the loss before it."""
+        session, clip = self.session, self.config.train.gradient_clip
+        session.rates.set(step)
+        loss = self._forward_backward(session.place(batch), step)
+        if clip is not None:
+            session.scaler.unscale_(session.optimizer)
+            clip_grad_norm_(self._trained_parameters(), clip)
+        session.scaler.step(session.optimizer)
+        session.scaler.update()
+        session.optimizer.zero_grad(set_to_none=True)
+        return loss
 
     def _forward_backward(self, batch: Batch, step: int) -> Tensor:
         """Gradients of the mean loss over the global batch; this process's mean loss, on the device."""
@@ -144,7 +151,8 @@ class Trainer:
                     return
                 since = time.perf_counter()
                 batch = next(iterator)
-                self.clocks.add("data_wait", time.perf_counter() - since)
+                self._waited_s = time.perf_counter() - since
+                self.clocks.add("data_wait", self._waited_s)
                 left -= 1
                 yield batch
 
@@ -154,19 +162,21 @@ class Trainer:
         if self.progress.step in self._evaluation_steps:
             splits = self.session.splits
             split = "validation" if splits.validation is not None else "test"
-            self.evaluate(split)
+            self._count(self.evaluate(split)["metric"])
 
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """Evaluate on "validation" or "test", write it down, and keep count for early stopping."""
-        task, progress = self.config.task, self.progress
-        dataset = getattr(self.session.splits, split)
-        with self.clocks.aside("eval"):
-            metrics = evaluate(self.session, dataset)
-        value = metrics[task.metric]
-        better = task.better(value, progress.best_metric)
+    def _count(self, value: float) -> None:
+        """Keep the best metric, and count evaluations without a better one."""
+        progress = self.progress
+        better = self.config.task.better(value, progress.best_metric)
         progress.waited = 0 if better else progress.waited + 1
         progress.best_metric = value if better else progress.best_metric
-        row = {"split": split, "metric_name": f"{split}_{task.metric}", "metric": value, **metrics}
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Evaluate on "validation" or "test" and write it down; a collective call."""
+        task, progress = self.config.task, self.progress
+        with self.clocks.aside("eval"):
+            metrics = evaluate(self.session, getattr(self.session.splits, split))
+        row = {"split": split, "metric_name": f"{split}_{task.metric}", "metric": metrics[task.metric], **metrics}
         progress.last = {"step": progress.step, **row}
         self.recorder.evaluation(progress.step, self.clocks.wall, row)
         return row

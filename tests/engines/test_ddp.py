@@ -1,4 +1,4 @@
-"""Gradients are averaged once, of what is trained and nothing else, before and after parameters are replaced."""
+"""Gradients are averaged once, of what is trained and nothing else, also after parameters were replaced."""
 
 from __future__ import annotations
 

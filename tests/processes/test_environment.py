@@ -167,17 +167,17 @@ def test_srun_with_pmi2() -> None:
 BAD = {
     "rank without size": (
         without(TORCHRUN, "WORLD_SIZE"),
-        r"WORLD_SIZE is not set; must be a whole number.*torchrun",
+        r"WORLD_SIZE is not set; must be a whole number",
     ),
     "size without rank": ({"WORLD_SIZE": "8"}, r"WORLD_SIZE is 8 but RANK is not set.*unset WORLD_SIZE"),
     "rank too large": (
         TORCHRUN | {"RANK": "8"},
-        r"rank is 8 of 8 \(torchrun\); must lie in \[0, 8\)\. Unset stale",
+        r"rank is 8 of 8 \(torchrun\); must lie in \[0, 8\)",
     ),
     "no number": (TORCHRUN | {"RANK": "one"}, r"RANK is 'one'; must be a whole number"),
     "no address": (
         without(TORCHRUN, "MASTER_ADDR"),
-        r"MASTER_ADDR is not set; must name the host of process 0",
+        r"MASTER_ADDR is not set; must name the host",
     ),
     "no port": (without(TORCHRUN, "MASTER_PORT"), r"MASTER_PORT is not set; must be a port"),
     "no local rank": (without(TORCHRUN, "LOCAL_RANK"), r"LOCAL_RANK is not set"),
@@ -185,11 +185,11 @@ BAD = {
     "stale size 1 under srun": (STEP | {"RANK": "0", "WORLD_SIZE": "1"}, r"srun started 7 tasks.*Unset RANK"),
     "another size under srun": (
         STEP | {"WORLD_SIZE": "8"},
-        r"WORLD_SIZE is 8 but srun started 7 tasks.*--ntasks",
+        r"8 but srun started 7 tasks.*--ntasks",
     ),
     "counts and tasks": (
         STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
-        r"7 tasks, and tasks per node \[4, 4\]",
+        r"7 tasks, .* per node \[4, 4\]",
     ),
     "node beyond the list": (STEP | {"SLURM_NODEID": "2"}, r"seen from node 2"),
     "stripped step": (without(STEP, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), r"none of .*Pass --export=ALL"),

@@ -26,9 +26,7 @@ def test_node_lists(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"])
 def test_a_damaged_node_list_is_an_error(text: str) -> None:
-    with pytest.raises(
-        WorldError, match=r"the node list is .* must look like 'a\[01-03,7\],b2'.*MASTER_ADDR"
-    ):
+    with pytest.raises(WorldError, match=r"node list is .* must look like 'a\[01-03,7\],b2'.*MASTER_ADDR"):
         expand_nodes(text)
 
 
@@ -50,8 +48,6 @@ def test_damaged_counts_are_an_error(text: str) -> None:
         expand_counts(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "count"), [("", None), ("4", 4), ("a100:4", 4), ("a100:2,v100:1", 3), ("a100", 1)]
-)
+@pytest.mark.parametrize(("text", "count"), [("", None), ("4", 4), ("a100:4", 4), ("a100:2,v100:1", 3)])
 def test_gpus_per_node(text: str, count: int | None) -> None:
     assert gpu_count(text) == count

@@ -102,9 +102,7 @@ def test_a_group_counts_its_own_processes() -> None:
 def test_a_process_that_never_comes_is_an_error() -> None:
     environ = launch_environment(0, 2, free_port())
     start = time.monotonic()
-    with pytest.raises(
-        WorldError, match=r"process 0 of 2 \(torchrun\) could not meet the others.*within 2 s"
-    ):
+    with pytest.raises(WorldError, match=r"process 0 of 2 .* could not meet the others.*within 2 s"):
         World.from_environment(device="cpu", timeout_s=2, environ=environ)
     assert time.monotonic() - start < 30
 

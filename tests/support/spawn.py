@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -56,6 +57,11 @@ def _child(
     torch.save(result, _result(folder, rank))
     if dist.is_initialized():
         dist.destroy_process_group()
+    # What still refers to the group keeps gloo's threads alive, and ending the interpreter under them
+    # now and then aborts the process (pytorch/pytorch pull request 179291).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _result(folder: str, rank: int) -> Path:

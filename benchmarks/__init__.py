@@ -1,0 +1,1 @@
+"""Measurements: one script each, `python -m benchmarks.NAME --out FILE`; results in `benchmarks/results`."""

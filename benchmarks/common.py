@@ -1,0 +1,88 @@
+"""What all benchmarks share: paired timing, arguments, and result files that say where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_oialr.record.environment_report import environment_report
+
+Row = dict[str, Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with ``--out``; scripts add their own options."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="result file (JSON); default: print only")
+    return parser
+
+
+def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
+    """Print the rows as a table and write ``{"rows": ..., "environment": ...}`` to ``out``."""
+    print_table(rows)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_suffix(".tmp")
+        content = {"rows": list(rows), **extra, "environment": environment_report()}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, out)
+        print(out)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Aligned columns; floats with three significant digits."""
+    if not rows:
+        return
+    keys = list(rows[0])
+    cells = [[_text(row.get(key)) for key in keys] for row in rows]
+    widths = [max(len(key), *(len(line[i]) for line in cells)) for i, key in enumerate(keys)]
+    for line in [keys, *cells]:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, GPU work included."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def time_ratios(
+    functions: Mapping[str, Callable[[], object]], reference: str, *, repeats: int, warmup: int = 2
+) -> tuple[dict[str, float], float]:
+    """Time of each function over the reference's, in one run.
+
+    All are called in turn, again and again, so that drifts of the machine's speed meet all of them.
+
+    Returns
+    -------
+    Median over the repeats of each ratio, and the reference's median time (s).
+    """
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    rounds = [{name: timed(function) for name, function in functions.items()} for _ in range(repeats)]
+    ratios = {name: statistics.median(r[name] / r[reference] for r in rounds) for name in functions}
+    return ratios, statistics.median(r[reference] for r in rounds)

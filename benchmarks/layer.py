@@ -1,0 +1,87 @@
+"""One layer, forward and backward: factored against dense, and the published scheme that rebuilds W.
+
+Ratios are to the dense layer, measured in turn in one run. `time_ratio` is this project's low-rank
+layer, `rebuild_ratio` the same layer building `W = U S Vh` in every forward pass, `flop_ratio` what
+the operation counts promise. `oialr.crossover` accepts the result file.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Row, arguments, finish, time_ratios
+from hpc_oialr.lowrank import Selection, convert
+from hpc_oialr.lowrank.execution import dense_cost, factored_cost, measured_crossover
+from hpc_oialr.lowrank.linear import LowRankLinear
+
+SHAPES = ((768, 768), (3072, 768))
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
+
+
+def low_rank_twin(dense: nn.Linear, fraction: float, *, factored: bool) -> LowRankLinear:
+    """A converted copy, forced into one kind of execution."""
+    twin = copy.deepcopy(dense).float()
+    convert(twin, Selection(keep_last=False), fraction=fraction)
+    twin = twin.to(dense.weight.dtype)
+    assert isinstance(twin, LowRankLinear)
+    twin.crossover = 1e9 if factored else 0.0
+    return twin
+
+
+def measure(m: int, n: int, fraction: float, dtype: torch.dtype, tokens: int, repeats: int) -> Row:
+    """One row."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dense = nn.Linear(n, m).to(device, dtype)
+    layers = {
+        "dense": dense,
+        "factored": low_rank_twin(dense, fraction, factored=True),
+        "rebuild": low_rank_twin(dense, fraction, factored=False),
+    }
+    x = torch.randn(tokens, n, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, m, device=device, dtype=dtype)
+    steps = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    ratios, dense_s = time_ratios(steps, "dense", repeats=repeats)
+    r = int(fraction * min(m, n))
+    return {
+        "m": m,
+        "n": n,
+        "r": r,
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "time_ratio": ratios["factored"],
+        "flop_ratio": factored_cost(tokens, m, n, r) / dense_cost(tokens, m, n),
+        "rebuild_ratio": ratios["rebuild"],
+        "dense_ms": 1e3 * dense_s,
+    }
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Forward and backward, gradients dropped as after an optimizer step."""
+    layer(x).backward(dy)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+
+
+def main() -> None:
+    """Run the grid."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--tokens", type=int, default=1576, help="rows of the input: 8 images of ViT-B/16")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [
+        measure(m, n, fraction, dtype, options.tokens, options.repeats)
+        for dtype in (torch.float32, torch.bfloat16)
+        for m, n in SHAPES
+        for fraction in FRACTIONS
+    ]
+    finish(rows, options.out)
+    if options.out is not None:
+        print(f"crossover: {measured_crossover(options.out):.3f} (float32)")
+
+
+if __name__ == "__main__":
+    main()

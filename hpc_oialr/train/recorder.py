@@ -1,0 +1,128 @@
+"""What a run writes down and shows, on the main process; the others only take part in sums."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from hpc_oialr.data import Batch
+from hpc_oialr.lowrank import dense_parameters, trainable_parameters
+from hpc_oialr.method.report import UpdateReport
+from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, SpectraWriter, Status, make_progress
+from hpc_oialr.train.clocks import Clocks
+from hpc_oialr.train.probes import Probes
+from hpc_oialr.train.session import Session
+
+GIB = 1024**3
+
+
+class Recorder:
+    """Writes ``metrics.jsonl`` and ``spectra.h5``, measures memory, and shows progress.
+
+    Parameters
+    ----------
+    folder
+        The run's.
+    session
+        What is run.
+    attributes
+        Of ``spectra.h5``.
+    """
+
+    def __init__(self, folder: RunFolder, session: Session, attributes: dict[str, Any]) -> None:
+        self.session, self.every = session, session.config.record.every
+        self.units_per_step = 0
+        main = session.world.is_main
+        self.metrics = MetricsWriter(folder.metrics) if main else None
+        self.spectra = SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
+        self.progress, self.pace = make_progress(show=main), Pace()
+        self.meter = MemoryMeter(lambda: (session.controller.model, session.optimizer), session.world.device)
+        self._status: Status | None = None
+        self._evaluation: dict[str, Any] = {}
+
+    def begin(self, step: int) -> None:
+        """Go on after ``step`` steps; records of later ones, of a run that was killed, are dropped."""
+        if self.metrics is not None:
+            self.metrics.truncate_after(step)
+        if self.spectra is not None:
+            self.spectra.truncate_after(step)
+        self.probes = Probes(self.session.config.oialr, step)
+        with self.meter.probe():
+            # The profiler takes a second to load: not in the first step.
+            self.pace.restart()
+
+    def probe(self, step: int) -> AbstractContextManager[None]:
+        """Around the step after ``step`` steps: measure its memory if it may reach a new height."""
+        return self.meter.probe() if self.probes.due(step) else nullcontext()
+
+    def step(self, step: int, loss: Tensor, batch: Batch, waited_s: float, clocks: Clocks) -> None:
+        """After step number ``step``; a collective call at those that are written down."""
+        if not self.units_per_step:
+            world = self.session.world
+            self.units_per_step = self.session.config.task.count(batch) * world.size
+        self.pace.tick(self.units_per_step, waited_s)
+        if step % self.every == 0 or step == self.session.total_steps:
+            mean = self.session.world.all_reduce(loss.double()) / self.session.world.size
+            self._write_step(step, float(mean), clocks)
+
+    def _write_step(self, step: int, loss: float, clocks: Clocks) -> None:
+        if self.metrics is None:
+            return
+        session, module = self.session, self.session.module
+        share = trainable_parameters(module) / dense_parameters(module)
+        unit = session.config.task.unit
+        row = {
+            "step": step,
+            "loss": loss,
+            "lr": session.rates.current,
+            "wall_s": clocks.wall,
+            "data_wait_s": clocks.seconds["data_wait"],
+            "trained_share": share,
+            f"{unit}_per_s": self.pace.items_per_s,
+        }
+        self.metrics.write(row)
+        self._status = Status(
+            step=step,
+            total_steps=session.total_steps,
+            phase="low-rank" if session.controller.r else "full-rank",
+            loss=loss,
+            trained_share=share,
+            rate=self.pace.items_per_s,
+            unit=unit,
+            data_wait_share=self.pace.data_wait_share,
+            memory_bytes=self.meter.peak_bytes,
+            eta_s=self.pace.eta_s(session.total_steps - step),
+            **self._evaluation,
+        )
+        self.progress.update(self._status)
+
+    def update(self, report: UpdateReport) -> None:
+        """What the method did."""
+        self.probes.saw(report)
+        if self.spectra is not None:
+            self.spectra.write(report)
+        if report.kind != "stability":
+            values = sorted(layer.r for layer in report.layers)
+            spread = f"r from {values[0]} to {values[-1]}" if values else "no layer"
+            self.progress.note(f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {report.seconds:.2f} s")
+
+    def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
+        """Metrics of an evaluation after ``step`` steps."""
+        self.pace.restart()
+        if self.metrics is None:
+            return
+        self.metrics.write({"step": step, "wall_s": wall_s, **row})
+        self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
+        self.progress.note(f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training")
+
+    def peak_memory_gib(self, before: float) -> float:
+        """Highest so far, and at least ``before`` (GiB)."""
+        return max(before, self.meter.peak_bytes / GIB)
+
+    def close(self) -> None:
+        """Close the files and leave the terminal as it was."""
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()

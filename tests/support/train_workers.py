@@ -1,0 +1,29 @@
+"""Functions that tests run in several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.record import read_metrics
+from hpc_oialr.train.load_config import load_config
+from hpc_oialr.train.run import resume, train
+
+
+def train_worker(
+    rank: int, size: int, recipe: str, folder: str, stop_at: int | None = None
+) -> dict[str, Any] | None:
+    """Train a recipe, stopping after ``stop_at`` steps; the summary."""
+    asked = iter(range(1, 10_000))
+    stop = None if stop_at is None else lambda: next(asked) == stop_at
+    return train(load_config(recipe), Path(folder), stop_requested=stop).summary
+
+
+def resume_worker(rank: int, size: int, folder: str) -> dict[str, Any] | None:
+    """Resume a run; the summary."""
+    return resume(Path(folder)).summary
+
+
+def losses(folder: Path) -> list[float]:
+    """Training losses of a run, step by step."""
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "metric" not in row]
