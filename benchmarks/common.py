@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
         temporary = out.with_suffix(".tmp")
         content = {"rows": list(rows), **extra, "environment": environment_report()}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, out)
+        temporary.replace(out)
         print(out)
 
 

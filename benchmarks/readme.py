@@ -1,0 +1,174 @@
+"""Writes the README's tables from the committed result files, so that no number there is typed in.
+
+`python -m benchmarks.readme` rewrites what stands between the markers `<!-- NAME -->` and
+`<!-- end NAME -->`; with `--check` it only says, by its exit code, whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result file."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def origin(name: str, environment: dict[str, Any]) -> str:
+    """One line: file, machine, versions, date."""
+    machine, packages = environment["machine"], environment["packages"]
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    return f"\n*`benchmarks/results/{name}.json`: {where}, torch {packages['torch']}, {environment['date'][:10]}.*"
+
+
+def demo() -> str:
+    """The demo's table."""
+    result = load("demo")
+    dense, oialr, ratios = result["dense"], result["oialr"], result["ratios"]
+    difference, at_wall = 100 * result["metric_difference"], 100 * result["dense_metric_at_oialr_wall"]
+    rows = [
+        (
+            "test accuracy",
+            f"{100 * dense['metric']:.2f} %",
+            f"{100 * oialr['metric']:.2f} %",
+            f"{difference:+.2f} points",
+        ),
+        (
+            "dense accuracy at OIALR's wall time",
+            f"{at_wall:.2f} %",
+            "",
+            f"{100 * oialr['metric'] - at_wall:+.2f} points",
+        ),
+        ("training time", f"{dense['wall_s']:.0f} s", f"{oialr['wall_s']:.0f} s", f"x {ratios['wall']:.2f}"),
+        (
+            "trained parameters at the end",
+            f"{dense['trainable_params']:,}",
+            f"{oialr['trainable_params']:,}",
+            f"x {ratios['trainable']:.3f}",
+        ),
+        (
+            "peak memory of all tensors",
+            f"{1024 * dense['peak_memory_gib']:.1f} MiB",
+            f"{1024 * oialr['peak_memory_gib']:.1f} MiB",
+            f"x {ratios['peak_memory']:.3f}",
+        ),
+        ("steps", str(dense["steps"]), str(oialr["steps"]), ""),
+        (
+            "time of all SVDs and updates",
+            "",
+            f"{oialr['update_wall_s']:.2f} s",
+            f"{oialr['update_wall_s'] / oialr['wall_s']:.1%}",
+        ),
+    ]
+    return (
+        table(("", "dense", "OIALR", "OIALR to dense"), rows) + "\n" + origin("demo", result["environment"])
+    )
+
+
+def layer() -> str:
+    """Layer speed, fp32 and bf16."""
+    result = load("layer")
+    rows = [
+        (
+            f"{row['m']} x {row['n']}",
+            row["dtype"],
+            f"{row['r'] / min(row['m'], row['n']):g} k",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['rebuild_ratio']:.2f}",
+        )
+        for row in result["rows"]
+        if row["r"] / min(row["m"], row["n"]) <= 0.5
+    ]
+    header = ("layer", "dtype", "r", "operations", "time, factored", "time, rebuilding W")
+    return table(header, rows) + "\n" + origin("layer", result["environment"])
+
+
+def step() -> str:
+    """Step speed of ViT-B/16."""
+    result = load("step")
+    rows = [
+        (
+            row["dtype"],
+            f"{row['r_fraction']:g} k",
+            f"{row['time_ratio']:.2f}",
+            f"{row['peak_memory_ratio']:.2f}",
+            f"{row['trainable_share']:.1%}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("dtype", "r", "step time to dense", "peak memory to dense", "trained")
+    return table(header, rows) + "\n" + origin("step", result["environment"])
+
+
+def settings() -> str:
+    """What was tried for the demo."""
+    result = load("demo_settings")
+    rows = [
+        (
+            row["run"],
+            f"{100 * row['accuracy_mean']:.2f} %",
+            f"{100 * row['accuracy_min']:.2f} %",
+            f"{row['wall_s']:.0f} s",
+            f"{row['trained_share']:.1%}",
+        )
+        for row in result["summary"]
+    ]
+    seeds = result["summary"][0]["seeds"]
+    header = (
+        "run",
+        f"validation accuracy, mean of {seeds} seeds",
+        "worst",
+        "time on one thread",
+        "trained at the end",
+    )
+    return table(header, rows) + "\n" + origin("demo_settings", result["environment"])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "layer": layer, "step": step, "settings": settings}
+
+
+def rendered(text: str) -> str:
+    """The README with every block anew."""
+    for name, block in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if pattern.search(text):
+            body = block()
+            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 if the README is out of date"
+    )
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = rendered(before)
+    if parser.parse_args().check:
+        sys.exit(before != after)
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

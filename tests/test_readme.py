@@ -1,0 +1,57 @@
+"""The README's code runs, its commands exist, and its numbers are those of the committed result files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "'0':" in capsys.readouterr().out
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "oialr " in c])
+def test_commands_are_understood(command: str) -> None:
+    """Each `oialr` command with its options is accepted: its help and, for runs, its settings."""
+    words = shlex.split(command[command.index("oialr ") :])[1:]
+    extra = ["--print_config"] if words[0] == "train" else ["--help"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_oialr", *words, *extra], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("target", [c.split()[1] for c in commands() if c.startswith("make ")])
+def test_make_targets_exist(target: str) -> None:
+    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_numbers_are_those_of_the_result_files() -> None:
+    checked = subprocess.run([sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, check=False)
+    assert checked.returncode == 0, "run python -m benchmarks.readme"
+
+
+def test_every_file_it_names_exists() -> None:
+    for path in re.findall(r"`((?:hpc_oialr|benchmarks)/[\w/]+\.\w+)`", README):
+        assert (ROOT / path).exists(), path
+    assert (ROOT / "benchmarks/results/demo.png").exists()
