@@ -44,9 +44,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES), help="names of candidates")
     options = parser.parse_args()
     jobs = [(name, seed) for seed in options.seeds for name in options.only]
+    rows: list[Row] = []
     with ThreadPoolExecutor(max_workers=2) as pool:
-        rows = list(pool.map(lambda job: run(*job), jobs))
-    finish(rows, options.out, summary=summary(rows, options.only))
+        for row in pool.map(lambda job: run(*job), jobs):
+            rows.append(row)
+            # Half an hour of runs: what is done is kept.
+            finish(rows, options.out, summary=summary(rows, options.only))
     print_table(summary(rows, options.only))
 
 
@@ -54,7 +57,7 @@ def run(name: str, seed: int) -> Row:
     """Train one candidate with one seed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        settings = ["--data.validation", "5000", "--train.seed", str(seed), "--train.evaluations", "6"]
+        settings = ["--data.validation", "5000", "--train.seed", str(seed), "--train.evaluations", "3"]
         command = ["train", "fashion_mnist_vit", *settings, *CANDIDATES[name], "--out", str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
@@ -81,6 +84,8 @@ def summary(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     table = []
     for name in names:
         mine = [row for row in rows if row["run"] == name]
+        if not mine:
+            continue
         accuracies = [row["validation_accuracy"] for row in mine]
         table.append({
             "run": name,

@@ -1,8 +1,6 @@
 """``python -m hpc_oialr`` is ``oialr``."""
 
-import sys
-
-from hpc_oialr.cli.main import main
+from hpc_oialr.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -13,7 +13,7 @@ from typing import Any
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.processes import World, launch_info
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
-from hpc_oialr.train.run import train
+from hpc_oialr.train.run import leave, train
 
 SIDES = ("dense", "oialr")
 
@@ -151,11 +151,9 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
     world = World.from_environment(device=sides["oialr"].config.train.device)
-    try:
-        for side, loaded in sides.items():
-            train(loaded, folder / side, world=world)
-    finally:
-        world.close()
+    for side, loaded in sides.items():
+        train(loaded, folder / side, world=world)
+    leave(world)
 
 
 def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path) -> None:

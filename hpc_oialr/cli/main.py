@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from hpc_oialr import __version__
@@ -11,6 +13,7 @@ from hpc_oialr.cli import command_compare, command_data, command_export, command
 from hpc_oialr.cli import command_resume, command_train
 from hpc_oialr.cli.console import show_error
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.processes.environment import launch_info
 
 COMMANDS = (
     command_train,
@@ -65,5 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def entry() -> None:
+    """The console script: :func:`main`, then out."""
+    if launch_info().size == 1:
+        sys.exit(main())
+    # Whatever still refers to the process group would be torn down together with the interpreter, which
+    # hangs or aborts now and then; all files are closed by now.
+    os._exit(_code_of_main())
+
+
+def _code_of_main() -> int:
+    code: object = 1
+    try:
+        code = main()
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

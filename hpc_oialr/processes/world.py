@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_in
 
 Op = Literal["sum", "max", "min"]
 T = TypeVar("T")
+_SETTLING_S = 0.2
 _CPU = torch.device("cpu")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -183,6 +185,9 @@ class World:
     def close(self) -> None:
         """End the process group if :meth:`from_environment` made it; may be called twice."""
         if self.owns_group and dist.is_initialized():
+            # Gloo's threads let go of the last collective's tensors a moment after it has returned, and
+            # need the interpreter for that; a group that is freed meanwhile waits for them for ever.
+            time.sleep(_SETTLING_S)
             dist.destroy_process_group()
 
     @contextlib.contextmanager

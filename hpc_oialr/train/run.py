@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.session import Session, make_session
+from hpc_oialr.train.session import make_session
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
 
@@ -63,10 +64,7 @@ def train(
         run_folder = RunFolder(folder)
         if joined.broadcast_object(run_folder.holds_run):
             raise OIALRError(f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out.")
-        # What cannot run at all fails here, before there is a folder.
-        session = make_session(loaded.config, joined)
-        _begin(run_folder, loaded, joined)
-        return _run(loaded, session, run_folder, stop_requested)
+        return _run(loaded, run_folder, joined, stop_requested)
 
 
 def resume(folder: Path, *, world: World | None = None, stop_requested: Stop | None = None) -> Result:
@@ -84,7 +82,7 @@ def resume(folder: Path, *, world: World | None = None, stop_requested: Stop | N
         return Result(folder, run_folder.read_summary())
     loaded = load_config(run_folder.config)
     with _joined(world, loaded) as joined:
-        return _run(loaded, make_session(loaded.config, joined), run_folder, stop_requested)
+        return _run(loaded, run_folder, joined, stop_requested)
 
 
 @contextmanager
@@ -94,10 +92,18 @@ def _joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
         yield world
         return
     joined = World.from_environment(device=loaded.config.train.device)
-    try:
-        yield joined
-    finally:
-        joined.close()
+    yield joined
+    leave(joined)
+
+
+def leave(world: World) -> None:
+    """End the process group after a run that went well.
+
+    Not after an error: the others may be anywhere, and a teardown that waits for them can hang. A
+    wrapper that dies after the group can deadlock gloo's thread, so wrappers go first.
+    """
+    gc.collect()
+    world.close()
 
 
 def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
@@ -109,17 +115,14 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
     world.barrier()
 
 
-def _run(loaded: LoadedConfig, session: Session, folder: RunFolder, stop_requested: Stop | None) -> Result:
-    world = session.world
+def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop_requested: Stop | None) -> Result:
+    # What cannot run at all fails here, before there is a folder.
+    session = make_session(loaded.config, world)
+    if not world.broadcast_object(folder.holds_run):
+        _begin(folder, loaded, world)
     store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
     with _logged(folder, world):
-        attributes = {
-            "config": loaded.tree,
-            "environment": environment_report(),
-            "seed": loaded.config.train.seed,
-            "world_size": world.size,
-        }
-        recorder = Recorder(folder, session, attributes)
+        recorder = Recorder(folder, session, _attributes(loaded, world))
         trainer = Trainer(session, store, recorder, stop_requested=stop_requested)
         try:
             trainer.resume()
@@ -130,6 +133,16 @@ def _run(loaded: LoadedConfig, session: Session, folder: RunFolder, stop_request
             folder.write_summary(summary)
         world.barrier()
     return Result(folder.path, summary)
+
+
+def _attributes(loaded: LoadedConfig, world: World) -> dict[str, Any]:
+    """Root attributes of ``spectra.h5``."""
+    return {
+        "config": loaded.tree,
+        "environment": environment_report() if world.is_main else {},
+        "seed": loaded.config.train.seed,
+        "world_size": world.size,
+    }
 
 
 @contextmanager
