@@ -43,14 +43,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES), help="names of candidates")
     options = parser.parse_args()
+    rows = earlier(options.out)
+    done = {(row["run"], row["seed"], row["settings"]) for row in rows}
     jobs = [(name, seed) for seed in options.seeds for name in options.only]
-    rows: list[Row] = []
+    jobs = [(name, seed) for name, seed in jobs if (name, seed, " ".join(CANDIDATES[name])) not in done]
     with ThreadPoolExecutor(max_workers=2) as pool:
         for row in pool.map(lambda job: run(*job), jobs):
             rows.append(row)
             # Half an hour of runs: what is done is kept.
             finish(rows, options.out, summary=summary(rows, options.only))
     print_table(summary(rows, options.only))
+
+
+def earlier(out: Path | None) -> list[Row]:
+    """Rows of an interrupted call, which are not run again."""
+    if out is None or not out.exists():
+        return []
+    rows: list[Row] = json.loads(out.read_text())["rows"]
+    return rows
 
 
 def run(name: str, seed: int) -> Row:

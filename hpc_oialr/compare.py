@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class Comparison:
 
     folder: Path
     result: dict[str, Any]
-    curves: dict[str, Curve]
+    curves: Mapping[str, Curve]
 
 
 def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
@@ -111,7 +112,7 @@ def metric_at(curve: Curve, wall_s: float) -> float | None:
     """
     if not curve:
         return None
-    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(curve):
         if before < wall_s <= after:
             return low + (high - low) * (wall_s - before) / (after - before)
     return curve[0][1] if wall_s <= curve[0][0] else curve[-1][1]

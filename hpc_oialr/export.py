@@ -60,9 +60,10 @@ def export(run: Path, form: Format, *, out: Path | None = None, step: int | None
         model = merge(model, inplace=True)
     tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
     save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model, "config"):
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(draft)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(draft)
     shutil.rmtree(target, ignore_errors=True)
     draft.replace(target)
     return target
@@ -76,6 +77,8 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
     CheckpointError
         If the run has no such checkpoint, or it is damaged.
     """
+    if not (run / "config.yaml").exists():
+        raise CheckpointError(f"{run} holds no run: there is no {run / 'config.yaml'}.")
     world = World.single("cpu")
     store = CheckpointStore(run / "checkpoints", world)
     chosen = _choose(store, step)

@@ -25,11 +25,17 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     summary = "train a recipe and its dense twin, same seed and data order, and compare them"
     parser = add_command(commands, "compare", summary=summary, examples=EXAMPLES, takes_settings=True)
-    parser.add_argument("recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file")
     parser.add_argument(
-        "--own", action="store_true", help="the dense twin takes the recipe's dense settings, not the same steps"
+        "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of both runs; default runs/RECIPE-TIME")
+    parser.add_argument(
+        "--own",
+        action="store_true",
+        help="the dense twin takes the recipe's dense settings, not the same steps",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of both runs; default runs/RECIPE-TIME"
+    )
     parser.set_defaults(run=run)
 
 
@@ -62,7 +68,9 @@ def comparison_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     lines = rows(dense)
     form = lines[0][2]
-    table.add_row(lines[0][0], form.format(dense["metric"]), form.format(oialr["metric"]), _difference(result))
+    table.add_row(
+        lines[0][0], form.format(dense["metric"]), form.format(oialr["metric"]), _difference(result)
+    )
     at = result["dense_metric_at_oialr_wall"]
     table.add_row("  after OIALR's wall time", form.format(at), form.format(oialr["metric"]), "")
     for label, key, form in lines[1:]:

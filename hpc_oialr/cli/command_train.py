@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "train", summary="train a recipe or a YAML file", examples=EXAMPLES, takes_settings=True
     )
-    parser.add_argument("recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file")
+    parser.add_argument(
+        "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and stop")
     parser.add_argument("--help_settings", action="store_true", help="explain all settings and stop")

@@ -9,8 +9,15 @@ import traceback
 from collections.abc import Sequence
 
 from hpc_oialr import __version__
-from hpc_oialr.cli import command_compare, command_data, command_export, command_info, command_recipes
-from hpc_oialr.cli import command_resume, command_train
+from hpc_oialr.cli import (
+    command_compare,
+    command_data,
+    command_export,
+    command_info,
+    command_recipes,
+    command_resume,
+    command_train,
+)
 from hpc_oialr.cli.console import show_error
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.processes.environment import launch_info

@@ -56,7 +56,9 @@ class Autoformer(ModelConfig):
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        check_at_least(1, encoder_layers=self.encoder_layers, decoder_layers=self.decoder_layers, heads=self.heads)
+        check_at_least(
+            1, encoder_layers=self.encoder_layers, decoder_layers=self.decoder_layers, heads=self.heads
+        )
         check_divides("dim", self.dim, "heads", self.heads)
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
         if not self.lags or min(self.lags) < 1:

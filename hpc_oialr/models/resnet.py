@@ -54,7 +54,9 @@ class ResNet(ModelConfig):
         """The model; the images must have the given channels, their size is adapted."""
         pixels = require_input(example, "pixel_values", "ResNet", "image")
         if pixels.shape[1] != self.channels:
-            raise ConfigError("channels", self.channels, f"must equal the data's, which have {pixels.shape[1]}")
+            raise ConfigError(
+                "channels", self.channels, f"must equal the data's, which have {pixels.shape[1]}"
+            )
         quiet_transformers()
         from transformers import ResNetConfig, ResNetForImageClassification
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.processes import World
@@ -87,8 +88,11 @@ class CheckpointStore:
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(
-                dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=self.world.size == 1
+            save(
+                dict(tensors),
+                storage_writer=writer,
+                process_group=self.world.group,
+                no_dist=self.world.size == 1,
             )
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
@@ -157,16 +161,22 @@ class CheckpointStore:
             shape = tuple(held[name][0]) if name in held else None
             if shape != tuple(tensor.shape):
                 found = f"in shape {shape}" if shape is not None else "not at all"
-                raise CheckpointError(f"{self.path(step)} holds {name} {found}; {tuple(tensor.shape)} is needed.")
+                raise CheckpointError(
+                    f"{self.path(step)} holds {name} {found}; {tuple(tensor.shape)} is needed."
+                )
         if tensors:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path(step))), no_dist=True)
+                load(
+                    dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path(step))), no_dist=True
+                )
 
     def read(self, step: int, prefix: str) -> dict[str, Tensor]:
         """All tensors under ``prefix``, on the CPU, by the rest of their names."""
         held = self.metadata(step)
-        tensors = {k: torch.empty(shape, dtype=dtype) for k, (shape, dtype) in held.items() if k.startswith(prefix)}
+        tensors = {
+            k: torch.empty(shape, dtype=dtype) for k, (shape, dtype) in held.items() if k.startswith(prefix)
+        }
         self.read_into(step, tensors)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

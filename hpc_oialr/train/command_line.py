@@ -25,7 +25,7 @@ Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML text; safe types only."""
-    return yaml.load(text, Loader=Loader)  # noqa: S506
+    return yaml.load(text, Loader=Loader)
 
 
 def parse_settings(arguments: Sequence[str]) -> Tree:
@@ -56,7 +56,9 @@ def _value(name: str, text: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError:
-        raise OIALRError(f"{name} is {text!r} (from the command line), which is no valid YAML value.") from None
+        raise OIALRError(
+            f"{name} is {text!r} (from the command line), which is no valid YAML value."
+        ) from None
 
 
 def _put(tree: Tree, path: list[str], value: Any) -> None:

@@ -36,12 +36,13 @@ def is_choice(cls: type) -> bool:
 def field_types(cls: type) -> dict[str, Any]:
     """Type of every setting of a dataclass."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def choices(family: type) -> dict[str, type]:
     """The concrete types of a family by name."""
-    found = {}
+    found: dict[str, type] = {}
+    cls: type
     for cls in family.__subclasses__():
         found |= choices(cls)
         if not inspect.isabstract(cls):
@@ -73,7 +74,7 @@ def find_choice(family: type, path: Any, name: str, origin: str | None = None) -
 
 def default_choice(owner: type, field: str) -> type | None:
     """The type a field has when nothing is chosen."""
-    for f in dataclasses.fields(owner):  # type: ignore[arg-type]
+    for f in dataclasses.fields(owner):
         if f.name == field and f.default_factory is not dataclasses.MISSING:
             return type(f.default_factory())
     return None
@@ -103,7 +104,9 @@ class Normaliser:
             if key not in hints:
                 valid = [f"{prefix}{k}" for k in hints]
                 raise UnknownNameError("setting", f"{prefix}{key}", valid, origin=self.origin)
-        return {key: self._value(value, cls, key, base.get(key), f"{prefix}{key}") for key, value in raw.items()}
+        return {
+            key: self._value(value, cls, key, base.get(key), f"{prefix}{key}") for key, value in raw.items()
+        }
 
     def _value(self, raw: Any, owner: type, key: str, base: Any, name: str) -> Any:
         self.origins[name] = self.origin
@@ -117,14 +120,18 @@ class Normaliser:
     def _choice(self, raw: Any, family: type, default: type | None, base: Any, name: str) -> Tree:
         raw = {"class_path": raw} if isinstance(raw, str) else raw
         if not isinstance(raw, Mapping):
-            raise ConfigError(name, raw, f"must be one of {', '.join(sorted(choices(family)))}", origin=self.origin)
+            raise ConfigError(
+                name, raw, f"must be one of {', '.join(sorted(choices(family)))}", origin=self.origin
+            )
         base = base if isinstance(base, Mapping) else {}
         path = raw.get("class_path") or base.get("class_path") or (default and default.__name__)
         if path is None:
             rule = f"needs a class_path, one of {', '.join(sorted(choices(family)))}"
             raise ConfigError(name, dict(raw), rule, origin=self.origin)
         cls = find_choice(family, path, name, self.origin)
-        settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | (raw.get("init_args") or {})
+        settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | (
+            raw.get("init_args") or {}
+        )
         inner = base.get("init_args") if base.get("class_path") == short_path(cls) else {}
         return {"class_path": short_path(cls), "init_args": self.section(settings, cls, inner, name)}
 

@@ -51,7 +51,7 @@ class LoadedConfig:
     @property
     def text(self) -> str:
         """The effective settings as YAML."""
-        return yaml.safe_dump(self.tree, sort_keys=False)
+        return str(yaml.safe_dump(self.tree, sort_keys=False))
 
 
 def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConfig:
@@ -124,7 +124,10 @@ def _plain(value: Any, hint: Any) -> Any:
     if cls is not None and isinstance(value, dict):
         if is_choice(cls):
             chosen = find_choice(cls, value["class_path"], cls.__name__)
-            return {"class_path": short_path(chosen), "init_args": _settings(value.get("init_args", {}), chosen)}
+            return {
+                "class_path": short_path(chosen),
+                "init_args": _settings(value.get("init_args", {}), chosen),
+            }
         return _settings(value, cls)
     return list(value) if isinstance(value, tuple) else value
 

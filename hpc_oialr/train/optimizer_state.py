@@ -20,7 +20,7 @@ def collect(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], 
     -------
     Tensors, and ``{"groups": [...], "values": {NAME: {KEY: value}}}`` with each group's options and names.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
@@ -32,7 +32,7 @@ def collect(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], 
     return tensors, {"groups": [_group(group, names) for group in optimizer.param_groups], "values": values}
 
 
-def _group(group: dict[str, Any], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+def _group(group: dict[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
     plain = {key: value for key, value in options.items() if key != "params" and _is_plain(value)}
     return {"names": [names[p] for p in group["params"]], "options": plain}
@@ -42,7 +42,9 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(item, PLAIN) for item in (value if isinstance(value, list) else [value]))
 
 
-def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+def restore(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
     """Put back what :func:`collect` gave, into an optimizer made anew over the same parameters.
 
     Raises
@@ -65,7 +67,9 @@ def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor
         parameter, _, key = name.rpartition(".")
         state.setdefault(index[parameter], {})[key] = tensor
     fresh = optimizer.state_dict()
-    groups = [_options(old, new["options"]) for old, new in zip(fresh["param_groups"], rest["groups"], strict=True)]
+    groups = [
+        _options(old, new["options"]) for old, new in zip(fresh["param_groups"], rest["groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -122,7 +122,9 @@ class MuonAdamW(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
-        _check_rates(lr=self.lr, adamw_lr=self.adamw_lr, core_lr=self.core_lr or 0.0, weight_decay=self.weight_decay)
+        _check_rates(
+            lr=self.lr, adamw_lr=self.adamw_lr, core_lr=self.core_lr or 0.0, weight_decay=self.weight_decay
+        )
         check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
         if self.newton_schulz_steps < 1:
             raise ConfigError("newton_schulz_steps", self.newton_schulz_steps, "must be at least 1")

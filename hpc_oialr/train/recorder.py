@@ -36,7 +36,9 @@ class Recorder:
         self.units_per_step = 0
         main = session.world.is_main
         self.metrics = MetricsWriter(folder.metrics) if main else None
-        self.spectra = SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
+        self.spectra = (
+            SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
+        )
         self.progress, self.pace = make_progress(show=main), Pace()
         self.meter = MemoryMeter(lambda: (session.controller.model, session.optimizer), session.world.device)
         self._status: Status | None = None
@@ -106,7 +108,9 @@ class Recorder:
         if report.kind != "stability":
             values = sorted(layer.r for layer in report.layers)
             spread = f"r from {values[0]} to {values[-1]}" if values else "no layer"
-            self.progress.note(f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {report.seconds:.2f} s")
+            self.progress.note(
+                f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {report.seconds:.2f} s"
+            )
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""
@@ -115,7 +119,9 @@ class Recorder:
             return
         self.metrics.write({"step": step, "wall_s": wall_s, **row})
         self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
-        self.progress.note(f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training")
+        self.progress.note(
+            f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
+        )
 
     def peak_memory_gib(self, before: float) -> float:
         """Highest so far, and at least ``before`` (GiB)."""

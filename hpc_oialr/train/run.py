@@ -63,7 +63,9 @@ def train(
     with _joined(world, loaded) as joined:
         run_folder = RunFolder(folder)
         if joined.broadcast_object(run_folder.holds_run):
-            raise OIALRError(f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out.")
+            raise OIALRError(
+                f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out."
+            )
         return _run(loaded, run_folder, joined, stop_requested)
 
 

@@ -91,7 +91,9 @@ def make_session(config: RunConfig, world: World) -> Session:
     with _section("data"):
         splits = config.data.build()
         if splits.validation is None and splits.test is None:
-            raise ConfigError("class_path", type(config.data).__name__, "leaves neither validation nor test data")
+            raise ConfigError(
+                "class_path", type(config.data).__name__, "leaves neither validation nor test data"
+            )
     batches = _batches(config, world, splits)
     total = train.total_steps(len(batches))
     seed_model(train.seed)
@@ -130,7 +132,7 @@ def prepare_torch(world: World) -> None:
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory only helps to find reads of it, and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A launcher or OMP_NUM_THREADS that gives a process less than the whole node is left alone.
     if world.local_size > 1 and torch.get_num_threads() >= cores:

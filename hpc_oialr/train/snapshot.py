@@ -46,14 +46,17 @@ class Progress:
 def save(store: CheckpointStore, session: Session, progress: Progress, clocks: Clocks) -> None:
     """Write a checkpoint; a collective call.
 
-    Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits.
+    Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits: DDP
+    orders its buckets anew in the step after it was made, and with them the sum over three processes or more.
     """
     share_buffers(session)
     named, rest = optimizer_state.collect(session.module, session.optimizer)
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in untied_state(session.module).items()}
     tensors |= {f"optimizer.{name}": t for name, t in named.items()}
     tensors |= {f"oialr.{name}": t for name, t in session.controller.tensor_state().items()}
-    tensors |= {f"rng.{name}": t for name, t in generator_state(session.world.rank, session.world.device).items()}
+    tensors |= {
+        f"rng.{name}": t for name, t in generator_state(session.world.rank, session.world.device).items()
+    }
     state = {
         "version": 1,
         "progress": vars(progress),
@@ -96,7 +99,9 @@ def load(store: CheckpointStore, step: int, session: Session, clocks: Clocks) ->
     return Progress(**state["progress"])
 
 
-def _restore_random(session: Session, states: Mapping[str, Tensor], state: Mapping[str, Any], step: int) -> None:
+def _restore_random(
+    session: Session, states: Mapping[str, Tensor], state: Mapping[str, Any], step: int
+) -> None:
     """The stored generators for the same number of processes; streams of their own otherwise."""
     world, seed = session.world, session.config.train.seed
     same = state["world_size"] == world.size

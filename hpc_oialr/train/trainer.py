@@ -176,7 +176,12 @@ class Trainer:
         task, progress = self.config.task, self.progress
         with self.clocks.aside("eval"):
             metrics = evaluate(self.session, getattr(self.session.splits, split))
-        row = {"split": split, "metric_name": f"{split}_{task.metric}", "metric": metrics[task.metric], **metrics}
+        row = {
+            "split": split,
+            "metric_name": f"{split}_{task.metric}",
+            "metric": metrics[task.metric],
+            **metrics,
+        }
         progress.last = {"step": progress.step, **row}
         self.recorder.evaluation(progress.step, self.clocks.wall, row)
         return row

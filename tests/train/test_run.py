@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
 import pytest
 import torch
+from support.tiny_runs import merged, write_recipe
+
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.processes import World
 from hpc_oialr.record import read_metrics, read_spectra
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
-from support.tiny_runs import merged, write_recipe
 
 SUMMARY_KEYS = {
     "metric", "metric_name", "wall_s", "update_wall_s", "trainable_params", "dense_trainable_params",
@@ -32,11 +34,12 @@ def test_run_folder_and_summary(finished):
     assert {"config.yaml", "environment.json", "metrics.jsonl", "spectra.h5", "checkpoints", "logs"} <= names
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary == result.summary
-    assert SUMMARY_KEYS <= set(summary)
+    assert set(summary) >= SUMMARY_KEYS
     assert summary["metric_name"] == "test_bits_per_byte"
     assert summary["metric"] < 7.9
     assert 0 < summary["trainable_params"] < summary["dense_trainable_params"]
-    assert summary["r"] and all(0 < r <= 12 for r in summary["r"].values())
+    assert summary["r"]
+    assert all(0 < r <= 12 for r in summary["r"].values())
     assert summary["peak_memory_gib"] > 0
 
 
@@ -48,10 +51,10 @@ def test_metrics_and_spectra(finished):
     assert [row["step"] for row in losses] == list(range(1, 25))
     assert [row["step"] for row in evaluations] == [6, 12, 18, 24, 24]
     assert losses[-1]["loss"] < losses[0]["loss"]
-    assert all(a["wall_s"] <= b["wall_s"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["wall_s"] <= b["wall_s"] for a, b in itertools.pairwise(rows))
     spectra = read_spectra(result.folder / "spectra.h5")
     assert set(spectra) == set(result.summary["r"])
-    assert [list(layer.t) for layer in spectra.values()][0] == [6, 10, 14, 18, 22]
+    assert next(list(layer.t) for layer in spectra.values()) == [6, 10, 14, 18, 22]
 
 
 def test_effective_config_loads_to_the_same_run(finished):
@@ -81,7 +84,10 @@ def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
     recipe, whole = finished
     asked = iter(range(1, 100))
     stopped = train(
-        load_config(recipe), tmp_path / "run", world=World.single("cpu"), stop_requested=lambda: next(asked) == stop_at
+        load_config(recipe),
+        tmp_path / "run",
+        world=World.single("cpu"),
+        stop_requested=lambda: next(asked) == stop_at,
     )
     assert stopped.summary is None
     torch.manual_seed(123)
@@ -139,7 +145,9 @@ def test_checkpoint_of_another_model(tmp_path):
 
 def test_early_stopping(tmp_path):
     recipe = write_recipe(
-        tmp_path, optimizer={"init_args": {"lr": 0.0, "adamw_lr": 0.0}}, train={"early_stopping": 2, "evaluations": 12}
+        tmp_path,
+        optimizer={"init_args": {"lr": 0.0, "adamw_lr": 0.0}},
+        train={"early_stopping": 2, "evaluations": 12},
     )
     result = train(load_config(recipe), tmp_path / "run", world=World.single("cpu"))
     assert result.summary["steps"] < 24

@@ -51,7 +51,9 @@ class Classification(Task):
         else:
             pixels, own = mixup(pixels, generator, self.mixup)
         logits = model(pixel_values=pixels).logits
-        return own * self._cross_entropy(logits, labels) + (1 - own) * self._cross_entropy(logits, labels.flip(0))
+        return own * self._cross_entropy(logits, labels) + (1 - own) * self._cross_entropy(
+            logits, labels.flip(0)
+        )
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(_at_least_float32(logits), labels, label_smoothing=self.label_smoothing)

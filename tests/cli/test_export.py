@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.tiny_images import RECIPE
+from support.tiny_runs import write_recipe
+
+from hpc_oialr.errors import CheckpointError
+from hpc_oialr.export import export, load_model
+from hpc_oialr.lowrank import low_rank_layers, merge
+from hpc_oialr.processes import World
+from hpc_oialr.train.load_config import load_config
+from hpc_oialr.train.run import train
+
+PIXELS = torch.randn(3, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    recipe = folder / "images.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    return train(load_config(recipe), folder / "run", world=World.single("cpu"))
+
+
+def test_dense_loads_into_the_stock_class(run):
+    from transformers import ViTForImageClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = export(run.folder, "dense")
+    assert folder == run.folder / "export" / "dense"
+    stock, report = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    stock.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        expected = load_model(run.folder)(pixel_values=PIXELS).logits
+        found = stock.eval()(pixel_values=PIXELS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lowrank_holds_the_factors(run):
+    folder = export(run.folder, "lowrank")
+    tensors = load_file(folder / "model.safetensors")
+    described = json.loads((folder / "lowrank.json").read_text())["layers"]
+    dense = merge(load_model(run.folder)).state_dict()
+    assert {name: layer["r"] for name, layer in described.items()} == run.summary["r"]
+    for name, layer in described.items():
+        U, S, Vh = (tensors[f"{name}.{part}"] for part in ("U", "S", "Vh"))
+        assert S.shape == (layer["r"], layer["r"])
+        torch.testing.assert_close((U @ S @ Vh).reshape(layer["shape"]), dense[f"{name}.weight"])
+
+
+def test_an_earlier_step_and_another_folder(run, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint of step 7; there are: 12"):
+        export(run.folder, "dense", step=7)
+    assert export(run.folder, "dense", step=12, out=tmp_path / "x") == tmp_path / "x"
+
+
+def test_tied_weights(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    recipe = write_recipe(tmp_path, train={"steps": 8})
+    run = train(load_config(recipe), tmp_path / "run", world=World.single("cpu"))
+    stock = GPT2LMHeadModel.from_pretrained(export(run.folder, "dense")).eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        model = load_model(run.folder)
+        assert low_rank_layers(model)
+        torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+from support.tiny_runs import write_recipe
+
+from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig
+from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
+from hpc_oialr.recipes import recipes
+from hpc_oialr.train.command_line import parse_settings
+from hpc_oialr.train.load_config import dense_twin, load_config
+from hpc_oialr.train.optimizers import AdamW, MuonAdamW
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_loads_with_its_twin(name):
+    loaded = load_config(name)
+    assert isinstance(loaded.config.oialr, OIALRConfig)
+    for own in (False, True):
+        assert dense_twin(loaded, own=own).config.oialr is None
+    assert recipes()[name].endswith(".")
+
+
+def test_command_line_goes_over_yaml_over_defaults(recipe):
+    config = load_config(recipe, ["--oialr.delay", "7", "--train.seed=3"]).config
+    assert config.oialr.delay == 7
+    assert config.train.seed == 3
+    assert config.oialr.frequency == 4
+    assert config.oialr.orthogonality_bound == 1e-4
+
+
+def test_a_choice_by_name_starts_from_its_defaults(recipe):
+    config = load_config(
+        recipe, ["--optimizer", "AdamW", "--oialr.rule", "CumulativeSum", "--oialr.rule.threshold", ".3"]
+    )
+    assert config.config.optimizer == AdamW()
+    assert config.config.oialr.rule == CumulativeSum(0.3)
+
+
+def test_settings_of_the_present_choice(recipe):
+    config = load_config(recipe, ["--optimizer.lr", "1e-3", "--oialr.rule.fraction=.5"]).config
+    assert isinstance(config.optimizer, MuonAdamW)
+    assert config.optimizer.lr == 1e-3
+    assert config.oialr.rule == FixedFraction(0.5)
+
+
+def test_null_switches_the_method_off(recipe):
+    assert load_config(recipe, ["--oialr", "null"]).config.oialr is None
+    assert load_config(recipe, ["--oialr", "null", "--oialr.delay", "9"]).config.oialr.delay == 9
+
+
+def test_effective_text_is_a_recipe(recipe, tmp_path):
+    loaded = load_config(recipe, ["--oialr.delay", "7", "--dense.train.steps", "9"])
+    path = tmp_path / "effective.yaml"
+    path.write_text(loaded.text)
+    again = load_config(path)
+    assert again.config == loaded.config
+    assert again.text == loaded.text
+
+
+def test_dense_twin_takes_its_own_settings(recipe):
+    loaded = load_config(recipe, ["--dense.train.steps", "9", "--dense.optimizer.lr", "0.3"])
+    own, same = dense_twin(loaded, own=True).config, dense_twin(loaded, own=False).config
+    assert (own.train.steps, own.optimizer.lr, own.optimizer.adamw_lr) == (
+        9,
+        0.3,
+        loaded.config.optimizer.adamw_lr,
+    )
+    assert (same.train.steps, same.optimizer) == (24, loaded.config.optimizer)
+    assert own.oialr is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            ["--train.epoch", "3"],
+            UnknownNameError,
+            "unknown setting 'train.epoch' (from the command line); valid: ",
+        ),
+        (["--train.epoch", "3"], UnknownNameError, "Did you mean 'train.epochs'?"),
+        (["--trian.epochs", "3"], UnknownNameError, "Did you mean 'train'?"),
+        (
+            ["--oialr.rule", "RelativCutoff"],
+            UnknownNameError,
+            "unknown oialr.rule type 'RelativCutoff' (from the command line); valid: CumulativeSum, Energy, "
+            "FixedFraction, NoiseEdge, RelativeCutoff, StableRank. Did you mean 'RelativeCutoff'?",
+        ),
+        (["--oialr.rule.beta", "0.1"], UnknownNameError, "valid: oialr.rule.fraction"),
+        (["--dense.optimizer.lrr", "1"], UnknownNameError, "Did you mean 'dense.optimizer.lr'?"),
+        (
+            ["--oialr.rule", "RelativeCutoff", "--oialr.rule.beta", "1.3"],
+            ConfigError,
+            "oialr.rule.beta is 1.3 (from the command line); must lie in (0, 1). The paper uses 0.1-0.2.",
+        ),
+        (
+            ["--oialr.limits.max_drop", "7"],
+            ConfigError,
+            "oialr.limits.max_drop is 7.0 (from the command line); must",
+        ),
+        (
+            ["--train.steps", "abc"],
+            ConfigError,
+            "train.steps is 'abc' (from the command line); must be int | null.",
+        ),
+        (
+            ["--optimizer.lr", "-1"],
+            ConfigError,
+            "optimizer.lr is -1.0 (from the command line); must not be negative.",
+        ),
+        (
+            ["--model", "null"],
+            ConfigError,
+            "model is None; must be set; valid: Autoformer, GPT2, ResNet, ViT",
+        ),
+        (["--train.precision", "fp8"], ConfigError, "train.precision is 'fp8'"),
+        (
+            ["--train.steps"],
+            OIALRError,
+            "--train.steps has no value; settings have the form --section.field value.",
+        ),
+        (["twenty"], OIALRError, "unexpected argument 'twenty'"),
+        (
+            ["--train.steps", "[1"],
+            OIALRError,
+            "--train.steps is '[1' (from the command line), which is no valid YAML",
+        ),
+    ],
+)
+def test_bad_settings(recipe, arguments, error, text):
+    with pytest.raises(error) as caught:
+        load_config(recipe, arguments)
+    assert text in str(caught.value)
+
+
+def test_bad_setting_in_a_file_names_the_file(tmp_path):
+    recipe = write_recipe(
+        tmp_path, oialr={"rule": {"class_path": "RelativeCutoff", "init_args": {"beta": 1.3}}}
+    )
+    with pytest.raises(ConfigError, match=r"oialr.rule.beta is 1.3 \(from tiny.yaml\); must lie in \(0, 1\)"):
+        load_config(recipe)
+    recipe = write_recipe(tmp_path, trian={})
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'trian' \(from tiny.yaml\)"):
+        load_config(recipe)
+
+
+def test_unknown_recipe():
+    with pytest.raises(UnknownNameError) as caught:
+        load_config("fashion_mnist_vitt")
+    assert "unknown recipe 'fashion_mnist_vitt'; valid: fashion_mnist_convnet, fashion_mnist_vit," in str(
+        caught.value
+    )
+    assert "Did you mean 'fashion_mnist_vit'?" in str(caught.value)
+
+
+def test_no_length(tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": None})
+    with pytest.raises(ConfigError, match=r"train.epochs is None; must be set, or steps"):
+        load_config(recipe)
+
+
+def test_broken_yaml(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("train: [1")
+    with pytest.raises(OIALRError, match="broken.yaml is no valid YAML"):
+        load_config(path)
+
+
+def test_parse_settings():
+    tree = parse_settings(["--a.b", "1e-3", "--a.c=null", "--a.r", "Rule", "--a.r.x", "-2", "--flag", "true"])
+    assert tree == {"a": {"b": 1e-3, "c": None, "r": {"class_path": "Rule", "x": -2}}, "flag": True}
+    assert parse_settings(["--a.x", "1", "--a", "Name"]) == {"a": {"x": 1, "class_path": "Name"}}
