@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from hpc_oialr.processes import launch_info
 
 # Errors that may befall one process alone; all others are the same everywhere.
 OF_ONE_PROCESS = (WorldError, ReplicaMismatchError)
+GRACE_S = 3.0
 
 
 def is_main() -> bool:
@@ -34,6 +36,9 @@ def show_error(error: OIALRError) -> None:
     """One line on standard error, from the main process or from the one that it befell."""
     if is_main() or isinstance(error, OF_ONE_PROCESS):
         sys.stderr.write(f"oialr: error: {error}\n")
+    else:
+        # The launcher ends all processes when the first one leaves: the main one must get to its message.
+        time.sleep(GRACE_S)
 
 
 def show_warnings() -> None:

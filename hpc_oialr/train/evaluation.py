@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from hpc_oialr.data import ArrayDataset, GlobalBatches
@@ -28,7 +30,7 @@ def evaluate(session: Session, dataset: ArrayDataset) -> dict[str, float]:
     )
     totals: torch.Tensor | None = None
     module.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager") if session.config.compile else nullcontext():
         for batch in batches.epoch(0):
             with session.autocast():
                 part = task.totals(module, session.place(batch))

@@ -174,7 +174,10 @@ def _checkpoint_activations(module: nn.Module) -> None:
     if not getattr(module, "supports_gradient_checkpointing", False):
         rule = f"{type(module).__name__} cannot recompute its activations"
         raise ConfigError("train.activation_checkpointing", True, rule, fix="Set it to false.")
-    module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # The name until transformers 5.
+    old = getattr(module, "gradient_checkpointing_enable", None)
+    enable: Any = getattr(module, "activation_checkpointing_enable", old)
+    enable({"use_reentrant": False})
 
 
 def _controller(

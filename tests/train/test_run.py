@@ -106,10 +106,11 @@ def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
         {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}},
         {"train": {"accumulation": 2, "gradient_clip": 0.5, "precision": "bf16"}},
         {"train": {"precision": "float64"}},
+        {"train": {"precision": "fp16", "activation_checkpointing": True}},
         {"oialr": {"stability_frequency": 2, "stability_threshold": 0.1, "delay": 4}},
         {"oialr": None},
     ],
-    ids=["adamw", "sgd", "accumulated-bf16", "float64", "stability", "dense"],
+    ids=["adamw", "sgd", "accumulated-bf16", "float64", "fp16-recomputed", "stability", "dense"],
 )
 def test_resume_is_bitwise_for(tmp_path, over):
     recipe = write_recipe(tmp_path, **merged({"train": {"steps": 16}}, over))
