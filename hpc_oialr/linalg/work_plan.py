@@ -27,7 +27,7 @@ def longest_processing_time(costs: Sequence[float], processes: int) -> list[int]
     Examples
     --------
     >>> longest_processing_time([1.0, 8.0, 2.0, 7.0], 2)
-    [1, 0, 1, 1]
+    [0, 0, 1, 1]
     """
     load = [0.0] * processes
     owner = [0] * len(costs)

@@ -125,10 +125,13 @@ class RecordConfig:
         Steps between two rows of training loss in ``metrics.jsonl``.
     spectra
         Keep the singular values of every update in ``spectra.h5``.
+    tensorboard
+        Write the rows as TensorBoard events into ``logs/`` too; needs the extra ``tensorboard``.
     """
 
     every: int = 20
     spectra: bool = True
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hpc_oialr.data import Batch
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, SpectraWriter, Status, make_progress
 from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.probes import Probes
 from hpc_oialr.train.session import Session
+from hpc_oialr.train.tensorboard import TensorBoard
 
 GIB = 1024**3
 
@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, session: Session, attributes: dict[str, Any]) -> None:
         self.session, self.every = session, session.config.record.every
-        self.units_per_step = 0
+        self.folder = folder
         main = session.world.is_main
         self.metrics = MetricsWriter(folder.metrics) if main else None
         self.spectra = (
@@ -41,7 +41,7 @@ class Recorder:
         )
         self.progress, self.pace = make_progress(show=main), Pace()
         self.meter = MemoryMeter(lambda: (session.controller.model, session.optimizer), session.world.device)
-        self._status: Status | None = None
+        self.board: TensorBoard | None = None
         self._evaluation: dict[str, Any] = {}
 
     def begin(self, step: int) -> None:
@@ -50,6 +50,8 @@ class Recorder:
             self.metrics.truncate_after(step)
         if self.spectra is not None:
             self.spectra.truncate_after(step)
+        if self.metrics is not None and self.session.config.record.tensorboard:
+            self.board = TensorBoard(self.folder.logs, step)
         self.probes = Probes(self.session.config.oialr, step)
         with self.meter.probe():
             # The profiler takes a second to load: not in the first step.
@@ -59,12 +61,9 @@ class Recorder:
         """Around the step after ``step`` steps: measure its memory if it may reach a new height."""
         return self.meter.probe() if self.probes.due(step) else nullcontext()
 
-    def step(self, step: int, loss: Tensor, batch: Batch, waited_s: float, clocks: Clocks) -> None:
+    def step(self, step: int, loss: Tensor, waited_s: float, clocks: Clocks) -> None:
         """After step number ``step``; a collective call at those that are written down."""
-        if not self.units_per_step:
-            world = self.session.world
-            self.units_per_step = self.session.config.task.count(batch) * world.size
-        self.pace.tick(self.units_per_step, waited_s)
+        self.pace.tick(self.session.units_per_step, waited_s)
         if step % self.every == 0 or step == self.session.total_steps:
             mean = self.session.world.all_reduce(loss.double()) / self.session.world.size
             self._write_step(step, float(mean), clocks)
@@ -84,8 +83,8 @@ class Recorder:
             "trained_share": share,
             f"{unit}_per_s": self.pace.items_per_s,
         }
-        self.metrics.write(row)
-        self._status = Status(
+        self._write(row)
+        status = Status(
             step=step,
             total_steps=session.total_steps,
             phase="low-rank" if session.controller.r else "full-rank",
@@ -98,7 +97,12 @@ class Recorder:
             eta_s=self.pace.eta_s(session.total_steps - step),
             **self._evaluation,
         )
-        self.progress.update(self._status)
+        self.progress.update(status)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        for writer in (self.metrics, self.board):
+            if writer is not None:
+                writer.write(row)
 
     def update(self, report: UpdateReport) -> None:
         """What the method did."""
@@ -117,7 +121,7 @@ class Recorder:
         self.pace.restart()
         if self.metrics is None:
             return
-        self.metrics.write({"step": step, "wall_s": wall_s, **row})
+        self._write({"step": step, "wall_s": wall_s, **row})
         self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
         self.progress.note(
             f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
@@ -130,5 +134,6 @@ class Recorder:
     def close(self) -> None:
         """Close the files and leave the terminal as it was."""
         self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        for writer in (self.metrics, self.board):
+            if writer is not None:
+                writer.close()

@@ -47,6 +47,8 @@ class Session:
         The dense model's fingerprint.
     example
         Shape and dtype of every tensor of a small batch: what the model was made for.
+    units_per_step
+        Images, tokens or windows of a global batch.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class Session:
     total_steps: int
     identity: dict[str, Any]
     example: dict[str, Any]
+    units_per_step: int
 
     @property
     def module(self) -> nn.Module:
@@ -117,6 +120,7 @@ def make_session(config: RunConfig, world: World) -> Session:
         scaler=scaler,
         total_steps=total,
         identity=identity,
+        units_per_step=config.task.count(sample) * train.global_batch // len(next(iter(sample.values()))),
         example={key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sample.items()},
     )
 

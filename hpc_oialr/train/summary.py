@@ -20,7 +20,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     session, progress = trainer.session, trainer.progress
     final = _final_metrics(trainer)
     module, seconds = session.module, trainer.clocks.state_dict()
-    units = progress.step * trainer.recorder.units_per_step
+    units = progress.step * session.units_per_step
     first = trainer.first_graphs
     return {
         "metric": final["metric"],

@@ -96,7 +96,7 @@ class Trainer:
         self.progress.step = step + 1
         if self.first_graphs is None:
             self.first_graphs = graphs_compiled()
-        self.recorder.step(self.progress.step, loss, batch, self._waited_s, self.clocks)
+        self.recorder.step(self.progress.step, loss, self._waited_s, self.clocks)
 
     def _learn(self, batch: Batch, step: int) -> Tensor:
         """One step of the optimizer; the loss before it."""
