@@ -22,7 +22,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.run or Path(scratch) / "demo"
         if options.run is None:
-            command = [sys.executable, "-m", "hpc_oialr", "compare", "fashion_mnist_vit", "--own", "--out", str(folder)]
+            command = [
+                sys.executable,
+                "-m",
+                "hpc_oialr",
+                "compare",
+                "fashion_mnist_vit",
+                "--own",
+                "--out",
+                str(folder),
+            ]
             subprocess.run(command, check=True)
         result = json.loads((folder / "compare.json").read_text())
         rows = [{"side": side, **{key: result[side][key] for key in KEYS}} for side in ("dense", "oialr")]

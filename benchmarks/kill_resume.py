@@ -64,13 +64,11 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {"weights": weights, "losses": losses, "spectra": spectra}
 
 
-def workers(run: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids of the training processes."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "-g", str(run.pid)], capture_output=True, text=True, check=False
-    )
+def workers(folder: Path) -> list[int]:
+    """Process ids of the run's training processes; torchrun gives each a session of its own."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,args="], capture_output=True, text=True, check=True)
     lines = [line.split(None, 1) for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, line in lines if "hpc_oialr" in line and "torch.distributed.run" not in line]
+    return [int(pid) for pid, line in lines if str(folder) in line and "torch.distributed.run" not in line]
 
 
 def interrupted(processes: int, kill_all: bool, folder: Path, after_s: float) -> str:
@@ -82,10 +80,10 @@ def interrupted(processes: int, kill_all: bool, folder: Path, after_s: float) ->
     time.sleep(after_s)
     if run.poll() is not None:
         return "finished before the kill"
-    for pid in workers(run)[: None if kill_all else 1]:
+    if kill_all and processes > 1:
+        os.kill(run.pid, signal.SIGKILL)
+    for pid in workers(folder)[: None if kill_all else 1]:
         os.kill(pid, signal.SIGKILL)
-    if kill_all:
-        os.killpg(run.pid, signal.SIGKILL)
     run.wait(timeout=120)
     drafts = [p for p in (folder / "checkpoints").iterdir() if not p.name.startswith("step_")]
     doing = "writing a checkpoint" if drafts else "between checkpoints"

@@ -71,7 +71,8 @@ def core_factor(optimizer: Optimizer, core: nn.Parameter, m: int, n: int, scale:
 def adam_scale(m: int, n: int, r: int) -> float:
     """Adam moves ``S`` by lr r in norm where the dense weight moved by lr sqrt(m n): their ratio's root.
 
-    The full ratio overshoots: a core's step is not spread over directions that do not matter.
+    The full ratio overshoots: in exploratory runs of one seed a factor of 3 was better than 1.2 and 6,
+    where the full ratio is 4 to 8 and its root 2 to 2.8.
     """
     return float((m * n) ** 0.25 / r**0.5)
 

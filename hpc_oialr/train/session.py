@@ -170,6 +170,8 @@ def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     if config.compile:
+        # Every set of shapes is compiled once; past torch's own limit of 8 it would give up.
+        torch._dynamo.config.recompile_limit = 64
         module.compile()
     return fingerprint(module)
 
