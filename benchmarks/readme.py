@@ -133,7 +133,7 @@ def settings() -> str:
     seeds = result["summary"][0]["seeds"]
     header = (
         "run",
-        f"validation accuracy, mean of {seeds} seeds",
+        f"validation accuracy, mean of {seeds} seed{'s' * (seeds > 1)}",
         "worst",
         "time on one thread",
         "trained at the end",

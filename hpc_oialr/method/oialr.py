@@ -102,6 +102,10 @@ class OIALR:
         """Context for all but the last backward pass of an accumulated step: gradients stay local."""
         return self.engine.no_sync(self._model)
 
+    def rewrap(self) -> None:
+        """A new wrapper around the same module, as a resumed run begins with; nothing is broadcast."""
+        self._model = self.engine.rewrap(self.module)
+
     # -- the algorithm ---------------------------------------------------------------------------
 
     def step(self) -> UpdateReport | None:
@@ -214,7 +218,7 @@ class OIALR:
     def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
         """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
         if reshaped:
-            self._model = self.engine.rewrap(self.module)
+            self.rewrap()
         layers = low_rank_layers(self.module)
         factors = {name: (layers[name].U, layers[name].S, layers[name].Vh) for name in names}
         check_equal(factors, self.engine.world)
@@ -261,7 +265,7 @@ class OIALR:
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._watch.restore(tensors or {}, state["streaks"])
         if state["r"]:
-            self._model = self.engine.rewrap(self.module)
+            self.rewrap()
 
     def _take_shape(self, site: Site, r: int) -> None:
         layer = site.low_rank

@@ -64,12 +64,4 @@ class Dense:
         self.t = int(state["t"])
 
 
-class LowRank(OIALR):
-    """:class:`hpc_oialr.OIALR` for the trainer."""
-
-    def rewrap(self) -> None:
-        """A new wrapper, in the state that a resumed run begins with."""
-        self._model = self.engine.rewrap(self.module)
-
-
-Controller = Dense | LowRank
+Controller = Dense | OIALR

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.engines import make_engine
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import in_section
-from hpc_oialr.train.controllers import Controller, Dense, LowRank
+from hpc_oialr.train.controllers import Controller, Dense
 from hpc_oialr.train.fingerprint import fingerprint
 from hpc_oialr.train.schedules import LearningRates
 from hpc_oialr.train.seeds import seed_model, seed_process
@@ -200,7 +201,7 @@ def _controller(
             total,
             total,
         )
-    return LowRank(module, optimizer, config.oialr, engine=engine)
+    return OIALR(module, optimizer, config.oialr, engine=engine)
 
 
 @contextmanager
