@@ -92,10 +92,7 @@ class DDPEngine(Engine):
 
     @torch.no_grad()
     def _send_initial(self, module: nn.Module) -> None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            work = self.world.broadcast(tensor.data, src=0)
-            if work is not None:
-                work.wait()
+        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside."""

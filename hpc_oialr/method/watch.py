@@ -92,10 +92,7 @@ class StabilityWatch:
         mine = self._bases.get(site.name)
         parts = mine or (torch.empty(m, k, dtype=dtype), torch.empty(k, n, dtype=dtype))
         sent = [part.to(device) for part in parts]
-        for part in sent:
-            work = self.world.broadcast(part, src=self.owners[site.name])
-            if work is not None:
-                work.wait()
+        self.world.share(sent, src=self.owners[site.name])
         return sent[0].cpu(), sent[1].cpu()
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:

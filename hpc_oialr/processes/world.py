@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -143,6 +143,12 @@ class World:
         with self._reported("a broadcast"):
             work: dist.Work = dist.broadcast(tensor, group=self.group, group_src=src, async_op=True)
         return work
+
+    def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
+        """Send process ``src``'s values into every process's tensors, all under way at once; waits for them."""
+        for work in [self.broadcast(tensor, src=src) for tensor in tensors]:
+            if work is not None:
+                work.wait()
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Tensor:
         """Reduce ``tensor`` over all processes, in place; the same bits on each.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_oialr.processes import World
 from hpc_oialr.train import optimizer_state
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
@@ -112,12 +111,4 @@ def _restore_random(
 @torch.no_grad()
 def share_buffers(session: Session) -> None:
     """Process 0's buffers on every process, as ``DistributedDataParallel`` does before each forward."""
-    share(session.world, list(session.module.buffers()))
-
-
-def share(world: World, tensors: list[Tensor]) -> None:
-    """Process 0's values into every process's tensors."""
-    works = [world.broadcast(tensor, src=0) for tensor in tensors]
-    for work in works:
-        if work is not None:
-            work.wait()
+    session.world.share(session.module.buffers())
