@@ -31,6 +31,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable ".[test]"
+	@if command -v mpirun >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends openmpi-bin libopenmpi-dev; \
+	else echo "mpirun is missing and only root can install it: the tests under MPI are skipped"; fi
 	touch $@
 
 data: setup

@@ -21,6 +21,7 @@ from hpc_oialr.cli import (
 from hpc_oialr.cli.console import show_error
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.processes.environment import launch_info
+from hpc_oialr.processes.mpi import leave_mpi
 
 COMMANDS = (
     command_train,
@@ -81,7 +82,10 @@ def entry() -> None:
         sys.exit(main())
     # Whatever still refers to the process group would be torn down together with the interpreter, which
     # hangs or aborts now and then; all files are closed by now.
-    os._exit(_code_of_main())
+    code = _code_of_main()
+    if code == 0:
+        leave_mpi()
+    os._exit(code)
 
 
 def _code_of_main() -> int:

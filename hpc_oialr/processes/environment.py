@@ -20,6 +20,8 @@ from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_cou
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Below the ephemeral range (32768-60999), from which the kernel hands out ports to anybody.
 _FIRST_PORT, _PORTS = 20_000, 12_768
+# Open MPI's mpirun; srun --mpi=pmix; MPICH, Intel MPI and srun --mpi=pmi2.
+_MPI_LAUNCH = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_FD")
 _SECRET = re.compile(r"TOKEN|KEY|PASSW|SECRET|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
 _RECORDED = re.compile(
     r"(OMP|MKL|NCCL|GLOO|UCX|OMPI_MCA|HDF5|TORCH|PYTORCH|OIALR)_\w+|CUDA_VISIBLE_DEVICES|MASTER_(ADDR|PORT)"
@@ -90,6 +92,15 @@ def in_step(environ: Mapping[str, str] | None = None) -> bool:
     env = os.environ if environ is None else environ
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
     return step is not None and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def under_mpi(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether mpirun, or srun with one of its MPI plugins, started this very process.
+
+    False for a child of torchrun: what it inherits is the place of torchrun itself.
+    """
+    env = os.environ if environ is None else environ
+    return "TORCHELASTIC_RUN_ID" not in env and any(name in env for name in _MPI_LAUNCH)
 
 
 def node_name(environ: Mapping[str, str] | None = None) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -16,12 +17,34 @@ from torch import Tensor
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.devices import choose_device, group_device
 from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
+from hpc_oialr.processes.failures import reported
+from hpc_oialr.processes.nccl import leave_hard
 
 Op = Literal["sum", "max", "min"]
 T = TypeVar("T")
 _SETTLING_S = 0.2
 _CPU = torch.device("cpu")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way; what it fills must not be used before :meth:`wait` has returned."""
+
+    world: World
+    what: str
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Wait for it.
+
+        Raises
+        ------
+        WorldError
+            If another process has died or does not answer within the timeout.
+        """
+        with self.world.reported(self.what):
+            self.work.wait()
 
 
 @dataclass(frozen=True)
@@ -44,6 +67,8 @@ class World:
         Process group; None stands for one process.
     owns_group
         Whether :meth:`close` ends the group.
+    timeout_s
+        After this long without an answer a process counts as dead (s); the group's own, if it was made here.
     """
 
     rank: int = 0
@@ -54,6 +79,7 @@ class World:
     launcher: str = "single"
     group: dist.ProcessGroup | None = None
     owns_group: bool = False
+    timeout_s: float = 600.0
 
     # -- making one ------------------------------------------------------------------------------
 
@@ -95,10 +121,10 @@ class World:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         if info.size == 1:
-            return cls(device=place, launcher=info.launcher)
+            return cls(device=place, launcher=info.launcher, timeout_s=timeout_s)
         _join(info, place, backend, timeout_s)
         where = (info.rank, info.size, info.local_rank, info.local_size)
-        return cls(*where, place, info.launcher, dist.group.WORLD, owns_group=True)
+        return cls(*where, place, info.launcher, dist.group.WORLD, owns_group=True, timeout_s=timeout_s)
 
     @classmethod
     def current(cls, group: dist.ProcessGroup | None = None) -> World:
@@ -118,6 +144,11 @@ class World:
         local_rank, local_size = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
         return cls(rank, size, local_rank, local_size, device, "adopted", group)
 
+    def within(self, group: dist.ProcessGroup) -> World:
+        """The processes of a ``group`` that this one is in."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        return replace(self, rank=rank, size=size, group=group if size > 1 else None, owns_group=False)
+
     # -- talking to the others -------------------------------------------------------------------
 
     @property
@@ -129,26 +160,40 @@ class World:
         """Wait until every process is here."""
         self.any(False)
 
-    def broadcast(self, tensor: Tensor, src: int) -> dist.Work | None:
+    def broadcast(self, tensor: Tensor, src: int) -> Pending | None:
         """Send ``tensor`` from process ``src`` into every other's; call ``wait()`` before using it.
 
         Returns
         -------
-        Work or None
-            None for one process: nothing is to be waited for. Its ``wait()`` raises RuntimeError if a
-            process has died.
+        Pending or None
+            None for one process: nothing is to be waited for.
         """
         if self.size == 1:
             return None
-        with self._reported("a broadcast"):
-            work: dist.Work = dist.broadcast(tensor, group=self.group, group_src=src, async_op=True)
-        return work
+        with self.reported("a broadcast"):
+            work = dist.broadcast(tensor, group=self.group, group_src=src, async_op=True)
+        return self._pending("a broadcast", work)
 
     def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
         """Send process ``src``'s values into every process's tensors, all under way at once; waits for them."""
-        for work in [self.broadcast(tensor, src=src) for tensor in tensors]:
-            if work is not None:
-                work.wait()
+        for pending in [self.broadcast(tensor, src=src) for tensor in tensors]:
+            if pending is not None:
+                pending.wait()
+
+    def start_all_reduce(self, tensor: Tensor, op: Op = "sum") -> Pending | None:
+        """:meth:`all_reduce` that goes on beside other work; None for one process.
+
+        Every process must start it at the same place among its other collectives.
+        """
+        if self.size == 1:
+            return None
+        with self.reported("an all-reduce"):
+            work = dist.all_reduce(tensor, op=_OPS[op], group=self.group, async_op=True)
+        return self._pending("an all-reduce", work)
+
+    def _pending(self, what: str, work: dist.Work | None) -> Pending:
+        assert work is not None
+        return Pending(self, what, work)
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Tensor:
         """Reduce ``tensor`` over all processes, in place; the same bits on each.
@@ -159,7 +204,7 @@ class World:
             If another process has died or does not answer within the timeout.
         """
         if self.size > 1:
-            with self._reported("an all-reduce"):
+            with self.reported("an all-reduce"):
                 dist.all_reduce(tensor, op=_OPS[op], group=self.group)
         return tensor
 
@@ -168,7 +213,7 @@ class World:
         if self.size == 1:
             return [obj]
         gathered: list[Any] = [None] * self.size
-        with self._reported("an all-gather"):
+        with self.reported("an all-gather"):
             dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
@@ -177,7 +222,7 @@ class World:
         if self.size == 1:
             return obj
         box: list[Any] = [obj]
-        with self._reported("a broadcast"):
+        with self.reported("a broadcast"):
             dist.broadcast_object_list(box, group=self.group, group_src=src)
         return box[0]  # type: ignore[no-any-return]
 
@@ -196,20 +241,23 @@ class World:
             time.sleep(_SETTLING_S)
             dist.destroy_process_group()
 
-    @contextlib.contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise WorldError(
-                f"process {self.rank} of {self.size}: {what} failed; every process must take part within the "
-                f"timeout. Another one has died or hangs: see its log, then resume from the last checkpoint. "
-                f"({error})"
-            ) from error
+    def reported(self, what: str, *, only_communication: bool = False) -> AbstractContextManager[None]:
+        """Context that turns a failed communication inside into a :class:`WorldError`.
+
+        For what talks to the others without this class: a wrapper's backward pass, a checkpoint.
+
+        Parameters
+        ----------
+        only_communication
+            Let other RuntimeErrors through as they are.
+        """
+        return reported(what, self.rank, self.size, only_communication=only_communication)
 
 
 def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s: float) -> None:
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        leave_hard(os.environ, timeout_s)
     # An IPv6 address needs brackets inside a URL.
     host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
     try:

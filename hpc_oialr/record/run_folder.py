@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def updates(self) -> Path:
+        """Times of every event of the method, and means over its layers; one JSON object a line."""
+        return self.path / "updates.jsonl"
+
+    @property
     def spectra(self) -> Path:
         """Singular values of every layer and update."""
         return self.path / "spectra.h5"

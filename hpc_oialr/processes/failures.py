@@ -1,0 +1,66 @@
+"""A process that died or hangs, seen from another one: one error, one message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from hpc_oialr.errors import OIALRError, WorldError
+
+# Gloo raises plain RuntimeErrors; its own sources stand in their text.
+_COMMUNICATION = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)")
+
+
+@contextmanager
+def reported(what: str, rank: int, size: int, *, only_communication: bool = False) -> Iterator[None]:
+    """Turn a failed communication inside into a :class:`WorldError` that says what to do.
+
+    Parameters
+    ----------
+    what
+        What was under way, e.g. "an all-reduce".
+    rank, size
+        This process.
+    only_communication
+        Let RuntimeErrors through whose text is not that of a communication library: for code that
+        also computes.
+    """
+    try:
+        yield
+    except OIALRError:
+        raise
+    except RuntimeError as error:
+        if only_communication and not is_communication(error):
+            raise
+        raise lost(what, rank, size, str(error)) from error
+
+
+def lost(what: str, rank: int, size: int, reason: str) -> WorldError:
+    """The error itself.
+
+    Parameters
+    ----------
+    reason
+        What the library below said.
+    """
+    return WorldError(
+        f"process {rank} of {size}: {what} failed; every process must take part within the timeout "
+        f"(train.timeout_s). Another one has died or hangs: see its log, then resume from the last checkpoint. "
+        f"({reason})"
+    )
+
+
+def is_communication(error: RuntimeError) -> bool:
+    """Whether gloo, NCCL or MPI raised it.
+
+    Examples
+    --------
+    >>> is_communication(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    True
+    >>> is_communication(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    return isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None

@@ -1,0 +1,79 @@
+"""mpi4py, touched only in processes that mpirun or srun's MPI plugins started.
+
+Nothing here imports mpi4py before :func:`join_mpi`, and MPI ends only after a run that went well: its end
+waits for all processes, and so would hang after an error. A process that leaves without it makes mpirun end
+the others, which is what an error asks for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_END_S = 30.0
+
+
+def join_mpi(environ: Mapping[str, str] | None = None) -> Any:
+    """The module ``mpi4py.MPI``, initialised for calls from this thread; the second call returns at once.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        If mpi4py, or an MPI library under it, is missing.
+    """
+    mpi4py: Any = importlib.import_module("mpi4py")
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = False
+    mpi: Any = importlib.import_module("mpi4py.MPI")
+    if not mpi.Is_initialized():
+        _warn_of_pmi2(mpi, os.environ if environ is None else environ)
+        mpi.Init_thread(mpi.THREAD_FUNNELED)
+    atexit.unregister(leave_mpi)
+    return mpi
+
+
+def leave_mpi_at_exit() -> None:
+    """End MPI when the interpreter ends; to be called once a run has gone well."""
+    atexit.unregister(leave_mpi)
+    atexit.register(leave_mpi)
+
+
+def leave_mpi(within_s: float = _END_S) -> None:
+    """End MPI if :func:`join_mpi` began it; a collective call, to be made after a run that went well only.
+
+    Should another process have died meanwhile, this one leaves hard after ``within_s`` seconds, with
+    status 1.
+    """
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    timer = threading.Timer(within_s, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
+    mpi.Finalize()
+    timer.cancel()
+
+
+def library_name(mpi: Any) -> str:
+    """The MPI library's name and version, e.g. "Open MPI v4.1.4"."""
+    lines = str(mpi.Get_library_version()).strip().splitlines()
+    return lines[0].split(",")[0].strip() if lines else "unknown"
+
+
+def _warn_of_pmi2(mpi: Any, env: Mapping[str, str]) -> None:
+    """Open MPI ends the process inside its own start when it lacks PMI2: say before what to do then."""
+    if "PMI_FD" in env and "PMIX_RANK" not in env and "Open MPI" in library_name(mpi):
+        log.warning(
+            "srun started %s through PMI2, which most builds of it lack; if the job ends here, start it with: "
+            "srun --mpi=pmix; or, to do without MPI: srun --mpi=none",
+            library_name(mpi),
+        )
