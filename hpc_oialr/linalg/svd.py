@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,9 +29,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def svd(A: Tensor, *, name: str = "matrix") -> SVD:
     """Thin SVD in fp32 (fp64 for fp64 input), with a documented chain of fall-backs.
 
-    The chain: LAPACK gesdd or cuSOLVER in the input's precision; the same in float64; another
-    driver in float64 (cuSOLVER gesvd on CUDA, gesdd of the transpose elsewhere, whose
-    bidiagonalisation takes another path). The result has the dtype of the first attempt.
+    On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose
+    bidiagonalisation takes another path. On a GPU: cuSOLVER's gesvdj, then its gesvd; then the CPU's chain
+    in float64. The result has the dtype and device of the first attempt.
 
     Parameters
     ----------
@@ -56,26 +57,28 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
             f"{name} holds {bad} NaN or Inf among {A.numel()} values; an SVD needs finite ones. "
             "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
         )
-    for attempt in _attempts(A):
+    for attempt in _attempts(A, on_gpu=A.is_cuda):
         try:
             result = attempt()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if all(bool(torch.isfinite(part).all()) for part in result):
-            return SVD(*(part.to(dtype).contiguous() for part in result))
+            return SVD(*(part.to(A.device, dtype).contiguous() for part in result))
     raise NonFiniteError(
         f"no SVD of {name} ({A.shape[0]} x {A.shape[1]}) converged, neither in {dtype} nor in float64 with "
         "another driver. Check the weight's scale; resume from an earlier checkpoint."
     )
 
 
-def _attempts(A: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
-    yield lambda: torch.linalg.svd(A, full_matrices=False)
-    yield lambda: torch.linalg.svd(A.double(), full_matrices=False)
-    if A.is_cuda:
-        yield lambda: torch.linalg.svd(A.double(), full_matrices=False, driver="gesvd")
+def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    if on_gpu:
+        for driver in ("gesvdj", "gesvd"):
+            yield partial(torch.linalg.svd, A, full_matrices=False, driver=driver)
     else:
-        yield lambda: _svd_of_transpose(A.double())
+        yield partial(torch.linalg.svd, A, full_matrices=False)
+    wide = A.to("cpu", torch.float64)
+    yield partial(torch.linalg.svd, wide, full_matrices=False)
+    yield partial(_svd_of_transpose, wide)
 
 
 def _svd_of_transpose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

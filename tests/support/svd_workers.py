@@ -1,0 +1,102 @@
+"""What a process of a gloo group or under mpirun does in the tests of the linear algebra.
+
+As a script: ``mpirun -n P python svd_workers.py FOLDER`` writes ``FOLDER/RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpc_oialr.errors import OIALRError
+from hpc_oialr.linalg.blocks import basis_stability, frobenius_norm, orthogonality_error, spectral_norm
+from hpc_oialr.linalg.communicator import Communicator, communicator
+from hpc_oialr.linalg.gather import gathered_svd
+from hpc_oialr.linalg.hierarchical import hierarchical_svd
+from hpc_oialr.linalg.mpi_communicator import mpi_world
+from hpc_oialr.linalg.plan_execution import run_plan
+from hpc_oialr.linalg.randomized import randomized_svd
+from hpc_oialr.linalg.tsqr import tsqr_svd
+from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
+from support.svd_cases import Case, block, few_cases
+
+Results = dict[str, tuple[Any, ...]]
+METHODS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "tsqr": tsqr_svd,
+    "gather": gathered_svd,
+    "hierarchical": lambda A, comm: hierarchical_svd(A, comm, r=4, shift=3),
+    "tolerance": lambda A, comm: hierarchical_svd(A, comm, tolerance=0.3),
+    "randomized": lambda A, comm: randomized_svd(A, comm, r=4, oversampling=4),
+    "columns": lambda A, comm: tsqr_svd(A, comm, vh="block"),
+}
+
+
+def over_gloo(rank: int, size: int, sizes: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """For ``spawn``: groups of the first 1, 2, ... processes, one after another."""
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    groups = {members: dist.new_group(list(range(members))) for members in sizes}
+    return {s: everything(communicator(group), few_cases()) for s, group in groups.items() if rank < s}
+
+
+def everything(comm: Communicator, matrices: Iterable[Case]) -> dict[str, Any]:
+    """All methods on the matrices, figures from blocks, messages of errors, a plan with a shared layer."""
+    results: Results = {}
+    for name, A in matrices:
+        mine = block(A, comm.rank, comm.size)
+        for method, factorise in METHODS.items():
+            results[f"{method} {name}"] = tuple(factorise(mine, comm))
+    return {"svd": results, "figures": figures(comm), "errors": failures(comm), "plan": plan(comm)}
+
+
+def figures(comm: Communicator) -> list[float]:
+    """Of two random bases in blocks."""
+    generator = torch.Generator().manual_seed(1)
+    U1, U2, V1, V2 = (
+        torch.linalg.qr(torch.randn(30, 6, dtype=torch.float64, generator=generator)).Q for _ in range(4)
+    )
+    U, V, Q, W = (block(part, comm.rank, comm.size) for part in (U1, V1, U2, V2))
+    return [
+        basis_stability(U, V.mT, Q, W.mT, comm),
+        basis_stability(U, V1.mT, Q, V2.mT, comm, vh="whole"),
+        orthogonality_error(3.0 * U, comm),
+        frobenius_norm(2.0 * U, comm),
+        spectral_norm(2.0 * U, comm),
+    ]
+
+
+def failures(comm: Communicator) -> list[str]:
+    """What each process is told when process 0's (or the last one's) block is bad."""
+    nan = torch.ones(4, 3)
+    nan[1, 1] = float("nan") if comm.rank == comm.size - 1 else 1.0
+    told = []
+    for A in (nan, torch.ones(4, 3 + comm.rank % 2)):
+        try:
+            tsqr_svd(A, comm, name="fc1.weight")
+            told.append("ok")
+        except OIALRError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def plan(comm: Communicator) -> Results:
+    """Layers dealt by a plan whose first one is larger than a fair share."""
+    layers = [LayerWork("large", 60, 30), LayerWork("wide", 12, 20), *(LayerWork(c, 9, 8) for c in "abc")]
+    done = run_plan(WorkPlan.of(layers, comm.size), lambda i: plan_matrix(layers[i], i), comm)
+    return {layers[i].name: tuple(svd) for i, svd in done}
+
+
+def plan_matrix(layer: LayerWork, index: int) -> torch.Tensor:
+    """A layer's matrix."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(layer.m, layer.n, generator=generator)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = mpi_world()
+    torch.save(everything(world, few_cases()), Path(sys.argv[1]) / f"{world.rank}.pt")
