@@ -15,7 +15,7 @@ import torch
 from support.spawn import free_port, launch_environment
 
 # Loaded once, in a server that each process is forked from.
-_LOADED = ["torch", "torch.distributed.checkpoint", "hpc_oialr.cli.main", "hpc_oialr.train.run"]
+_LOADED = ["torch", "torch._dynamo", "hpc_oialr.cli.main", "hpc_oialr.train.run"]
 _ENDING_S = 60.0
 
 Say = Callable[[Any], None]

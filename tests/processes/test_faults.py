@@ -1,0 +1,97 @@
+"""A process that is killed or stopped in any collective leaves the others one clear error, in time."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support.collectives import KINDS, over_and_over
+from support.crowd import Crowd
+
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes import World
+from hpc_oialr.processes.nccl import leave_hard
+
+TIMEOUT_S = 2.0
+
+
+def struck(crowd: Crowd, number: signal.Signals, chance: random.Random) -> None:
+    """Once all are under way, send the last process a signal in the middle of something."""
+    for rank in range(len(crowd.processes)):
+        assert crowd.hear(rank) == "under way"
+    time.sleep(chance.random() * 0.05)
+    crowd.strike(len(crowd.processes) - 1, number)
+
+
+def check_survivors(crowd: Crowd) -> None:
+    """All others end by themselves, with the text."""
+    size = len(crowd.processes)
+    for rank in range(size - 1):
+        code, message = crowd.end(rank, TIMEOUT_S + 28)
+        assert code == 1
+        assert message.startswith(f"WorldError: process {rank} of {size}: ")
+        assert "failed; every process must take part within the timeout (train.timeout_s)" in message
+        assert "Another one has died or hangs: see its log, then resume from the last checkpoint." in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_killed(tmp_path: Path, kind: str, size: int) -> None:
+    with Crowd(over_and_over, size, kind, str(tmp_path), TIMEOUT_S) as crowd:
+        struck(crowd, signal.SIGKILL, random.Random(kind))
+        check_survivors(crowd)
+
+
+@pytest.mark.parametrize("kinds", [list(KINDS)[i::4] for i in range(4)], ids=", ".join)
+@pytest.mark.parametrize("size", [2, 3])
+def test_stopped(tmp_path: Path, kinds: list[str], size: int) -> None:
+    """Three crowds at a time: each waits for the timeout."""
+    with ExitStack() as stack:
+        crowds = [
+            stack.enter_context(Crowd(over_and_over, size, kind, str(tmp_path / kind), TIMEOUT_S))
+            for kind in kinds
+        ]
+        for crowd in crowds:
+            struck(crowd, signal.SIGSTOP, random.Random(size))
+        for crowd in crowds:
+            check_survivors(crowd)
+
+
+def fail(world: World, message: str) -> None:
+    with world.reported("the run's communication", only_communication=True):
+        raise RuntimeError(message)
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        fail(World(rank=1, size=2), "mat1 and mat2 shapes cannot be multiplied")
+    assert not isinstance(caught.value, WorldError)
+
+
+def test_the_libraries_own_words_stand_at_the_end() -> None:
+    with pytest.raises(WorldError, match=r"communication failed; .*\(Connection closed by peer\)$"):
+        fail(World(rank=1, size=2), "Connection closed by peer")
+
+
+def test_an_error_is_told_once() -> None:
+    outer = World(rank=1, size=2).reported("a step")
+    with pytest.raises(WorldError, match=r"^process 1 of 2: the run's communication failed"), outer:
+        fail(World(rank=1, size=2), "Connection closed by peer")
+
+
+def test_nccl_leaves_hard_and_keeps_what_the_user_set() -> None:
+    environ = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
+    leave_hard(environ, timeout_s=90.4)
+    assert environ == {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "90",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+    short: dict[str, str] = {}
+    leave_hard(short, timeout_s=2)
+    assert short["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "60"
