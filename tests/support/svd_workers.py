@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.svd_cases import Case, block, few_cases
 
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.linalg.blocks import basis_stability, frobenius_norm, orthogonality_error, spectral_norm
@@ -23,7 +24,6 @@ from hpc_oialr.linalg.plan_execution import run_plan
 from hpc_oialr.linalg.randomized import randomized_svd
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
-from support.svd_cases import Case, block, few_cases
 
 Results = dict[str, tuple[Any, ...]]
 METHODS: dict[str, Callable[..., tuple[Any, ...]]] = {
