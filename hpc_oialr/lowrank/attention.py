@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.linear import LowRankLinear
+from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 
 
 class FactorisedMultiheadAttention(nn.MultiheadAttention):
@@ -118,6 +119,8 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
 def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     """Apply the ``part``-th block of ``rows`` rows of a packed projection."""
     block = slice(part * rows, (part + 1) * rows)
+    if isinstance(layer, (SplitDense, SplitFactors)):
+        return cast(Tensor, layer(x))[..., block]
     if isinstance(layer, LowRankLinear):
         U, S, Vh = layer.matched_factors(x.dtype)
         return F.linear(F.linear(F.linear(x, Vh), S), U[block])

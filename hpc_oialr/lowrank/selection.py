@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
-from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
+from hpc_oialr.lowrank.split_layers import SplitDense
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Conv1D")
 
 def kind_of(module: nn.Module) -> str | None:
     """Name of the layer kind, or None if it is not one of :data:`KINDS` (subclasses are unknown kinds)."""
+    if isinstance(module, SplitDense):
+        return module.kind
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):
         return "Linear"
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention):
@@ -131,8 +134,8 @@ class Site:
         layer = self.low_rank
         if layer is not None:
             return layer.m, layer.n
-        weight = self.weight
-        return weight.shape[0], weight.numel() // max(1, weight.shape[0])
+        shape = whole_shape(self.weight)
+        return shape[0], shape.numel() // max(1, shape[0])
 
     @property
     def k(self) -> int:
@@ -148,13 +151,26 @@ def select(model: nn.Module, selection: Selection | None = None) -> list[Site]:
     """
     selection = selection or Selection()
     sites = list(_candidates(model))
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = _uses(model)
     refused = {site.name: _refusal(site, sites, selection, uses) for site in sites}
     refused |= _unknown_kinds(model)
     left = [f"{name} ({reason})" for name, reason in refused.items() if reason]
     if left:
         log.info("left dense: %s", "; ".join(left))
     return [site for site in sites if refused[site.name] is None]
+
+
+def replaceable(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
+    """Every site whose weight may be stored in another way, and the reason for each that must stay whole."""
+    uses = _uses(model)
+    refused = {site.name: _unfit(site, uses) for site in _candidates(model)}
+    sites = [site for site in _candidates(model) if refused[site.name] is None]
+    return sites, {name: reason for name, reason in refused.items() if reason} | _unknown_kinds(model)
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """How often each parameter occurs."""
+    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
 def _candidates(model: nn.Module) -> Iterator[Site]:
@@ -170,6 +186,21 @@ def _candidates(model: nn.Module) -> Iterator[Site]:
 
 def _refusal(site: Site, sites: list[Site], selection: Selection, uses: Counter[int]) -> str | None:
     """Why a site stays dense, or None."""
+    reason = _unfit(site, uses)
+    if reason is not None:
+        return reason
+    if site.kind not in selection.kinds or not selection.admits(site.name):
+        return "not selected"
+    if (selection.keep_last and site is sites[-1]) or (selection.keep_first and site is sites[0]):
+        return "first or last layer"
+    m, n = site.shape
+    if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
+        return f"its shape {m} x {n} is too thin"
+    return None
+
+
+def _unfit(site: Site, uses: Counter[int]) -> str | None:
+    """Why the weight of a site must not be replaced, or None."""
     if site.owner._parameters.get(site.parameter) is None:
         return "its weight is parametrized"
     if uses[id(site.weight)] > 1:
@@ -178,13 +209,6 @@ def _refusal(site: Site, sites: list[Site], selection: Selection, uses: Counter[
         return "its weight is frozen"
     if getattr(site.owner, "groups", 1) != 1:
         return "it is a grouped convolution"
-    if site.kind not in selection.kinds or not selection.admits(site.name):
-        return "not selected"
-    if (selection.keep_last and site is sites[-1]) or (selection.keep_first and site is sites[0]):
-        return "first or last layer"
-    m, n = site.shape
-    if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
-        return f"its shape {m} x {n} is too thin"
     return None
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.lowrank.pairs import Pair
 
 Batch = Mapping[str, Tensor]
 
@@ -20,9 +21,12 @@ class ModelConfig(ABC):
     ----------
     float64
         Whether the model can compute in float64 throughout.
+    pairs
+        Layers between which features may stay split over processes.
     """
 
     float64: ClassVar[bool] = True
+    pairs: ClassVar[tuple[Pair, ...]] = ()
 
     @abstractmethod
     def build(self, example: Batch) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hpc_oialr.errors import check_interval
+from hpc_oialr.lowrank.pairs import Pair
 from hpc_oialr.models.base import (
     Batch,
     ModelConfig,
@@ -30,6 +31,9 @@ class GPT2(ModelConfig):
     dropout
         Probability, in embeddings, residuals and attention.
     """
+
+    # The attention's q, k and v are one packed layer, whose blocks are not whole heads.
+    pairs = (Pair("*.mlp", ("c_fc",), "c_proj"),)
 
     dim: int = 768
     depth: int = 12

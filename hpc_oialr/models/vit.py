@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.lowrank.pairs import Pair
 from hpc_oialr.models.base import (
     Batch,
     ModelConfig,
@@ -36,6 +37,11 @@ class ViT(ModelConfig):
     dropout
         Probability, in hidden layers and attention.
     """
+
+    pairs = (
+        Pair("*.attention", ("q_proj", "k_proj", "v_proj"), "o_proj", heads="num_attention_heads"),
+        Pair("*.mlp", ("fc1",), "fc2"),
+    )
 
     image_size: int = 224
     patch_size: int = 16
