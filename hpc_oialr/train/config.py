@@ -48,6 +48,10 @@ class TrainConfig:
         Data loader processes; 0 = load in the training process.
     device
         "cpu", "cuda"; null = CUDA where there is one.
+    timeout_s
+        A process that lets the others wait this long counts as dead, and ends the run, which goes on from its
+        last checkpoint (s). Must be longer than the largest layer's SVD, than writing a checkpoint, and than
+        the time between the first process's start and the last one's.
     """
 
     epochs: float | None = None
@@ -63,6 +67,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     workers: int = 0
     device: str | None = None
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -74,6 +79,7 @@ class TrainConfig:
         for name in ("global_batch", "accumulation", "evaluations", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
+        check_interval("timeout_s", self.timeout_s, 1, 86_400, closed=(True, True))
         for name in ("seed", "workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, getattr(self, name), "must not be negative")

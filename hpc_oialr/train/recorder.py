@@ -9,8 +9,11 @@ from torch import Tensor
 
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
+from hpc_oialr.processes import MetricsChannel
 from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, SpectraWriter, Status, make_progress
+from hpc_oialr.record.update_metrics import SharedUpdate
 from hpc_oialr.train.clocks import Clocks
+from hpc_oialr.train.exchange import UpdateExchange
 from hpc_oialr.train.probes import Probes
 from hpc_oialr.train.session import Session
 from hpc_oialr.train.tensorboard import TensorBoard
@@ -19,7 +22,7 @@ GIB = 1024**3
 
 
 class Recorder:
-    """Writes ``metrics.jsonl`` and ``spectra.h5``, measures memory, and shows progress.
+    """Writes ``metrics.jsonl``, ``updates.jsonl`` and ``spectra.h5``, measures memory, and shows progress.
 
     Parameters
     ----------
@@ -27,15 +30,21 @@ class Recorder:
         The run's.
     session
         What is run.
+    channel
+        What carries the numbers of an update to the main process.
     attributes
         Of ``spectra.h5``.
     """
 
-    def __init__(self, folder: RunFolder, session: Session, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: RunFolder, session: Session, channel: MetricsChannel, attributes: dict[str, Any]
+    ) -> None:
         self.session, self.every = session, session.config.record.every
         self.folder = folder
         main = session.world.is_main
+        self.exchange = UpdateExchange(channel, session.world)
         self.metrics = MetricsWriter(folder.metrics) if main else None
+        self.updates = MetricsWriter(folder.updates) if main else None
         self.spectra = (
             SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
         )
@@ -46,8 +55,9 @@ class Recorder:
 
     def begin(self, step: int) -> None:
         """Go on after ``step`` steps; records of later ones, of a run that was killed, are dropped."""
-        if self.metrics is not None:
-            self.metrics.truncate_after(step)
+        for writer in (self.metrics, self.updates):
+            if writer is not None:
+                writer.truncate_after(step)
         if self.spectra is not None:
             self.spectra.truncate_after(step)
         if self.metrics is not None and self.session.config.record.tensorboard:
@@ -105,16 +115,27 @@ class Recorder:
                 writer.write(row)
 
     def update(self, report: UpdateReport) -> None:
-        """What the method did."""
+        """What the method did; a collective call. It is written down by :meth:`collect`."""
         self.probes.saw(report)
+        self.exchange.start(report)
+
+    def collect(self) -> None:
+        """Write down what :meth:`update` was given last, as all processes saw it; a collective call.
+
+        After the next step's backward pass, so that the exchange goes on beside it, and before a checkpoint,
+        so that a resumed run has lost nothing.
+        """
+        shared = self.exchange.collect()
+        if shared is None or self.updates is None:
+            return
         if self.spectra is not None:
-            self.spectra.write(report)
-        if report.kind != "stability":
-            values = sorted(layer.r for layer in report.layers)
-            spread = f"r from {values[0]} to {values[-1]}" if values else "no layer"
-            self.progress.note(
-                f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {report.seconds:.2f} s"
-            )
+            self.spectra.write(shared.report)
+        row = shared.row()
+        self.updates.write(row)
+        if self.board is not None:
+            self.board.write({"split": "update", **row})
+        if shared.report.kind != "stability":
+            self.progress.note(_note(shared))
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""
@@ -134,6 +155,18 @@ class Recorder:
     def close(self) -> None:
         """Close the files and leave the terminal as it was."""
         self.progress.close()
-        for writer in (self.metrics, self.board):
+        for writer in (self.metrics, self.updates, self.board):
             if writer is not None:
                 writer.close()
+
+
+def _note(shared: SharedUpdate) -> str:
+    """One line of progress."""
+    report, times = shared.report, shared.update_s
+    values = sorted(layer.r for layer in report.layers)
+    spread = f"r from {values[0]} to {values[-1]}" if values else "no layer"
+    many = f", {min(times):.2f} s on the fastest of {len(times)} processes" if len(times) > 1 else ""
+    return (
+        f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {max(times):.2f} s{many}, "
+        f"SVDs {shared.svd_s:.2f} s"
+    )

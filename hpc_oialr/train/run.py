@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError, OIALRError
-from hpc_oialr.processes import World
+from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
@@ -19,6 +19,8 @@ from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import make_session
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 Stop = Callable[[], bool]
 
@@ -93,7 +95,8 @@ def _joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
     if world is not None:
         yield world
         return
-    joined = World.from_environment(device=loaded.config.train.device)
+    train = loaded.config.train
+    joined = World.from_environment(device=train.device, timeout_s=train.timeout_s)
     yield joined
     leave(joined)
 
@@ -118,13 +121,28 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
 
 
 def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop_requested: Stop | None) -> Result:
+    with world.reported("the run's communication", only_communication=True):
+        channel = open_channel(world)
+        result = _train(loaded, folder, channel, world, stop_requested)
+    channel.close()
+    return result
+
+
+def _train(
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    channel: MetricsChannel,
+    world: World,
+    stop_requested: Stop | None,
+) -> Result:
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
     if not world.broadcast_object(folder.holds_run):
         _begin(folder, loaded, world)
     store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
     with _logged(folder, world):
-        recorder = Recorder(folder, session, _attributes(loaded, world))
+        log.info("metrics go over %s", channel.name)
+        recorder = Recorder(folder, session, channel, _attributes(loaded, world))
         trainer = Trainer(session, store, recorder, stop_requested=stop_requested)
         try:
             trainer.resume()

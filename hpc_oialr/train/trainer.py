@@ -92,6 +92,7 @@ class Trainer:
         step = self.progress.step
         with self.recorder.probe(step):
             loss = self._learn(batch, step)
+            self.recorder.collect()
             self._update()
         self.progress.step = step + 1
         if self.first_graphs is None:
@@ -202,6 +203,7 @@ class Trainer:
         """Write a checkpoint, unless this step has one."""
         if self._saved == self.progress.step:
             return
+        self.recorder.collect()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
         with self.clocks.aside("checkpoint"):
             snapshot.save(self.store, self.session, self.progress, self.clocks)
