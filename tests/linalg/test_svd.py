@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.linalg.svd import orthogonality_error, svd
+from hpc_oialr.linalg.svd import _attempts, orthogonality_error, svd
 
 
 @settings(max_examples=30, deadline=None)
@@ -57,3 +57,28 @@ def test_falls_back_then_gives_up(monkeypatch: pytest.MonkeyPatch, failures: int
         assert U.dtype == torch.float32
     expected = [(torch.float32, (5, 3)), (torch.float64, (5, 3)), (torch.float64, (3, 5))]
     assert calls == expected[: min(failures + 1, 3)]
+
+
+def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls a CUDA tensor would see, recorded on a CPU."""
+    calls = []
+
+    def record(A: torch.Tensor, **options: object) -> object:
+        calls.append((A.dtype, tuple(A.shape), options.get("driver")))
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", record)
+    for attempt in _attempts(torch.randn(5, 3), on_gpu=True):
+        with pytest.raises(torch.linalg.LinAlgError):
+            attempt()
+    single, double = torch.float32, torch.float64
+    assert calls[:2] == [(single, (5, 3), "gesvdj"), (single, (5, 3), "gesvd")]
+    assert calls[2:] == [(double, (5, 3), None), (double, (3, 5), None)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_result_stays_on_the_gpu() -> None:
+    A = torch.randn(64, 16, device="cuda")
+    U, s, Vh = svd(A)
+    assert U.is_cuda
+    torch.testing.assert_close(U @ torch.diag(s) @ Vh, A, rtol=0, atol=1e-4)

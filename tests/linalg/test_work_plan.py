@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_oialr.linalg.work_plan import longest_processing_time, rounds
+from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan, longest_processing_time, rounds, svd_cost
 
 costs = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40)
 
@@ -26,3 +27,62 @@ def test_rounds_hold_every_job_once_and_one_per_process(costs: list[float], proc
     assert sorted(job for members in plan for job in members) == list(range(len(costs)))
     for members in plan:
         assert len({owner[job] for job in members}) == len(members)
+
+
+shapes = st.lists(
+    st.tuples(st.sampled_from([8, 16, 64, 200]), st.sampled_from([8, 32, 100])), min_size=1, max_size=30
+)
+
+
+@given(shapes, st.integers(1, 8), st.booleans())
+def test_plan_does_every_layer_once(sizes: list[tuple[int, int]], processes: int, share: bool) -> None:
+    layers = [LayerWork(f"layer{i}", m, n) for i, (m, n) in enumerate(sizes)]
+    plan = WorkPlan.of(layers, processes, share=share)
+    assert sorted(i for task in plan.tasks for i in task.layers) == list(range(len(layers)))
+    fair = sum(svd_cost(m, n) for m, n in sizes) / processes
+    for task in plan.tasks:
+        assert len({sizes[i] for i in task.layers}) == 1
+        assert list(task.processes) == sorted(set(task.processes))
+        large = share and processes > 1 and svd_cost(*sizes[task.layers[0]]) > fair
+        assert (len(task.processes) > 1) == large
+    assert plan == WorkPlan.of(layers, processes, share=share)
+
+
+@given(shapes, st.integers(1, 8))
+def test_shared_tasks_come_first_and_in_one_order(sizes: list[tuple[int, int]], processes: int) -> None:
+    plan = WorkPlan.of([LayerWork("a", m, n) for m, n in sizes], processes)
+    for rank in range(processes):
+        team_sizes = [len(task.processes) > 1 for task in plan.of_process(rank)]
+        assert team_sizes == sorted(team_sizes, reverse=True)
+
+
+@given(shapes, st.integers(1, 8))
+def test_equal_shapes_of_a_process_are_one_batch(sizes: list[tuple[int, int]], processes: int) -> None:
+    plan = WorkPlan.of([LayerWork("a", m, n) for m, n in sizes], processes)
+    for rank in range(processes):
+        batches = [sizes[task.layers[0]] for task in plan.of_process(rank) if len(task.processes) == 1]
+        assert len(batches) == len(set(batches))
+
+
+@pytest.mark.parametrize(("processes", "limit"), [(2, 1.01), (4, 1.01), (8, 1.1), (16, 1.25)])
+def test_vision_transformer_is_balanced(processes: int, limit: float) -> None:
+    """ViT-B/16: 48 square weights, 24 of the MLP."""
+    sizes = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12
+    plan = WorkPlan.of([LayerWork(str(i), m, n) for i, (m, n) in enumerate(sizes)], processes)
+    assert plan.balance() < limit
+
+
+def test_given_costs_count() -> None:
+    plan = WorkPlan.of([LayerWork("a", 8, 8, cost=1.0), LayerWork("b", 8, 8, cost=1.0)], 2)
+    assert plan.loads() == [1.0, 1.0]
+
+
+def test_plan_reads_as_a_table() -> None:
+    layers = [LayerWork("big", 400, 100), LayerWork("q", 64, 64), LayerWork("k", 64, 64)]
+    assert str(WorkPlan.of(layers, 2)).splitlines() == [
+        "process      shape  batch  load %  layers",
+        "    0+1  400 x 100      1    80.8  big",
+        "      0    64 x 64      1     9.6  q",
+        "      1    64 x 64      1     9.6  k",
+        "balance (busiest / mean) 1.00",
+    ]
