@@ -1,0 +1,180 @@
+"""A DeepSpeed JSON as its users have it: read, compared with the recipe, and filled in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.errors import ConfigError
+
+STAGES = (1, 2, 3)
+HALF = {"bf16": "bf16", "fp16": "fp16"}
+
+# What would change how parameters are held or stepped behind the method's back.
+_REFUSED = {
+    "optimizer": "the recipe's optimizer is used",
+    "scheduler": "the recipe's schedule is used",
+    "amp": "train.precision is used",
+    "torch_autocast": "train.precision is used",
+    "tensor_parallel": "the engine Tensor splits layers",
+    "compression_training": "OIALR replaces what it would compress",
+}
+_REFUSED_ZERO = {
+    "offload_optimizer": "optimizer state stays on the device",
+    "offload_param": "parameters stay on the device",
+    "zero_hpz_partition_size": "parameters have one partition",
+    "mics_shard_size": "parameters are dealt over all processes",
+    "zero_quantized_weights": "masters must be kept exactly",
+    "zero_quantized_nontrainable_weights": "bases must be kept exactly",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the recipe says about a step; None where nobody knows.
+
+    Attributes
+    ----------
+    global_batch
+        Samples of one step on all processes.
+    accumulation
+        Backward passes of one step.
+    clip
+        2-norm to which gradients are clipped; None: they are not.
+    """
+
+    global_batch: int
+    accumulation: int
+    clip: float | None
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Content of a DeepSpeed JSON.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("config", path, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError("config", path, f"must hold JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError("config", path, f"must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def stage_of(given: dict[str, Any], origin: str) -> int:
+    """ZeRO stage of a JSON.
+
+    Raises
+    ------
+    ConfigError
+        Unless it is 1, 2 or 3.
+    """
+    zero = given.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in STAGES:
+        raise ConfigError(
+            "zero_optimization.stage",
+            stage,
+            "must be 1, 2 or 3",
+            origin=origin,
+            fix="Without ZeRO take the engine DDP: it does the same.",
+        )
+    return int(stage)
+
+
+def check_sections(given: dict[str, Any], origin: str) -> None:
+    """Raise :class:`ConfigError` for sections that cannot work here."""
+    zero = given.get("zero_optimization", {})
+    for section, refused, prefix in ((given, _REFUSED, ""), (zero, _REFUSED_ZERO, "zero_optimization.")):
+        for key, reason in refused.items():
+            value = section.get(key)
+            if value not in (None, False, "auto") and not _is_off(value):
+                raise ConfigError(
+                    f"{prefix}{key}", value, f"must not be there: {reason}", origin=origin, fix="Remove it."
+                )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a section says that it is not used, or a size is DeepSpeed's neutral one."""
+    if isinstance(value, dict):
+        return value.get("enabled") is False or value.get("device") == "none"
+    return value in (1, -1) and value is not True
+
+
+def check_precision(given: dict[str, Any], precision: str, origin: str) -> None:
+    """Raise :class:`ConfigError` unless the JSON's precision is the recipe's, or left to it."""
+    for name in HALF:
+        enabled = given.get(name, {}).get("enabled", "auto")
+        if enabled != "auto" and enabled != (precision == name):
+            raise ConfigError(
+                f"{name}.enabled",
+                enabled,
+                f"must agree with train.precision, which is {precision}",
+                origin=origin,
+                fix='Write "auto", or change train.precision.',
+            )
+
+
+def check_recipe(given: dict[str, Any], recipe: Recipe, processes: int, origin: str) -> None:
+    """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's, or left to it."""
+    share = recipe.global_batch // (processes * recipe.accumulation)
+    expected = {
+        "train_batch_size": (recipe.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (
+            share,
+            f"train.global_batch / (train.accumulation x {processes} processes)",
+        ),
+        "gradient_accumulation_steps": (recipe.accumulation, "train.accumulation"),
+        "gradient_clipping": (recipe.clip or 0.0, "train.gradient_clip"),
+    }
+    for key, (value, name) in expected.items():
+        found = given.get(key, "auto")
+        if found not in ("auto", value):
+            raise ConfigError(
+                key,
+                found,
+                f"must be {value}, as {name} says",
+                origin=origin,
+                fix='Write "auto", or change the recipe.',
+            )
+
+
+def filled(given: dict[str, Any], precision: str, largest_bucket: int) -> dict[str, Any]:
+    """What DeepSpeed is given: no "auto" is left, and a step is one backward pass to it.
+
+    The engine tells DeepSpeed by itself which backward pass is a step's last, and clips as the recipe
+    says; so it needs neither the batch sizes nor the clipping.
+
+    Parameters
+    ----------
+    largest_bucket
+        Numbers of which a communication buffer needs no more.
+    """
+    content: dict[str, Any] = without_auto(given)
+    zero: dict[str, Any] = content["zero_optimization"]
+    wanted = zero.get("reduce_bucket_size", 500_000_000)
+    zero["reduce_bucket_size"] = max(1, min(int(wanted), largest_bucket))
+    content.pop("train_batch_size", None)
+    for name in HALF:
+        content[name] = {**content.get(name, {}), "enabled": precision == name}
+    return content | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def without_auto(value: Any) -> Any:
+    """Without the keys whose value is "auto": DeepSpeed then takes its defaults."""
+    if isinstance(value, dict):
+        return {key: without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
