@@ -12,12 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hpc_oialr.errors import CheckpointError
-from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select
+from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
 from hpc_oialr.lowrank.conversion import leave_fused_inference, make_shell
 from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import RunConfig
-from hpc_oialr.train.fingerprint import untied_state
 from hpc_oialr.train.load_config import load_config
 
 Format = Literal["dense", "lowrank"]

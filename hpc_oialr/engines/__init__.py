@@ -2,7 +2,26 @@
 
 from hpc_oialr.engines.base import Engine
 from hpc_oialr.engines.ddp import DDPEngine
+from hpc_oialr.engines.deepspeed import DeepSpeedEngine
 from hpc_oialr.engines.factory import adopt, make_engine
+from hpc_oialr.engines.fsdp import FSDPEngine
+from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel
 from hpc_oialr.engines.single import SingleEngine
+from hpc_oialr.engines.tensor import TensorEngine
 
-__all__ = ["DDPEngine", "Engine", "SingleEngine", "adopt", "make_engine"]
+__all__ = [
+    "DDP",
+    "FSDP",
+    "DDPEngine",
+    "DeepSpeed",
+    "DeepSpeedEngine",
+    "Engine",
+    "EngineConfig",
+    "FSDPEngine",
+    "Single",
+    "SingleEngine",
+    "TensorEngine",
+    "TensorParallel",
+    "adopt",
+    "make_engine",
+]

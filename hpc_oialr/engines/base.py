@@ -3,39 +3,157 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
+from hpc_oialr.lowrank import Site, untied_state
+from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.layout import Whole
+from hpc_oialr.lowrank.pairs import Pair
 from hpc_oialr.processes import World
 
 
 class Engine(ABC):
-    """Wraps a module so that its processes train one model.
+    """How the processes of a run hold one model and share its gradients.
+
+    The life of an engine: :meth:`place` a new module, make the optimizer, :meth:`wrap` both; then in
+    every step the wrapped module's forward, :meth:`backward`, :meth:`update`; when the method changes
+    layers, :meth:`open` before, :meth:`follow` after each, :meth:`rewrap` at the end.
 
     Attributes
     ----------
     world
-        The processes that share the gradients.
+        All processes.
+    data
+        The processes over which a global batch is dealt; all of ``world`` unless several work on the
+        same samples.
+    replicas
+        The processes that must hold equal bits of what this one stores.
+    layout
+        How one matrix is stored.
+    pairs
+        Layers of the model between which features may stay split; set before :meth:`place`.
     """
 
     world: World
+    layout: Whole
+    pairs: Sequence[Pair] = ()
+
+    @property
+    def data(self) -> World:
+        """The processes over which a global batch is dealt."""
+        return self.world
+
+    @property
+    def replicas(self) -> World:
+        """The processes that store what this one stores."""
+        return self.world
+
+    # -- the model's life ------------------------------------------------------------------------
+
+    def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
+        """Compare settings of the engine's own with those of a step, if it has such; a ConfigError if they differ."""
+        return
+
+    def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
+        """Multiply each core's step by its factor, where hooks on the optimizer given to :meth:`wrap` never run."""
+        return
+
+    def place(self, module: nn.Module) -> None:
+        """Put the parameters of a new module where they will live, in place; before the optimizer is made."""
+        return
 
     @abstractmethod
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """What to call in the loop; all processes begin with process 0's parameters and buffers."""
 
     @abstractmethod
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The same after parameters were replaced or frozen; nothing is broadcast.
 
-        Parameters must be equal on all processes. The wrapper before it must not be called again.
+        The wrapper before it must not be called again.
         """
 
     @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside what :meth:`wrap` returned."""
 
+    # -- a change of layers ----------------------------------------------------------------------
+
+    def open(self, site: Site) -> None:
+        """Bring a layer's parameters to where ``layout`` says; a collective call before the method reads them.
+
+        :meth:`close` or :meth:`follow` ends it.
+        """
+        return
+
+    def open_state(self, parameter: nn.Parameter) -> None:
+        """Bring a parameter's state to where ``optimizer.state`` shows it, as :meth:`open` does; it is carried next."""
+        return
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        """What this process stores of a parameter between steps."""
+        return self.layout.local(parameter.detach())
+
+    def seen_by_any(self, flags: Tensor) -> Tensor:
+        """Findings about what is :meth:`stored`, above 0 where any process has made one; in place."""
+        return self.layout.add(flags)
+
+    def close(self, site: Site) -> None:
+        """Let go of what :meth:`open` brought, unchanged."""
+        return
+
+    def follow(self, layer: LowRankWeight) -> None:
+        """The factors of ``layer`` are new, in value or as objects: let go of the old ones."""
+        return
+
+    # -- one step --------------------------------------------------------------------------------
+
     @abstractmethod
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Context in which backward passes leave gradients local, to be summed by the next one outside."""
+
+    def backward(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """Gradients of the mean loss over all processes of ``data``."""
+        scaler.scale(loss).backward()
+
+    def update(
+        self,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        parameters: Sequence[nn.Parameter],
+        clip: float | None,
+    ) -> None:
+        """Clip the gradient of ``parameters`` to a 2-norm of ``clip``, step, and drop gradients."""
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            self.clip(parameters, clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def model_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state dict to be saved, or to be filled in place: whole tensors, or DTensors as they are split.
+
+        A collective call; second names of tied weights are left out.
+        """
+        return untied_state(module)
+
+    def gather_state(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Bring all state to where ``optimizer.state`` shows it, whole or as DTensors; a collective call."""
+        return
+
+    def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Take over what a checkpoint has put into the module and into ``optimizer.state``."""
+        return
+
+    def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Scale gradients so that their joint 2-norm is at most ``norm``."""
+        clip_grad_norm_(parameters, norm)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.lowrank.layout import WHOLE
 from hpc_oialr.processes import World
 
 Hook = tuple[Callable[..., Any], object]
@@ -31,6 +33,8 @@ class DDPEngine(Engine):
     Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
     any trained parameter is not wrapped.
     """
+
+    layout = WHOLE
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class DDPEngine(Engine):
         engine._wrapped = model
         return engine
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """The module in a wrapper; if it was adopted in one, that wrapper."""
         if self._wrapped is not None and self._wrapped.module is module:
             return self._wrapped

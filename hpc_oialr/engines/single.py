@@ -5,18 +5,22 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
+from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.lowrank.layout import WHOLE
 from hpc_oialr.processes import World
 
 
 class SingleEngine(Engine):
     """The module itself, without a process group."""
 
+    layout = WHOLE
+
     def __init__(self, world: World | None = None) -> None:
         self.world = world or World.single()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """The module."""
         return module
 

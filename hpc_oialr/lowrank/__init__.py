@@ -1,7 +1,13 @@
 """Low-rank layers, and the way from a dense model to a low-rank one and back."""
 
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.conversion import convert, dense_parameters, low_rank_layers, trainable_parameters
+from hpc_oialr.lowrank.conversion import (
+    convert,
+    dense_parameters,
+    low_rank_layers,
+    trainable_parameters,
+    untied_state,
+)
 from hpc_oialr.lowrank.merge import merge
 from hpc_oialr.lowrank.selection import Selection, Site, select
 
@@ -15,4 +21,5 @@ __all__ = [
     "merge",
     "select",
     "trainable_parameters",
+    "untied_state",
 ]

@@ -11,6 +11,11 @@ from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.execution import prefer_factored
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, also while ZeRO-3 has its values in parts and ``parameter.shape`` is empty."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class LowRankWeight(nn.Module):
     """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
 
@@ -91,12 +96,17 @@ class LowRankWeight(nn.Module):
     @property
     def r(self) -> int:
         """Inner dimension."""
-        return int(self.S.shape[0])
+        return int(whole_shape(self.S)[0])
 
     @property
     def k(self) -> int:
         """Largest r this weight can have, min(m, n)."""
         return min(self.m, self.n)
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """``U``, ``S`` and ``Vh``."""
+        return self.U, self.S, self.Vh
 
     def matrix(self) -> Tensor:
         """``U S Vh`` (m x n), differentiable in S, in at least the core's precision."""

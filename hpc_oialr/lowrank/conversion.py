@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.lowrank.attention import unpack
-from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from hpc_oialr.lowrank.layout import WHOLE, Whole
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.selection import Selection, Site, select
 
@@ -88,17 +89,24 @@ def convert(model: nn.Module, selection: Selection | None = None, *, fraction: f
 
 
 def make_shell(
-    site: Site, r: int, *, factor_dtype: torch.dtype | None = None, crossover: float = 1.0
+    site: Site,
+    r: int,
+    *,
+    layout: Whole = WHOLE,
+    factor_dtype: torch.dtype | None = None,
+    crossover: float = 1.0,
 ) -> LowRankWeight:
     """Give ``site`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
-    m, n = site.shape
-    zeros = torch.zeros(
-        m * r + r * r + r * n, dtype=compute_dtype(site.weight.dtype), device=site.weight.device
-    )
-    U, S, Vh = zeros.split([m * r, r * r, r * n])
-    return convert_site(
-        site, U.view(m, r), S.view(r, r), Vh.view(r, n), factor_dtype=factor_dtype, crossover=crossover
-    )
+    (m, n), weight = site.shape, site.weight
+    rows, columns = layout.own_rows(m), layout.own_columns(n)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=compute_dtype(weight.dtype), device=weight.device)
+
+    U = layout.put_rows(zeros(rows.stop - rows.start, r), m)
+    Vh = layout.put_columns(zeros(r, columns.stop - columns.start), n)
+    S = layout.put_core(zeros(r, r))
+    return convert_site(site, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:
@@ -106,12 +114,19 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankWeight)}
 
 
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of tied weights."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def trainable_parameters(model: nn.Module) -> int:
     """Numbers that are trained: every parameter that requires a gradient, each counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def dense_parameters(model: nn.Module) -> int:
     """Trainable numbers of the dense twin: low-rank weights count m n instead of r^2."""
-    saved = sum(layer.m * layer.n - layer.S.numel() for layer in low_rank_layers(model).values())
+    saved = sum(layer.m * layer.n - layer.r**2 for layer in low_rank_layers(model).values())
     return trainable_parameters(model) + saved

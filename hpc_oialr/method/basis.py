@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc_oialr.engines import Engine
 from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import measured_crossover
@@ -29,10 +33,17 @@ class BasisChanges:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, config: OIALRConfig, averages: Sequence[nn.Module]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: OIALRConfig,
+        averages: Sequence[nn.Module],
+        engine: Engine,
     ) -> None:
         self.optimizer, self.config = optimizer, config
+        self.engine, self.layout = engine, engine.layout
         self.core_lr = CoreLearningRate(optimizer)
+        engine.scale_steps(self.core_lr.factors)
         self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
         self.crossover = (
             config.crossover
@@ -54,12 +65,22 @@ class BasisChanges:
 
     @torch.no_grad()
     def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:
-        """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed."""
-        weight = site.weight
-        carry(self.optimizer, weight, U, Vh, reset=not self.config.carry_moments)
-        layer = self._convert(site, U, torch.diag(s), Vh)
+        """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
+
+        Parameters
+        ----------
+        U, s, Vh
+            This process's rows of m x r, all r values, and its columns of r x n.
+        """
+        weight, layout, (m, n) = site.weight, self.layout, site.shape
+        reset = not self.config.carry_moments
+        self.engine.open_state(weight)
+        carry(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
+        stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
+        layer = self._convert(site, *stored)
         replace_parameter(self.optimizer, weight, layer.S)
         self._set_step(layer)
+        self.engine.follow(layer)
         for average in self._averages:
             twin = average[site.name]
             self._convert(twin, U, carry_average(twin.weight, U, Vh), Vh).S.requires_grad_(False)
@@ -70,11 +91,13 @@ class BasisChanges:
     def shell(self, site: Site, r: int) -> None:
         """Convert to zero factors of inner dimension ``r``; a checkpoint fills them."""
         weight = site.weight
-        layer = make_shell(site, r, factor_dtype=self.factor_dtype, crossover=self.crossover)
+        options: dict[str, Any] = {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
+        layer = make_shell(site, r, layout=self.layout, **options)
         replace_parameter(self.optimizer, weight, layer.S)
         self._set_step(layer)
+        self.engine.follow(layer)
         for average in self._averages:
-            twin = make_shell(average[site.name], r, factor_dtype=self.factor_dtype, crossover=self.crossover)
+            twin = make_shell(average[site.name], r, **options)
             twin.S.requires_grad_(False)
 
     def order(self, sites: Sequence[Site]) -> None:
@@ -94,12 +117,14 @@ class BasisChanges:
         repair
             Re-orthogonalise the new bases by QR, ``U = Q R``, with both R folded into S.
         """
-        dtype = compute_dtype(layer.S.dtype)
-        U, S, Vh = layer.U.to(dtype) @ P, torch.diag(s), Qh @ layer.Vh.to(dtype)
+        dtype, layout, core = compute_dtype(layer.S.dtype), self.layout, layer.S
+        U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
         if repair:
-            U, S, Vh = reorthogonalise(U, S, Vh)
-        core = layer.S
-        carry(self.optimizer, core, P, Qh, reset=not self.config.carry_moments and len(s) < layer.r)
+            U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
+        reset = not self.config.carry_moments and len(s) < layer.r
+        self.engine.open_state(core)
+        carry(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
+        U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
         for average in self._averages:
             twin = average[name].low_rank
             assert twin is not None
@@ -108,6 +133,7 @@ class BasisChanges:
         if reshaped:
             replace_parameter(self.optimizer, core, layer.S)
             self._set_step(layer, replaces=core)
+        self.engine.follow(layer)
         return reshaped
 
     def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
@@ -115,17 +141,20 @@ class BasisChanges:
         self.core_lr.set(layer.S, factor, replaces=replaces)
 
 
-def reorthogonalise(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reorthogonalise(
+    U: Tensor, S: Tensor, Vh: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal bases of the same product: ``U = Q1 R1``, ``Vh^T = Q2 R2``, ``S <- R1 S R2^T``.
 
-    Signs are chosen so that both R have positive diagonals and the bases hardly turn.
+    Signs are chosen so that both R have positive diagonals and the bases hardly turn. With a ``group``
+    each process has some of the rows of ``U`` and of the columns of ``Vh``.
     """
-    Q1, R1 = _positive_qr(U)
-    Q2, R2 = _positive_qr(Vh.mT)
+    Q1, R1 = _positive_qr(U, group)
+    Q2, R2 = _positive_qr(Vh.mT, group)
     return Q1, R1 @ S @ R2.mT, Q2.mT
 
 
-def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
-    Q, R = torch.linalg.qr(A)
+def _positive_qr(A: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    Q, R = tsqr(A, group)
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
     return Q * signs, signs[:, None] * R

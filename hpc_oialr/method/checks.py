@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError, NonFiniteError
 from hpc_oialr.lowrank import Site
 
@@ -42,12 +43,16 @@ def trained_sites(sites: Sequence[Site], optimizer: Optimizer) -> list[Site]:
     return [site for site in sites if id(site.weight) in held]
 
 
-def require_finite(sites: Sequence[Site]) -> None:
-    """Raise :class:`NonFiniteError`, naming the layers, before anything is changed; one read-back."""
+def require_finite(sites: Sequence[Site], engine: Engine) -> None:
+    """Raise :class:`NonFiniteError`, naming the layers, on every process before anything is changed.
+
+    One read-back; where parameters are split, one all-reduce of a number a layer.
+    """
     if not sites:
         return
-    finite = torch.stack([torch.isfinite(site.trained.detach()).all() for site in sites]).tolist()
-    bad = [site.name for site, good in zip(sites, finite, strict=True) if not good]
+    bad_values = torch.stack([(~torch.isfinite(engine.stored(site.trained))).any() for site in sites])
+    found = engine.seen_by_any(bad_values.float()).tolist()
+    bad = [site.name for site, count in zip(sites, found, strict=True) if count]
     if bad:
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch import Tensor
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.work_plan import longest_processing_time, rounds
 from hpc_oialr.processes import World
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,10 @@ class Job:
     ----------
     name
         The layer.
+    prepare
+        Called on every process before the work is done on one: what needs all of them.
     compute
-        Does the work; called on one process only.
+        Does the work with what ``prepare`` gave; called on one process only.
     size, like
         Number of values of the result; a tensor whose device it has.
     dtype
@@ -33,11 +40,12 @@ class Job:
     """
 
     name: str
-    compute: Callable[[], Tensor]
+    compute: Callable[[Any], Tensor]
     size: int
     like: Tensor
     dtype: torch.dtype
     cost: float
+    prepare: Callable[[], Any] = _nothing
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = No
     owners = owners or longest_processing_time([job.cost for job in jobs], world.size)
     for members in rounds(owners, world.size):
         mine = next((i for i in members if owners[i] == world.rank), None)
-        values, seconds = _compute_agreed(jobs, mine, world)
+        prepared = {i: jobs[i].prepare() for i in members}
+        values, seconds = _compute_agreed(jobs, mine, world, prepared)
         buffers = {i: values if i == mine else _empty(jobs[i]) for i in members}
         pending = [world.broadcast(_present(buffers[i]), src=owners[i]) for i in members]
         for work in pending:
@@ -78,11 +87,13 @@ def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = No
             yield Result(i, _present(buffers[i]), seconds if i == mine else 0.0)
 
 
-def _compute_agreed(jobs: Sequence[Job], mine: int | None, world: World) -> tuple[Tensor | None, float]:
+def _compute_agreed(
+    jobs: Sequence[Job], mine: int | None, world: World, prepared: dict[int, Any]
+) -> tuple[Tensor | None, float]:
     """Do this process's job; every process raises if one failed, so that none waits for ever."""
     start, values, failure = time.perf_counter(), None, None
     try:
-        values = None if mine is None else jobs[mine].compute().to(jobs[mine].dtype)
+        values = None if mine is None else jobs[mine].compute(prepared[mine]).to(jobs[mine].dtype)
     except NonFiniteError as error:
         failure = error
     seconds = time.perf_counter() - start

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine, adopt
 from hpc_oialr.errors import ModelError
-from hpc_oialr.linalg.svd import compute_dtype, orthogonality_error, svd
-from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers, select
+from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank import Site, low_rank_layers, select
 from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.method.checks import check_optimizer, require_finite, trained_sites
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.method.stability import rotation_stability
 from hpc_oialr.method.watch import StabilityWatch
@@ -84,9 +84,14 @@ class OIALR:
             )
         self.t = 0
         self.updates = 0
-        self._changes = BasisChanges(self.module, optimizer, self.config, averages)
-        self._watch = StabilityWatch(self.sites, self.engine.world, self.config.stability_threshold)
-        self._model = self.engine.wrap(self.module)
+        if averages and self.engine.layout.group is not None:
+            raise ModelError(
+                f"{len(averages)} running averages were given, but the engine splits each matrix over processes; "
+                "averages must be whole. Average the exported models, or use DistributedDataParallel."
+            )
+        self._changes = BasisChanges(self.module, optimizer, self.config, averages, self.engine)
+        self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
+        self._model = self.engine.wrap(self.module, optimizer)
 
     @property
     def model(self) -> nn.Module:
@@ -156,72 +161,60 @@ class OIALR:
 
     def _measure_stability(self) -> UpdateReport:
         start, sites = time.perf_counter(), self._dense()
-        require_finite(sites)
+        require_finite(sites, self.engine)
         return self._report("stability", self._watch.measure(sites), start, sum(site.k + 1 for site in sites))
 
     @torch.no_grad()
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
-        require_finite(sites)
-        jobs = [self._conversion_job(site) for site in sites]
+        require_finite(sites, self.engine)
+        kept = [self.config.limits.initial(site.k) for site in sites]
         layers: dict[int, LayerUpdate] = {}
-        for result in deal(jobs, self.engine.world):
-            layers[result.index] = self._freeze_basis(sites[result.index], result.values, result.seconds)
+        for factors in weight_factors(sites, kept, self.engine):
+            layers[factors.index] = self._freeze_basis(sites[factors.index], factors, kept[factors.index])
         self._changes.order(self.sites)
         self._after_change([site.name for site in sites], reshaped=True)
-        return self._report("conversion", _in_order(layers), start, sum(job.size for job in jobs))
+        sent = sum(site.k + r * sum(site.shape) for site, r in zip(sites, kept, strict=True))
+        return self._report("conversion", _in_order(layers), start, sent)
 
     @torch.no_grad()
     def _update(self, sites: list[Site]) -> UpdateReport:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
-        require_finite(sites)
-        jobs = [_update_job(site) for site in sites]
+        require_finite(sites, self.engine)
         layers: dict[int, LayerUpdate] = {}
-        for result in deal(jobs, self.engine.world):
-            layers[result.index] = self._rotate_and_cut(sites[result.index], result.values, result.seconds)
+        for rotation in core_rotations(sites, self.engine):
+            layers[rotation.index] = self._rotate_and_cut(sites[rotation.index], rotation)
         self._after_change([site.name for site in sites], reshaped=any(u.cut_values for u in layers.values()))
-        return self._report("update", _in_order(layers), start, sum(job.size for job in jobs))
+        sent = sum(2 * u.r_before**2 + u.r_before + 2 for u in layers.values())
+        return self._report("update", _in_order(layers), start, sent)
 
     # -- one layer -------------------------------------------------------------------------------
 
-    def _conversion_job(self, site: Site) -> Job:
-        (m, n), k, r = site.shape, site.k, self.config.limits.initial(site.k)
-        weight = site.weight
-
-        def compute() -> Tensor:
-            U, s, Vh = svd(weight.reshape(m, n), name=site.name)
-            return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
-
-        return Job(site.name, compute, k + r * (m + n), weight, compute_dtype(weight.dtype), float(m) * n * k)
-
-    def _freeze_basis(self, site: Site, values: Tensor, seconds: float) -> LayerUpdate:
-        (m, n), k, r = site.shape, site.k, self.config.limits.initial(site.k)
-        s, U, Vh = values.split([k, m * r, r * n])
-        self._changes.convert(site, U.view(m, r), s[:r], Vh.view(r, n))
+    def _freeze_basis(self, site: Site, factors: Factors, r: int) -> LayerUpdate:
+        self._changes.convert(site, factors.U, factors.s[:r], factors.Vh)
         self._watch.forget(site.name)
-        return _layer_update(site, k, s, None, (0.0, 0.0), seconds)
+        return _layer_update(site, site.k, factors.s, None, (0.0, 0.0), factors.seconds)
 
-    def _rotate_and_cut(self, site: Site, values: Tensor, seconds: float) -> LayerUpdate:
+    def _rotate_and_cut(self, site: Site, rotation: Rotation) -> LayerUpdate:
         layer = site.low_rank
         assert layer is not None
-        r = layer.r
-        s, P, Qh, errors = values.split([r, r * r, r * r, 2])
-        P, Qh = P.view(r, r), Qh.view(r, r)
-        spectrum, (error_U, error_Vh) = s.cpu(), errors.tolist()
+        P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
+        spectrum = s.cpu()
         keep = self.config.limits.apply(self.config.rule.choose(spectrum, layer.m, layer.n), r, layer.k)
-        drifted = max(error_U, error_Vh) > self.config.orthogonality_bound
+        drifted = max(rotation.errors) > self.config.orthogonality_bound
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
-        return _layer_update(site, r, spectrum, rotation_stability(P, Qh), (error_U, error_Vh), seconds)
+        stability = rotation_stability(P, Qh)
+        return _layer_update(site, r, spectrum, stability, rotation.errors, rotation.seconds)
 
     def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
         """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
         if reshaped:
             self.rewrap()
-        layers = low_rank_layers(self.module)
-        factors = {name: (layers[name].U, layers[name].S, layers[name].Vh) for name in names}
-        check_equal(factors, self.engine.world)
+        layers, local = low_rank_layers(self.module), self.engine.layout.local
+        factors = {name: [local(p) for p in layers[name].factors] for name in names}
+        check_equal(factors, self.engine.replicas)
 
     def _report(
         self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int
@@ -275,22 +268,6 @@ class OIALR:
             raise ModelError(
                 f"{site.name} is already low-rank with r = {layer.r}; load into a fresh, dense model."
             )
-
-
-def _update_job(site: Site) -> Job:
-    layer = site.low_rank
-    assert layer is not None
-    r, dtype = layer.r, compute_dtype(layer.S.dtype)
-    return Job(
-        site.name, lambda: _diagonalise(layer, site.name), r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3
-    )
-
-
-def _diagonalise(layer: LowRankWeight, name: str) -> Tensor:
-    """``s``, ``P``, ``Qh`` of the core and both bases' orthogonality errors, as one flat tensor."""
-    P, s, Qh = svd(layer.S, name=name)
-    errors = s.new_tensor([orthogonality_error(layer.U), orthogonality_error(layer.Vh.mT)])
-    return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors])
 
 
 def _in_order(layers: dict[int, LayerUpdate]) -> tuple[LayerUpdate, ...]:

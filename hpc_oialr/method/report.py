@@ -27,7 +27,7 @@ class LayerUpdate:
     orthogonality_error_U, orthogonality_error_Vh
         ``||Q^T Q - I||_F / sqrt(r)`` before this update; 0 while dense.
     seconds
-        Time of the SVD on the process that did it (s).
+        Time of the SVD on a process that did it (s); 0 on the others.
     """
 
     name: str

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hpc_oialr.engines import Engine
+from hpc_oialr.linalg.blocks import basis_stability
 from hpc_oialr.linalg.svd import compute_dtype, svd
+from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import longest_processing_time
 from hpc_oialr.lowrank import Site
 from hpc_oialr.method.dealing import Job, deal
 from hpc_oialr.method.report import LayerUpdate
 from hpc_oialr.method.stability import stability
-from hpc_oialr.processes import World
 
 Basis = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One layer's singular values, agreement with its last basis (NaN: there was none), and time (s)."""
+
+    index: int
+    s: Tensor
+    agreement: float
+    seconds: float
 
 
 class StabilityWatch:
     """Measures every dense layer's stability against its last basis.
 
-    A layer is always measured by the same process, which alone keeps its last basis, in host
-    memory. Sends k + 1 values per layer.
+    A layer is always measured by the same process, which alone keeps its last basis, in host memory, and
+    sends k + 1 values. Where weights are split each process keeps its rows of ``U`` and columns of ``Vh``.
 
     Attributes
     ----------
@@ -30,40 +44,58 @@ class StabilityWatch:
         For each layer, how many measurements in a row were at or above the threshold.
     """
 
-    def __init__(self, sites: Sequence[Site], world: World, threshold: float | None) -> None:
-        self.world, self.threshold = world, threshold
+    def __init__(self, sites: Sequence[Site], engine: Engine, threshold: float | None) -> None:
+        self.engine, self.world, self.threshold = engine, engine.world, threshold
         costs = [float(site.k) ** 2 * max(site.shape) for site in sites]
-        owners = longest_processing_time(costs, world.size)
+        owners = longest_processing_time(costs, self.world.size)
         self.owners = {site.name: owner for site, owner in zip(sites, owners, strict=True)}
         self.streaks: dict[str, int] = {}
         self._bases: dict[str, Basis] = {}
 
     def measure(self, sites: Sequence[Site]) -> tuple[LayerUpdate, ...]:
         """Measure these layers, all dense; one report each."""
+        updates: dict[int, LayerUpdate] = {}
+        for look in self._split(sites) if self.engine.layout.group is not None else self._dealt(sites):
+            site = sites[look.index]
+            self._count(site.name, look.agreement)
+            updates[look.index] = _report(site, look)
+        return tuple(updates[i] for i in sorted(updates))
+
+    def _dealt(self, sites: Sequence[Site]) -> Iterator[_Look]:
         jobs = [self._job(site) for site in sites]
         owners = [self.owners[site.name] for site in sites]
-        updates = []
         for result in deal(jobs, self.world, owners=owners):
-            site, values = sites[result.index], result.values
-            agreement = float(values[-1])
-            self._count(site.name, agreement)
-            updates.append(_report(site, values[:-1], agreement, result.seconds))
-        order = {site.name: i for i, site in enumerate(sites)}
-        return tuple(sorted(updates, key=lambda update: order[update.name]))
+            self.engine.close(sites[result.index])
+            yield _Look(result.index, result.values[:-1], float(result.values[-1]), result.seconds)
 
     def _job(self, site: Site) -> Job:
         weight = site.weight
-        dtype = compute_dtype(weight.dtype)
         cost = float(site.k) ** 2 * max(site.shape)
-        return Job(site.name, lambda: self._look(site), site.k + 1, weight, dtype, cost)
+        compute, prepare = lambda _: self._look(site), lambda: self.engine.open(site)
+        return Job(site.name, compute, site.k + 1, weight, compute_dtype(weight.dtype), cost, prepare)
 
     def _look(self, site: Site) -> Tensor:
         weight = site.weight
-        U, s, Vh = svd(weight.reshape(weight.shape[0], -1), name=site.name)
+        U, s, Vh = svd(weight.reshape(site.shape), name=site.name)
         last = self._bases.get(site.name)
         agreement = float("nan") if last is None else stability(last[0].to(U), last[1].to(Vh), U, Vh)
         self._bases[site.name] = (U.cpu(), Vh.cpu())
         return torch.cat([s, s.new_tensor([agreement])])
+
+    def _split(self, sites: Sequence[Site]) -> Iterator[_Look]:
+        layout = self.engine.layout
+        for index, site in enumerate(sites):
+            start = time.perf_counter()
+            self.engine.open(site)
+            rows = layout.rows(site.weight)
+            U, s, whole, _ = tsqr_svd(rows.to(compute_dtype(rows.dtype)), layout.group, name=site.name)
+            Vh = whole[:, layout.own_columns(site.shape[1])]
+            last = self._bases.get(site.name)
+            agreement = float("nan")
+            if last is not None:
+                agreement = basis_stability(last[0].to(U), last[1].to(Vh), U, Vh, layout.group)
+            self._bases[site.name] = (U.cpu(), Vh.cpu().contiguous())
+            yield _Look(index, s, agreement, time.perf_counter() - start)
 
     def _count(self, name: str, agreement: float) -> None:
         settled = self.threshold is not None and agreement >= self.threshold
@@ -75,7 +107,7 @@ class StabilityWatch:
         self.streaks.pop(name, None)
 
     def bases(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """All kept bases, on every process, for a checkpoint; a collective call.
+        """All kept bases for a checkpoint, whole or as they are split; a collective call.
 
         Keys ``NAME.U`` and ``NAME.Vh``.
         """
@@ -87,24 +119,34 @@ class StabilityWatch:
         return kept
 
     def _shared(self, site: Site) -> Basis:
-        (m, n), k = site.shape, site.k
+        (m, n), k, layout = site.shape, site.k, self.engine.layout
         dtype, device = compute_dtype(site.weight.dtype), site.weight.device
         mine = self._bases.get(site.name)
         parts = mine or (torch.empty(m, k, dtype=dtype), torch.empty(k, n, dtype=dtype))
         sent = [part.to(device) for part in parts]
+        if layout.group is not None:
+            return layout.put_rows(sent[0], m), layout.put_columns(sent[1], n)
         self.world.share(sent, src=self.owners[site.name])
         return sent[0].cpu(), sent[1].cpu()
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
-        """Take back what :meth:`bases` gave; each process keeps its own layers only."""
+        """Take back what :meth:`bases` gave, whole; each process keeps its own only."""
         self.streaks = dict(streaks)
+        layout, split = self.engine.layout, self.engine.layout.group is not None
         mine = [
-            name for name, owner in self.owners.items() if owner == self.world.rank and f"{name}.U" in bases
+            name
+            for name, owner in self.owners.items()
+            if f"{name}.U" in bases and (split or owner == self.world.rank)
         ]
-        self._bases = {name: (bases[f"{name}.U"], bases[f"{name}.Vh"]) for name in mine}
+        for name in mine:
+            U, Vh = bases[f"{name}.U"], bases[f"{name}.Vh"]
+            self._bases[name] = (
+                U[layout.own_rows(U.shape[0])].clone(),
+                Vh[:, layout.own_columns(Vh.shape[1])].contiguous(),
+            )
 
 
-def _report(site: Site, s: Tensor, agreement: float, seconds: float) -> LayerUpdate:
+def _report(site: Site, look: _Look) -> LayerUpdate:
     m, n = site.shape
     return LayerUpdate(
         name=site.name,
@@ -112,9 +154,9 @@ def _report(site: Site, s: Tensor, agreement: float, seconds: float) -> LayerUpd
         n=n,
         r_before=site.k,
         r=site.k,
-        singular_values=s.float().cpu(),
-        stability=None if agreement != agreement else agreement,
+        singular_values=look.s.float().cpu(),
+        stability=None if look.agreement != look.agreement else look.agreement,
         orthogonality_error_U=0.0,
         orthogonality_error_Vh=0.0,
-        seconds=seconds,
+        seconds=look.seconds,
     )

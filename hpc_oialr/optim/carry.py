@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from hpc_oialr.lowrank.layout import WHOLE, Whole
+
+Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # A first moment is linear in the gradient and moves exactly; a second moment holds squares and moves
 # approximately, its entries taken as uncorrelated.
@@ -51,9 +55,16 @@ def order_cores(optimizer: Optimizer, order: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def carry(
-    optimizer: Optimizer, parameter: nn.Parameter, left: Tensor, right: Tensor, *, reset: bool = False
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    left: Tensor,
+    right: Tensor,
+    *,
+    layout: Whole = WHOLE,
+    core: bool = False,
+    reset: bool = False,
 ) -> None:
-    """Move the state of ``parameter`` into the basis of ``left`` and ``right``, in place of the old one.
+    """Move the state of a weight or a core into the basis of ``left`` and ``right``, in place of the old one.
 
     First moment ``M' = left^T M right^T``, second ``V' = (left o left)^T V (right o right)^T``.
     State of the parameter's shape under an unknown key is reset to zero with one warning that names
@@ -62,30 +73,30 @@ def carry(
     Parameters
     ----------
     left, right
-        m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update.
+        m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update;
+        of ``U`` this process's rows.
+    layout
+        How the optimizer's state is stored, and the new one will be.
+    core
+        Whether ``parameter`` is a core.
     reset
         Zero the moments instead, as the published code does.
     """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    shape = (left.shape[0], right.shape[1])
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.numel() == shape[0] * shape[1] and value.dim() >= 2:
-            state[key] = _move(key, value.reshape(shape), left, right, reset)
+    project = layout.project_core if core else layout.project
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape == parameter.shape:
+            moved = _move(key, value, left, right, project, reset)
+            optimizer.state[parameter][key] = layout.put_core(moved.to(value.dtype).contiguous())
 
 
-def _move(key: str, value: Tensor, left: Tensor, right: Tensor, reset: bool) -> Tensor:
-    moments = value.to(left.dtype)
+def _move(key: str, value: Tensor, left: Tensor, right: Tensor, project: Project, reset: bool) -> Tensor:
     if key in FIRST_MOMENTS and not reset:
-        moved = left.mT @ (moments @ right.mT)
-    elif key in SECOND_MOMENTS and not reset:
-        moved = (left * left).mT @ (moments @ (right * right).mT)
-    else:
-        if key not in FIRST_MOMENTS | SECOND_MOMENTS:
-            _warn(key)
-        moved = moments.new_zeros(left.shape[1], right.shape[0])
-    return moved.to(value.dtype).contiguous()
+        return project(value, left, right)
+    if key in SECOND_MOMENTS and not reset:
+        return project(value, left * left, right * right)
+    if key not in FIRST_MOMENTS | SECOND_MOMENTS:
+        _warn(key)
+    return left.new_zeros(left.shape[1], right.shape[0])
 
 
 def _warn(key: str) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.newton_schulz import newton_schulz
 from hpc_oialr.lowrank import Selection, low_rank_layers, select
+from hpc_oialr.optim.orthogonalise import orthogonalise
 
 Group = dict[str, Any]
 ALGORITHMS = ("muon", "adamw")
@@ -82,7 +84,8 @@ class MuonAdamW(Optimizer):
 
     Muon's step: ``M <- momentum M + (1 - momentum) G``; ``D`` = Newton-Schulz of ``M`` (or of
     Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of
-    equal shape go through Newton-Schulz in one batch. Weights with more axes are flattened to
+    equal shape go through Newton-Schulz in one batch; one that is split over processes goes whole to one of
+    them and back. Weights with more axes are flattened to
     (leading axis) x (all the rest).
 
     Parameters
@@ -158,33 +161,29 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, params: list[Tensor], group: Group) -> None:
-        updates = self._momentum(params, group)
-        batches: defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
-        for i, update in enumerate(updates):
-            batches[update.shape, update.device, update.dtype].append(i)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for (shape, _, _), members in batches.items():
-            step = newton_schulz(
-                torch.stack([updates[i] for i in members]),
-                steps=group["newton_schulz_steps"],
-                dtype=group["newton_schulz_dtype"],
-            )
-            scale = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            chosen = [params[i] for i in members]
-            torch._foreach_add_(
-                chosen, [d.view_as(p) for d, p in zip(step.unbind(), chosen, strict=True)], alpha=scale
-            )
+        steps, dtype = group["newton_schulz_steps"], group["newton_schulz_dtype"]
+        directions = self._momentum(params, group)
+        done = orthogonalise(directions, lambda batch: newton_schulz(batch, steps=steps, dtype=dtype))
+        torch._foreach_mul_(local(params), 1 - group["lr"] * group["weight_decay"])
+        by_scale: defaultdict[float, list[int]] = defaultdict(list)
+        for i, p in enumerate(params):
+            by_scale[max(1.0, p.shape[0] ** 2 / p.numel()) ** 0.5].append(i)
+        for scale, members in by_scale.items():
+            chosen = local([params[i] for i in members])
+            torch._foreach_add_(chosen, [done[i] for i in members], alpha=-group["lr"] * scale)
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """Fold the gradients into the momenta and return what is to be orthogonalised, as matrices."""
+        """Fold the gradients into the momenta and return what is to be orthogonalised."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [cast(Tensor, p.grad) for p in params]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        directions = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        return [d.reshape(d.shape[0], -1) for d in directions]
+        torch._foreach_lerp_(local(buffers), local(grads), 1 - group["momentum"])
+        if not group["nesterov"]:
+            return buffers
+        ahead = torch._foreach_lerp(local(grads), local(buffers), group["momentum"])
+        return [_stored_like(p, direction) for p, direction in zip(params, ahead, strict=True)]
 
     def _adamw(self, params: list[Tensor], group: Group) -> None:
         for p in params:
@@ -192,10 +191,11 @@ class MuonAdamW(Optimizer):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        columns = {key: [self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")}
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        columns = {key: local([self.state[p][key] for p in params]) for key in keys}
         adamw(
-            params,
-            [cast(Tensor, p.grad) for p in params],
+            local(params),
+            local([cast(Tensor, p.grad) for p in params]),
             columns["exp_avg"],
             columns["exp_avg_sq"],
             [],
@@ -209,6 +209,19 @@ class MuonAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process stores of each tensor: elementwise steps need no more."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def _stored_like(parameter: Tensor, part: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _check_group(group: Group) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hpc_oialr.data import DataConfig
+from hpc_oialr.engines import DDP, EngineConfig
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
@@ -145,38 +146,16 @@ class RecordConfig:
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
-    """Options of ``DistributedDataParallel``, used with more than one process.
-
-    Parameters
-    ----------
-    find_unused_parameters
-        Needed if a step may leave parameters without a gradient.
-    gradient_as_bucket_view
-        Gradients live in the communication buffers: no copy of them.
-    bucket_cap_mb
-        Size of a buffer (MiB).
-    """
-
-    find_unused_parameters: bool = False
-    gradient_as_bucket_view: bool = True
-    bucket_cap_mb: float = 25.0
-
-    def __post_init__(self) -> None:
-        check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
-
-
-@dataclass(kw_only=True)
 class RunConfig:
     """A whole run.
 
     Parameters
     ----------
-    data, model, task, optimizer, schedule
+    data, model, task, optimizer, schedule, engine
         Choices of type, as ``class_path`` and ``init_args``.
     oialr
         The method; null trains dense.
-    train, checkpoint, record, engine
+    train, checkpoint, record
         See their types.
     compile
         Compile the model by ``torch.compile``; recompilations are counted in the summary.
@@ -193,6 +172,6 @@ class RunConfig:
     oialr: OIALRConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=DDP)
     compile: bool = False
     dense: dict[str, Any] | None = None

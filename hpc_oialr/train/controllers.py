@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
@@ -16,9 +17,9 @@ from hpc_oialr.method.report import UpdateReport
 class Dense:
     """Ordinary training behind the face of :class:`hpc_oialr.OIALR`."""
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, engine: Engine) -> None:
         self.module, self.engine, self.t = model, engine, 0
-        self._model = engine.wrap(model)
+        self._model = engine.wrap(model, optimizer)
 
     @property
     def model(self) -> nn.Module:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 
-from hpc_oialr.data import ArrayDataset, GlobalBatches
+from hpc_oialr.data import ArrayDataset, Batch, GlobalBatches
 from hpc_oialr.train.session import Session
 from hpc_oialr.train.snapshot import share_buffers
 
@@ -18,24 +19,37 @@ def evaluate(session: Session, dataset: ArrayDataset) -> dict[str, float]:
     Leaves no trace in the run: no random numbers are drawn, and compiled code is not compiled anew.
     """
     share_buffers(session)
-    module, world, task = session.module, session.world, session.config.task
+    module, engine, task = session.module, session.engine, session.config.task
     batches = GlobalBatches(
         dataset,
-        session.config.train.evaluation_batch * world.size,
-        world_rank=world.rank,
-        world_size=world.size,
+        session.config.train.evaluation_batch * engine.data.size,
+        world_rank=engine.data.rank,
+        world_size=engine.data.size,
         seed=session.config.train.seed,
         shuffle=False,
         drop_last=False,
     )
-    totals: torch.Tensor | None = None
+    parts = []
     module.eval()
     with torch.compiler.set_stance("force_eager") if session.config.compile else nullcontext():
-        for batch in batches.epoch(0):
+        for batch, counts in _in_step(batches, dataset):
             with session.autocast():
                 part = task.totals(module, session.place(batch))
-            totals = part if totals is None else totals + part
+            parts.append(part if counts else torch.zeros_like(part))
     module.train()
-    shared = world.all_gather_object(None if totals is None else totals.tolist())
-    parts = [torch.tensor(part, dtype=torch.float64) for part in shared if part is not None]
-    return task.metrics(torch.stack(parts).sum(0))
+    shared = engine.data.all_gather_object(torch.stack(parts).sum(0).tolist())
+    return task.metrics(torch.tensor(shared, dtype=torch.float64).sum(0))
+
+
+def _in_step(batches: GlobalBatches, dataset: ArrayDataset) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, and whether they count: all processes get as many.
+
+    Some engines gather parameters in every forward pass, which all processes must take part in; one that
+    has no share of the last batch goes along with a sample that does not count.
+    """
+    given = 0
+    for batch in batches.epoch(0):
+        given += 1
+        yield batch, True
+    for _ in range(given, len(batches)):
+        yield dataset.gather(torch.arange(1)), False

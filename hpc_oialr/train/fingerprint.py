@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import CheckpointError
 
@@ -40,17 +42,11 @@ def _describe(tensor: list[Any] | None) -> str:
     return "missing" if tensor is None else f"{' x '.join(map(str, tensor[0])) or 'a scalar'} {tensor[1]}"
 
 
-def untied_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of tied weights."""
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Digest of names, shapes, dtypes and bits of all parameters and buffers."""
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes, dtypes and bits; a collective call, whole tensors are gathered one by one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, stored in sorted(tensors.items()):
+        tensor = stored.full_tensor() if isinstance(stored, DTensor) else stored
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

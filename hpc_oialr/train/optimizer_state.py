@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hpc_oialr.errors import CheckpointError
@@ -40,6 +42,19 @@ def _group(group: dict[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]
 
 def _is_plain(value: Any) -> bool:
     return all(isinstance(item, PLAIN) for item in (value if isinstance(value, list) else [value]))
+
+
+def empty_like(model: nn.Module, held: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+    """Tensors for a checkpoint to fill: state of a parameter's shape as that is stored, the rest on the CPU."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    tensors = {}
+    for name, (shape, dtype) in held.items():
+        parameter = parameters.get(name.rpartition(".")[0])
+        if isinstance(parameter, DTensor) and parameter.shape == shape:
+            tensors[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return tensors
 
 
 def restore(

@@ -95,10 +95,15 @@ def _joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
     if world is not None:
         yield world
         return
-    train = loaded.config.train
-    joined = World.from_environment(device=train.device, timeout_s=train.timeout_s)
+    joined = join(loaded)
     yield joined
     leave(joined)
+
+
+def join(loaded: LoadedConfig) -> World:
+    """The processes that the launcher started, on the device and with the timeout of the settings."""
+    train = loaded.config.train
+    return World.from_environment(device=train.device, timeout_s=train.timeout_s)
 
 
 def leave(world: World) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch, GlobalBatches, Splits
-from hpc_oialr.engines import make_engine
+from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
@@ -66,6 +66,11 @@ class Session:
     units_per_step: int
 
     @property
+    def engine(self) -> Engine:
+        """How the processes share the work."""
+        return self.controller.engine
+
+    @property
     def module(self) -> nn.Module:
         """The model without wrappers."""
         return self.controller.module
@@ -98,17 +103,24 @@ def make_session(config: RunConfig, world: World) -> Session:
             raise ConfigError(
                 "class_path", type(config.data).__name__, "leaves neither validation nor test data"
             )
-    batches = _batches(config, world, splits)
+    with _section("engine"):
+        engine = config.engine.build(world, train.precision)
+        engine.expect(
+            global_batch=train.global_batch, accumulation=train.accumulation, clip=train.gradient_clip
+        )
+    batches = _batches(config, engine.data, splits)
     total = train.total_steps(len(batches))
     seed_model(train.seed)
     sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
     with _section("model"):
         module = config.model.build(sample)
     identity = _place_model(module, config, world)
+    engine.pairs = config.model.pairs
+    engine.place(module)
     optimizer = config.optimizer.build(module)
     rates = config.schedule.build(optimizer, total)
-    controller = _controller(config, world, module, optimizer, total)
-    seed_process(train.seed, 0, world.rank)
+    controller = _controller(config, engine, module, optimizer, total)
+    seed_process(train.seed, 0, engine.data.rank)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
     return Session(
         config=config,
@@ -188,11 +200,10 @@ def _checkpoint_activations(module: nn.Module) -> None:
 
 
 def _controller(
-    config: RunConfig, world: World, module: nn.Module, optimizer: Optimizer, total: int
+    config: RunConfig, engine: Engine, module: nn.Module, optimizer: Optimizer, total: int
 ) -> Controller:
-    engine = make_engine(world, **asdict(config.engine))
     if config.oialr is None:
-        return Dense(module, engine)
+        return Dense(module, optimizer, engine)
     if config.oialr.delay >= total:
         log.warning(
             "oialr.delay is %d but the run has %d steps: nothing will be converted, training stays dense. "

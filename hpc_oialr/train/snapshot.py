@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_oialr.train import optimizer_state
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
-from hpc_oialr.train.fingerprint import require_same, untied_state
+from hpc_oialr.train.fingerprint import require_same
 from hpc_oialr.train.seeds import generator_state, restore_generators, seed_process
 from hpc_oialr.train.session import Session
 
@@ -49,8 +49,11 @@ def save(store: CheckpointStore, session: Session, progress: Progress, clocks: C
     orders its buckets anew in the step after it was made, and with them the sum over three processes or more.
     """
     share_buffers(session)
+    session.engine.gather_state(session.module, session.optimizer)
     named, rest = optimizer_state.collect(session.module, session.optimizer)
-    tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in untied_state(session.module).items()}
+    tensors: dict[str, Tensor] = {
+        f"model.{name}": t for name, t in session.engine.model_tensors(session.module).items()
+    }
     tensors |= {f"optimizer.{name}": t for name, t in named.items()}
     tensors |= {f"oialr.{name}": t for name, t in session.controller.tensor_state().items()}
     tensors |= {
@@ -87,15 +90,24 @@ def load(store: CheckpointStore, step: int, session: Session, clocks: Clocks) ->
     require_same(session.identity, state["model"], str(store.path(step)))
     session.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
     with torch.no_grad():
-        store.read_into(step, {f"model.{name}": t for name, t in untied_state(session.module).items()})
-    optimizer_state.restore(
-        session.module, session.optimizer, store.read(step, "optimizer."), state["optimizer"]
-    )
+        here = session.engine.model_tensors(session.module)
+        store.read_into(step, {f"model.{name}": t for name, t in here.items()})
+    _restore_optimizer(store, step, session, state["optimizer"])
+    session.engine.scatter_state(session.module, session.optimizer)
     session.rates.load_state_dict(state["rates"])
     session.scaler.load_state_dict(state["scaler"])
     clocks.load_state_dict(state["clocks"])
     _restore_random(session, store.read(step, "rng."), state, step)
     return Progress(**state["progress"])
+
+
+def _restore_optimizer(store: CheckpointStore, step: int, session: Session, rest: Mapping[str, Any]) -> None:
+    """Each process reads what it stores: moments are split as their parameters are."""
+    prefix = "optimizer."
+    held = {k.removeprefix(prefix): v for k, v in store.metadata(step).items() if k.startswith(prefix)}
+    tensors = optimizer_state.empty_like(session.module, held)
+    store.read_into(step, {f"{prefix}{name}": t for name, t in tensors.items()})
+    optimizer_state.restore(session.module, session.optimizer, tensors, rest)
 
 
 def _restore_random(

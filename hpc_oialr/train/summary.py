@@ -42,7 +42,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "recompilations": 0 if first is None else graphs_compiled() - first,
         "world_size": session.world.size,
         "seed": session.config.train.seed,
-        "weights_sha256": weights_sha256(module),
+        "weights_sha256": weights_sha256(session.engine.model_tensors(module)),
     }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from hpc_oialr.data import Batch
 from hpc_oialr.train import snapshot
@@ -104,12 +103,7 @@ class Trainer:
         session, clip = self.session, self.config.train.gradient_clip
         session.rates.set(step)
         loss = self._forward_backward(session.place(batch), step)
-        if clip is not None:
-            session.scaler.unscale_(session.optimizer)
-            clip_grad_norm_(self._trained_parameters(), clip)
-        session.scaler.step(session.optimizer)
-        session.scaler.update()
-        session.optimizer.zero_grad(set_to_none=True)
+        session.engine.update(session.optimizer, session.scaler, self._trained_parameters(), clip)
         return loss
 
     def _forward_backward(self, batch: Batch, step: int) -> Tensor:
@@ -122,7 +116,7 @@ class Trainer:
                 with self.session.autocast():
                     moment = Moment(self.config.train.seed, step, part)
                     loss = self.config.task.loss(controller.model, piece, moment) / count
-                self.session.scaler.scale(loss).backward()
+                self.session.engine.backward(loss, self.session.scaler)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

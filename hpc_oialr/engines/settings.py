@@ -1,0 +1,167 @@
+"""Engines as typed settings; a choice of engine is a choice of type."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.ddp import DDPEngine
+from hpc_oialr.engines.deepspeed import DeepSpeedEngine
+from hpc_oialr.engines.deepspeed_json import read_json
+from hpc_oialr.engines.fsdp import FSDPEngine
+from hpc_oialr.engines.single import SingleEngine
+from hpc_oialr.engines.tensor import TensorEngine
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.processes import World
+
+log = logging.getLogger(__name__)
+
+
+class EngineConfig(ABC):
+    """Settings of one engine. One process alone needs none: every engine is then :class:`SingleEngine`."""
+
+    def build(self, world: World, precision: str) -> Engine:
+        """The engine of these processes.
+
+        Parameters
+        ----------
+        precision
+            Of the run: "fp32", "bf16", "fp16" or "float64".
+
+        Raises
+        ------
+        ConfigError
+            If it cannot work with this many processes.
+        """
+        return SingleEngine(world) if world.size == 1 else self._of_many(world, precision)
+
+    @abstractmethod
+    def _of_many(self, world: World, precision: str) -> Engine:
+        """The engine of two processes or more."""
+
+
+@dataclass(kw_only=True)
+class Single(EngineConfig):
+    """One process, no process group; more are an error."""
+
+    def _of_many(self, world: World, precision: str) -> Engine:
+        raise ConfigError(
+            "engine", "Single", f"is for one process, and {world.size} were started", fix="Take DDP or FSDP."
+        )
+
+
+@dataclass(kw_only=True)
+class DDP(EngineConfig):
+    """``DistributedDataParallel``: every process holds the whole model.
+
+    Parameters
+    ----------
+    find_unused_parameters
+        Needed if a step may leave parameters without a gradient.
+    gradient_as_bucket_view
+        Gradients live in the communication buffers: no copy of them.
+    bucket_cap_mb
+        Size of a buffer (MiB).
+    """
+
+    find_unused_parameters: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: float = 25.0
+
+    def __post_init__(self) -> None:
+        check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
+
+    def _of_many(self, world: World, precision: str) -> Engine:
+        return DDPEngine(world, **asdict(self))
+
+
+@dataclass(kw_only=True)
+class DeepSpeed(EngineConfig):
+    """DeepSpeed's ZeRO, with AdamW and other optimizers whose step is elementwise.
+
+    Parameters
+    ----------
+    config
+        Path of a DeepSpeed JSON; values that are "auto" are filled in, batch sizes, clipping and precision
+        must agree with the recipe's, an "optimizer" or "scheduler" section is an error: the recipe has both.
+    stage
+        ZeRO stage where there is no JSON: 1 deals optimizer state over the processes, 2 gradients too, 3
+        parameters too.
+    """
+
+    config: str | None = None
+    stage: Literal[1, 2, 3] = 2
+
+    def _of_many(self, world: World, precision: str) -> Engine:
+        if precision == "float64":
+            raise ConfigError(
+                "train.precision", precision, "must be fp32, bf16 or fp16 under DeepSpeed", fix="Take DDP."
+            )
+        zero = {"zero_optimization": {"stage": self.stage}}
+        given = zero if self.config is None else read_json(self.config)
+        return DeepSpeedEngine(world, given, precision=precision, origin=self.config or "engine.stage")
+
+
+@dataclass(kw_only=True)
+class FSDP(EngineConfig):
+    """FSDP2: parameters, gradients and optimizer state in shards, gathered block by block for use.
+
+    Parameters
+    ----------
+    replicas
+        Groups that hold the whole model each (HSDP), e.g. one a node; 1 = shards over all processes.
+    reshard_after_forward
+        Free a block's gathered parameters after its forward pass, and gather them again in the backward.
+    """
+
+    replicas: int = 1
+    reshard_after_forward: bool = True
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError("replicas", self.replicas, "must be at least 1")
+
+    def _of_many(self, world: World, precision: str) -> Engine:
+        if world.size % self.replicas:
+            raise ConfigError("replicas", self.replicas, f"must divide the {world.size} processes")
+        gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        return FSDPEngine(
+            world,
+            replicas=self.replicas,
+            reshard_after_forward=self.reshard_after_forward,
+            gather_dtype=gathered,
+        )
+
+
+@dataclass(kw_only=True)
+class TensorParallel(EngineConfig):
+    """Each layer split over several processes, which work on the same samples.
+
+    Parameters
+    ----------
+    size
+        Processes to a model, at best those of one node; must divide the number of processes.
+    bucket_cap_mb
+        Gradients travel between models joined up to this size (MiB).
+    """
+
+    size: int = 2
+    bucket_cap_mb: float = 25.0
+
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise ConfigError("size", self.size, "must be at least 2", fix="Take DDP for one process to a model.")
+        check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
+
+    def _of_many(self, world: World, precision: str) -> Engine:
+        if world.size % self.size:
+            raise ConfigError("size", self.size, f"must divide the {world.size} processes")
+        if precision == "fp16":
+            rule = "cannot be used with TensorParallel, whose processes would each choose a loss scale"
+            raise ConfigError("train.precision", "fp16", rule, fix="Take bf16.")
+        return TensorEngine(world, size=self.size, bucket_mb=self.bucket_cap_mb)

@@ -1,0 +1,220 @@
+"""Where the rows and columns of one weight live: whole on every process, or in blocks on several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+
+class Whole:
+    """Every process holds every matrix whole.
+
+    The method asks a layout for blocks and gives blocks back, so that it is the same code for whole and
+    for split matrices; here a block is the matrix.
+
+    Attributes
+    ----------
+    group
+        The processes over which a matrix is split; None: it is not.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """This process's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
+        return weight.detach().reshape(weight.shape[0], -1)
+
+    def columns(self, Vh: Tensor) -> Tensor:
+        """This process's columns of a stored ``Vh``: r x n_p."""
+        return Vh.detach()
+
+    def core(self, S: Tensor) -> Tensor:
+        """A stored core or its moment, whole (r x r); a collective call where it is split."""
+        return S.detach()
+
+    def put_rows(self, block: Tensor, m: int) -> Tensor:
+        """The stored form of a matrix with ``m`` rows, of which ``block`` is this process's part."""
+        return block
+
+    def put_columns(self, block: Tensor, n: int) -> Tensor:
+        """The stored form of a matrix with ``n`` columns, of which ``block`` is this process's part."""
+        return block
+
+    def put_core(self, S: Tensor) -> Tensor:
+        """The stored form of a core that every process holds whole."""
+        return S
+
+    def own_rows(self, m: int) -> slice:
+        """Which of ``m`` rows are this process's."""
+        return slice(0, m)
+
+    def own_columns(self, n: int) -> slice:
+        """Which of ``n`` columns are this process's."""
+        return slice(0, n)
+
+    def whole_columns(self, block: Tensor, n: int) -> Tensor:
+        """The whole matrix (r x n) of which each process has its columns; a collective call."""
+        return block
+
+    def project(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``left^T weight right^T``, whole on every process.
+
+        Parameters
+        ----------
+        weight
+            Stored, m x n with any number of axes.
+        left, right
+            This process's rows of an m x r matrix, and a whole r x n matrix.
+        """
+        return self.add(left.mT @ (self.rows(weight).to(left.dtype) @ right.mT))
+
+    def project_core(self, S: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``left^T S right^T`` of a stored core, whole on every process; ``left`` and ``right`` are whole."""
+        return left.mT @ (self.core(S).to(left.dtype) @ right.mT)
+
+    def add(self, part: Tensor) -> Tensor:
+        """The sum of all processes' parts, in place."""
+        return part
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this process stores of a tensor."""
+        return tensor
+
+
+WHOLE = Whole()
+
+
+class Split(Whole):
+    """Matrices as DTensors: weights and ``U`` in row blocks, ``Vh`` in column blocks where they fit.
+
+    A core is split too where ``split_cores``, otherwise every process holds it whole. Blocks are those
+    of ``torch.chunk``: equal but for the last ones, which may be empty.
+
+    Parameters
+    ----------
+    mesh
+        Its last axis is the one over which matrices are split; they are equal along the one before it.
+    split_cores
+        Whether cores are stored in row blocks.
+    even_columns
+        FSDP2 splits columns only if all blocks are equal; ``Vh`` is stored in row blocks otherwise.
+
+    Notes
+    -----
+    Traffic of one process: :meth:`core` r^2 numbers, :meth:`project` r^2 (an all-reduce),
+    :meth:`whole_columns` r n.
+    """
+
+    def __init__(self, mesh: DeviceMesh, *, split_cores: bool = True, even_columns: bool = True) -> None:
+        self.mesh, self.split_cores, self.even_columns = mesh, split_cores, even_columns
+        self.group = mesh.get_group(mesh.ndim - 1)
+        self.size, self.place = dist.get_world_size(self.group), dist.get_rank(self.group)
+
+    def placements(self, dim: int) -> Sequence[Placement]:
+        """Split along ``dim`` over the last axis of the mesh, equal along the others."""
+        return [*[Replicate()] * (self.mesh.ndim - 1), Shard(dim)]
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """This process's rows; a view."""
+        columns = weight.numel() // weight.shape[0]
+        return _local(weight).reshape(-1, columns)
+
+    def columns(self, Vh: Tensor) -> Tensor:
+        """This process's columns; an all-to-all of r n / P numbers where ``Vh`` is stored in rows."""
+        r, n = Vh.shape
+        block = _local(Vh)
+        if self.stores_columns(n):
+            return block
+        mine = self.own_columns(n)
+        sent = [block[:, self.chunk(n, p)] for p in range(self.size)]
+        rows = [_length(self.chunk(r, p)) for p in range(self.size)]
+        return torch.cat(self._exchange(sent, [(count, _length(mine)) for count in rows]))
+
+    def core(self, S: Tensor) -> Tensor:
+        """The whole core, gathered where it is split."""
+        S = S.detach()
+        return S.full_tensor() if isinstance(S, DTensor) else S
+
+    def put_rows(self, block: Tensor, m: int) -> Tensor:
+        """A DTensor of ``m`` rows."""
+        return self._put(block, 0, (m, block.shape[1]))
+
+    def put_columns(self, block: Tensor, n: int) -> Tensor:
+        """A DTensor of ``n`` columns, in column blocks if they are equal or may be unequal."""
+        r = block.shape[0]
+        if self.stores_columns(n):
+            return self._put(block, 1, (r, n))
+        mine = self.own_rows(r)
+        sent = [block[self.chunk(r, p)] for p in range(self.size)]
+        columns = [_length(self.chunk(n, p)) for p in range(self.size)]
+        pieces = self._exchange(sent, [(_length(mine), count) for count in columns])
+        return self._put(torch.cat(pieces, dim=1), 0, (r, n))
+
+    def stores_columns(self, n: int) -> bool:
+        """Whether a ``Vh`` of ``n`` columns is stored in column blocks."""
+        return not self.even_columns or n % self.size == 0
+
+    def put_core(self, S: Tensor) -> Tensor:
+        """This process's rows of it where cores are split."""
+        if not self.split_cores:
+            return S
+        return self._put(S[self.own_rows(S.shape[0])], 0, (S.shape[0], S.shape[1]))
+
+    def _put(self, block: Tensor, dim: int, shape: tuple[int, int]) -> DTensor:
+        return DTensor.from_local(
+            block.contiguous(),
+            self.mesh,
+            self.placements(dim),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=(shape[1], 1),
+        )
+
+    def _exchange(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """An all-to-all: piece p goes to process p, whose piece for this one has ``shapes[p]``."""
+        sizes = [a * b for a, b in shapes]
+        received = sent[0].new_empty(sum(sizes))
+        flat = torch.cat([piece.reshape(-1) for piece in sent])
+        dist.all_to_all_single(received, flat, sizes, [piece.numel() for piece in sent], group=self.group)
+        return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
+
+    def chunk(self, length: int, place: int) -> slice:
+        """What ``torch.chunk`` deals to a process."""
+        each = -(-length // self.size)
+        return slice(min(length, place * each), min(length, (place + 1) * each))
+
+    def own_rows(self, m: int) -> slice:
+        """As ``torch.chunk`` deals them."""
+        return self.chunk(m, self.place)
+
+    def own_columns(self, n: int) -> slice:
+        """As ``torch.chunk`` deals them."""
+        return self.own_rows(n)
+
+    def whole_columns(self, block: Tensor, n: int) -> Tensor:
+        """An all-gather of r n numbers."""
+        return self._put(block, 1, (block.shape[0], n)).full_tensor()
+
+    def add(self, part: Tensor) -> Tensor:
+        """One all-reduce."""
+        part = part.contiguous()
+        dist.all_reduce(part, group=self.group)
+        return part
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The local part of a DTensor."""
+        return _local(tensor)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,131 @@
+"""The SVDs of an event: one layer a process where matrices are whole, all processes on each where they are split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpc_oialr.engines import Engine
+from hpc_oialr.linalg.blocks import orthogonality_error
+from hpc_oialr.linalg.svd import compute_dtype, svd
+from hpc_oialr.linalg.tsqr import tsqr_svd
+from hpc_oialr.lowrank import LowRankWeight, Site
+from hpc_oialr.method.dealing import Job, deal
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight's leading factors.
+
+    Attributes
+    ----------
+    index
+        Which of the sites.
+    U, Vh
+        This process's rows of m x r and columns of r x n.
+    s
+        All k singular values.
+    seconds
+        Time of the SVD where it was done (s); 0 elsewhere.
+    """
+
+    index: int
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A core's factors ``S = P diag(s) Qh``, whole on every process, and both bases' orthogonality errors."""
+
+    index: int
+    P: Tensor
+    s: Tensor
+    Qh: Tensor
+    errors: tuple[float, float]
+    seconds: float
+
+
+def weight_factors(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+    """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
+
+    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer.
+    Of a weight in row blocks each process works on its own, which it never shows to another: it sends
+    triangles of at most k^2 numbers log2 P times, and no process holds more than ``k max(m, n)`` numbers
+    beside its block, of one layer at a time.
+    """
+    return _dealt(sites, kept, engine) if engine.layout.group is None else _blockwise(sites, kept, engine)
+
+
+def _dealt(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+    jobs = [_weight_job(site, r, engine) for site, r in zip(sites, kept, strict=True)]
+    for result in deal(jobs, engine.world):
+        (m, n), k, r = sites[result.index].shape, sites[result.index].k, kept[result.index]
+        s, U, Vh = result.values.split([k, m * r, r * n])
+        yield Factors(result.index, U.view(m, r), s, Vh.view(r, n), result.seconds)
+
+
+def _weight_job(site: Site, r: int, engine: Engine) -> Job:
+    (m, n), k, weight = site.shape, site.k, site.weight
+
+    def compute(_: None) -> Tensor:
+        U, s, Vh = svd(site.weight.reshape(m, n), name=site.name)
+        return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
+
+    size, cost = k + r * (m + n), float(m) * n * k
+    prepare = lambda: engine.open(site)  # noqa: E731
+    return Job(site.name, compute, size, weight, compute_dtype(weight.dtype), cost, prepare)
+
+
+def _blockwise(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+    layout = engine.layout
+    for index, (site, r) in enumerate(zip(sites, kept, strict=True)):
+        start = time.perf_counter()
+        engine.open(site)
+        rows = layout.rows(site.weight)
+        U, s, Vh, _ = tsqr_svd(rows.to(compute_dtype(rows.dtype)), layout.group, name=site.name)
+        columns = layout.own_columns(site.shape[1])
+        yield Factors(index, U[:, :r], s, Vh[:r, columns], time.perf_counter() - start)
+
+
+def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
+    """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 2`` numbers a layer."""
+    jobs = [_core_job(site, engine) for site in sites]
+    for result in deal(jobs, engine.world):
+        layer = sites[result.index].low_rank
+        assert layer is not None
+        r = layer.r
+        s, P, Qh, errors = result.values.split([r, r * r, r * r, 2])
+        error_U, error_Vh = errors.tolist()
+        yield Rotation(result.index, P.view(r, r), s, Qh.view(r, r), (error_U, error_Vh), result.seconds)
+
+
+def _core_job(site: Site, engine: Engine) -> Job:
+    layer = site.low_rank
+    assert layer is not None
+    r, dtype = layer.r, compute_dtype(layer.S.dtype)
+
+    def prepare() -> tuple[Tensor, Tensor | None]:
+        engine.open(site)
+        split = engine.layout.group is not None
+        return engine.layout.core(layer.S), _errors(layer, engine) if split else None
+
+    def compute(prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+        S, errors = prepared
+        P, s, Qh = svd(S, name=site.name)
+        errors = _errors(layer, engine) if errors is None else errors
+        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors.to(s)])
+
+    return Job(site.name, compute, r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3, prepare)
+
+
+def _errors(layer: LowRankWeight, engine: Engine) -> Tensor:
+    layout, dtype = engine.layout, compute_dtype(layer.S.dtype)
+    U, V = layout.rows(layer.U).to(dtype), layout.columns(layer.Vh).mT.to(dtype)
+    return torch.tensor([orthogonality_error(U, layout.group), orthogonality_error(V, layout.group)])
