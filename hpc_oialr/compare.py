@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes import World, launch_info
+from hpc_oialr.processes import launch_info
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
-from hpc_oialr.train.run import leave, train
+from hpc_oialr.train.run import join, leave, train
 
 SIDES = ("dense", "oialr")
 
@@ -151,7 +151,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
-    world = World.from_environment(device=sides["oialr"].config.train.device)
+    world = join(sides["oialr"])
     for side, loaded in sides.items():
         train(loaded, folder / side, world=world)
     leave(world)

@@ -8,11 +8,11 @@ the others, which is what an error asks for.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,17 +50,16 @@ def leave_mpi_at_exit() -> None:
 def leave_mpi(within_s: float = _END_S) -> None:
     """End MPI if :func:`join_mpi` began it; a collective call, to be made after a run that went well only.
 
-    Should another process have died meanwhile, this one leaves hard after ``within_s`` seconds, with
-    status 1.
+    Should another process have died meanwhile, this one shows where it waits and leaves hard after
+    ``within_s`` seconds, with status 1.
     """
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return
-    timer = threading.Timer(within_s, os._exit, args=(1,))
-    timer.daemon = True
-    timer.start()
+    # Not a Python thread: MPI_Finalize is called with the interpreter locked.
+    faulthandler.dump_traceback_later(within_s, exit=True, file=sys.__stderr__ or sys.stderr)
     mpi.Finalize()
-    timer.cancel()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def library_name(mpi: Any) -> str:

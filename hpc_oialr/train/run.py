@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,20 +71,44 @@ def train(
         return _run(loaded, run_folder, joined, stop_requested)
 
 
-def resume(folder: Path, *, world: World | None = None, stop_requested: Stop | None = None) -> Result:
+# What may differ from the run's beginning: where and by whom it is computed, not what is computed.
+RESUMABLE = ("engine", "train.device", "train.timeout_s", "train.workers", "checkpoint")
+
+
+def resume(
+    folder: Path,
+    *,
+    settings: Sequence[str] = (),
+    world: World | None = None,
+    stop_requested: Stop | None = None,
+) -> Result:
     """Go on with a run from its last whole checkpoint, or from its start if it has none; a collective call.
+
+    Checkpoints do not depend on the engine and the number of processes that wrote them.
+
+    Parameters
+    ----------
+    settings
+        As on the command line, e.g. ``["--engine", "FSDP"]``; those under ``RESUMABLE`` only.
 
     Raises
     ------
     CheckpointError
         If the folder holds no run, or all its checkpoints are damaged or of another model.
+    OIALRError
+        For a setting that would make it another run.
     """
     run_folder = RunFolder(folder)
     if not run_folder.holds_run:
         raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
     if run_folder.finished:
         return Result(folder, run_folder.read_summary())
-    loaded = load_config(run_folder.config)
+    for setting in (word for word in settings if word.startswith("--")):
+        name = setting[2:].partition("=")[0]
+        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE):
+            rule = f"cannot change when a run is resumed; those that can: {', '.join(RESUMABLE)}"
+            raise OIALRError(f"{name} {rule}. Start another run with oialr train.")
+    loaded = load_config(run_folder.config, settings)
     with _joined(world, loaded) as joined:
         return _run(loaded, run_folder, joined, stop_requested)
 

@@ -75,6 +75,13 @@ def test_a_process_that_hangs_ends_mpi_after_the_timeout(tmp_path: Path) -> None
     assert 2.5 < told["waited"] < 30
 
 
+@needs_mpirun
+def test_an_end_of_mpi_that_waits_for_a_lost_process_is_cut_short(tmp_path: Path) -> None:
+    ran = mpirun(2, "-m", "support.mpi_program", "linger", str(tmp_path), timeout_s=50)
+    assert ran.returncode == 1, "not the 0 of a process that has ended MPI"
+    assert (tmp_path / "0.json").read_text() == "{}"
+
+
 def test_mpi_is_not_touched_outside_of_it() -> None:
     """Neither by importing everything, nor by opening a channel, nor by leaving."""
     code = (

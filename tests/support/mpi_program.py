@@ -1,7 +1,8 @@
-"""What tests start under mpirun: both channels on the same numbers, or one command of the tool's.
+"""What tests start under mpirun: one deed in every process.
 
     mpirun -n N python -m support.mpi_program channels FOLDER
     mpirun -n N python -m support.mpi_program stop FOLDER      (the last process stops itself)
+    mpirun -n N python -m support.mpi_program linger FOLDER    (the last process never ends MPI)
     mpirun -n N python -m support.mpi_program place FOLDER     (the start-up check only)
 
 Each process writes ``FOLDER/RANK.json``.
@@ -9,12 +10,14 @@ Each process writes ``FOLDER/RANK.json``.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +59,35 @@ def stop(world: World, channel: MetricsChannel) -> dict[str, Any]:
     return {"error": None}
 
 
+def linger(world: World, channel: MetricsChannel) -> dict[str, Any]:
+    """The last process sleeps instead of ending MPI; the others leave hard."""
+    if world.rank == world.size - 1:
+        time.sleep(60)
+    (Path(sys.argv[2]) / f"{world.rank}.json").write_text("{}")
+    leave_mpi(within_s=1.0)
+    return {"ended": True}
+
+
+DEEDS = {"place": lambda *_: {}, "channels": channels, "stop": stop, "linger": linger}
+
+
 def main() -> None:
     """Join, do one thing, leave."""
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    world = World.from_environment(device="cpu", timeout_s=3.0 if what == "stop" else 120.0)
+    world = World.from_environment(device="cpu", timeout_s=120.0)
     try:
-        channel = open_channel(world)
-        result = {"place": lambda *_: {"channel": channel.name}, "channels": channels, "stop": stop}[what](
-            world, channel
-        )
+        channel = open_channel(replace(world, timeout_s=3.0) if what == "stop" else world)
+        result = DEEDS[what](world, channel)
     except WorldError as error:
         result = {"refused": str(error)}
     (folder / f"{world.rank}.json").write_text(json.dumps(result))
     code = 1 if result.get("error") or result.get("refused") else 0
     if code == 0:
-        leave_mpi()
+        channel.close()
+        # As the interpreter does at its end, without the rest of that end, which gloo's threads may disturb.
+        atexit._run_exitfuncs()
     os._exit(code)
 
 
