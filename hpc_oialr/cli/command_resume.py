@@ -10,13 +10,14 @@ from hpc_oialr.cli.command_train import finish
 from hpc_oialr.cli.console import add_command, show_warnings
 
 EXAMPLES = """  oialr resume runs/first
+  torchrun --nproc-per-node 4 -m hpc_oialr resume runs/first --engine FSDP
   torchrun --nproc-per-node 2 -m hpc_oialr resume runs/first"""
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     summary = "go on with a run from its last whole checkpoint"
-    parser = add_command(commands, "resume", summary=summary, examples=EXAMPLES)
+    parser = add_command(commands, "resume", summary=summary, examples=EXAMPLES, takes_settings=True)
     parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
     parser.set_defaults(run=run)
 
@@ -26,5 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.train.run import resume
 
     show_warnings()
-    finish(resume(arguments.folder))
+    finish(resume(arguments.folder, settings=arguments.settings))
     return 0

@@ -19,9 +19,9 @@ def train_worker(
     return train(load_config(recipe), Path(folder), stop_requested=stop).summary
 
 
-def resume_worker(rank: int, size: int, folder: str) -> dict[str, Any] | None:
-    """Resume a run; the summary."""
-    return resume(Path(folder)).summary
+def resume_worker(rank: int, size: int, folder: str, *settings: str) -> dict[str, Any] | None:
+    """Resume a run, with settings on top; the summary."""
+    return resume(Path(folder), settings=settings).summary
 
 
 def losses(folder: Path) -> list[float]:
