@@ -38,7 +38,7 @@ class SharedUpdate:
 
     @property
     def svd_s(self) -> float:
-        """Time of all SVDs, one after another (s)."""
+        """Seconds of all layers' SVDs, added up; above the wall time where processes share the work."""
         return sum(layer["seconds"] for layer in self.layers.values())
 
     def row(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from support.crowd import Say
 
 from hpc_oialr.engines import make_engine
+from hpc_oialr.engines.fsdp import FSDPEngine
+from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.processes import World, check_equal
 from hpc_oialr.processes.metrics_channel import TorchChannel
 from hpc_oialr.train.checkpoint_store import CheckpointStore
@@ -73,6 +75,18 @@ def _wrap(world: World, _: Path) -> Round:
     return lambda i: make_engine(world).wrap(torch.nn.Linear(50, 50))
 
 
+def _sharded_step(world: World, _: Path) -> Round:
+    engine, module = FSDPEngine(world), torch.nn.Linear(48, 48)
+    engine.place(module)
+    model = engine.wrap(module)
+    return lambda i: model(torch.ones(2, 48)).sum().backward()
+
+
+def _split_svd(world: World, _: Path) -> Round:
+    rows = torch.randn(20, 10, generator=torch.Generator().manual_seed(world.rank))
+    return lambda i: tsqr_svd(rows, world.group)
+
+
 def _checkpoint(world: World, folder: Path) -> Round:
     store = CheckpointStore(folder, world, keep=1)
     return lambda i: store.save(i, {"a": torch.ones(1000), f"own.{world.rank}": torch.ones(10)}, {"step": i})
@@ -90,6 +104,8 @@ KINDS: dict[str, Callable[[World, Path], Round]] = {
     "metrics channel": _metrics,
     "backward pass": _backward,
     "first wrapper": _wrap,
+    "sharded step": _sharded_step,
+    "SVD of row blocks": _split_svd,
     "checkpoint": _checkpoint,
 }
 
