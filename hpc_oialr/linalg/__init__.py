@@ -1,1 +1,1 @@
-"""Dense linear algebra on one process, and the plan that deals it out to many."""
+"""Dense linear algebra on one process or many, and the plan that deals it out."""

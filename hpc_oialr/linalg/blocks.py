@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpc_oialr.linalg.communicator import Communicator, Group, communicator
 from hpc_oialr.linalg.gaussian import gaussian_rows
-from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.linalg.svd import compute_dtype, row_pieces
 from hpc_oialr.linalg.tsqr import Columns
 
 # Up to this width the Gram matrix (8 n^2 bytes: 32 MB) is built; beyond it Lanczos sends vectors.
@@ -67,7 +67,8 @@ def orthogonality_error(Q: Tensor, group: Group = None) -> float:
 
 def squared_norm(A: Tensor) -> float:
     """``||A||_F^2`` of one process's block, summed in float64."""
-    return float(torch.linalg.vector_norm(A.detach(), dtype=torch.float64)) ** 2
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in row_pieces(A.detach())]
+    return float(torch.stack(norms).square().sum())
 
 
 def frobenius_norm(A: Tensor, group: Group = None) -> float:

@@ -21,6 +21,8 @@ from hpc_oialr.linalg.tsqr import BlockSVD, Columns, tsqr_svd
 
 # A sketch wider than this share of k costs about as much as the exact SVD and is less accurate.
 SKETCH_SHARE = 0.25
+# Buffers of the BLAS and of messages, and pieces of the screening, whatever the matrix.
+WORKING_BYTES = 12 << 20
 GIB = 1 << 30
 
 
@@ -125,7 +127,7 @@ def choose(
     Examples
     --------
     >>> print(choose(Layout((32768, 32768), 512), torch.float32))
-    Tsqr(): all 512 triplets, 56 GFlop a process against 106 for Gather; 0.146 GiB on the fullest process
+    Tsqr(): all 512 triplets, 56 GFlop a process against 106 for Gather; 0.2 GiB on the fullest process
     """
     if r is not None or tolerance is not None:
         check_target(r, tolerance, 0)
@@ -142,7 +144,7 @@ def choose(
 def forecast_bytes(method: Method, layout: Layout, dtype: torch.dtype) -> int:
     """Peak memory of the fullest process beside its input block (bytes)."""
     cast = max(layout.rows) * layout.n if dtype != compute_dtype(dtype) else 0
-    return (method.numbers(layout) + cast) * compute_dtype(dtype).itemsize
+    return (method.numbers(layout) + cast) * compute_dtype(dtype).itemsize + WORKING_BYTES
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:

@@ -13,8 +13,8 @@ WEYL = 0x9E3779B97F4A7C15
 MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
 COLUMN_BITS = 31
-# Made at a time, so that the integers on the way take 10 MB and not six times the result.
-PIECE_VALUES = 1 << 18
+# Made at a time, so that the integers on the way take 3 MB and not six times the result.
+PIECE_VALUES = 1 << 16
 
 
 def gaussian_rows(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpc_oialr.errors import ConfigError, NonFiniteError, WorldError
 from hpc_oialr.linalg.communicator import Communicator
-from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.linalg.svd import compute_dtype, count_non_finite
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,7 +101,7 @@ def _describe(A: Tensor) -> list[int]:
     """Rows, columns, dtype, number of values that are not finite; -1 for what cannot be told."""
     dtype = _DTYPES.index(A.dtype) if A.dtype in _DTYPES else -1
     rows, columns = A.shape if A.dim() == 2 else (-1, A.dim())
-    return [rows, columns, dtype, int((~torch.isfinite(A)).sum()) if dtype >= 0 else 0]
+    return [rows, columns, dtype, count_non_finite(A) if dtype >= 0 else 0]
 
 
 def _check(entries: list[list[int]], name: str) -> None:

@@ -14,6 +14,8 @@ from hpc_oialr.linalg.randomized import check_sketch
 
 # Of n x n arrays alive at once while LAPACK or cuSOLVER does the SVD of an n x n matrix, workspace included.
 SVD_SQUARES = 10
+# Q of a tall matrix in factors, and a product with it: a geometric series over the blocked QR's levels.
+BLOCKED = 1 / (1 - 1 / BLOCK_SQUARES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Tsqr(_Exact):
         """Peak of the fullest process, in numbers, beside its input block."""
         rows, n = _long_and_short(layout)
         squares = SVD_SQUARES + 2 + 2 * _levels(layout)
-        tall = 2 * rows * n + min(rows * n, 2 * BLOCK_SQUARES * n * n) + squares * n * n
+        tall = int(2 * BLOCKED * rows * n) + _block(rows, n) + squares * n * n
         return tall if layout.m >= layout.n else max(tall + rows * n, 3 * rows * n) + 2 * layout.m * layout.n
 
     def operations(self, layout: Layout) -> float:
@@ -82,7 +84,8 @@ class Hierarchical:
         """Peak of the fullest process, in numbers, beside its input block; with a tolerance for r = k."""
         rows, n = max(layout.rows), layout.n
         carried = min(layout.k, n if self.r is None else self.r + self.shift)
-        leaf = rows * n + min(rows * n, 2 * BLOCK_SQUARES * n * n) + SVD_SQUARES * min(rows, n) * n
+        height = min(rows, n)
+        leaf = int(BLOCKED * rows * n) + _block(rows, n) + 4 * height * n + SVD_SQUARES * height**2
         return leaf + (4 + 2 * _levels(layout)) * carried * n + 2 * rows * carried
 
     def operations(self, layout: Layout) -> float:
@@ -108,7 +111,7 @@ class Randomized:
         """Peak of the fullest process, in numbers, beside its input block."""
         rows, n, width = max(layout.rows), layout.n, min(self.r + self.oversampling, layout.k)
         squares = SVD_SQUARES + 2 + 2 * _levels(layout)
-        return 4 * rows * width + 4 * n * width + squares * width * width
+        return 6 * rows * width + 8 * n * width + squares * width * width
 
     def operations(self, layout: Layout) -> float:
         """Floating-point operations one after another."""
@@ -130,6 +133,11 @@ def _long_and_short(layout: Layout) -> tuple[int, int]:
     if layout.m >= layout.n:
         return max(layout.rows), layout.n
     return even_blocks(layout.n, len(layout.rows))[0], layout.m
+
+
+def _block(rows: int, n: int) -> int:
+    """LAPACK's copy of a block of the blocked QR and its Q."""
+    return min(rows * n, 2 * BLOCK_SQUARES * n * n)
 
 
 def check_method(method: object) -> None:

@@ -73,8 +73,7 @@ def randomized_svd(
     comm = communicator(group)
     A, layout = agree(A, comm, name)
     width = min(r + oversampling, layout.k)
-    G = gaussian_rows(slice(0, layout.n), width, seed=seed, dtype=A.dtype, device=A.device)
-    Q = tsqr(A @ G, comm, name=name).Q
+    Q = tsqr(_sketch(A, width, seed), comm, name=name).Q
     for _ in range(power_iterations):
         Z = tsqr(_transposed_product(A, Q, comm), comm, name=name).Q
         Q = tsqr(A @ comm.all_gather_rows(Z, even_blocks(layout.n, comm.size)), comm, name=name).Q
@@ -82,6 +81,10 @@ def randomized_svd(
     U, s, V = Q @ Wh[:r].mT, s[:r].contiguous(), V[:, :r]
     missed = frobenius_norm(A, comm) ** 2 - squared_norm(s)
     return BlockSVD(U, s, gathered(V, comm, layout.n, vh), math.sqrt(max(0.0, missed)))
+
+
+def _sketch(A: Tensor, width: int, seed: int) -> Tensor:
+    return A @ gaussian_rows(slice(0, A.shape[1]), width, seed=seed, dtype=A.dtype, device=A.device)
 
 
 def _transposed_product(A: Tensor, Q: Tensor, comm: Communicator) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
+
+PIECE_VALUES = 1 << 18
 
 
 class SVD(NamedTuple):
@@ -24,6 +26,22 @@ class SVD(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a factorisation runs in: float64 stays, everything else becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_pieces(A: Tensor) -> Sequence[Tensor]:
+    """``A`` in groups of rows that fit the cache, so that what is made of each piece takes little memory.
+
+    On a GPU the whole at once: each piece would be a kernel of its own.
+    """
+    if A.is_cuda or A.numel() <= PIECE_VALUES or A.dim() == 0:
+        return (A,)
+    pieces: Sequence[Tensor] = A.split(max(1, PIECE_VALUES * A.shape[0] // A.numel()))
+    return pieces
+
+
+def count_non_finite(A: Tensor) -> int:
+    """How many values are NaN or Inf."""
+    return sum(int(torch.count_nonzero(~torch.isfinite(piece))) for piece in row_pieces(A))
 
 
 def svd(A: Tensor, *, name: str = "matrix") -> SVD:
@@ -51,8 +69,7 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
     """
     dtype = compute_dtype(A.dtype)
     A = A.detach().to(dtype)
-    if not bool(torch.isfinite(A).all()):
-        bad = int((~torch.isfinite(A)).sum())
+    if bad := count_non_finite(A):
         raise NonFiniteError(
             f"{name} holds {bad} NaN or Inf among {A.numel()} values; an SVD needs finite ones. "
             "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.threads import outcomes, run_threads
 
-from hpc_oialr.linalg import blocks, local_qr
+from hpc_oialr.linalg import blocks, gaussian, local_qr
 from hpc_oialr.linalg.blocks import spectral_norm
 from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.layout import agree, block_of, even_blocks, transpose_blocks
@@ -32,7 +32,7 @@ def test_blocked_qr_is_as_good_as_lapack(monkeypatch: pytest.MonkeyPatch, m: int
 def test_gaussian_numbers_depend_on_their_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gaussian_rows(slice(0, 200), 33, seed=5)
     assert torch.equal(gaussian_rows(slice(17, 101), 20, seed=5), whole[17:101, :20])
-    monkeypatch.setattr("hpc_oialr.linalg.gaussian.PIECE_VALUES", 40)
+    monkeypatch.setattr(gaussian, "PIECE_VALUES", 40)
     assert torch.equal(gaussian_rows(slice(0, 200), 33, seed=5), whole)
     assert not torch.equal(gaussian_rows(slice(0, 200), 33, seed=6), whole)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.communicator import Communicator
@@ -48,6 +49,7 @@ def run_threads(size: int, fn: Callable[[ThreadCommunicator], Any]) -> list[Any]
     errors: list[BaseException | None] = [None] * size
 
     def work(rank: int) -> None:
+        torch.set_num_threads(1)  # OpenMP keeps the number for each thread
         try:
             results[rank] = fn(ThreadCommunicator(rank, size, mail))
         except BaseException as error:
@@ -56,10 +58,12 @@ def run_threads(size: int, fn: Callable[[ThreadCommunicator], Any]) -> list[Any]
                 mail[rank, other].put(None)
 
     threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    before = torch.get_num_threads()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(before)
     raised = [error for error in errors if error is not None]
     own = [error for error in raised if not isinstance(error, ConnectionAbortedError)]
     if raised:
