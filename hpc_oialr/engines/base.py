@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -111,6 +111,10 @@ class Engine(ABC):
     def follow(self, layer: LowRankWeight) -> None:
         """The factors of ``layer`` are new, in value or as objects: let go of the old ones."""
         return
+
+    def held(self) -> Iterable[Tensor]:
+        """Tensors that live between steps beside the module and its optimizer."""
+        return ()
 
     # -- one step --------------------------------------------------------------------------------
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -24,8 +23,9 @@ from hpc_oialr.engines.deepspeed_json import (
 )
 from hpc_oialr.engines.deepspeed_library import import_deepspeed
 from hpc_oialr.engines.row_blocks import row_block
-from hpc_oialr.engines.zero_cores import CoreSteps
-from hpc_oialr.engines.zero_partitions import MASTER, Part, Partitions
+from hpc_oialr.engines.zero_cores import stretch_core_steps
+from hpc_oialr.engines.zero_live import LiveZero, taken
+from hpc_oialr.engines.zero_partitions import Part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
@@ -80,12 +80,7 @@ class DeepSpeedEngine(Engine):
     layout = WHOLE
 
     def __init__(
-        self,
-        world: World,
-        given: dict[str, Any],
-        *,
-        precision: str = "fp32",
-        origin: str = "",
+        self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = ""
     ) -> None:
         self.stage = stage_of(given, origin)
         check_sections(given, origin)
@@ -96,26 +91,19 @@ class DeepSpeedEngine(Engine):
         self._dtype = DTYPES[precision]
         self._library = import_deepspeed(world)
         self._factors: Mapping[nn.Parameter, float] = {}
-        self._live: Any = None
-        self._partitions: Partitions | None = None
-        self._opened: dict[nn.Parameter, Tensor] = {}
-        self._new: dict[nn.Parameter, Part] = {}
+        self._live: LiveZero | None = None
+        self._loss_scaler: Any = None
+        self._shown = 2.0**16  # what a GradScaler has until a checkpoint says otherwise
 
     @property
     def replicas(self) -> World:
-        """The processes that store the same; under stage 3 each alone."""
+        """The processes that store the same; each alone where stage 3 has dealt the parameters."""
         return self.world if self.stage < 3 or self._live is None else World(device=self.world.device)
 
     # -- the model's life ------------------------------------------------------------------------
 
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
-        """Compare the JSON with the recipe.
-
-        Raises
-        ------
-        ConfigError
-            If batch sizes or clipping differ.
-        """
+        """Raise :class:`ConfigError` if the JSON's batch sizes or clipping are not the recipe's."""
         check_recipe(self._given, Recipe(global_batch, accumulation, clip), self.world.size, self._origin)
 
     def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
@@ -130,17 +118,20 @@ class DeepSpeedEngine(Engine):
         ModelError
             If the optimizer cannot step flat pieces of parameters.
         """
-        self._template = _require_elementwise(optimizer)
-        self._module = module
+        self._template, self._module = _require_elementwise(optimizer), module
         self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
         self._wrapped = _Wrapped(self, module)
         return self._wrapped
 
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The same wrapper, around a new engine if there are new parameters."""
-        if self._live is not None:
-            if self._new:
-                self._rebuild()
+        live = self._live
+        if live is not None:
+            if live.new:
+                parts = live.parts(self._trained())
+                self._loss_scaler, self._live = live.zero.loss_scaler, None
+                live.end()
+                self._build(parts)
             self._template.state.clear()
         return self._wrapped
 
@@ -148,174 +139,87 @@ class DeepSpeedEngine(Engine):
         """The module inside."""
         return model.module if isinstance(model, _Wrapped) else model
 
-    # -- making and ending DeepSpeed's engine ----------------------------------------------------
-
-    def running(self) -> Any:
+    def running(self) -> LiveZero:
         """DeepSpeed's engine; made, on all processes, if there is none."""
         if self._live is None:
-            self._build({p: self._taken(p) for p in self._trained()})
+            self._build({p: taken(p, self._template, self.world) for p in self._trained()})
+        assert self._live is not None
         return self._live
-
-    @property
-    def _zero(self) -> Any:
-        return self._live.optimizer
-
-    @property
-    def _held(self) -> Partitions:
-        assert self._partitions is not None
-        return self._partitions
 
     def _trained(self) -> Iterator[nn.Parameter]:
         for group in self._template.param_groups:
             yield from (p for p in group["params"] if p.requires_grad)
 
-    def _rebuild(self) -> None:
-        parts = {
-            p: self._new.pop(p) if p in self._new else self._held.part(p).kept() for p in self._trained()
-        }
-        self._end()
-        self._build(parts)
-
     def _build(self, parts: dict[nn.Parameter, Part]) -> None:
         """Make DeepSpeed's engine over the present parameters, and put their values and moments into it."""
         total = sum(whole_shape(p).numel() for p in parts)
-        self._live, *_ = self._library.initialize(
+        engine, *_ = self._library.initialize(
             model=self._module,
             optimizer=_twin(self._template),
             config=filled(self._given, self._precision, total),
             dist_init_required=False,
         )
-        self._keep_autocast()
-        scaler, self._scaler = getattr(self, "_scaler", None), self._zero.loss_scaler
-        if scaler is not None:
-            vars(self._scaler).update(vars(scaler))
-        self._partitions = Partitions(self._zero, self.world)
-        self._partitions.restore(parts)
-        self._steps = CoreSteps(self._partitions, self._factors)
+        self._keep_autocast(engine)
+        self._live = LiveZero(engine, self._module, self.world, self._dtype)
+        self._live.partitions.restore(parts)
+        if self._loss_scaler is not None:
+            vars(self._live.zero.loss_scaler).update(vars(self._loss_scaler))
+        stretch_core_steps(self._live.partitions, self._factors)
         self.builds += 1
 
-    def _keep_autocast(self) -> None:
-        """DeepSpeed would switch the run's autocast off in the forward pass; it stays on in evaluations."""
+    def _keep_autocast(self, engine: Any) -> None:
+        """DeepSpeed would switch the run's autocast off in the forward pass, where evaluations have it on."""
         if self._precision != "fp32":
-            settings = self._live._config
+            settings = engine._config
             settings.torch_autocast_enabled, settings.torch_autocast_dtype = True, self._dtype
-
-    def _end(self) -> None:
-        """Take DeepSpeed's engine off the module, with everything that would keep its memory."""
-        engine, self._live, self._partitions, self._steps = self._live, None, None, None  # type: ignore[assignment]
-        engine.destroy()
-        engine.module_forward_pre_hook.remove()
-        engine.module_forward_post_hook.remove()
-        for module in self._module.modules():
-            # Classes made in the first life of a ZeRO-3 module, with its old parameters in their closures.
-            for name in ("pre_bwd_fn", "post_bwd_fn"):
-                module.__dict__.pop(name, None)
-        del engine
-        gc.collect()
 
     # -- a change of layers ----------------------------------------------------------------------
 
     @torch.no_grad()
     def open(self, site: Site) -> None:
         """Bring a layer's parameters to every process, whole, trained ones in fp32."""
-        if self._live is None:
-            return
-        layer = site.low_rank
-        for parameter in (site.weight,) if layer is None else layer.factors:
-            if parameter not in self._opened:
-                self._gather(parameter)
-
-    def _gather(self, parameter: nn.Parameter) -> None:
-        trained, shape = parameter in self._held.places, whole_shape(parameter)
-        if self.stage == 3:
-            _let_go(parameter)
-        elif not trained or self._dtype == torch.float32:
-            return
-        self._opened[parameter] = parameter.data
-        part = self._held.part(parameter) if trained else _frozen_part(parameter, self.world)
-        parameter.data = part.whole(MASTER, shape, self.world)
+        if self._live is not None:
+            for parameter in _parameters(site):
+                self._live.open(parameter)
 
     @torch.no_grad()
     def open_state(self, parameter: nn.Parameter) -> None:
         """Bring a parameter's moments to every process, whole."""
-        if self._live is None:
-            return
-        part = self._held.part(parameter)
-        moments = {
-            key: part.whole(key, whole_shape(parameter), self.world) for key in part.values if key != MASTER
-        }
-        if moments or part.scalars:
-            self._template.state[parameter] = moments | copy.deepcopy(part.scalars)
+        if self._live is not None:
+            state = dict(self._live.moments(parameter)) | self._live.scalars(parameter)
+            if state:
+                self._template.state[parameter] = state
+
+    def close(self, site: Site) -> None:
+        """Let go of what :meth:`open` brought; nothing has been changed."""
+        if self._live is not None:
+            for parameter in _parameters(site):
+                self._live.close(parameter)
+
+    @torch.no_grad()
+    def follow(self, layer: LowRankWeight) -> None:
+        """Put new values where DeepSpeed has them; deal new parameters, and free those that are gone."""
+        if self._live is not None:
+            self._live.follow(layer, self._template)
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
-        """Under ZeRO-3 this process's part, otherwise all."""
-        part = getattr(parameter, "ds_tensor", parameter)
+        """Under stage 3 this process's part, otherwise all."""
+        part: Tensor = getattr(parameter, "ds_tensor", parameter)
         return part.detach()
 
     def seen_by_any(self, flags: Tensor) -> Tensor:
         """One all-reduce."""
         return self.world.all_reduce(flags, op="max")
 
-    def close(self, site: Site) -> None:
-        """Let go of what :meth:`open` brought; nothing has been changed."""
-        layer = site.low_rank
-        for parameter in (site.weight,) if layer is None else layer.factors:
-            if parameter in self._opened:
-                parameter.data = self._opened.pop(parameter)
-
-    @torch.no_grad()
-    def follow(self, layer: LowRankWeight) -> None:
-        """Put new values where DeepSpeed has them; deal new parameters, and free those that are gone."""
-        if self._live is None:
-            return
-        donor = next(iter(self._opened), None)
-        for parameter in layer.factors:
-            if parameter in self._opened or parameter in self._held.places:
-                self._put_back(parameter)
-            elif parameter.requires_grad or self._is_new(parameter):
-                self._adopt(parameter, donor)
-        self._free_the_gone()
-
-    def _is_new(self, frozen: nn.Parameter) -> bool:
-        return (self.stage == 3 and not hasattr(frozen, "ds_id")) or frozen.dtype != self._dtype
-
-    def _put_back(self, parameter: nn.Parameter) -> None:
-        values, place = parameter.data, self._opened.pop(parameter, parameter.data)
-        if parameter in self._held.places:
-            self._held.write(parameter, _whole_state(parameter, self._template.state.pop(parameter, {})))
-        if self.stage == 3:
-            part = _frozen_part(parameter, self.world)
-            flat = values.reshape(-1)[part.start : part.start + part.values[MASTER].numel()]
-            parameter.ds_tensor.data[: flat.numel()].copy_(flat)  # type: ignore[attr-defined]
-        elif place is not values:
-            place.copy_(values)
-        parameter.data = place
-
-    def _adopt(self, parameter: nn.Parameter, donor: nn.Parameter | None) -> None:
-        if parameter.requires_grad:
-            self._new[parameter] = self._taken(parameter)
-        parameter.data = parameter.data.to(self._dtype)
-        if self.stage == 3:
-            assert donor is not None
-            donor.convert_to_zero_parameters(param_list=[parameter])  # type: ignore[attr-defined]
-
-    def _free_the_gone(self) -> None:
-        here = set(self._module.parameters())
-        for parameter in [p for p in self._opened if p not in here]:
-            parameter.data = self._opened.pop(parameter)
-
-    def _taken(self, parameter: nn.Parameter) -> Part:
-        """This process's part of an ordinary parameter and of its state, which leaves the optimizer."""
-        state = self._template.state.pop(parameter, {})
-        tensors = _whole_state(parameter, state)
-        scalars = {key: value for key, value in state.items() if key not in tensors}
-        return Part.own(tensors, scalars, self.world).kept()
+    def held(self) -> Iterable[Tensor]:
+        """What DeepSpeed holds beside the module."""
+        return () if self._live is None else self._live.held()
 
     # -- one step --------------------------------------------------------------------------------
 
     @contextmanager
-    def _local(self) -> Iterator[None]:
-        engine = self.running()
+    def _unfinished(self) -> Iterator[None]:
+        engine = self.running().engine
         engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -324,16 +228,14 @@ class DeepSpeedEngine(Engine):
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """The step goes on after the next backward pass; stages 2 and 3 sum gradients over processes in each."""
-        return self._local()
+        return self._unfinished()
 
     def backward(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-        """DeepSpeed's backward pass, with its own loss scale, which ``scaler`` shows."""
-        engine = self.running()
+        """DeepSpeed's backward pass, with its own loss scale; that of ``scaler`` if a checkpoint changed it."""
+        live = self.running()
         if self._precision == "fp16" and scaler.get_scale() != self._shown:
-            self._zero.loss_scaler.cur_scale = scaler.get_scale()
-        engine.backward(loss)
-
-    _shown = 65536.0  # GradScaler's first scale: what it has until a checkpoint says otherwise
+            live.zero.loss_scaler.cur_scale = self._shown = scaler.get_scale()
+        live.engine.backward(loss)
 
     def update(
         self,
@@ -343,14 +245,14 @@ class DeepSpeedEngine(Engine):
         clip: float | None,
     ) -> None:
         """Clip and step; learning rates and other options are those of ``optimizer``'s groups."""
-        engine = self.running()
-        self._zero.clip_grad = clip or 0.0
-        filled_groups = [group for group in self._template.param_groups if group["params"]]
-        for ours, theirs in zip(filled_groups, self._held.inner.param_groups, strict=True):
-            theirs.update({key: value for key, value in ours.items() if key != "params"})
-        engine.step()
+        live = self.running()
+        live.zero.clip_grad = clip or 0.0
+        ours = [group for group in optimizer.param_groups if group["params"]]
+        for group, twin in zip(ours, live.partitions.inner.param_groups, strict=True):
+            twin.update({key: value for key, value in group.items() if key != "params"})
+        live.engine.step()
         if self._precision == "fp16":
-            self._shown = float(self._zero.loss_scaler.cur_scale)
+            self._shown = float(live.zero.loss_scaler.cur_scale)
             scaler.load_state_dict(scaler.state_dict() | {"scale": self._shown})
 
     # -- checkpoints -----------------------------------------------------------------------------
@@ -361,20 +263,9 @@ class DeepSpeedEngine(Engine):
         tensors = untied_state(module)
         if self._live is None:
             return tensors
-        parameters = dict(module.named_parameters())
-        return {
-            name: self._block(parameters[name]) if name in parameters else tensor
-            for name, tensor in tensors.items()
-        }
-
-    def _block(self, parameter: nn.Parameter) -> Tensor:
-        shape = whole_shape(parameter)
-        if parameter in self._held.places:
-            return row_block(self._held.part(parameter).whole(MASTER, shape, self.world), self.world)
-        if self.stage < 3:
-            return parameter.detach().float()
-        _let_go(parameter)
-        return row_block(_frozen_part(parameter, self.world).whole(MASTER, shape, self.world), self.world)
+        for name, parameter in module.named_parameters():
+            tensors[name] = row_block(self._live.whole(parameter), self.world)
+        return tensors
 
     @torch.no_grad()
     def gather_state(self, module: nn.Module, optimizer: Optimizer) -> None:
@@ -382,15 +273,10 @@ class DeepSpeedEngine(Engine):
         if self._live is None:
             return
         for parameter in self._trained():
-            part = self._held.part(parameter)
-            shape = whole_shape(parameter)
-            blocks = {
-                key: row_block(part.whole(key, shape, self.world), self.world)
-                for key in part.values
-                if key != MASTER
-            }
-            if blocks or part.scalars:
-                optimizer.state[parameter] = blocks | copy.deepcopy(part.scalars)
+            blocks = {key: row_block(whole, self.world) for key, whole in self._live.moments(parameter)}
+            state = blocks | self._live.scalars(parameter)
+            if state:
+                optimizer.state[parameter] = state
 
     def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:
         """Nothing: module and optimizer are ordinary ones until the first step.
@@ -416,7 +302,12 @@ class _Wrapped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
-        return self._engine.running()(*args, **kwargs)
+        return self._engine.running().engine(*args, **kwargs)
+
+
+def _parameters(site: Site) -> tuple[nn.Parameter, ...]:
+    layer = site.low_rank
+    return (site.weight,) if layer is None else layer.factors
 
 
 def _require_elementwise(optimizer: Optimizer | None) -> Optimizer:
@@ -437,27 +328,3 @@ def _twin(template: Optimizer) -> Optimizer:
         {**group, "params": list(group["params"])} for group in template.param_groups if group["params"]
     ]
     return twin
-
-
-def _whole_state(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Tensor]:
-    """A parameter's values and its moments."""
-    moments = {
-        key: value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
-    }
-    return {MASTER: parameter.data, **moments}
-
-
-def _let_go(parameter: Any) -> None:
-    """Free the whole values that ZeRO-3 keeps of small parameters between uses."""
-    if parameter.ds_status.name == "AVAILABLE":
-        parameter.partition()
-
-
-def _frozen_part(parameter: Any, world: World) -> Part:
-    """Views of what ZeRO-3 has here of a parameter, in the module's dtype."""
-    numel, length = whole_shape(parameter).numel(), parameter.partition_numel()
-    start = min(numel, world.rank * length)
-    values = parameter.ds_tensor.detach().narrow(0, 0, min(length, numel - start))
-    return Part(start, {MASTER: values})

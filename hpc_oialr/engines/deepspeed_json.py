@@ -10,7 +10,7 @@ from typing import Any
 from hpc_oialr.errors import ConfigError
 
 STAGES = (1, 2, 3)
-HALF = {"bf16": "bf16", "fp16": "fp16"}
+HALF = ("bf16", "fp16")
 
 # What would change how parameters are held or stepped behind the method's back.
 _REFUSED = {
@@ -111,6 +111,15 @@ def _is_off(value: Any) -> bool:
 
 def check_precision(given: dict[str, Any], precision: str, origin: str) -> None:
     """Raise :class:`ConfigError` unless the JSON's precision is the recipe's, or left to it."""
+    summed = given.get("data_types", {}).get("grad_accum_dtype", "auto")
+    if precision == "bf16" and stage_of(given, origin) == 1 and summed not in ("auto", None, "bf16"):
+        raise ConfigError(
+            "data_types.grad_accum_dtype",
+            summed,
+            "must be bf16 in stage 1, which DeepSpeed replaces by another optimizer otherwise",
+            origin=origin,
+            fix="Take stage 2.",
+        )
     for name in HALF:
         enabled = given.get(name, {}).get("enabled", "auto")
         if enabled != "auto" and enabled != (precision == name):

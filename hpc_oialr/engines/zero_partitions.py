@@ -51,12 +51,12 @@ class Part:
 
     @classmethod
     def own(cls, tensors: dict[str, Tensor], scalars: dict[str, Any], world: World) -> Part:
-        """This process's part of whole tensors, as ZeRO-3 deals them."""
+        """This process's part of whole tensors, as ZeRO-3 deals them; a copy in host memory."""
         numel = tensors[MASTER].numel()
         length = -(-numel // world.size)
         start = min(numel, world.rank * length)
         values = {
-            key: tensor.detach().reshape(-1)[start : start + length].to(torch.float32, copy=True)
+            key: tensor.detach().reshape(-1)[start : start + length].to("cpu", torch.float32, copy=True)
             for key, tensor in tensors.items()
         }
         return cls(start, values, scalars)
@@ -164,3 +164,10 @@ def _by_parameter(zero: Any, world: World) -> Iterator[tuple[nn.Parameter, Place
             start = min(numel, world.rank * length)
             yield parameter, Place(flat, offset, start, min(length, numel - start))
             offset += length
+
+
+def frozen_part(parameter: Any, world: World) -> Part:
+    """Views of what stage 3 has here of any parameter, in the module's dtype."""
+    numel, length = whole_shape(parameter).numel(), parameter.partition_numel()
+    start = min(numel, world.rank * length)
+    return Part(start, {MASTER: parameter.ds_tensor.detach().narrow(0, 0, min(length, numel - start))})

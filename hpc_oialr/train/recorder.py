@@ -49,7 +49,10 @@ class Recorder:
             SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
         )
         self.progress, self.pace = make_progress(show=main), Pace()
-        self.meter = MemoryMeter(lambda: (session.controller.model, session.optimizer), session.world.device)
+        self.meter = MemoryMeter(
+            lambda: (session.controller.model, session.optimizer, *session.engine.held()),
+            session.world.device,
+        )
         self.board: TensorBoard | None = None
         self._evaluation: dict[str, Any] = {}
 

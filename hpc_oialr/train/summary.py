@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
+from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.train.compilation import graphs_compiled
 from hpc_oialr.train.fingerprint import weights_sha256
@@ -35,7 +36,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "steps": progress.step,
         "trainable_params": trainable_parameters(module),
         "dense_trainable_params": dense_parameters(module),
-        "total_params": sum(p.numel() for p in module.parameters()),
+        "total_params": sum(whole_shape(p).numel() for p in module.parameters()),
         "peak_memory_gib": trainer.recorder.peak_memory_gib(progress.peak_memory_gib),
         "peak_rss_gib": peak_rss_bytes() / 1024**3,
         "r": session.controller.r,
