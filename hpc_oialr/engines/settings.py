@@ -155,7 +155,9 @@ class TensorParallel(EngineConfig):
 
     def __post_init__(self) -> None:
         if self.size < 2:
-            raise ConfigError("size", self.size, "must be at least 2", fix="Take DDP for one process to a model.")
+            raise ConfigError(
+                "size", self.size, "must be at least 2", fix="Take DDP for one process to a model."
+            )
         check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
 
     def _of_many(self, world: World, precision: str) -> Engine:
