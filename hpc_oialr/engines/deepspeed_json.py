@@ -112,7 +112,7 @@ def _is_off(value: Any) -> bool:
 def check_precision(given: dict[str, Any], precision: str, origin: str) -> None:
     """Raise :class:`ConfigError` unless the JSON's precision is the recipe's, or left to it."""
     summed = given.get("data_types", {}).get("grad_accum_dtype", "auto")
-    if precision == "bf16" and stage_of(given, origin) == 1 and summed not in ("auto", None, "bf16"):
+    if precision == "bf16" and summed not in ("auto", None, "bf16") and stage_of(given, origin) == 1:
         raise ConfigError(
             "data_types.grad_accum_dtype",
             summed,

@@ -21,7 +21,7 @@ _DEPRECATED = (
 def import_deepspeed(world: World) -> Any:
     """The module ``deepspeed``, prepared for the processes of ``world``.
 
-    Its log is kept to warnings. On CPUs it would compile an all-reduce through shared memory at the first
+    Its log is kept to errors: it warns of each optimizer that is not on its list. On CPUs it would compile an all-reduce through shared memory at the first
     start (over a minute); gloo does the same work without it.
 
     Raises
@@ -39,7 +39,7 @@ def import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         # DeepSpeed's table of what it could compile, which it would fill by asking the compiler.
         deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 

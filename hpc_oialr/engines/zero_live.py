@@ -146,8 +146,8 @@ class LiveZero:
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         for module in self._module.modules():
-            # Classes made in the first life of a ZeRO-3 module, with its old parameters in their closures.
-            for name in ("pre_bwd_fn", "post_bwd_fn"):
+            # ZeRO-3 makes these once in a module's life, and they hold on to that life's parameters.
+            for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"):
                 module.__dict__.pop(name, None)
         # Autograd's nodes of parameters refer to hooks, and those to all this, where no collector sees it.
         for owner in (self.engine, self.zero, *gone, self):
