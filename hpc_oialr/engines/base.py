@@ -83,6 +83,10 @@ class Engine(ABC):
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside what :meth:`wrap` returned."""
 
+    def end(self) -> None:
+        """Let go of whatever would keep the process group alive; the module is not used after it."""
+        return
+
     # -- a change of layers ----------------------------------------------------------------------
 
     def open(self, site: Site) -> None:

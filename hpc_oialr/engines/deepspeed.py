@@ -21,7 +21,7 @@ from hpc_oialr.engines.deepspeed_json import (
     filled,
     stage_of,
 )
-from hpc_oialr.engines.deepspeed_library import import_deepspeed
+from hpc_oialr.engines.deepspeed_library import forget_groups, import_deepspeed
 from hpc_oialr.engines.row_blocks import row_block
 from hpc_oialr.engines.zero_cores import stretch_core_steps
 from hpc_oialr.engines.zero_live import LiveZero, taken
@@ -138,6 +138,15 @@ class DeepSpeedEngine(Engine):
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside."""
         return model.module if isinstance(model, _Wrapped) else model
+
+    def end(self) -> None:
+        """Take DeepSpeed off the module, and let it forget the process group."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.end()
+            for parameter in self._module.parameters():
+                vars(parameter).clear()
+        forget_groups()
 
     def running(self) -> LiveZero:
         """DeepSpeed's engine; made, on all processes, if there is none."""

@@ -7,6 +7,8 @@ import os
 import warnings
 from typing import Any
 
+import torch.distributed as dist
+
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.processes import World
 
@@ -21,8 +23,8 @@ _DEPRECATED = (
 def import_deepspeed(world: World) -> Any:
     """The module ``deepspeed``, prepared for the processes of ``world``.
 
-    Its log is kept to errors: it warns of each optimizer that is not on its list. On CPUs it would compile an all-reduce through shared memory at the first
-    start (over a minute); gloo does the same work without it.
+    Its log is kept to errors: it warns of each optimizer that is not on its list. On CPUs it would compile
+    an all-reduce through shared memory at the first start (over a minute); gloo does the same without it.
 
     Raises
     ------
@@ -41,6 +43,21 @@ def import_deepspeed(world: World) -> Any:
         deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def forget_groups() -> None:
+    """Empty DeepSpeed's table of process groups, which end now; it would go on with them in a next run."""
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for name, value in list(vars(groups).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
+        elif name.startswith("_") and name.endswith("GROUP") and isinstance(value, dict):
+            value.clear()
 
 
 def _describe(world: World) -> None:

@@ -181,6 +181,7 @@ def _train(
         if summary is not None and world.is_main:
             folder.write_summary(summary)
         world.barrier()
+        session.engine.end()
     return Result(folder.path, summary)
 
 
