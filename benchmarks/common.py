@@ -38,6 +38,14 @@ def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
         print(out)
 
 
+def earlier(out: Path | None) -> list[Row]:
+    """Rows of an interrupted call, which need not be measured again."""
+    if out is None or not out.exists():
+        return []
+    rows: list[Row] = json.loads(out.read_text())["rows"]
+    return rows
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """Aligned columns; floats with three significant digits."""
     if not rows:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.common import Row, arguments, finish, print_table
+from benchmarks.common import Row, arguments, earlier, finish, print_table
 
 DENSE = ["--oialr", "null"]
 ADAMW = ["--optimizer", "AdamW", "--optimizer.betas", "[0.9, 0.999]", "--optimizer.fused", "true"]
@@ -53,14 +53,6 @@ def main() -> None:
             # Half an hour of runs: what is done is kept.
             finish(rows, options.out, summary=summary(rows, options.only))
     print_table(summary(rows, options.only))
-
-
-def earlier(out: Path | None) -> list[Row]:
-    """Rows of an interrupted call, which are not run again."""
-    if out is None or not out.exists():
-        return []
-    rows: list[Row] = json.loads(out.read_text())["rows"]
-    return rows
 
 
 def run(name: str, seed: int) -> Row:

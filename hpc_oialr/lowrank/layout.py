@@ -166,8 +166,12 @@ class Split(Whole):
         return self._put(S[self.own_rows(S.shape[0])], 0, (S.shape[0], S.shape[1]))
 
     def _put(self, block: Tensor, dim: int, shape: tuple[int, int]) -> DTensor:
+        block = block.contiguous()
+        if block.untyped_storage().nbytes() > block.nbytes:
+            # A view would keep the whole matrix alive.
+            block = block.clone()
         return DTensor.from_local(
-            block.contiguous(),
+            block,
             self.mesh,
             self.placements(dim),
             run_check=False,

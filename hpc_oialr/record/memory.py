@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hpc_oialr.record.quiet import without_lines
+from hpc_oialr.record.tensor_tracker import TensorTracker
 
 Subject = nn.Module | torch.optim.Optimizer | Tensor
 Change = tuple[int, int]  # (nanoseconds since the epoch, bytes)
@@ -40,6 +41,8 @@ class MemoryMeter:
         begins, since a model's wrapper may have been replaced.
     device
         Where the run computes.
+    processes
+        Of the run: with more than one a :class:`TensorTracker` takes the profiler's place.
 
     Notes
     -----
@@ -47,8 +50,14 @@ class MemoryMeter:
     which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
     """
 
-    def __init__(self, subjects: Callable[[], Iterable[Subject]], device: torch.device | str = "cpu") -> None:
-        self._subjects, self._device = subjects, torch.device(device)
+    def __init__(
+        self,
+        subjects: Callable[[], Iterable[Subject]],
+        device: torch.device | str = "cpu",
+        *,
+        processes: int = 1,
+    ) -> None:
+        self._subjects, self._device, self._processes = subjects, torch.device(device), processes
         self._probed = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -65,6 +74,12 @@ class MemoryMeter:
         """Measure what happens inside: one step, one update."""
         if self._device.type == "cuda":
             yield
+            return
+        if self._processes > 1:
+            with TensorTracker(resident_tensors(*self._subjects())) as tracker:
+                yield
+            buckets = bucket_bytes(*self._subjects())
+            self._probed = max(self._probed, tracker.peak_bytes + buckets)
             return
         subjects = tuple(self._subjects())
         before = resident_bytes(*subjects)
@@ -161,10 +176,13 @@ def resident_bytes(*subjects: Subject) -> int:
         Models, wrapped or not, optimizers, and single tensors.
     """
     storages = _storages(resident_tensors(*subjects)).values()
-    buckets = sum(
-        _bucket_bytes(subject) for subject in subjects if isinstance(subject, DistributedDataParallel)
-    )
-    return sum(storage.nbytes() for storage in storages) + buckets
+    return sum(storage.nbytes() for storage in storages) + bucket_bytes(*subjects)
+
+
+def bucket_bytes(*subjects: Subject) -> int:
+    """Bytes of DDP's gradient buckets that no gradient shows."""
+    wrapped = [subject for subject in subjects if isinstance(subject, DistributedDataParallel)]
+    return sum(_bucket_bytes(subject) for subject in wrapped)
 
 
 def _bucket_bytes(model: DistributedDataParallel) -> int:

@@ -52,6 +52,7 @@ class Recorder:
         self.meter = MemoryMeter(
             lambda: (session.controller.model, session.optimizer, *session.engine.held()),
             session.world.device,
+            processes=session.world.size,
         )
         self.board: TensorBoard | None = None
         self._evaluation: dict[str, Any] = {}

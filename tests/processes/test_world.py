@@ -148,3 +148,18 @@ def _hang(rank: int, size: int) -> float:
 def test_a_process_that_hangs_is_an_error_after_the_timeout() -> None:
     waited, _ = spawn(_hang, 2)
     assert 1 < waited < 5.5
+
+
+def again_and_again(rank: int, size: int) -> list[float]:
+    """Three groups one after another; something still refers to each one's store."""
+    held, sums = [], []
+    for _ in range(3):
+        world = World.from_environment(timeout_s=30)
+        held.append((dist.new_group(), world.group))
+        sums.append(float(world.all_reduce(torch.ones(1))))
+        world.close()
+    return sums
+
+
+def test_the_same_processes_meet_again():
+    assert spawn(again_and_again, 2) == [[2.0, 2.0, 2.0]] * 2

@@ -22,16 +22,20 @@ def megabytes(count: int) -> Tensor:
     return torch.zeros(count * MB // 4)
 
 
-def peak_of(action: Callable[[], object], *alive: Tensor) -> float:
+def peak_of(action: Callable[[], object], *alive: Tensor, processes: int = 1) -> float:
     """Peak in MB of an action, with these tensors counted as resident; small change is left out."""
-    meter = MemoryMeter(lambda held=list(alive): held)
+    meter = MemoryMeter(lambda held=list(alive): held, processes=processes)
     alive = ()
     with meter.probe():
         action()
     return round(meter.peak_bytes / MB, 2)
 
 
-def test_temporaries_and_what_stays() -> None:
+WAYS = pytest.mark.parametrize("processes", [1, 2])  # the profiler; the tracker
+
+
+@WAYS
+def test_temporaries_and_what_stays(processes: int) -> None:
     def action() -> Tensor:
         a = megabytes(4)
         b = megabytes(2)
@@ -39,21 +43,40 @@ def test_temporaries_and_what_stays() -> None:
         c = megabytes(3)
         return b + c[: len(b)]
 
-    assert peak_of(action) == 7.0
+    assert peak_of(action, processes=processes) == 7.0
 
 
-def test_residents_count_once_each() -> None:
+@WAYS
+def test_residents_count_once_each(processes: int) -> None:
     first = megabytes(4)
-    assert peak_of(lambda: megabytes(2), first, first[:10], first.view(2, -1)) == 6.0
+    views = (first, first[:10], first.view(2, -1))
+    assert peak_of(lambda: megabytes(2), *views, processes=processes) == 6.0
 
 
-def test_a_resident_that_dies_makes_room() -> None:
+def test_storages_that_are_resized() -> None:
+    """As FSDP2 frees and fills what it gathers."""
+    gathered = megabytes(4)
+
+    def action() -> None:
+        gathered.untyped_storage().resize_(0)
+        b = megabytes(3)
+        gathered.untyped_storage().resize_(4 * MB)
+        gathered.zero_()
+        del b
+
+    assert peak_of(action, gathered, processes=2) == 7.0
+    gathered.untyped_storage().resize_(0)
+    assert peak_of(lambda: megabytes(3), gathered, processes=2) == 3.0
+
+
+@WAYS
+def test_a_resident_that_dies_makes_room(processes: int) -> None:
     model = nn.Linear(1024, 1024, bias=False)  # 4 MB
-    meter = MemoryMeter(lambda: [model])
+    meter = MemoryMeter(lambda: [model], processes=processes)
     with meter.probe():
         model.weight = nn.Parameter(torch.zeros(512, 1024))
     assert round(meter.peak_bytes / MB, 2) == 6.0
-    meter = MemoryMeter(lambda: [model])
+    meter = MemoryMeter(lambda: [model], processes=processes)
     with meter.probe():
         model.weight = None
         model.weight = nn.Parameter(torch.zeros(512, 1024))
@@ -113,12 +136,12 @@ def test_an_error_inside_passes_through_and_the_meter_goes_on() -> None:
     assert round(meter.peak_bytes / MB, 2) == 2.0
 
 
-def training_step(width: int) -> float:
+def training_step(width: int, processes: int = 1) -> float:
     torch.manual_seed(0)
     model = nn.Linear(width, width, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False, fused=True)
     x = torch.ones(1, width)
-    meter = MemoryMeter(lambda: [model, optimizer])
+    meter = MemoryMeter(lambda: [model, optimizer], processes=processes)
     for _ in range(2):
         with meter.probe():
             model(x).sum().backward()
@@ -129,9 +152,10 @@ def training_step(width: int) -> float:
     return meter.peak_bytes / weight
 
 
-def test_a_training_step() -> None:
+@WAYS
+def test_a_training_step(processes: int) -> None:
     """Weight, gradient, two moments, and the gradient on its way into place."""
-    assert training_step(1024) == pytest.approx(4.0, abs=0.02)
+    assert training_step(1024, processes) == pytest.approx(4.0, abs=0.02)
 
 
 def test_resident_bytes_of_frozen_shared_and_wrapped() -> None:

@@ -1,0 +1,89 @@
+"""Checkpoints are interchangeable: written under one engine, read under another."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from support.spawn import spawn
+from support.tiny_runs import write_recipe
+from support.train_workers import losses, resume_worker, train_worker
+
+from hpc_oialr.errors import OIALRError
+from hpc_oialr.processes import World
+from hpc_oialr.train.load_config import load_config
+from hpc_oialr.train.run import resume, train
+
+STOP_AT = 12
+ENGINES = {
+    "ddp": ["--engine", "DDP"],
+    "fsdp": ["--engine", "FSDP"],
+    "tensor": ["--engine", "TensorParallel"],
+    "zero1": ["--engine", "DeepSpeed", "--engine.stage", "1"],
+    "zero2": ["--engine", "DeepSpeed", "--engine.stage", "2"],
+    "zero3": ["--engine", "DeepSpeed", "--engine.stage", "3"],
+}
+HERE = [name for name in ENGINES if not name.startswith("zero") or find_spec("deepspeed")]
+
+
+def write_all(rank: int, size: int, recipe: str, folder: str) -> None:
+    """One stopped run with each engine, all in one process group."""
+    world = World.from_environment(device="cpu", timeout_s=60)
+    for name in HERE:
+        loaded, asked = load_config(recipe, ENGINES[name]), iter(range(1, 1000))
+        stop = lambda asked=asked: next(asked) == STOP_AT  # noqa: E731
+        train(loaded, Path(folder) / name, world=world, stop_requested=stop)
+
+
+def read_all(rank: int, size: int, folder: str) -> None:
+    """Each goes on with the next engine of the list."""
+    world = World.from_environment(device="cpu", timeout_s=60)
+    for writer, reader in zip(HERE, HERE[1:] + HERE[:1], strict=True):
+        resume(Path(folder) / writer, settings=ENGINES[reader], world=world)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of one process, and one of two processes with each engine, stopped between two cuts."""
+    folder = tmp_path_factory.mktemp("engines")
+    optimizer = {"class_path": "AdamW", "init_args": {"lr": 1e-3}}
+    recipe = write_recipe(folder, model={"init_args": {"dropout": 0.0}}, optimizer=optimizer)
+    train(load_config(recipe), folder / "single", world=World.single("cpu"))
+    spawn(write_all, 2, str(recipe), str(folder))
+    return folder
+
+
+def test_every_engine_reads_another_ones_checkpoint(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    spawn(read_all, 2, str(tmp_path))
+    for name in HERE:
+        assert losses(tmp_path / name) == pytest.approx(losses(stopped / "single"), rel=1e-3), name
+
+
+def test_one_process_reads_every_engines_checkpoint(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    for name in HERE:
+        resume(tmp_path / name, world=World.single("cpu"))
+        assert losses(tmp_path / name) == pytest.approx(losses(stopped / "single"), rel=1e-3), name
+
+
+def goes_on(rank: int, size: int, recipe: str, folder: str) -> None:
+    train_worker(rank, size, recipe, f"{folder}/whole")
+    train_worker(rank, size, recipe, f"{folder}/parts", STOP_AT)
+    resume_worker(rank, size, f"{folder}/parts")
+
+
+def test_fsdp_resumes_bitwise(tmp_path):
+    """With dropout and Muon, on two processes."""
+    recipe = write_recipe(tmp_path, engine={"class_path": "FSDP"})
+    spawn(goes_on, 2, str(recipe), str(tmp_path))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_resumed_run_stays_the_same_run(stopped):
+    with pytest.raises(
+        OIALRError, match=r"optimizer.lr cannot change when a run is resumed; .* engine, train"
+    ):
+        resume(stopped / "ddp", settings=["--optimizer.lr", "1"])
