@@ -2,10 +2,11 @@
 
 `text_gpt`'s model on `--processes` gloo processes (DeepSpeed with AdamW, the others with Muon beside AdamW).
 `dense_mib` and `low_rank_mib`: all tensors of the process that has most, after a backward pass, before the
-conversion and at r = k/4; ratios are to `ddp` with the same optimizer. `conversion_mib` and `update_mib`: the
-highest that all tensors reached in the step that holds the event, `step_mib` in a step before it, activations
-included. The rows `updates` cut r by one or two in each of `--updates` updates, so that every one changes
-shapes and rebuilds what must be: live tensors, their bytes and the resident set after the tenth and the last.
+conversion and at r = k/4; ratios are to `ddp` with the same optimizer. The highest that all tensors reached:
+`dense_step_mib` and `low_rank_step_mib` in forward and backward, activations included; `conversion_mib` and
+`update_mib` in the event. The rows `updates` cut r by one or two in each of `--updates` updates, so that every
+one changes shapes and rebuilds what must be: live tensors, their bytes and the resident set after the tenth
+and the last.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ class Run:
         """Gradients of one batch."""
         self.engine.backward(self.oialr.model(input_ids=self.tokens, labels=self.tokens).loss, OFF)
 
-    def update(self) -> None:
-        """The optimizer's step, then the method's."""
+    def optimize(self) -> None:
+        """The optimizer's step."""
         trained = [p for p in self.oialr.module.parameters() if p.requires_grad]
         self.engine.update(self.optimizer, OFF, trained, None)
-        self.oialr.step()
 
     def step(self) -> None:
         """A whole step."""
         self.forward_backward()
-        self.update()
+        self.optimize()
+        self.oialr.step()
 
 
 def make(name: str, optimizer_name: str, config: OIALRConfig, depth: int) -> Run:
@@ -98,7 +99,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def probed(action: Callable[[], None]) -> float:
+def probed(action: Callable[[], object]) -> float:
     """The highest that all tensors reach (MiB)."""
     meter = MemoryMeter(live, processes=World.current().size)
     with meter.probe():
@@ -115,13 +116,18 @@ def phases(name: str, optimizer_name: str) -> Row:
     run.step()
     run.forward_backward()
     row: Row = {"dense_mib": live_bytes() / MIB}
-    run.update()
-    meter_free = probed(run.step)  # the fourth step holds the conversion
-    row["conversion_mib"] = meter_free
+    run.optimize()
+    run.oialr.step()
+    row["dense_step_mib"] = probed(run.forward_backward)
+    run.optimize()
+    row["conversion_mib"] = probed(run.oialr.step)
     run.step()
-    row["update_mib"] = probed(run.step)
+    run.forward_backward()
+    run.optimize()
+    row["update_mib"] = probed(run.oialr.step)
     run.step()
-    row["step_mib"] = probed(run.forward_backward)
+    run.step()
+    row["low_rank_step_mib"] = probed(run.forward_backward)
     row["low_rank_mib"] = live_bytes() / MIB
     return row
 

@@ -125,7 +125,7 @@ def settings() -> str:
             row["run"],
             f"{100 * row['accuracy_mean']:.2f} %",
             f"{100 * row['accuracy_min']:.2f} %",
-            f"{row['wall_s']:.0f} s",
+            f"{row['cpu_s']:.0f} s",
             f"{row['trained_share']:.1%}",
         )
         for row in result["summary"]
@@ -135,13 +135,65 @@ def settings() -> str:
         "run",
         f"validation accuracy, mean of {seeds} seed{'s' * (seeds > 1)}",
         "worst",
-        "time on one thread",
+        "processor time",
         "trained at the end",
     )
     return table(header, rows) + "\n" + origin("demo_settings", result["environment"])
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "layer": layer, "step": step, "settings": settings}
+def engines() -> str:
+    """Each engine's memory, and how far its losses are from one process's."""
+    memory, equal = load("memory"), load("engines")
+    rows = []
+    for row in (row for row in memory["rows"] if row["kind"] == "phases"):
+        twins = [r for r in equal["rows"] if r["engine"] == row["engine"] and r.get("steps")]
+        exact = [r["largest_relative_loss_difference"] for r in twins if r["precision"] == "float64"]
+        single = [r["largest_relative_loss_difference"] for r in twins if r["precision"] == "fp32"]
+        rows.append((
+            f"`{row['engine']}`",
+            row["optimizer"],
+            f"{row['dense_mib']:.0f} MiB, x {row['dense_ratio']:.2f}",
+            f"{row['low_rank_mib']:.1f} MiB, x {row['low_rank_ratio']:.2f}",
+            f"{max(exact):.0e}" if exact else "",
+            f"{max(single):.0e}" if single else "",
+        ))  # fmt: skip
+    header = (
+        "engine",
+        "optimizer",
+        "dense, a process",
+        "r = k/4, a process",
+        "loss difference, float64",
+        "fp32",
+    )
+    text = table(header, rows) + "\n" + origin("memory", memory["environment"])
+    return text + origin("engines", equal["environment"])
+
+
+def traffic() -> str:
+    """Bytes of gradients in a step of ViT-B/16."""
+    result = load("traffic")
+    rows = [
+        (
+            f"`{row['engine']}`",
+            "dense" if row["r_fraction"] == 1 else f"r = {row['r_fraction']:g} k",
+            f"{row['gradient_bytes'] / 1e6:.1f} MB",
+            f"{row['of_dense_ddp']:.1%}",
+        )
+        for row in result["rows"]
+        if row["engine"] == "ddp"
+    ]
+    header = ("engine", "", "gradients sent, a step", "of dense")
+    return table(header, rows) + "\n" + origin("traffic", result["environment"])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "layer": layer,
+    "step": step,
+    "settings": settings,
+    "engines": engines,
+    "traffic": traffic,
+}
 
 
 def rendered(text: str) -> str:
