@@ -2,7 +2,8 @@
 
 The recipe's own code path with a smaller model and a checkpoint every third step, so that steps,
 updates and the writing of checkpoints are all hit. One process and two (under torchrun), one of them
-killed or all. A resumed run is compared in its weights (sha256), its losses, and its spectra.
+killed or all. A resumed run is compared in its weights (sha256), its losses, and its spectra. Goes on where
+it was interrupted, until `--moments` kills have met a run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Row, arguments, finish
+from benchmarks.common import Row, arguments, earlier, finish
 from hpc_oialr.record import read_spectra
 
 SETTINGS = [
@@ -28,6 +29,9 @@ SETTINGS = [
     "--train.evaluations", "2", "--oialr.delay", "9", "--oialr.frequency", "7", "--checkpoint.every", "3",
     "--record.every", "1",
 ]  # fmt: skip
+
+
+TOO_LATE = "finished before the kill"
 
 
 def command(processes: int, *words: str) -> list[str]:
@@ -79,7 +83,7 @@ def interrupted(processes: int, kill_all: bool, folder: Path, after_s: float) ->
         time.sleep(0.01)
     time.sleep(after_s)
     if run.poll() is not None:
-        return "finished before the kill"
+        return TOO_LATE
     if kill_all and processes > 1:
         os.kill(run.pid, signal.SIGKILL)
     for pid in workers(folder)[: None if kill_all else 1]:
@@ -97,7 +101,8 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance, rows = random.Random(options.seed), []
+    rows = earlier(options.out)
+    chance = random.Random(f"{options.seed} {len(rows)}")
     with tempfile.TemporaryDirectory() as scratch:
         expected, seconds = {}, {}
         for processes in (1, 2):
@@ -106,18 +111,13 @@ def main() -> None:
             expected[processes] = outcome(folder)
             summary = json.loads((folder / "summary.json").read_text())
             seconds[processes] = sum(summary[key] for key in ("wall_s", "eval_wall_s", "checkpoint_wall_s"))
-        for moment in range(options.moments):
+        while sum(row["at"] != TOO_LATE for row in rows) < options.moments:
+            moment = len(rows)
             processes, kill_all = (1, True) if moment % 2 else (2, bool(moment % 4))
+            after_s = chance.uniform(0, 0.9) * seconds[processes]
             folder = Path(scratch) / f"run-{moment}"
-            rows.append(
-                one(
-                    processes,
-                    kill_all,
-                    folder,
-                    chance.uniform(0, 0.9) * seconds[processes],
-                    expected[processes],
-                )
-            )
+            rows.append(one(processes, kill_all, folder, after_s, expected[processes]))
+            finish(rows, options.out)
     finish(rows, options.out)
     if not all(row["equal"] for row in rows):
         sys.exit("a resumed run differs from the undisturbed one")

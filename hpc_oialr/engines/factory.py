@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.engines.base import Engine
 from hpc_oialr.engines.ddp import DDPEngine
+from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.single import SingleEngine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.processes import World
 
-_OTHER_WRAPPERS = {"DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_OTHER_WRAPPERS = {"DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 def make_engine(world: World, **ddp_options: Any) -> Engine:
@@ -30,8 +32,9 @@ def make_engine(world: World, **ddp_options: Any) -> Engine:
 def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     """The engine that a user's model implies, and the module inside.
 
-    A model in ``DistributedDataParallel`` keeps its group and options; a plain one gets the process
-    group that exists, or none. A collective call where there are several processes.
+    A model in ``DistributedDataParallel`` keeps its group and options, one that ``fully_shard`` has sharded
+    its mesh; a plain one gets the process group that exists, or none. A collective call where there are
+    several processes.
 
     Raises
     ------
@@ -40,6 +43,8 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     """
     if isinstance(model, DistributedDataParallel):
         return DDPEngine.adopting(model), model.module
+    if isinstance(model, FSDPModule):
+        return FSDPEngine.adopting(model), model
     if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
         raise ModelError(
             "the model is torch.compile around DistributedDataParallel, which is rebuilt when shapes change; "
@@ -48,7 +53,8 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     wrappers = _OTHER_WRAPPERS & {kind.__name__ for kind in type(model).__mro__}
     if wrappers:
         raise ModelError(
-            f"the model is wrapped in {wrappers.pop()}; must be plain or in DistributedDataParallel. "
+            f"the model is wrapped in {wrappers.pop()}; must be plain, in DistributedDataParallel or sharded "
+            "by fully_shard. "
             "Pass the plain module: the process group is found by itself."
         )
     return make_engine(World.current()), model

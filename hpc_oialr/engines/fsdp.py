@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
-from hpc_oialr.engines.fsdp_groups import replace_parameters
+from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Split
@@ -36,6 +36,8 @@ class FSDPEngine(Engine):
         As in ``fully_shard``.
     gather_dtype
         Parameters travel and compute in this dtype; gradients are summed in fp32. None: their own.
+    mesh
+        Made from ``replicas`` unless it exists already.
 
     Notes
     -----
@@ -51,17 +53,24 @@ class FSDPEngine(Engine):
         replicas: int = 1,
         reshard_after_forward: bool = True,
         gather_dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.world = world
-        self.mesh = _mesh(world, replicas)
+        self.mesh = _mesh(world, replicas) if mesh is None else mesh
         self.layout: Split = Split(self.mesh)
         self._reshard = reshard_after_forward
         self._root: nn.Module | None = None
         summed = None if gather_dtype is None else torch.float32
         self._precision = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=summed)
         self._replicas = World(device=world.device)
-        if replicas > 1:
+        if self.mesh.ndim > 1:
             self._replicas = world.within(self.mesh.get_group(0))
+
+    @classmethod
+    def adopting(cls, module: FSDPModule) -> FSDPEngine:
+        """An engine that goes on with a model its user has sharded by ``fully_shard``, the root included."""
+        assert isinstance(module, nn.Module)
+        return cls(World.current(), mesh=next(groups(module)).mesh_info.mesh)
 
     @property
     def replicas(self) -> World:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.chain import chain
 
 
 class LowRankLinear(LowRankWeight):
@@ -19,7 +20,7 @@ class LowRankLinear(LowRankWeight):
         if not self.factored(x.numel() // x.shape[-1]):
             return F.linear(x, self.matrix(), self.bias)
         U, S, Vh = self.matched_factors(x.dtype)
-        return F.linear(F.linear(F.linear(x, Vh), S), U, self.bias)
+        return chain(x, Vh, S, U, self.bias)
 
 
 class LowRankConv1D(LowRankWeight):
@@ -33,4 +34,4 @@ class LowRankConv1D(LowRankWeight):
         if not self.factored(x.numel() // x.shape[-1]):
             return F.linear(x, self.matrix().mT, self.bias)
         U, S, Vh = self.matched_factors(x.dtype)
-        return F.linear(F.linear(F.linear(x, U.mT), S.mT), Vh.mT, self.bias)
+        return chain(x, U.mT, S.mT, Vh.mT, self.bias)

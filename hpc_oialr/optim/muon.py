@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.newton_schulz import newton_schulz
+from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import Selection, low_rank_layers, select
 from hpc_oialr.optim.orthogonalise import orthogonalise
 
@@ -97,7 +98,9 @@ class MuonAdamW(Optimizer):
     lr
         Default learning rate of groups without one.
     momentum, nesterov, newton_schulz_steps, newton_schulz_dtype
-        Muon's options; the dtype default is :func:`newton_schulz`'s.
+        Muon's options. The dtype default is :func:`newton_schulz`'s for dense matrices, and at least
+        float32 for cores: they are small, and bfloat16 would turn last-bit differences of their gradients,
+        as another number of processes makes, into differences of 1e-3 after a hundred steps.
     betas, eps
         AdamW's options.
     weight_decay
@@ -161,8 +164,8 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, params: list[Tensor], group: Group) -> None:
-        steps, dtype = group["newton_schulz_steps"], group["newton_schulz_dtype"]
         directions = self._momentum(params, group)
+        steps, dtype = group["newton_schulz_steps"], _newton_schulz_dtype(group, directions[0].dtype)
         done = orthogonalise(directions, lambda batch: newton_schulz(batch, steps=steps, dtype=dtype))
         torch._foreach_mul_(local(params), 1 - group["lr"] * group["weight_decay"])
         by_scale: defaultdict[float, list[int]] = defaultdict(list)
@@ -209,6 +212,11 @@ class MuonAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _newton_schulz_dtype(group: Group, of_directions: torch.dtype) -> torch.dtype | None:
+    chosen: torch.dtype | None = group["newton_schulz_dtype"]
+    return compute_dtype(of_directions) if chosen is None and group["cores"] else chosen
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.spawn import spawn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
@@ -142,7 +143,7 @@ def reshaping(rank: int, size: int) -> dict[str, Any]:
     oialr = OIALR(net, optimizer, settings(delay=2, frequency=2), engine=engine)
     before = {}
     kept, turned = [], []
-    for t in range(1, 13):
+    for _ in range(12):
         engine.backward(oialr.model(torch.randn(4, 5, 6)).sum(), OFF)
         engine.update(optimizer, OFF, [], None)
         report = oialr.step()
@@ -207,6 +208,37 @@ def averaging(rank: int, size: int) -> str:
         OIALR(net, torch.optim.SGD(net.parameters(), lr=1), engine=engine, averages=[average])
     world.close()
     return str(caught.value)
+
+
+def adopted(rank: int, size: int) -> dict[str, Any]:
+    """Three lines in a loop whose model its user has sharded."""
+    world = World.from_environment(device="cpu", timeout_s=60)
+    torch.manual_seed(0)
+    net = Net()
+    for block in [*net.layers, net] if size > 1 else []:
+        fully_shard(block)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    oialr = OIALR(net, optimizer, settings(delay=2, frequency=2))
+    losses = []
+    for step in range(8):
+        torch.manual_seed(step)
+        loss = cross_entropy(oialr.model(torch.randn(8, 5, 6)), torch.randint(0, 7, (8,)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oialr.step()
+        losses.append(float(loss.detach()))
+    found = {"engine": type(oialr.engine).__name__, "losses": losses, "r": oialr.r}
+    world.close()
+    return found
+
+
+def test_a_model_its_user_has_sharded():
+    sharded, (alone,) = spawn(adopted, 2)[0], spawn(adopted, 1)
+    assert sharded["engine"] == "FSDPEngine"
+    assert sharded["r"]
+    assert sharded["r"] == alone["r"]
+    assert sharded["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
 
 def test_averages_must_be_whole():

@@ -1,0 +1,81 @@
+"""The products of a factored layer: oneDNN's and torch's own give the same numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpc_oialr.lowrank import chain as module
+from hpc_oialr.lowrank.chain import chain
+
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+def factors(m: int, n: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(m + n + r)
+    A, C = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
+    S = torch.randn(r, r, generator=generator, requires_grad=True)
+    return A, S, C, torch.randn(m, generator=generator, requires_grad=True)
+
+
+@onednn
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_same_as_three_linear_layers(shape, transposed, biased):
+    A, S, C, bias = factors(20, 12, 6)
+    if transposed:  # as transformers' Conv1D stores them
+        A, C = A.mT.contiguous().mT, C.mT.contiguous().mT
+    x = torch.randn(*shape, 12, requires_grad=True)
+    used = [x, S, bias] if biased else [x, S]
+    assert module._thin_on_cpu(x, A, S, C)
+    y = chain(x, A, S, C, bias if biased else None)
+    expected = F.linear(F.linear(F.linear(x, A), S), C, bias if biased else None)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = torch.autograd.grad(y, used, dy), torch.autograd.grad(expected, used, dy)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@onednn
+def test_only_what_is_needed():
+    A, S, C, bias = factors(8, 6, 3)
+    y = chain(torch.randn(4, 6), A, S.detach(), C, bias)
+    assert torch.autograd.grad(y.sum(), bias)[0].tolist() == [4.0] * 8
+    with torch.no_grad():
+        assert not chain(torch.randn(4, 6), A, S, C, bias).requires_grad
+
+
+def test_where_torchs_own_products_are_used():
+    A, S, C, bias = factors(8, 6, 3)
+    x = torch.randn(4, 6)
+    assert not module._thin_on_cpu(x.double(), A.double(), S.double(), C.double())
+    assert not module._thin_on_cpu(x, A.clone().requires_grad_(), S, C)
+    assert not module._thin_on_cpu(torch.randn(0, 6), A, S, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not module._thin_on_cpu(x, A, S, C)
+    assert chain(torch.randn(0, 6), A, S, C, bias).shape == (0, 8)
+
+
+@onednn
+def test_a_second_derivative_needs_torchs_own():
+    A, S, C, bias = factors(8, 6, 3)
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def penalty() -> Tensor:
+        (dx,) = torch.autograd.grad(chain(x, A, S, C, bias).square().sum(), x, create_graph=True)
+        return dx.square().sum()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty().backward()
+    with warnings.catch_warnings():
+        # torch 2.13 speaks of Intel's GPUs here, whatever there is.
+        warnings.filterwarnings("ignore", message="TF32 acceleration")
+        with torch.backends.mkldnn.flags(enabled=False):
+            penalty().backward()
+    assert S.grad is not None
