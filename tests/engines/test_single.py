@@ -36,5 +36,5 @@ def test_a_plain_model_without_a_group_is_one_process() -> None:
 
 
 def test_other_wrappers_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"wrapped in DataParallel; must be plain or in Distributed"):
+    with pytest.raises(ModelError, match=r"wrapped in DataParallel; must be plain, in Distributed"):
         adopt(nn.DataParallel(nn.Linear(2, 2)))
