@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from hpc_oialr.lowrank.split_layers import local
+from hpc_oialr.lowrank.layout import local
 from hpc_oialr.processes import World
 
 

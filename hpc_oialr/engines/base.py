@@ -79,9 +79,13 @@ class Engine(ABC):
         The wrapper before it must not be called again.
         """
 
-    @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module inside what :meth:`wrap` returned."""
+        """The module inside what :meth:`wrap` returned; the same where there is no wrapper."""
+        return model
+
+    def send_initial(self, module: nn.Module) -> None:
+        """Process 0's parameters and buffers on every process, before anything is split."""
+        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
 
     def end(self) -> None:
         """Let go of whatever would keep the process group alive; the module is not used after it."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -70,7 +69,7 @@ class DDPEngine(Engine):
         if self._wrapped is not None and self._wrapped.module is module:
             return self._wrapped
         if not _trained(module):
-            self._send_initial(module)
+            self.send_initial(module)
         return self._make(module, init_sync=True)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
@@ -93,10 +92,6 @@ class DDPEngine(Engine):
             # The autograd nodes of parameters that stay call an old reducer until it is taken off.
             self._wrapped.reducer._remove_autograd_hooks()
             self._wrapped = None
-
-    @torch.no_grad()
-    def _send_initial(self, module: nn.Module) -> None:
-        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside."""

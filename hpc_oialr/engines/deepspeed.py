@@ -6,10 +6,12 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
@@ -22,14 +24,13 @@ from hpc_oialr.engines.deepspeed_json import (
     stage_of,
 )
 from hpc_oialr.engines.deepspeed_library import forget_groups, import_deepspeed
-from hpc_oialr.engines.row_blocks import row_block
 from hpc_oialr.engines.zero_cores import stretch_core_steps
 from hpc_oialr.engines.zero_live import LiveZero, taken
 from hpc_oialr.engines.zero_partitions import Part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.lowrank.layout import WHOLE
+from hpc_oialr.lowrank.layout import WHOLE, Split
 from hpc_oialr.processes import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +120,7 @@ class DeepSpeedEngine(Engine):
             If the optimizer cannot step flat pieces of parameters.
         """
         self._template, self._module = _require_elementwise(optimizer), module
-        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
+        self.send_initial(module)
         self._wrapped = _Wrapped(self, module)
         return self._wrapped
 
@@ -266,6 +267,17 @@ class DeepSpeedEngine(Engine):
 
     # -- checkpoints -----------------------------------------------------------------------------
 
+    @cached_property
+    def _rows(self) -> Split:
+        """How a tensor that all hold for a moment is cut, for checkpoints that no process could hold alone."""
+        return Split(init_device_mesh(self.world.device.type, (self.world.size,)))
+
+    def _row_block(self, whole: Tensor) -> Tensor:
+        """This process's rows; a tensor without axes stays whole."""
+        return (
+            self._rows.put(whole[self._rows.own_rows(len(whole))], 0, whole.shape) if whole.dim() else whole
+        )
+
     @torch.no_grad()
     def model_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """fp32 values in row blocks, gathered one after another; buffers as they are."""
@@ -273,7 +285,7 @@ class DeepSpeedEngine(Engine):
         if self._live is None:
             return tensors
         for name, parameter in module.named_parameters():
-            tensors[name] = row_block(self._live.whole(parameter), self.world)
+            tensors[name] = self._row_block(self._live.whole(parameter))
         return tensors
 
     @torch.no_grad()
@@ -282,7 +294,7 @@ class DeepSpeedEngine(Engine):
         if self._live is None:
             return
         for parameter in self._trained():
-            blocks = {key: row_block(whole, self.world) for key, whole in self._live.moments(parameter)}
+            blocks = {key: self._row_block(whole) for key, whole in self._live.moments(parameter)}
             state = blocks | self._live.scalars(parameter)
             if state:
                 optimizer.state[parameter] = state

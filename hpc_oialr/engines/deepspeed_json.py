@@ -18,7 +18,7 @@ _REFUSED = {
     "scheduler": "the recipe's schedule is used",
     "amp": "train.precision is used",
     "torch_autocast": "train.precision is used",
-    "tensor_parallel": "the engine Tensor splits layers",
+    "tensor_parallel": "the engine TensorParallel splits layers",
     "compression_training": "OIALR replaces what it would compress",
 }
 _REFUSED_ZERO = {

@@ -79,7 +79,7 @@ class FSDPEngine(Engine):
 
     def place(self, module: nn.Module) -> None:
         """Send process 0's values to all, then shard block by block, in place."""
-        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
+        self.send_initial(module)
         for block in [*blocks(module), module]:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=self._reshard, mp_policy=self._precision)
 
@@ -93,10 +93,6 @@ class FSDPEngine(Engine):
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The module itself: only layers whose r changed were sharded anew, by :meth:`follow`."""
         return module
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module itself."""
-        return model
 
     def open(self, site: Site) -> None:
         """See that nothing is left gathered, as after a forward pass without a backward."""

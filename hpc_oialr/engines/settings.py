@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -18,8 +17,6 @@ from hpc_oialr.engines.single import SingleEngine
 from hpc_oialr.engines.tensor import TensorEngine
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.processes import World
-
-log = logging.getLogger(__name__)
 
 
 class EngineConfig(ABC):

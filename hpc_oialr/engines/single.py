@@ -28,10 +28,6 @@ class SingleEngine(Engine):
         """The module."""
         return module
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module."""
-        return model
-
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Nothing: gradients are local anyway."""
         return nullcontext()

@@ -17,10 +17,10 @@ from hpc_oialr.engines.base import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Split, local
 from hpc_oialr.lowrank.pairs import bridges
 from hpc_oialr.lowrank.selection import replaceable
-from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors, local
+from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 from hpc_oialr.lowrank.splitting import LINEAR, split_dense, split_low_rank
 from hpc_oialr.processes import World
 
@@ -76,7 +76,7 @@ class TensorEngine(Engine):
 
     def place(self, module: nn.Module) -> None:
         """Send process 0's values to all, then keep this process's blocks, in place."""
-        self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
+        self.send_initial(module)
         for attention in [m for m in module.modules() if type(m) is nn.MultiheadAttention]:
             unpack(attention)
         sites, left = replaceable(module)
@@ -109,10 +109,6 @@ class TensorEngine(Engine):
         """The module itself; the gradients of what it trains now are averaged."""
         self._trained = [p for p in module.parameters() if p.requires_grad]
         return module
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module itself."""
-        return model
 
     def follow(self, layer: LowRankWeight) -> None:
         """See that a layer that has become low-rank computes in blocks."""

@@ -20,9 +20,10 @@ LANCZOS_STEPS = 40
 def basis_stability(
     U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None, *, vh: Columns = "block"
 ) -> float:
-    """Agreement of two bases held in blocks: ``<U1 Vh1, U2 Vh2>_F / sqrt(r1 r2)``; 1 = the same.
+    """Agreement of two bases held in blocks: ``<U1 Vh1, U2 Vh2>_F / sqrt(r1 r2)``; 1 = the same, about 0 = unrelated.
 
-    Computed as ``sum((U1^T U2) o (Vh1 Vh2^T)) / sqrt(r1 r2)`` from partial Gram products.
+    Computed as ``sum((U1^T U2) o (Vh1 Vh2^T)) / sqrt(r1 r2)`` from partial Gram products; nothing of size m x n is
+    built. Signs of singular vectors, which are arbitrary in pairs, do not matter.
 
     Parameters
     ----------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -101,14 +100,3 @@ def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], tuple[Tensor,
 def _svd_of_transpose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     V, s, Uh = torch.linalg.svd(A.mT.contiguous(), full_matrices=False)
     return Uh.mT, s, V.mT
-
-
-def orthogonality_error(Q: Tensor) -> float:
-    """``||Q^T Q - I||_F / sqrt(r)`` for ``Q`` (m x r) with columns that should be orthonormal.
-
-    Costs ``2 m r^2`` operations and one read-back to the host.
-    """
-    Q = Q.detach().to(compute_dtype(Q.dtype))
-    gram = Q.mT @ Q
-    gram.diagonal().sub_(1)
-    return float(torch.linalg.matrix_norm(gram)) / max(1.0, math.sqrt(Q.shape[1]))

@@ -127,9 +127,13 @@ class LowRankWeight(nn.Module):
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are, autocast casts."""
+        return self.in_dtype(dtype, self.U, self.S, self.Vh)
+
+    def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``U``, ``S``, ``Vh`` or parts of them in one dtype; under autocast as they are."""
         if torch.is_autocast_enabled(self.S.device.type):
-            return self.U, self.S, self.Vh
-        return self.U.to(dtype), self.S.to(dtype), self.Vh.to(dtype)
+            return U, S, Vh
+        return U.to(dtype), S.to(dtype), Vh.to(dtype)
 
     def factored(self, tokens: int) -> bool:
         """Whether this many tokens are cheaper in factored execution."""

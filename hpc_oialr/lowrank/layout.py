@@ -122,38 +122,37 @@ class Split(Whole):
     def rows(self, weight: Tensor) -> Tensor:
         """This process's rows; a view."""
         columns = weight.numel() // weight.shape[0]
-        return _local(weight).reshape(-1, columns)
+        return self.local(weight).reshape(-1, columns)
 
     def columns(self, Vh: Tensor) -> Tensor:
         """This process's columns; an all-to-all of r n / P numbers where ``Vh`` is stored in rows."""
         r, n = Vh.shape
-        block = _local(Vh)
+        block = self.local(Vh)
         if self.stores_columns(n):
             return block
-        mine = self.own_columns(n)
-        sent = [block[:, self.chunk(n, p)] for p in range(self.size)]
-        rows = [_length(self.chunk(r, p)) for p in range(self.size)]
-        return torch.cat(self._exchange(sent, [(count, _length(mine)) for count in rows]))
+        width = _length(self.own_columns(n))
+        sent = [[block[:, self.chunk(n, p)]] for p in range(self.size)]
+        shapes = [[(_length(self.chunk(r, p)), width)] for p in range(self.size)]
+        return torch.cat([piece for (piece,) in exchange(sent, shapes, self.group, block)])
 
     def core(self, S: Tensor) -> Tensor:
         """The whole core, gathered where it is split."""
-        S = S.detach()
-        return S.full_tensor() if isinstance(S, DTensor) else S
+        return whole(S.detach())
 
     def put_rows(self, block: Tensor, m: int) -> Tensor:
         """A DTensor of ``m`` rows."""
-        return self._put(block, 0, (m, block.shape[1]))
+        return self.put(block, 0, (m, block.shape[1]))
 
     def put_columns(self, block: Tensor, n: int) -> Tensor:
         """A DTensor of ``n`` columns, in column blocks if they are equal or may be unequal."""
         r = block.shape[0]
         if self.stores_columns(n):
-            return self._put(block, 1, (r, n))
-        mine = self.own_rows(r)
-        sent = [block[self.chunk(r, p)] for p in range(self.size)]
-        columns = [_length(self.chunk(n, p)) for p in range(self.size)]
-        pieces = self._exchange(sent, [(_length(mine), count) for count in columns])
-        return self._put(torch.cat(pieces, dim=1), 0, (r, n))
+            return self.put(block, 1, (r, n))
+        height = _length(self.own_rows(r))
+        sent = [[block[self.chunk(r, p)]] for p in range(self.size)]
+        shapes = [[(height, _length(self.chunk(n, p)))] for p in range(self.size)]
+        pieces = [piece for (piece,) in exchange(sent, shapes, self.group, block)]
+        return self.put(torch.cat(pieces, dim=1), 0, (r, n))
 
     def stores_columns(self, n: int) -> bool:
         """Whether a ``Vh`` of ``n`` columns is stored in column blocks."""
@@ -163,9 +162,10 @@ class Split(Whole):
         """This process's rows of it where cores are split."""
         if not self.split_cores:
             return S
-        return self._put(S[self.own_rows(S.shape[0])], 0, (S.shape[0], S.shape[1]))
+        return self.put(S[self.own_rows(S.shape[0])], 0, S.shape)
 
-    def _put(self, block: Tensor, dim: int, shape: tuple[int, int]) -> DTensor:
+    def put(self, block: Tensor, dim: int, shape: Sequence[int]) -> DTensor:
+        """A contiguous tensor of any ``shape`` that is split along ``dim``, of which ``block`` is here."""
         block = block.contiguous()
         if block.untyped_storage().nbytes() > block.nbytes:
             # A view would keep the whole matrix alive.
@@ -176,21 +176,12 @@ class Split(Whole):
             self.placements(dim),
             run_check=False,
             shape=torch.Size(shape),
-            stride=(shape[1], 1),
+            stride=torch.empty(shape, device="meta").stride(),
         )
-
-    def _exchange(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """An all-to-all: piece p goes to process p, whose piece for this one has ``shapes[p]``."""
-        sizes = [a * b for a, b in shapes]
-        received = sent[0].new_empty(sum(sizes))
-        flat = torch.cat([piece.reshape(-1) for piece in sent])
-        dist.all_to_all_single(received, flat, sizes, [piece.numel() for piece in sent], group=self.group)
-        return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
 
     def chunk(self, length: int, place: int) -> slice:
         """What ``torch.chunk`` deals to a process."""
-        each = -(-length // self.size)
-        return slice(min(length, place * each), min(length, (place + 1) * each))
+        return chunk(length, self.size, place)
 
     def own_rows(self, m: int) -> slice:
         """As ``torch.chunk`` deals them."""
@@ -202,7 +193,7 @@ class Split(Whole):
 
     def whole_columns(self, block: Tensor, n: int) -> Tensor:
         """An all-gather of r n numbers."""
-        return self._put(block, 1, (block.shape[0], n)).full_tensor()
+        return self.put(block, 1, (block.shape[0], n)).full_tensor()
 
     def add(self, part: Tensor) -> Tensor:
         """One all-reduce."""
@@ -212,13 +203,52 @@ class Split(Whole):
 
     def local(self, tensor: Tensor) -> Tensor:
         """The local part of a DTensor."""
-        return _local(tensor)
+        return local(tensor.detach())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, differentiable; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, a collective call; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def exchange(
+    sent: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    group: dist.ProcessGroup | None,
+    like: Tensor,
+) -> list[list[Tensor]]:
+    """An all-to-all of matrices of dtype and device of ``like``.
+
+    Parameters
+    ----------
+    sent, shapes
+        For each process the matrices that go to it, and the shapes of those that come from it.
+    """
+    flat = torch.cat([like.new_empty(0), *(piece.reshape(-1) for pieces in sent for piece in pieces)])
+    sizes = [[m * n for m, n in expected] for expected in shapes]
+    received = flat.new_empty(sum(map(sum, sizes)))
+    there = [sum(piece.numel() for piece in pieces) for pieces in sent]
+    dist.all_to_all_single(received, flat, [sum(size) for size in sizes], there, group=group)
+    pieces = iter(received.split([n for size in sizes for n in size]))
+    return [[next(pieces).view(shape) for shape in expected] for expected in shapes]
+
+
+def chunk(length: int, parts: int, place: int) -> slice:
+    """The ``place``-th of ``parts`` blocks as ``torch.chunk`` cuts them; the last ones may be short or empty.
+
+    Examples
+    --------
+    >>> [chunk(5, 4, place) for place in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
+    """
+    each = -(-length // parts)
+    return slice(min(length, place * each), min(length, (place + 1) * each))
 
 
 def _length(part: slice) -> int:
     return int(part.stop - part.start)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Split, local
+from hpc_oialr.lowrank.layout import whole as all_of
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.split_exchange import block, shared, total, whole
 
@@ -112,19 +112,11 @@ class SplitFactors(LowRankWeight):
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Whole factors; a collective call, an all-gather of r (m + n) numbers."""
-        factors = (_whole(self.U), self.S, _whole(self.Vh))
-        if torch.is_autocast_enabled(self.S.device.type):
-            return factors
-        U, S, Vh = (factor.to(dtype) for factor in factors)
-        return U, S, Vh
+        return self.in_dtype(dtype, all_of(self.U), self.S, all_of(self.Vh))
 
     def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in one dtype; under autocast as they are."""
-        factors = (local(self.U), self.S, local(self.Vh))
-        if torch.is_autocast_enabled(self.S.device.type):
-            return factors
-        U, S, Vh = (factor.to(dtype) for factor in factors)
-        return U, S, Vh
+        return self.in_dtype(dtype, local(self.U), self.S, local(self.Vh))
 
 
 def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Split) -> Tensor:
@@ -164,12 +156,3 @@ class SplitLowRankConv1D(SplitFactors, LowRankConv1D):
         ports = self.ports
         U, S, Vh = self.blocks(x.dtype)
         return ports.close(through_core(ports.block(x), U.mT, S.mT, Vh.mT, ports.layout), self.n, self.bias)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, differentiable; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -69,14 +68,8 @@ def split_dense(site: Site, layout: Split, *, input_block: bool, output_block: b
 def _keep_rows(layer: nn.Module, name: str, layout: Split) -> None:
     parameter = layer._parameters[name]
     assert parameter is not None
-    stored = DTensor.from_local(
-        parameter.detach()[layout.own_rows(parameter.shape[0])].clone(),
-        layout.mesh,
-        layout.placements(0),
-        run_check=False,
-        shape=parameter.shape,
-        stride=torch.empty(parameter.shape, device="meta").stride(),
-    )
+    rows = layout.own_rows(parameter.shape[0])
+    stored = layout.put(parameter.detach()[rows], 0, parameter.shape)
     layer._parameters[name] = nn.Parameter(stored, requires_grad=parameter.requires_grad)
 
 

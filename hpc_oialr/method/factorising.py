@@ -84,14 +84,18 @@ def _weight_job(site: Site, r: int, engine: Engine) -> Job:
 
 
 def _blockwise(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    layout = engine.layout
     for index, (site, r) in enumerate(zip(sites, kept, strict=True)):
         start = time.perf_counter()
-        engine.open(site)
-        rows = layout.rows(site.weight)
-        U, s, Vh, _ = tsqr_svd(rows.to(compute_dtype(rows.dtype)), layout.group, name=site.name)
-        columns = layout.own_columns(site.shape[1])
-        yield Factors(index, U[:, :r], s, Vh[:r, columns], time.perf_counter() - start)
+        U, s, Vh = split_svd(site, engine)
+        yield Factors(index, U[:, :r], s, Vh[:r], time.perf_counter() - start)
+
+
+def split_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a dense layer's weight in row blocks: this process's rows of U, s, its columns of Vh; a collective call."""
+    engine.open(site)
+    layout = engine.layout
+    U, s, Vh, _ = tsqr_svd(layout.rows(site.weight), layout.group, name=site.name)
+    return U, s, Vh[:, layout.own_columns(site.shape[1])]
 
 
 def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:

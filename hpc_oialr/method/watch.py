@@ -12,12 +12,11 @@ from torch import Tensor
 from hpc_oialr.engines import Engine
 from hpc_oialr.linalg.blocks import basis_stability
 from hpc_oialr.linalg.svd import compute_dtype, svd
-from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import longest_processing_time
 from hpc_oialr.lowrank import Site
 from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.factorising import split_svd
 from hpc_oialr.method.report import LayerUpdate
-from hpc_oialr.method.stability import stability
 
 Basis = tuple[Tensor, Tensor]
 
@@ -75,27 +74,23 @@ class StabilityWatch:
         return Job(site.name, compute, site.k + 1, weight, compute_dtype(weight.dtype), cost, prepare)
 
     def _look(self, site: Site) -> Tensor:
-        weight = site.weight
-        U, s, Vh = svd(weight.reshape(site.shape), name=site.name)
-        last = self._bases.get(site.name)
-        agreement = float("nan") if last is None else stability(last[0].to(U), last[1].to(Vh), U, Vh)
-        self._bases[site.name] = (U.cpu(), Vh.cpu())
-        return torch.cat([s, s.new_tensor([agreement])])
+        U, s, Vh = svd(site.weight.reshape(site.shape), name=site.name)
+        return torch.cat([s, s.new_tensor([self._agreement(site.name, U, Vh)])])
 
     def _split(self, sites: Sequence[Site]) -> Iterator[_Look]:
-        layout = self.engine.layout
         for index, site in enumerate(sites):
             start = time.perf_counter()
-            self.engine.open(site)
-            rows = layout.rows(site.weight)
-            U, s, whole, _ = tsqr_svd(rows.to(compute_dtype(rows.dtype)), layout.group, name=site.name)
-            Vh = whole[:, layout.own_columns(site.shape[1])]
-            last = self._bases.get(site.name)
-            agreement = float("nan")
-            if last is not None:
-                agreement = basis_stability(last[0].to(U), last[1].to(Vh), U, Vh, layout.group)
-            self._bases[site.name] = (U.cpu(), Vh.cpu().contiguous())
+            U, s, Vh = split_svd(site, self.engine)
+            agreement = self._agreement(site.name, U, Vh)
             yield _Look(index, s, agreement, time.perf_counter() - start)
+
+    def _agreement(self, name: str, U: Tensor, Vh: Tensor) -> float:
+        """Stability against the last basis, of which this one takes the place; NaN if there was none."""
+        last = self._bases.get(name)
+        self._bases[name] = (U.cpu(), Vh.cpu().contiguous())
+        if last is None:
+            return float("nan")
+        return basis_stability(last[0].to(U), last[1].to(Vh), U, Vh, self.engine.layout.group)
 
     def _count(self, name: str, agreement: float) -> None:
         settled = self.threshold is not None and agreement >= self.threshold

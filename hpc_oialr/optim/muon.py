@@ -16,6 +16,7 @@ from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.newton_schulz import newton_schulz
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import Selection, low_rank_layers, select
+from hpc_oialr.lowrank.layout import local
 from hpc_oialr.optim.orthogonalise import orthogonalise
 
 Group = dict[str, Any]
@@ -167,12 +168,12 @@ class MuonAdamW(Optimizer):
         directions = self._momentum(params, group)
         steps, dtype = group["newton_schulz_steps"], _newton_schulz_dtype(group, directions[0].dtype)
         done = orthogonalise(directions, lambda batch: newton_schulz(batch, steps=steps, dtype=dtype))
-        torch._foreach_mul_(local(params), 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(_parts(params), 1 - group["lr"] * group["weight_decay"])
         by_scale: defaultdict[float, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_scale[max(1.0, p.shape[0] ** 2 / p.numel()) ** 0.5].append(i)
         for scale, members in by_scale.items():
-            chosen = local([params[i] for i in members])
+            chosen = _parts([params[i] for i in members])
             torch._foreach_add_(chosen, [done[i] for i in members], alpha=-group["lr"] * scale)
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
@@ -182,10 +183,10 @@ class MuonAdamW(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [cast(Tensor, p.grad) for p in params]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(local(buffers), local(grads), 1 - group["momentum"])
+        torch._foreach_lerp_(_parts(buffers), _parts(grads), 1 - group["momentum"])
         if not group["nesterov"]:
             return buffers
-        ahead = torch._foreach_lerp(local(grads), local(buffers), group["momentum"])
+        ahead = torch._foreach_lerp(_parts(grads), _parts(buffers), group["momentum"])
         return [_stored_like(p, direction) for p, direction in zip(params, ahead, strict=True)]
 
     def _adamw(self, params: list[Tensor], group: Group) -> None:
@@ -195,10 +196,10 @@ class MuonAdamW(Optimizer):
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         keys = ("exp_avg", "exp_avg_sq", "step")
-        columns = {key: local([self.state[p][key] for p in params]) for key in keys}
+        columns = {key: _parts([self.state[p][key] for p in params]) for key in keys}
         adamw(
-            local(params),
-            local([cast(Tensor, p.grad) for p in params]),
+            _parts(params),
+            _parts([cast(Tensor, p.grad) for p in params]),
             columns["exp_avg"],
             columns["exp_avg_sq"],
             [],
@@ -219,9 +220,9 @@ def _newton_schulz_dtype(group: Group, of_directions: torch.dtype) -> torch.dtyp
     return compute_dtype(of_directions) if chosen is None and group["cores"] else chosen
 
 
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this process stores of each tensor: elementwise steps need no more."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [local(tensor) for tensor in tensors]
 
 
 def _stored_like(parameter: Tensor, part: Tensor) -> Tensor:

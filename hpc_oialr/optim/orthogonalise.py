@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from hpc_oialr.linalg.work_plan import longest_processing_time
+from hpc_oialr.lowrank.layout import chunk, exchange, local
 
 Map = Callable[[Tensor], Tensor]
 
@@ -75,45 +76,24 @@ def _exchanged(directions: Sequence[Tensor], group: dist.ProcessGroup, newton_sc
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     shapes = [(d.shape[0], d.numel() // d.shape[0]) for d in directions]
     owners = longest_processing_time([float(m) * n * min(m, n) for m, n in shapes], size)
-    rows = [[_rows(m, size, p) for p in range(size)] for m, _ in shapes]
-    parts = [d.to_local().reshape(-1, n) for d, (_, n) in zip(directions, shapes, strict=True)]  # type: ignore[attr-defined]
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    # What process p sends to owner o: its rows of o's matrices, in order; the way back is the mirror image.
-    there = [sum(rows[i][rank] * shapes[i][1] for i in _of(owners, o)) for o in range(size)]
-    back = [sum(rows[i][p] * shapes[i][1] for i in mine) for p in range(size)]
-    sent = torch.cat([parts[i].reshape(-1) for o in range(size) for i in _of(owners, o)])
-    received = _all_to_all(sent, there, back, group)
-    pieces = _cut(received, [(rows[i][p], shapes[i][1]) for p in range(size) for i in mine])
-    whole = [torch.cat(pieces[j :: len(mine)]) for j in range(len(mine))]
-    done = _batched(whole, newton_schulz)
-    returned = [done[j][_start(i, p, rows) :][: rows[i][p]] for p in range(size) for j, i in enumerate(mine)]
-    sent = torch.cat([piece.reshape(-1) for piece in returned]) if returned else sent.new_empty(0)
-    received = _all_to_all(sent, back, there, group)
-    order = [i for o in range(size) for i in _of(owners, o)]
-    results = dict(zip(order, _cut(received, [(rows[i][rank], shapes[i][1]) for i in order]), strict=True))
-    return [results[i].view_as(d.to_local()) for i, d in enumerate(directions)]  # type: ignore[attr-defined]
+    owned = [[i for i, owner in enumerate(owners) if owner == p] for p in range(size)]
+    stored = [local(d) for d in directions]
+    parts = [part.reshape(-1, n) for part, (_, n) in zip(stored, shapes, strict=True)]
+    rows = [[chunk(m, size, p) for p in range(size)] for m, _ in shapes]
 
+    def of_process(i: int, p: int) -> tuple[int, int]:
+        return rows[i][p].stop - rows[i][p].start, shapes[i][1]
 
-def _of(owners: Sequence[int], owner: int) -> list[int]:
-    return [i for i, o in enumerate(owners) if o == owner]
-
-
-def _rows(m: int, size: int, place: int) -> int:
-    """Rows of process ``place``, as ``torch.chunk`` deals them."""
-    chunk = -(-m // size)
-    return min(m, (place + 1) * chunk) - min(m, place * chunk)
-
-
-def _start(i: int, place: int, rows: Sequence[Sequence[int]]) -> int:
-    return sum(rows[i][:place])
-
-
-def _cut(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    pieces = flat.split([m * n for m, n in shapes]) if shapes else ()
-    return [piece.view(m, n) for piece, (m, n) in zip(pieces, shapes, strict=True)]
-
-
-def _all_to_all(sent: Tensor, there: Sequence[int], back: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    received = sent.new_empty(sum(back))
-    dist.all_to_all_single(received, sent, list(back), list(there), group=group)
-    return received
+    there = [[parts[i] for i in theirs] for theirs in owned]
+    expected = [[of_process(i, p) for i in owned[rank]] for p in range(size)]
+    received = exchange(there, expected, group, parts[0])
+    done = _batched([torch.cat(pieces) for pieces in zip(*received, strict=True)], newton_schulz)
+    back = [[matrix[rows[i][p]] for i, matrix in zip(owned[rank], done, strict=True)] for p in range(size)]
+    expected = [[of_process(i, rank) for i in theirs] for theirs in owned]
+    received = exchange(back, expected, group, parts[0])
+    results = {
+        i: part
+        for theirs, pieces in zip(owned, received, strict=True)
+        for i, part in zip(theirs, pieces, strict=True)
+    }
+    return [results[i].view_as(part) for i, part in enumerate(stored)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from hpc_oialr.lowrank.layout import local
 from hpc_oialr.record.quiet import without_lines
 from hpc_oialr.record.tensor_tracker import TensorTracker
 
@@ -201,8 +201,7 @@ def peak_rss_bytes() -> int:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    storages = (tensor.untyped_storage() for tensor in local)
+    storages = (local(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 

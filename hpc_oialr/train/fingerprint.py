@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import CheckpointError
+from hpc_oialr.lowrank.layout import whole
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, shapes, dtypes and bits; a collective call, whole tensors are gathered one by one."""
     digest = hashlib.sha256()
     for name, stored in sorted(tensors.items()):
-        tensor = stored.full_tensor() if isinstance(stored, DTensor) else stored
+        tensor = whole(stored)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

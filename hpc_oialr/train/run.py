@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 Stop = Callable[[], bool]
 
+# What a resumed run may change: where and by whom it is computed, not what is computed.
+RESUMABLE = ("engine", "train.device", "train.timeout_s", "train.workers", "checkpoint")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -69,10 +72,6 @@ def train(
                 f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out."
             )
         return _run(loaded, run_folder, joined, stop_requested)
-
-
-# What may differ from the run's beginning: where and by whom it is computed, not what is computed.
-RESUMABLE = ("engine", "train.device", "train.timeout_s", "train.workers", "checkpoint")
 
 
 def resume(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.linalg.svd import _attempts, orthogonality_error, svd
+from hpc_oialr.linalg.blocks import orthogonality_error
+from hpc_oialr.linalg.svd import _attempts, svd
 
 
 @settings(max_examples=30, deadline=None)

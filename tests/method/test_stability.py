@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_oialr.method.stability import rotation_stability, stability
+from hpc_oialr.linalg.blocks import basis_stability as stability
+from hpc_oialr.method.stability import rotation_stability
 
 
 def basis(m: int, r: int, seed: int) -> Tensor:
