@@ -13,35 +13,23 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.common import Row, arguments, finish
+from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
-from hpc_oialr.engines import DDP, FSDP, DeepSpeed, EngineConfig, TensorParallel
 from hpc_oialr.models import GPT2
 from hpc_oialr.processes import World
 from hpc_oialr.record.memory import MemoryMeter
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
 
 MIB = 1024**2
-ENGINES: dict[str, Callable[[], EngineConfig]] = {
-    "ddp": DDP,
-    "fsdp": FSDP,
-    "tensor": TensorParallel,
-    "zero1": lambda: DeepSpeed(stage=1),
-    "zero2": lambda: DeepSpeed(stage=2),
-    "zero3": lambda: DeepSpeed(stage=3),
-}
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -157,26 +145,9 @@ def rss_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-def work(rank: int, size: int, port: int, folder: str, kind: str, args: tuple[Any, ...]) -> None:
-    """One process: measure, write what was found."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                   "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    row = (phases if kind == "phases" else growth)(*args)
-    torch.save(row, Path(folder) / f"{rank}.pt")
-    World.current().barrier()
-    time.sleep(0.5)
-    os._exit(0)
-
-
-def measure(size: int, kind: str, *args: Any) -> Row:
+def measure(size: int, function: Callable[..., Row], *args: Any) -> Row:
     """The largest figure of any process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(size, port, folder, kind, args), nprocs=size)
-        rows = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    rows = on_processes(size, function, *args)
     return {key: max(row[key] for row in rows) for key in rows[0]}
 
 
@@ -187,21 +158,20 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--updates", type=int, default=200, help="0 leaves the long runs out")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     rows: list[Row] = []
     for optimizer in ("MuonAdamW", "AdamW"):
-        reference = measure(options.processes, "phases", "ddp", optimizer)
+        reference = measure(options.processes, phases, "ddp", optimizer)
         for name in options.engines:
             if name.startswith("zero") and optimizer != "AdamW":
                 continue
-            row = reference if name == "ddp" else measure(options.processes, "phases", name, optimizer)
+            row = reference if name == "ddp" else measure(options.processes, phases, name, optimizer)
             ratios = {f"{phase}_ratio": row[f"{phase}_mib"] / reference[f"{phase}_mib"] for phase in
                       ("dense", "low_rank", "conversion", "update")}  # fmt: skip
             rows.append({"kind": "phases", "engine": name, "optimizer": optimizer, **row, **ratios})
             finish(rows, options.out, processes=options.processes)
     phases_rows = list(rows)
     for name in options.engines if options.updates else ():
-        row = measure(2, "updates", name, "AdamW", options.updates)
+        row = measure(2, growth, name, "AdamW", options.updates)
         rows.append(
             {"kind": "updates", "engine": name, "optimizer": "AdamW", "updates": options.updates, **row}
         )

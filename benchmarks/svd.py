@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from benchmarks.common import Row, arguments, finish
+from benchmarks.processes import free_port
 from benchmarks.svd_workers import work
 
 Jobs = list[tuple[str, dict[str, Any]]]
@@ -38,12 +38,9 @@ def vit_layers(dim: int, depth: int) -> list[tuple[int, int]]:
 
 def spawn(size: int, jobs: Jobs) -> list[Row]:
     """Run the jobs on ``size`` fresh processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        mp.spawn(work, args=(size, port, str(out), jobs), nprocs=size)
+        mp.spawn(work, args=(size, free_port(), str(out), jobs), nprocs=size)
         rows: list[Row] = json.loads(out.read_text())
     return rows
 

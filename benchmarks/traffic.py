@@ -14,27 +14,22 @@ the whole tensors that take part, whatever the algorithm makes of them on the wi
 
 from __future__ import annotations
 
-import os
-import socket
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.common import Row, arguments, finish
+from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, trainable_parameters
-from hpc_oialr.engines import DDP, FSDP, DDPEngine, EngineConfig, TensorParallel
+from hpc_oialr.engines import DDPEngine
 from hpc_oialr.processes import World
 
-ENGINES: dict[str, Callable[[], EngineConfig]] = {"ddp": DDP, "fsdp": FSDP, "tensor": TensorParallel}
+COUNTABLE = ("ddp", "fsdp", "tensor")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 COUNTED: Counter[str] = Counter()
 # For each collective, which argument is the whole tensor, by position and by name.
@@ -85,6 +80,7 @@ buckets.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.F
 
 def measure(name: str, fraction: float, depth: int) -> Row:
     """One engine, dense (fraction 1) or low-rank."""
+    count_collectives()
     world = World.from_environment(device="cpu", timeout_s=300)
     engine = ENGINES[name]().build(world, "fp32")
     if isinstance(engine, DDPEngine):
@@ -126,36 +122,17 @@ def counted_as(*kinds: str) -> int:
     return sum(count for name, count in COUNTED.items() if name.startswith(kinds))
 
 
-def work(rank: int, size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
-    """One process."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                   "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    count_collectives()
-    torch.save(measure(*args), Path(folder) / f"{rank}.pt")
-    World.current().barrier()
-    time.sleep(0.5)
-    os._exit(0)
-
-
 def main() -> None:
     """Every engine, dense and low-rank."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--depth", type=int, default=12, help="12 is ViT-B/16")
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", default=COUNTABLE, choices=COUNTABLE)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     rows: list[Row] = []
     for name in options.engines:
         for fraction in (1.0, 0.25):
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            with tempfile.TemporaryDirectory() as folder:
-                args = (options.processes, port, folder, (name, fraction, options.depth))
-                mp.spawn(work, args=args, nprocs=options.processes)
-                rows.append(torch.load(Path(folder) / "0.pt", weights_only=True))
+            rows.append(on_processes(options.processes, measure, name, fraction, options.depth)[0])
     dense = next((row["gradient_bytes"] for row in rows if row["engine"] == "ddp"), None)
     for row in rows:
         row["of_dense_ddp"] = row["gradient_bytes"] / dense if dense and row["engine"] != "tensor" else None

@@ -11,20 +11,13 @@ from support.spawn import spawn
 from support.tiny_runs import write_recipe
 from support.train_workers import losses, resume_worker, train_worker
 
+from benchmarks.worlds import ENGINES
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 
 STOP_AT = 12
-ENGINES = {
-    "ddp": ["--engine", "DDP"],
-    "fsdp": ["--engine", "FSDP"],
-    "tensor": ["--engine", "TensorParallel"],
-    "zero1": ["--engine", "DeepSpeed", "--engine.stage", "1"],
-    "zero2": ["--engine", "DeepSpeed", "--engine.stage", "2"],
-    "zero3": ["--engine", "DeepSpeed", "--engine.stage", "3"],
-}
 HERE = [name for name in ENGINES if not name.startswith("zero") or find_spec("deepspeed")]
 
 
