@@ -1,22 +1,29 @@
 """One layer, forward and backward: factored against dense, and the published scheme that rebuilds W.
 
-Ratios are to the dense layer, measured in turn in one run. `time_ratio` is this project's low-rank
-layer, `rebuild_ratio` the same layer building `W = U S Vh` in every forward pass, `flop_ratio` what
-the operation counts promise. `oialr.crossover` accepts the result file.
+Ratios are to the dense layer, torch's `nn.Linear`, measured in turn in one run. `time_ratio` is this
+project's low-rank layer, `linear_ratio` the same products by `torch.nn.functional.linear`, `rebuild_ratio`
+the layer building `W = U S Vh` in every forward pass, `flop_ratio` what the operation counts promise.
+`dense_onednn_ratio` is a dense layer whose output and input gradient go through oneDNN, as the low-rank
+layer's products do in fp32 on CPUs. `oialr.crossover` accepts the result file.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.common import Row, arguments, finish, time_ratios
 from hpc_oialr.lowrank import Selection, convert
+from hpc_oialr.lowrank.chain import onednn_linear
 from hpc_oialr.lowrank.execution import dense_cost, factored_cost, measured_crossover
 from hpc_oialr.lowrank.linear import LowRankLinear
 
+Forward = Callable[[nn.Module, Tensor], Tensor]
 SHAPES = ((768, 768), (3072, 768))
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
 
@@ -43,6 +50,8 @@ def measure(m: int, n: int, fraction: float, dtype: torch.dtype, tokens: int, re
     x = torch.randn(tokens, n, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, m, device=device, dtype=dtype)
     steps = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    steps["linear"] = lambda: step(layers["factored"], x, dy, three_linear_layers)
+    steps["dense oneDNN"] = lambda: step(dense, x, dy, dense_by_onednn)
     ratios, dense_s = time_ratios(steps, "dense", repeats=repeats)
     r = int(fraction * min(m, n))
     return {
@@ -54,13 +63,39 @@ def measure(m: int, n: int, fraction: float, dtype: torch.dtype, tokens: int, re
         "time_ratio": ratios["factored"],
         "flop_ratio": factored_cost(tokens, m, n, r) / dense_cost(tokens, m, n),
         "rebuild_ratio": ratios["rebuild"],
+        "linear_ratio": ratios["linear"],
+        "dense_onednn_ratio": ratios["dense oneDNN"] if device == "cpu" else None,
         "dense_ms": 1e3 * dense_s,
     }
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+def three_linear_layers(layer: nn.Module, x: Tensor) -> Tensor:
+    """Factored execution by torch's own products."""
+    assert isinstance(layer, LowRankLinear)
+    return F.linear(F.linear(F.linear(x, layer.Vh), layer.S), layer.U, layer.bias)
+
+
+def dense_by_onednn(layer: nn.Module, x: Tensor) -> Tensor:
+    """``nn.Linear`` with oneDNN for ``y`` and ``dx``; ``dW`` is torch's, which is faster there."""
+    result: Tensor = _OneDNNLinear.apply(x, layer.weight, layer.bias) if not x.is_cuda else layer(x)
+    return result
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return onednn_linear(dy, weight.mT), dy.mT @ x, dy.sum(0)
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor, forward: Forward | None = None) -> None:
     """Forward and backward, gradients dropped as after an optimizer step."""
-    layer(x).backward(dy)
+    (layer(x) if forward is None else forward(layer, x)).backward(dy)
     layer.zero_grad(set_to_none=True)
     x.grad = None
 

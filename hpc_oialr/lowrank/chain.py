@@ -30,8 +30,8 @@ def chain(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Te
     Notes
     -----
     In fp32 on CPUs the products go to oneDNN, which torch uses for bf16 only: at ViT-B/16's shapes it multiplies thin
-    matrices 5 to 15 % faster than the BLAS behind ``torch.mm``, and adds the bias in the same pass
-    (``python -m benchmarks.layer``). That path has no second derivative; inside
+    matrices faster than the BLAS behind ``torch.mm``, and adds the bias in the same pass; the ratios are in
+    ``benchmarks/results/layer.json``. That path has no second derivative; inside
     ``torch.backends.mkldnn.flags(enabled=False)``, under autocast and ``torch.compile``, and everywhere else the
     products are torch's own.
     """
@@ -56,7 +56,8 @@ def _thin_on_cpu(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     )
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` of two matrices on the CPU, without a graph."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -66,9 +67,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:
-        a = _linear(x, A)
+        a = onednn_linear(x, A)
         ctx.save_for_backward(a, A, S, C)
-        return _linear(_linear(a, S), C, bias)
+        return onednn_linear(onednn_linear(a, S), C, bias)
 
     @staticmethod
     @once_differentiable
@@ -77,7 +78,7 @@ class _Chain(torch.autograd.Function):
         for_x, _, for_S, _, for_bias = ctx.needs_input_grad
         dS = dx = None
         if for_x or for_S:
-            db = _linear(dy, C.mT)
+            db = onednn_linear(dy, C.mT)
             dS = db.mT @ a if for_S else None
-            dx = _linear(_linear(db, S.mT), A.mT) if for_x else None
+            dx = onednn_linear(onednn_linear(db, S.mT), A.mT) if for_x else None
         return dx, None, dS, None, dy.sum(0) if for_bias else None
