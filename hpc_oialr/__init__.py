@@ -7,21 +7,26 @@ Three lines in any training loop::
     oialr.step()                             # after optimizer.step()
 """
 
-from hpc_oialr.lowrank import Selection, dense_parameters, low_rank_layers, merge, trainable_parameters
-from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.oialr import OIALR
-from hpc_oialr.method.report import LayerUpdate, UpdateReport
-from hpc_oialr.method.rules import (
-    CumulativeSum,
-    Energy,
-    FixedFraction,
-    NoiseEdge,
-    RankLimits,
-    RankRule,
-    RelativeCutoff,
-    StableRank,
-)
-from hpc_oialr.optim import MuonAdamW, muon_adamw
+from typing import TYPE_CHECKING
+
+from hpc_oialr.lazy import offer
+
+if TYPE_CHECKING:
+    from hpc_oialr.lowrank import Selection, dense_parameters, low_rank_layers, merge, trainable_parameters
+    from hpc_oialr.method.config import OIALRConfig
+    from hpc_oialr.method.oialr import OIALR
+    from hpc_oialr.method.report import LayerUpdate, UpdateReport
+    from hpc_oialr.method.rules import (
+        CumulativeSum,
+        Energy,
+        FixedFraction,
+        NoiseEdge,
+        RankLimits,
+        RankRule,
+        RelativeCutoff,
+        StableRank,
+    )
+    from hpc_oialr.optim import MuonAdamW, muon_adamw
 
 __version__ = "0.1.0"
 
@@ -46,3 +51,30 @@ __all__ = [
     "muon_adamw",
     "trainable_parameters",
 ]
+
+offer(
+    __name__,
+    {
+        "hpc_oialr.lowrank": (
+            "Selection",
+            "dense_parameters",
+            "low_rank_layers",
+            "merge",
+            "trainable_parameters",
+        ),
+        "hpc_oialr.method.config": ("OIALRConfig",),
+        "hpc_oialr.method.oialr": ("OIALR",),
+        "hpc_oialr.method.report": ("LayerUpdate", "UpdateReport"),
+        "hpc_oialr.method.rules": (
+            "CumulativeSum",
+            "Energy",
+            "FixedFraction",
+            "NoiseEdge",
+            "RankLimits",
+            "RankRule",
+            "RelativeCutoff",
+            "StableRank",
+        ),
+        "hpc_oialr.optim": ("MuonAdamW", "muon_adamw"),
+    },
+)

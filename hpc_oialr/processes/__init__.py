@@ -1,9 +1,25 @@
 """Processes: one :class:`World` from torchrun, srun, mpirun or a single process; equal replicas; metrics."""
 
-from hpc_oialr.processes.environment import LaunchInfo, launch_info
-from hpc_oialr.processes.metrics_channel import MetricsChannel
-from hpc_oialr.processes.open_channel import open_channel
-from hpc_oialr.processes.replicas import check_equal
-from hpc_oialr.processes.world import World
+from typing import TYPE_CHECKING
+
+from hpc_oialr.lazy import offer
+
+if TYPE_CHECKING:
+    from hpc_oialr.processes.environment import LaunchInfo, launch_info
+    from hpc_oialr.processes.metrics_channel import MetricsChannel
+    from hpc_oialr.processes.open_channel import open_channel
+    from hpc_oialr.processes.replicas import check_equal
+    from hpc_oialr.processes.world import World
 
 __all__ = ["LaunchInfo", "MetricsChannel", "World", "check_equal", "launch_info", "open_channel"]
+
+offer(
+    __name__,
+    {
+        "hpc_oialr.processes.environment": ("LaunchInfo", "launch_info"),
+        "hpc_oialr.processes.metrics_channel": ("MetricsChannel",),
+        "hpc_oialr.processes.open_channel": ("open_channel",),
+        "hpc_oialr.processes.replicas": ("check_equal",),
+        "hpc_oialr.processes.world": ("World",),
+    },
+)

@@ -1,12 +1,17 @@
 """The record of a run: its folder, metrics, spectra, memory, progress and surroundings."""
 
-from hpc_oialr.record.environment_report import environment_report
-from hpc_oialr.record.memory import MemoryMeter, peak_rss_bytes, resident_bytes
-from hpc_oialr.record.metrics import MetricsWriter, read_metrics
-from hpc_oialr.record.pace import Pace
-from hpc_oialr.record.progress import Progress, Status, make_progress
-from hpc_oialr.record.run_folder import RunFolder
-from hpc_oialr.record.spectra import SpectraWriter, read_spectra
+from typing import TYPE_CHECKING
+
+from hpc_oialr.lazy import offer
+
+if TYPE_CHECKING:
+    from hpc_oialr.record.environment_report import environment_report
+    from hpc_oialr.record.memory import MemoryMeter, peak_rss_bytes, resident_bytes
+    from hpc_oialr.record.metrics import MetricsWriter, read_metrics
+    from hpc_oialr.record.pace import Pace
+    from hpc_oialr.record.progress import Progress, Status, make_progress
+    from hpc_oialr.record.run_folder import RunFolder
+    from hpc_oialr.record.spectra import SpectraWriter, read_spectra
 
 __all__ = [
     "MemoryMeter",
@@ -23,3 +28,16 @@ __all__ = [
     "read_spectra",
     "resident_bytes",
 ]
+
+offer(
+    __name__,
+    {
+        "hpc_oialr.record.environment_report": ("environment_report",),
+        "hpc_oialr.record.memory": ("MemoryMeter", "peak_rss_bytes", "resident_bytes"),
+        "hpc_oialr.record.metrics": ("MetricsWriter", "read_metrics"),
+        "hpc_oialr.record.pace": ("Pace",),
+        "hpc_oialr.record.progress": ("Progress", "Status", "make_progress"),
+        "hpc_oialr.record.run_folder": ("RunFolder",),
+        "hpc_oialr.record.spectra": ("SpectraWriter", "read_spectra"),
+    },
+)
