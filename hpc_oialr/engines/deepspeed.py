@@ -162,11 +162,13 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, parts: dict[nn.Parameter, Part]) -> None:
         """Make DeepSpeed's engine over the present parameters, and put their values and moments into it."""
-        total = sum(whole_shape(p).numel() for p in parts)
+        trained, everything = (
+            sum(whole_shape(p).numel() for p in group) for group in (parts, self._module.parameters())
+        )
         engine, *_ = self._library.initialize(
             model=self._module,
             optimizer=_twin(self._template),
-            config=filled(self._given, self._precision, total),
+            config=filled(self._given, self._precision, trained=trained, parameters=everything),
             dist_init_required=False,
         )
         self._keep_autocast(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ _REFUSED_ZERO = {
     "zero_quantized_weights": "masters must be kept exactly",
     "zero_quantized_nontrainable_weights": "bases must be kept exactly",
 }
+
+# The part of a model that one of DeepSpeed's buffers takes where the JSON leaves its size open. DeepSpeed's own
+# sizes are for models of billions of parameters; a smaller model would lie whole in each buffer.
+BUFFERS_IN_MODEL = 32
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def check_recipe(given: dict[str, Any], recipe: Recipe, processes: int, origin: 
             )
 
 
-def filled(given: dict[str, Any], precision: str, largest_bucket: int) -> dict[str, Any]:
+def filled(given: dict[str, Any], precision: str, *, trained: int, parameters: int) -> dict[str, Any]:
     """What DeepSpeed is given: no "auto" is left, and a step is one backward pass to it.
 
     The engine tells DeepSpeed by itself which backward pass is a step's last, and clips as the recipe
@@ -164,17 +169,18 @@ def filled(given: dict[str, Any], precision: str, largest_bucket: int) -> dict[s
 
     Parameters
     ----------
-    largest_bucket
-        Numbers of which a communication buffer needs no more.
+    trained, parameters
+        Numbers in the model's trained parameters and in all of them; see :func:`sizes`.
     """
     content: dict[str, Any] = without_auto(given)
     zero: dict[str, Any] = content["zero_optimization"]
-    wanted = zero.get("reduce_bucket_size", 500_000_000)
-    zero["reduce_bucket_size"] = max(1, min(int(wanted), largest_bucket))
+    zero = sizes(trained, parameters, zero["stage"]) | zero
+    zero["reduce_bucket_size"] = max(1, min(int(zero["reduce_bucket_size"]), trained))
     content.pop("train_batch_size", None)
     for name in HALF:
         content[name] = {**content.get(name, {}), "enabled": precision == name}
     return content | {
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -182,8 +188,29 @@ def filled(given: dict[str, Any], precision: str, largest_bucket: int) -> dict[s
     }
 
 
+def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
+    """Sizes in numbers, by the model's, at most DeepSpeed's own.
+
+    The buffer for gradients takes 1/32 of them, what stage 3 gathers before its use or keeps for a next use
+    1/32 of the model; parameters of at most ``sqrt(parameters)`` numbers, biases and norms, stay gathered.
+
+    Examples
+    --------
+    >>> sizes(6400, 10_000, 2)
+    {'reduce_bucket_size': 200}
+    """
+    found = {"reduce_bucket_size": min(500_000_000, trained // BUFFERS_IN_MODEL)}
+    if stage < 3:
+        return found
+    return found | {
+        "stage3_prefetch_bucket_size": min(50_000_000, parameters // BUFFERS_IN_MODEL),
+        "stage3_max_reuse_distance": min(1_000_000_000, parameters // BUFFERS_IN_MODEL),
+        "stage3_param_persistence_threshold": min(100_000, math.isqrt(parameters)),
+    }
+
+
 def without_auto(value: Any) -> Any:
-    """Without the keys whose value is "auto": DeepSpeed then takes its defaults."""
+    """Without the keys whose value is "auto": :func:`sizes` or DeepSpeed then has one."""
     if isinstance(value, dict):
         return {key: without_auto(item) for key, item in value.items() if item != "auto"}
     return value

@@ -90,6 +90,8 @@ class Partitions:
         self.world = world
         # Stage 3 deals each parameter on its own, so that its parts do not move when others change.
         self.fixed = hasattr(zero, "fp32_partitioned_groups_flat")
+        if self.fixed:
+            _share_masters(zero)
         self.places = dict(_by_parameter(zero, world) if self.fixed else _by_group(zero))
 
     def part(self, parameter: nn.Parameter) -> Part:
@@ -141,6 +143,19 @@ class Partitions:
 
 def _is_like(value: Any, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and value.shape == flat.shape
+
+
+def _share_masters(zero: Any) -> None:
+    """In fp32 let stage 3's fp32 values be the parameters' parts themselves, as DeepSpeed means them to be.
+
+    Its ``_create_fp32_partitions`` makes a copy unless the parts are on its device, but compares the device
+    with its name (0.19.8), which is never equal. What it copies back after a step is then the same memory.
+    """
+    for master, parts in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        if master.dtype == parts.dtype:
+            master.data = parts.detach()
 
 
 def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:

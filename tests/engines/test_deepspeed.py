@@ -17,7 +17,9 @@ from support.deepspeed_workers import (
     alone,
     bytes_after,
     evaluated,
+    held_bytes_a_number,
     trained,
+    trained_with_copies,
     zero,
 )
 from support.spawn import spawn
@@ -31,6 +33,7 @@ from hpc_oialr.engines.deepspeed_json import (
     check_sections,
     filled,
     read_json,
+    sizes,
     stage_of,
 )
 from hpc_oialr.engines.deepspeed_library import import_deepspeed
@@ -53,6 +56,8 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     """All that needs two processes, in one start of them: that takes longer than the rest."""
     World.from_environment(device="cpu", timeout_s=60)
     results: dict[str, Any] = {str(kind): trained(*kind) for kind in KINDS}
+    results["with copies"] = trained_with_copies()
+    results["held"] = held_bytes_a_number(3)
     results["outputs"] = evaluated(3)
     results["bytes"] = {stage: bytes_after(stage, [4, 12]) for stage in (2, 3)}
     results["muon"] = muon_refused()
@@ -98,6 +103,19 @@ def test_a_rebuild_keeps_every_bit(two: list[dict[str, Any]], kind: tuple[int, s
     """fp32 values, both moments and the step counter of every parameter, changed or not."""
     for of_process in two:
         assert of_process[str(kind)]["kept"] == [True] * 3
+
+
+@installed
+def test_one_copy_of_fp32_values_trains_as_two_do(two: list[dict[str, Any]]) -> None:
+    for of_process in two:
+        assert of_process["with copies"] == of_process[str((3, "fp32", "AdamW"))]["losses"]
+
+
+@installed
+def test_stage_3_holds_a_process_share_and_small_buffers(two: list[dict[str, Any]]) -> None:
+    """Parameter, gradient and two moments, 16 bytes a number, are shared by two; a buffer takes 4 / 32."""
+    for of_process in two:
+        assert 8 <= of_process["held"] < 8 + 4 / 32 + 0.1
 
 
 @installed
@@ -260,9 +278,27 @@ def test_auto_is_filled_in() -> None:
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
     }
     check_recipe(given, RECIPE, 4, "ds.json")
-    content = filled(given, "bf16", 1000)
-    assert content["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False}
+    content = filled(given, "bf16", trained=3200, parameters=3200)
+    assert content["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 100, "overlap_comm": False}
     assert content["bf16"]["enabled"] is True
     assert content["fp16"]["enabled"] is False
     assert "auto" not in json.dumps(content)
     assert given["bf16"] == {"enabled": "auto"}, "what was given stays as it is"
+
+
+def test_sizes_follow_the_model_and_what_is_given_stays() -> None:
+    assert sizes(320_000, 640_000, 3) == {
+        "reduce_bucket_size": 10_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_max_reuse_distance": 20_000,
+        "stage3_param_persistence_threshold": 800,
+    }
+    assert sizes(10**12, 10**12, 3) == {
+        "reduce_bucket_size": 500_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+    }, "DeepSpeed's own"
+    given = {"stage": 3, "reduce_bucket_size": 10**6, "stage3_param_persistence_threshold": 0}
+    zero = filled({"zero_optimization": given}, "fp32", trained=320_000, parameters=640_000)
+    assert zero["zero_optimization"] == sizes(320_000, 640_000, 3) | given | {"reduce_bucket_size": 320_000}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -138,6 +139,21 @@ def trained(stage: int, precision: str = "fp32", optimizer: str = "AdamW") -> di
             made.append(len(run.losses))
     assert not run.optimizer.state, "between changes the given optimizer holds nothing"
     return {"losses": run.losses, "r": run.oialr.r, "made": made, "kept": kept}
+
+
+def trained_with_copies() -> list[float]:
+    """Losses under stage 3 that holds fp32 values and parameters twice, as DeepSpeed makes them."""
+    with mock.patch("hpc_oialr.engines.zero_partitions._share_masters"):
+        losses: list[float] = trained(3)["losses"]
+    return losses
+
+
+def held_bytes_a_number(stage: int) -> float:
+    """What the engine holds after a dense step, over the numbers that the module has."""
+    run = Run(zero(stage)).train(2)
+    storages = [tensor.untyped_storage() for tensor in run.engine.held()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return held / sum(whole_shape(p).numel() for p in run.module.parameters())
 
 
 def evaluated(stage: int) -> list[float]:
