@@ -28,6 +28,10 @@ class LayerUpdate:
         ``||Q^T Q - I||_F / sqrt(r)`` before this update; 0 while dense.
     seconds
         Time of the SVD on a process that did it (s); 0 on the others.
+    subspace_angle_U, subspace_angle_Vh
+        Largest principal angle to the basis before (rad); None where it was not measured.
+    r_factor_distance
+        Distance of the R of the weight's QR to the one before; None where it was not measured.
     """
 
     name: str
@@ -40,6 +44,9 @@ class LayerUpdate:
     orthogonality_error_U: float
     orthogonality_error_Vh: float
     seconds: float
+    subspace_angle_U: float | None = None
+    subspace_angle_Vh: float | None = None
+    r_factor_distance: float | None = None
 
     @property
     def cut_values(self) -> int:

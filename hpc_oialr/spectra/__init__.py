@@ -1,0 +1,8 @@
+"""Spectra of a run: written beside the training, read at any time.
+
+``hpc_oialr.spectra.open("runs/first")`` gives every layer's singular values and figures.
+"""
+
+from hpc_oialr.spectra.reader import Layer, Runs, Spectra, open
+
+__all__ = ["Layer", "Runs", "Spectra", "open"]

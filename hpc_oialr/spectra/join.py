@@ -1,0 +1,78 @@
+"""Many files of one record made into one plain file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpc_oialr.spectra.layout import describe, extend, make_group, make_steps
+from hpc_oialr.spectra.pieces import Piece
+from hpc_oialr.spectra.quantities import spectral_quantities
+from hpc_oialr.spectra.reader import Layer, Spectra
+from hpc_oialr.spectra.rows import LayerRows
+
+
+def join(paths: Sequence[Path], target: Path, *, segments: int = 0, until: int | None = None) -> None:
+    """Write all rows of some files into one, which then takes the target's place in one rename.
+
+    Rows of older versions get the figures that follow from their singular values. Memory: one layer.
+
+    Parameters
+    ----------
+    segments
+        How many closed segments come before the target.
+    until
+        Leave out rows of later steps.
+
+    Raises
+    ------
+    DataError
+        If one of the files is damaged; the target is as before.
+    OSError
+        If it cannot be written; the target is as before.
+    """
+    with contextlib.ExitStack() as stack:
+        pieces = [stack.enter_context(contextlib.closing(Piece(path))) for path in paths]
+        write_record(Spectra(target, pieces), target, segments=segments, until=until)
+
+
+def write_record(run: Spectra, target: Path, *, segments: int = 0, until: int | None = None) -> None:
+    """Write an open record as one plain file; see :func:`join`."""
+    draft = target.with_name(f".{target.name}.join.tmp")
+    try:
+        with h5py.File(draft, "w", libver="v110", locking=False) as file:
+            own = ("schema_version", "segments", "virtual")
+            describe(file, {key: value for key, value in run.attributes.items() if key not in own}, segments)
+            _fill(file, run, until)
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _fill(file: h5py.File, run: Spectra, until: int | None) -> None:
+    for layer in run.values():
+        rows = _rows(layer, until)
+        if len(rows.events):
+            group = make_group(file, rows, len(rows.events))
+            extend(group["events"], rows.events)
+            extend(group["singular_values"], rows.singular_values)
+    steps = run.steps if until is None else run.steps[run.steps["step"] <= until]
+    if len(steps):
+        extend(make_steps(file, len(steps)), steps)
+
+
+def _rows(layer: Layer, until: int | None) -> LayerRows:
+    kept = slice(None) if until is None else layer.t <= until
+    events, values = layer.events[kept].copy(), layer.singular_values[kept]
+    for event, row in zip(events, values, strict=True):
+        if np.isnan(event["stable_rank"]):
+            for name, figure in spectral_quantities(row[~np.isnan(row)], layer.m, layer.n).items():
+                event[name] = figure
+    return LayerRows(layer.name, layer.index, layer.m, layer.n, events, values)
