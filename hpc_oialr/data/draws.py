@@ -54,6 +54,10 @@ class Draw:
         """One integer in [0, high) for each sample; the bias of the remainder is below high / 2^64."""
         return (self.bits(samples, stream) % np.uint64(high)).astype(np.int64)
 
+    def uniform(self, samples: NDArray[np.int64], *, stream: int) -> NDArray[np.float64]:
+        """One number in [0, 1) for each sample, a multiple of 2^-53."""
+        return (self.bits(samples, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
     def permutation(self, n: int) -> Tensor:
         """A random order of ``range(n)``, int64 [n].
 

@@ -10,51 +10,17 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data.augment import FlipAndCrop
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
+from hpc_oialr.data.base import DataConfig, Splits
 from hpc_oialr.data.cache import cache_root
 from hpc_oialr.data.catalog import FASHION_MNIST_SYSTEM_FOLDER, describe
-from hpc_oialr.data.draws import SPLIT_SEED, Draw
 from hpc_oialr.data.idx import parse_idx, verified_bytes
+from hpc_oialr.data.image_arrays import ImageArrays, split_off
 from hpc_oialr.errors import ConfigError, DataError
 
 MEAN, STD = 0.2860, 0.3530
 """Of all pixels of the training images, scaled to [0, 1]."""
 
 _IMAGES = 60_000
-
-
-class ImageArrays(ArrayDataset):
-    """Images kept as bytes, turned into normalised floats a batch at a time.
-
-    Parameters
-    ----------
-    images
-        uint8 [N, C, H, W].
-    labels
-        int64 [N].
-    mean, std
-        Of the pixels, scaled to [0, 1].
-    augment
-        What to do to training images; needs the draw of an epoch.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, *, mean: float, std: float, augment: FlipAndCrop | None = None
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.factor, self.shift = 1 / (255 * std), -mean / std
-        self.augment = augment if augment is not None and augment.active else None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
-        """``{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}``."""
-        images = self.images.index_select(0, indices)
-        if self.augment is not None and draw is not None:
-            images = self.augment(images, indices, draw)
-        pixels = images.to(torch.float32).mul_(self.factor).add_(self.shift)
-        return {"pixel_values": pixels, "labels": self.labels.index_select(0, indices)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +80,8 @@ class FashionMNIST(DataConfig):
 
     def _load(self) -> Splits:
         folder = self.folder()
-        images, labels = _read_part(folder, "train")
-        whole = ImageArrays(images, labels, mean=MEAN, std=STD, augment=self.augment)
-        test = ImageArrays(*_read_part(folder, "t10k"), mean=MEAN, std=STD)
-        if not self.validation:
-            return Splits(whole, None, test)
-        order = Draw(SPLIT_SEED).permutation(len(whole))
-        held_out = ImageArrays(images, labels, mean=MEAN, std=STD).subset(order[-self.validation :])
-        return Splits(whole.subset(order[: -self.validation]), held_out, test)
+        train = ImageArrays(*_read_part(folder, "train"), mean=MEAN, std=STD, augment=self.augment)
+        return split_off(train, self.validation, ImageArrays(*_read_part(folder, "t10k"), mean=MEAN, std=STD))
 
 
 def _missing(folder: Path) -> str:

@@ -40,7 +40,7 @@ def fetch(name: str, data_dir: str | Path | None = None) -> Path:
         No source could deliver; lists what was tried and what to do.
     """
     dataset = describe(name)
-    if data_dir is not None and dataset.files and dataset.fault(Path(data_dir)) is None:
+    if data_dir is not None and dataset.known and dataset.fault(Path(data_dir)) is None:
         logger.info("%s: already in %s, checked", name, data_dir)
         return Path(data_dir)
     return fetch_into(dataset, Path(data_dir) if data_dir is not None else cache_root())

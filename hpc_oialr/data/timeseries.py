@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,15 +31,15 @@ class Series:
     name
         Its id and column.
     values
-        Standardised, 0 where nothing was observed, float32 [steps].
+        Standardised, 0 where nothing was observed, float32 [steps]; of several variables [steps, variables].
     observed
-        1 or 0, float32 [steps].
+        1 or 0, float32, of the shape of ``values``.
     calendar
         Time features in [-0.5, 0.5], float32 [steps, features]; None without a time column.
     bounds
         Steps at which training and validation end.
     mean, std
-        ``original = values * std + mean``.
+        ``original = values * std + mean``; one of each for every variable.
     """
 
     name: str
@@ -48,8 +47,8 @@ class Series:
     observed: Tensor
     calendar: Tensor | None
     bounds: tuple[int, int]
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
 
 
 class SeriesWindows(ArrayDataset):
@@ -71,11 +70,10 @@ class SeriesWindows(ArrayDataset):
         shifted = [np.arange(r.start, r.stop) + o for r, o in zip(starts, offsets, strict=False)]
         self.starts = torch.from_numpy(np.concatenate(shifted).astype(np.int64))
         length = past + future
-        # unfold makes [steps - length + 1, length] views of the joined series.
-        self._values = torch.cat([one.values for one in series]).unfold(0, length, 1)
-        self._observed = torch.cat([one.observed for one in series]).unfold(0, length, 1)
+        self._values = _windows_of([one.values for one in series], length)
+        self._observed = _windows_of([one.observed for one in series], length)
         calendars = [one.calendar for one in series if one.calendar is not None]
-        self._calendar = torch.cat(calendars).unfold(0, length, 1) if calendars else None
+        self._calendar = _windows_of(calendars, length) if calendars else None
         self._age = torch.linspace(-0.5, 0.5, length)[:, None]
 
     def __len__(self) -> int:
@@ -86,7 +84,7 @@ class SeriesWindows(ArrayDataset):
 
         ``past_values``, ``past_observed_mask`` [B, past]; ``past_time_features`` [B, past, features];
         ``future_values``, ``future_observed_mask`` [B, future]; ``future_time_features`` [B, future,
-        features].
+        features]. Values and masks of series of several variables have these as a last axis.
         """
         starts = self.starts.index_select(0, indices)
         arrays = {
@@ -101,12 +99,18 @@ class SeriesWindows(ArrayDataset):
         age = self._age.expand(len(starts), -1, -1)
         if self._calendar is None:
             return age
-        return torch.cat((self._calendar[starts].transpose(1, 2), age), dim=2)
+        return torch.cat((self._calendar[starts], age), dim=2)
+
+
+def _windows_of(series: Sequence[Tensor], length: int) -> Tensor:
+    """Views [steps - length + 1, length, ...] of the joined series, [steps, ...] each."""
+    windows = torch.cat(tuple(series)).unfold(0, length, 1)
+    return windows.movedim(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSeriesCSV(DataConfig):
-    """Windows over the series of a CSV; each value column (of each id) is a series of its own.
+    """Windows over the series of a CSV; each value column (of each id) is a series of its own, or a variable.
 
     The split is by time: the first steps train, the last test. A window belongs to the part that its
     whole future lies in; its past may reach back into the part before.
@@ -114,9 +118,13 @@ class TimeSeriesCSV(DataConfig):
     Parameters
     ----------
     path
-        The CSV, or a folder with one; not given: the fetched data set ``taylor-30-min``.
+        The CSV, or a folder with one; not given: the fetched ``dataset``.
+    dataset
+        Name of a data set that ``oialr data fetch`` gets.
     columns
         Value columns.
+    multivariate
+        The columns are variables of one series, forecast together.
     id_column
         Column that tells series apart.
     timestamp_column
@@ -130,12 +138,16 @@ class TimeSeriesCSV(DataConfig):
         How far back the model's lagged inputs reach; a window has ``max(lags_sequence)`` more past steps.
     validation_fraction, test_fraction
         Share of the steps of each series.
+    split_steps
+        Steps of the training, validation and test part instead; later ones are left out.
     limit
         Use only the first so many training windows.
     """
 
     path: str | None = None
+    dataset: str = "taylor-30-min"
     columns: tuple[str, ...] = ("value",)
+    multivariate: bool = False
     id_column: str | None = None
     timestamp_column: str | None = None
     context_length: int = 96
@@ -143,9 +155,8 @@ class TimeSeriesCSV(DataConfig):
     lags_sequence: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
+    split_steps: tuple[int, ...] = ()
     limit: int | None = None
-
-    input_size: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self._check_limit()
@@ -157,6 +168,14 @@ class TimeSeriesCSV(DataConfig):
             raise ConfigError("data.columns", self.columns, "must name at least one value column")
         if not self.lags_sequence or min(self.lags_sequence) < 1:
             raise ConfigError("data.lags_sequence", self.lags_sequence, "must hold lags of at least 1 step")
+        if self.split_steps and (len(self.split_steps) != 3 or min(self.split_steps) < 1):
+            rule = "must be three positive numbers: training, validation, test"
+            raise ConfigError("data.split_steps", self.split_steps, rule)
+
+    @property
+    def input_size(self) -> int:
+        """Variables of each series."""
+        return len(self.columns) if self.multivariate else 1
 
     @property
     def past_length(self) -> int:
@@ -176,11 +195,11 @@ class TimeSeriesCSV(DataConfig):
         DataError
             There is no such file, or a folder without exactly one CSV.
         """
-        path = cache_root() / "taylor-30-min" if self.path is None else Path(self.path)
+        path = cache_root() / self.dataset if self.path is None else Path(self.path)
         found = sorted(path.glob("*.csv")) if path.is_dir() else [path] * path.is_file()
         if len(found) == 1:
             return found[0]
-        fix = describe("taylor-30-min").fix if self.path is None else "Set data.path to a CSV file."
+        fix = describe(self.dataset).fix if self.path is None else "Set data.path to a CSV file."
         what = f"holds {len(found)} CSV files, not one" if path.is_dir() else "does not exist"
         raise DataError(f"time series {path} {what}. {fix}")
 
@@ -192,21 +211,30 @@ class TimeSeriesCSV(DataConfig):
         series = [one for name, table in tables.items() for one in self._standardised(path, name, table)]
         return Splits(
             self._windows(path, series, 0),
-            self._windows(path, series, 1) if self.validation_fraction else None,
-            self._windows(path, series, 2) if self.test_fraction else None,
+            self._windows(path, series, 1) if self.split_steps or self.validation_fraction else None,
+            self._windows(path, series, 2) if self.split_steps or self.test_fraction else None,
         )
 
     def _standardised(self, path: Path, name: str, table: SeriesTable) -> list[Series]:
-        steps = len(table.values[0])
-        test_at = steps - round(self.test_fraction * steps)
-        bounds = (test_at - round(self.validation_fraction * steps), test_at)
-        calendar = calendar_features(table.times) if table.times else None
+        *bounds, end = self._ends(path, len(table.values[0]))
+        calendar = calendar_features(table.times[:end]) if table.times else None
         made = []
         for column, raw in zip(self.columns, table.values, strict=True):
-            values = np.asarray(raw, dtype=np.float64)
+            values = np.asarray(raw[:end], dtype=np.float64)
             label = f"{name}/{column}" if name else column
-            made.append(_standardise(path, label, values, calendar, bounds))
-        return made
+            made.append(_standardise(path, label, values, calendar, (bounds[0], bounds[1])))
+        return [_together(made)] if self.multivariate else made
+
+    def _ends(self, path: Path, steps: int) -> tuple[int, int, int]:
+        """Where the three parts of a series of so many steps end."""
+        if self.split_steps:
+            training, validation, test = self.split_steps
+            if training + validation + test > steps:
+                rule = f"must not add up to more than the {steps} rows of a series in {path}"
+                raise ConfigError("data.split_steps", self.split_steps, rule)
+            return training, training + validation, training + validation + test
+        test_at = steps - round(self.test_fraction * steps)
+        return test_at - round(self.validation_fraction * steps), test_at, steps
 
     def _windows(self, path: Path, series: Sequence[Series], part: int) -> SeriesWindows:
         """All windows whose future lies within part 0 (training), 1 (validation) or 2 (test)."""
@@ -256,3 +284,16 @@ def _standardise(
     scaled = np.where(seen, (values - mean) / std, 0.0).astype(np.float32)
     observed = torch.from_numpy(seen.astype(np.float32))
     return Series(name, torch.from_numpy(scaled), observed, calendar, bounds, mean, std)
+
+
+def _together(series: Sequence[Series]) -> Series:
+    """Series of one variable each as one of several."""
+    means, stds = zip(*((one.mean, one.std) for one in series), strict=True)
+    return replace(
+        series[0],
+        name=", ".join(one.name for one in series),
+        values=torch.stack([one.values for one in series], dim=1),
+        observed=torch.stack([one.observed for one in series], dim=1),
+        mean=means,
+        std=stds,
+    )

@@ -43,6 +43,8 @@ class TrainConfig:
         Samples per evaluation step and process.
     early_stopping
         Stop after so many evaluations in a row without a better metric; null = off.
+    sync_batch_norm
+        Batch statistics over all processes; on GPUs only.
     activation_checkpointing
         Recompute activations in the backward pass, where the model can.
     workers
@@ -65,6 +67,7 @@ class TrainConfig:
     evaluations: int = 10
     evaluation_batch: int = 500
     early_stopping: int | None = None
+    sync_batch_norm: bool = False
     activation_checkpointing: bool = False
     workers: int = 0
     device: str | None = None

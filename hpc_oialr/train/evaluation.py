@@ -28,6 +28,7 @@ def evaluate(session: Session, dataset: ArrayDataset) -> dict[str, float]:
         seed=session.config.train.seed,
         shuffle=False,
         drop_last=False,
+        num_workers=session.config.train.workers,
     )
     parts = []
     module.eval()

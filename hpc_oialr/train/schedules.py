@@ -17,21 +17,48 @@ class ScheduleConfig(ABC):
     """Settings of one schedule."""
 
     @abstractmethod
-    def factor(self, step: int, total: int) -> float:
-        """What the learning rates of step ``step`` (from 0) of ``total`` are multiplied by."""
+    def factor(self, step: int, total: int, epoch: int = 1) -> float:
+        """What the learning rates of step ``step`` (from 0) of ``total`` are multiplied by.
 
-    def build(self, optimizer: Optimizer, total: int) -> LearningRates:
-        """The schedule of one run of ``total`` steps."""
-        return LearningRates(optimizer, lambda step: self.factor(step, total))
+        ``epoch`` is the number of steps of a pass over the training data.
+        """
+
+    def build(self, optimizer: Optimizer, total: int, epoch: int = 1) -> LearningRates:
+        """The schedule of one run of ``total`` steps, ``epoch`` of them a pass over the training data."""
+        return LearningRates(optimizer, lambda step: self.factor(step, total, epoch))
 
 
 @dataclass(kw_only=True)
 class Constant(ScheduleConfig):
     """The optimizer's learning rates throughout."""
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: int, total: int, epoch: int = 1) -> float:
         """Always 1."""
         return 1.0
+
+
+@dataclass(kw_only=True)
+class StepDecay(ScheduleConfig):
+    """The learning rates times ``decay`` after every so many epochs.
+
+    Parameters
+    ----------
+    decay
+        In (0, 1].
+    epochs
+        Passes over the training data between two steps down.
+    """
+
+    decay: float = 0.5
+    epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_interval("decay", self.decay, 0, 1, closed=(False, True))
+        check_interval("epochs", self.epochs, 0, math.inf)
+
+    def factor(self, step: int, total: int, epoch: int = 1) -> float:
+        """A power of ``decay``."""
+        return float(self.decay ** (step // max(1, round(self.epochs * epoch))))
 
 
 @dataclass(kw_only=True)
@@ -47,6 +74,8 @@ class WarmupCosine(ScheduleConfig):
         Share of all steps, in [0, 1).
     warmup_steps
         Number of steps instead.
+    warmup_epochs
+        Number of passes over the training data instead.
     k_decay
         1 is the plain cosine; below 1 the rate falls sooner.
     final
@@ -55,6 +84,7 @@ class WarmupCosine(ScheduleConfig):
 
     warmup: float = 0.05
     warmup_steps: int | None = None
+    warmup_epochs: float | None = None
     k_decay: float = 1.0
     final: float = 0.0
 
@@ -62,16 +92,26 @@ class WarmupCosine(ScheduleConfig):
         check_interval("warmup", self.warmup, 0, 1, closed=(True, False))
         check_interval("k_decay", self.k_decay, 0, math.inf)
         check_interval("final", self.final, 0, 1, closed=(True, True))
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError("warmup_steps", self.warmup_steps, "must not be negative")
+        for name in ("warmup_steps", "warmup_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(name, value, "must not be negative")
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise ConfigError("warmup_steps", self.warmup_steps, "cannot be given beside warmup_epochs")
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: int, total: int, epoch: int = 1) -> float:
         """Warm-up, then cosine."""
-        warmup = round(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
+        warmup = self._warmup(total, epoch)
         if step < warmup:
             return (step + 1) / warmup
         share = min(1.0, (step - warmup) / max(1, total - warmup))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share**self.k_decay))
+
+    def _warmup(self, total: int, epoch: int) -> int:
+        """Steps of the warm-up."""
+        if self.warmup_epochs is not None:
+            return round(self.warmup_epochs * epoch)
+        return round(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
 
 
 class LearningRates:

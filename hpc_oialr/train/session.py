@@ -18,6 +18,7 @@ from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
+from hpc_oialr.train.batch_norm import synchronise_batch_norm
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import in_section
 from hpc_oialr.train.controllers import Controller, Dense
@@ -114,11 +115,13 @@ def make_session(config: RunConfig, world: World) -> Session:
     sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
     with _section("model"):
         module = config.model.build(sample)
+    if train.sync_batch_norm:
+        synchronise_batch_norm(module, engine.data)
     identity = _place_model(module, config, world)
     engine.pairs = config.model.pairs
     engine.place(module)
     optimizer = config.optimizer.build(module)
-    rates = config.schedule.build(optimizer, total)
+    rates = config.schedule.build(optimizer, total, len(batches))
     controller = _controller(config, engine, module, optimizer, total)
     seed_process(train.seed, 0, engine.data.rank)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")

@@ -24,6 +24,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     units = progress.step * session.units_per_step
     first = trainer.first_graphs
     return {
+        "model": session.identity["class"],
         "metric": final["metric"],
         "metric_name": final["metric_name"],
         "best_metric": progress.best_metric,

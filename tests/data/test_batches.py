@@ -15,7 +15,7 @@ from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import ArrayDataset, Batch
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.draws import Draw
-from hpc_oialr.data.fashion_mnist import ImageArrays
+from hpc_oialr.data.image_arrays import ImageArrays
 from hpc_oialr.errors import ConfigError
 
 

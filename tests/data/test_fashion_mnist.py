@@ -9,7 +9,8 @@ import torch
 from hpc_oialr.data import FashionMNIST, FlipAndCrop
 from hpc_oialr.data.base import SubsetView
 from hpc_oialr.data.catalog import FASHION_MNIST_FILES
-from hpc_oialr.data.fashion_mnist import MEAN, STD, ImageArrays
+from hpc_oialr.data.fashion_mnist import MEAN, STD
+from hpc_oialr.data.image_arrays import ImageArrays
 from hpc_oialr.errors import ConfigError, DataError
 
 

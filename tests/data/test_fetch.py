@@ -92,7 +92,7 @@ def test_unknown_name_lists_the_valid_ones() -> None:
     with pytest.raises(UnknownNameError) as caught:
         fetch("fashion_mnist")
     assert str(caught.value) == (
-        "unknown data set 'fashion_mnist'; valid: fashion-mnist, m4-hourly, python-docs, taylor-30-min. "
+        "unknown data set 'fashion_mnist'; valid: cifar-10, ettm2, fashion-mnist, m4-hourly, python-docs, taylor-30-min. "
         "Did you mean 'fashion-mnist'?"
     )
     assert sorted(fetchable()) == caught.value.valid

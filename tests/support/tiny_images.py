@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hpc_oialr.data import DataConfig, Splits
-from hpc_oialr.data.fashion_mnist import ImageArrays
+from hpc_oialr.data.image_arrays import ImageArrays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,135 @@
+"""Tiny stand-ins for data sets that are large or must be fetched by hand: for smoke runs only.
+
+Their files have the real form, their content is another: images of Fashion-MNIST, and half-hourly electricity
+demand. A number that a run on them gives means nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hpc_oialr.data.catalog import CIFAR10_TEST, CIFAR10_TRAIN
+from hpc_oialr.data.csv_series import read_series
+from hpc_oialr.data.fashion_mnist import FashionMNIST
+from hpc_oialr.data.fetch import fetch
+from hpc_oialr.data.image_arrays import ImageArrays
+from hpc_oialr.data.jpeg import require_pillow
+from hpc_oialr.errors import DataError, UnknownNameError
+
+MARK = "SAMPLE.txt"
+_NOTE = "A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
+
+JPEGS_OF_A_CLASS = {"train": 12, "val": 4}
+JPEG_SIDE = 256
+CIFAR10_IMAGES_OF_A_FILE = 64
+ETTM2_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
+
+
+def write_sample(name: str, folder: Path) -> Path:
+    """Write a stand-in for a data set into ``folder``, unless it is there already.
+
+    Parameters
+    ----------
+    name
+        "imagenet": 160 JPEGs of 256 x 256 in ten class folders; "cifar-10": 384 images in its binary files;
+        "ettm2": 8,063 rows of seven columns, a quarter of an hour apart.
+    folder
+        New or empty.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no stand-in of this name; lists the valid ones.
+    DataError
+        The folder holds something else, or what the stand-in is made from cannot be fetched.
+    """
+    if name not in SAMPLES:
+        raise UnknownNameError("sample", name, SAMPLES)
+    note = _NOTE.format(name=name)
+    if (folder / MARK).is_file() and (folder / MARK).read_text(encoding="utf-8") == note:
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds other files. Name a new folder for the sample.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        SAMPLES[name](new)
+        (new / MARK).write_text(note, encoding="utf-8")
+        new.replace(folder)
+    return folder
+
+
+def _imagenet(folder: Path) -> None:
+    require_pillow()
+    from PIL import Image
+
+    images, labels = _clothes()
+    for part, count in JPEGS_OF_A_CLASS.items():
+        skipped = 0 if part == "train" else JPEGS_OF_A_CLASS["train"]
+        for label in range(10):
+            target = folder / part / f"clothes_{label}"
+            target.mkdir(parents=True)
+            chosen = images[labels == label][skipped : skipped + count]
+            for i, pixels in enumerate(_resized(chosen, JPEG_SIDE).numpy()):
+                Image.fromarray(pixels).convert("RGB").save(target / f"{i:02d}.JPEG", quality=85)
+
+
+def _cifar10(folder: Path) -> None:
+    images, labels = _clothes()
+    planes = _resized(images[: 6 * CIFAR10_IMAGES_OF_A_FILE], 32).flatten(1).repeat(1, 3)
+    records = torch.cat((labels[: len(planes), None].to(torch.uint8), planes), dim=1)
+    for name, part in zip((*CIFAR10_TRAIN, CIFAR10_TEST), records.chunk(6), strict=True):
+        (folder / name).write_bytes(part.numpy().tobytes())
+
+
+def _ettm2(folder: Path) -> None:
+    demand = _demand()
+    # A column for each lag of so many hours, in its own unit and at its own level.
+    shifted = [np.roll(demand, 4 * 3 * lag) * (1 + lag) - 10 * lag for lag in range(len(ETTM2_COLUMNS))]
+    with (folder / "ETTm2.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("date", *ETTM2_COLUMNS))
+        for i, values in enumerate(zip(*shifted, strict=True)):
+            time = datetime(2016, 7, 1) + timedelta(minutes=15 * i)
+            rows.writerow((time.isoformat(sep=" "), *(f"{value:.6f}" for value in values)))
+
+
+SAMPLES: dict[str, Callable[[Path], None]] = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
+
+
+def _clothes() -> tuple[Tensor, Tensor]:
+    """The first Fashion-MNIST images, uint8 [N, 1, 28, 28], and their labels."""
+    folder = fetch("fashion-mnist")
+    test = FashionMNIST(data_dir=str(folder)).build().test
+    assert isinstance(test, ImageArrays)
+    return test.images, test.labels
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """uint8 [N, side, side]."""
+    pixels = interpolate(images.float(), size=(side, side), mode="bilinear", align_corners=False)
+    return pixels.round().to(torch.uint8).squeeze(1)
+
+
+def _demand() -> NDArray[np.float64]:
+    """Electricity demand each quarter of an hour, standardised: half-hours and the means of neighbours."""
+    path = fetch("taylor-30-min") / "taylor_30_min.csv"
+    values = np.array(read_series(path, ("value",), id_column=None, timestamp_column=None)[""].values[0])
+    finer = np.interp(np.arange(2 * len(values) - 1) / 2, np.arange(len(values)), values)
+    standardised: NDArray[np.float64] = (finer - finer.mean()) / finer.std()
+    return standardised
