@@ -14,7 +14,7 @@ from hpc_oialr.spectra.layout import describe, extend, make_group, make_steps
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.quantities import spectral_quantities
 from hpc_oialr.spectra.reader import Layer, Spectra
-from hpc_oialr.spectra.rows import LayerRows
+from hpc_oialr.spectra.rows import LayerRows, Rows
 
 
 def join(paths: Sequence[Path], target: Path, *, segments: int = 0, until: int | None = None) -> None:
@@ -39,6 +39,13 @@ def join(paths: Sequence[Path], target: Path, *, segments: int = 0, until: int |
     with contextlib.ExitStack() as stack:
         pieces = [stack.enter_context(contextlib.closing(Piece(path))) for path in paths]
         write_record(Spectra(target, pieces), target, segments=segments, until=until)
+
+
+def rows_in(run: Spectra) -> Rows:
+    """All rows of an open record."""
+    return Rows(
+        tuple(_rows(layer, None) for layer in run.values()), run.steps, len(np.unique(run.events["t"]))
+    )
 
 
 def write_record(run: Spectra, target: Path, *, segments: int = 0, until: int | None = None) -> None:

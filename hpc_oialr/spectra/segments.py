@@ -51,6 +51,8 @@ class SegmentedFile:
         See above.
     """
 
+    collective = False
+
     def __init__(
         self, path: Path | str, attributes: Mapping[str, Any] | None = None, *, head_bytes: int = HEAD_BYTES
     ) -> None:
@@ -99,7 +101,7 @@ class SegmentedFile:
         """
         self.close()
         paths = [path for _, path in self._chain()]
-        if len(paths) > 1:
+        if paths and paths != [self.path]:
             join(paths, self.path)
             self._remove_segments(1)
 
@@ -108,6 +110,19 @@ class SegmentedFile:
         if self._head is not None:
             self._head.close()
             self._head = None
+
+    def close_head(self) -> None:
+        """Make the head a segment too, without a new head after it."""
+        self.close()
+        chain = self._chain()
+        if chain and chain[-1][1] == self.path:
+            self.path.replace(segment_path(self.path, chain[-1][0]))
+
+    def remove(self) -> None:
+        """Delete all its files."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        self._remove_segments(1)
 
     # -- the head --------------------------------------------------------------------------------
 

@@ -1,0 +1,149 @@
+"""Work done in order, beside the training or in its pauses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """A thread that does jobs in order, all that wait at once.
+
+    A thread is enough: gzip, ``write`` and ``fsync`` let the interpreter go, and what is left is measured by
+    ``python -m benchmarks.record``. A process would cost a second import of everything and its memory.
+
+    Parameters
+    ----------
+    work
+        Does some jobs, the eldest first.
+    length
+        How many jobs may wait. The next one makes its giver wait, which is told once.
+    name
+        What the work is for, in messages.
+    patience_s
+        Longest time that :meth:`put` and :meth:`drain` wait; after it jobs are dropped and counted until there is
+        room again. A file system that hangs must not hold up a training.
+    """
+
+    def __init__(
+        self, work: Callable[[list[T]], None], length: int, *, name: str, patience_s: float = 60.0
+    ) -> None:
+        self.name, self.length, self.patience_s = name, length, patience_s
+        self.waited_s, self.dropped = 0.0, 0
+        self._work = work
+        self._waiting: list[T] = []
+        self._busy = self._closing = self._stuck = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: T) -> None:
+        """Hand over a job; waits only while the queue is full."""
+        with self._changed:
+            if len(self._waiting) >= self.length:
+                self._wait_for_room()
+            if len(self._waiting) >= self.length:
+                self.dropped += 1
+                return
+            self._waiting.append(job)
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"writer of {self.name}", daemon=True)
+            self._thread.start()
+
+    def drain(self) -> bool:
+        """Wait until all jobs have been done; False if that takes longer than the patience."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._waiting or self._busy), self.patience_s)
+
+    def close(self) -> bool:
+        """Do what is left, and end the thread; tell what was waited for and dropped.
+
+        Returns
+        -------
+        False if what is left is not done within the patience.
+        """
+        done = self.drain()
+        if not done:
+            log.warning(
+                "%s: %d jobs were not done within %g s.", self.name, len(self._waiting), self.patience_s
+            )
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self.waited_s:
+            log.info("%s: the training waited %.2f s in all.", self.name, self.waited_s)
+        if self.dropped:
+            log.warning("%s: %d events were dropped while it hung.", self.name, self.dropped)
+        return done
+
+    def _wait_for_room(self) -> None:
+        start = time.monotonic()
+        patience = 0 if self._stuck else self.patience_s
+        self._stuck = not self._changed.wait_for(lambda: len(self._waiting) < self.length, patience)
+        waited = time.monotonic() - start
+        if not self.waited_s:
+            log.warning(
+                "%s: %d events wait to be written, and the training waited %.2f s for it%s. Later waits are told "
+                "at the end. Raise record.spectra_queue, or measure less often.",
+                self.name,
+                self.length,
+                waited,
+                "; it hangs, and events are dropped until it goes on" if self._stuck else "",
+            )
+        self.waited_s += waited
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                jobs, self._waiting, self._busy = self._waiting, [], True
+                self._changed.notify_all()
+            try:
+                self._work(jobs)
+            except Exception:
+                log.exception("%s: %d events could not be written.", self.name, len(jobs))
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+
+class InTurn(Generic[T]):
+    """Does jobs in the giver's thread, always so many at once: what all processes must do alike.
+
+    Parameters
+    ----------
+    work
+        Does some jobs, the eldest first; a collective call.
+    batch
+        How many are done at once.
+    """
+
+    def __init__(self, work: Callable[[list[T]], None], batch: int) -> None:
+        self.batch, self._work = batch, work
+        self._waiting: list[T] = []
+
+    def put(self, job: T) -> None:
+        """Keep a job, or do the batch that it completes."""
+        self._waiting.append(job)
+        if len(self._waiting) >= self.batch:
+            self.drain()
+
+    def drain(self) -> bool:
+        """Do what is left."""
+        jobs, self._waiting = self._waiting, []
+        self._work(jobs)
+        return True
+
+    def close(self) -> bool:
+        """Drop what is left: after an error the others may be anywhere, and nobody is to wait for them."""
+        self._waiting.clear()
+        return True

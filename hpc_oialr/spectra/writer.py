@@ -1,0 +1,138 @@
+"""What a run hands its events to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpc_oialr.spectra.background import Background, InTurn
+from hpc_oialr.spectra.resilient import ResilientStore
+from hpc_oialr.spectra.rows import Event, Rows, steps_of, together
+
+if TYPE_CHECKING:
+    from hpc_oialr.method.report import UpdateReport
+
+# Rows of steps ride along with events; without any they are written by so many.
+_STEPS = 256
+# Events that all processes write at once, where they write one file.
+_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class _Job:
+    event: Event | None
+    steps: tuple[Mapping[str, float], ...]
+
+
+class SpectraWriter:
+    """Takes events, and writes them beside the training.
+
+    :meth:`write` copies the singular values and returns. An event is on the disk once :attr:`written` has counted
+    it, and all are when :meth:`flush` has returned, as it has before a checkpoint: so a run that is killed and
+    goes on from its checkpoint has lost nothing. Nothing here raises for what a file system does; see
+    :class:`ResilientStore`.
+
+    Parameters
+    ----------
+    store
+        Where rows go.
+    layers
+        The model's layers, in order: their places in it. Others are added behind them.
+    mine
+        This process's number and the count of processes that share the layers: those at places ``i`` with
+        ``i % count == number`` are written here.
+    queue
+        How many events may wait.
+    patience_s
+        See :class:`Background`.
+    """
+
+    def __init__(
+        self,
+        store: ResilientStore,
+        layers: Sequence[str] = (),
+        *,
+        mine: tuple[int, int] = (0, 1),
+        queue: int = 64,
+        patience_s: float = 60.0,
+    ) -> None:
+        self.store, self._mine = store, mine
+        self._places = {name: place for place, name in enumerate(layers)}
+        self._steps: list[Mapping[str, float]] = []
+        self._queue: Background[_Job] | InTurn[_Job] = (
+            InTurn(self._do, _TOGETHER)
+            if store.main.collective
+            else Background(self._do, queue, name=str(store.main.path), patience_s=patience_s)
+        )
+
+    @property
+    def written(self) -> int:
+        """Events that are on the disk, of those since this writer was made."""
+        return self.store.written
+
+    def write(self, report: UpdateReport, *, wait: bool = False) -> None:
+        """Hand over an event.
+
+        Parameters
+        ----------
+        wait
+            Return only once it is on the disk, or in memory if no disk can take it.
+        """
+        self._put(Event.of(report, self._is_mine))
+        if wait:
+            self._queue.drain()
+
+    def add_steps(self, row: Mapping[str, float]) -> None:
+        """Hand over one row of the table of steps; it is written with the next event, or by :meth:`flush`."""
+        self._steps.append(row)
+        if len(self._steps) >= _STEPS and isinstance(self._queue, Background):
+            self._put(None)
+
+    def flush(self) -> bool:
+        """Return once all that was handed over is on the disk; a collective call where all write one file.
+
+        Returns
+        -------
+        False if the file system hangs: what is left is written when it goes on.
+        """
+        if self._steps:
+            self._put(None)
+        if not self._queue.drain():
+            return False
+        self.store.settle()
+        return True
+
+    def truncate_after(self, t: int) -> None:
+        """Drop rows of later steps, as a run does that goes on from an older checkpoint."""
+        if self.flush():
+            self.store.cut_after(t)
+
+    def finish(self) -> None:
+        """Make the record of a run that has come to its end as few files as can be."""
+        if self.flush():
+            self.store.finish()
+
+    def close(self) -> None:
+        """Write what is left, and let go of the files."""
+        if self._steps:
+            self._put(None)
+        if self._queue.close():
+            self.store.close()
+
+    def _is_mine(self, layer: str) -> bool:
+        number, count = self._mine
+        return self._places.setdefault(layer, len(self._places)) % count == number
+
+    def _put(self, event: Event | None) -> None:
+        steps, self._steps = tuple(self._steps), []
+        self._queue.put(_Job(event, steps))
+
+    def _do(self, jobs: Sequence[_Job]) -> None:
+        rows = together([self._rows(job) for job in jobs])
+        if rows or self.store.main.collective:
+            self.store.append(rows)
+
+    def _rows(self, job: _Job) -> Rows:
+        steps = [steps_of(job.steps)] if job.steps else []
+        return together([*([job.event.rows(self._places)] if job.event else []), *steps])
