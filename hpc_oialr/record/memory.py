@@ -78,8 +78,10 @@ class MemoryMeter:
         if self._processes > 1:
             with TensorTracker(resident_tensors(*self._subjects())) as tracker:
                 yield
-            buckets = bucket_bytes(*self._subjects())
-            self._probed = max(self._probed, tracker.peak_bytes + buckets)
+            # Buckets that no operation has touched, as in a conversion.
+            subjects = tuple(self._subjects())
+            unseen = max(0, resident_bytes(*subjects) - tracker.live_bytes)
+            self._probed = max(self._probed, tracker.peak_bytes + min(unseen, bucket_bytes(*subjects)))
             return
         subjects = tuple(self._subjects())
         before = resident_bytes(*subjects)

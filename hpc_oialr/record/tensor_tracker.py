@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 class TensorTracker(TorchDispatchMode):
     """The highest number of bytes that tensors hold at once, while it is active.
 
-    Sees what every operation returns, not what it needs inside. The profiler sees more, but crashes the
-    process now and then while gloo's threads work (torch 2.13), so that it is for one process only.
+    Sees what every operation returns, not what it needs inside. What an operation is given and none has
+    returned was there all along, like DDP's buckets. The profiler sees more, but crashes the process now and
+    then while gloo's threads work (torch 2.13), so that it is for one process only.
 
     Parameters
     ----------
@@ -44,7 +46,10 @@ class TensorTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and count what it returns."""
+        """Run the operation and count what it is given and returns."""
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and self._watch(leaf):
+                self.peak_bytes += _storage(leaf).nbytes()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -52,13 +57,24 @@ class TensorTracker(TorchDispatchMode):
         self._add_up()
         return result
 
-    def _watch(self, tensor: Tensor) -> None:
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    @property
+    def live_bytes(self) -> int:
+        """What is alive now."""
+        alive = [storage() for storage in list(self._live.values())]
+        return sum(storage.nbytes() for storage in alive if storage is not None)
+
+    def _watch(self, tensor: Tensor) -> bool:
+        """Whether its storage is new here."""
+        storage = _storage(tensor)
         key = storage._cdata
-        if key not in self._live:
-            self._live[key] = weakref.ref(storage, lambda _: self._live.pop(key, None))
+        if key in self._live:
+            return False
+        self._live[key] = weakref.ref(storage, lambda _: self._live.pop(key, None))
+        return True
 
     def _add_up(self) -> None:
-        alive = [storage() for storage in list(self._live.values())]
-        total = sum(storage.nbytes() for storage in alive if storage is not None)
-        self.peak_bytes = max(self.peak_bytes, total)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()

@@ -187,6 +187,24 @@ def test_gradient_buckets_count_whether_or_not_a_gradient_shows_them() -> None:
         assert seen[2:] == [2.0] * 4
 
 
+def ddp_step(rank: int, size: int) -> list[float]:
+    net = nn.Linear(512, 512, bias=False)  # 1 MB
+    model = make_engine(World.from_environment(timeout_s=60)).wrap(net)
+    peaks = []
+    for _ in range(3):
+        meter = MemoryMeter(lambda: [model], processes=size)
+        with meter.probe():
+            model(torch.ones(1, 512)).sum().backward()
+            model.zero_grad()
+        peaks.append(round(meter.peak_bytes / MB, 1))
+    return peaks
+
+
+def test_gradient_buckets_count_once() -> None:
+    """Weight, bucket, and the gradient on its way into it."""
+    assert spawn(ddp_step, 2) == [[3.0] * 3] * 2
+
+
 def test_the_profilers_chatter_is_kept_off_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
     old = {"a": megabytes(1)}
     meter = MemoryMeter(list)
