@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.table import Table
-
 from hpc_oialr.cli.console import add_command, console
-from hpc_oialr.recipes import find_recipe, recipes
+from hpc_oialr.recipes import data_needed, find_recipe, recipes
 
 EXAMPLES = """  oialr recipes
   oialr recipes fashion_mnist_vit > my_recipe.yaml"""
@@ -22,12 +20,12 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a table, or a file."""
+    """Print a line for each, or a file."""
     if arguments.name:
         console().print(find_recipe(arguments.name).read_text(encoding="utf-8"), markup=False, end="")
         return 0
-    table = Table("recipe", "what it is")
-    for name, description in recipes().items():
-        table.add_row(name, description)
-    console().print(table)
+    found = recipes()
+    width = max(map(len, found))
+    for name, description in found.items():
+        console().print(f"{name:{width}}  {description} Data: {data_needed(name)}", markup=False)
     return 0

@@ -1,4 +1,4 @@
-"""The package's recipes: YAML files whose first line says what they are for."""
+"""The package's recipes: YAML files whose first line says what they are for, the second which data they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ FOLDER = Path(__file__).parent
 
 def recipes() -> dict[str, str]:
     """Name and one-line description of every recipe."""
-    return {path.stem: _description(path) for path in sorted(FOLDER.glob("*.yaml"))}
+    return {path.stem: _comments(path)[0] for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def data_needed(recipe: str) -> str:
+    """How to come by the data of one of :func:`recipes`."""
+    return _comments(FOLDER / f"{recipe}.yaml")[1].removeprefix("Data: ")
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -32,6 +37,8 @@ def find_recipe(recipe: str | Path) -> Path:
     return FOLDER / f"{recipe}.yaml"
 
 
-def _description(path: Path) -> str:
+def _comments(path: Path) -> tuple[str, str]:
+    """The first two lines."""
     with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("#").strip()
+        first, second = (file.readline().lstrip("#").strip() for _ in range(2))
+    return first, second

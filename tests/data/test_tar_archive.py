@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from hpc_oialr.data.sources import SourceError
+from hpc_oialr.data.tar_archive import TarArchive
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "data.tar.gz"
+    with tarfile.open(path, "w:gz") as opened:
+        for name in ("folder/a.bin", "folder/b.bin", "../evil.bin"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            opened.addfile(entry, io.BytesIO(name[-5:-1].encode()))
+        entry = tarfile.TarInfo("folder/sub")
+        entry.type = tarfile.DIRTYPE
+        opened.addfile(entry)
+    return path
+
+
+def source(archive: Path, *members: str, sha256: str | None = None) -> TarArchive:
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return TarArchive(archive.as_uri(), sha256 or found, members)
+
+
+def test_named_members_are_taken_out_and_nothing_else(archive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    source(archive, "folder/b.bin").fill(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"b.bin": b"b.bi"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.tar.gz", "new"]
+
+
+def test_what_is_wrong_is_said(archive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    with pytest.raises(
+        SourceError, match=r"the download is damaged: expected sha256 0000, found [0-9a-f]{64}"
+    ):
+        source(archive, "folder/a.bin", sha256="0000").fill(folder)
+    with pytest.raises(SourceError, match=r"does not give folder/c\.bin: .*not found"):
+        source(archive, "folder/c.bin").fill(folder)
+    with pytest.raises(SourceError, match=r"folder/sub is no file in file:"):
+        source(archive, "folder/sub").fill(folder)
+    archive.write_bytes(archive.read_bytes()[:60])
+    with pytest.raises(SourceError, match="does not give folder/a.bin"):
+        source(archive, "folder/a.bin").fill(folder)
+    assert list(folder.iterdir()) == []
+    with pytest.raises(OSError, match="urlopen error"):
+        TarArchive((tmp_path / "none").as_uri(), "", ()).fill(folder)
