@@ -80,8 +80,8 @@ class FashionMNIST(DataConfig):
 
     def _load(self) -> Splits:
         folder = self.folder()
-        train = ImageArrays(*_read_part(folder, "train"), mean=MEAN, std=STD, augment=self.augment)
-        return split_off(train, self.validation, ImageArrays(*_read_part(folder, "t10k"), mean=MEAN, std=STD))
+        train = ImageArrays(*read_part(folder, "train"), mean=MEAN, std=STD, augment=self.augment)
+        return split_off(train, self.validation, ImageArrays(*read_part(folder, "t10k"), mean=MEAN, std=STD))
 
 
 def _missing(folder: Path) -> str:
@@ -91,7 +91,7 @@ def _missing(folder: Path) -> str:
     return "without " + ", ".join(names)
 
 
-def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 1, 28, 28] and labels int64 [N] of ``train`` or ``t10k``."""
     dataset = describe("fashion-mnist")
     arrays = []

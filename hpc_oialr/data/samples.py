@@ -20,9 +20,8 @@ from torch.nn.functional import interpolate
 
 from hpc_oialr.data.catalog import CIFAR10_TEST, CIFAR10_TRAIN
 from hpc_oialr.data.csv_series import read_series
-from hpc_oialr.data.fashion_mnist import FashionMNIST
+from hpc_oialr.data.fashion_mnist import read_part
 from hpc_oialr.data.fetch import fetch
-from hpc_oialr.data.image_arrays import ImageArrays
 from hpc_oialr.data.jpeg import require_pillow
 from hpc_oialr.errors import DataError, UnknownNameError
 
@@ -113,11 +112,8 @@ SAMPLES: dict[str, Callable[[Path], None]] = {"imagenet": _imagenet, "cifar-10":
 
 
 def _clothes() -> tuple[Tensor, Tensor]:
-    """The first Fashion-MNIST images, uint8 [N, 1, 28, 28], and their labels."""
-    folder = fetch("fashion-mnist")
-    test = FashionMNIST(data_dir=str(folder)).build().test
-    assert isinstance(test, ImageArrays)
-    return test.images, test.labels
+    """Fashion-MNIST's test images, uint8 [N, 1, 28, 28], and their labels."""
+    return read_part(fetch("fashion-mnist"), "t10k")
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

@@ -10,6 +10,7 @@ from support.tiny_images import RECIPE
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import COMMANDS, main
+from hpc_oialr.recipes import recipes
 
 
 @pytest.fixture
@@ -43,13 +44,14 @@ def test_train_prints_the_folder_and_a_table(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["train", "nonsense"], "unknown recipe 'nonsense'; valid: fashion_mnist_convnet, fashion_mnist_vit"),
+        (["train", "nonsense"], "unknown recipe 'nonsense'; valid: autoformer_ettm2, fashion_mnist_convnet"),
         (["train", "fashion_mnist_vit", "--train.stepz", "3"], "Did you mean 'train.steps'?"),
         (["train", "fashion_mnist_vit", "--oialr.rule", "Magic"], "unknown oialr.rule type 'Magic'"),
         (["recipes", "nonsense"], "unknown recipe 'nonsense'"),
         (["resume", "/nonexistent"], "/nonexistent holds no run"),
         (["export", "/nonexistent"], "/nonexistent/config.yaml"),
         (["data", "fetch", "nonsense"], "nonsense"),
+        (["data", "sample", "nonsense", "x"], "unknown sample 'nonsense'; valid: cifar-10, ettm2, imagenet"),
         (["compare", "fashion_mnist_vit", "--oialr", "null"], "there is nothing to compare a dense run with"),
     ],
 )
@@ -82,6 +84,7 @@ def test_recipes(capsys):
     _, out, _ = run(capsys, "recipes")
     assert "fashion_mnist_vit" in out
     assert "Autoformer on a CSV" in out
+    assert out.count("\n") == out.count(" Data: ") == len(recipes())
     _, out, _ = run(capsys, "recipes", "text_gpt")
     assert yaml.safe_load(out)["model"]["class_path"] == "GPT2"
 

@@ -186,3 +186,49 @@ def test_missing_file_or_column_is_named(csv: str, tmp_path: Path, monkeypatch: 
 def test_bad_settings_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TimeSeriesCSV(**options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> str:
+    """60 rows of two lines."""
+    return write(tmp_path / "two.csv", [f"{i},{10 - 2 * i}" for i in range(60)], header="x,y")
+
+
+def test_columns_as_variables_of_one_series(two: str) -> None:
+    alone = TimeSeriesCSV(path=two, columns=("x", "y"), **SMALL)
+    config = TimeSeriesCSV(path=two, columns=("x", "y"), multivariate=True, **SMALL)
+    assert (alone.input_size, config.input_size) == (1, 2)
+    both, each = windows(config.build().train), windows(alone.build().train)
+    assert len(each) == 2 * len(both)
+    batch, apart = both.gather(torch.arange(5)), each.gather(torch.arange(len(each)))
+    assert batch["past_values"].shape == batch["past_observed_mask"].shape == (5, 10, 2)
+    assert batch["future_values"].shape == (5, 3, 2)
+    assert batch["past_time_features"].shape == (5, 10, 1)
+    for variable in (0, 1):
+        first = variable * len(both)
+        for part in ("past_values", "future_values"):
+            assert torch.equal(batch[part][..., variable], apart[part][first : first + 5])
+    assert both.series[0].name == "x, y"
+    assert both.series[0].mean == (each.series[0].mean, each.series[1].mean)
+    assert both._values.untyped_storage().nbytes() == 60 * 2 * 4
+
+
+def test_parts_of_so_many_steps(two: str) -> None:
+    config = TimeSeriesCSV(path=two, columns=("x",), split_steps=(30, 10, 12), **SMALL)
+    splits = config.build()
+    assert [len(windows(part)) for part in (splits.train, splits.validation, splits.test)] == [18, 8, 10]
+    series = windows(splits.test).series[0]
+    assert len(series.values) == 52
+    assert series.mean == pytest.approx(14.5)
+    with pytest.raises(
+        ConfigError, match=r"split_steps is \(50, 10, 1\); must not add up to more than the 60"
+    ):
+        TimeSeriesCSV(path=two, columns=("x",), split_steps=(50, 10, 1), **SMALL).build()
+    with pytest.raises(ConfigError, match=r"split_steps is \(1, 2\); must be three positive numbers"):
+        TimeSeriesCSV(split_steps=(1, 2))
+
+
+def test_other_fetched_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OIALR_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"Run `oialr data fetch ettm2`.*pass --data\.path"):
+        TimeSeriesCSV(dataset="ettm2").build()

@@ -115,7 +115,7 @@ def test_dense_twin_takes_its_own_settings(recipe):
         (
             ["--model", "null"],
             ConfigError,
-            "model is None; must be set; valid: Autoformer, GPT2, ResNet, ViT",
+            "model is None; must be set; valid: Autoformer, GPT2, ResNet, ResNetRS, ViT",
         ),
         (["--train.precision", "fp8"], ConfigError, "train.precision is 'fp8'"),
         (
@@ -151,7 +151,7 @@ def test_bad_setting_in_a_file_names_the_file(tmp_path):
 def test_unknown_recipe():
     with pytest.raises(UnknownNameError) as caught:
         load_config("fashion_mnist_vitt")
-    assert "unknown recipe 'fashion_mnist_vitt'; valid: fashion_mnist_convnet, fashion_mnist_vit," in str(
+    assert "unknown recipe 'fashion_mnist_vitt'; valid: autoformer_ettm2, fashion_mnist_convnet," in str(
         caught.value
     )
     assert "Did you mean 'fashion_mnist_vit'?" in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.train.schedules import Constant, WarmupCosine
+from hpc_oialr.train.schedules import Constant, StepDecay, WarmupCosine
 
 
 def test_warmup_then_cosine():
@@ -41,3 +41,22 @@ def test_bad_settings():
         WarmupCosine(warmup=1)
     with pytest.raises(ConfigError, match="warmup_steps is -1; must not be negative"):
         WarmupCosine(warmup_steps=-1)
+
+
+def test_warmup_in_epochs():
+    schedule = WarmupCosine(warmup_epochs=2)
+    assert [schedule.factor(step, 100, 5) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    rates = schedule.build(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0), 100, 5)
+    rates.set(4)
+    assert rates.current == pytest.approx(0.5)
+    with pytest.raises(ConfigError, match="warmup_steps is 3; cannot be given beside warmup_epochs"):
+        WarmupCosine(warmup_steps=3, warmup_epochs=1)
+    with pytest.raises(ConfigError, match="warmup_epochs is -1; must not be negative"):
+        WarmupCosine(warmup_epochs=-1)
+
+
+def test_step_decay():
+    schedule = StepDecay(decay=0.5, epochs=2)
+    assert [schedule.factor(step, 100, 5) for step in (0, 9, 10, 20)] == [1.0, 1.0, 0.5, 0.25]
+    with pytest.raises(ConfigError, match=r"decay is 0; must lie in \(0, 1\]"):
+        StepDecay(decay=0)

@@ -1,0 +1,98 @@
+"""timm is not needed: a module of its name stands for it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_oialr.errors import ConfigError, MissingExtraError
+from hpc_oialr.models import ResNetRS
+
+IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32)}
+TINY = {"depths": (1, 1, 1, 1), "classes": 5}
+
+
+@pytest.fixture
+def no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+
+def test_transformers_resnet_takes_its_place_and_says_so(no_timm, caplog):
+    model = ResNetRS(**TINY).build(IMAGES)
+    assert type(model).__name__ == "ResNetForImageClassification"
+    (message,) = caplog.messages
+    assert message.startswith("the model is transformers' ResNet, which has no squeeze and excitation")
+    assert "timm cannot be imported (ModuleNotFoundError: " in message
+    assert "pip install 'hpc_oialr[timm]'; or choose: --model.library transformers" in message
+    with torch.no_grad():
+        assert model(pixel_values=IMAGES["pixel_values"]).logits.shape == (2, 5)
+        assert model(pixel_values=torch.randn(2, 3, 48, 48)).logits.shape == (2, 5)
+
+
+def test_resnet_101_has_its_blocks(no_timm):
+    with torch.device("meta"):
+        model = ResNetRS(library="transformers").build({"pixel_values": torch.empty(2, 3, 160, 160)})
+    assert [len(stage.layers) for stage in model.resnet.encoder.stages] == [3, 4, 23, 3]
+    assert sum(p.numel() for p in model.parameters()) == 44_549_160
+
+
+def test_a_choice_is_silent_or_an_error(no_timm, caplog):
+    ResNetRS(**TINY, library="transformers").build(IMAGES)
+    assert caplog.messages == []
+    with pytest.raises(MissingExtraError) as caught:
+        ResNetRS(**TINY, library="timm").build(IMAGES)
+    assert str(caught.value).startswith("model.library timm needs timm (ModuleNotFoundError: ")
+    assert str(caught.value).endswith("Install it with: pip install 'hpc_oialr[timm]'")
+
+
+def test_any_fault_of_timm_counts_as_missing(monkeypatch, caplog):
+    class Broken(importlib.machinery.SourceFileLoader):
+        def exec_module(self, module):
+            raise RuntimeError("operator torchvision::nms\ndoes not exist")
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, Broken(name, "")) if name == "timm" else None
+
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    ResNetRS(**TINY).build(IMAGES)
+    assert "(RuntimeError: operator torchvision::nms does not exist)" in caplog.text
+
+
+def test_timm_is_asked_for_resnetrs101_and_keeps_its_own_initial_weights(monkeypatch):
+    import transformers
+
+    class Wrapper(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.timm_model = config, Net()
+
+    class Net(nn.Module):
+        drawn = None
+
+        def init_weights(self, zero_init_last):
+            self.drawn = zero_init_last
+
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setattr(transformers, "TimmWrapperConfig", dict, raising=False)
+    monkeypatch.setattr(transformers, "TimmWrapperForImageClassification", Wrapper, raising=False)
+    model = ResNetRS(classes=7).build(IMAGES)
+    assert model.config == {
+        "architecture": "resnetrs101",
+        "num_labels": 7,
+        "model_args": {"layers": [3, 4, 23, 3], "drop_rate": 0.25, "in_chans": 3},
+    }
+    assert model.timm_model.drawn is True
+
+
+def test_bad_settings():
+    with pytest.raises(ConfigError, match=r"depths is \(1, 2\); must be four numbers of at least 1"):
+        ResNetRS(depths=(1, 2))
+    with pytest.raises(ConfigError, match=r"dropout is 1; must lie in \[0, 1\)"):
+        ResNetRS(dropout=1)
