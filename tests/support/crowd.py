@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,10 +11,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from support.fork_server import fork_context
 from support.spawn import free_port, launch_environment
 
-# Loaded once, in a server that each process is forked from.
-_LOADED = ["torch", "torch._dynamo", "hpc_oialr.cli.main", "hpc_oialr.train.run"]
 _ENDING_S = 60.0
 
 Say = Callable[[Any], None]
@@ -29,8 +27,7 @@ class Crowd:
     """
 
     def __init__(self, fn: Callable[..., None], size: int, *args: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
+        context = fork_context()
         port, pipes = free_port(), [context.Pipe(duplex=False) for _ in range(size)]
         self.ears = [ear for ear, _ in pipes]
         self.processes = [

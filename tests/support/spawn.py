@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.fork_server import fork_context
 
 
 def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -24,7 +25,8 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     error of any process is raised here. Warnings are errors there too.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, args=(fn, world_size, free_port(), folder, args), nprocs=world_size)
+        arguments = (fn, world_size, free_port(), folder, args)
+        mp.start_processes(_child, arguments, world_size, start_method=fork_context().get_start_method())
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
 
 
