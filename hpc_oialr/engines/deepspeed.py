@@ -26,7 +26,7 @@ from hpc_oialr.engines.deepspeed_json import (
 from hpc_oialr.engines.deepspeed_library import forget_groups, import_deepspeed
 from hpc_oialr.engines.zero_cores import stretch_core_steps
 from hpc_oialr.engines.zero_live import LiveZero, taken
-from hpc_oialr.engines.zero_partitions import Part
+from hpc_oialr.engines.zero_partitions import MASTER, Part, frozen_part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
@@ -215,9 +215,10 @@ class DeepSpeedEngine(Engine):
             self._live.follow(layer, self._template)
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
-        """Under stage 3 this process's part, otherwise all."""
-        part: Tensor = getattr(parameter, "ds_tensor", parameter)
-        return part.detach()
+        """Under stage 3 this process's part, without the padding, which may hold anything; otherwise all."""
+        if hasattr(parameter, "ds_tensor"):
+            return frozen_part(parameter, self.world).values[MASTER]
+        return parameter.detach()
 
     def seen_by_any(self, flags: Tensor) -> Tensor:
         """One all-reduce."""
