@@ -125,16 +125,20 @@ class InTurn(Generic[T]):
         Does some jobs, the eldest first; a collective call.
     batch
         How many are done at once.
+    counts
+        Which jobs count: those that all processes have.
     """
 
-    def __init__(self, work: Callable[[list[T]], None], batch: int) -> None:
-        self.batch, self._work = batch, work
+    def __init__(
+        self, work: Callable[[list[T]], None], batch: int, counts: Callable[[T], bool] = lambda _: True
+    ) -> None:
+        self.batch, self._work, self._counts = batch, work, counts
         self._waiting: list[T] = []
 
     def put(self, job: T) -> None:
         """Keep a job, or do the batch that it completes."""
         self._waiting.append(job)
-        if len(self._waiting) >= self.batch:
+        if self._counts(job) and sum(map(self._counts, self._waiting)) >= self.batch:
             self.drain()
 
     def drain(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_oialr.spectra.layout import describe, extend, make_group, make_steps
+from hpc_oialr.spectra.layout import describe, write_whole
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.quantities import spectral_quantities
 from hpc_oialr.spectra.reader import Layer, Spectra
@@ -67,12 +67,8 @@ def _fill(file: h5py.File, run: Spectra, until: int | None) -> None:
     for layer in run.values():
         rows = _rows(layer, until)
         if len(rows.events):
-            group = make_group(file, rows, len(rows.events))
-            extend(group["events"], rows.events)
-            extend(group["singular_values"], rows.singular_values)
-    steps = run.steps if until is None else run.steps[run.steps["step"] <= until]
-    if len(steps):
-        extend(make_steps(file, len(steps)), steps)
+            write_whole(file, Rows((rows,)))
+    write_whole(file, Rows(steps=run.steps if until is None else run.steps[run.steps["step"] <= until]))
 
 
 def _rows(layer: Layer, until: int | None) -> LayerRows:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.record.files import to_json
+from hpc_oialr.spectra.memory_file import Image
 from hpc_oialr.spectra.rows import LayerRows, Rows
 from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION, STEP, group_name
 
@@ -17,6 +18,9 @@ from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION, STEP, group_name
 _ROWS_PER_CHUNK = 32
 # In a file that is written at once: as much as is read at once, and lost to one damaged byte.
 _CHUNK_BYTES = 1 << 16
+
+_EVENT, _STEP = h5py.h5t.py_create(EVENT, logical=True), h5py.h5t.py_create(STEP, logical=True)
+_VALUE = h5py.h5t.py_create(np.dtype(np.float32))
 
 Table = NDArray[Any]
 
@@ -36,15 +40,34 @@ def describe(file: h5py.File, attributes: Mapping[str, Any], segments: int = 0) 
     file.create_group("layers", track_order=True)
 
 
-def append(file: h5py.File, rows: Rows) -> None:
+def append(image: Image, rows: Rows) -> None:
     """Add rows; a layer that is new gets its group."""
     for layer in rows.layers:
         name = group_name(layer.name)
-        group = file["layers"][name] if name in file["layers"] else make_group(file, layer)
-        extend(group["events"], layer.events)
-        extend(group["singular_values"], layer.singular_values)
+        if name not in image.file["layers"]:
+            make_group(image.file, layer)
+        extend(_opened(image, f"layers/{name}/events"), layer.events, _EVENT)
+        extend(_opened(image, f"layers/{name}/singular_values"), layer.singular_values, _VALUE)
     if len(rows.steps):
-        extend(file["steps"] if "steps" in file else make_steps(file), rows.steps)
+        if "steps" not in image.file:
+            make_steps(image.file)
+        extend(_opened(image, "steps"), rows.steps, _STEP)
+
+
+def _opened(image: Image, name: str) -> h5py.Dataset:
+    if name not in image.opened:
+        image.opened[name] = image.file[name]
+    return image.opened[name]
+
+
+def write_whole(file: h5py.File, rows: Rows) -> None:
+    """Write rows into a new file, all at once."""
+    for layer in rows.layers:
+        group = make_group(file, layer, len(layer.events))
+        extend(group["events"], layer.events, _EVENT)
+        extend(group["singular_values"], layer.singular_values, _VALUE)
+    if len(rows.steps):
+        extend(make_steps(file, len(rows.steps)), rows.steps, _STEP)
 
 
 def make_group(file: h5py.File, layer: LayerRows, rows: int | None = None) -> h5py.Group:
@@ -91,19 +114,18 @@ def _table(dtype: np.dtype[np.void], rows: int | None) -> dict[str, Any]:
     }
 
 
-def extend(dataset: h5py.Dataset, rows: Table) -> None:
-    """Add rows at the end.
+def extend(dataset: h5py.Dataset, rows: Table, kind: h5py.h5t.TypeID) -> None:
+    """Add rows of an HDF5 type at the end.
 
-    By h5py's lower layer: an event touches two data sets of every layer, and the other way takes four times as long.
+    By h5py's lower layer: an event touches two data sets of every layer, and the other way takes four times as
+    long. The type is told since NumPy drops an enumeration's words when it joins tables.
     """
     target = dataset.id
     shape = target.shape
     target.set_extent((shape[0] + len(rows), *shape[1:]))
     space = target.get_space()
     space.select_hyperslab((shape[0], *(0 for _ in shape[1:])), rows.shape)
-    memory = h5py.h5s.create_simple(rows.shape)
-    # The type is told: NumPy drops an enumeration's words when it joins tables.
-    target.write(memory, space, np.ascontiguousarray(rows), mtype=h5py.h5t.py_create(dataset.dtype))
+    target.write(h5py.h5s.create_simple(rows.shape), space, np.ascontiguousarray(rows), mtype=kind)
 
 
 def cut_after(file: h5py.File, t: int) -> None:

@@ -11,7 +11,7 @@ import h5py
 
 from hpc_oialr.record.files import write_atomically
 from hpc_oialr.spectra.layout import describe
-from hpc_oialr.spectra.memory_file import content_of, memory_file
+from hpc_oialr.spectra.memory_file import Image
 from hpc_oialr.spectra.names import parts_of
 from hpc_oialr.spectra.pieces import Piece
 
@@ -34,14 +34,15 @@ def write_master(head: Path) -> None:
         parts = [stack.enter_context(contextlib.closing(Piece(path))) for path in files]
         if not parts:
             return
-        file = stack.enter_context(contextlib.closing(memory_file()))
+        image = stack.enter_context(contextlib.closing(Image()))
+        file = image.file
         own = ("schema_version", "segments")
         describe(file, {key: value for key, value in parts[0].attributes.items() if key not in own})
         file.attrs["virtual"] = True
         for group in _in_order(parts):
             _view_layer(file, group, [part for part in parts if group in part.layers])
         _view(file, "steps", [part for part in parts if part.rows("steps")])
-        content = content_of(file)
+        content = image.content()
     write_atomically(head, content)
 
 
@@ -66,8 +67,9 @@ def _view(file: h5py.File, name: str, parts: Sequence[Piece]) -> None:
     layout = h5py.VirtualLayout(
         (sum(shape[0] for shape in shapes), *shapes[0][1:]), parts[0].file[name].dtype
     )
-    start = 0
+    # HDF5 reads a percent sign as the place of a number.
+    source, start = name.replace("%", "%%"), 0
     for part, shape in zip(parts, shapes, strict=True):
-        layout[start : start + shape[0]] = h5py.VirtualSource(part.path.name, name, shape)
+        layout[start : start + shape[0]] = h5py.VirtualSource(part.path.name, source, shape)
         start += shape[0]
     file.create_virtual_dataset(name, layout)

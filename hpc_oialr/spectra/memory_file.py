@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 
 import h5py
@@ -33,7 +35,60 @@ def memory_file(content: bytes | None = None, *, writable: bool = False) -> h5py
     return h5py.File(h5py.h5f.open(name, mode, fapl=access))
 
 
-def content_of(file: h5py.File) -> bytes:
-    """The whole file as it would be on a disk if it were closed now; it stays open."""
+class Image:
+    """A file in memory that is changed again and again, and whose bytes are asked for after each change.
+
+    Attributes
+    ----------
+    file
+        The file; another object after :meth:`content`, with some versions of HDF5.
+    opened
+        Data sets that are kept open, by name: to open them takes longer than to add a row.
+
+    Parameters
+    ----------
+    content
+        What to begin with; default an empty file.
+    """
+
+    def __init__(self, content: bytes = b"") -> None:
+        self._open(content)
+
+    def _open(self, content: bytes) -> None:
+        self.opened: dict[str, h5py.Dataset] = {}
+        self._bytes = io.BytesIO(content)
+        if images_are_whole():
+            self.file = memory_file(content or None, writable=True)
+        else:
+            self.file = h5py.File(self._bytes, "a", libver="v110")
+
+    def content(self) -> bytes:
+        """The whole file as it would be on a disk if it were closed now."""
+        if images_are_whole():
+            return _image(self.file)
+        self.close()
+        self._open(self._bytes.getvalue())
+        return self._bytes.getvalue()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.opened.clear()
+        self.file.close()
+
+
+def _image(file: h5py.File) -> bytes:
     file.flush()
     return bytes(file.id.get_file_image())
+
+
+@functools.cache
+def images_are_whole() -> bool:
+    """Whether HDF5's image of an open file can be opened; that of 1.10 has a wrong checksum."""
+    file = memory_file()
+    image = _image(file)
+    file.close()
+    try:
+        memory_file(image).close()
+    except OSError:
+        return False
+    return True

@@ -145,7 +145,7 @@ def _fill(dataset: h5py.Dataset, count: int, rows: NDArray[Any] | None) -> None:
         rows = np.zeros(shape, dtype=dataset.dtype)
     transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    kind = h5py.h5t.py_create(dataset.dtype)
+    kind = h5py.h5t.py_create(dataset.dtype, logical=True)
     target.write(memory, space, np.ascontiguousarray(rows), mtype=kind, dxpl=transfer)
 
 

@@ -101,7 +101,9 @@ class Event:
         """Take the layers that are ``wanted``; ~3 us a layer."""
         layers = [layer for layer in report.layers if wanted(layer.name)]
         # Their values are views into what an SVD gave, many times as large.
-        return cls(report, tuple((layer, np.array(layer.singular_values, np.float32)) for layer in layers))
+        return cls(
+            report, tuple((layer, np.asarray(layer.singular_values).astype(np.float32)) for layer in layers)
+        )
 
     def rows(self, places: Mapping[str, int]) -> Rows:
         """As rows, with all figures that follow from the singular values.

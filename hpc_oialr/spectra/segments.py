@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from hpc_oialr.errors import DataError
 from hpc_oialr.record.files import write_atomically
 from hpc_oialr.spectra.join import join
 from hpc_oialr.spectra.layout import append, cut_after, describe, last_step, takes_rows
-from hpc_oialr.spectra.memory_file import content_of, memory_file
+from hpc_oialr.spectra.memory_file import Image
 from hpc_oialr.spectra.names import segment_path, segments_of
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.rows import Rows
@@ -58,7 +56,7 @@ class SegmentedFile:
     ) -> None:
         self.path, self.head_bytes = Path(path), head_bytes
         self._attributes = dict(attributes or {})
-        self._head: h5py.File | None = None
+        self._head: Image | None = None
         self._checked = False
 
     def append(self, rows: Rows) -> None:
@@ -72,7 +70,7 @@ class SegmentedFile:
         try:
             head = self._head or self._open()
             append(head, rows)
-            content = content_of(head)
+            content = head.content()
             write_atomically(self.path, content)
         except BaseException:
             # What is in memory is ahead of the disk now.
@@ -80,7 +78,7 @@ class SegmentedFile:
             raise
         self._head = head
         if len(content) >= self.head_bytes:
-            self._close_segment(int(head.attrs["segments"]))
+            self._close_segment(int(head.file.attrs["segments"]))
 
     def cut_after(self, t: int) -> None:
         """Drop rows of later steps, as a run does that goes on from an older checkpoint."""
@@ -126,26 +124,26 @@ class SegmentedFile:
 
     # -- the head --------------------------------------------------------------------------------
 
-    def _open(self) -> h5py.File:
+    def _open(self) -> Image:
         """The head in memory, ready for rows."""
         self._put_aside_damaged()
         if not self.path.exists():
             return self._new(len(segments_of(self.path)))
         if self.path.stat().st_size < self.head_bytes:
-            head = memory_file(self.path.read_bytes(), writable=True)
-            if takes_rows(head):
+            head = Image(self.path.read_bytes())
+            if takes_rows(head.file):
                 return head
             head.close()
         with contextlib.closing(Piece(self.path)) as piece:
             segments = int(piece.attributes.get("segments", 0))
         return self._close_segment(segments)
 
-    def _new(self, segments: int) -> h5py.File:
-        head = memory_file()
-        describe(head, self._attributes, segments)
+    def _new(self, segments: int) -> Image:
+        head = Image()
+        describe(head.file, self._attributes, segments)
         return head
 
-    def _close_segment(self, before: int) -> h5py.File:
+    def _close_segment(self, before: int) -> Image:
         """Keep the file at the path as a segment and begin a new head, which is not written yet.
 
         A reader finds the same rows under either name until then, and counts them once.
@@ -202,11 +200,10 @@ class SegmentedFile:
         if path.stat().st_size >= self.head_bytes:
             join([path], self.path, segments=number - 1, until=t)
         else:
-            head = memory_file(path.read_bytes(), writable=True)
-            with contextlib.closing(head):
-                cut_after(head, t)
-                head.attrs["segments"] = number - 1
-                write_atomically(self.path, content_of(head))
+            with contextlib.closing(Image(path.read_bytes())) as head:
+                cut_after(head.file, t)
+                head.file.attrs["segments"] = number - 1
+                write_atomically(self.path, head.content())
         self._remove_segments(number)
 
     def _remove_segments(self, first: int) -> None:

@@ -61,7 +61,7 @@ class SpectraWriter:
         self._places = {name: place for place, name in enumerate(layers)}
         self._steps: list[Mapping[str, float]] = []
         self._queue: Background[_Job] | InTurn[_Job] = (
-            InTurn(self._do, _TOGETHER)
+            InTurn(self._do, _TOGETHER, lambda job: job.event is not None)
             if store.main.collective
             else Background(self._do, queue, name=str(store.main.path), patience_s=patience_s)
         )
