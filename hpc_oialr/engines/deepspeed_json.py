@@ -34,6 +34,9 @@ _REFUSED_ZERO = {
 # The part of a model that one of DeepSpeed's buffers takes where the JSON leaves its size open. DeepSpeed's own
 # sizes are for models of billions of parameters; a smaller model would lie whole in each buffer.
 BUFFERS_IN_MODEL = 32
+# It gathers ahead as long as no more than this part of the model is gathered; without a bound it never lets
+# go of what it has gathered ahead before the backward pass (0.19.8).
+LIVE_PARTS_IN_MODEL = 8
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
     """Sizes in numbers, by the model's, at most DeepSpeed's own.
 
     The buffer for gradients takes 1/32 of them, what stage 3 gathers before its use or keeps for a next use
-    1/32 of the model; parameters of at most ``sqrt(parameters)`` numbers, biases and norms, stay gathered.
+    1/32 of the model, and it stops doing so once 1/8 is gathered; parameters of at most ``sqrt(parameters)``
+    numbers, biases and norms, stay gathered.
 
     Examples
     --------
@@ -205,6 +209,7 @@ def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
     return found | {
         "stage3_prefetch_bucket_size": min(50_000_000, parameters // BUFFERS_IN_MODEL),
         "stage3_max_reuse_distance": min(1_000_000_000, parameters // BUFFERS_IN_MODEL),
+        "stage3_max_live_parameters": min(1_000_000_000, parameters // LIVE_PARTS_IN_MODEL),
         "stage3_param_persistence_threshold": min(100_000, math.isqrt(parameters)),
     }
 

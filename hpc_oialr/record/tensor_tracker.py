@@ -16,8 +16,9 @@ class TensorTracker(TorchDispatchMode):
     """The highest number of bytes that tensors hold at once, while it is active.
 
     Sees what every operation returns, not what it needs inside. What an operation is given and none has
-    returned was there all along, like DDP's buckets. The profiler sees more, but crashes the process now and
-    then while gloo's threads work (torch 2.13), so that it is for one process only.
+    returned counts from then on; if it outlives the tracker, like DDP's buckets, it was there all along. The
+    profiler sees more, but crashes the process now and then while gloo's threads work (torch 2.13), so that
+    it is for one process only.
 
     Parameters
     ----------
@@ -39,6 +40,7 @@ class TensorTracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._live: dict[int, weakref.ref[Any]] = {}
+        self._found: list[tuple[int, weakref.ref[Any]]] = []  # with the highest number of bytes before it
         for tensor in tensors:
             self._watch(tensor)
         self._add_up()
@@ -49,13 +51,22 @@ class TensorTracker(TorchDispatchMode):
         """Run the operation and count what it is given and returns."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and self._watch(leaf):
-                self.peak_bytes += _storage(leaf).nbytes()
+                self._found.append((self.peak_bytes, weakref.ref(_storage(leaf))))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._watch(leaf)
         self._add_up()
         return result
+
+    def __exit__(self, *error: Any) -> None:
+        """Add what outlives the tracker to what was alive before it was found."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        outlived = 0
+        for before, found in reversed(self._found):
+            storage = found()
+            outlived += 0 if storage is None else storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, before + outlived)
 
     @property
     def live_bytes(self) -> int:

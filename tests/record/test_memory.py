@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from support.spawn import spawn
@@ -14,6 +15,7 @@ from hpc_oialr.engines import make_engine
 from hpc_oialr.processes import World
 from hpc_oialr.record import MemoryMeter, peak_rss_bytes, resident_bytes
 from hpc_oialr.record.quiet import without_lines
+from hpc_oialr.record.tensor_tracker import TensorTracker
 
 MB = 1 << 20
 
@@ -203,6 +205,18 @@ def ddp_step(rank: int, size: int) -> list[float]:
 def test_gradient_buckets_count_once() -> None:
     """Weight, bucket, and the gradient on its way into it."""
     assert spawn(ddp_step, 2) == [[3.0] * 3] * 2
+
+
+def test_what_no_operation_returned_counts_while_it_lives() -> None:
+    with TensorTracker([]) as tracker:
+        for _ in range(3):
+            torch.from_numpy(np.ones(MB // 4, np.float32)).sum()
+    assert round(tracker.peak_bytes / MB, 1) == 1.0
+    stays = torch.from_numpy(np.ones(MB // 4, np.float32))
+    with TensorTracker([]) as tracker:
+        megabytes(2)
+        stays.sum()
+    assert round(tracker.peak_bytes / MB, 1) == 3.0, "it was there before the two"
 
 
 def test_the_profilers_chatter_is_kept_off_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
