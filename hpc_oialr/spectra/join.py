@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -48,19 +49,63 @@ def rows_in(run: Spectra) -> Rows:
     )
 
 
-def write_record(run: Spectra, target: Path, *, segments: int = 0, until: int | None = None) -> None:
-    """Write an open record as one plain file; see :func:`join`."""
-    draft = target.with_name(f".{target.name}.join.tmp")
+def write_record(
+    run: Spectra,
+    target: Path,
+    *,
+    segments: int = 0,
+    until: int | None = None,
+    unless: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Write an open record as one plain file; see :func:`join`.
+
+    Parameters
+    ----------
+    unless
+        Asked at the last moment.
+
+    Returns
+    -------
+    Whether the target was written.
+    """
+    with _draft(target, run.attributes, segments) as file:
+        _fill(file, run, until)
+    return _publish(target, unless)
+
+
+def write_rows(rows: Rows, attributes: Mapping[str, Any], target: Path) -> None:
+    """Write rows as one plain file."""
+    with _draft(target, attributes, 0) as file:
+        write_whole(file, rows)
+    _publish(target, lambda: False)
+
+
+@contextlib.contextmanager
+def _draft(target: Path, attributes: Mapping[str, Any], segments: int) -> Iterator[h5py.File]:
+    path = _draft_path(target)
+    own = ("schema_version", "segments", "virtual")
     try:
-        with h5py.File(draft, "w", libver="v110", locking=False) as file:
-            own = ("schema_version", "segments", "virtual")
-            describe(file, {key: value for key, value in run.attributes.items() if key not in own}, segments)
-            _fill(file, run, until)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+        with h5py.File(path, "w", libver="v110", locking=False) as file:
+            describe(file, {key: value for key, value in attributes.items() if key not in own}, segments)
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _publish(target: Path, unless: Callable[[], bool]) -> bool:
+    path = _draft_path(target)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+    if unless():
+        path.unlink()
+        return False
+    path.replace(target)
+    return True
+
+
+def _draft_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.join.tmp")
 
 
 def _fill(file: h5py.File, run: Spectra, until: int | None) -> None:

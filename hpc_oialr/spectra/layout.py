@@ -16,8 +16,8 @@ from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION, STEP, group_name
 
 # While rows come one by one: events in blocks, singular values each row for itself, so that none is compressed twice.
 _ROWS_PER_CHUNK = 32
-# In a file that is written at once: as much as is read at once, and lost to one damaged byte.
-_CHUNK_BYTES = 1 << 16
+# Of singular values in a file that is written at once: as much is read at once, and lost to one damaged byte.
+_CHUNK_BYTES = 1 << 14
 
 _EVENT, _STEP = h5py.h5t.py_create(EVENT, logical=True), h5py.h5t.py_create(STEP, logical=True)
 _VALUE = h5py.h5t.py_create(np.dtype(np.float32))
@@ -82,7 +82,7 @@ def make_group(file: h5py.File, layer: LayerRows, rows: int | None = None) -> h5
     group = file["layers"].create_group(group_name(layer.name))
     group.attrs.update({"name": layer.name, "index": layer.index, "m": layer.m, "n": layer.n, "k": k})
     group.create_dataset("events", **_table(EVENT, rows))
-    per_chunk = 1 if rows is None else max(1, min(rows, _CHUNK_BYTES // (4 * k)))
+    per_chunk = 1 if rows is None else max(1, min(rows, _ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * k)))
     group.create_dataset(
         "singular_values",
         shape=(0, k),
@@ -103,12 +103,11 @@ def make_steps(file: h5py.File, rows: int | None = None) -> h5py.Dataset:
 
 
 def _table(dtype: np.dtype[np.void], rows: int | None) -> dict[str, Any]:
-    per_chunk = _ROWS_PER_CHUNK if rows is None else max(1, min(rows, _CHUNK_BYTES // dtype.itemsize))
     return {
         "shape": (0,),
         "maxshape": (None,),
         "dtype": dtype,
-        "chunks": (per_chunk,),
+        "chunks": (_ROWS_PER_CHUNK,),
         "fletcher32": True,
         **({} if rows is None else {"compression": "gzip", "compression_opts": 1, "shuffle": True}),
     }

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 _SEGMENT = re.compile(r"(?P<head>.+)\.(?P<number>\d{3,})")
@@ -56,16 +57,43 @@ def _listed(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def side_path(head: Path, folder: Path | str | None = None) -> Path:
-    """Where a record goes on that cannot be written any more.
+def side_path(file: Path, folder: Path | str | None = None) -> Path:
+    """Where a record, or a process's part of it, goes on when it cannot be written any more.
 
-    A folder of this user's only, in ``folder`` or the system's temporary folder; the file's name tells the run's.
+    Parameters
+    ----------
+    folder
+        Default: the system's temporary folder. In it lies a folder of this user's only.
     """
-    where = head.resolve()
-    mark = hashlib.sha256(str(where).encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.-]", "_", f"{where.parent.name}-{head.stem}")
+    where = file.resolve()
+    return _side_folder(folder) / f"{_plain(where.parent.name)}-{_plain(file.stem)}-{_mark(where.parent)}.h5"
+
+
+def sides_of(head: Path, folders: Iterable[Path | str | None] = (None,)) -> dict[Path, Path]:
+    """For the record and for each process's part of it that went on elsewhere, where that is."""
+    pattern = re.compile(
+        rf".*-{re.escape(_plain(head.stem))}(?:\.p(\d{{4,}}))?-{_mark(head.resolve().parent)}\.h5"
+    )
+    found: dict[Path, Path] = {}
+    for folder in (_side_folder(folder) for folder in folders):
+        for path in sorted(_listed(folder)) if own(folder) else []:
+            match = pattern.fullmatch(path.name)
+            if match and own(path):
+                found[part_path(head, int(match[1])) if match[1] else head] = path
+    return found
+
+
+def _side_folder(folder: Path | str | None) -> Path:
     base = Path(folder) if folder is not None else Path(tempfile.gettempdir())
-    return base / f"oialr-spectra-{os.getuid()}" / f"{name}-{mark}.h5"
+    return base / f"oialr-spectra-{os.getuid()}"
+
+
+def _mark(folder: Path) -> str:
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def make_side_folder(side: Path) -> None:
@@ -88,3 +116,21 @@ def own(path: Path) -> bool:
     except OSError:
         return False
     return status.st_uid == os.getuid() and not path.is_symlink()
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced; None for none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def files_of(head: Path) -> list[Path]:
+    """All files that may hold rows of a record, whatever state they are in."""
+    if is_segment(head):
+        return [head] if head.exists() else []
+    heads = [head, *parts_of(head), *sides_of(head).values()]
+    found = [path for each in heads for path in (*segments_of(each).values(), each)]
+    return [path for path in found if path.exists()]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra.memory_file import memory_file
-from hpc_oialr.spectra.names import is_segment, own, parts_of, segment_path, segments_of, side_path
+from hpc_oialr.spectra.names import is_segment, parts_of, segment_path, segments_of, sides_of
 from hpc_oialr.spectra.schema import SCHEMA_VERSION
 
 # Up to this size a file is read whole: the head of a running job may be replaced at any moment.
@@ -127,6 +127,8 @@ def open_pieces(path: Path) -> list[Piece]:
     for _ in range(_TRIES):
         try:
             pieces = [Piece(head)] if is_segment(head) else _record(head)
+        except DataError:
+            raise
         except FileNotFoundError as error:
             # Joined, or begun anew, between two looks.
             missing = Path(error.filename or head)
@@ -146,9 +148,18 @@ def _record(head: Path) -> list[Piece]:
     pieces = _chain(head)
     for part in parts_of(head):
         pieces += _chain(part)
-    for side in sides_of(head, pieces):
+    for side in sides_of(head, side_folders(pieces)).values():
         pieces += _chain(side)
     return pieces
+
+
+def side_folders(pieces: list[Piece]) -> list[str | None]:
+    """Folders in which a record may have gone on: the usual one, and ``record.side_folder`` of its settings."""
+    if not pieces:
+        return [None]
+    config = json.loads(pieces[-1].attributes.get("config", "{}"))
+    named: str | None = (config.get("record") or {}).get("side_folder")
+    return [None] if named is None else [None, named]
 
 
 def _chain(head: Path) -> list[Piece]:
@@ -163,20 +174,6 @@ def _chain(head: Path) -> list[Piece]:
         return []
     count = int(attributes.get("segments", 0))
     return [*(Piece(segment_path(head, number)) for number in range(1, count + 1)), last]
-
-
-def sides_of(head: Path, pieces: list[Piece]) -> list[Path]:
-    """Files in which the record, or a process's part of it, went on when it could not be written."""
-    folders = [None, *{folder for piece in pieces[-1:] if (folder := _side_folder(piece)) is not None}]
-    places = [side_path(path, folder) for path in (head, *parts_of(head)) for folder in folders]
-    return [place for place in dict.fromkeys(places) if own(place.parent) and own(place)]
-
-
-def _side_folder(piece: Piece) -> str | None:
-    """``record.side_folder`` of the settings that the file holds."""
-    config = json.loads(piece.attributes.get("config", "{}"))
-    folder: str | None = (config.get("record") or {}).get("side_folder")
-    return folder
 
 
 def _opened(path: Path) -> h5py.File:

@@ -137,6 +137,8 @@ class Spectra(Mapping[str, Layer]):
         What was opened.
     attributes
         The root's, as they are stored; see :attr:`config` and :attr:`environment`.
+    pieces
+        The files.
 
     Examples
     --------
@@ -149,8 +151,8 @@ class Spectra(Mapping[str, Layer]):
 
     def __init__(self, path: Path_, pieces: Sequence[Piece] = ()) -> None:
         self.path = Path(path)
-        self._pieces = list(pieces) or open_pieces(self.path)
-        self.attributes = self._pieces[0].attributes
+        self.pieces = list(pieces) or open_pieces(self.path)
+        self.attributes = self.pieces[0].attributes
 
     def __enter__(self) -> Spectra:
         return self
@@ -190,7 +192,7 @@ class Spectra(Mapping[str, Layer]):
     @functools.cached_property
     def steps(self) -> Rows:
         """One row per step range, of dtype :data:`hpc_oialr.spectra.schema.STEP`."""
-        tables_ = [as_table(piece.read("steps"), STEP) for piece in self._pieces if piece.rows("steps")]
+        tables_ = [as_table(piece.read("steps"), STEP) for piece in self.pieces if piece.rows("steps")]
         stored = np.concatenate(tables_) if tables_ else np.zeros(0, dtype=STEP)
         return stored[_first_of_each(stored["step"][None])]
 
@@ -238,13 +240,13 @@ class Spectra(Mapping[str, Layer]):
 
     def close(self) -> None:
         """Let go of all files."""
-        for piece in self._pieces:
+        for piece in self.pieces:
             piece.close()
 
     @functools.cached_property
     def _layers(self) -> dict[str, Layer]:
         parts: dict[str, list[tuple[Piece, str]]] = {}
-        for piece in self._pieces:
+        for piece in self.pieces:
             for group in piece.layers:
                 parts.setdefault("" if group == "%" else unquote(group), []).append((piece, group))
         layers = [Layer(name, found) for name, found in parts.items()]

@@ -14,7 +14,7 @@ from hpc_oialr.record.files import write_atomically
 from hpc_oialr.spectra.join import join
 from hpc_oialr.spectra.layout import append, cut_after, describe, last_step, takes_rows
 from hpc_oialr.spectra.memory_file import Image
-from hpc_oialr.spectra.names import segment_path, segments_of
+from hpc_oialr.spectra.names import identity, segment_path, segments_of
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.rows import Rows
 
@@ -58,6 +58,7 @@ class SegmentedFile:
         self._attributes = dict(attributes or {})
         self._head: Image | None = None
         self._checked = False
+        self._seen = identity(self.path)
 
     def append(self, rows: Rows) -> None:
         """Add rows; when this returns they are on the disk.
@@ -67,11 +68,15 @@ class SegmentedFile:
         OSError
             If they could not be written; the files are as before.
         """
+        if self._head is not None and identity(self.path) != self._seen:
+            # Somebody has merged the record.
+            self.close()
         try:
             head = self._head or self._open()
             append(head, rows)
             content = head.content()
             write_atomically(self.path, content)
+            self._seen = identity(self.path)
         except BaseException:
             # What is in memory is ahead of the disk now.
             self.close()

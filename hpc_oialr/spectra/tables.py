@@ -56,6 +56,23 @@ def to_pandas(run: Spectra, table: str, *, singular_values: bool) -> pandas.Data
     return frame
 
 
+def values_to_pandas(layer: Layer) -> pandas.DataFrame:
+    """A layer's singular values, a row for each: layer, t, kind, index, value."""
+    pandas = need("pandas", "a table of spectra")
+    values = layer.singular_values
+    rows, index = np.nonzero(~np.isnan(values))
+    kinds = np.array(layer.kinds, dtype=object)
+    return pandas.DataFrame(
+        {
+            "layer": layer.name,
+            "t": layer.t[rows],
+            "kind": kinds[rows],
+            "index": index,
+            "value": values[rows, index],
+        }
+    )
+
+
 def runs_to_pandas(runs: Mapping[str, Spectra], table: str, *, singular_values: bool) -> pandas.DataFrame:
     """See :meth:`hpc_oialr.spectra.Runs.to_pandas`."""
     pandas = need("pandas", "a table of spectra")
