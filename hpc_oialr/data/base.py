@@ -1,4 +1,4 @@
-"""What a data set is to the rest: arrays that hand out whole batches, and a config that builds them."""
+"""What a data set is to the rest: something that hands out whole batches, and a config that builds it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 class ArrayDataset(ABC):
-    """Samples in memory, gathered a batch at a time: no per-sample Python, no collation."""
+    """Samples, gathered a batch at a time: no collation, and in memory no Python for each of them."""
 
     @abstractmethod
     def __len__(self) -> int:

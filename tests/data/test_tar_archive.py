@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from hpc_oialr.data.catalog import FetchableDataset
+from hpc_oialr.data.fetch import fetch_into
 from hpc_oialr.data.sources import SourceError
 from hpc_oialr.data.tar_archive import TarArchive
+from hpc_oialr.errors import DataError
 
 
 @pytest.fixture
@@ -55,3 +58,17 @@ def test_what_is_wrong_is_said(archive: Path, tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
     with pytest.raises(OSError, match="urlopen error"):
         TarArchive((tmp_path / "none").as_uri(), "", ()).fill(folder)
+
+
+def test_a_fetched_archive_is_checked_by_the_sizes_of_its_files(archive: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    toy = FetchableDataset("toy", (source(archive, "folder/a.bin"),), sizes={"a.bin": 4})
+    assert fetch_into(toy, root) == root / "toy"
+    (root / "toy" / "a.bin").write_bytes(b"abc")
+    assert toy.fault(root / "toy") == f"{root / 'toy' / 'a.bin'} is damaged: expected 4 bytes, found 3"
+    fetch_into(toy, root)
+    assert (root / "toy" / "a.bin").read_bytes() == b"a.bi"
+    with pytest.raises(
+        DataError, match=r"a\.bin is damaged: expected 5 bytes, found 4\. Run `oialr data fetch"
+    ):
+        fetch_into(FetchableDataset("other", (source(archive, "folder/a.bin"),), sizes={"a.bin": 5}), root)
