@@ -1,12 +1,16 @@
 """Memory of a process: parameters, gradients and optimizer state under each engine, against DDP's.
 
 `text_gpt`'s model on `--processes` gloo processes (DeepSpeed with AdamW, the others with Muon beside AdamW).
-`dense_mib` and `low_rank_mib`: all tensors of the process that has most, after a backward pass, before the
-conversion and at r = k/4; ratios are to `ddp` with the same optimizer. The highest that all tensors reached:
-`dense_step_mib` and `low_rank_step_mib` in forward and backward, activations included; `conversion_mib` and
-`update_mib` in the event. The rows `updates` cut r by one or two in each of `--updates` updates, so that every
-one changes shapes and rebuilds what must be: live tensors, their bytes and the resident set after the tenth
-and the last.
+`dense_mib` and `low_rank_mib`: all tensors of the process that has most, after a backward pass (when gradients
+are there and activations are not), before the conversion and at r = k/4; ratios are to `ddp` with the same
+optimizer. The highest that all tensors reached: `dense_step_mib` and `low_rank_step_mib` in forward and
+backward, activations included; `conversion_mib` and `update_mib` in the event.
+
+The rows `updates`, on two processes and a small model, cut r by one in each of `--updates` updates, so that
+every one changes shapes and rebuilds what must be: live tensors, their bytes, Python's objects, and the resident
+set after the tenth and the last; as r falls, so must bytes.
+
+Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row, arguments, finish
+from benchmarks.common import Row, arguments, earlier, finish
 from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
 from hpc_oialr.models import GPT2
@@ -58,13 +62,13 @@ class Run:
         self.oialr.step()
 
 
-def make(name: str, optimizer_name: str, config: OIALRConfig, depth: int) -> Run:
-    """The recipe's model under an engine."""
+def make(name: str, optimizer_name: str, config: OIALRConfig, *, dim: int = 384, depth: int = 6) -> Run:
+    """The recipe's model, or a smaller one, under an engine."""
     world = World.from_environment(device="cpu", timeout_s=300)
     engine = ENGINES[name]().build(world, "fp32")
     torch.manual_seed(0)
     tokens = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(world.rank))
-    module: nn.Module = GPT2(dim=384, depth=depth, heads=6).build({"input_ids": tokens})
+    module: nn.Module = GPT2(dim=dim, depth=depth, heads=dim // 64).build({"input_ids": tokens})
     engine.place(module)
     kind = AdamW(lr=1e-3) if optimizer_name == "AdamW" else MuonAdamW(lr=0.01)
     optimizer = kind.build(module)
@@ -99,7 +103,7 @@ def phases(name: str, optimizer_name: str) -> Row:
     """Dense, conversion, update, low rank."""
     limits = RankLimits(at_conversion=0.4, max_drop=0.4, round_to=8)
     config = OIALRConfig(delay=4, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0)
-    run = make(name, optimizer_name, config, depth=6)
+    run = make(name, optimizer_name, config)
     run.step()
     run.step()
     run.forward_backward()
@@ -121,21 +125,22 @@ def phases(name: str, optimizer_name: str) -> Row:
 
 
 def growth(name: str, optimizer_name: str, updates: int) -> Row:
-    """Many updates, each of which changes shapes."""
-    limits = RankLimits(max_drop=0.0065, min_fraction=0.05)
+    """Many updates, each of which changes shapes: r falls from 256 by one each time."""
+    limits = RankLimits(max_drop=0.0045, min_fraction=0.05)
     config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(0.05), limits=limits, layer_share_step=1.0)
-    run = make(name, optimizer_name, config, depth=2)
+    run = make(name, optimizer_name, config, dim=256, depth=1)
     row: Row = {}
     for update in range(updates + 1):
         run.step()
         if update in (10, updates):
             when = "first" if update == 10 else "last"
             row |= {
+                f"{when}_r": max(run.oialr.r.values()),
                 f"{when}_mib": live_bytes() / MIB,
                 f"{when}_tensors": len(live()),
+                f"{when}_objects": len(gc.get_objects()),
                 f"{when}_rss_mib": rss_mib(),
             }
-    row["r"] = max(run.oialr.r.values())
     return row
 
 
@@ -156,28 +161,38 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--growing", nargs="+", default=["ddp", "fsdp", "zero3"], choices=list(ENGINES))
     parser.add_argument("--updates", type=int, default=200, help="0 leaves the long runs out")
     options = parser.parse_args()
-    rows: list[Row] = []
+    rows = earlier(options.out)
     for optimizer in ("MuonAdamW", "AdamW"):
-        reference = measure(options.processes, phases, "ddp", optimizer)
-        for name in options.engines:
-            if name.startswith("zero") and optimizer != "AdamW":
-                continue
-            row = reference if name == "ddp" else measure(options.processes, phases, name, optimizer)
-            ratios = {f"{phase}_ratio": row[f"{phase}_mib"] / reference[f"{phase}_mib"] for phase in
-                      ("dense", "low_rank", "conversion", "update")}  # fmt: skip
-            rows.append({"kind": "phases", "engine": name, "optimizer": optimizer, **row, **ratios})
+        engines = [e for e in options.engines if optimizer == "AdamW" or not e.startswith("zero")]
+        for name in dict.fromkeys(["ddp", *engines]):
+            if not found(rows, "phases", name, optimizer):
+                row = measure(options.processes, phases, name, optimizer)
+                row |= ratios(row, found(rows, "phases", "ddp", optimizer) or row)
+                rows.append({"kind": "phases", "engine": name, "optimizer": optimizer, **row})
+                finish(rows, options.out, processes=options.processes)
+    for name in options.growing if options.updates else ():
+        if not found(rows, "updates", name, "AdamW"):
+            row = measure(2, growth, name, "AdamW", options.updates)
+            first = {"kind": "updates", "engine": name, "optimizer": "AdamW", "updates": options.updates}
+            rows.append(first | row)
             finish(rows, options.out, processes=options.processes)
-    phases_rows = list(rows)
-    for name in options.engines if options.updates else ():
-        row = measure(2, growth, name, "AdamW", options.updates)
-        rows.append(
-            {"kind": "updates", "engine": name, "optimizer": "AdamW", "updates": options.updates, **row}
-        )
-        finish(rows, options.out, processes=options.processes)
-    finish(phases_rows, None)
-    finish(rows[len(phases_rows) :], None)
+    for kind in ("phases", "updates"):
+        finish([row for row in rows if row["kind"] == kind], None)
+
+
+def found(rows: list[Row], kind: str, engine: str, optimizer: str) -> Row | None:
+    """The row that has been measured, if it has."""
+    wanted = (kind, engine, optimizer)
+    return next((row for row in rows if (row["kind"], row["engine"], row["optimizer"]) == wanted), None)
+
+
+def ratios(row: Row, reference: Row) -> Row:
+    """What a process holds, and what its events take, over the reference's."""
+    phases = ("dense", "low_rank", "conversion", "update")
+    return {f"{phase}_ratio": row[f"{phase}_mib"] / reference[f"{phase}_mib"] for phase in phases}
 
 
 if __name__ == "__main__":
