@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from hpc_oialr.cli.command_train import default_folder
 from hpc_oialr.cli.console import add_command, console, rows, show_warnings
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.processes import launch_info
+from hpc_oialr.record.run_folder import default_folder
 
 if TYPE_CHECKING:
     from hpc_oialr.compare import Comparison

@@ -37,6 +37,16 @@ class EngineConfig(ABC):
         """
         return SingleEngine(world) if world.size == 1 else self._of_many(world, precision)
 
+    def shares(self, processes: int) -> int:
+        """Into how many parts a global batch is dealt.
+
+        Raises
+        ------
+        ConfigError
+            If the engine cannot work with this many processes.
+        """
+        return processes
+
     @abstractmethod
     def _of_many(self, world: World, precision: str) -> Engine:
         """The engine of two processes or more."""
@@ -46,10 +56,18 @@ class EngineConfig(ABC):
 class Single(EngineConfig):
     """One process, no process group; more are an error."""
 
+    def shares(self, processes: int) -> int:
+        """One; see :class:`EngineConfig`."""
+        if processes > 1:
+            raise self._of_one(processes)
+        return 1
+
     def _of_many(self, world: World, precision: str) -> Engine:
-        raise ConfigError(
-            "engine", "Single", f"is for one process, and {world.size} were started", fix="Take DDP or FSDP."
-        )
+        raise self._of_one(world.size)
+
+    def _of_one(self, processes: int) -> ConfigError:
+        rule = f"is for one process, and {processes} were started"
+        return ConfigError("engine", "Single", rule, fix="Take DDP or FSDP.")
 
 
 @dataclass(kw_only=True)
@@ -123,9 +141,14 @@ class FSDP(EngineConfig):
         if self.replicas < 1:
             raise ConfigError("replicas", self.replicas, "must be at least 1")
 
+    def shares(self, processes: int) -> int:
+        """One a process; see :class:`EngineConfig`."""
+        if processes > 1 and processes % self.replicas:
+            raise ConfigError("replicas", self.replicas, f"must divide the {processes} processes")
+        return processes
+
     def _of_many(self, world: World, precision: str) -> Engine:
-        if world.size % self.replicas:
-            raise ConfigError("replicas", self.replicas, f"must divide the {world.size} processes")
+        self.shares(world.size)
         gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         return FSDPEngine(
             world,
@@ -157,9 +180,14 @@ class TensorParallel(EngineConfig):
             )
         check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
 
+    def shares(self, processes: int) -> int:
+        """One for each group that holds a model; see :class:`EngineConfig`."""
+        if processes > 1 and processes % self.size:
+            raise ConfigError("size", self.size, f"must divide the {processes} processes")
+        return max(1, processes // self.size)
+
     def _of_many(self, world: World, precision: str) -> Engine:
-        if world.size % self.size:
-            raise ConfigError("size", self.size, f"must divide the {world.size} processes")
+        self.shares(world.size)
         if precision == "fp16":
             rule = "cannot be used with TensorParallel, whose processes would each choose a loss scale"
             raise ConfigError("train.precision", "fp16", rule, fix="Take bf16.")

@@ -59,6 +59,24 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return [_record(line, number, path) for number, line in enumerate(lines, start=1)]
 
 
+def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str, Any]]:
+    """The records in a file's last bytes: quick for a long run; none if there is no file.
+
+    Raises
+    ------
+    DataError
+        If a line before the last is no JSON.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - size)
+            file.seek(start)
+            _, *lines = ((b"" if start else b"\n") + file.read()).split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [_record(line, number, path) for number, line in enumerate(lines[:-1], start=1 - len(lines))]
+
+
 def _record(line: bytes, number: int, path: Path | str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(line)

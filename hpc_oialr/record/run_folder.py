@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def job(self) -> Path:
+        """What was submitted to do this run, and as which job; there for submitted runs only."""
+        return self.path / "job.json"
+
+    @property
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
@@ -104,3 +110,8 @@ class RunFolder:
         """What :meth:`write_summary` wrote."""
         summary: dict[str, Any] = json.loads(self.summary.read_text())
         return summary
+
+
+def default_folder(recipe: str) -> Path:
+    """``runs/RECIPE-TIME``."""
+    return Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -37,7 +37,7 @@ class TensorBoard:
         """Write one row; its ``split`` leads the names."""
         prefix = f"{row['split']}/" if "split" in row else "train/"
         for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if isinstance(value, (int, float)) and name not in ("step", "total_steps"):
                 self._writer.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:

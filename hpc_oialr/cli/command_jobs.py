@@ -1,0 +1,103 @@
+"""``oialr jobs``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.launch.jobs import JobRow, find_runs, rows_of
+from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.record.progress import clock_time
+
+EXAMPLES = """  oialr jobs
+  oialr jobs --all
+  oialr jobs runs/first runs/second"""
+
+COLUMNS = (
+    "job",
+    "run",
+    "state",
+    "requeues",
+    "step",
+    "ETA / time left",
+    "trained",
+    "mean r",
+    "loss",
+    "metric",
+)
+UNKNOWN = "-"
+_WIDE = 400
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    summary = "list submitted runs: state, step, time to the end, last line of an error"
+    parser = add_command(commands, "jobs", summary=summary, examples=EXAMPLES)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folders; default all under runs/")
+    parser.add_argument("--all", action="store_true", help="completed runs too")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table, and a line for each error."""
+    show_warnings()
+    rows = rows_of(find_runs(arguments.runs), Slurm())
+    if not (arguments.all or arguments.runs):
+        rows = [row for row in rows if row.state.state != "COMPLETED" or row.error]
+    show(rows) if rows else console().print("no submitted runs", markup=False)
+    return 0
+
+
+def show(rows: Sequence[JobRow]) -> None:
+    """Print the table and the errors."""
+    table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in cells(row)))
+    out = console()
+    if not out.is_terminal:
+        # A file or a pipe has no width: nothing is to be cut there.
+        out.width = _WIDE
+    out.print(table)
+    for row in rows:
+        if row.error:
+            out.print(f"{row.folder.path}: {row.error}", markup=False)
+
+
+def cells(row: JobRow) -> list[str]:
+    """One row of the table; a dash for what is not known."""
+    progress, state = row.progress, row.state
+    requeues = UNKNOWN if state.requeues is None else f"{state.requeues} of {row.job.max_requeues}"
+    step = UNKNOWN if progress.step is None else f"{progress.step} of {progress.total_steps}"
+    metric = f"{progress.metric_name} {_number(progress.metric, '.4f')}" if progress.metric_name else UNKNOWN
+    return [
+        row.job.job_id,
+        str(row.folder.path),
+        f"{state.state} ({state.reason})" if state.state == "PENDING" and state.reason else state.state,
+        requeues,
+        step,
+        _times(row),
+        _number(progress.trained_share, ".1%"),
+        _number(progress.r_mean, ".1f"),
+        _number(progress.loss, ".4f"),
+        metric,
+    ]
+
+
+def _times(row: JobRow) -> str:
+    """Time to the run's end and to the job's; says so if the run will need another job."""
+    eta, left = row.eta_s, row.left_s
+    if eta is None and left is None:
+        return UNKNOWN
+    both = " / ".join(UNKNOWN if time is None else clock_time(max(0.0, time)) for time in (eta, left))
+    return f"{both}, goes on after a requeue" if eta is not None and left is not None and eta > left else both
+
+
+def _number(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)

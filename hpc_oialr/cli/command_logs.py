@@ -1,0 +1,40 @@
+"""``oialr logs``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.cli.console import add_command, show_warnings
+from hpc_oialr.launch.job_file import read_job
+from hpc_oialr.launch.logs import follow, log_files
+from hpc_oialr.launch.states import Over
+from hpc_oialr.record.run_folder import RunFolder
+
+EXAMPLES = """  oialr logs runs/first
+  oialr logs runs/first -f
+  oialr logs runs/first --process 3"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    summary = "show what a run's process printed"
+    parser = add_command(commands, "logs", summary=summary, examples=EXAMPLES)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
+    parser.add_argument("--process", type=int, default=0, metavar="N", help="which process; default 0")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the log to standard output as it is."""
+    show_warnings()
+    folder = RunFolder(arguments.folder)
+    files = log_files(folder, arguments.process)
+    over = Over(read_job(folder)) if arguments.follow and folder.job.exists() else None
+    for text in follow(files, over or (lambda: not arguments.follow)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return 0

@@ -1,0 +1,141 @@
+"""``oialr submit``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
+from hpc_oialr.launch.programs import NoAnswerError, ask
+from hpc_oialr.launch.request import EXECUTORS, Request
+from hpc_oialr.launch.submission import Submission
+
+ORIGIN = "the command line"
+EXAMPLES = """  oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --time 04:00:00 --site horeka
+  oialr submit fashion_mnist_vit --nodes 2 --train.epochs 1 --out runs/first
+  oialr submit fashion_mnist_vit --array seeds=0,1,2 --partition cpu
+  oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --dry-run
+  oialr submit fashion_mnist_vit --executor local --tasks-per-node 2
+
+A run that is stopped by its time limit, by preemption or by a failing node is requeued and goes on from its last
+checkpoint. Other options of sbatch: Slurm's own variables, e.g. SBATCH_RESERVATION. Settings as for oialr train."""
+
+# Option, type, metavar, help; each becomes the parameter of its name.
+OPTIONS: tuple[tuple[str, type, str, str], ...] = (
+    ("--nodes", int, "N", "number of nodes; default 1"),
+    ("--gpus-per-node", str, "N|TYPE:N", "GPUs of each node"),
+    ("--tasks-per-node", int, "N", "processes of each node; default one a GPU, or one"),
+    ("--cpus-per-task", int, "N", "cores of each process"),
+    ("--time", str, "LIMIT", "limit of the job, in Slurm's forms; default 01:00:00"),
+    ("--partition", str, "NAME", "as in sbatch"),
+    ("--account", str, "NAME", "as in sbatch"),
+    ("--qos", str, "NAME", "as in sbatch"),
+    ("--constraint", str, "FEATURES", "as in sbatch"),
+    ("--exclude", str, "NODES", "as in sbatch"),
+    ("--array", str, "seeds=LIST", "one run for each seed, e.g. seeds=0,1,2 or seeds=0-9"),
+    ("--signal-s", int, "SECONDS", "how long before the end the processes are told to stop; default 120"),
+    ("--max-requeues", int, "N", "after so many a stopped job stays stopped; default 20"),
+    ("--site", str, "NAME|FILE", "site file of the cluster"),
+    ("--executor", str, "NAME", f"{', '.join(EXECUTORS)}; default slurm"),
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    summary = "submit a recipe as a job that is requeued until the run is done"
+    parser = add_command(commands, "submit", summary=summary, examples=EXAMPLES, takes_settings=True)
+    parser.add_argument(
+        "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
+    for option, kind, metavar, explanation in OPTIONS:
+        parser.add_argument(option, type=kind, metavar=metavar, help=explanation)
+    parser.add_argument(
+        "--setup",
+        metavar="COMMAND",
+        action="append",
+        help="shell command before the training; may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script, and ask sbatch --test-only")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Submit, then print each job with its run folder."""
+    show_warnings()
+    try:
+        request = request_of(arguments)
+        submission = Submission.of(arguments.recipe, arguments.settings, request)
+    except ConfigError as error:
+        raise error.with_context(origin=error.origin or ORIGIN) from None
+    except UnknownNameError as error:
+        raise _perhaps_an_option(error) from None
+    if arguments.dry_run:
+        return show_script(submission.script())
+    jobs = submission.submit()
+    for job, each in zip(jobs, submission.runs, strict=True):
+        console().print(f"job {job.job_id}: {shlex.quote(str(each.folder))}", markup=False)
+    if request.executor == "debug":
+        for job in jobs:
+            job.results()
+    return 0
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """The request of a command line."""
+    given = {name: getattr(arguments, name, None) for name in parameter_names()}
+    given["folder"], given["array"] = arguments.out, seeds_of(arguments.array)
+    return Request.of(**{name: value for name, value in given.items() if value is not None})
+
+
+def parameter_names() -> list[str]:
+    """Names of all parameters of a request."""
+    return [field.name for field in fields(Request)]
+
+
+def seeds_of(text: str | None) -> dict[str, list[int]] | None:
+    """``seeds=0,4-6`` as an array.
+
+    Examples
+    --------
+    >>> seeds_of("seeds=0,4-6")
+    {'seeds': [0, 4, 5, 6]}
+    """
+    if text is None:
+        return None
+    name, _, values = text.partition("=")
+    try:
+        return {name: [seed for part in values.split(",") for seed in _range(part)]}
+    except ValueError:
+        rule = "must be seeds=LIST, with numbers and ranges"
+        raise ConfigError("array", text, rule, fix="E.g. seeds=0,1,2 or seeds=0-9.") from None
+
+
+def _range(part: str) -> Sequence[int]:
+    first, dash, last = part.partition("-")
+    return range(int(first), int(last) + 1) if dash else [int(first)]
+
+
+def _perhaps_an_option(error: UnknownNameError) -> OIALRError:
+    """A mistyped option looks like a setting, which the dots in the names of settings tell apart."""
+    if error.kind != "setting" or "." in error.name:
+        return error
+    options = [*(option for option, *_ in OPTIONS), "--out", "--setup", "--dry-run"]
+    return UnknownNameError("option or setting", f"--{error.name}", options, origin=ORIGIN)
+
+
+def show_script(script: str) -> int:
+    """Print a batch script, and what Slurm would do with it."""
+    console().print(script, markup=False)
+    try:
+        answer = ask(["sbatch", "--test-only"], text=script)
+    except NoAnswerError as error:
+        console().print(f"# sbatch --test-only: {error}", markup=False)
+        return 0 if "there is no sbatch" in str(error) else 1
+    console().print(f"# {(answer.stderr or answer.stdout).strip()}", markup=False)
+    return 0

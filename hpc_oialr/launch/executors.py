@@ -1,0 +1,166 @@
+"""submitit's executors, set for runs: one process a GPU, requeued by the batch script, results read safely."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from submitit import DebugExecutor, Executor, LocalExecutor, LocalJob, SlurmExecutor, SlurmJob
+from submitit.core.core import Job
+from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
+
+from hpc_oialr.errors import ConfigError
+from hpc_oialr.launch.request import Request
+from hpc_oialr.launch.script import SRUN_ARGUMENTS, python, setup_lines
+from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.launch.slurm_time import limit_of
+from hpc_oialr.launch.trust import require_own
+
+
+class SlurmWatcher(SlurmInfoWatcher):
+    """Asks squeue first: without accounts submitit itself would wait for ever for a job that was killed."""
+
+    def __init__(self, delay_s: int = 60) -> None:
+        super().__init__(delay_s)
+        self._slurm = Slurm()
+
+    def update(self) -> None:
+        """Ask for the states of all jobs that may still run."""
+        asked = self._registered - self._finished
+        states = self._slurm.states(asked)
+        for job in asked:
+            if job in states:
+                self._info_dict[job] = {"JobID": job, "State": states[job].state}
+            elif self._slurm.reached:
+                self._info_dict[job] = {"JobID": job, "State": "FORGOTTEN"}
+            if self.is_done(job, mode="cache"):
+                self._finished.add(job)
+        self._last_status_check = time.time()
+
+
+class _OwnPickles(Job[Any]):
+    """A job whose pickles are read only if nobody else can have written them."""
+
+    def submission(self) -> DelayedSubmission:
+        """What was submitted."""
+        require_own(self.paths.folder, self.paths.submitted_pickle)
+        return super().submission()
+
+    def _get_outcome_and_result(self) -> tuple[str, Any]:
+        there = [path for path in (self.paths.result_pickle,) if path.exists()]
+        require_own(self.paths.folder, *there)
+        return super()._get_outcome_and_result()
+
+
+class OwnSlurmJob(_OwnPickles, SlurmJob[Any]):
+    """A job of Slurm."""
+
+    watcher = SlurmWatcher()
+
+
+class OwnLocalJob(_OwnPickles, LocalJob[Any]):
+    """A job on this machine."""
+
+
+class RunsOnSlurm(SlurmExecutor):
+    """Starts runs by srun inside a batch script."""
+
+    job_class = OwnSlurmJob
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return python("hpc_oialr.launch.task", str(self.folder))
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Positive without srun too: a script may be looked at anywhere."""
+        return 2
+
+    def script(self, runs: int) -> str:
+        """The batch script of a run, or of an array of several."""
+        many: dict[str, Any] = {"map_count": runs} if runs > 1 else {}
+        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **many)
+
+    def submit_runs(self, calls: list[Any]) -> list[Job[Any]]:
+        """Submit one run, or several as an array."""
+        jobs = self.submit_array(calls)
+        return [OwnSlurmJob(self.folder, job.job_id, range(job.num_tasks)) for job in jobs]
+
+
+class RunsHere(LocalExecutor):
+    """Starts runs on this machine, in the background."""
+
+    job_class = OwnLocalJob
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return python("hpc_oialr.launch.task", str(self.folder))
+
+
+def make_executor(request: Request, folder: Path, name: str, signal: str) -> Executor:
+    """The executor of a request.
+
+    Parameters
+    ----------
+    folder
+        Where submitit keeps its files.
+    name
+        Of the job.
+    signal
+        What its processes get before its end, e.g. "USR2".
+
+    Raises
+    ------
+    ConfigError
+        If the executor cannot send the signal.
+    """
+    match request.executor:
+        case "slurm":
+            executor: Executor = RunsOnSlurm(folder)
+            executor.update_parameters(**slurm_parameters(request, name, signal))
+        case "local":
+            if signal != "USR2":
+                rule = "must be USR2 with the executor 'local', which sends no other"
+                raise ConfigError("train.stop_signal", signal, rule)
+            executor = RunsHere(folder)
+            executor.update_parameters(**local_parameters(request))
+        case _:
+            executor = DebugExecutor(folder)
+    return executor
+
+
+def slurm_parameters(request: Request, name: str, signal: str) -> dict[str, Any]:
+    """Parameters of submitit's SlurmExecutor; it renders a script with them at once."""
+    given = {key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+    return {
+        **given,
+        "job_name": name,
+        "nodes": request.nodes,
+        "ntasks_per_node": request.processes_per_node,
+        "cpus_per_task": request.cpus_per_task,
+        # Not per task: NCCL must see all GPUs of its node.
+        "gpus_per_node": request.gpus_per_node,
+        "time": math.ceil(request.time_s / 60),
+        # Clusters that check such keys do not know submitit's.
+        "wckey": None,
+        "setup": setup_lines(request),
+        "srun_args": list(SRUN_ARGUMENTS),
+        "additional_parameters": {
+            "signal": f"{signal}@{request.signal_s}",
+            "time": limit_of(request.time_s),
+            "requeue": True,
+        },
+    }
+
+
+def local_parameters(request: Request) -> dict[str, Any]:
+    """Parameters of submitit's LocalExecutor."""
+    return {
+        "tasks_per_node": request.processes_per_node,
+        "gpus_per_node": request.gpus,
+        "timeout_min": request.time_s / 60,
+        "signal_delay_s": request.signal_s,
+    }

@@ -1,0 +1,226 @@
+"""Submitting runs: checked on the login node, one folder a run, one job or one job array."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import socket
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
+from hpc_oialr.launch.job_file import JobFile, read_job
+from hpc_oialr.launch.recipe_run import RecipeRun
+from hpc_oialr.launch.request import Request, check_folder
+from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.launch.states import states_of
+from hpc_oialr.record.run_folder import RunFolder, default_folder
+
+if TYPE_CHECKING:
+    from submitit import Executor, Job
+
+    from hpc_oialr.train.config import TrainConfig
+
+
+@overload
+def submit(
+    recipe: str | Path, settings: Sequence[str] = ..., *, dry_run: Literal[False] = ..., **parameters: Any
+) -> list[Job[Any]]: ...
+
+
+@overload
+def submit(
+    recipe: str | Path, settings: Sequence[str] = ..., *, dry_run: Literal[True], **parameters: Any
+) -> str: ...
+
+
+def submit(
+    recipe: str | Path, settings: Sequence[str] = (), *, dry_run: bool = False, **parameters: Any
+) -> list[Job[Any]] | str:
+    """Submit a run, or one for each seed.
+
+    Parameters
+    ----------
+    recipe
+        Name or path of a recipe.
+    settings
+        As on the command line, e.g. ``["--train.epochs", "3"]``.
+    dry_run
+        Submit nothing; the batch script instead.
+    parameters
+        Those of :class:`Request`, e.g. ``nodes=4, gpus_per_node=4, time="04:00:00"``.
+
+    Returns
+    -------
+    list of submitit.Job, or str
+        ``job.result()`` waits for the run's summary, also over requeues.
+
+    Raises
+    ------
+    OIALRError
+        For a parameter, a setting or a folder that does not fit, and if Slurm refuses the job.
+    """
+    submission = Submission.of(recipe, settings, Request.of(**parameters))
+    return submission.script() if dry_run else submission.submit()
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Runs that will be submitted together.
+
+    Attributes
+    ----------
+    request
+        Where, how wide and how long.
+    folder
+        The run's, or the one that holds those of an array.
+    runs
+        What each job calls.
+    signal
+        What the processes get before the end of their job.
+    """
+
+    request: Request
+    folder: Path
+    runs: tuple[RecipeRun, ...]
+    signal: str
+
+    @classmethod
+    def of(cls, recipe: str | Path, settings: Sequence[str], request: Request) -> Submission:
+        """Check everything that can be checked before a job starts.
+
+        Raises
+        ------
+        OIALRError
+            For what does not fit.
+        """
+        train = _checked(recipe, settings, request.processes)
+        found = str(Path(recipe).resolve()) if Path(recipe).is_file() else str(recipe)
+        folder = Path(request.folder or default_folder(str(recipe))).absolute()
+        check_folder(folder)
+        runs = [(folder, tuple(settings))]
+        if request.seeds is not None:
+            seeds = [(f"seed_{seed}", ("--train.seed", str(seed))) for seed in request.seeds]
+            runs = [(folder / name, (*settings, *seed)) for name, seed in seeds]
+        return cls(request, folder, tuple(RecipeRun(found, *run) for run in runs), train.stop_signal)
+
+    def script(self) -> str:
+        """The batch script.
+
+        Raises
+        ------
+        OIALRError
+            With an executor that has none.
+        """
+        executor = self._executor()
+        script = getattr(executor, "script", None)
+        if script is None:
+            rule = "has no batch script to look at"
+            raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
+        return str(script(len(self.runs)))
+
+    def submit(self) -> list[Job[Any]]:
+        """Submit; each run's folder then holds its ``job.json``.
+
+        Raises
+        ------
+        OIALRError
+            If a folder is in use, or Slurm refuses the job.
+        """
+        for run in self.runs:
+            _check_free(RunFolder(run.folder))
+        executor, new = self._executor(), not self.folder.exists()
+        self._prepare()
+        try:
+            jobs = _submit(executor, self.runs)
+        except OIALRError:
+            if new:
+                shutil.rmtree(self.folder)
+            raise
+        for run, job in zip(self.runs, jobs, strict=True):
+            self._job_file(job.job_id).write(RunFolder(run.folder))
+        return jobs
+
+    @property
+    def _files(self) -> Path:
+        return self.folder / "submitit"
+
+    def _executor(self) -> Executor:
+        try:
+            from hpc_oialr.launch.executors import make_executor
+        except ImportError as error:
+            if error.name is None or error.name.partition(".")[0] != "submitit":
+                raise
+            raise MissingExtraError("submitit", "slurm", purpose="Submitting a run") from None
+        return make_executor(self.request, self._files, self.folder.name, self.signal)
+
+    def _prepare(self) -> None:
+        """Make the folders, readable by their owner only."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._files.mkdir(mode=0o700, exist_ok=True)
+        for run in self.runs:
+            RunFolder(run.folder).create()
+
+    def _job_file(self, job_id: str) -> JobFile:
+        return JobFile(
+            job_id=job_id,
+            executor=self.request.executor,
+            host=socket.gethostname(),
+            recipe=self.runs[0].recipe,
+            nodes=self.request.nodes,
+            processes=self.request.processes,
+            time_s=self.request.time_s,
+            max_requeues=self.request.max_requeues,
+            submission=self._files,
+            submitted=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+def _checked(recipe: str | Path, settings: Sequence[str], processes: int) -> TrainConfig:
+    """The settings of the loop, once all are checked that would end the job in its first minute."""
+    from hpc_oialr.data.batches import check_shares
+    from hpc_oialr.train.config_tree import in_section
+    from hpc_oialr.train.load_config import load_config
+
+    loaded = load_config(recipe, settings)
+    section = "engine"
+    try:
+        shares = loaded.config.engine.shares(processes)
+        section = "train"
+        check_shares(loaded.config.train.global_batch, shares)
+        loaded.config.train.check_accumulation(shares)
+    except ConfigError as error:
+        raise in_section(error, section, loaded.origins) from None
+    return loaded.config.train
+
+
+def _check_free(folder: RunFolder) -> None:
+    """Two jobs must not write into one folder, and a finished run stays as it is."""
+    if folder.finished:
+        raise OIALRError(f"{folder.path} holds a finished run. Take another folder, or remove it.")
+    if not folder.job.exists():
+        return
+    job = read_job(folder)
+    (state,) = states_of([job], Slurm())
+    if not state.over:
+        raise OIALRError(
+            f"job {job.job_id} ({state.state.lower()}) works in {folder.path}; one job a folder. "
+            f"Wait for it, or end it: oialr cancel {shlex.quote(str(folder.path))}"
+        )
+
+
+def _submit(executor: Executor, runs: Sequence[RecipeRun]) -> list[Job[Any]]:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    submit_runs = getattr(executor, "submit_runs", executor.submit_array)
+    try:
+        # submitit shows sbatch's message by itself too.
+        with redirect_stderr(StringIO()):
+            return list(submit_runs(list(runs)))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise OIALRError(f"Slurm refused the job: {' '.join(str(error).split())}") from None

@@ -1,0 +1,323 @@
+"""Runs go to Slurm: the script, the folders, and what is said before anything is submitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support.tiny_runs import write_recipe
+
+from hpc_oialr.cli.command_submit import OPTIONS, parameter_names
+from hpc_oialr.cli.main import main
+from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
+from hpc_oialr.launch import submit
+from hpc_oialr.record import RunFolder
+
+pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
+
+SCRIPT = """#!/bin/bash
+
+# Parameters
+#SBATCH --account=project
+#SBATCH --cpus-per-task=8
+#SBATCH --error={folder}/submitit/%j_0_log.err
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=first
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output={folder}/submitit/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR1@60
+#SBATCH --time=1-12:00:00
+
+# setup
+export OIALR_MAX_REQUEUES=5
+trap '{python} -u -m hpc_oialr.launch.requeue "$?"' EXIT
+set -eo pipefail
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+source {site}
+module load cuda
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output {folder}/submitit/%j_%t_log.out --error {folder}/submitit/%j_%t_log.err \
+--kill-on-bad-exit=1 --wait=60 --open-mode=append {python} -u -m hpc_oialr.launch.task {folder}/submitit
+"""
+NASTY = """it's "$(touch broken)" `touch broken` ; touch broken"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+def test_script(slurm, recipe, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("module() { :; }\n")
+    script = submit(
+        recipe,
+        ["--train.stop_signal", "USR1"],
+        dry_run=True,
+        folder=tmp_path / "first",
+        nodes=2,
+        gpus_per_node=4,
+        cpus_per_task=8,
+        time="1-12",
+        partition="gpu",
+        account="project",
+        signal_s=60,
+        max_requeues=5,
+        site=str(site),
+        setup=["module load cuda"],
+    )
+    assert script == SCRIPT.format(folder=tmp_path / "first", python=sys.executable, site=site)
+    assert slurm.calls == []
+    assert not (tmp_path / "first").exists()
+
+
+def test_submission(slurm, recipe, tmp_path):
+    (job,) = submit(recipe, ["--train.steps", "30"], folder="runs/first", nodes=2, tasks_per_node=2)
+    assert (job.job_id, job.num_tasks) == ("12", 4)
+    (call,) = slurm.calls
+    assert call[0] == "sbatch"
+    folder = tmp_path / "runs" / "first"
+    assert not RunFolder(folder).holds_run
+    for path in (folder, folder / "submitit", folder / "checkpoints"):
+        assert path.stat().st_mode & 0o777 == 0o700
+    call = job.submission().function
+    assert (call.recipe, call.folder, call.settings) == (str(recipe), folder, ("--train.steps", "30"))
+    written = json.loads((folder / "job.json").read_text())
+    assert {"submitted", "host"} <= set(written)
+    assert {key: value for key, value in written.items() if key not in ("submitted", "host")} == {
+        "version": 1,
+        "job_id": "12",
+        "executor": "slurm",
+        "recipe": str(recipe),
+        "nodes": 2,
+        "processes": 4,
+        "time_s": 3600,
+        "max_requeues": 20,
+        "submission": "submitit",
+    }
+
+
+def test_array_has_a_folder_for_each_seed(slurm, recipe, tmp_path):
+    jobs = submit(recipe, folder="runs/many", array={"seeds": [3, 5]})
+    assert [job.job_id for job in jobs] == ["12_0", "12_1"]
+    folder = tmp_path / "runs" / "many"
+    for job, seed in zip(jobs, (3, 5), strict=True):
+        call = job.submission().function
+        assert call.settings == ("--train.seed", str(seed))
+        assert call.folder == folder / f"seed_{seed}"
+        written = json.loads((call.folder / "job.json").read_text())
+        assert (written["job_id"], written["submission"]) == (job.job_id, "../submitit")
+    script = (folder / "submitit" / "12_submission.sh").read_text()
+    assert "#SBATCH --array=0-1%2\n" in script
+    assert "%A_%a_%t_log.err" in script
+    assert script == submit(recipe, dry_run=True, folder="runs/many", array={"seeds": [3, 5]})
+
+
+def test_names_with_quotes_and_commands_are_only_names(slurm, recipe, tmp_path):
+    """The script is run by a real bash; srun and the requeue see what was given, and nothing else happens."""
+    slurm.answer(srun_code=75)
+    setting = f"{NASTY}\ntouch broken"
+    (job,) = submit(
+        recipe, ["--model.dim", setting, "--model.dim", "16"], folder=tmp_path / NASTY, constraint=NASTY
+    )
+    script = job.paths.submission_file
+    environ = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "3"}
+    done = subprocess.run(["bash", str(script)], env=environ, capture_output=True, text=True)
+    assert done.returncode == 75
+    assert "stopped with a checkpoint; requeue 1 of 20" in done.stderr
+    _, srun, *scontrol = slurm.calls
+    assert scontrol == [["scontrol", "--oneliner", "show", "job", "12"], ["scontrol", "requeue", "12"]]
+    files = tmp_path / NASTY / "submitit"
+    assert srun == [
+        "srun",
+        "--unbuffered",
+        "--output",
+        f"{files}/%j_%t_log.out",
+        "--error",
+        f"{files}/%j_%t_log.err",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        "--open-mode=append",
+        sys.executable,
+        "-u",
+        "-m",
+        "hpc_oialr.launch.task",
+        str(files),
+    ]
+    header = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert len(header) == 10
+    assert not list(tmp_path.rglob("broken"))
+    assert job.submission().function.settings[1] == setting
+
+
+@pytest.mark.parametrize(("code", "calls"), [(0, 0), (1, 0), (76, 2)])
+def test_the_script_requeues_by_the_code_of_srun(slurm, recipe, code, calls):
+    slurm.answer(srun_code=code)
+    (job,) = submit(recipe, folder="runs/first")
+    environ = {**os.environ, "SLURM_JOB_ID": "12"}
+    done = subprocess.run(
+        ["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert len([call for call in slurm.calls if call[0] == "scontrol"]) == calls
+
+
+def test_a_site_file_that_fails_ends_the_job(slurm, recipe, tmp_path):
+    site = tmp_path / "bad.sh"
+    site.write_text("false\n")
+    (job,) = submit(recipe, folder="runs/first", site=str(site))
+    environ = {**os.environ, "SLURM_JOB_ID": "12"}
+    done = subprocess.run(
+        ["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert [call[0] for call in slurm.calls] == ["sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "text"),
+    [
+        (["--train.stepz", "3"], {}, "Did you mean 'train.steps'?"),
+        (
+            [],
+            {"nodes": 3},
+            "train.global_batch is 8 (from tiny.yaml); must be a positive multiple of the world size",
+        ),
+        (
+            ["--train.accumulation", "3"],
+            {"nodes": 2},
+            "train.accumulation is 3 (from the command line); must divide",
+        ),
+        (
+            ["--engine", "TensorParallel", "--engine.size", "4"],
+            {"nodes": 2},
+            "engine.size is 4 (from the command",
+        ),
+        (
+            ["--engine", "Single"],
+            {"nodes": 2},
+            "engine is 'Single' (from the command line); is for one process",
+        ),
+        ([], {"site": "atlantis"}, "unknown site 'atlantis'; valid: "),
+    ],
+)
+def test_what_would_end_the_job_at_once_is_said_now(slurm, recipe, settings, parameters, text):
+    with pytest.raises(OIALRError) as caught:
+        submit(recipe, settings, folder="runs/first", **parameters)
+    assert text in str(caught.value)
+    assert slurm.calls == []
+    assert not RunFolder("runs/first").path.exists()
+
+
+def test_tensor_parallel_processes_share_a_batch(slurm, recipe):
+    assert submit(recipe, ["--engine", "TensorParallel", "--train.global_batch", "1"], nodes=2, dry_run=True)
+
+
+def test_refusal(slurm, recipe, capsys):
+    slurm.answer(refuse="invalid partition specified: moon")
+    with pytest.raises(
+        OIALRError, match=r"Slurm refused the job: sbatch: error: invalid partition specified: moon"
+    ):
+        submit(recipe, folder="runs/first", partition="moon")
+    assert not RunFolder("runs/first").path.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_one_job_a_folder(slurm, recipe, tmp_path):
+    submit(recipe, folder="runs/first")
+    slurm.answer(jobs={"12": {"State": "RUNNING"}})
+    with pytest.raises(
+        OIALRError, match=r"job 12 \(running\) works in .*runs/first; one job a folder\..*oialr cancel"
+    ):
+        submit(recipe, folder="runs/first")
+    slurm.answer(jobs={"12": {"State": "FAILED"}})
+    submit(recipe, folder="runs/first")
+    (tmp_path / "runs" / "first" / "summary.json").write_text("{}")
+    with pytest.raises(OIALRError, match=r"runs/first holds a finished run"):
+        submit(recipe, folder="runs/first")
+
+
+def test_submitit_is_missing(slurm, recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.delitem(sys.modules, "hpc_oialr.launch.executors", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"
+    ):
+        submit(recipe, folder="runs/first")
+
+
+def test_local_executor_sends_one_signal_only(recipe, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"train.stop_signal is 'HUP'; must be USR2 with the executor 'local'"
+    ):
+        submit(recipe, ["--train.stop_signal", "HUP"], folder=tmp_path / "x", executor="local")
+    with pytest.raises(ConfigError, match=r"executor is 'local'; has no batch script to look at"):
+        submit(recipe, folder=tmp_path / "x", executor="local", dry_run=True)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_every_parameter_is_an_option():
+    options = {option.removeprefix("--").replace("-", "_") for option, *_ in OPTIONS}
+    assert options | {"folder", "setup"} == set(parameter_names())
+
+
+def test_command(slurm, recipe, tmp_path, capsys):
+    out = tmp_path / "runs" / "a b"
+    code, text, _ = run(
+        capsys, "submit", recipe, "--nodes", 2, "--train.seed", 4, "--out", out, "--array", "seeds=0-1"
+    )
+    assert (code, text) == (0, f"job 12_0: '{out}/seed_0'\njob 12_1: '{out}/seed_1'\n")
+
+
+def test_dry_run_asks_slurm(slurm, recipe, tmp_path, capsys):
+    code, text, _ = run(capsys, "submit", recipe, "--dry-run", "--out", tmp_path / "x")
+    assert code == 0
+    assert text.startswith("#!/bin/bash\n")
+    assert text.rstrip().endswith(
+        "# sbatch: Job 5 to start at 2026-01-01T10:00:00 on nodes node[1-2] in partition main"
+    )
+    assert slurm.calls == [["sbatch", "--test-only"]]
+    slurm.answer(refuse="invalid account")
+    code, text, _ = run(capsys, "submit", recipe, "--dry-run", "--out", tmp_path / "x")
+    assert code == 1
+    assert text.rstrip().endswith("# sbatch --test-only: sbatch: error: invalid account")
+
+
+def test_dry_run_without_slurm(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, text, _ = run(capsys, "submit", recipe, "--dry-run", "--out", tmp_path / "x")
+    assert code == 0
+    assert text.rstrip().endswith("# sbatch --test-only: there is no sbatch here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--node", "3"], "unknown option or setting '--node' (from the command line); valid: --account"),
+        (["--time", "4h"], "time is '4h' (from the command line); must be minutes"),
+        (["--array", "seeds=a"], "array is 'seeds=a' (from the command line); must be seeds=LIST"),
+        (["--train.stepz", "3"], "unknown setting 'train.stepz'"),
+    ],
+)
+def test_wrong_options_are_one_line(slurm, recipe, capsys, arguments, text):
+    code, out, err = run(capsys, "submit", recipe, *arguments)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert err.count("\n") == 1

@@ -1,0 +1,29 @@
+"""A real little run on two processes, by submitit's local executor."""
+
+from __future__ import annotations
+
+import pytest
+from support.tiny_runs import write_recipe
+
+from hpc_oialr.cli.main import main
+from hpc_oialr.launch import submit
+from hpc_oialr.launch.jobs import find_runs, rows_of
+from hpc_oialr.launch.slurm_state import Slurm
+
+pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
+
+
+def test_two_processes(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = write_recipe(tmp_path, train={"steps": 10})
+    (job,) = submit(recipe, folder="runs/first", executor="local", tasks_per_node=2)
+    (row,) = rows_of(find_runs(), Slurm())
+    assert (row.job.job_id, row.state.state) == (job.job_id, "RUNNING")
+    summary, nothing = job.results()
+    assert (summary["steps"], summary["world_size"], nothing) == (10, 2, None)
+    (row,) = rows_of(find_runs(), Slurm())
+    assert (row.state.state, row.progress.step, row.progress.total_steps) == ("COMPLETED", 10, 10)
+    capfd.readouterr()
+    assert main(["logs", "runs/first", "-f"]) == 0
+    assert "conversion of" in capfd.readouterr().out
