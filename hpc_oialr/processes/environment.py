@@ -41,7 +41,7 @@ class LaunchInfo:
     local_rank, local_size
         The same among the processes of its node.
     launcher
-        "single", "torchrun", "slurm" or "mpi".
+        "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor).
     master_addr, master_port
         Where process 0 listens.
     """
@@ -67,8 +67,9 @@ class LaunchInfo:
 def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     """Find the launcher and this process's place, from ``os.environ`` by default.
 
-    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then mpirun, whose daemons may
-    themselves be a Slurm step; then srun. A shell inside an allocation, without srun, is one process.
+    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then
+    mpirun, whose daemons may themselves be a Slurm step; then srun. A shell inside an allocation, without
+    srun, is one process.
 
     Raises
     ------
@@ -78,6 +79,8 @@ def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     env = os.environ if environ is None else environ
     if "RANK" in env:
         return _from_torchrun(env)
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        return _from_submitit(env)
     if _number(env, "OMPI_COMM_WORLD_SIZE", 0) > 1 or ("OMPI_COMM_WORLD_SIZE" in env and not in_step(env)):
         return _from_open_mpi(env)
     if _number(env, "PMI_SIZE", 0) > 1:
@@ -115,6 +118,11 @@ def gpus_per_node(environ: Mapping[str, str] | None = None) -> int | None:
     return gpu_count(env.get("SLURM_GPUS_PER_NODE", ""))
 
 
+def all_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """All variables as they are now, for programs that are to run with the same or with a few more."""
+    return dict(os.environ if environ is None else environ)
+
+
 def recorded_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables that change how a run behaves, for its record; nothing whose name hints at a secret."""
     env = os.environ if environ is None else environ
@@ -145,6 +153,13 @@ def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
     address = _required(env, "MASTER_ADDR", "must name the host of process 0")
     _required(env, "MASTER_PORT", "must be a port that is free on the host of process 0")
     return LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, _port(env, "torchrun"))
+
+
+def _from_submitit(env: Mapping[str, str]) -> LaunchInfo:
+    """submitit's local executor: all processes on this machine."""
+    rank, size = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_NTASKS")
+    port = _port(env, f"{_required(env, 'SUBMITIT_LOCAL_JOB_ID', 'must be the number of the job')}.0")
+    return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", port)
 
 
 def _from_open_mpi(env: Mapping[str, str]) -> LaunchInfo:

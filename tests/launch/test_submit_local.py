@@ -9,6 +9,7 @@ from hpc_oialr.cli.main import main
 from hpc_oialr.launch import submit
 from hpc_oialr.launch.jobs import find_runs, rows_of
 from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.processes import launch_info
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
 
@@ -27,3 +28,11 @@ def test_two_processes(tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     assert main(["logs", "runs/first", "-f"]) == 0
     assert "conversion of" in capfd.readouterr().out
+
+
+def test_place_of_a_process():
+    names = {"GLOBALID": "1", "NTASKS": "2", "JOB_ID": "4711"}
+    info = launch_info({f"SUBMITIT_LOCAL_{name}": value for name, value in names.items()})
+    assert (info.rank, info.size, info.local_rank, info.local_size) == (1, 2, 1, 2)
+    assert (info.launcher, info.master_addr) == ("submitit", "127.0.0.1")
+    assert 20_000 <= info.master_port < 32_768
