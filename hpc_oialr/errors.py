@@ -85,6 +85,14 @@ class WorldError(OIALRError, RuntimeError):
     """Launcher, process group and configuration disagree."""
 
 
+class ProcessLostError(WorldError):
+    """Another process of the run has died or does not answer."""
+
+
+class HealthError(OIALRError, RuntimeError):
+    """A node or process is not fit for the run, found before it begins."""
+
+
 class DataError(OIALRError, FileNotFoundError):
     """A data file is missing, damaged or of another form."""
 

@@ -8,18 +8,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from hpc_oialr import __version__
+from hpc_oialr import __version__, exit_codes
 from hpc_oialr.cli import (
+    command_cancel,
     command_compare,
     command_data,
+    command_doctor,
     command_export,
     command_info,
+    command_jobs,
+    command_logs,
     command_recipes,
     command_resume,
+    command_spectra,
+    command_submit,
     command_train,
 )
 from hpc_oialr.cli.console import show_error
-from hpc_oialr.errors import OIALRError
+from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.mpi import leave_mpi
 
@@ -30,7 +36,13 @@ COMMANDS = (
     command_data,
     command_resume,
     command_export,
+    command_spectra,
     command_info,
+    command_doctor,
+    command_submit,
+    command_jobs,
+    command_logs,
+    command_cancel,
 )
 
 EXAMPLES = """examples:
@@ -58,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it succeeded, 2 for what the user can put right, told in one line.
+    """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`. An error is told in one line.
 
     Settings of a run are left over by the parser and go to ``train`` and ``compare`` only.
     """
@@ -71,21 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except OIALRError as error:
         show_error(error)
-        return 2
+        return exit_codes.of_error(error)
     except KeyboardInterrupt:
         return 130
 
 
 def entry() -> None:
     """The console script: :func:`main`, then out."""
-    if launch_info().size == 1:
+    if _is_alone():
         sys.exit(main())
     # Whatever still refers to the process group would be torn down together with the interpreter, which
     # hangs or aborts now and then; all files are closed by now.
     code = _code_of_main()
-    if code == 0:
+    if code in (exit_codes.FINISHED, exit_codes.STOPPED):
         leave_mpi()
     os._exit(code)
+
+
+def _is_alone() -> bool:
+    try:
+        return launch_info().size == 1
+    except WorldError:
+        return True  # the command tells what is wrong, or does not care
 
 
 def _code_of_main() -> int:

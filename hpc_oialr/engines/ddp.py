@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from hpc_oialr.engines.base import Engine
 from hpc_oialr.lowrank.layout import WHOLE
 from hpc_oialr.processes import World
+from hpc_oialr.quiet import without_lines
 
 Hook = tuple[Callable[..., Any], object]
 
@@ -31,6 +33,11 @@ class DDPEngine(Engine):
     -----
     Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
     any trained parameter is not wrapped.
+
+    The sum over three CPU processes or more depends on where in its bucket a gradient lies, and a wrapper
+    orders its buckets anew after its first step, unless it looks for unused parameters. There it always
+    does, so that a run that was stopped at any step and resumed has the bits of the undisturbed one. This
+    takes 1 to 2 ms a step for 150 parameters.
     """
 
     layout = WHOLE
@@ -46,7 +53,7 @@ class DDPEngine(Engine):
         self.world = world
         self._options: dict[str, Any] = {
             "process_group": world.group,
-            "find_unused_parameters": find_unused_parameters,
+            "find_unused_parameters": find_unused_parameters or _keeps_order(world),
             "gradient_as_bucket_view": gradient_as_bucket_view,
             "bucket_cap_mb": bucket_cap_mb,
         }
@@ -70,6 +77,8 @@ class DDPEngine(Engine):
             return self._wrapped
         if not _trained(module):
             self.send_initial(module)
+        if _keeps_order(self.world):
+            _spend_warning(self._options)
         return self._make(module, init_sync=True)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
@@ -100,6 +109,17 @@ class DDPEngine(Engine):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """``DistributedDataParallel.no_sync``."""
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+def _keeps_order(world: World) -> bool:
+    """Whether buckets must stay as they are for the sake of equal bits."""
+    return world.size > 2 and world.device.type == "cpu"
+
+
+def _spend_warning(options: Mapping[str, Any]) -> None:
+    """Let torch say once that no parameter is unused, which we know, where nobody hears it."""
+    with without_lines([b"find_unused_parameters=True was specified"]):
+        DistributedDataParallel(nn.Linear(1, 1), **options)(torch.zeros(1, 1))
 
 
 def _trained(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from hpc_oialr.errors import OIALRError, WorldError
+from hpc_oialr.errors import OIALRError, ProcessLostError
 
 # Gloo raises plain RuntimeErrors; its own sources stand in their text.
 _COMMUNICATION = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)")
@@ -16,7 +16,7 @@ _COMMUNICATION = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onn
 
 @contextmanager
 def reported(what: str, rank: int, size: int, *, only_communication: bool = False) -> Iterator[None]:
-    """Turn a failed communication inside into a :class:`WorldError` that says what to do.
+    """Turn a failed communication inside into a :class:`ProcessLostError` that says what to do.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def reported(what: str, rank: int, size: int, *, only_communication: bool = Fals
         raise lost(what, rank, size, str(error)) from error
 
 
-def lost(what: str, rank: int, size: int, reason: str) -> WorldError:
+def lost(what: str, rank: int, size: int, reason: str) -> ProcessLostError:
     """The error itself.
 
     Parameters
@@ -46,7 +46,7 @@ def lost(what: str, rank: int, size: int, reason: str) -> WorldError:
     reason
         What the library below said.
     """
-    return WorldError(
+    return ProcessLostError(
         f"process {rank} of {size}: {what} failed; every process must take part within the timeout "
         f"(train.timeout_s). Another one has died or hangs: see its log, then resume from the last checkpoint. "
         f"({reason})"

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.record.quiet import without_lines
+from hpc_oialr.quiet import without_lines
 from hpc_oialr.record.tensor_tracker import TensorTracker
 
 Subject = nn.Module | torch.optim.Optimizer | Tensor

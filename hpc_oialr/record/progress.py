@@ -40,6 +40,8 @@ class Status:
         Peak memory so far (bytes).
     eta_s
         Time to the end (s).
+    left_s
+        Time to the end of the job, if it has one (s).
     """
 
     step: int
@@ -54,6 +56,7 @@ class Status:
     eta_s: float
     metric: float | None = None
     metric_name: str = ""
+    left_s: float | None = None
 
 
 class Progress(Protocol):
@@ -167,11 +170,15 @@ def describe(status: Status) -> list[str]:
         f"{status.rate:,.0f} {status.unit}/s",
         f"data wait {status.data_wait_share:.0%}",
         f"memory {status.memory_bytes / 2**30:.2f} GiB",
-        f"ETA {clock_time(status.eta_s)}",
+        f"ETA {clock_time(status.eta_s)}{_of_the_job(status.left_s)}",
     ]
     if status.metric is not None:
         parts.insert(3, f"{status.metric_name} {status.metric:.4f}")
     return parts
+
+
+def _of_the_job(left_s: float | None) -> str:
+    return "" if left_s is None else f" of {clock_time(max(0.0, left_s))} left in the job"
 
 
 def clock_time(seconds: float) -> str:

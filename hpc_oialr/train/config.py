@@ -10,6 +10,7 @@ from hpc_oialr.engines import DDP, EngineConfig
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
+from hpc_oialr.processes.signals import check_name
 from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
@@ -55,6 +56,12 @@ class TrainConfig:
         A process that lets the others wait this long counts as dead, and ends the run, which goes on from its
         last checkpoint (s). Must be longer than the largest layer's SVD, than writing a checkpoint, and than
         the time between the first process's start and the last one's.
+    stop_signal
+        Upon this signal, and upon TERM, a run writes a checkpoint and stops with exit code 75: "USR2", "USR1"
+        (which NCCL uses too), "TERM" or "HUP".
+    health_check
+        Before anything else, see that every process has its device, that a sum over all is right, and that
+        versions and settings are the same everywhere.
     """
 
     epochs: float | None = None
@@ -72,6 +79,8 @@ class TrainConfig:
     workers: int = 0
     device: str | None = None
     timeout_s: float = 600.0
+    stop_signal: str = "USR2"
+    health_check: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -83,6 +92,7 @@ class TrainConfig:
         for name in ("global_batch", "accumulation", "evaluations", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
+        check_name("stop_signal", self.stop_signal)
         check_interval("timeout_s", self.timeout_s, 1, 86_400, closed=(True, True))
         for name in ("seed", "workers"):
             if getattr(self, name) < 0:

@@ -150,6 +150,21 @@ def merge_trees(base: Any, over: Any) -> Any:
     return {**base, **{key: merge_trees(base.get(key), value) for key, value in over.items()}}
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, ``init_args`` left out, as on the command line.
+
+    Examples
+    --------
+    >>> flat({"train": {"steps": 3}, "engine": {"class_path": "DDP", "init_args": {"size": 2}}})
+    {'train.steps': 3, 'engine.class_path': 'DDP', 'engine.size': 2}
+    """
+    named: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix.removesuffix(".") if key == "init_args" else f"{prefix}{key}"
+        named |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return named
+
+
 def build(hint: Any, value: Any, origins: Mapping[str, str], name: str = "") -> Any:
     """The object of a normalised tree whose values have their types already.
 

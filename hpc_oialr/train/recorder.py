@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,11 +35,20 @@ class Recorder:
         What carries the numbers of an update to the main process.
     attributes
         Of ``spectra.h5``.
+    deadline
+        Unix time of the job's end (s), if it has one.
     """
 
     def __init__(
-        self, folder: RunFolder, session: Session, channel: MetricsChannel, attributes: dict[str, Any]
+        self,
+        folder: RunFolder,
+        session: Session,
+        channel: MetricsChannel,
+        attributes: dict[str, Any],
+        *,
+        deadline: float | None = None,
     ) -> None:
+        self.deadline = deadline
         self.session, self.every = session, session.config.record.every
         self.folder = folder
         main = session.world.is_main
@@ -90,6 +100,7 @@ class Recorder:
         unit = session.config.task.unit
         row = {
             "step": step,
+            "total_steps": session.total_steps,
             "loss": loss,
             "lr": session.rates.current,
             "wall_s": clocks.wall,
@@ -109,6 +120,7 @@ class Recorder:
             data_wait_share=self.pace.data_wait_share,
             memory_bytes=self.meter.peak_bytes,
             eta_s=self.pace.eta_s(session.total_steps - step),
+            left_s=None if self.deadline is None else self.deadline - time.time(),
             **self._evaluation,
         )
         self.progress.update(status)
@@ -151,6 +163,10 @@ class Recorder:
         self.progress.note(
             f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
         )
+
+    def note(self, text: str) -> None:
+        """Show one line that stays."""
+        self.progress.note(text)
 
     def peak_memory_gib(self, before: float) -> float:
         """Highest so far, and at least ``before`` (GiB)."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,29 @@ from typing import Any
 
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.processes import MetricsChannel, World, open_channel
+from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.config_tree import flat
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import make_session
+from hpc_oialr.train.stopping import StopRequest
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-Stop = Callable[[], bool]
-
 # What a resumed run may change: where and by whom it is computed, not what is computed.
-RESUMABLE = ("engine", "train.device", "train.timeout_s", "train.workers", "checkpoint")
+RESUMABLE = (
+    "engine",
+    "train.device",
+    "train.timeout_s",
+    "train.stop_signal",
+    "train.health_check",
+    "train.workers",
+    "checkpoint",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Result:
 
 
 def train(
-    loaded: LoadedConfig, folder: Path, *, world: World | None = None, stop_requested: Stop | None = None
+    loaded: LoadedConfig, folder: Path, *, world: World | None = None, stop: StopRequest | None = None
 ) -> Result:
     """Train from the start in a new run folder; a collective call.
 
@@ -57,8 +67,8 @@ def train(
         Run folder; must not hold a run.
     world
         The processes; default those of the launcher.
-    stop_requested
-        See :class:`Trainer`.
+    stop
+        What may end the run early.
 
     Raises
     ------
@@ -66,12 +76,40 @@ def train(
         If the folder holds a run, or settings, data and world do not fit each other.
     """
     with _joined(world, loaded) as joined:
-        run_folder = RunFolder(folder)
+        # A default name holds the time, which the processes may have read in different seconds.
+        run_folder = RunFolder(joined.broadcast_object(folder))
         if joined.broadcast_object(run_folder.holds_run):
             raise OIALRError(
-                f"{folder} already holds a run. Go on with it: oialr resume {folder}; or take another --out."
+                f"{folder} already holds a run. Go on with it: oialr resume {folder}, or --continue; or take "
+                "another --out."
             )
-        return _run(loaded, run_folder, joined, stop_requested)
+        return _run(loaded, run_folder, joined, stop)
+
+
+def train_or_resume(
+    loaded: LoadedConfig, folder: Path, *, world: World | None = None, stop: StopRequest | None = None
+) -> Result:
+    """Begin a run, or go on with it if ``folder`` holds it, or return at once if it is finished.
+
+    The same call serves the first job of a run and every one after it; a collective call.
+
+    Parameters
+    ----------
+    loaded, folder, world, stop
+        As for :func:`train`.
+
+    Raises
+    ------
+    OIALRError
+        If the folder holds a run with other settings, but for those under ``RESUMABLE``.
+    """
+    run_folder = RunFolder(folder)
+    if run_folder.holds_run:
+        _require_same_run(load_config(run_folder.config), loaded, folder)
+    if run_folder.finished:
+        return Result(folder, run_folder.read_summary())
+    with _joined(world, loaded) as joined:
+        return _run(loaded, run_folder, joined, stop)
 
 
 def resume(
@@ -79,7 +117,7 @@ def resume(
     *,
     settings: Sequence[str] = (),
     world: World | None = None,
-    stop_requested: Stop | None = None,
+    stop: StopRequest | None = None,
 ) -> Result:
     """Go on with a run from its last whole checkpoint, or from its start if it has none; a collective call.
 
@@ -98,18 +136,51 @@ def resume(
         For a setting that would make it another run.
     """
     run_folder = RunFolder(folder)
-    if not run_folder.holds_run:
-        raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
+    loaded = load_run(folder, settings)
     if run_folder.finished:
         return Result(folder, run_folder.read_summary())
+    with _joined(world, loaded) as joined:
+        return _run(loaded, run_folder, joined, stop)
+
+
+def load_run(folder: Path, settings: Sequence[str] = ()) -> LoadedConfig:
+    """The settings of the run in a folder, with others on top that may change when it is resumed.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds no run.
+    OIALRError
+        For a setting that would make it another run.
+    """
+    run_folder = RunFolder(folder)
+    if not run_folder.holds_run:
+        raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
     for setting in (word for word in settings if word.startswith("--")):
         name = setting[2:].partition("=")[0]
-        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE):
+        if not _may_change(name):
             rule = f"cannot change when a run is resumed; those that can: {', '.join(RESUMABLE)}"
             raise OIALRError(f"{name} {rule}. Start another run with oialr train.")
-    loaded = load_config(run_folder.config, settings)
-    with _joined(world, loaded) as joined:
-        return _run(loaded, run_folder, joined, stop_requested)
+    return load_config(run_folder.config, settings)
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE)
+
+
+def _require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> None:
+    """Raise :class:`OIALRError` that names the first setting that must not differ but does."""
+    theirs, ours = flat(there.tree), flat(here.tree)
+    differing = [
+        name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name) and not _may_change(name)
+    ]
+    if differing:
+        name, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise OIALRError(
+            f"{folder} holds a run with other settings: {name} is {theirs.get(name)!r} there, {ours.get(name)!r} "
+            f"here{more}; only these may differ: {', '.join(RESUMABLE)}. Take another --out, or go on with the "
+            f"run as it is: oialr resume {folder}"
+        )
 
 
 @contextmanager
@@ -148,10 +219,12 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
     world.barrier()
 
 
-def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop_requested: Stop | None) -> Result:
+def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop: StopRequest | None) -> Result:
+    if loaded.config.train.health_check:
+        check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
     with world.reported("the run's communication", only_communication=True):
         channel = open_channel(world)
-        result = _train(loaded, folder, channel, world, stop_requested)
+        result = _train(loaded, folder, channel, world, stop or StopRequest())
     channel.close()
     return result
 
@@ -161,7 +234,7 @@ def _train(
     folder: RunFolder,
     channel: MetricsChannel,
     world: World,
-    stop_requested: Stop | None,
+    stop: StopRequest,
 ) -> Result:
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
@@ -170,8 +243,8 @@ def _train(
     store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
     with _logged(folder, world):
         log.info("metrics go over %s", channel.name)
-        recorder = Recorder(folder, session, channel, _attributes(loaded, world))
-        trainer = Trainer(session, store, recorder, stop_requested=stop_requested)
+        recorder = Recorder(folder, session, channel, _attributes(loaded, world), deadline=stop.deadline)
+        trainer = Trainer(session, store, recorder, stop=stop)
         try:
             trainer.resume()
             summary = summarise(trainer) if trainer.fit() else None

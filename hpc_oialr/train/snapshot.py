@@ -33,6 +33,8 @@ class Progress:
         The last evaluation's metrics.
     peak_memory_gib
         Largest so far, runs before a resume included.
+    checkpoint_s
+        What the longest checkpoint before this one took (s).
     """
 
     step: int = 0
@@ -40,13 +42,14 @@ class Progress:
     waited: int = 0
     last: dict[str, Any] = field(default_factory=dict)
     peak_memory_gib: float = 0.0
+    checkpoint_s: float = 0.0
 
 
 def save(store: CheckpointStore, session: Session, progress: Progress, clocks: Clocks) -> None:
     """Write a checkpoint; a collective call.
 
-    Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits: DDP
-    orders its buckets anew in the step after it was made, and with them the sum over three processes or more.
+    Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits, as far as
+    the device allows: on GPUs DDP orders its buckets anew in the step after it was made.
     """
     share_buffers(session)
     session.engine.gather_state(session.module, session.optimizer)

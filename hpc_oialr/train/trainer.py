@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
+from hpc_oialr.processes.agreement import Agreement
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
@@ -19,6 +20,7 @@ from hpc_oialr.train.evaluation import evaluate
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import Session
 from hpc_oialr.train.snapshot import Progress
+from hpc_oialr.train.stopping import Stopping, StopRequest
 from hpc_oialr.train.tasks import Moment
 
 
@@ -33,8 +35,9 @@ class Trainer:
         Where checkpoints go.
     recorder
         What writes and shows the run.
-    stop_requested
-        Asked on every process after each step; once any says yes, all write a checkpoint and stop.
+    stop
+        What may end the run early. Once any process wants to stop, all write a checkpoint after the same
+        step, the next one, and stop.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class Trainer:
         store: CheckpointStore,
         recorder: Recorder,
         *,
-        stop_requested: Callable[[], bool] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.session, self.store, self.recorder = session, store, recorder
-        self.stop_requested = stop_requested
+        self.stopping = Stopping(stop or StopRequest())
+        self._agreement = Agreement(session.world)
         self.config = session.config
         self.clocks = Clocks(session.world.device)
         self.progress = Progress()
@@ -62,6 +66,7 @@ class Trainer:
         if step is not None:
             self.progress = snapshot.load(self.store, step, self.session, self.clocks)
             self._saved = step
+            self.stopping.saved(self.progress.checkpoint_s)
 
     def fit(self) -> bool:
         """Train to the end; False if it was stopped on request, True otherwise.
@@ -73,17 +78,23 @@ class Trainer:
         """
         self.recorder.begin(self.progress.step)
         self.session.module.train()
+        self.stopping.restart()
         with self.clocks.training():
             for batch in self._batches():
                 self._step(batch)
                 self._evaluate_if_due()
-                stopping = self._stopping()
-                if stopping or self._checkpoint_due():
+                stop = self._agreement.exchange(self.stopping.wanted())
+                if stop or self._checkpoint_due():
                     self.save()
-                if stopping:
-                    return False
+                if stop:
+                    break
+            else:
+                stop = False
+        self._agreement.settle()
         self.save()
-        return True
+        if stop:
+            self.recorder.note(f"stopped after step {self.progress.step}: {self.stopping.reason}")
+        return not stop
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -186,9 +197,6 @@ class Trainer:
         patience = self.config.train.early_stopping
         return patience is not None and self.progress.waited >= patience
 
-    def _stopping(self) -> bool:
-        return self.stop_requested is not None and self.session.world.any(self.stop_requested())
-
     def _checkpoint_due(self) -> bool:
         every = self.config.checkpoint.every
         return every is not None and self.progress.step % every == 0
@@ -199,8 +207,11 @@ class Trainer:
             return
         self.recorder.collect()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
+        self.progress.checkpoint_s = self.stopping.checkpoint_s
+        before = self.clocks.seconds["checkpoint"]
         with self.clocks.aside("checkpoint"):
             snapshot.save(self.store, self.session, self.progress, self.clocks)
+        self.stopping.saved(self.clocks.seconds["checkpoint"] - before)
         self._saved = self.progress.step
 
 

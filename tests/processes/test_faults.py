@@ -42,7 +42,7 @@ def check_survivors(crowd: Crowd, kind: str) -> None:
     for rank in range(size - 1):
         code, message = crowd.end(rank, TIMEOUT_S + 28)
         assert code == 1
-        assert message.startswith(f"WorldError: process {rank} of {size}: ")
+        assert message.startswith(f"ProcessLostError: process {rank} of {size}: ")
         assert RULES.get(kind, RULE) in message
 
 

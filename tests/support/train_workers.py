@@ -8,15 +8,21 @@ from typing import Any
 from hpc_oialr.record import read_metrics
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
+from hpc_oialr.train.stopping import StopRequest
 
 
 def train_worker(
     rank: int, size: int, recipe: str, folder: str, stop_at: int | None = None
 ) -> dict[str, Any] | None:
     """Train a recipe, stopping after ``stop_at`` steps; the summary."""
+    stop = None if stop_at is None else stop_at_step(stop_at)
+    return train(load_config(recipe), Path(folder), stop=stop).summary
+
+
+def stop_at_step(step: int) -> StopRequest:
+    """A request made after so many steps; one process stops there, several after the next one."""
     asked = iter(range(1, 10_000))
-    stop = None if stop_at is None else lambda: next(asked) == stop_at
-    return train(load_config(recipe), Path(folder), stop_requested=stop).summary
+    return StopRequest(lambda: "the test" if next(asked) >= step else "")
 
 
 def resume_worker(rank: int, size: int, folder: str, *settings: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.spawn import spawn
 from support.tiny_runs import write_recipe
-from support.train_workers import losses, resume_worker, train_worker
+from support.train_workers import losses, resume_worker, stop_at_step, train_worker
 
 from benchmarks.worlds import ENGINES
 from hpc_oialr.errors import OIALRError
@@ -25,9 +25,8 @@ def write_all(rank: int, size: int, recipe: str, folder: str) -> None:
     """One stopped run with each engine, all in one process group."""
     world = World.from_environment(device="cpu", timeout_s=60)
     for name in HERE:
-        loaded, asked = load_config(recipe, ENGINES[name]), iter(range(1, 1000))
-        stop = lambda asked=asked: next(asked) == STOP_AT  # noqa: E731
-        train(loaded, Path(folder) / name, world=world, stop_requested=stop)
+        loaded = load_config(recipe, ENGINES[name])
+        train(loaded, Path(folder) / name, world=world, stop=stop_at_step(STOP_AT))
 
 
 def read_all(rank: int, size: int, folder: str) -> None:

@@ -15,6 +15,7 @@ from support.tiny_runs import write_recipe
 from support.train_workers import losses
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.exit_codes import PROCESS_LOST
 from hpc_oialr.record import read_metrics, read_spectra
 from hpc_oialr.train.load_config import load_config
 
@@ -52,7 +53,7 @@ def strike_at(crowd: Crowd, folder: Path, step: int, victim: int, number: signal
         time.sleep(0.005)
     crowd.strike(victim, number)
     code, _ = crowd.end(1 - victim, TIMEOUT_S + 30)
-    assert code == 2
+    assert code == PROCESS_LOST
     return Path(f"{folder}.log.{1 - victim}").read_text()
 
 

@@ -35,11 +35,7 @@ def test_same_r_and_losses(single, tmp_path, size):
 
 @pytest.mark.parametrize(("size", "stop_at"), [(2, 11), (4, 10)])
 def test_resume_of_several_is_bitwise(tmp_path, size, stop_at):
-    """With dropout, whose generators each process has of its own.
-
-    Four sum gradients in an order that depends on DDP's buckets, so the checkpoint must be one that the whole
-    run has as well.
-    """
+    """With dropout, whose generators each process has of its own, at steps at which no checkpoint is due."""
     recipe = write_recipe(tmp_path)
     whole = spawn(train_worker, size, str(recipe), str(tmp_path / "whole"))
     assert spawn(train_worker, size, str(recipe), str(tmp_path / "run"), stop_at) == [None] * size

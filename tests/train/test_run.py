@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from support.tiny_runs import merged, write_recipe
+from support.train_workers import stop_at_step
 
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.processes import World
@@ -82,12 +83,8 @@ def test_resuming_nothing(tmp_path):
 def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
     """At any step: within the dense phase, at the conversion, after a cut, in another epoch."""
     recipe, whole = finished
-    asked = iter(range(1, 100))
     stopped = train(
-        load_config(recipe),
-        tmp_path / "run",
-        world=World.single("cpu"),
-        stop_requested=lambda: next(asked) == stop_at,
+        load_config(recipe), tmp_path / "run", world=World.single("cpu"), stop=stop_at_step(stop_at)
     )
     assert stopped.summary is None
     torch.manual_seed(123)
@@ -116,8 +113,7 @@ def test_resume_is_bitwise_for(tmp_path, over):
     recipe = write_recipe(tmp_path, **merged({"train": {"steps": 16}}, over))
     world = World.single("cpu")
     whole = train(load_config(recipe), tmp_path / "whole", world=world)
-    asked = iter(range(1, 100))
-    train(load_config(recipe), tmp_path / "run", world=world, stop_requested=lambda: next(asked) == 9)
+    train(load_config(recipe), tmp_path / "run", world=world, stop=stop_at_step(9))
     resumed = resume(tmp_path / "run", world=world)
     assert resumed.summary["weights_sha256"] == whole.summary["weights_sha256"]
     assert _losses(resumed.folder) == _losses(whole.folder)

@@ -1,0 +1,40 @@
+"""What Slurm says of the job that asks, by its own program ``scontrol``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from hpc_oialr.launch.programs import NoAnswerError, ask
+
+
+def show_job(job: str) -> dict[str, str]:
+    """Fields of a job, e.g. ``{"JobState": "RUNNING", "EndTime": "2026-11-24T12:00:00", ...}``.
+
+    A value that holds blanks is cut at the first one. Nothing where ``scontrol`` is missing, as inside most
+    containers, or does not answer.
+    """
+    try:
+        said = ask(["scontrol", "--oneliner", "show", "job", job]).stdout
+    except NoAnswerError:
+        return {}
+    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+
+
+def end_of(job: str) -> float | None:
+    """Unix time at which Slurm will end a job (s); None if it will not, or does not say."""
+    try:
+        return datetime.fromisoformat(show_job(job).get("EndTime", "")).timestamp()
+    except ValueError:
+        return None
+
+
+def requeue(job: str) -> str | None:
+    """Put a job back into the queue; why that could not be done, or None."""
+    try:
+        ask(["scontrol", "requeue", job])
+    except NoAnswerError as error:
+        return (
+            f"scontrol requeue {job}: {error}. Where Slurm's programs are, outside of a container, type: "
+            f"scontrol requeue {job}"
+        )
+    return None

@@ -1,0 +1,60 @@
+"""The Slurm job around this process, read from its variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpc_oialr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """A job.
+
+    Attributes
+    ----------
+    id
+        Its number; an array task's own.
+    restarts
+        How often it was requeued so far.
+    end
+        Unix time of its end (s), where Slurm tells it.
+    """
+
+    id: str
+    restarts: int = 0
+    end: float | None = None
+
+
+def batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
+    """The job this process runs in, if there is one."""
+    env = os.environ if environ is None else environ
+    number = env.get("SLURM_JOB_ID", "")
+    if not number:
+        return None
+    end = _digits(env.get("SLURM_JOB_END_TIME", ""))
+    return BatchJob(
+        number, _digits(env.get("SLURM_RESTART_COUNT", "")) or 0, None if end is None else float(end)
+    )
+
+
+def max_requeues(environ: Mapping[str, str] | None = None) -> int:
+    """``OIALR_MAX_REQUEUES``: how often a job may be requeued; default 20.
+
+    Raises
+    ------
+    ConfigError
+        If it is no whole number.
+    """
+    env = os.environ if environ is None else environ
+    text = env.get("OIALR_MAX_REQUEUES", "20")
+    number = _digits(text)
+    if number is None:
+        raise ConfigError("OIALR_MAX_REQUEUES", text, "must be a whole number", origin="the environment")
+    return number
+
+
+def _digits(text: str) -> int | None:
+    return int(text) if text.strip().isdigit() else None

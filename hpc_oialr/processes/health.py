@@ -1,0 +1,151 @@
+"""Is every process fit for the run: found out in milliseconds before it begins, not after an hour in a queue."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import hpc_oialr
+from hpc_oialr.errors import HealthError
+from hpc_oialr.processes.environment import node_name
+from hpc_oialr.processes.world import World
+
+_SKIP = "To start without this check: --train.health_check false"
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What one process says of itself.
+
+    Attributes
+    ----------
+    node
+        Its node's name.
+    fault
+        What is wrong with its device; "" if nothing is.
+    device
+        Name of the device that no other process on the node may have; "" for a CPU.
+    versions
+        Version of what must be the same everywhere, by name.
+    """
+
+    node: str
+    fault: str
+    device: str
+    versions: Mapping[str, str]
+
+
+def check_health(world: World, settings: str) -> None:
+    """Raise :class:`HealthError` on all processes unless each is fit and all are alike; a collective call.
+
+    Every process computes on its device; versions and settings are compared; a sum over all processes, on
+    the devices, must be right. Whether MPI counts the processes alike is seen when its channel is opened.
+
+    Parameters
+    ----------
+    settings
+        Digest of the run's settings.
+    """
+    everyone = world.all_gather_object(vitals(world, settings))
+    check_devices(everyone)
+    check_versions(everyone)
+    total = world.all_reduce(torch.full((256,), world.rank + 1.0, device=world.device))
+    check_sums([vital.node for vital in everyone], world.all_gather_object(_spread(total)))
+
+
+def vitals(world: World, settings: str) -> Vitals:
+    """This process's."""
+    fault = _fault(world.device)
+    versions = {
+        "torch": torch.__version__,
+        "hpc_oialr": hpc_oialr.__version__,
+        "Python": platform.python_version(),
+        "settings": settings,
+    }
+    return Vitals(node_name(), fault, "" if fault else _device_name(world.device), versions)
+
+
+def check_devices(everyone: Sequence[Vitals]) -> None:
+    """Raise :class:`HealthError` if a device does not compute or two processes share one."""
+    faulty = [rank for rank, vital in enumerate(everyone) if vital.fault]
+    if faulty:
+        first = everyone[faulty[0]]
+        raise _unfit(everyone, faulty, f"cannot compute on its device ({first.fault}); every process must")
+    holders: dict[tuple[str, str], int] = {}
+    for rank, vital in enumerate(everyone):
+        other = holders.setdefault((vital.node, vital.device), rank)
+        if vital.device and other != rank:
+            raise HealthError(
+                f"processes {other} and {rank} on node {vital.node} both compute on {vital.device}; each must have "
+                f"its own. Ask for as many --gpus-per-node as --ntasks-per-node, and not for --gpus-per-task. {_SKIP}"
+            )
+
+
+def check_versions(everyone: Sequence[Vitals]) -> None:
+    """Raise :class:`HealthError` that names the processes with another version than most."""
+    for name in everyone[0].versions:
+        values = [vital.versions[name] for vital in everyone]
+        usual = Counter(values).most_common(1)[0][0]
+        others = [rank for rank, value in enumerate(values) if value != usual]
+        if others:
+            found = f"has {name} {values[others[0]]}, most have {usual}; all must be the same"
+            raise _unfit(everyone, others, found)
+
+
+def check_sums(nodes: Sequence[str], spreads: Sequence[tuple[float, float]]) -> None:
+    """Raise :class:`HealthError` that names the processes whose sum of 1 to P, in any of its copies, is wrong.
+
+    Parameters
+    ----------
+    nodes
+        Node of each process.
+    spreads
+        Smallest and largest copy of each process's sum.
+    """
+    right = len(nodes) * (len(nodes) + 1) / 2
+    wrong = [rank for rank, spread in enumerate(spreads) if spread != (right, right)]
+    if wrong:
+        low, high = spreads[wrong[0]]
+        found = f"was given {low:g} to {high:g} as the sum over all processes, which is {right:g}"
+        raise HealthError(_told(nodes, wrong, found))
+
+
+def _unfit(everyone: Sequence[Vitals], ranks: Sequence[int], found: str) -> HealthError:
+    return HealthError(_told([vital.node for vital in everyone], ranks, found))
+
+
+def _told(nodes: Sequence[str], ranks: Sequence[int], found: str) -> str:
+    more = f" ({len(ranks) - 1} more processes like it)" if len(ranks) > 1 else ""
+    exclude = ",".join(_distinct(nodes[rank] for rank in ranks))
+    return (
+        f"process {ranks[0]} of {len(nodes)} on node {nodes[ranks[0]]} {found}{more}. "
+        f"To leave out what is unfit: sbatch --exclude={exclude}. {_SKIP}"
+    )
+
+
+def _distinct(nodes: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(nodes))
+
+
+def _fault(device: torch.device) -> str:
+    """Compute something whose result is known; what goes wrong."""
+    try:
+        ones = torch.ones(64, 64, device=device)
+        total = float((ones @ ones).sum())
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return "" if total == 64.0**3 else f"a sum that is 262144 came out as {total:g}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return f"GPU {torch.cuda.get_device_properties(device).uuid}"
+
+
+def _spread(total: torch.Tensor) -> tuple[float, float]:
+    return float(total.min()), float(total.max())

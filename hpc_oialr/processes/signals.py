@@ -1,0 +1,60 @@
+"""Signals that ask a run to stop: the handler remembers the name, and nothing else happens in it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from hpc_oialr.errors import ConfigError
+
+# What a batch system can send before the end of a job, and what data loader processes ignore.
+NAMES = ("USR2", "USR1", "TERM", "HUP")
+
+
+class SignalFlag:
+    """Which signal has come, if one has."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Remember; a checkpoint written here would meet half a step, or a collective under way."""
+        self.name = signal.Signals(number).name.removeprefix("SIG")
+
+
+@contextmanager
+def heed(names: Sequence[str]) -> Iterator[SignalFlag]:
+    """Let signals set a flag meanwhile, instead of ending the process.
+
+    Outside the main thread, where Python allows no handlers, the flag is never set.
+
+    Parameters
+    ----------
+    names
+        Of ``NAMES``.
+    """
+    flag = SignalFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {number: signal.signal(number, flag) for number in map(number_of, names)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def check_name(field: str, name: str) -> None:
+    """Raise :class:`ConfigError` unless a run can be stopped by the signal of this name."""
+    if name not in NAMES:
+        fix = "USR2 is free for it; NCCL takes USR1."
+        raise ConfigError(field, name, f"must be one of {', '.join(NAMES)}", fix=fix)
+
+
+def number_of(name: str) -> signal.Signals:
+    """The signal called ``name``, without SIG."""
+    return signal.Signals[f"SIG{name}"]
