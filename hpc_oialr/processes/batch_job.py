@@ -16,7 +16,7 @@ class BatchJob:
     Attributes
     ----------
     id
-        Its number; an array task's own.
+        Its number; ``ARRAY_TASK`` for a task of an array, whose last one bears the whole array's number.
     restarts
         How often it was requeued so far.
     end
@@ -34,6 +34,8 @@ def batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
     number = env.get("SLURM_JOB_ID", "")
     if not number:
         return None
+    array, task = env.get("SLURM_ARRAY_JOB_ID", ""), env.get("SLURM_ARRAY_TASK_ID", "")
+    number = f"{array}_{task}" if array and task else number
     end = _digits(env.get("SLURM_JOB_END_TIME", ""))
     return BatchJob(
         number, _digits(env.get("SLURM_RESTART_COUNT", "")) or 0, None if end is None else float(end)

@@ -171,6 +171,16 @@ def test_the_script_requeues_by_the_code_of_srun(slurm, recipe, code, calls):
     assert len([call for call in slurm.calls if call[0] == "scontrol"]) == calls
 
 
+def test_a_task_of_an_array_requeues_itself_only(slurm, recipe):
+    slurm.answer(srun_code=75)
+    job, _ = submit(recipe, folder="runs/many", array={"seeds": [0, 1]})
+    script = job.paths.submission_file.parent / "12_submission.sh"
+    # Slurm gives the array's own number to its last task.
+    environ = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}
+    subprocess.run(["bash", str(script)], env=environ, capture_output=True, check=False)
+    assert slurm.calls[-1] == ["scontrol", "requeue", "12_1"]
+
+
 def test_a_site_file_that_fails_ends_the_job(slurm, recipe, tmp_path):
     site = tmp_path / "bad.sh"
     site.write_text("false\n")
