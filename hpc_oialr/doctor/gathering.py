@@ -1,0 +1,105 @@
+"""Findings of all processes of a job, in one table: of each line the worst, and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpc_oialr.doctor.finding import Finding, ok, problem
+from hpc_oialr.doctor.network import by_hand, unset
+from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.errors import WorldError
+
+_SLOW = 3
+_MOST_NODES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding, and the nodes it is about; none if all processes agree."""
+
+    finding: Finding
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The nodes, as text."""
+        more = f" and {len(self.nodes) - _MOST_NODES} more" if len(self.nodes) > _MOST_NODES else ""
+        return ", ".join(self.nodes[:_MOST_NODES]) + more
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is to be shown.
+
+    Attributes
+    ----------
+    rows
+        Lines of the table.
+    processes
+        How many processes it is about.
+    shown
+        Whether this process shows it.
+    """
+
+    rows: tuple[Row, ...]
+    processes: int
+    shown: bool
+
+    @property
+    def problems(self) -> list[Row]:
+        """Lines that need a fix."""
+        return [row for row in self.rows if row.finding.state == "problem"]
+
+
+def gather(patient: Patient, findings: Sequence[Finding]) -> Examined:
+    """Show all processes' findings on the main one; each its own where they cannot meet.
+
+    A collective call, if there are several processes. Each sends its findings, some kB.
+    """
+    if patient.size == 1:
+        return Examined(tuple(map(Row, findings)), 1, shown=True)
+    try:
+        everyone = _meet(patient, findings)
+    except WorldError as error:
+        fix = (
+            unset(patient)
+            if by_hand(patient)
+            else "oialr doctor on each node; look at MASTER_ADDR and MASTER_PORT"
+        )
+        alone = [*findings, problem("World", str(error), fix)]
+        return Examined(tuple(map(Row, alone)), 1, shown=True)
+    return Examined(tuple(worst(everyone)), patient.size, shown=patient.is_main)
+
+
+def _meet(patient: Patient, findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
+    """Node and findings of each process, in order of rank."""
+    from hpc_oialr.processes.world import World
+
+    limit_s = patient.timeout_s * (1 if by_hand(patient) else _SLOW)
+    world = World.from_environment(device="cpu", timeout_s=limit_s, environ=patient.environ)
+    try:
+        met = ok("World", f"{world.size} processes met")
+        return world.all_gather_object((patient.node, [*findings, met]))
+    finally:
+        world.close()
+
+
+def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Row]:
+    """Of each name the worst finding, with the nodes it was made on unless all made the same.
+
+    Parameters
+    ----------
+    everyone
+        Node and findings of each process.
+    """
+    names = dict.fromkeys(finding.name for _, findings in everyone for finding in findings)
+    return [_worst_of(name, everyone) for name in names]
+
+
+def _worst_of(name: str, everyone: Sequence[tuple[str, Sequence[Finding]]]) -> Row:
+    made = [(node, finding) for node, findings in everyone for finding in findings if finding.name == name]
+    state = max(made, key=lambda pair: pair[1].severity)[1]
+    nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == state.severity))
+    everywhere = all(finding.severity == state.severity for _, finding in made)
+    return Row(state, () if everywhere else nodes)

@@ -1,0 +1,106 @@
+"""MPI: mpi4py and its library, srun's plugins, and whether MPI counts the processes as the launcher does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.doctor.programs import Answer, ask, find, probe
+
+_EXTRA = 'pip install "hpc_oialr[mpi]"'
+_WITHOUT = "runs do without, over gloo"
+_PLUGIN = re.compile(r"\b(pmix|pmi2|cray_shasta)(?:_v\d+)?\b")
+# Libraries by the first words of their version; the plugins of srun that they speak, best first.
+_SPOKEN = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cray_shasta", "pmi2")}
+_OTHERS = ("pmi2", "pmix")
+
+
+def check_mpi(patient: Patient) -> list[Finding]:
+    """mpi4py and MPI in a process of their own; started there, except in a step without MPI."""
+    start = patient.under_mpi or not patient.in_step
+    report, answer = probe(patient, "try_mpi", "start" if start else "load", slow=True)
+    library = report.get("library")
+    if library is None:
+        return [_not_loaded(patient, report, answer)]
+    findings = [ok("MPI", f"mpi4py {report['mpi4py']}, {library}")]
+    if patient.under_mpi:
+        findings.append(judge_place(patient, report, answer))
+    elif start and not report.get("ended"):
+        findings[0] = note("MPI", f"{library} does not start here: {answer.reason}; {_WITHOUT}")
+    return findings + _check_plugin(patient, library)
+
+
+def _not_loaded(patient: Patient, report: dict[str, Any], answer: Answer) -> Finding:
+    """Runs use MPI only where it started them; elsewhere it is no fault to have none."""
+    if report.get("missing") == "mpi4py":
+        found, fix = f"no mpi4py ({report['error']})", _EXTRA
+    elif report.get("missing") == "library":
+        found = f"mpi4py finds no MPI library ({report['error']})"
+        fix = "module load openmpi, or, as root: apt-get install openmpi-bin"
+    else:
+        found = f"mpi4py cannot be loaded: {answer.reason}"
+        fix = f"pip uninstall mpi4py; {_EXTRA}"
+    if patient.under_mpi:
+        return problem("MPI", f"{found}, and MPI started this process", fix)
+    return note("MPI", f"{found}; {_WITHOUT}", fix)
+
+
+def judge_place(patient: Patient, report: dict[str, Any], answer: Answer) -> Finding:
+    """Whether MPI gives this process the launcher's rank and size."""
+    library, place = report["library"], patient.place
+    how = f"srun --mpi={spoken(library)[0]}   (or the library's own mpirun; --mpi=none does without MPI)"
+    if "rank" not in report:
+        return problem("MPI ranks", f"{library} does not start: {answer.reason}", how)
+    if place is None:
+        return note("MPI ranks", f"rank {report['rank']} of {report['size']}")
+    found = f"{library} counts rank {report['rank']} of {report['size']}"
+    if (report["rank"], report["size"]) != (place.rank, place.size):
+        return problem("MPI ranks", f"{found}, {place.launcher} counts {place.rank} of {place.size}", how)
+    if not report.get("ended"):
+        return problem("MPI ranks", f"{found}, but MPI does not end: {answer.reason}", how)
+    return ok("MPI ranks", f"{found}, as {place.launcher} does")
+
+
+def _check_plugin(patient: Patient, library: str) -> list[Finding]:
+    """Whether srun can start programs of the library."""
+    if not patient.is_main or find(patient, "srun") is None:
+        return []
+    answer = ask(patient, "srun", "--mpi=list")
+    if answer.code != 0:
+        return []  # the controller's own line tells why
+    return [judge_plugin(library, parse_plugins(answer.out + answer.err))]
+
+
+def judge_plugin(library: str, plugins: list[str]) -> Finding:
+    """Whether one of srun's plugins is one that the library speaks."""
+    fits = [plugin for plugin in spoken(library) if plugin in plugins]
+    if fits:
+        return ok("MPI plugin", f"{library}: srun --mpi={fits[0]}")
+    needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"
+    found = f"{library} needs srun's plugin {needs}, which has: {has}; every process would be rank 0 of 1"
+    return problem("MPI plugin", found, "srun --mpi=none, or the library's own mpirun (for pmix: libpmix2)")
+
+
+def spoken(library: str) -> tuple[str, ...]:
+    """Plugins of srun that start programs of a library, best first.
+
+    Examples
+    --------
+    >>> spoken("Open MPI v4.1.4"), spoken("Intel(R) MPI Library 2021.13")
+    (('pmix',), ('pmi2', 'pmix'))
+    """
+    return next((plugins for name, plugins in _SPOKEN.items() if library.startswith(name)), _OTHERS)
+
+
+def parse_plugins(text: str) -> list[str]:
+    """Names of plugins in what ``srun --mpi=list`` prints.
+
+    Examples
+    --------
+    >>> parse_plugins("MPI plugin types are...\\n\\tnone\\n\\tpmi2\\nspecific pmix plugin versions available: pmix_v4")
+    ['pmi2', 'pmix']
+    """
+    listed = [line for line in text.splitlines() if "plugin types" not in line]
+    return list(dict.fromkeys(match[1] for line in listed for match in _PLUGIN.finditer(line)))

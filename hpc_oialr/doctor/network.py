@@ -1,0 +1,205 @@
+"""How processes find and reach each other: launcher's variables, address, port, interfaces."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.patient import Patient
+
+STARTING = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_INTERFACES = Path("/sys/class/net")
+_FIRST_UNPRIVILEGED = 1024
+# As many ports from here on are the project's own choice, see processes.environment.
+_BELOW = 20_000
+
+
+def check_launcher(patient: Patient) -> list[Finding]:
+    """Who started this process, and whether its variables can be true."""
+    place = patient.place
+    if place is None:
+        return [problem("launcher", patient.contradiction, unset(patient))]
+    where = (
+        f"process {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {patient.node}"
+    )
+    if by_hand(patient):
+        found = f"{where}, by RANK and WORLD_SIZE alone: no torchrun, srun or mpirun started it"
+        return [note("launcher", found, unset(patient))]
+    return [ok("launcher", f"{place.launcher}: {where}" if place.size > 1 else "one process")]
+
+
+def by_hand(patient: Patient) -> bool:
+    """Whether RANK makes this one of several processes, and nothing else says so: maybe a leftover."""
+    launched = "TORCHELASTIC_RUN_ID" in patient.environ or patient.in_step or patient.under_mpi
+    return patient.size > 1 and "RANK" in patient.environ and not launched
+
+
+def unset(patient: Patient) -> str:
+    """The line that removes the variables of a launcher that is not there."""
+    names = [name for name in STARTING if name in patient.environ]
+    return f"unset {' '.join(names)}" if names else "unset ${!SLURM_@} ${!OMPI_@} ${!PMI_@}"
+
+
+def check_address(patient: Patient) -> list[Finding]:
+    """Whether the host of process 0 is known here, and whether the others can reach this one by its name."""
+    place = patient.place
+    if place is None or (place.size == 1 and "MASTER_ADDR" not in patient.environ):
+        return []
+    host = patient.environ.get("MASTER_ADDR", place.master_addr)
+    if unresolved([host]):
+        found = f"{host!r} cannot be resolved on {patient.node}"
+        return [problem("MASTER_ADDR", found, _other_address(patient))]
+    return [ok("MASTER_ADDR", f"{host} resolves"), *_own_name(patient)]
+
+
+def _other_address(patient: Patient) -> str:
+    if "SLURM_JOB_NODELIST" in patient.environ:
+        return 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    if patient.size == patient.local_size:
+        return "export MASTER_ADDR=127.0.0.1"
+    return "export MASTER_ADDR=HOST   (name or address of the node of process 0)"
+
+
+def _own_name(patient: Patient) -> list[Finding]:
+    """Gloo tells other nodes the address of this host's name; one of loopback leads them to themselves."""
+    several_nodes = patient.size > patient.local_size
+    if not several_nodes or "GLOO_SOCKET_IFNAME" in patient.environ:
+        return []
+    addresses = _addresses(socket.gethostname())
+    if addresses and not all(address.startswith("127.") or address == "::1" for address in addresses):
+        return []
+    found = f"{socket.gethostname()} is {', '.join(addresses) or 'unknown'} to itself; other nodes cannot reach that"
+    return [note("host name", found, f"export GLOO_SOCKET_IFNAME={_likely_interface()}")]
+
+
+def check_port(patient: Patient) -> list[Finding]:
+    """Whether the port where process 0 listens is free, and not one that the system gives to anybody."""
+    place = patient.place
+    if place is None or "TORCHELASTIC_RUN_ID" in patient.environ:
+        return []  # torchrun listens there already
+    given = "MASTER_PORT" in patient.environ
+    if place.size == 1 and not given:
+        return []
+    port, (low, high) = place.master_port, ephemeral_range()
+    fix = "unset MASTER_PORT   (one is then derived from the job's number)"
+    if not given:
+        fix = f"export MASTER_PORT={_free_port(min(low, _BELOW))}"
+    if low <= port <= high:
+        found = f"{port} lies in {low}-{high}, from which the system gives ports to any program"
+        return [problem("MASTER_PORT", found, fix)]
+    if place.rank == 0 and in_use(port):
+        return [problem("MASTER_PORT", f"{port} is in use on {patient.node}", fix)]
+    return [ok("MASTER_PORT", f"{port}, outside {low}-{high}" + (", is free" if place.rank == 0 else ""))]
+
+
+def ephemeral_range() -> tuple[int, int]:
+    """First and last of the ports that the system hands out by itself."""
+    try:
+        low, high = _EPHEMERAL.read_text().split()
+    except (OSError, ValueError):
+        return 32768, 60999
+    return int(low), int(high)
+
+
+def in_use(port: int) -> bool:
+    """Whether this process may not listen there."""
+    with socket.socket() as probe:
+        # As torch's own store does: a connection that has just ended does not matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError):
+            return True
+    return False
+
+
+def check_interfaces(patient: Patient) -> list[Finding]:
+    """Whether the interfaces that NCCL and gloo are told to use exist."""
+    if not patient.first_of_node:
+        return []
+    there = interfaces()
+    return [
+        _check_interface(name, patient.environ[name], there)
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        if patient.environ.get(name)
+    ]
+
+
+def _check_interface(variable: str, value: str, there: Sequence[str]) -> Finding:
+    wrong = missing_interfaces(value, there, exact=variable.startswith("GLOO"))
+    if wrong:
+        found = f"{value}: no interface {', '.join(wrong)} here; there are: {', '.join(there)}"
+        return problem(variable, found, f"export {variable}={_likely_interface()}")
+    return ok(variable, f"{value}, among {', '.join(there)}")
+
+
+def missing_interfaces(value: str, there: Sequence[str], *, exact: bool) -> list[str]:
+    """Entries of a variable that fit no interface.
+
+    NCCL takes beginnings of names, exact names after ``=``, and with ``^`` those it shall not use (NCCL's
+    user guide, NCCL_SOCKET_IFNAME); gloo takes exact names.
+
+    Examples
+    --------
+    >>> missing_interfaces("ib,eth1", ["lo", "eth0", "ib0"], exact=False)
+    ['eth1']
+    >>> missing_interfaces("ib", ["ib0"], exact=True), missing_interfaces("=ib", ["ib0"], exact=False)
+    (['ib'], ['ib'])
+    >>> missing_interfaces("^docker,lo", ["lo", "eth0"], exact=False)
+    []
+    """
+    if value.startswith("^") and not exact:
+        return []
+    exact = exact or value.startswith("=")
+    # NCCL cuts a port behind a colon.
+    names = [name.partition(":")[0] for name in value.removeprefix("=").split(",")]
+    return [n for n in names if n not in there and (exact or not any(other.startswith(n) for other in there))]
+
+
+def interfaces() -> list[str]:
+    """Names of this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _likely_interface() -> str:
+    """The one to use: InfiniBand before others that are up."""
+    up = [
+        name for name in interfaces() if _is_up(name) and not name.startswith(("lo", "docker", "veth", "br"))
+    ]
+    return min(up, key=lambda name: not name.startswith("ib"), default="lo")
+
+
+def _is_up(name: str) -> bool:
+    try:
+        return (_INTERFACES / name / "operstate").read_text().strip() == "up"
+    except OSError:
+        return False
+
+
+def unresolved(hosts: Sequence[str]) -> list[str]:
+    """Hosts whose names no address is known for."""
+    return [host for host in hosts if not _addresses(host)]
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _free_port(below: int) -> int:
+    ports = range(min(below, 65_536) - 1, _FIRST_UNPRIVILEGED, -1)
+    return next((port for port in ports if not in_use(port)), _FIRST_UNPRIVILEGED)

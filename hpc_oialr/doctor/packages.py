@@ -1,0 +1,88 @@
+"""Python packages: versions against what the package itself asks for, and its extras."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.doctor.programs import probe
+from hpc_oialr.doctor.slurm import slurm_here
+
+_SELF = "hpc_oialr"
+
+
+def check_packages(patient: Patient) -> list[Finding]:
+    """What is needed, then what is optional."""
+    if not patient.first_of_node:
+        return []
+    wrong = [text for requirement in required("") if (text := unfit(requirement))]
+    if wrong:
+        fix = f'pip install --upgrade "{_SELF}"'
+        return [problem("packages", "; ".join(wrong), fix), *_extras(patient)]
+    found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
+    return [ok("packages", found), *_extras(patient)]
+
+
+def _extras(patient: Patient) -> list[Finding]:
+    """Extras that are installed must fit; submitit must be there where jobs are submitted."""
+    absent, findings = [], []
+    for extra in extras():
+        states = [unfit(requirement) for requirement in required(extra)]
+        if any("missing" in state for state in states):
+            absent.append(extra)
+        elif any(states):
+            fix = f'pip install --upgrade "{_SELF}[{extra}]"'
+            findings.append(problem(f"[{extra}]", "; ".join(filter(None, states)), fix))
+    if "slurm" in absent and slurm_here(patient) and not patient.in_step:
+        absent.remove("slurm")
+        fix = f'pip install "{_SELF}[slurm]"'
+        findings.append(problem("submitit", "missing: oialr submit cannot submit jobs", fix))
+    if absent:
+        fix = f'pip install "{_SELF}[{",".join(absent)}]"'
+        findings.append(note("extras", f"not installed: {', '.join(absent)}; runs do without", fix))
+    return findings
+
+
+def extras() -> list[str]:
+    """Names of the extras, without those that only gather others."""
+    names = metadata.metadata(_SELF).get_all("Provides-Extra") or []
+    return [name for name in names if all(need.name != _SELF for need in required(name))]
+
+
+def required(extra: str) -> Iterator[Requirement]:
+    """What the package, or one of its extras, asks for on this machine."""
+    for text in metadata.requires(_SELF) or ():
+        requirement = Requirement(text)
+        conditional = "extra" in str(requirement.marker or "")
+        if conditional == bool(extra) and (
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        ):
+            yield requirement
+
+
+def unfit(requirement: Requirement) -> str:
+    """What is wrong with an installed package; "" if nothing is."""
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if requirement.specifier.contains(version, prereleases=True):
+        return ""
+    return f"{requirement.name} is {version}; must be {requirement.specifier}"
+
+
+def check_deepspeed(patient: Patient) -> list[Finding]:
+    """Whether DeepSpeed, if it is installed, can be imported beside this torch; nothing is compiled."""
+    if not patient.first_of_node or any("missing" in unfit(need) for need in required("deepspeed")):
+        return []
+    report, answer = probe(patient, "try_deepspeed", "cuda" if patient.gpus_asked else "cpu", slow=True)
+    if "deepspeed" in report:
+        return [ok("DeepSpeed", f"{report['deepspeed']} can be imported")]
+    (need,) = required("deepspeed")
+    fix = f'pip install --force-reinstall --no-deps "{need.name}{need.specifier}"'
+    return [problem("DeepSpeed", f"cannot be imported: {answer.reason}", fix)]

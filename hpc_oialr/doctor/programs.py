@@ -1,0 +1,123 @@
+"""Programs that a check asks: they may be missing, fail, or hang, and none of that holds the doctor up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hpc_oialr.doctor.patient import Patient
+
+_PROBES = Path(__file__).with_name("probes")
+_SLOW = 3
+_REAPING_S = 1.0
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program said.
+
+    Attributes
+    ----------
+    out, err
+        Its standard output and error, as far as it came.
+    code
+        Its exit code; None if it did not come to its end.
+    trouble
+        "missing", "hung" or "".
+    """
+
+    out: str = ""
+    err: str = ""
+    code: int | None = None
+    trouble: Literal["", "missing", "hung"] = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line: the last that it said."""
+        if self.trouble == "hung":
+            return "no answer in time"
+        lines = (self.err.strip() or self.out.strip()).splitlines()
+        return lines[-1].strip()[:_LONGEST] if lines else f"exit code {self.code}"
+
+
+def find(patient: Patient, name: str) -> str | None:
+    """Path of a program, if there is one."""
+    return shutil.which(name, path=patient.environ.get("PATH", os.defpath))
+
+
+def ask(patient: Patient, *words: str, slow: bool = False) -> Answer:
+    """Run a program with the patient's variables, without a shell; it is ended, with its children, if it hangs.
+
+    Parameters
+    ----------
+    slow
+        Allow three times ``patient.timeout_s``.
+    """
+    try:
+        process = subprocess.Popen(
+            words,
+            env=dict(patient.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=_pmi(patient),
+        )
+    except OSError as error:
+        return Answer(err=str(error), trouble="missing")
+    try:
+        out, err = process.communicate(timeout=patient.timeout_s * (_SLOW if slow else 1))
+    except subprocess.TimeoutExpired:
+        return Answer(*_end(process), trouble="hung")
+    return Answer(out, err, process.returncode)
+
+
+def probe(patient: Patient, name: str, *words: str, slow: bool = False) -> tuple[dict[str, Any], Answer]:
+    """Run one of the scripts beside this file in a fresh interpreter.
+
+    Returns
+    -------
+    tuple
+        What it has found out, as far as it came, and how it ended.
+    """
+    answer = ask(patient, sys.executable, str(_PROBES / f"{name}.py"), *words, slow=slow)
+    report: dict[str, Any] = {}
+    for line in answer.out.splitlines():
+        # Libraries write on standard output, too.
+        with contextlib.suppress(ValueError):
+            found = json.loads(line) if line.startswith("{") else {}
+            report.update(found)
+    return report, answer
+
+
+def _pmi(patient: Patient) -> tuple[int, ...]:
+    """PMI2 gives a process a connection to the launcher, not an address."""
+    number = patient.environ.get("PMI_FD", "")
+    if not number.isdigit():
+        return ()
+    try:
+        os.fstat(int(number))
+    except OSError:
+        return ()
+    return (int(number),)
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        return process.communicate(timeout=_REAPING_S)
+    except subprocess.TimeoutExpired:
+        # It waits inside the kernel, for a file server say, and dies when that answers.
+        return "", ""

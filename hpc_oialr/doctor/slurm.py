@@ -1,0 +1,203 @@
+"""Slurm as this user sees it: its programs and controller, partition, account, accounting, the job itself."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pwd
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.network import unresolved
+from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.doctor.programs import Answer, ask, find
+from hpc_oialr.errors import WorldError
+from hpc_oialr.processes.slurm_lists import expand_nodes
+
+PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
+_CREDENTIALS = re.compile(r"munge|authentication|auth_g_|credential", re.IGNORECASE)
+_LOOKED_UP = 8
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition, as sinfo tells of it."""
+
+    name: str
+    default: bool
+    state: str
+    nodes: str
+
+
+def slurm_here(patient: Patient) -> bool:
+    """Whether any of Slurm's programs is here."""
+    return any(find(patient, name) for name in PROGRAMS)
+
+
+def asks_slurm(patient: Patient) -> bool:
+    """Whether this process asks Slurm: one of all, so that a thousand don't ask the controller at once."""
+    return patient.is_main and slurm_here(patient)
+
+
+def check_programs(patient: Patient) -> list[Finding]:
+    """Slurm's programs; without any of them nothing else of Slurm is looked at."""
+    if not patient.is_main:
+        return []
+    missing = [name for name in PROGRAMS if find(patient, name) is None]
+    if not missing:
+        return [ok("Slurm programs", ", ".join(PROGRAMS))]
+    if len(missing) < len(PROGRAMS):
+        fix = "module load slurm, or, as root: apt-get install slurm-client"
+        return [problem("Slurm programs", f"missing: {', '.join(missing)}", fix)]
+    if "SLURM_JOB_ID" in patient.environ:
+        return [note("Slurm programs", "none inside this job, as in most containers")]
+    return [note("Slurm", "no Slurm here")]
+
+
+def check_cluster(patient: Patient) -> list[Finding]:
+    """Controller, credentials, partition and node names, by one request."""
+    if not asks_slurm(patient):
+        return []
+    answer = ask(patient, "sinfo", "--noheader", "--all", "--format=%P|%a|%N")
+    if answer.code != 0:
+        return [unreachable(patient, answer)]
+    partitions = parse_partitions(answer.out)
+    findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
+    if find(patient, "munge"):
+        findings.append(ok("munge", "the controller took this user's credential"))
+    return [*findings, *check_partition(patient, partitions), *check_nodes(patient, partitions)]
+
+
+def unreachable(patient: Patient, answer: Answer) -> Finding:
+    """Why sinfo failed: no credential, no configuration, or no controller."""
+    lines = [line for line in answer.err.splitlines() if _CREDENTIALS.search(line)]
+    if lines:
+        # sinfo begins with a hint for busy machines.
+        said = next((line for line in lines if "failed" in line), lines[-1]).removeprefix("sinfo: error: ")
+        fix = f"systemctl start munge   (as root on {patient.node}; otherwise tell the administrators)"
+        return problem("munge", f"this user gets no credential: {said}", fix)
+    if "configuration source" in answer.err or "slurm.conf" in answer.err:
+        fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
+        return problem("slurmctld", told("sinfo", answer), fix)
+    fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
+    return problem("slurmctld", told("sinfo", answer), fix)
+
+
+def told(program: str, answer: Answer) -> str:
+    """Why a program failed, beginning with its name."""
+    return answer.reason if answer.reason.startswith(program) else f"{program}: {answer.reason}"
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """Partitions of sinfo's table; the default one carries a star.
+
+    Examples
+    --------
+    >>> parse_partitions("main*|up|node[1-4]")
+    [Partition(name='main', default=True, state='up', nodes='node[1-4]')]
+    """
+    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 2]
+    return [Partition(name.rstrip("*"), name.endswith("*"), state, nodes) for name, state, nodes in rows]
+
+
+def check_partition(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:
+    """The partition that is asked for, or the cluster's default one."""
+    by_name = {partition.name: partition for partition in partitions}
+    default = next((p.name for p in partitions if p.default), None)
+    names = patient.partition.split(",") if patient.partition else [default] if default else []
+    if not names:
+        return [
+            note("partition", "the cluster has no default one", f"--partition {next(iter(by_name), 'NAME')}")
+        ]
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], by_name, n=1)
+        found = f"there is no {unknown[0]!r}; there are: {', '.join(by_name) or 'none'}"
+        return [
+            problem(
+                "partition", found, f"--partition {(near or [default or next(iter(by_name), 'NAME')])[0]}"
+            )
+        ]
+    down = [name for name in names if by_name[name].state != "up"]
+    if down:
+        up = [p.name for p in partitions if p.state == "up"]
+        found = f"{down[0]!r} is {by_name[down[0]].state}; jobs there do not start"
+        return [problem("partition", found, f"--partition {up[0]}" if up else "scontrol show partition")]
+    return [ok("partition", f"{','.join(names)} is up" + ("" if patient.partition else " (the default)"))]
+
+
+def check_nodes(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:
+    """Whether names of nodes resolve: all of the job, or the first few of the partition."""
+    inside = patient.environ.get("SLURM_JOB_NODELIST", "")
+    wanted = (patient.partition or "").split(",")
+    lists = [p.nodes for p in partitions if (p.name in wanted if patient.partition else p.default)]
+    try:
+        names = [name for text in ([inside] if inside else lists) if text for name in expand_nodes(text)]
+    except WorldError as error:
+        return [problem("nodes", str(error), "unset ${!SLURM_@}")]
+    tried = names if inside else names[:_LOOKED_UP]
+    lost = unresolved(tried)
+    if not tried:
+        return []
+    if not lost:
+        return [ok("nodes", f"{len(tried)} of {len(names)} names looked up, all resolve")]
+    found = f"{', '.join(lost[:4])} cannot be resolved on {patient.node}"
+    fix = f"export MASTER_ADDR=$(scontrol show node {lost[0]} | grep -oP 'NodeAddr=\\K\\S+')"
+    return [problem("nodes", found, fix) if inside else note("nodes", found, fix)]
+
+
+def check_account(patient: Patient) -> list[Finding]:
+    """The account that is asked for, by this user's associations."""
+    if patient.account is None or not asks_slurm(patient):
+        return []
+    user = _user()
+    what = ["show", "associations", f"user={user}", "format=account"]
+    answer = ask(patient, "sacctmgr", "--noheader", "--parsable2", *what)
+    if answer.code != 0:
+        return [note("account", f"{patient.account!r} cannot be checked: {answer.reason}")]
+    names = list(dict.fromkeys(line.strip() for line in answer.out.splitlines() if line.strip()))
+    if patient.account in names:
+        return [ok("account", f"{patient.account} is one of {user}'s")]
+    if names:
+        near = difflib.get_close_matches(patient.account, names, n=1) or names
+        found = f"{user} has no account {patient.account!r}; has: {', '.join(names)}"
+        return [problem("account", found, f"--account {near[0]}")]
+    fix = f"sacctmgr add user {user} account={patient.account}   (by the administrators)"
+    return [problem("account", f"{user} has no account at all", fix)]
+
+
+def check_accounting(patient: Patient) -> list[Finding]:
+    """Whether sacct knows of jobs of the past; runs do without."""
+    if not asks_slurm(patient):
+        return []
+    answer = ask(patient, "sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
+    if answer.code == 0:
+        return [ok("accounting", "sacct answers")]
+    return [
+        note("accounting", f"none: {told('sacct', answer)}; states of jobs come from squeue and run folders")
+    ]
+
+
+def check_job(patient: Patient) -> list[Finding]:
+    """Whether the job that the variables name still runs: a shell may have outlived it."""
+    job = patient.environ.get("SLURM_JOB_ID")
+    if job is None or not asks_slurm(patient):
+        return []
+    answer = ask(patient, "squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    states = answer.out.split()
+    if answer.code == 0 and states:
+        return [ok("job", f"{job} is {states[0]}")]
+    if answer.code == 0 or "Invalid job id" in answer.err:
+        return [
+            problem("job", f"SLURM_JOB_ID is {job}, but there is no such job any more", "unset ${!SLURM_@}")
+        ]
+    return []
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())

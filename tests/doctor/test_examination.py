@@ -1,0 +1,171 @@
+"""Checks that hang or fail, findings of several processes, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.crowd import Crowd, Say
+
+from hpc_oialr.cli.main import main
+from hpc_oialr.doctor import examine, packages
+from hpc_oialr.doctor.examination import Check
+from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.gathering import Row, gather, worst
+from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.doctor.programs import Answer
+from hpc_oialr.errors import ConfigError
+
+
+def test_a_problem_has_a_fix():
+    with pytest.raises(AssertionError, match="no fix for X"):
+        Finding("X", "problem", "broken")
+
+
+def test_findings_keep_the_order_of_checks(patient):
+    checks = [Check(name, lambda _, name=name: [ok(name, "")]) for name in "cab"]
+    assert [finding.name for finding in examine(patient(), checks)] == list("cab")
+
+
+def test_a_check_that_hangs_is_a_finding(patient):
+    never = threading.Event()
+    checks = [
+        Check("slow", lambda _: [ok("slow", str(never.wait(600)))]),
+        Check("quick", lambda _: [ok("quick", "")]),
+    ]
+    slow, quick = examine(patient(timeout_s=0.05), checks)
+    never.set()
+    assert (slow.name, slow.state, slow.found) == ("slow", "problem", "no answer within 0.2 s")
+    assert slow.fix.startswith("oialr doctor --timeout-s 60")
+    assert quick.state == "ok"
+
+
+def test_a_check_that_fails_hides_no_other(patient):
+    def fails(_: Patient) -> list[Finding]:
+        raise OSError("no /proc here")
+
+    first, second = examine(patient(), [Check("odd", fails), Check("b", lambda _: [ok("b", "")])])
+    assert (first.state, first.found) == ("note", "cannot be looked at: OSError: no /proc here")
+    assert second.state == "ok"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("need_gib", 0.0), ("timeout_s", -1.0)])
+def test_settings_are_checked(patient, setting, value):
+    with pytest.raises(ConfigError, match=rf"{setting} is {value}; must lie in \(0, inf\)"):
+        patient(**{setting: value})
+
+
+def test_the_worst_of_all_processes_and_where():
+    bad = problem("threads", "8 on 2", "export OMP_NUM_THREADS=2")
+    everyone = [
+        ("node1", [ok("job", "7"), ok("threads", "2"), note("extras", "none")]),
+        ("node2", [bad, note("extras", "none")]),
+        ("node3", [bad, note("extras", "none")]),
+        ("node3", [bad, note("extras", "none")]),
+    ]
+    assert worst(everyone) == [
+        Row(ok("job", "7")),
+        Row(bad, ("node2", "node3")),
+        Row(note("extras", "none")),
+    ]
+
+
+def test_many_nodes_are_counted():
+    row = Row(ok("x", ""), tuple(f"n{i}" for i in range(9)))
+    assert row.where == "n0, n1, n2, n3 and 5 more"
+
+
+def test_processes_that_cannot_meet_show_their_own(patient):
+    stale = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "9",
+    }
+    examined = gather(patient(stale, timeout_s=1.0), [ok("job", "7")])
+    assert (examined.processes, examined.shown) == (1, True)
+    (row,) = examined.problems
+    assert row.finding.name == "World"
+    assert "process 3 of 8 (torchrun) could not meet the others at localhost:9" in row.finding.found
+    assert row.finding.fix == "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
+
+
+def without_deepspeed(replace: Callable[[Any, str, Any], None]) -> None:
+    """Its import takes seconds; one test does it."""
+    replace(packages, "probe", lambda *_, **__: ({"deepspeed": "0"}, Answer(code=0)))
+
+
+def each_its_own(rank: int, size: int, say: Say, folder: str) -> None:
+    """The command in one of several processes; what it prints goes to a file."""
+    os.environ.update(SLURMD_NODENAME=f"node{rank}", TORCHELASTIC_RUN_ID="x", TMPDIR=f"{folder}/{rank}")
+    os.environ["PATH"] = folder
+    without_deepspeed(setattr)
+    os.environ["OMP_NUM_THREADS"] = str(1 + 99 * rank)
+    file = os.open(f"{folder}/out{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, 1)
+    sys.stdout = os.fdopen(1, "w")
+    code = main(["doctor", "--json", "--folder", folder, "--need-gib", "0.001", "--timeout-s", "60"])
+    sys.stdout.flush()
+    say(code)
+
+
+def test_two_processes_one_table(tmp_path: Path):
+    (tmp_path / "0").mkdir()
+    with Crowd(each_its_own, 2, str(tmp_path)) as crowd:
+        assert [crowd.end(rank) for rank in range(2)] == [(0, 1), (0, 0)]
+    assert (tmp_path / "out1").read_text() == ""
+    report = json.loads((tmp_path / "out0").read_text())
+    assert (report["node"], report["processes"], report["problems"]) == ("node0", 2, 1)
+    found = {finding["name"]: finding for finding in report["findings"]}
+    assert found["World"]["found"] == "2 processes met"
+    assert found["threads"]["state"] == "problem"
+    assert found["threads"]["nodes"] == ["node1"]
+    assert found["launcher"]["nodes"] == []
+
+
+@pytest.fixture
+def laptop(programs, monkeypatch):
+    monkeypatch.setenv("PATH", str(programs.path))
+    for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+WORDS = ("doctor", "--need-gib", "0.001", "--timeout-s", "60", "--folder")
+
+
+def test_a_laptop_is_fit_and_torch_is_not_loaded(laptop, tmp_path):
+    program = (
+        "import sys; from hpc_oialr.cli.main import main; code = main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *WORDS, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no Slurm here" in done.stdout
+    assert done.stdout.rstrip().endswith("no problems")
+
+
+def test_a_problem_is_exit_code_1_and_its_fix_a_line(laptop, programs, monkeypatch, tmp_path, capsys):
+    programs.put_cluster()
+    without_deepspeed(monkeypatch.setattr)
+    monkeypatch.setenv("SBATCH_PARTITION", "main")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "phisics")
+    assert main([*WORDS, str(tmp_path), "--partition", "mian"]) == 1
+    out = capsys.readouterr().out
+    assert "there is no 'mian'" in out
+    assert "problem  partition: --partition main\nproblem  account: --account physics\n" in out

@@ -1,0 +1,136 @@
+"""GPUs that are asked for and not there, or not fit; no GPU is needed for that."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from hpc_oialr.doctor import gpu
+from hpc_oialr.doctor.programs import Answer
+
+ASKED = {"SLURM_GPUS_PER_NODE": "a100:4", "SLURMD_NODENAME": "node1"}
+SEEN = {
+    "driver_cuda": 12080,
+    "torch": "2.13.0+cu126",
+    "torch_cuda": "12.6",
+    "error": "",
+    "names": ["NVIDIA A100"] * 4,
+    "index": 0,
+    "free": 79 * 2**30,
+    "total": 80 * 2**30,
+    "right": True,
+    "others": 3,
+    "peers": 3,
+    "nccl": "2.27",
+    "reduced": True,
+}
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """There is a driver, or is not."""
+
+    def there(yes: bool) -> None:
+        monkeypatch.setattr(gpu, "NVIDIA", tmp_path if yes else tmp_path / "none")
+        monkeypatch.setattr(gpu, "AMD", tmp_path / "none")
+
+    return there
+
+
+def test_a_machine_without_gpus(patient, driver):
+    driver(False)
+    assert [finding.state for finding in gpu.check_gpus(patient())] == ["ok"]
+    assert [finding.state for finding in gpu.check_gpus(patient({"CUDA_VISIBLE_DEVICES": "-1"}))] == ["ok"]
+
+
+@pytest.mark.parametrize("environ", [ASKED, {"CUDA_VISIBLE_DEVICES": "0", "SLURMD_NODENAME": "node1"}])
+def test_gpus_are_asked_for_and_there_are_none(patient, driver, environ):
+    driver(False)
+    (found,) = gpu.check_gpus(patient(environ))
+    assert (found.state, found.found) == (
+        "problem",
+        "the job has GPUs by its variables, but node1 has no GPU driver",
+    )
+    assert found.fix.startswith("srun --gpus-per-node=N")
+
+
+def test_torch_for_cpus_on_a_machine_with_gpus(patient, driver, monkeypatch):
+    driver(True)
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
+    (asked,), (found,) = gpu.check_gpus(patient(ASKED)), gpu.check_gpus(patient())
+    assert (asked.state, found.state) == ("problem", "note")
+    assert asked.found == "there is a GPU, but torch 2.13.0+cpu is built for CPUs"
+    assert asked.fix == "see https://pytorch.org/get-started/locally for a build with CUDA"
+
+
+def test_a_healthy_node(patient):
+    findings = gpu.judge(patient(ASKED), SEEN, Answer(code=0))
+    assert [(finding.name, finding.state) for finding in findings] == [
+        ("GPU", "ok"),
+        ("own GPU", "ok"),
+        ("NCCL", "ok"),
+    ]
+
+
+FAULTS = {
+    "driver hangs": (
+        {"driver_cuda": 12080},
+        Answer(trouble="hung"),
+        ("GPU", "CUDA does not start: no answer in time", "--exclude=node1"),
+    ),
+    "old driver": (
+        SEEN | {"names": [], "torch_cuda": "13.0", "driver_cuda": 12020},
+        Answer(code=0),
+        ("GPU", "is built for CUDA 13.0, the driver speaks 12.2 at most", "a build with CUDA 12"),
+    ),
+    "none visible": (
+        SEEN | {"names": [], "error": "No CUDA GPUs are available"},
+        Answer(code=0),
+        ("GPU", "sees no GPU: No CUDA GPUs are available", "srun --gpus-per-node=N"),
+    ),
+    "wrong sum": (
+        SEEN | {"right": False},
+        Answer(code=0),
+        ("own GPU", "GPU 0 computes wrong or not at all", "sbatch --exclude=node1"),
+    ),
+    "no NCCL": (SEEN | {"nccl": None}, Answer(code=0), ("NCCL", "built without it", "a build with NCCL")),
+    "NCCL fails": (
+        {name: value for name, value in SEEN.items() if name not in ("nccl", "reduced")},
+        Answer(err="ncclSystemError", code=1),
+        ("NCCL", "an all-reduce fails: ncclSystemError", "NCCL_DEBUG=INFO"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults(patient, fault):
+    report, answer, (name, found, fix) = FAULTS[fault]
+    (problem,) = [each for each in gpu.judge(patient(ASKED), report, answer) if each.state == "problem"]
+    assert problem.name == name
+    assert found in problem.found
+    assert fix in problem.fix
+
+
+def test_processes_that_would_share_a_gpu(patient):
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "4",
+        "SLURM_TASKS_PER_NODE": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    environ = ASKED | step | {"SLURM_GPUS_PER_NODE": "2"}
+    own = gpu.judge(patient(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
+    assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
+    assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
+    alone = gpu.judge(patient(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
+    assert alone.state == "ok", "each process may see its own only"
+
+
+def test_notes(patient):
+    report = SEEN | {"free": 10 * 2**30, "peers": 1}
+    _, own, _, peers = gpu.judge(patient(ASKED), report, Answer(code=0))
+    assert (own.state, own.found) == ("note", "70 of 80 GiB of GPU 0 are taken by other programs")
+    assert (peers.state, peers.found) == ("note", "GPU 0 reaches 1 of 3 others directly")

@@ -1,0 +1,89 @@
+"""Packages that are missing or too old."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+import pytest
+
+from hpc_oialr.doctor import packages
+from hpc_oialr.doctor.programs import Answer
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretends that packages have other versions, or are missing (None); all others are there."""
+    real = metadata.version
+
+    def pretend(**versions: str | None) -> None:
+        def version(name: str) -> str:
+            if name in versions:
+                found = versions[name]
+                if found is None:
+                    raise metadata.PackageNotFoundError(name)
+                return found
+            try:
+                return real(name)
+            except metadata.PackageNotFoundError:
+                return "9999"
+
+        monkeypatch.setattr(metadata, "version", version)
+
+    return pretend
+
+
+def test_all_is_there(patient, installed):
+    installed()
+    (found,) = packages.check_packages(patient())
+    assert (found.name, found.state) == ("packages", "ok")
+
+
+def test_an_old_torch(patient, installed):
+    installed(torch="2.1.0")
+    (found,) = packages.check_packages(patient())
+    assert (found.state, found.found) == ("problem", "torch is 2.1.0; must be >=2.9")
+    assert found.fix == 'pip install --upgrade "hpc_oialr"'
+
+
+def test_missing_submitit_where_there_is_slurm(patient, installed, programs):
+    installed(submitit=None)
+    programs.put_cluster()
+    _, found = packages.check_packages(patient())
+    assert (found.name, found.state) == ("submitit", "problem")
+    assert found.found == "missing: oialr submit cannot submit jobs"
+    assert found.fix == 'pip install "hpc_oialr[slurm]"'
+
+
+def test_missing_extras_on_a_laptop_are_one_note(patient, installed):
+    installed(submitit=None, mpi4py=None)
+    _, found = packages.check_packages(patient())
+    assert (found.name, found.state, found.found) == (
+        "extras",
+        "note",
+        "not installed: mpi, slurm; runs do without",
+    )
+    assert found.fix == 'pip install "hpc_oialr[mpi,slurm]"'
+
+
+def test_an_old_submitit(patient, installed):
+    installed(submitit="1.4.0")
+    _, found = packages.check_packages(patient())
+    assert (found.name, found.state, found.found) == (
+        "[slurm]",
+        "problem",
+        "submitit is 1.4.0; must be >=1.5.2",
+    )
+    assert found.fix == 'pip install --upgrade "hpc_oialr[slurm]"'
+
+
+def test_deepspeed_that_cannot_be_imported(patient, installed, monkeypatch):
+    installed()
+    answer = Answer(err="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
+    monkeypatch.setattr(packages, "probe", lambda *_, **__: ({}, answer))
+    (found,) = packages.check_deepspeed(patient())
+    assert found.state == "problem"
+    assert found.found == "cannot be imported: ImportError: cannot import name 'x' from 'torch'"
+    assert re.fullmatch(r'pip install --force-reinstall --no-deps "deepspeed>=[\d.]+"', found.fix)
+    installed(deepspeed=None)
+    assert packages.check_deepspeed(patient()) == []

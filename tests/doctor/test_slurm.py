@@ -1,0 +1,210 @@
+"""Faults of Slurm, planted as programs that answer what Slurm 22.05 answers then."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_oialr.doctor import slurm
+from hpc_oialr.doctor.finding import Finding
+
+NO_MUNGE = """sinfo: error: If munged is up, restart with --num-threads=10
+sinfo: error: Munge encode failed: Failed to access "/run/munge/munge.socket.2": No such file or directory
+sinfo: error: slurm_send_node_msg: auth_g_create: REQUEST_PARTITION_INFO has authentication error
+slurm_load_partitions: Protocol authentication error"""
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture(autouse=True)
+def cluster(programs):
+    programs.put_cluster()
+
+
+def test_a_healthy_cluster(patient):
+    who = patient({"SLURM_JOB_ID": "7"}, partition="urgent", account="physics")
+    checks = (
+        slurm.check_programs,
+        slurm.check_cluster,
+        slurm.check_account,
+        slurm.check_accounting,
+        slurm.check_job,
+    )
+    findings = [finding for check in checks for finding in check(who)]
+    assert {finding.state for finding in findings} == {"ok"}
+    assert list(by_name(findings)) == [
+        "Slurm programs",
+        "slurmctld",
+        "munge",
+        "partition",
+        "nodes",
+        "account",
+        "accounting",
+        "job",
+    ]
+
+
+def test_no_slurm_is_one_note(patient, programs):
+    programs.remove(*slurm.PROGRAMS)
+    who = patient(account="physics")
+    assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
+    assert not slurm.check_cluster(who) + slurm.check_account(who) + slurm.check_accounting(who)
+
+
+def test_a_container_in_a_job_has_no_programs(patient, programs):
+    programs.remove(*slurm.PROGRAMS)
+    (found,) = slurm.check_programs(patient({"SLURM_JOB_ID": "7"}))
+    assert (found.state, found.found) == ("note", "none inside this job, as in most containers")
+
+
+def test_some_programs_are_missing(patient, programs):
+    programs.remove("squeue", "scancel")
+    (found,) = slurm.check_programs(patient())
+    assert (found.state, found.found) == ("problem", "missing: squeue, scancel")
+    assert "apt-get install slurm-client" in found.fix
+
+
+def test_no_munge(patient, programs):
+    programs.put("sinfo", err=NO_MUNGE, code=1)
+    (found,) = slurm.check_cluster(patient({"SLURMD_NODENAME": "node3"}))
+    assert (found.name, found.state) == ("munge", "problem")
+    assert found.found.startswith("this user gets no credential: Munge encode failed: Failed to access")
+    assert found.fix.startswith("systemctl start munge   (as root on node3")
+
+
+def test_the_controller_is_down(patient, programs):
+    programs.put(
+        "sinfo", err="slurm_load_partitions: Unable to contact slurm controller (connect failure)", code=1
+    )
+    (found,) = slurm.check_cluster(patient())
+    assert (found.name, found.state) == ("slurmctld", "problem")
+    assert "sinfo: slurm_load_partitions: Unable to contact slurm controller" in found.found
+    assert found.fix.startswith("scontrol ping")
+
+
+def test_no_configuration(patient, programs):
+    programs.put("sinfo", err="sinfo: fatal: Could not establish a configuration source", code=1)
+    (found,) = slurm.check_cluster(patient())
+    assert found.found == "sinfo: fatal: Could not establish a configuration source"
+    assert found.fix.startswith("export SLURM_CONF=")
+
+
+def test_a_hanging_sinfo_is_ended_with_its_children(patient, programs):
+    programs.hang("sinfo")
+    (found,) = slurm.check_cluster(patient(timeout_s=0.5))
+    assert (found.name, found.state, found.found) == ("slurmctld", "problem", "sinfo: no answer in time")
+    assert found.fix.startswith("scontrol ping")
+    group = int((programs.path / "sinfo.pid").read_text())
+    assert gone(group)
+
+
+def gone(group: int) -> bool:
+    """Whether no process of a group is left; zombies of init's need a moment."""
+    for _ in range(100):
+        members = [stat for stat in Path("/proc").glob("[0-9]*/stat") if _group(stat) == group]
+        if not members:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _group(stat: Path) -> int:
+    try:
+        state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(group)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "fix"),
+    [
+        ("urgnt", "there is no 'urgnt'; there are: main, urgent", "--partition urgent"),
+        ("xyz", "there is no 'xyz'; there are: main, urgent", "--partition main"),
+        ("main,gpu", "there is no 'gpu'; there are: main, urgent", "--partition main"),
+    ],
+)
+def test_a_missing_partition(patient, asked, found, fix):
+    partition = by_name(slurm.check_cluster(patient(partition=asked)))["partition"]
+    assert (partition.state, partition.found, partition.fix) == ("problem", found, fix)
+
+
+def test_a_partition_that_is_down(patient, programs):
+    programs.put("sinfo", "main*|up|localhost\ngpu|down|localhost")
+    partition = by_name(slurm.check_cluster(patient(partition="gpu")))["partition"]
+    assert partition.state == "problem"
+    assert partition.found == "'gpu' is down; jobs there do not start"
+    assert partition.fix == "--partition main"
+
+
+def test_no_default_partition(patient, programs):
+    programs.put("sinfo", "main|up|localhost")
+    partition = by_name(slurm.check_cluster(patient()))["partition"]
+    assert (partition.state, partition.fix) == ("note", "--partition main")
+
+
+def test_an_unknown_account(patient):
+    (found,) = slurm.check_account(patient(account="phisics"))
+    assert found.state == "problem"
+    assert found.found.endswith("has no account 'phisics'; has: physics, chemistry")
+    assert found.fix == "--account physics"
+
+
+def test_no_account_at_all(patient, programs):
+    programs.put("sacctmgr")
+    (found,) = slurm.check_account(patient(account="physics"))
+    assert found.state == "problem"
+    assert found.fix.startswith("sacctmgr add user ")
+
+
+def test_accounts_without_accounting_are_a_note(patient, programs):
+    programs.put(
+        "sacctmgr", err="sacctmgr: You are not running a supported accounting_storage plugin", code=1
+    )
+    (found,) = slurm.check_account(patient(account="physics"))
+    assert found.state == "note"
+    assert "'physics' cannot be checked" in found.found
+
+
+def test_no_accounting_is_a_note(patient, programs):
+    programs.put("sacct", err="Slurm accounting storage is disabled", code=1)
+    (found,) = slurm.check_accounting(patient())
+    assert found.state == "note"
+    assert found.found.startswith("none: sacct: Slurm accounting storage is disabled")
+
+
+def test_a_shell_that_outlived_its_job(patient, programs):
+    programs.put("squeue", err="slurm_load_jobs error: Invalid job id specified", code=1)
+    (found,) = slurm.check_job(patient({"SLURM_JOB_ID": "4711"}))
+    assert found.state == "problem"
+    assert found.found == "SLURM_JOB_ID is 4711, but there is no such job any more"
+    assert found.fix == "unset ${!SLURM_@}"
+
+
+def test_a_node_whose_name_does_not_resolve(patient):
+    environ = {"SLURM_JOB_NODELIST": "localhost,no-such-node.invalid"}
+    nodes = by_name(slurm.check_cluster(patient(environ)))["nodes"]
+    assert nodes.state == "problem"
+    assert nodes.found.startswith("no-such-node.invalid cannot be resolved on ")
+    assert nodes.fix.startswith("export MASTER_ADDR=$(scontrol show node no-such-node.invalid")
+
+
+def test_one_process_of_a_job_asks(patient, programs):
+    programs.hang("sinfo")
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": "7",
+    }
+    who = patient(step)
+    assert who.place is not None
+    assert not slurm.check_programs(who) + slurm.check_cluster(who) + slurm.check_job(who)
+    assert not (programs.path / "sinfo.pid").exists()

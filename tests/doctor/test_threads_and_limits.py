@@ -1,0 +1,99 @@
+"""More threads than cores, tasks that srun bound to one core, limits that are too low."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+
+from hpc_oialr.doctor import limits, threads
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_TASKS_PER_NODE": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURMD_NODENAME": "node1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores", "found", "fix"),
+    [
+        ({"OMP_NUM_THREADS": "8"}, 2, "OMP_NUM_THREADS is 8, but this process may run on 2 cores", 2),
+        (
+            STEP | {"OMP_NUM_THREADS": "16"},
+            64,
+            "4 processes with 16 threads each share 32 cores of node1",
+            8,
+        ),
+        (
+            STEP | {"OMP_NUM_THREADS": "8", "SLURM_CPUS_PER_TASK": "4"},
+            32,
+            "OMP_NUM_THREADS is 8, but a task has 4 cores",
+            4,
+        ),
+        ({"OMP_NUM_THREADS": "all"}, 2, "OMP_NUM_THREADS is 'all'; must be a whole number", 2),
+    ],
+)
+def test_more_threads_than_cores(patient, environ, cores, found, fix):
+    problem = threads.judge_threads(patient(environ), cores, 32)
+    assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
+    assert problem.fix == f"export OMP_NUM_THREADS={fix}"
+
+
+@pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
+def test_threads_that_fit(patient, environ):
+    assert threads.judge_threads(patient(environ), 32, 32).state == "ok"
+
+
+def test_this_machine(patient):
+    cores = threads.usable_cores()
+    (found,) = threads.check_threads(patient({"OMP_NUM_THREADS": str(cores + 1)}))
+    assert found.state == "problem"
+    (found,) = threads.check_threads(patient({"OMP_NUM_THREADS": "1"}))
+    assert found.state == "ok"
+
+
+def test_srun_does_not_inherit_cpus_per_task(patient):
+    who = patient(STEP | {"SLURM_CPUS_PER_TASK": "8"})
+    (found,) = threads.judge_binding(who, 1)
+    assert (found.state, found.found) == (
+        "problem",
+        "SLURM_CPUS_PER_TASK is 8, but srun bound this task to 1",
+    )
+    assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
+    assert [finding.state for finding in threads.judge_binding(who, 8)] == ["ok"]
+    assert threads.judge_binding(patient(STEP), 1) == []
+
+
+def test_open_files():
+    assert limits.judge_files(1024, 1).state == "ok"
+    assert limits.judge_files(resource.RLIM_INFINITY, 4096).state == "ok"
+    found = limits.judge_files(1024, 512)
+    assert (found.state, found.found) == ("problem", "1,024; 512 processes need 2,304")
+    assert found.fix == "ulimit -n 2304"
+
+
+def test_locked_memory():
+    assert limits.judge_locked(resource.RLIM_INFINITY).state == "ok"
+    found = limits.judge_locked(8 * 2**20)
+    assert (found.state, found.found) == ("problem", "8,192 KiB; InfiniBand needs it unlimited")
+    assert found.fix.startswith("ulimit -l unlimited")
+
+
+def test_shared_memory(patient):
+    assert limits.judge_shared(patient(), 2**30).state == "ok"
+    assert limits.judge_shared(patient(), 2**26).state == "note"
+    found = limits.judge_shared(patient(STEP), 2**26)
+    assert (found.state, found.found) == (
+        "problem",
+        "64 MiB: too little for NCCL and the workers of data loaders",
+    )
+    assert found.fix.startswith("docker run --shm-size=8g")
+
+
+def test_limits_of_this_machine(patient):
+    assert {finding.name for finding in limits.check_limits(patient())} >= {"open files"}
