@@ -22,6 +22,8 @@ def setup_lines(request: Request) -> list[str]:
         f"export OIALR_MAX_REQUEUES={request.max_requeues}",
         # First, so that a site file that fails is seen by it too.
         f"trap {shlex.quote(requeue)} EXIT",
+        # At the end of its job bash would leave at once, with code 0: let it wait for srun's.
+        "trap : TERM",
         "set -eo pipefail",
         # Since 22.05 srun does not inherit --cpus-per-task.
         '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',

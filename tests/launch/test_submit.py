@@ -38,6 +38,7 @@ SCRIPT = """#!/bin/bash
 # setup
 export OIALR_MAX_REQUEUES=5
 trap '{python} -u -m hpc_oialr.launch.requeue "$?"' EXIT
+trap : TERM
 set -eo pipefail
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 source {site}
