@@ -99,7 +99,9 @@ def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Row]:
 
 def _worst_of(name: str, everyone: Sequence[tuple[str, Sequence[Finding]]]) -> Row:
     made = [(node, finding) for node, findings in everyone for finding in findings if finding.name == name]
-    state = max(made, key=lambda pair: pair[1].severity)[1]
-    nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == state.severity))
-    everywhere = all(finding.severity == state.severity for _, finding in made)
-    return Row(state, () if everywhere else nodes)
+    bad = max((finding for _, finding in made), key=lambda finding: finding.severity)
+    nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == bad.severity))
+    alike = all(finding.severity == bad.severity for _, finding in made)
+    # What one process alone has looked at is of all; a problem may yet be its node's own.
+    of_all = bad.state != "problem" or set(nodes) == {node for node, _ in everyone}
+    return Row(bad, () if alike and of_all else nodes)

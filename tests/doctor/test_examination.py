@@ -64,16 +64,18 @@ def test_settings_are_checked(patient, setting, value):
 
 def test_the_worst_of_all_processes_and_where():
     bad = problem("threads", "8 on 2", "export OMP_NUM_THREADS=2")
+    wrong = problem("NCCL_SOCKET_IFNAME", "ib9", "export NCCL_SOCKET_IFNAME=ib0")
     everyone = [
         ("node1", [ok("job", "7"), ok("threads", "2"), note("extras", "none")]),
         ("node2", [bad, note("extras", "none")]),
         ("node3", [bad, note("extras", "none")]),
-        ("node3", [bad, note("extras", "none")]),
+        ("node3", [bad, note("extras", "none"), wrong]),
     ]
     assert worst(everyone) == [
         Row(ok("job", "7")),
         Row(bad, ("node2", "node3")),
         Row(note("extras", "none")),
+        Row(wrong, ("node3",)),
     ]
 
 

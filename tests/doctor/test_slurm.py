@@ -9,6 +9,7 @@ import pytest
 
 from hpc_oialr.doctor import slurm
 from hpc_oialr.doctor.finding import Finding
+from hpc_oialr.doctor.programs import ask
 
 NO_MUNGE = """sinfo: error: If munged is up, restart with --num-threads=10
 sinfo: error: Munge encode failed: Failed to access "/run/munge/munge.socket.2": No such file or directory
@@ -100,6 +101,12 @@ def test_a_hanging_sinfo_is_ended_with_its_children(patient, programs):
     assert found.fix.startswith("scontrol ping")
     group = int((programs.path / "sinfo.pid").read_text())
     assert gone(group)
+
+
+def test_what_a_hanging_program_has_said_is_kept(patient, programs):
+    programs.hang("sinfo", "main*|up|localhost")
+    answer = ask(patient(timeout_s=0.5), "sinfo")
+    assert (answer.out, answer.code, answer.trouble) == ("main*|up|localhost\n", None, "hung")
 
 
 def gone(group: int) -> bool:

@@ -40,9 +40,10 @@ class Programs:
         ]
         self._write(name, [*lines, f"exit {code}"])
 
-    def hang(self, name: str) -> None:
-        """A program that waits for one of its own, which holds its output open."""
-        self._write(name, [f"echo $$ > {self.path}/{name}.pid", "/bin/sleep 600", "exit 0"])
+    def hang(self, name: str, out: str = "") -> None:
+        """A program that says something, then waits for one of its own, which holds its output open."""
+        said = f"printf '%s\\n' {shlex.quote(out)}"
+        self._write(name, [f"echo $$ > {self.path}/{name}.pid", said, "/bin/sleep 600", "exit 0"])
 
     def put_cluster(self) -> None:
         """All of a healthy cluster's."""

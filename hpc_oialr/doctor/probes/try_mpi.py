@@ -25,7 +25,7 @@ def load() -> Any:
     except (ImportError, RuntimeError) as error:
         return _say(missing="library", error=str(error).strip().splitlines()[0])
     lines = str(mpi.Get_library_version()).strip().splitlines()
-    _say(library=lines[0].split(",")[0].strip() if lines else "unknown")
+    _say(library=" ".join(lines[0].split(",")[0].split()) if lines else "unknown")
     return mpi
 
 
