@@ -14,7 +14,7 @@ from hpc_oialr.record.files import write_atomically
 from hpc_oialr.spectra.join import join
 from hpc_oialr.spectra.layout import append, cut_after, describe, last_step, takes_rows
 from hpc_oialr.spectra.memory_file import Image
-from hpc_oialr.spectra.names import identity, segment_path, segments_of
+from hpc_oialr.spectra.names import segment_path, segments_of
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.rows import Rows
 
@@ -58,7 +58,7 @@ class SegmentedFile:
         self._attributes = dict(attributes or {})
         self._head: Image | None = None
         self._checked = False
-        self._seen = identity(self.path)
+        self._seen = _inode(self.path)
 
     def append(self, rows: Rows) -> None:
         """Add rows; when this returns they are on the disk.
@@ -68,7 +68,7 @@ class SegmentedFile:
         OSError
             If they could not be written; the files are as before.
         """
-        if self._head is not None and identity(self.path) != self._seen:
+        if self._head is not None and _inode(self.path) != self._seen:
             # Somebody has merged the record.
             self.close()
         try:
@@ -76,7 +76,7 @@ class SegmentedFile:
             append(head, rows)
             content = head.content()
             write_atomically(self.path, content)
-            self._seen = identity(self.path)
+            self._seen = _inode(self.path)
         except BaseException:
             # What is in memory is ahead of the disk now.
             self.close()
@@ -215,6 +215,11 @@ class SegmentedFile:
         for number, path in segments_of(self.path).items():
             if number >= first:
                 path.unlink(missing_ok=True)
+
+
+def _inode(path: Path) -> int | None:
+    """Another one once the file has been replaced."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _free_name(path: Path) -> Path:
