@@ -27,9 +27,7 @@ def add(commands: Any) -> None:
     summary = "find out what would make a run fail here, and how to put it right"
     parser = add_command(commands, "doctor", summary=summary, examples=EXAMPLES)
     parser.add_argument("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
-    parser.add_argument(
-        "--folder", metavar="DIR", type=Path, default=Path("runs"), help="run folder; default runs"
-    )
+    parser.add_argument("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
     parser.add_argument("--partition", metavar="NAME", help="partition that jobs will ask for")
     parser.add_argument("--account", metavar="NAME", help="account that jobs will ask for")
     parser.add_argument(
@@ -47,18 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.doctor.examination import examine
     from hpc_oialr.doctor.gathering import gather
     from hpc_oialr.doctor.patient import Patient
-    from hpc_oialr.doctor.site import environment_of
+    from hpc_oialr.doctor.site import surroundings
 
-    environ, of_site = environment_of(arguments.site)
+    around = surroundings(arguments.site)
     patient = Patient(
-        environ=environ,
-        folder=arguments.folder,
-        partition=arguments.partition or environ.get("SBATCH_PARTITION"),
-        account=arguments.account or environ.get("SBATCH_ACCOUNT"),
+        environ=around.environ,
+        folder=arguments.folder or Path(around.runs),
+        partition=arguments.partition or around.partition,
+        account=arguments.account or around.account,
         need_gib=arguments.need_gib,
         timeout_s=arguments.timeout_s,
     )
-    examined = gather(patient, [*of_site, *examine(patient)])
+    examined = gather(patient, [*around.findings, *examine(patient)])
     if not examined.shown:
         return 0
     # Not the console of the main process alone: where processes cannot meet, each prints.

@@ -70,12 +70,22 @@ def _check_plugin(patient: Patient, library: str) -> list[Finding]:
     answer = ask(patient, "srun", "--mpi=list")
     if answer.code != 0:
         return []  # the controller's own line tells why
-    return [judge_plugin(library, parse_plugins(answer.out + answer.err))]
+    wanted = patient.environ.get("OIALR_MPI") or patient.environ.get("SITE_MPI", "")
+    return [judge_plugin(library, parse_plugins(answer.out + answer.err), wanted)]
 
 
-def judge_plugin(library: str, plugins: list[str]) -> Finding:
-    """Whether one of srun's plugins is one that the library speaks."""
+def judge_plugin(library: str, plugins: list[str], wanted: str = "") -> Finding:
+    """Whether one of srun's plugins is one that the library speaks, and the one that batch scripts take.
+
+    Parameters
+    ----------
+    wanted
+        What ``OIALR_MPI`` or the site file makes of ``srun --mpi``; "" if nothing.
+    """
     fits = [plugin for plugin in spoken(library) if plugin in plugins]
+    if fits and wanted not in ("", "none", *fits):
+        found = f"batch scripts take srun --mpi={wanted}; {library} needs {fits[0]}"
+        return problem("MPI plugin", found, f"export OIALR_MPI={fits[0]}")
     if fits:
         return ok("MPI plugin", f"{library}: srun --mpi={fits[0]}")
     needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"

@@ -113,6 +113,13 @@ def test_plugins(library, plugins, state, fix):
     assert found.fix.startswith(fix)
 
 
+def test_the_plugin_that_batch_scripts_take():
+    found = mpi.judge_plugin("Open MPI v4.1.4", ["pmi2", "pmix"], "pmi2")
+    assert (found.state, found.fix) == ("problem", "export OIALR_MPI=pmix")
+    assert found.found == "batch scripts take srun --mpi=pmi2; Open MPI v4.1.4 needs pmix"
+    assert mpi.judge_plugin("Open MPI v4.1.4", ["pmi2", "pmix"], "none").state == "ok"
+
+
 def test_srun_without_the_librarys_plugin(patient, programs, mpi4py):
     programs.put_cluster()
     programs.put("srun", err="MPI plugin types are...\n\tnone\n\tpmi2")

@@ -8,18 +8,46 @@ import pytest
 
 from hpc_oialr.doctor.network import check_interfaces
 from hpc_oialr.doctor.patient import Patient
-from hpc_oialr.doctor.site import environment_of
+from hpc_oialr.doctor.site import Surroundings, surroundings
 from hpc_oialr.errors import UnknownNameError
+
+SITE = """
+SITE_SBATCH=(--partition="${OIALR_PARTITION:-accelerated}" -A chemistry --gres=gpu:4)
+SITE_MPI=pmix
+echo loading
+export NCCL_SOCKET_IFNAME='ib 9' TWO='a
+b=c'
+: "${OIALR_RUNS:=/scratch/runs}"
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OIALR_PARTITION", "OIALR_RUNS", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write(tmp_path: Path, script: str) -> str:
+    (tmp_path / "site.sh").write_text(script)
+    return str(tmp_path / "site.sh")
 
 
 def test_variables_of_a_site_count(tmp_path: Path) -> None:
-    file = tmp_path / "site.sh"
-    file.write_text("echo loading\nexport NCCL_SOCKET_IFNAME='ib 9'\nexport TWO='a\nb=c'\n")
-    environ, (found,) = environment_of(str(file))
-    assert (found.name, found.state) == ("site", "ok")
-    assert environ["TWO"] == "a\nb=c"
-    (interface,) = check_interfaces(Patient(environ=environ))
+    around = surroundings(write(tmp_path, SITE))
+    assert [(found.name, found.state) for found in around.findings] == [("site", "ok")]
+    assert (around.partition, around.account, around.runs) == ("accelerated", "chemistry", "/scratch/runs")
+    assert around.environ["TWO"] == "a\nb=c"
+    assert around.environ["SITE_MPI"] == "pmix"
+    (interface,) = check_interfaces(Patient(environ=around.environ))
     assert interface.found.startswith("ib 9: no interface ib 9 here")
+
+
+def test_sites_of_this_repository_run_on_any_machine() -> None:
+    files = list((Path(__file__).parents[2] / "env" / "sites").glob("*.sh"))
+    assert files
+    for file in files:
+        (found,) = surroundings(file.stem).findings
+        assert found.state == "ok", found
 
 
 @pytest.mark.parametrize(
@@ -27,23 +55,30 @@ def test_variables_of_a_site_count(tmp_path: Path) -> None:
     [("load_module cuda/99", "load_module: command not found"), ("exit 3", "exit code 3")],
 )
 def test_a_site_file_that_fails_here(tmp_path: Path, script: str, reason: str) -> None:
-    file = tmp_path / "site.sh"
-    file.write_text(f"{script}\nexport OIALR_SEEN=1\n")
-    environ, (found,) = environment_of(str(file))
+    around = surroundings(write(tmp_path, f"{script}\nexport OIALR_SEEN=1\n"))
+    (found,) = around.findings
     assert (found.name, found.state) == ("site", "problem")
     assert reason in found.found
-    assert found.fix == f"module avail   (then correct {file})"
-    assert "OIALR_SEEN" not in environ
-    assert "PATH" in environ
+    assert found.fix == f"module avail   (then correct {tmp_path / 'site.sh'})"
+    assert "OIALR_SEEN" not in around.environ
+    assert "PATH" in around.environ
 
 
 def test_an_unknown_site() -> None:
     with pytest.raises(UnknownNameError, match="unknown site 'atlantis'"):
-        environment_of("atlantis")
+        surroundings("atlantis")
 
 
-def test_no_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OIALR_SEEN", "1")
-    environ, findings = environment_of(None)
-    assert environ["OIALR_SEEN"] == "1"
-    assert findings == []
+def test_without_a_site_slurms_own_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (surroundings(None).partition, surroundings(None).runs) == (None, "runs")
+    monkeypatch.setenv("SBATCH_PARTITION", "cpu")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
+    assert (surroundings(None).partition, surroundings(None).account) == ("cpu", "physics")
+
+
+@pytest.mark.parametrize(
+    ("options", "partition"),
+    [("--partition=a", "a"), ("--nodes=2 -p b", "b"), ("-pc --exclusive", "c"), ("--partition a -p d", "d")],
+)
+def test_partitions_among_options(options: str, partition: str) -> None:
+    assert Surroundings({"SITE_OPTIONS": options}).partition == partition
