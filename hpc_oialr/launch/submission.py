@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import socket
 from collections.abc import Sequence
@@ -14,17 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
-from hpc_oialr.launch.job_file import JobFile, read_job
+from hpc_oialr.launch.checks import check_free, check_settings
+from hpc_oialr.launch.job_file import JobFile
 from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
-from hpc_oialr.launch.slurm_state import Slurm
-from hpc_oialr.launch.states import states_of
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
-
-    from hpc_oialr.train.config import TrainConfig
 
 
 @overload
@@ -99,7 +95,7 @@ class Submission:
         OIALRError
             For what does not fit.
         """
-        train = _checked(recipe, settings, request.processes)
+        train = check_settings(recipe, settings, request.processes)
         found = str(Path(recipe).resolve()) if Path(recipe).is_file() else str(recipe)
         folder = Path(request.folder or default_folder(str(recipe))).absolute()
         check_folder(folder)
@@ -133,7 +129,7 @@ class Submission:
             If a folder is in use, or Slurm refuses the job.
         """
         for run in self.runs:
-            _check_free(RunFolder(run.folder))
+            check_free(run)
         executor, new = self._executor(), not self.folder.exists()
         self._prepare()
         try:
@@ -178,39 +174,6 @@ class Submission:
             max_requeues=self.request.max_requeues,
             submission=self._files,
             submitted=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-
-
-def _checked(recipe: str | Path, settings: Sequence[str], processes: int) -> TrainConfig:
-    """The settings of the loop, once all are checked that would end the job in its first minute."""
-    from hpc_oialr.data.batches import check_shares
-    from hpc_oialr.train.config_tree import in_section
-    from hpc_oialr.train.load_config import load_config
-
-    loaded = load_config(recipe, settings)
-    section = "engine"
-    try:
-        shares = loaded.config.engine.shares(processes)
-        section = "train"
-        check_shares(loaded.config.train.global_batch, shares)
-        loaded.config.train.check_accumulation(shares)
-    except ConfigError as error:
-        raise in_section(error, section, loaded.origins) from None
-    return loaded.config.train
-
-
-def _check_free(folder: RunFolder) -> None:
-    """Two jobs must not write into one folder, and a finished run stays as it is."""
-    if folder.finished:
-        raise OIALRError(f"{folder.path} holds a finished run. Take another folder, or remove it.")
-    if not folder.job.exists():
-        return
-    job = read_job(folder)
-    (state,) = states_of([job], Slurm())
-    if not state.over:
-        raise OIALRError(
-            f"job {job.job_id} ({state.state.lower()}) works in {folder.path}; one job a folder. "
-            f"Wait for it, or end it: oialr cancel {shlex.quote(str(folder.path))}"
         )
 
 

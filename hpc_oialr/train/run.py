@@ -105,7 +105,7 @@ def train_or_resume(
     """
     run_folder = RunFolder(folder)
     if run_folder.holds_run:
-        _require_same_run(load_config(run_folder.config), loaded, folder)
+        require_same_run(load_config(run_folder.config), loaded, folder)
     if run_folder.finished:
         return Result(folder, run_folder.read_summary())
     with _joined(world, loaded) as joined:
@@ -168,7 +168,7 @@ def _may_change(name: str) -> bool:
     return any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE)
 
 
-def _require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> None:
+def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> None:
     """Raise :class:`OIALRError` that names the first setting that must not differ but does."""
     theirs, ours = flat(there.tree), flat(here.tree)
     differing = [

@@ -15,6 +15,7 @@ from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
 from hpc_oialr.launch import submit
 from hpc_oialr.record import RunFolder
+from hpc_oialr.train.load_config import load_config
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
 
@@ -255,6 +256,16 @@ def test_one_job_a_folder(slurm, recipe, tmp_path):
     (tmp_path / "runs" / "first" / "summary.json").write_text("{}")
     with pytest.raises(OIALRError, match=r"runs/first holds a finished run"):
         submit(recipe, folder="runs/first")
+
+
+def test_a_folder_with_another_run(slurm, recipe, tmp_path):
+    RunFolder("runs/first").create().write_config(load_config(recipe, ["--train.steps", "7"]).text)
+    with pytest.raises(
+        OIALRError, match=r"runs/first holds a run with other settings: train.steps is 7 there, 24"
+    ):
+        submit(recipe, folder="runs/first")
+    (job,) = submit(recipe, ["--train.steps", "7", "--train.timeout_s", "60"], folder="runs/first")
+    assert job.job_id == "12"
 
 
 def test_submitit_is_missing(slurm, recipe, monkeypatch):
