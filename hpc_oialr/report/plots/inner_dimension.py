@@ -1,0 +1,79 @@
+"""Heat map of r by layer and step."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from hpc_oialr.report.plots.style import Width, in_style, new_figure
+from hpc_oialr.spectra import Spectra
+
+# Up to so many layers each has its name beside its row.
+NAMED = 40
+
+
+@in_style
+def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | None = None) -> Figure:
+    """r over k of every layer, from its dense beginning (1) to the end.
+
+    Parameters
+    ----------
+    last_step
+        Where the run ended; default a little after the last event.
+    """
+    edges, shares = share_of_k(run, last_step)
+    named = len(run) <= NAMED
+    figure, axes = new_figure(width, height=_height(len(run)))
+    rows = np.arange(len(run) + 1) + 0.5
+    # Rasterised inside a PDF: 100,000 rectangles would take seconds to show.
+    mesh = axes.pcolormesh(edges, rows, shares, vmin=0, vmax=1, cmap="cividis", rasterized=True)
+    axes.set_xlabel("step")
+    axes.invert_yaxis()
+    if named:
+        axes.set_yticks(np.arange(len(run)) + 1, [_short(name) for name in run.layers])
+        axes.tick_params(axis="y", length=0, labelsize=6 if len(run) <= 30 else 5)
+    else:
+        axes.set_ylabel("depth (layer)")
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _bar(figure, axes, mesh)
+    return figure
+
+
+def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """r / k between events.
+
+    Returns
+    -------
+    edges
+        0, the steps of all events, and the end; shape (columns + 1,).
+    shares
+        1 before a layer's conversion; shape (layers, columns).
+    """
+    steps = np.unique(run.events["t"])
+    end = int(steps[-1]) if len(steps) else 0
+    spare = max(1, round(0.03 * end))
+    edges = np.unique(np.concatenate([[0], steps, [max(end + spare, last_step or 0)]])).astype(np.int64)
+    shares = np.ones((len(run), len(edges) - 1))
+    for row, layer in enumerate(run.values()):
+        # What holds in a column is the last event at or before its left edge.
+        last = np.searchsorted(layer.t, edges[:-1], side="right") - 1
+        shares[row, last >= 0] = layer.r[last[last >= 0]] / layer.k
+    return edges, shares
+
+
+def _height(layers: int) -> float:
+    return float(np.clip(0.25 + 0.032 * layers, 0.5, 1.35))
+
+
+def _bar(figure: Figure, axes: Axes, mesh: object) -> None:
+    bar = figure.colorbar(mesh, ax=axes, label="$r\\,/\\,k$", pad=0.02, aspect=25)  # type: ignore[arg-type]
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.outline.set_visible(False)
+
+
+def _short(name: str, length: int = 26) -> str:
+    """The end of a long name, which is where names of one model differ."""
+    return name if len(name) <= length else f"\N{HORIZONTAL ELLIPSIS}{name[1 - length :]}"

@@ -1,0 +1,127 @@
+"""Sizes, fonts and colours of all figures: ready for a paper's column, readable by the colour-blind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, ParamSpec
+
+from hpc_oialr.errors import ConfigError, MissingExtraError
+
+try:
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+except ImportError as error:
+    raise MissingExtraError("matplotlib", "plot", purpose="A figure") from error
+
+Width = Literal["single", "double"]
+# Widths of a column and of a page in inches, as most two-column styles have them.
+WIDTH_IN = {"single": 3.4, "double": 7.0}
+FORMATS = (".png", ".pdf", ".svg")
+
+# Okabe and Ito, Color universal design (2008); yellow is left out, it is too light for a line.
+BLACK, GREY = "#000000", "#767676"
+ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+MARKERS = "osD^vPX"
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    # TrueType inside the PDF: text stays text, and publishers accept it.
+    "pdf.fonttype": 42,
+    # An SVG cannot hold a font: outlines look the same everywhere.
+    "svg.fonttype": "path",
+    "savefig.dpi": 300,
+}
+
+P = ParamSpec("P")
+
+
+def in_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw under these settings, whatever the reader's own are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(), matplotlib.style.context(["default", STYLE]):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(width: Width, *, height: float = 0.62, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of a column's or a page's width, and its axes.
+
+    Parameters
+    ----------
+    height
+        Of the figure, over the width of a column.
+    columns
+        Axes side by side.
+    """
+    if width not in WIDTH_IN:
+        raise ConfigError("width", width, f"must be one of {', '.join(WIDTH_IN)}")
+    figure = Figure(figsize=(WIDTH_IN[width], height * WIDTH_IN["single"]), layout="constrained")
+    return figure, figure.subplots(ncols=columns, **options)
+
+
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write PNG, PDF or SVG, by the suffix; whole or not at all.
+
+    Raises
+    ------
+    ConfigError
+        For another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError("--out", str(path), f"must end in {', '.join(FORMATS)}", fix="E.g. stability.pdf.")
+    draft = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    # Dates would make two drawings of the same run differ.
+    undated = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[path.suffix.lower()]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "hpc_oialr"}):
+        figure.savefig(draft, metadata=undated)
+    return draft.replace(path)
+
+
+def with_grid(axes: Axes) -> Axes:
+    """Faint lines that help to read values off."""
+    axes.grid(visible=True, color="0.9", linewidth=0.5)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def plain_log_ticks(axis: Axis, *, factor: float = 1) -> None:
+    """Ticks at 1, 2, 5, 10 ... written out, of the values times ``factor``; powers beyond five decades."""
+    low, high = sorted(axis.get_view_interval())
+    if low > 0 and high / low > 1e5:
+        return
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
+    axis.set_minor_formatter(NullFormatter())
