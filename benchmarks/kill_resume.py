@@ -19,10 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.common import Row, arguments, earlier, finish
-from hpc_oialr.record import read_spectra
+from hpc_oialr.spectra import open as open_spectra
 
 SETTINGS = [
     "--model.dim", "64", "--train.steps", "60", "--data.limit", "6000", "--train.global_batch", "64",
@@ -60,10 +58,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What must be equal: weights, losses by step, spectra."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(row["step"], row.get("loss"), row.get("metric")) for row in rows]
-    layers = read_spectra(folder / "spectra.h5")
-    spectra = {
-        name: [np.asarray(layer.singular_values).tobytes(), list(layer.r)] for name, layer in layers.items()
-    }
+    with open_spectra(folder) as layers:
+        spectra = {name: [layer.singular_values.tobytes(), list(layer.r)] for name, layer in layers.items()}
     weights = json.loads((folder / "summary.json").read_text())["weights_sha256"]
     return {"weights": weights, "losses": losses, "spectra": spectra}
 

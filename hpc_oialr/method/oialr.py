@@ -103,6 +103,11 @@ class OIALR:
         """Inner dimension of every low-rank layer."""
         return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that take part, in the model's order."""
+        return [site.name for site in self.sites]
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Context for all but the last backward pass of an accumulated step: gradients stay local."""
         return self.engine.no_sync(self._model)
@@ -124,7 +129,7 @@ class OIALR:
             If processes hold different factors after an update.
         """
         self.t += 1
-        measured = self._measure_stability() if self._stability_due() else None
+        measured = self._watch.report(self._dense(), self.t) if self._stability_due() else None
         settled = self._settled()
         if settled:
             return self._convert(settled)
@@ -158,11 +163,6 @@ class OIALR:
 
     def _dense(self) -> list[Site]:
         return [site for site in self.sites if site.low_rank is None]
-
-    def _measure_stability(self) -> UpdateReport:
-        start, sites = time.perf_counter(), self._dense()
-        require_finite(sites, self.engine)
-        return self._report("stability", self._watch.measure(sites), start, sum(site.k + 1 for site in sites))
 
     @torch.no_grad()
     def _convert(self, sites: list[Site]) -> UpdateReport:

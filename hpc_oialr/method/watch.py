@@ -14,9 +14,10 @@ from hpc_oialr.linalg.blocks import basis_stability
 from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.linalg.work_plan import longest_processing_time
 from hpc_oialr.lowrank import Site
+from hpc_oialr.method.checks import require_finite
 from hpc_oialr.method.dealing import Job, deal
 from hpc_oialr.method.factorising import split_svd
-from hpc_oialr.method.report import LayerUpdate
+from hpc_oialr.method.report import LayerUpdate, UpdateReport
 
 Basis = tuple[Tensor, Tensor]
 
@@ -50,6 +51,21 @@ class StabilityWatch:
         self.owners = {site.name: owner for site, owner in zip(sites, owners, strict=True)}
         self.streaks: dict[str, int] = {}
         self._bases: dict[str, Basis] = {}
+
+    def report(self, sites: Sequence[Site], t: int) -> UpdateReport:
+        """Measure these layers, all dense, after ``t`` steps; sends ``k + 1`` numbers a layer.
+
+        Raises
+        ------
+        NonFiniteError
+            If a weight holds NaN or Inf.
+        """
+        start = time.perf_counter()
+        require_finite(sites, self.engine)
+        layers = self.measure(sites)
+        numbers = sum((site.k + 1) * compute_dtype(site.trained.dtype).itemsize for site in sites)
+        seconds, sent = time.perf_counter() - start, numbers * (self.world.size - 1)
+        return UpdateReport(t=t, kind="stability", layers=layers, seconds=seconds, bytes_sent=sent)
 
     def measure(self, sites: Sequence[Site]) -> tuple[LayerUpdate, ...]:
         """Measure these layers, all dense; one report each."""

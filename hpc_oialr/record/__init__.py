@@ -1,4 +1,4 @@
-"""The record of a run: its folder, metrics, spectra, memory, progress and surroundings."""
+"""The record of a run: its folder, metrics, memory, energy, progress and surroundings."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from hpc_oialr.record.pace import Pace
     from hpc_oialr.record.progress import Progress, Status, make_progress
     from hpc_oialr.record.run_folder import RunFolder
-    from hpc_oialr.record.spectra import SpectraWriter, read_spectra
 
 __all__ = [
     "MemoryMeter",
@@ -19,13 +18,11 @@ __all__ = [
     "Pace",
     "Progress",
     "RunFolder",
-    "SpectraWriter",
     "Status",
     "environment_report",
     "make_progress",
     "peak_rss_bytes",
     "read_metrics",
-    "read_spectra",
     "resident_bytes",
 ]
 
@@ -38,6 +35,5 @@ offer(
         "hpc_oialr.record.pace": ("Pace",),
         "hpc_oialr.record.progress": ("Progress", "Status", "make_progress"),
         "hpc_oialr.record.run_folder": ("RunFolder",),
-        "hpc_oialr.record.spectra": ("SpectraWriter", "read_spectra"),
     },
 )

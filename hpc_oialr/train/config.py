@@ -11,6 +11,7 @@ from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
 from hpc_oialr.processes.signals import check_name
+from hpc_oialr.spectra.modes import Mode
 from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
@@ -144,18 +145,34 @@ class RecordConfig:
     every
         Steps between two rows of training loss in ``metrics.jsonl``.
     spectra
-        Keep the singular values of every update in ``spectra.h5``.
+        Keep the singular values of every event in ``spectra.h5``. null: those of the method, so nothing of a dense
+        run; true: while matrices are dense measure them too, of a dense run all along; false: nothing.
+    frequency
+        Steps between two measurements of dense matrices, where ``spectra`` is true and the method has no
+        ``stability_frequency`` of its own. Each costs an SVD of every matrix.
+    spectra_writer
+        "single": the main process writes; "per_process": each writes a file of the layers dealt to it, with one
+        that points to them all; "parallel": all write one file, by an h5py that was built with MPI.
+    spectra_queue
+        How many events may wait to be written beside the training.
+    side_folder
+        Where the spectra go on when their file cannot be written; null = the system's temporary folder.
     tensorboard
         Write the rows as TensorBoard events into ``logs/`` too; needs the extra ``tensorboard``.
     """
 
     every: int = 20
-    spectra: bool = True
+    spectra: bool | None = None
+    frequency: int = 100
+    spectra_writer: Mode = "single"
+    spectra_queue: int = 64
+    side_folder: str | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError("every", self.every, "must be at least 1 step")
+        for name, unit in (("every", "step"), ("frequency", "step"), ("spectra_queue", "event")):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), f"must be at least 1 {unit}")
 
 
 @dataclass(kw_only=True)

@@ -10,15 +10,28 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
+from hpc_oialr.lowrank import Selection, select
+from hpc_oialr.method.checks import trained_sites
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.report import UpdateReport
+from hpc_oialr.method.watch import StabilityWatch
 
 
 class Dense:
-    """Ordinary training behind the face of :class:`hpc_oialr.OIALR`."""
+    """Ordinary training behind the face of :class:`hpc_oialr.OIALR`.
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, engine: Engine) -> None:
-        self.module, self.engine, self.t = model, engine, 0
+    Parameters
+    ----------
+    frequency
+        Measure how far the layers' bases have settled each so many steps; None = not.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
+    ) -> None:
+        self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency
+        self.sites = trained_sites(select(model, Selection()), optimizer) if frequency else []
+        self._watch = StabilityWatch(self.sites, engine, threshold=None)
         self._model = engine.wrap(model, optimizer)
 
     @property
@@ -31,14 +44,20 @@ class Dense:
         """No layer is low-rank."""
         return {}
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are measured, in the model's order."""
+        return [site.name for site in self.sites]
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Context in which gradients stay local."""
         return self.engine.no_sync(self._model)
 
     def step(self) -> UpdateReport | None:
-        """Count."""
+        """Count, and measure when it is due."""
         self.t += 1
-        return None
+        due = self.sites and self.frequency is not None and self.t % self.frequency == 0
+        return self._watch.report(self.sites, self.t) if due else None
 
     def rewrap(self) -> None:
         """A new wrapper, in the state that a resumed run begins with."""
@@ -49,8 +68,8 @@ class Dense:
         return {"t": self.t, "updates": 0, "r": {}, "streaks": {}}
 
     def tensor_state(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
+        """The bases kept for the next measurement; a collective call."""
+        return self._watch.bases(self.sites)
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Take back what :meth:`state_dict` gave.
@@ -63,6 +82,7 @@ class Dense:
         if state["r"]:
             raise ModelError("the checkpoint is that of a low-rank run, but oialr is null here.")
         self.t = int(state["t"])
+        self._watch.restore(tensors or {}, state["streaks"])
 
 
 Controller = Dense | OIALR

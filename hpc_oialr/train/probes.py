@@ -32,6 +32,8 @@ class Probes:
 
     def saw(self, report: UpdateReport) -> None:
         """Measure the step after a change of shapes that may be the first of its kind."""
+        if report.kind == "stability":
+            return
         assert self.config is not None
         if report.kind == "conversion" or report.t == self.config.delay + self.config.frequency:
             self._wanted.add(report.t)

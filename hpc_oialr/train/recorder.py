@@ -6,17 +6,20 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.processes import MetricsChannel
-from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, SpectraWriter, Status, make_progress
+from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, Status, make_progress
+from hpc_oialr.record.energy import EnergyMeter
 from hpc_oialr.record.update_metrics import SharedUpdate
 from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.exchange import UpdateExchange
 from hpc_oialr.train.probes import Probes
 from hpc_oialr.train.session import Session
+from hpc_oialr.train.spectra_record import SpectraRecord
 from hpc_oialr.train.tensorboard import TensorBoard
 
 GIB = 1024**3
@@ -55,9 +58,8 @@ class Recorder:
         self.exchange = UpdateExchange(channel, session.world)
         self.metrics = MetricsWriter(folder.metrics) if main else None
         self.updates = MetricsWriter(folder.updates) if main else None
-        self.spectra = (
-            SpectraWriter(folder.spectra, attributes) if main and session.config.record.spectra else None
-        )
+        self.spectra = SpectraRecord(folder, session, channel, attributes)
+        self.energy = EnergyMeter(session.world.device, first_of_node=session.world.local_rank == 0)
         self.progress, self.pace = make_progress(show=main), Pace()
         self.meter = MemoryMeter(
             lambda: (session.controller.model, session.optimizer, *session.engine.held()),
@@ -72,8 +74,7 @@ class Recorder:
         for writer in (self.metrics, self.updates):
             if writer is not None:
                 writer.truncate_after(step)
-        if self.spectra is not None:
-            self.spectra.truncate_after(step)
+        self.spectra.begin(step)
         if self.metrics is not None and self.session.config.record.tensorboard:
             self.board = TensorBoard(self.folder.logs, step)
         self.probes = Probes(self.session.config.oialr, step)
@@ -89,10 +90,11 @@ class Recorder:
         """After step number ``step``; a collective call at those that are written down."""
         self.pace.tick(self.session.units_per_step, waited_s)
         if step % self.every == 0 or step == self.session.total_steps:
-            mean = self.session.world.all_reduce(loss.double()) / self.session.world.size
-            self._write_step(step, float(mean), clocks)
+            own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
+            total, joules = self.session.world.all_reduce(own).tolist()
+            self._write_step(step, total / self.session.world.size, joules, clocks)
 
-    def _write_step(self, step: int, loss: float, clocks: Clocks) -> None:
+    def _write_step(self, step: int, loss: float, joules: float, clocks: Clocks) -> None:
         if self.metrics is None:
             return
         session, module = self.session, self.session.module
@@ -109,6 +111,7 @@ class Recorder:
             f"{unit}_per_s": self.pace.items_per_s,
         }
         self._write(row)
+        self.spectra.add_steps(row, clocks, memory_bytes=self.meter.peak_bytes, joules=joules)
         status = Status(
             step=step,
             total_steps=session.total_steps,
@@ -138,20 +141,25 @@ class Recorder:
     def collect(self) -> None:
         """Write down what :meth:`update` was given last, as all processes saw it; a collective call.
 
-        After the next step's backward pass, so that the exchange goes on beside it, and before a checkpoint,
-        so that a resumed run has lost nothing.
+        After the next step's backward pass, so that the exchange goes on beside it.
         """
         shared = self.exchange.collect()
-        if shared is None or self.updates is None:
+        if shared is None:
             return
-        if self.spectra is not None:
-            self.spectra.write(shared.report)
+        self.spectra.write(shared.report)
+        if self.updates is None:
+            return
         row = shared.row()
         self.updates.write(row)
         if self.board is not None:
             self.board.write({"split": "update", **row})
         if shared.report.kind != "stability":
             self.progress.note(_note(shared))
+
+    def flush(self) -> None:
+        """:meth:`collect`, and see to it that all of the record is on the disk, as it must be at a checkpoint."""
+        self.collect()
+        self.spectra.flush()
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""
@@ -172,9 +180,14 @@ class Recorder:
         """Highest so far, and at least ``before`` (GiB)."""
         return max(before, self.meter.peak_bytes / GIB)
 
+    def finish(self) -> None:
+        """Make the record of a run that has come to its end as few files as can be; a collective call."""
+        self.spectra.finish()
+
     def close(self) -> None:
         """Close the files and leave the terminal as it was."""
         self.progress.close()
+        self.spectra.close()
         for writer in (self.metrics, self.updates, self.board):
             if writer is not None:
                 writer.close()

@@ -20,6 +20,7 @@ from hpc_oialr.train.config_tree import flat
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import make_session
+from hpc_oialr.train.spectra_record import check_record
 from hpc_oialr.train.stopping import StopRequest
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
@@ -238,6 +239,7 @@ def _train(
 ) -> Result:
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
+    check_record(loaded.config.record, channel)
     if not world.broadcast_object(folder.holds_run):
         _begin(folder, loaded, world)
     store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
@@ -248,6 +250,8 @@ def _train(
         try:
             trainer.resume()
             summary = summarise(trainer) if trainer.fit() else None
+            if summary is not None:
+                recorder.finish()
         finally:
             recorder.close()
         if summary is not None and world.is_main:
@@ -259,11 +263,14 @@ def _train(
 
 def _attributes(loaded: LoadedConfig, world: World) -> dict[str, Any]:
     """Root attributes of ``spectra.h5``."""
+    environment = environment_report() if world.is_main else {}
     return {
         "config": loaded.tree,
-        "environment": environment_report() if world.is_main else {},
+        "environment": environment,
+        "git_commit": (environment.get("git") or {}).get("commit") or "",
         "seed": loaded.config.train.seed,
         "world_size": world.size,
+        "world": {"size": world.size, "local_size": world.local_size, "launcher": world.launcher},
     }
 
 

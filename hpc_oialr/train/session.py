@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,8 +205,9 @@ def _checkpoint_activations(module: nn.Module) -> None:
 def _controller(
     config: RunConfig, engine: Engine, module: nn.Module, optimizer: Optimizer, total: int
 ) -> Controller:
+    frequency = config.record.frequency if config.record.spectra else None
     if config.oialr is None:
-        return Dense(module, optimizer, engine)
+        return Dense(module, optimizer, engine, frequency=frequency)
     if config.oialr.delay >= total:
         log.warning(
             "oialr.delay is %d but the run has %d steps: nothing will be converted, training stays dense. "
@@ -215,7 +216,8 @@ def _controller(
             total,
             total,
         )
-    return OIALR(module, optimizer, config.oialr, engine=engine)
+    method = replace(config.oialr, stability_frequency=config.oialr.stability_frequency or frequency)
+    return OIALR(module, optimizer, method, engine=engine)
 
 
 @contextmanager

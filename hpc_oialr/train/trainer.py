@@ -205,7 +205,7 @@ class Trainer:
         """Write a checkpoint, unless this step has one."""
         if self._saved == self.progress.step:
             return
-        self.recorder.collect()
+        self.recorder.flush()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
         self.progress.checkpoint_s = self.stopping.checkpoint_s
         before = self.clocks.seconds["checkpoint"]

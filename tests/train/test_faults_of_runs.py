@@ -16,7 +16,8 @@ from support.train_workers import losses
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.exit_codes import PROCESS_LOST
-from hpc_oialr.record import read_metrics, read_spectra
+from hpc_oialr.record import read_metrics
+from hpc_oialr.spectra import Spectra
 from hpc_oialr.train.load_config import load_config
 
 TIMEOUT_S = 6.0
@@ -80,21 +81,22 @@ def test_killed_stopped_and_resumed(recipe: Path, whole: Path, tmp_path: Path) -
     assert found["weights_sha256"] == expected["weights_sha256"]
     assert losses(folder) == losses(whole)
     assert updates(folder) == updates(whole)
-    for name, layer in read_spectra(whole / "spectra.h5").items():
-        again = read_spectra(folder / "spectra.h5")[name]
+    spectra = Spectra(folder)
+    for name, layer in Spectra(whole).items():
+        again = spectra[name]
         assert again.t.tolist() == layer.t.tolist()
         assert np.array_equal(again.singular_values, layer.singular_values, equal_nan=True)
 
 
 def test_the_main_process_knows_the_times_of_all(whole: Path) -> None:
-    layers = read_spectra(whole / "spectra.h5")
+    layers = Spectra(whole)
     assert len(layers) > 2
-    assert all((layer.seconds > 0).all() for layer in layers.values())
+    assert all((layer["seconds"] > 0).all() for layer in layers.values())
     rows = read_metrics(whole / "updates.jsonl")
     assert [row["step"] for row in rows] == next(iter(layers.values())).t.tolist()
     for i, row in enumerate(rows):
         assert len(row["update_s"]) == 2
-        assert row["svd_s"] == pytest.approx(sum(layer.seconds[i] for layer in layers.values()), rel=1e-12)
+        assert row["svd_s"] == pytest.approx(sum(layer["seconds"][i] for layer in layers.values()), rel=1e-12)
         assert 0 < row["svd_s"] < sum(row["update_s"])
         assert row["r_mean"] == np.mean([layer.r[i] for layer in layers.values()])
         assert row["stable_rank_mean"] == pytest.approx(

@@ -11,7 +11,8 @@ from support.train_workers import stop_at_step
 
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.processes import World
-from hpc_oialr.record import read_metrics, read_spectra
+from hpc_oialr.record import read_metrics
+from hpc_oialr.spectra import Spectra
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 
@@ -53,7 +54,7 @@ def test_metrics_and_spectra(finished):
     assert [row["step"] for row in evaluations] == [6, 12, 18, 24, 24]
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert all(a["wall_s"] <= b["wall_s"] for a, b in itertools.pairwise(rows))
-    spectra = read_spectra(result.folder / "spectra.h5")
+    spectra = Spectra(result.folder)
     assert set(spectra) == set(result.summary["r"])
     assert next(list(layer.t) for layer in spectra.values()) == [6, 10, 14, 18, 22]
 
@@ -156,5 +157,5 @@ def _losses(folder):
 
 
 def _spectra(folder):
-    layers = read_spectra(folder / "spectra.h5")
+    layers = Spectra(folder)
     return {name: (layer.t.tolist(), str(layer.singular_values.tolist())) for name, layer in layers.items()}
