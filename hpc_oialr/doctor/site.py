@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.launch.script import site_file
+from hpc_oialr.launch.site import site_file
 from hpc_oialr.processes.environment import all_variables
 
 _TIMEOUT_S = 60

@@ -15,6 +15,7 @@ from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.launch.request import Request
 from hpc_oialr.launch.script import SRUN_ARGUMENTS, python, setup_lines
+from hpc_oialr.launch.site import Site
 from hpc_oialr.launch.slurm_state import Slurm
 from hpc_oialr.launch.slurm_time import limit_of
 from hpc_oialr.launch.trust import require_own
@@ -100,11 +101,13 @@ class RunsHere(LocalExecutor):
         return python("hpc_oialr.launch.task", str(self.folder))
 
 
-def make_executor(request: Request, folder: Path, name: str, signal: str) -> Executor:
+def make_executor(request: Request, site: Site, folder: Path, name: str, signal: str) -> Executor:
     """The executor of a request.
 
     Parameters
     ----------
+    site
+        Options of the cluster that the request does not hold.
     folder
         Where submitit keeps its files.
     name
@@ -120,7 +123,7 @@ def make_executor(request: Request, folder: Path, name: str, signal: str) -> Exe
     match request.executor:
         case "slurm":
             executor: Executor = RunsOnSlurm(folder)
-            executor.update_parameters(**slurm_parameters(request, name, signal))
+            executor.update_parameters(**slurm_parameters(request, site, name, signal))
         case "local":
             if signal != "USR2":
                 rule = "must be USR2 with the executor 'local', which sends no other"
@@ -132,7 +135,7 @@ def make_executor(request: Request, folder: Path, name: str, signal: str) -> Exe
     return executor
 
 
-def slurm_parameters(request: Request, name: str, signal: str) -> dict[str, Any]:
+def slurm_parameters(request: Request, site: Site, name: str, signal: str) -> dict[str, Any]:
     """Parameters of submitit's SlurmExecutor; it renders a script with them at once."""
     given = {key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     return {
@@ -146,9 +149,10 @@ def slurm_parameters(request: Request, name: str, signal: str) -> dict[str, Any]
         "time": math.ceil(request.time_s / 60),
         # Clusters that check such keys do not know submitit's.
         "wckey": None,
-        "setup": setup_lines(request),
-        "srun_args": list(SRUN_ARGUMENTS),
+        "setup": setup_lines(request, site),
+        "srun_args": [*SRUN_ARGUMENTS, *site.srun],
         "additional_parameters": {
+            **{option: value or True for option, value in site.sbatch.items()},
             "signal": f"{signal}@{request.signal_s}",
             "time": limit_of(request.time_s),
             "requeue": True,

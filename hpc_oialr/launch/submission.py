@@ -17,6 +17,7 @@ from hpc_oialr.launch.checks import check_free, check_settings
 from hpc_oialr.launch.job_file import JobFile
 from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
+from hpc_oialr.launch.site import Site, at_site, read_site
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Submission:
     Attributes
     ----------
     request
-        Where, how wide and how long.
+        Where, how wide and how long; what it left open, as the site has it.
+    site
+        Its other options.
     folder
         The run's, or the one that holds those of an array.
     runs
@@ -82,6 +85,7 @@ class Submission:
     """
 
     request: Request
+    site: Site
     folder: Path
     runs: tuple[RecipeRun, ...]
     signal: str
@@ -95,6 +99,7 @@ class Submission:
         OIALRError
             For what does not fit.
         """
+        request, site = at_site(request, read_site(request.site))
         train = check_settings(recipe, settings, request.processes)
         found = str(Path(recipe).resolve()) if Path(recipe).is_file() else str(recipe)
         folder = Path(request.folder or default_folder(str(recipe))).absolute()
@@ -103,7 +108,7 @@ class Submission:
         if request.seeds is not None:
             seeds = [(f"seed_{seed}", ("--train.seed", str(seed))) for seed in request.seeds]
             runs = [(folder / name, (*settings, *seed)) for name, seed in seeds]
-        return cls(request, folder, tuple(RecipeRun(found, *run) for run in runs), train.stop_signal)
+        return cls(request, site, folder, tuple(RecipeRun(found, *run) for run in runs), train.stop_signal)
 
     def script(self) -> str:
         """The batch script.
@@ -153,7 +158,7 @@ class Submission:
             if error.name is None or error.name.partition(".")[0] != "submitit":
                 raise
             raise MissingExtraError("submitit", "slurm", purpose="Submitting a run") from None
-        return make_executor(self.request, self._files, self.folder.name, self.signal)
+        return make_executor(self.request, self.site, self._files, self.folder.name, self.signal)
 
     def _prepare(self) -> None:
         """Make the folders, readable by their owner only."""

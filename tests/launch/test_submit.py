@@ -13,7 +13,8 @@ from support.tiny_runs import write_recipe
 from hpc_oialr.cli.command_submit import OPTIONS, parameter_names
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
-from hpc_oialr.launch import submit
+from hpc_oialr.launch import Request, submit
+from hpc_oialr.launch.site import at_site, read_site
 from hpc_oialr.record import RunFolder
 from hpc_oialr.train.load_config import load_config
 
@@ -26,6 +27,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --cpus-per-task=8
 #SBATCH --error={folder}/submitit/%j_0_log.err
 #SBATCH --gpus-per-node=4
+#SBATCH --hint=nomultithread
 #SBATCH --job-name=first
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -43,12 +45,15 @@ trap : TERM
 set -eo pipefail
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 source {site}
+export HDF5_USE_FILE_LOCKING=${{HDF5_USE_FILE_LOCKING:-FALSE}}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 module load cuda
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {folder}/submitit/%j_%t_log.out --error {folder}/submitit/%j_%t_log.err \
---kill-on-bad-exit=1 --wait=60 --open-mode=append {python} -u -m hpc_oialr.launch.task {folder}/submitit
+--kill-on-bad-exit=1 --wait=60 --open-mode=append --cpu-bind=cores '--mpi=p x' \
+{python} -u -m hpc_oialr.launch.task {folder}/submitit
 """
 NASTY = """it's "$(touch broken)" `touch broken` ; touch broken"""
 
@@ -60,7 +65,10 @@ def recipe(tmp_path):
 
 def test_script(slurm, recipe, tmp_path):
     site = tmp_path / "site.sh"
-    site.write_text("module() { :; }\n")
+    site.write_text(
+        "SITE_SBATCH=(--partition=cpu --account project --hint=nomultithread --gres=gpu:2) SITE_MPI='p x'\n"
+        "SITE_SRUN=(--cpu-bind=cores)\n[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nmodule() { :; }\n"
+    )
     script = submit(
         recipe,
         ["--train.stop_signal", "USR1"],
@@ -71,7 +79,6 @@ def test_script(slurm, recipe, tmp_path):
         cpus_per_task=8,
         time="1-12",
         partition="gpu",
-        account="project",
         signal_s=60,
         max_requeues=5,
         site=str(site),
@@ -80,6 +87,55 @@ def test_script(slurm, recipe, tmp_path):
     assert script == SCRIPT.format(folder=tmp_path / "first", python=sys.executable, site=site)
     assert slurm.calls == []
     assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "expected"),
+    [
+        ("--gres=gpu:4,tmpfs:1", {}, {"tasks_per_node": 4, "gpus_per_node": None, "gres": "gpu:4,tmpfs:1"}),
+        ("--gres=gpu:a100:4", {"tasks_per_node": 1}, {"tasks_per_node": 1, "gres": "gpu:a100:4"}),
+        ("--gres=gpu:4,tmpfs:1", {"gpus_per_node": 2}, {"gpus_per_node": 2, "gres": "tmpfs:1"}),
+        (
+            "--ntasks-per-node=8 --gpus-per-node=8",
+            {},
+            {"tasks_per_node": 8, "gpus_per_node": 8, "processes": 8},
+        ),
+        ("--qos regular --exclusive", {"qos": "debug"}, {"qos": "debug", "exclusive": ""}),
+    ],
+)
+def test_what_is_left_open_is_the_sites(tmp_path, options, parameters, expected):
+    file = tmp_path / "site.sh"
+    file.write_text(f"SITE_SBATCH=({options})\n")
+    request, site = at_site(Request(**parameters), read_site(str(file)))
+    found = {
+        name: getattr(request, name) if hasattr(request, name) else site.sbatch[name] for name in expected
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "SITE_SBATCH=(-p gpu)",
+            "SITE_SBATCH of {} holds '-p'; must hold long options. E.g. --partition=NAME.",
+        ),
+        ("echo broken >&2; false", "the site file {} does not run here: broken."),
+        ("SITE_SBATCH=(--cpus-per-task=many)", "cpus_per_task is 'many' (from {}); must be a whole number"),
+    ],
+)
+def test_what_is_wrong_with_a_site(tmp_path, text, error):
+    file = tmp_path / "site.sh"
+    file.write_text(text)
+    with pytest.raises(OIALRError) as caught:
+        at_site(Request(), read_site(str(file)))
+    assert error.format(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["generic", "horeka", "juwels_booster", "lumi", "perlmutter"])
+def test_sites_of_this_project(slurm, recipe, name):
+    script = submit(recipe, dry_run=True, site=name)
+    assert f"env/sites/{name}.sh\n" in script
 
 
 def test_submission(slurm, recipe, tmp_path):
@@ -185,7 +241,7 @@ def test_a_task_of_an_array_requeues_itself_only(slurm, recipe):
 
 def test_a_site_file_that_fails_ends_the_job(slurm, recipe, tmp_path):
     site = tmp_path / "bad.sh"
-    site.write_text("false\n")
+    site.write_text("[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nfalse\n")
     (job,) = submit(recipe, folder="runs/first", site=str(site))
     environ = {**os.environ, "SLURM_JOB_ID": "12"}
     done = subprocess.run(
