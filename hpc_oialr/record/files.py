@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,12 +20,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         If it cannot be written; the old file is as before.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        # Without this a node that loses power may keep the new name with no content behind it.
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            # Without this a node that loses power may keep the new name with no content behind it.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        # On a disk that is full the half of it is in the way.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
