@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_oialr.cli.console import add_command, console, show_warnings, summary_table
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.launch.batch_record import note_job
 from hpc_oialr.launch.life import code_of, stop_requests
 from hpc_oialr.record.run_folder import default_folder
 
@@ -77,6 +78,8 @@ def _train(loaded: LoadedConfig, arguments: argparse.Namespace, stop: StopReques
     from hpc_oialr.train.run import train, train_or_resume
 
     folder = arguments.out or default_folder(arguments.recipe)
+    if arguments.go_on:
+        note_job(folder, arguments.recipe)
     return (train_or_resume if arguments.go_on else train)(loaded, folder, stop=stop)
 
 

@@ -1,16 +1,22 @@
-"""``job.json``: which job does the run in a folder; written at submission, without the run's settings."""
+"""``job.json``: which job does the run in a folder; without the run's settings, which may hold secrets."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import socket
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.record.run_folder import RunFolder
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,41 +29,37 @@ class JobFile:
         Of Slurm, e.g. "12" or "12_0"; of the local executor the process id of its parent process.
     executor
         "slurm", "local" or "debug".
-    host
-        Where it was submitted.
     recipe
         Name or path of the recipe.
-    nodes, processes
-        Its width.
-    time_s
-        Its time limit (s).
+    processes
+        How many.
     max_requeues
         After so many requeues it stays stopped.
-    submission
-        Folder of its log files.
+    output
+        Where processes print: ``%t`` stands for the process, ``%s`` for "out" or "err".
+    host
+        Where it was submitted.
     submitted
         When, ISO 8601.
     """
 
     job_id: str
     executor: str
-    host: str
     recipe: str
-    nodes: int
     processes: int
-    time_s: int
     max_requeues: int
-    submission: Path
-    submitted: str
+    output: Path
+    host: str = field(default_factory=socket.gethostname)
+    submitted: str = field(default_factory=_now)
 
     def write(self, folder: RunFolder) -> None:
         """Write it into a run's folder; paths relative to it, so that it may be moved."""
-        fields = {"version": 1, **asdict(self), "submission": os.path.relpath(self.submission, folder.path)}
+        fields = {"version": 1, **asdict(self), "output": os.path.relpath(self.output, folder.path)}
         write_atomically(folder.job, to_json(fields, indent=2) + "\n")
 
     def log(self, process: int, stream: str) -> Path:
         """What a process printed; ``stream`` is "out" or "err"."""
-        return self.submission / f"{self.job_id}_{process}_log.{stream}"
+        return Path(str(self.output).replace("%t", str(process)).replace("%s", stream))
 
 
 def read_job(folder: RunFolder) -> JobFile:
@@ -71,10 +73,10 @@ def read_job(folder: RunFolder) -> JobFile:
     try:
         fields: dict[str, Any] = json.loads(folder.job.read_text(encoding="utf-8"))
         fields.pop("version")
-        return JobFile(**{**fields, "submission": folder.path / fields["submission"]})
+        return JobFile(**{**fields, "output": folder.path / fields["output"]})
     except FileNotFoundError:
         raise DataError(f"{folder.path} holds no submitted run: there is no {folder.job}.") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder.job} is damaged ({error}). Remove it; the run itself is not touched."
         ) from None

@@ -25,7 +25,8 @@ _TELLING = (
 
 def last_error(job: JobFile) -> str:
     """The line of a failed job's processes that best says why; empty if they said nothing."""
-    lines = [line for process in range(job.processes) for line in _last_lines(job.log(process, "err"))]
+    files = dict.fromkeys(job.log(process, "err") for process in range(job.processes))
+    lines = [line for path in files for line in _last_lines(path)]
     for pattern in _TELLING:
         found = [line.strip() for line in lines if pattern.match(line)]
         if found:
@@ -56,7 +57,7 @@ def log_files(folder: RunFolder, process: int) -> list[Path]:
         job = read_job(folder)
         if not 0 <= process < job.processes:
             raise ConfigError("process", process, f"must lie in [0, {job.processes})")
-        return [job.log(process, "out"), job.log(process, "err")]
+        return list(dict.fromkeys(job.log(process, stream) for stream in ("out", "err")))
     path = folder.logs / f"process_{process}.log"
     if not path.exists():
         raise DataError(f"{folder.path} has no log of process {process}: there is no {path}.")

@@ -32,7 +32,7 @@ def _here(job: JobFile) -> JobState:
 def is_controller(job: JobFile) -> bool:
     """Whether the local job's parent process is there; another process may have its number by now."""
     words = _command_line(job.job_id)
-    return "submitit.local._local" in words and str(job.submission.resolve()) in words
+    return "submitit.local._local" in words and str(job.output.parent.resolve()) in words
 
 
 def _command_line(process_id: str) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -171,14 +169,11 @@ class Submission:
         return JobFile(
             job_id=job_id,
             executor=self.request.executor,
-            host=socket.gethostname(),
             recipe=self.runs[0].recipe,
-            nodes=self.request.nodes,
             processes=self.request.processes,
-            time_s=self.request.time_s,
             max_requeues=self.request.max_requeues,
-            submission=self._files,
-            submitted=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            # As submitit calls them.
+            output=self._files / f"{job_id}_%t_log.%s",
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from hpc_oialr.cli import command_logs
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, DataError, OIALRError
+from hpc_oialr.launch.batch_record import note_job
 from hpc_oialr.launch.cancel import cancel
 from hpc_oialr.launch.job_file import JobFile, read_job
 from hpc_oialr.launch.jobs import find_runs, rows_of
@@ -31,13 +31,10 @@ def submitted(path, job_id="12", **changes):
     (path / "submitit").mkdir()
     fields = {
         "executor": "slurm",
-        "host": socket.gethostname(),
         "recipe": "tiny",
-        "nodes": 1,
         "processes": 2,
-        "time_s": 3600,
         "max_requeues": 20,
-        "submission": path / "submitit",
+        "output": path / "submitit" / f"{job_id}_%t_log.%s",
         "submitted": "2026-01-01T10:00:00+00:00",
     }
     job = JobFile(job_id=job_id, **{**fields, **changes})
@@ -211,6 +208,36 @@ def test_damaged_job_file(tmp_path, content):
         DataError, match=r"job.json is damaged \(.*\). Remove it; the run itself is not touched."
     ):
         read_job(folder)
+
+
+# -- runs of batch scripts -----------------------------------------------------------------------
+
+
+def test_a_batch_script_notes_its_job(slurm, tmp_path, capsys):
+    environ = {"SLURM_JOB_ID": "12", "OIALR_MAX_REQUEUES": "3"}
+    slurm.answer(show=f"JobId=12 JobState=RUNNING StdErr={tmp_path}/x.err StdOut={tmp_path}/x-12.out")
+    folder = RunFolder(tmp_path / "runs" / "first")
+    note_job(folder.path, "tiny", environ)
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    job = read_job(folder)
+    assert (job.job_id, job.executor, job.processes, job.max_requeues) == ("12", "slurm", 1, 3)
+    (tmp_path / "x-12.out").write_text("started\noialr: error: no data\n")
+    assert last_error(job) == "oialr: error: no data"
+    assert run(capsys, "logs", "runs/first")[1] == "started\noialr: error: no data\n"
+    before = len(slurm.calls)
+    note_job(folder.path, "tiny", {**environ, "SLURM_RESTART_COUNT": "1"})
+    assert len(slurm.calls) == before
+    note_job(folder.path, "tiny", {**environ, "SLURM_JOB_ID": "13"})
+    assert read_job(folder).job_id == "13"
+
+
+def test_nothing_is_noted_without_a_job_or_by_another_process(slurm, tmp_path):
+    note_job(tmp_path / "run", "tiny", {})
+    step = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    step |= {"SLURM_NODEID": "0", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2"}
+    note_job(tmp_path / "run", "tiny", step)
+    assert not (tmp_path / "run").exists()
+    assert slurm.calls == []
 
 
 # -- logs ----------------------------------------------------------------------------------------

@@ -156,11 +156,9 @@ def test_submission(slurm, recipe, tmp_path):
         "job_id": "12",
         "executor": "slurm",
         "recipe": str(recipe),
-        "nodes": 2,
         "processes": 4,
-        "time_s": 3600,
         "max_requeues": 20,
-        "submission": "submitit",
+        "output": "submitit/12_%t_log.%s",
     }
 
 
@@ -173,7 +171,7 @@ def test_array_has_a_folder_for_each_seed(slurm, recipe, tmp_path):
         assert call.settings == ("--train.seed", str(seed))
         assert call.folder == folder / f"seed_{seed}"
         written = json.loads((call.folder / "job.json").read_text())
-        assert (written["job_id"], written["submission"]) == (job.job_id, "../submitit")
+        assert (written["job_id"], written["output"]) == (job.job_id, f"../submitit/{job.job_id}_%t_log.%s")
     script = (folder / "submitit" / "12_submission.sh").read_text()
     assert "#SBATCH --array=0-1%2\n" in script
     assert "%A_%a_%t_log.err" in script

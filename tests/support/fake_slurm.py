@@ -31,10 +31,10 @@ class FakeSlurm:
             program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_SLURM", str(folder))
-        self.answer(jobs={}, history=None, refuse="", srun_code=0)
+        self.answer(jobs={}, history=None, refuse="", srun_code=0, show="JobId=12 JobState=RUNNING")
 
     def answer(self, **answers: Any) -> None:
-        """Set answers: ``jobs`` and ``history`` by id, ``refuse`` (sbatch), ``srun_code``."""
+        """Set answers: ``jobs`` and ``history`` by id, ``refuse`` (sbatch), ``srun_code``, ``show`` (scontrol)."""
         path = self.folder / "answers.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**known, **answers}))
@@ -102,7 +102,7 @@ def _scancel(answers: dict[str, Any], arguments: list[str]) -> None:
 
 def _scontrol(answers: dict[str, Any], arguments: list[str]) -> None:
     if "show" in arguments:
-        sys.stdout.write("JobId=12 JobState=RUNNING Reason=None\n")
+        sys.stdout.write(answers["show"] + "\n")
 
 
 if __name__ == "__main__":
