@@ -8,17 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpc_oialr.errors import DataError
+from hpc_oialr.report.costs import FIGURES, ratios_to_dense
 from hpc_oialr.report.plots.style import COLOURS, GREY, Width, in_style, new_figure, with_grid
 from hpc_oialr.report.runs import Run, dense_of, step_seconds
-
-FIGURES = (
-    ("training time", "wall_s"),
-    ("time of a step", "step_s"),
-    ("peak memory", "peak_memory_gib"),
-    ("trained parameters", "trainable_params"),
-)
-
 
 # Keeps a number readable where it stands on a line.
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
@@ -55,33 +47,6 @@ def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
     times.legend(loc="best")
     _bars(bars, ratios)
     return figure
-
-
-def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """For every run but the dense one, each of :data:`FIGURES` over the dense run's.
-
-    Raises
-    ------
-    DataError
-        See :func:`cost`.
-    """
-    dense = dense_of(runs)
-    others = [run for run in runs if run is not dense]
-    if dense is None or not others:
-        names = ", ".join(run.name for run in runs)
-        raise DataError(
-            f"runs are {names}; one must be dense and one not. Name the folder of oialr compare, or a run "
-            "of the same recipe with --oialr null."
-        )
-    base = _costs(dense)
-    return {run.name: {label: value / base[label] for label, value in _costs(run).items()} for run in others}
-
-
-def _costs(run: Run) -> dict[str, float]:
-    if not run.summary:
-        raise DataError(f"{run.folder.path} has no summary.json: the run has not ended. Let it end.")
-    numbers = {**run.summary, "step_s": run.summary["wall_s"] / max(1, run.summary["steps"])}
-    return {label: float(numbers[key]) for label, key in FIGURES}
 
 
 def _bars(axes: Axes, ratios: dict[str, dict[str, float]]) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import NDArray
 
+from hpc_oialr.report.layers import share_of_k
 from hpc_oialr.report.plots.style import Width, in_style, new_figure
 from hpc_oialr.spectra import Spectra
 
@@ -40,28 +40,6 @@ def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | N
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     _bar(figure, axes, mesh)
     return figure
-
-
-def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """r / k between events.
-
-    Returns
-    -------
-    edges
-        0, the steps of all events, and the end; shape (columns + 1,).
-    shares
-        1 before a layer's conversion; shape (layers, columns).
-    """
-    steps = np.unique(run.events["t"])
-    end = int(steps[-1]) if len(steps) else 0
-    spare = max(1, round(0.03 * end))
-    edges = np.unique(np.concatenate([[0], steps, [max(end + spare, last_step or 0)]])).astype(np.int64)
-    shares = np.ones((len(run), len(edges) - 1))
-    for row, layer in enumerate(run.values()):
-        # What holds in a column is the last event at or before its left edge.
-        last = np.searchsorted(layer.t, edges[:-1], side="right") - 1
-        shares[row, last >= 0] = layer.r[last[last >= 0]] / layer.k
-    return edges, shares
 
 
 def _height(layers: int) -> float:

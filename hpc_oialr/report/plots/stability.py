@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hpc_oialr.report.layers import conversions
 from hpc_oialr.report.plots import depth
 from hpc_oialr.report.plots.style import GREY, Width, in_style, new_figure, with_grid
 from hpc_oialr.spectra import Layer, Spectra
@@ -46,12 +47,6 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
         axes.set_title(title)
     depth.explain(figure, axes, run.layers)
     return figure
-
-
-def conversions(layers: list[Layer]) -> list[int]:
-    """Steps at which layers were converted, ascending, each once."""
-    found = (layer.t[np.array(layer.kinds) == "conversion"] for layer in layers if len(layer))
-    return sorted({int(step) for steps in found for step in steps})
 
 
 def _mark_conversions(axes: Axes, layers: list[Layer]) -> None:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from hpc_oialr.report.layers import spread
 from hpc_oialr.report.plots.depth import depth_map
 from hpc_oialr.report.plots.style import (
     BLACK,
@@ -44,17 +45,6 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
     _edges(axes, layer, rows)
     _finish(figure, axes, scale)
     return figure
-
-
-def spread(count: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of ``count`` indices, equally far apart, with the first and the last.
-
-    Examples
-    --------
-    >>> spread(100, 4).tolist(), spread(3, 40).tolist()
-    ([0, 33, 66, 99], [0, 1, 2])
-    """
-    return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(np.int64))
 
 
 def _cutoffs(axes: Axes, layer: Layer, rows: NDArray[np.int64]) -> None:

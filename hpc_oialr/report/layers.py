@@ -1,0 +1,69 @@
+"""What figures draw of the layers of a record: plain arrays, no plotting library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_oialr.spectra import Layer, Spectra
+
+
+def conversions(layers: Iterable[Layer]) -> list[int]:
+    """Steps at which layers were converted, ascending, each once."""
+    found = (layer.t[np.array(layer.kinds) == "conversion"] for layer in layers if len(layer))
+    return sorted({int(step) for steps in found for step in steps})
+
+
+def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """r / k between events.
+
+    Parameters
+    ----------
+    last_step
+        Where the run ended; default a little after the last event.
+
+    Returns
+    -------
+    edges
+        0, the steps of all events, and the end; shape (columns + 1,).
+    shares
+        1 before a layer's conversion; shape (layers, columns).
+    """
+    steps = np.unique(run.events["t"])
+    end = int(steps[-1]) if len(steps) else 0
+    spare = max(1, round(0.03 * end))
+    edges = np.unique(np.concatenate([[0], steps, [max(end + spare, last_step or 0)]])).astype(np.int64)
+    shares = np.ones((len(run), len(edges) - 1))
+    for row, layer in enumerate(run.values()):
+        # What holds in a column is the last event at or before its left edge.
+        last = np.searchsorted(layer.t, edges[:-1], side="right") - 1
+        shares[row, last >= 0] = layer.r[last[last >= 0]] / layer.k
+    return edges, shares
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """At most ``most`` of ``count`` indices, equally far apart, with the first and the last.
+
+    Examples
+    --------
+    >>> spread(100, 4).tolist(), spread(3, 40).tolist(), spread(0, 4).tolist()
+    ([0, 33, 66, 99], [0, 1, 2], [])
+    """
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def settling_steps(run: Spectra, threshold: float) -> dict[str, float]:
+    """From which step on each layer's stability stays at or above a threshold; infinite if it does not.
+
+    Layers without a measurement are left out.
+    """
+    found = {}
+    for name, layer in run.items():
+        known = np.isfinite(layer.stability)
+        steps, below = layer.t[known], layer.stability[known] < threshold
+        if len(steps):
+            last = int(np.flatnonzero(below)[-1]) + 1 if below.any() else 0
+            found[name] = float(steps[last]) if last < len(steps) else float("inf")
+    return found

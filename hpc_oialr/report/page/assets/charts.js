@@ -1,0 +1,71 @@
+// What all charts share.
+
+const CONFIG = { responsive: true, displaylogo: false, displayModeBar: false };
+
+/** Names go to the library as text: it would take "<" for a tag. */
+function plain(text) {
+  return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
+
+function axis(title, more = {}) {
+  return {
+    title: { text: title, standoff: 8 },
+    gridcolor: colour("grid"),
+    linecolor: colour("line"),
+    zeroline: false,
+    automargin: true,
+    ...more,
+  };
+}
+
+function layout(x, y, more = {}) {
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 13, color: colour("ink") },
+    margin: { l: 56, r: 12, t: 10, b: 44 },
+    hovermode: "closest",
+    hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("ink") } },
+    showlegend: false,
+    xaxis: x,
+    yaxis: y,
+    ...more,
+  };
+}
+
+function draw(id, traces, shape) {
+  return Plotly.react(id, traces, shape, CONFIG);
+}
+
+function isAccuracy(name) {
+  return name.endsWith("accuracy");
+}
+
+/** Zoom about the middle by keyboard or pointer; dragging in a chart zooms too, a double click resets. */
+function zoom(id, factor) {
+  const { xaxis, yaxis } = document.getElementById(id)._fullLayout;
+  const ranges = {};
+  for (const [name, each] of [["xaxis", xaxis], ["yaxis", yaxis]]) {
+    const [from, to] = each.range;
+    const middle = (from + to) / 2;
+    ranges[`${name}.range`] = [middle + (from - middle) * factor, middle + (to - middle) * factor];
+  }
+  Plotly.relayout(id, ranges);
+}
+
+function reset(id) {
+  Plotly.relayout(id, { "xaxis.autorange": document.getElementById(id).dataset.reversed || true, "yaxis.autorange": true });
+}
+
+for (const place of document.querySelectorAll(".zoom")) {
+  const id = place.dataset.chart;
+  const actions = [["+", "Zoom in", () => zoom(id, 0.6)], ["\u2212", "Zoom out", () => zoom(id, 1 / 0.6)], ["Reset", "Reset the zoom", () => reset(id)]];
+  for (const [text, label, act] of actions) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.setAttribute("aria-label", label);
+    button.addEventListener("click", act);
+    place.append(button);
+  }
+}

@@ -1,0 +1,130 @@
+"""What the numbers of a run say, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hpc_oialr.report.layers import conversions, settling_steps
+from hpc_oialr.report.runs import Run, dense_of
+from hpc_oialr.spectra import Spectra
+
+STABLE = 0.95
+
+
+def sentences(runs: Sequence[Run]) -> Iterator[str]:
+    """One after the other; only what was recorded is told."""
+    dense = dense_of(runs)
+    for run in runs:
+        yield from _result(run)
+        if dense is not None and run is not dense and run.summary and dense.summary:
+            yield _against(run, dense)
+        if run.spectra is not None and len(run.spectra.events):
+            yield from of_layers(run.name, run.spectra)
+
+
+def of_layers(name: str, record: Spectra) -> Iterator[str]:
+    """Of stability, r and noise."""
+    yield from _stability(name, record)
+    yield from _inner_dimensions(name, record)
+    yield from _noise(name, record)
+
+
+def metric_text(value: float, name: str) -> str:
+    """Accuracies in per cent.
+
+    Examples
+    --------
+    >>> metric_text(0.8929, "test_accuracy"), metric_text(1.25, "test_loss")
+    ('89.29 %', '1.2500')
+    """
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4f}"
+
+
+def _result(run: Run) -> Iterator[str]:
+    summary = run.summary
+    if not summary:
+        yield f"{run.name} has not ended: {run.last_step:,} steps so far."
+        return
+    metric, share = summary["metric_name"], summary["trainable_params"] / summary["dense_trainable_params"]
+    yield (
+        f"{run.name}: {metric.replace('_', ' ')} {metric_text(summary['metric'], metric)} after "
+        f"{summary['steps']:,} steps and {summary['wall_s']:.0f} s of training; {share:.1%} of the parameters "
+        "are trained at the end."
+    )
+
+
+def _against(run: Run, dense: Run) -> str:
+    own, other = run.summary, dense.summary
+    text = (
+        f"Against {dense.name}, {run.name} took {own['wall_s'] / other['wall_s']:.2f} of the time and "
+        f"{own['peak_memory_gib'] / other['peak_memory_gib']:.2f} of the peak memory"
+    )
+    curve = dense.evaluations
+    if not len(curve):
+        return text + "."
+    name = own["metric_name"]
+    at = float(np.interp(own["wall_s"], curve.wall_s, curve.value))
+    return (
+        f"{text}, and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
+        f"{metric_text(other['metric'], name)} and stood at {metric_text(at, name)} after the same time."
+    )
+
+
+def _stability(name: str, record: Spectra) -> Iterator[str]:
+    settled = settling_steps(record, STABLE)
+    if not settled:
+        return
+    steps = sorted(step for step in settled.values() if math.isfinite(step))
+    if not steps:
+        yield f"In {name}, the stability of no layer stays above {STABLE:g}."
+        return
+    # The slowest tenth of the layers would hide when the others settle.
+    enough = math.ceil(0.9 * len(steps))
+    yield (
+        f"In {name}, the stability of {enough} of {_layers(len(settled))} stays above {STABLE:g} from step "
+        f"{steps[enough - 1]:,.0f} on{_rest(settled, enough, steps)}."
+    )
+
+
+def _rest(settled: dict[str, float], enough: int, steps: list[float]) -> str:
+    if len(steps) < len(settled):
+        never = [name for name, step in settled.items() if not math.isfinite(step)]
+        more = f" and {len(never) - 1} more" if len(never) > 1 else ""
+        return f"; that of {never[0]}{more} does not by the end"
+    if len(steps) > enough:
+        return f", of all from step {steps[-1]:,.0f} on"
+    return ""
+
+
+def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
+    converted = conversions(record.values())
+    if not converted:
+        return
+    shares = {layer.name: layer.r[-1] / layer.k for layer in record.values() if len(layer)}
+    least = min(shares, key=lambda each: shares[each])
+    when = f"at step {converted[0]:,}"
+    if converted[-1] > converted[0]:
+        when = f"from step {converted[0]:,} to {converted[-1]:,}"
+    yield (
+        f"{name} was converted {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean of its "
+        f"{_layers(len(shares))}, least in {least} ({shares[least]:.1%})."
+    )
+
+
+def _noise(name: str, record: Spectra) -> Iterator[str]:
+    above = [
+        layer["values_above_edge"][-1] / layer["r_before"][-1] for layer in record.values() if len(layer)
+    ]
+    known = [share for share in above if math.isfinite(share)]
+    if known:
+        yield (
+            f"At the last event of each layer in {name}, {np.median(known):.0%} of its singular values (median) stand "
+            "above the edge that noise alone would reach."
+        )
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
