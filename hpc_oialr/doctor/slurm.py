@@ -23,12 +23,28 @@ _LOOKED_UP = 8
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition, as sinfo tells of it."""
+    """A partition, as sinfo tells of it.
+
+    Attributes
+    ----------
+    state
+        "up", "down", "drain" or "inact".
+    counts
+        Nodes that are allocated, idle, other (down or drained), and all of them.
+    nodes
+        Slurm's list.
+    """
 
     name: str
     default: bool
     state: str
+    counts: tuple[int, ...]
     nodes: str
+
+    @property
+    def works(self) -> bool:
+        """Whether jobs start there."""
+        return self.state == "up" and sum(self.counts[:2]) > 0
 
 
 def slurm_here(patient: Patient) -> bool:
@@ -60,7 +76,7 @@ def check_cluster(patient: Patient) -> list[Finding]:
     """Controller, credentials, partition and node names, by one request."""
     if not asks_slurm(patient):
         return []
-    answer = ask(patient, "sinfo", "--noheader", "--all", "--format=%P|%a|%N")
+    answer = ask(patient, "sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
         return [unreachable(patient, answer)]
     partitions = parse_partitions(answer.out)
@@ -95,11 +111,14 @@ def parse_partitions(text: str) -> list[Partition]:
 
     Examples
     --------
-    >>> parse_partitions("main*|up|node[1-4]")
-    [Partition(name='main', default=True, state='up', nodes='node[1-4]')]
+    >>> parse_partitions("main*|up|3/0/1/4|node[1-4]")
+    [Partition(name='main', default=True, state='up', counts=(3, 0, 1, 4), nodes='node[1-4]')]
     """
-    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 2]
-    return [Partition(name.rstrip("*"), name.endswith("*"), state, nodes) for name, state, nodes in rows]
+    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 3]
+    return [
+        Partition(name.rstrip("*"), name.endswith("*"), state, tuple(map(int, counts.split("/"))), nodes)
+        for name, state, counts, nodes in rows
+    ]
 
 
 def check_partition(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:
@@ -120,12 +139,21 @@ def check_partition(patient: Patient, partitions: Sequence[Partition]) -> list[F
                 "partition", found, f"--partition {(near or [default or next(iter(by_name), 'NAME')])[0]}"
             )
         ]
-    down = [name for name in names if by_name[name].state != "up"]
-    if down:
-        up = [p.name for p in partitions if p.state == "up"]
-        found = f"{down[0]!r} is {by_name[down[0]].state}; jobs there do not start"
-        return [problem("partition", found, f"--partition {up[0]}" if up else "scontrol show partition")]
+    idle = [by_name[name] for name in names if not by_name[name].works]
+    if idle:
+        return [_not_working(idle[0], partitions)]
     return [ok("partition", f"{','.join(names)} is up" + ("" if patient.partition else " (the default)"))]
+
+
+def _not_working(partition: Partition, partitions: Sequence[Partition]) -> Finding:
+    others = [other.name for other in partitions if other.works]
+    fix = (
+        f"--partition {others[0]}"
+        if others
+        else "sinfo -R   (why nodes are down; the administrators can help)"
+    )
+    state = f"is {partition.state}" if partition.state != "up" else "has no node that is not down or drained"
+    return problem("partition", f"{partition.name!r} {state}; jobs there do not start", fix)
 
 
 def check_nodes(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:

@@ -115,7 +115,8 @@ def node_name(environ: Mapping[str, str] | None = None) -> str:
 def gpus_per_node(environ: Mapping[str, str] | None = None) -> int | None:
     """GPUs of this node that Slurm gave to the job, if it says so (``4`` or ``a100:4``)."""
     env = os.environ if environ is None else environ
-    return gpu_count(env.get("SLURM_GPUS_PER_NODE", ""))
+    # The first is set for --gpus-per-node only, the second for --gres=gpu:4 and the like too.
+    return gpu_count(env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE", ""))
 
 
 def all_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:

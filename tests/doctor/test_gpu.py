@@ -44,10 +44,10 @@ def test_a_machine_without_gpus(patient, driver):
     assert [finding.state for finding in gpu.check_gpus(patient({"CUDA_VISIBLE_DEVICES": "-1"}))] == ["ok"]
 
 
-@pytest.mark.parametrize("environ", [ASKED, {"CUDA_VISIBLE_DEVICES": "0", "SLURMD_NODENAME": "node1"}])
-def test_gpus_are_asked_for_and_there_are_none(patient, driver, environ):
+@pytest.mark.parametrize("variable", ["SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"])
+def test_gpus_are_asked_for_and_there_are_none(patient, driver, variable):
     driver(False)
-    (found,) = gpu.check_gpus(patient(environ))
+    (found,) = gpu.check_gpus(patient({variable: "1", "SLURMD_NODENAME": "node1"}))
     assert (found.state, found.found) == (
         "problem",
         "the job has GPUs by its variables, but node1 has no GPU driver",

@@ -141,15 +141,23 @@ def test_a_missing_partition(patient, asked, found, fix):
 
 
 def test_a_partition_that_is_down(patient, programs):
-    programs.put("sinfo", "main*|up|localhost\ngpu|down|localhost")
+    programs.put("sinfo", "main*|up|0/1/0/1|localhost\ngpu|down|0/1/0/1|localhost")
     partition = by_name(slurm.check_cluster(patient(partition="gpu")))["partition"]
     assert partition.state == "problem"
     assert partition.found == "'gpu' is down; jobs there do not start"
     assert partition.fix == "--partition main"
 
 
+def test_a_partition_whose_nodes_are_all_down(patient, programs):
+    programs.put("sinfo", "main*|up|0/0/4/4|localhost")
+    partition = by_name(slurm.check_cluster(patient()))["partition"]
+    assert partition.state == "problem"
+    assert partition.found == "'main' has no node that is not down or drained; jobs there do not start"
+    assert partition.fix.startswith("sinfo -R")
+
+
 def test_no_default_partition(patient, programs):
-    programs.put("sinfo", "main|up|localhost")
+    programs.put("sinfo", "main|up|0/1/0/1|localhost")
     partition = by_name(slurm.check_cluster(patient()))["partition"]
     assert (partition.state, partition.fix) == ("note", "--partition main")
 

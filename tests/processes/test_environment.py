@@ -215,6 +215,7 @@ def test_a_node_has_slurms_name() -> None:
 
 def test_gpus_of_a_node() -> None:
     assert gpus_per_node({"SLURM_GPUS_PER_NODE": "a100:4"}) == 4
+    assert gpus_per_node({"SLURM_GPUS_ON_NODE": "2"}) == 2
     assert gpus_per_node({}) is None
 
 
