@@ -30,6 +30,8 @@ def memory_file(content: bytes | None = None, *, writable: bool = False) -> h5py
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     if content is None:
         return h5py.File(h5py.h5f.create(name, h5py.h5f.ACC_TRUNC, fapl=access))
+    if not content:
+        raise OSError("it is empty")
     access.set_file_image(content)
     mode = h5py.h5f.ACC_RDWR if writable else h5py.h5f.ACC_RDONLY
     return h5py.File(h5py.h5f.open(name, mode, fapl=access))

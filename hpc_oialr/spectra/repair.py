@@ -110,7 +110,7 @@ class _Wreck:
             if self.attributes.get("virtual"):
                 return Rows()
             layers = [self._layer(name, group) for name, group in self._groups(file, content)]
-            return Rows(tuple(layer for layer in layers if layer is not None), self._steps(file))
+            return Rows(tuple(layer for layer in layers if layer is not None), self._steps(file, content))
 
     def _lose(self, what: str) -> None:
         self.lost.append(f"{self.path.name}: {what}.")
@@ -120,7 +120,9 @@ class _Wreck:
             names = list(file["layers"])
         except DAMAGE:
             self._lose("the list of layers; they were looked for one by one")
-            yield from _found_groups(file, content)
+            for group in _found(file, content, h5py.Group):
+                if "name" in group.attrs:
+                    yield str(group.attrs["name"]), group
             return
         for name in names:
             try:
@@ -154,14 +156,19 @@ class _Wreck:
         if bare:
             self._lose(f"{name}, the singular values of {bare} of {len(events)} events")
 
-    def _steps(self, file: h5py.File) -> NDArray[np.void]:
+    def _steps(self, file: h5py.File, content: bytes) -> NDArray[np.void]:
         try:
             if "steps" not in file:
                 return np.zeros(0, dtype=STEP)
             steps, whole = _chunks(file["steps"])
         except DAMAGE:
-            self._lose("the table of steps, all of it")
-            return np.zeros(0, dtype=STEP)
+            tables = [
+                table for table in _found(file, content, h5py.Dataset) if "step" in (table.dtype.names or ())
+            ]
+            if not tables:
+                self._lose("the table of steps, all of it")
+                return np.zeros(0, dtype=STEP)
+            steps, whole = _chunks(tables[0])
         if not whole.all():
             self._lose(f"{np.count_nonzero(~whole)} of {len(steps)} rows of steps")
         return as_table(steps[whole], STEP)
@@ -214,8 +221,8 @@ def _superblock(length: int) -> bytes:
     return b""
 
 
-def _found_groups(file: h5py.File, content: bytes) -> Iterator[tuple[str, h5py.Group]]:
-    """Groups of layers by the marks of their headers."""
+def _found(file: h5py.File, content: bytes, kind: type) -> Iterator[Any]:
+    """Groups or data sets by the marks of their headers."""
     places, start = [], content.find(_OBJECT)
     while start >= 0:
         places.append(start)
@@ -223,8 +230,8 @@ def _found_groups(file: h5py.File, content: bytes) -> Iterator[tuple[str, h5py.G
     for reference in _references(places):
         with contextlib.suppress(*DAMAGE):
             found = file[reference]
-            if isinstance(found, h5py.Group) and "name" in found.attrs:
-                yield str(found.attrs["name"]), found
+            if isinstance(found, kind):
+                yield found
 
 
 def _references(places: list[int]) -> Iterator[h5py.Reference]:
