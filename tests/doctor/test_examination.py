@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.crowd import Crowd, Say
 
-from hpc_oialr.cli.main import main
+from hpc_oialr.cli.main import entry, main
 from hpc_oialr.doctor import examine, packages
 from hpc_oialr.doctor.examination import Check
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
@@ -171,3 +171,13 @@ def test_a_problem_is_exit_code_1_and_its_fix_a_line(laptop, programs, monkeypat
     out = capsys.readouterr().out
     assert "there is no 'mian'" in out
     assert "problem  partition: --partition main\nproblem  account: --account physics\n" in out
+
+
+def test_contradictory_variables_reach_the_command(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "argv", ["oialr", "recipes"])
+    with pytest.raises(SystemExit) as ended:
+        entry()
+    assert ended.value.code == 0
+    assert "fashion_mnist_vit" in capsys.readouterr().out
