@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.launch.site import site_file
+from hpc_oialr.errors import OIALRError, UnknownNameError
+from hpc_oialr.launch.site import read_site, site_file
 from hpc_oialr.processes.environment import all_variables
 
 _TIMEOUT_S = 60
-# Arrays and what is not exported reach another program as variables only.
+# What is not exported by the file is what batch scripts look at themselves.
 _SCRIPT = """
 set -eo pipefail
 SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
 source "$1" >/dev/null
-export SITE_OPTIONS="${SITE_SBATCH[*]}" SITE_MPI
+export SITE_MPI
 [ -z "${OIALR_RUNS:-}" ] || export OIALR_RUNS
 env -0
 """
-_PARTITION = re.compile(r"(?:^|\s)(?:--partition[=\s]|-p)\s*(\S+)")
-_ACCOUNT = re.compile(r"(?:^|\s)(?:--account[=\s]|-A)\s*(\S+)")
 
 
 @dataclass(frozen=True)
@@ -33,31 +31,30 @@ class Surroundings:
     ----------
     environ
         All variables.
+    sbatch
+        The site's options of sbatch by their long names; they go before Slurm's own variables.
     findings
         Whether the site file runs here; nothing without one.
     """
 
     environ: Mapping[str, str]
+    sbatch: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 
     @property
     def partition(self) -> str | None:
-        """Of the site's options, which go before Slurm's own variable."""
-        return self._option(_PARTITION) or self.environ.get("SBATCH_PARTITION")
+        """Partition that jobs ask for, if they do."""
+        return self.sbatch.get("partition") or self.environ.get("SBATCH_PARTITION")
 
     @property
     def account(self) -> str | None:
-        """The same."""
-        return self._option(_ACCOUNT) or self.environ.get("SBATCH_ACCOUNT")
+        """Account that jobs ask for, if they do."""
+        return self.sbatch.get("account") or self.environ.get("SBATCH_ACCOUNT")
 
     @property
     def runs(self) -> str:
         """Where batch scripts put run folders."""
         return self.environ.get("OIALR_RUNS", "runs")
-
-    def _option(self, pattern: re.Pattern[str]) -> str | None:
-        found = pattern.findall(self.environ.get("SITE_OPTIONS", ""))
-        return found[-1] if found else None
 
 
 def surroundings(site: str | None) -> Surroundings:
@@ -70,19 +67,26 @@ def surroundings(site: str | None) -> Surroundings:
     """
     if site is None:
         return Surroundings(all_variables())
+    try:
+        options = read_site(site).sbatch
+        environ = _sourced(site)
+    except UnknownNameError:
+        raise
+    except OIALRError as error:
+        fix = f"module avail   (then correct {site_file(site)})"
+        return Surroundings(all_variables(), findings=(problem("site", str(error), fix),))
+    return Surroundings(environ, options, (ok("site", f"{site}: its file runs here"),))
+
+
+def _sourced(site: str) -> dict[str, str]:
+    """Variables once the file has been sourced, in a job with what it has for jobs."""
     command = ["bash", "-c", _SCRIPT, "site", str(site_file(site))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return _without(site, str(error))
+        raise OIALRError(f"the site file {site_file(site)} does not run here: {error}.") from None
     if done.returncode:
-        return _without(site, done.stderr.strip() or f"exit code {done.returncode}")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise OIALRError(f"the site file {site_file(site)} does not run here: {reason}.")
     pairs = (text.partition("=") for text in done.stdout.split("\0") if "=" in text)
-    environ = {name: value for name, _, value in pairs}
-    return Surroundings(environ, (ok("site", f"{site}: its file runs here"),))
-
-
-def _without(site: str, reason: str) -> Surroundings:
-    found = f"the file of {site} does not run here: {reason.splitlines()[-1]}"
-    fix = f"module avail   (then correct {site_file(site)})"
-    return Surroundings(all_variables(), (problem("site", found, fix),))
+    return {name: value for name, _, value in pairs}

@@ -8,11 +8,11 @@ import pytest
 
 from hpc_oialr.doctor.network import check_interfaces
 from hpc_oialr.doctor.patient import Patient
-from hpc_oialr.doctor.site import Surroundings, surroundings
+from hpc_oialr.doctor.site import surroundings
 from hpc_oialr.errors import UnknownNameError
 
 SITE = """
-SITE_SBATCH=(--partition="${OIALR_PARTITION:-accelerated}" -A chemistry --gres=gpu:4)
+SITE_SBATCH=(--partition="${OIALR_PARTITION:-accelerated}" --account=chemistry --gres=gpu:4)
 SITE_MPI=pmix
 echo loading
 export NCCL_SOCKET_IFNAME='ib 9' TWO='a
@@ -50,6 +50,16 @@ def test_sites_of_this_repository_run_on_any_machine() -> None:
         assert found.state == "ok", found
 
 
+def test_a_site_file_that_fails_in_a_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nload_module cuda/99"
+    (found,) = surroundings(write(tmp_path, script)).findings
+    assert found.state == "ok"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (found,) = surroundings(write(tmp_path, script)).findings
+    assert found.state == "problem"
+    assert found.found.endswith("load_module: command not found.")
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [("load_module cuda/99", "load_module: command not found"), ("exit 3", "exit code 3")],
@@ -74,11 +84,3 @@ def test_without_a_site_slurms_own_variables_count(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
     assert (surroundings(None).partition, surroundings(None).account) == ("cpu", "physics")
-
-
-@pytest.mark.parametrize(
-    ("options", "partition"),
-    [("--partition=a", "a"), ("--nodes=2 -p b", "b"), ("-pc --exclusive", "c"), ("--partition a -p d", "d")],
-)
-def test_partitions_among_options(options: str, partition: str) -> None:
-    assert Surroundings({"SITE_OPTIONS": options}).partition == partition
