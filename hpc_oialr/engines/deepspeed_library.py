@@ -67,3 +67,5 @@ def _describe(world: World) -> None:
         os.environ.setdefault(name, str(value))
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # How many "devices" a node has: else it asks numactl, a process, at every reduction of a gradient.
+        os.environ.setdefault("LOCAL_SIZE", str(world.local_size))

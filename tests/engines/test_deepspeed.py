@@ -59,7 +59,7 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     results["with copies"] = trained_with_copies()
     results["held"] = held_bytes_a_number(3)
     results["outputs"] = evaluated(3)
-    results["bytes"] = {stage: bytes_after(stage, [4, 12]) for stage in (2, 3)}
+    results["bytes"] = {stage: bytes_after(stage, [2, 6]) for stage in (2, 3)}
     results["muon"] = muon_refused()
     return results
 

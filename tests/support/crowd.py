@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from support.fork_server import fork_context
+from support.fork_server import fork_context, settle
 from support.spawn import free_port, launch_environment
 
 _ENDING_S = 60.0
@@ -86,8 +86,7 @@ def _child(
     rank: int, fn: Callable[..., None], size: int, port: int, mouth: Connection, args: tuple[Any, ...]
 ) -> None:
     os.environ.update(launch_environment(rank, size, port))
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    settle()
     code = 0
     try:
         fn(rank, size, mouth.send, *args)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import warnings
 from multiprocessing.context import ForkServerContext
+
+import torch
 
 _LOADED = [
     "pytest",
     "hypothesis",
     "torch",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "hpc_oialr.cli.main",
@@ -24,3 +29,10 @@ def fork_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
     return context
+
+
+def settle() -> None:
+    """What each process does first: one thread, warnings as errors, no search for garbage in what it has inherited."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    gc.freeze()

@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.fork_server import fork_context
+from support.fork_server import fork_context, settle
 
 
 def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -53,8 +52,7 @@ def _child(
     rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
 ) -> None:
     os.environ.update(launch_environment(rank, world_size, port))
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    settle()
     result = fn(rank, world_size, *args)
     torch.save(result, _result(folder, rank))
     if dist.is_initialized():
