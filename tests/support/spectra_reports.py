@@ -23,7 +23,7 @@ def report(t: int, kind: Kind = "update", names: tuple[str, ...] = NAMES, k: int
     layers = tuple(
         LayerUpdate(
             name=name,
-            m=k + 1 + i,
+            m=k + 1 + (NAMES.index(name) if name in NAMES else len(name)),
             n=k,
             r_before=k - 1,
             r=k - 2,
@@ -33,7 +33,7 @@ def report(t: int, kind: Kind = "update", names: tuple[str, ...] = NAMES, k: int
             orthogonality_error_Vh=2e-7,
             seconds=0.25,
         )
-        for i, name in enumerate(names)
+        for name in names
     )
     return UpdateReport(t=t, kind=kind, layers=layers, seconds=1.0, bytes_sent=10)
 
