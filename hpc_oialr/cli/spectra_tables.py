@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from hpc_oialr.record.metrics import read_metrics
@@ -16,16 +17,15 @@ from hpc_oialr.spectra import Layer, Spectra
 _FIGURES = (
     ("stability", "stability", "{:.3f}"),
     ("stable rank", "stable_rank", "{:.1f}"),
-    ("effective rank", "effective_rank", "{:.1f}"),
     ("above noise", "values_above_edge", "{:.0f}"),
 )
 
 
 def layers_table(run: Spectra, pattern: str = "*") -> Table:
     """Each layer as it stood after its last event."""
-    table = Table(title=headline(run), title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for column in ("k", "r", "r / k", "events", "step", "last", *(title for title, _, _ in _FIGURES)):
+    table = Table(title=headline(run), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold", min_width=20)
+    for column in ("k", "r", "r / k", "events", "step", *(title for title, _, _ in _FIGURES)):
         table.add_column(column, justify="right")
     for name, layer in run.items():
         if fnmatchcase(name, pattern) and len(layer):
@@ -35,7 +35,7 @@ def layers_table(run: Spectra, pattern: str = "*") -> Table:
 
 def _cells(layer: Layer) -> Iterator[str]:
     last, r = layer.events[-1], int(layer.r[-1])
-    yield from (str(layer.k), str(r), f"{r / layer.k:.1%}", str(len(layer)), str(last["t"]), layer.kinds[-1])
+    yield from (str(layer.k), str(r), f"{r / layer.k:.1%}", str(len(layer)), str(last["t"]))
     for _, field, form in _FIGURES:
         yield "" if math.isnan(last[field]) else form.format(last[field])
 
