@@ -49,7 +49,7 @@ def page(runs: Sequence[Run], path: Path) -> str:
     library, script = _plotly(), "\n".join(_asset(name) for name in SCRIPTS)
     return Template(_asset("page.html")).substitute(
         policy=content_policy(library, script),
-        title=escape(" and ".join(run.name for run in runs)),
+        title=escape(title(runs)),
         style=_asset("page.css"),
         made=time.strftime("%Y-%m-%d %H:%M"),
         version=escape(__version__),
@@ -63,6 +63,13 @@ def page(runs: Sequence[Run], path: Path) -> str:
         plotly=library,
         script=script,
     )
+
+
+def title(runs: Sequence[Run]) -> str:
+    """Names of the runs, after that of the folder that holds them all, if one does."""
+    parents = {run.folder.path.resolve().parent for run in runs}
+    where = f"{parents.pop().name}: " if len(parents) == 1 and len(runs) > 1 else ""
+    return where + " and ".join(run.name for run in runs)
 
 
 def data_block(run: Run, ratios: Mapping[str, float] | None) -> str:

@@ -11,6 +11,7 @@ from hpc_oialr.report.layers import conversions, spread
 from hpc_oialr.report.page.packing import floats, logarithms
 from hpc_oialr.report.runs import Curve, Run, step_seconds
 from hpc_oialr.spectra import Layer, Spectra
+from hpc_oialr.spectra.schema import kind_words
 
 # More columns than a chart has pixels, more steps than a slider has places, more points than a curve shows.
 COLUMNS, SPECTRA, INDICES, POINTS = 512, 100, 64, 512
@@ -77,7 +78,7 @@ def of_spectrum(layer: Layer) -> dict[str, Any]:
         "index": (indices + 1).tolist(),
         "values": logarithms(values),
         "step": events["t"].tolist(),
-        "kind": [layer.kinds[row] for row in rows],
+        "kind": kind_words(events["kind"]),
         "r_before": events["r_before"].tolist(),
         "r": events["r"].tolist(),
         "noise_edge": _or_none(events["noise_edge"]),

@@ -76,7 +76,7 @@ def environment_table(runs: Sequence[Run]) -> str:
         (f"{name} (differs)" if number in marked else name, *cells)
         for number, (name, cells) in enumerate(known)
     ]
-    return table("Environment", ("", *(run.name for run in runs)), named, marked=marked)
+    return table("What the runs ran on", ("", *(run.name for run in runs)), named, marked=marked)
 
 
 def settings(runs: Sequence[Run]) -> str:

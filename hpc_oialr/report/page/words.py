@@ -83,6 +83,7 @@ def _stability(name: str, record: Spectra) -> Iterator[str]:
         return
     # The slowest tenth of the layers would hide when the others settle.
     enough = math.ceil(0.9 * len(steps))
+    enough += sum(step == steps[enough - 1] for step in steps[enough:])
     yield (
         f"In {name}, the stability of {enough} of {_layers(len(settled))} stays above {STABLE:g} from step "
         f"{steps[enough - 1]:,.0f} on{_rest(settled, enough, steps)}."
@@ -108,9 +109,10 @@ def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
     when = f"at step {converted[0]:,}"
     if converted[-1] > converted[0]:
         when = f"from step {converted[0]:,} to {converted[-1]:,}"
+    least_text = f", least in {least} ({shares[least]:.1%})" if len(set(shares.values())) > 1 else ""
     yield (
         f"{name} was converted {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean of its "
-        f"{_layers(len(shares))}, least in {least} ({shares[least]:.1%})."
+        f"{_layers(len(shares))}{least_text}."
     )
 
 

@@ -13,7 +13,6 @@ function axis(title, more = {}) {
     gridcolor: colour("grid"),
     linecolor: colour("line"),
     zeroline: false,
-    automargin: true,
     ...more,
   };
 }
@@ -23,7 +22,7 @@ function layout(x, y, more = {}) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 13, color: colour("ink") },
-    margin: { l: 56, r: 12, t: 10, b: 44 },
+    margin: { l: 60, r: 14, t: 10, b: 46 },
     hovermode: "closest",
     hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("ink") } },
     showlegend: false,
@@ -35,6 +34,14 @@ function layout(x, y, more = {}) {
 
 function draw(id, traces, shape) {
   return Plotly.react(id, traces, shape, CONFIG);
+}
+
+/** A logarithmic axis with labels at 1, 2, 5, or at powers where these would crowd. */
+function logAxis(title, values, more = {}) {
+  const known = values.filter((value) => value > 0);
+  const decades = Math.log10(Math.max(...known) / Math.min(...known));
+  const ticks = decades > 3 ? { dtick: Math.ceil(decades / 6) } : { dtick: "D2" };
+  return axis(title, { type: "log", tickformat: decades > 3 ? "" : "~g", exponentformat: "power", ...ticks, ...more });
 }
 
 function isAccuracy(name) {

@@ -1,5 +1,8 @@
 // Lines and heat map of the chosen run's layers.
 
+// As many points are drawn at once; a zoom draws what it shows anew.
+const POINTS = 24000;
+const EVERYTHING = [-Infinity, Infinity];
 const layersView = { run: null, matrices: {}, shown: [] };
 const byId = (id) => document.getElementById(id);
 
@@ -31,38 +34,73 @@ function layerColours() {
   return layersView.run.layers.names.map((_, i) => shade(i / last));
 }
 
-/** Steps and values of one line, without those that were not recorded. */
-function line(steps, values) {
-  const x = [];
-  const y = [];
-  for (let i = 0; i < steps.length; i++) {
-    if (Number.isFinite(values[i])) {
-      x.push(steps[i]);
-      y.push(values[i]);
-    }
-  }
-  return { x, y };
+/** Places between two steps, and one beyond on each side, so that lines reach the chart's edge. */
+function placesBetween(steps, [from, to]) {
+  const first = steps.findIndex((step) => step >= from);
+  const last = steps.findLastIndex((step) => step <= to);
+  return [Math.max(0, (first < 0 ? steps.length : first) - 1), Math.min(steps.length, last + 2)];
 }
 
-function drawLayers() {
+/** Steps and values of one line, without those that were not recorded; of many only each part's least and largest. */
+function line(steps, values, [begin, end], most) {
+  const known = [];
+  for (let i = begin; i < end; i++) if (Number.isFinite(values[i])) known.push(i);
+  const kept = known.length > most ? extremes(known, values, most >> 1) : known;
+  return { x: kept.map((i) => steps[i]), y: kept.map((i) => values[i]) };
+}
+
+function extremes(known, values, parts) {
+  const kept = [];
+  for (let part = 0; part < parts; part++) {
+    const places = known.slice((part * known.length) / parts, ((part + 1) * known.length) / parts);
+    let [low, high] = [places[0], places[0]];
+    for (const i of places) {
+      if (values[i] < values[low]) low = i;
+      if (values[i] > values[high]) high = i;
+    }
+    if (low === high) kept.push(low);
+    else kept.push(Math.min(low, high), Math.max(low, high));
+  }
+  return kept;
+}
+
+/** Points a line may have: all that a zoom shows, fewer where there are many lines. */
+function pointsALine() {
+  return Math.max(120, Math.floor(POINTS / layersView.run.layers.names.length));
+}
+
+function drawLayers(range = EVERYTHING) {
   const { layers } = layersView.run;
   const field = byId("quantity").value;
   const rows = matrix(field);
   const label = layers.quantities[field].label;
   const colours = layerColours();
   const share = field === "r";
+  const within = placesBetween(layers.steps, range);
   const traces = layers.names.map((name, i) => ({
     type: "scatter",
     mode: "lines",
     name: plain(name),
-    ...line(layers.steps, share ? rows[i].map((r) => r / layers.k[i]) : rows[i]),
+    ...line(layers.steps, share ? rows[i].map((r) => r / layers.k[i]) : rows[i], within, pointsALine()),
     line: { color: colours[i], width: layers.names.length > 40 ? 1 : 1.6, shape: share ? "hv" : "linear" },
     visible: layersView.shown[i],
     hovertemplate: `<b>%{fullData.name}</b><br>step %{x}<br>${plain(label)} %{y:.4~g}<extra></extra>`,
   }));
   traces.push(depthBar(layers.names.length));
   const scale = byId("layers-log").checked ? "log" : "linear";
-  draw("chart-layers", traces, layout(axis("step"), axis(label, { type: scale }), conversionMark(layers.conversions)));
+  const marks = { ...conversionMark(layers.conversions), uirevision: `${layersView.run.name} ${field} ${scale}` };
+  draw("chart-layers", traces, layout(axis("step", { range: ends(layers) }), axis(label, { type: scale }), marks));
+}
+
+/** From 0 to the run's end, so that this chart and the heat map lie side by side. */
+function ends(layers) {
+  return [0, Math.max(layers.last_step, layers.steps.at(-1) + 1)];
+}
+
+/** Draw the lines of a zoom with all their points. */
+function refine() {
+  const { layers } = layersView.run;
+  if (layers.steps.length > pointsALine()) drawLayers(byId("chart-layers")._fullLayout.xaxis.range);
 }
 
 function depthBar(count) {
@@ -74,7 +112,7 @@ function depthBar(count) {
     hoverinfo: "skip",
     marker: {
       color: [1], cmin: 1, cmax: Math.max(2, count), colorscale: shades(), showscale: true,
-      colorbar: { title: { text: "depth (layer)", side: "right" }, thickness: 10, outlinewidth: 0, nticks: 6, xpad: 6 },
+      colorbar: { title: { text: "depth", side: "top" }, thickness: 10, outlinewidth: 0, nticks: 6, xpad: 6 },
     },
   };
 }
@@ -82,7 +120,7 @@ function depthBar(count) {
 function conversionMark(steps) {
   if (!steps.length) return {};
   const [from, to] = [steps[0], steps[steps.length - 1]];
-  const mark = { xref: "x", yref: "paper", y0: 0, y1: 1, x0: from, x1: to, layer: "below" };
+  const mark = { xref: "x", yref: "paper", y0: 0, y1: 1, x0: from, x1: to, layer: "between" };
   const shape = from === to
     ? { ...mark, type: "line", line: { color: colour("quiet"), dash: "dash", width: 1 } }
     : { ...mark, type: "rect", fillcolor: colour("quiet"), opacity: 0.15, line: { width: 0 } };
@@ -93,33 +131,38 @@ function conversionMark(steps) {
 function drawHeatMap() {
   const { layers } = layersView.run;
   const counts = forward(matrix("r"), layers);
-  const edges = [0, ...layers.steps, Math.max(layers.last_step, layers.steps.at(-1) + 1)];
+  const columns = evenly(layers.steps.length + 1, 256);
+  const edges = [...columns.map((i) => (i ? layers.steps[i - 1] : 0)), ends(layers)[1]];
   const few = layers.names.length <= 40;
   const narrow = byId("chart-r").clientWidth < 560;
   const y = few && !narrow
-    ? axis("", { autorange: "reversed", tickfont: { size: layers.names.length > 24 ? 10 : 12 } })
-    : axis("depth (layer)", { autorange: "reversed", ...numbered(layers.names) });
+    ? axis("", { autorange: "reversed", automargin: true, ...named(layers.names) })
+    : axis("depth (layer)", { autorange: "reversed" });
   const trace = {
     type: "heatmap",
     x: edges,
-    y: layers.names.map(plain),
-    z: counts.map((row, i) => Array.from(row, (r) => r / layers.k[i])),
-    customdata: counts.map((row) => Array.from(row)),
+    y: layers.names.map((_, i) => i + 1),
+    z: counts.map((row, i) => columns.map((column) => row[column] / layers.k[i])),
+    text: layers.names.map((name, i) => new Array(columns.length).fill(`${plain(name)}</b><br>k ${layers.k[i]}`)),
     zmin: 0,
     zmax: 1,
     colorscale: "Cividis",
-    colorbar: { title: { text: "r / k", side: "right" }, tickformat: ".0%", thickness: 10, outlinewidth: 0, xpad: 6 },
-    hovertemplate: "<b>%{y}</b><br>from step %{x}<br>r %{customdata}, %{z:.1%} of k<extra></extra>",
+    colorbar: { title: { text: "r / k", side: "top" }, tickformat: ".0%", thickness: 10, outlinewidth: 0, xpad: 6 },
+    hovertemplate: "<b>%{text}<br>r / k %{z:.1%}<br>near step %{x:.0f}<extra></extra>",
   };
-  byId("chart-r").style.height = `${Math.min(760, Math.max(260, 90 + layers.names.length * (few ? 17 : 3.2)))}px`;
+  byId("chart-r").style.height = `${Math.min(760, Math.max(260, 90 + layers.names.length * (few ? 15 : 3)))}px`;
   draw("chart-r", [trace], layout(axis("step"), y));
 }
 
-/** Numbers of layers instead of their names, where names do not fit. */
-function numbered(names) {
-  const every = Math.max(1, Math.ceil(names.length / 10));
-  const picked = names.map((name, i) => [plain(name), i + 1]).filter((_, i) => i % every === 0);
-  return { tickmode: "array", tickvals: picked.map(([name]) => name), ticktext: picked.map(([, i]) => String(i)) };
+function named(names) {
+  const tickfont = { size: names.length > 24 ? 10 : 12 };
+  return { tickmode: "array", tickvals: names.map((_, i) => i + 1), ticktext: names.map(plain), tickfont };
+}
+
+/** At most so many of the places below count, equally far apart, with the first. */
+function evenly(count, most) {
+  const kept = Math.min(count, most);
+  return Array.from({ length: kept }, (_, i) => Math.floor((i * count) / kept));
 }
 
 /** r in force between events: k before the first one. */

@@ -1,7 +1,7 @@
 // Puts everything in its place, once.
 
 const withLayers = RUNS.flatMap((run, i) => (run.layers ? [i] : []));
-const LAYER_CHARTS = [drawLayers, drawHeatMap, drawSpectrum];
+const LAYER_CHARTS = [() => drawLayers(), drawHeatMap, drawSpectrum];
 
 function on(id, event, act) {
   byId(id).addEventListener(event, act);
@@ -24,8 +24,8 @@ function connect() {
   on("progress-axis", "change", drawProgress);
   if (!withLayers.length) return;
   on("run", "change", changeRun);
-  on("quantity", "change", drawLayers);
-  on("layers-log", "change", drawLayers);
+  on("quantity", "change", () => drawLayers());
+  on("layers-log", "change", () => drawLayers());
   on("filter", "input", findLayers);
   on("all", "click", () => show(found(), true));
   on("none", "click", () => show(found(), false));
@@ -54,6 +54,9 @@ function start() {
     byId("run").value = String(withLayers.find((i) => !RUNS[i].dense) ?? withLayers[0]);
     changeRun();
     redraws.push(listLayers, ...LAYER_CHARTS);
+    byId("chart-layers").on("plotly_relayout", (change) => {
+      if (Object.keys(change).some((key) => key.startsWith("xaxis"))) refine();
+    });
   }
   // For benchmarks and tests: when all charts stood, in ms since the page was asked for.
   document.documentElement.dataset.drawn = performance.now().toFixed(0);

@@ -63,12 +63,12 @@ function drawCost() {
   const traces = withRatios.map(([run, i]) => ({
     type: "bar", orientation: "h", name: plain(run.name), visible: runShown[i],
     y: Object.keys(run.ratios), x: Object.values(run.ratios),
-    marker: { color: runColour(i) }, texttemplate: "%{x:.2~g}", textposition: "outside", cliponaxis: false,
+    marker: { color: runColour(i) }, texttemplate: " %{x:.3~g}", textposition: "outside", cliponaxis: false,
     hovertemplate: "<b>%{fullData.name}</b><br>%{y} x %{x:.3~g}<extra></extra>",
   }));
   const one = { type: "line", xref: "x", yref: "paper", x0: 1, x1: 1, y0: 0, y1: 1, line: { color: colour("quiet"), dash: "dash", width: 1 } };
   const x = axis("relative to the dense run", { rangemode: "tozero" });
-  draw("chart-cost", traces, layout(x, axis("", { autorange: "reversed" }), { shapes: [one], bargap: 0.35, margin: { l: 56, r: 34, t: 10, b: 44 } }));
+  draw("chart-cost", traces, layout(x, axis("", { autorange: "reversed" }), { shapes: [one], bargap: 0.35, margin: { l: 140, r: 40, t: 10, b: 46 } }));
 }
 
 const RUN_CHARTS = [drawProgress, drawShare, drawStepTimes, drawCost];

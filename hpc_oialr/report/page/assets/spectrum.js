@@ -10,7 +10,14 @@ function chooseLayer() {
   spectrumView.rows = logarithmRows(data.values, data.index.length);
   byId("event").max = data.step.length - 1;
   // Another layer is shown at the step that was looked at.
-  byId("event").value = step === undefined ? data.step.length - 1 : nearest(data.step, step);
+  byId("event").value = step === undefined ? mostCut(data) : nearest(data.step, step);
+}
+
+/** The event that cut most, the last one where none did: what is looked at first. */
+function mostCut(data) {
+  const cuts = data.r.map((r, i) => data.r_before[i] - r);
+  const most = Math.max(...cuts);
+  return most > 0 ? cuts.indexOf(most) : cuts.length - 1;
 }
 
 function nearest(steps, step) {
@@ -27,8 +34,9 @@ function drawSpectrum() {
     line: { color: shade(i / last), width: 1 },
   }));
   traces.push(chosen());
-  const scale = byId("spectrum-log").checked ? "log" : "linear";
-  const shape = layout(axis("index i", { type: scale }), axis("singular value", { type: "log", exponentformat: "power" }), marks());
+  const logarithmic = byId("spectrum-log").checked;
+  const x = logarithmic ? logAxis("index i", data.index, { dtick: "D2", tickformat: "~g" }) : axis("index i");
+  const shape = layout(x, logAxis("singular value", rows.flat()), marks());
   draw("chart-spectrum", traces, shape);
   tellEvent();
 }
