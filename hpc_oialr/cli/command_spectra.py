@@ -14,10 +14,12 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.spectra_plot import add_plot
 from hpc_oialr.errors import DataError, OIALRError
 
 EXAMPLES = """  oialr spectra show runs/first
   oialr spectra watch runs/first --layers "encoder.*"
+  oialr spectra plot runs/first --figure stability --out stability.pdf
   oialr spectra export runs/first --format parquet
   oialr spectra merge runs/first
   oialr spectra repair runs/first/spectra.h5"""
@@ -28,10 +30,13 @@ _WIDEST = 1000
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(
-        commands, "spectra", summary="show, watch, export, merge or repair a run's spectra", examples=EXAMPLES
+        commands,
+        "spectra",
+        summary="show, watch, plot, export, merge or repair a run's spectra",
+        examples=EXAMPLES,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for add_action in (_add_show, _add_watch, _add_export, _add_merge, _add_repair):
+    for add_action in (_add_show, _add_watch, add_plot, _add_export, _add_merge, _add_repair):
         add_action(actions)
 
 
