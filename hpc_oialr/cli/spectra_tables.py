@@ -54,7 +54,7 @@ def headline(run: Spectra) -> str:
 def _last_step(run: Spectra) -> tuple[int | None, float | None]:
     """From ``metrics.jsonl``, which is written at once; from the record where it stands alone."""
     metrics = RunFolder(_folder(run.path)).metrics
-    rows = [row for row in read_metrics(metrics) if "loss" in row] if metrics.exists() else []
+    rows = [row for row in read_metrics(metrics) if "metric" not in row] if metrics.exists() else []
     if rows:
         return rows[-1]["step"], rows[-1]["loss"]
     if len(run.steps):

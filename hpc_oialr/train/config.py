@@ -145,8 +145,9 @@ class RecordConfig:
     every
         Steps between two rows of training loss in ``metrics.jsonl``.
     spectra
-        Keep the singular values of every event in ``spectra.h5``. null: those of the method, so nothing of a dense
-        run; true: while matrices are dense measure them too, of a dense run all along; false: nothing.
+        Keep losses and times of steps, and the singular values of every event, in ``spectra.h5``. null: events of
+        the method, so none of a dense run; true: while matrices are dense measure them too, in a dense run all
+        along; false: write nothing.
     frequency
         Steps between two measurements of dense matrices, where ``spectra`` is true and the method has no
         ``stability_frequency`` of its own. Each costs an SVD of every matrix.
