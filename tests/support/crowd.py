@@ -10,7 +10,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
 from support.fork_server import fork_context, settle
 from support.spawn import free_port, launch_environment
 
