@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,10 +16,10 @@ from matplotlib.ticker import MaxNLocator
 NAMED = 6
 
 
-def depth_map() -> ListedColormap:
+def depth_map() -> LinearSegmentedColormap:
     """Viridis without its lightest end, which is lost on white paper."""
-    whole = matplotlib.colormaps["viridis"]
-    return ListedColormap([whole(0.9 * i / 255) for i in range(256)], name="depth")
+    kept = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231))
+    return LinearSegmentedColormap.from_list("depth", kept)
 
 
 def colours(count: int) -> list[tuple[float, ...]]:

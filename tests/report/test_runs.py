@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.made_runs import NAMES, make_record, make_run
+
+from hpc_oialr.errors import DataError
+from hpc_oialr.report.costs import ratios_to_dense
+from hpc_oialr.report.layers import conversions, settling_steps, share_of_k
+from hpc_oialr.report.runs import dense_of, find_runs, step_seconds
+
+
+def test_a_comparison_holds_two_runs(runs):
+    assert [run.name for run in runs] == ["dense", "oialr"]
+    assert [run.dense for run in runs] == [True, False]
+    assert dense_of(runs) is runs[0]
+    assert runs[0].spectra is None
+    assert runs[1].spectra.layers == NAMES
+
+
+def test_runs_of_one_name_are_called_by_their_parents_too(tmp_path):
+    paths = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [run.name for run in find_runs(paths)] == ["a/run", "b/run"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no run; must be the folder of a run, of oialr compare, or"):
+        find_runs([tmp_path])
+
+
+def test_a_record_alone_is_enough(tmp_path):
+    make_record(tmp_path / "spectra.h5")
+    [run] = find_runs([tmp_path / "spectra.h5"])
+    assert run.last_step == 50
+    assert (len(run.evaluations), run.summary, run.config) == (0, {}, {})
+    run.close()
+
+
+def test_evaluations_know_the_share_that_was_trained(run):
+    assert run.evaluations.name == "test accuracy"
+    assert run.evaluations.step.tolist() == [20, 50]
+    assert run.evaluations.share.tolist() == [1.0, 0.25]
+    assert run.evaluations.value.tolist() == [0.52, 0.55]
+
+
+def test_time_of_a_step_is_that_between_two_rows(runs):
+    middle, seconds = step_seconds(runs[0])
+    assert middle.tolist() == [15, 25, 35, 45]
+    assert seconds.tolist() == [2.0] * 4
+
+
+def test_r_holds_from_one_event_to_the_next(run):
+    edges, shares = share_of_k(run.spectra, last_step=60)
+    assert edges.tolist() == [0, 10, 20, 30, 40, 50, 60]
+    np.testing.assert_array_equal(shares, [[1, 1, 1, 0.75, 0.5, 0.5]] * 3)
+
+
+def test_conversions_and_settling(run):
+    assert conversions(run.spectra.values()) == [30]
+    assert set(settling_steps(run.spectra, 0.95).values()) == {20.0}
+    assert list(settling_steps(run.spectra, 0.9715).values()) == [50.0, 50.0, 40.0]
+    assert set(settling_steps(run.spectra, 0.995).values()) == {float("inf")}
+
+
+def test_costs_over_the_dense_runs(runs):
+    assert ratios_to_dense(runs) == {
+        "oialr": {"training time": 0.5, "time of a step": 0.5, "peak memory": 0.8, "trained parameters": 0.25}
+    }
+
+
+def test_costs_need_a_dense_run_and_an_end(runs, tmp_path):
+    with pytest.raises(
+        DataError, match="runs are oialr; one must be dense and one not. Name the folder of oialr"
+    ):
+        ratios_to_dense(runs[1:])
+    going = find_runs([make_run(tmp_path / "going", ended=False)])
+    with pytest.raises(DataError, match=r"has no summary.json: the run has not ended. Let it end."):
+        ratios_to_dense([runs[0], *going])
