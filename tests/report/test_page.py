@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.made_runs import EVIL, NAMES, make_run
+from support.made_runs import EVIL, NAMES, make_record, make_run
 
 from hpc_oialr.cli.main import main
 from hpc_oialr.report.page import drawn as drawn_module
@@ -98,6 +98,14 @@ def test_a_run_that_goes_on_is_told_as_such(tmp_path):
     runs = find_runs([make_run(tmp_path / "going", ended=False)])
     assert next(iter(sentences(runs))) == "going has not ended: 50 steps so far."
     assert "has not ended" in page(runs, tmp_path / "report.html")
+    runs[0].close()
+
+
+def test_a_record_alone_is_told_as_such(tmp_path):
+    make_record(tmp_path / "spectra.h5")
+    runs = find_runs([tmp_path / "spectra.h5"])
+    assert next(iter(sentences(runs))) == f"{tmp_path.name} is a record of spectra alone, up to step 50."
+    assert "not known" in page(runs, tmp_path / "report.html")
     runs[0].close()
 
 

@@ -213,6 +213,18 @@ def test_a_narrow_screen_is_enough(dark):
     assert dark.ask("document.documentElement.scrollWidth") == 400
 
 
+def test_what_was_not_recorded_is_left_out(browser, tmp_path):
+    runs = find_runs([make_run(tmp_path / "dense", dense=True)])
+    tab = Tab(browser, write_report(runs, tmp_path / "report.html"))
+    shown = tab.ask(
+        "[...document.querySelectorAll('.chart')].filter((each) => each.checkVisibility()).map((each) => each.id)"
+    )
+    assert shown == ["chart-progress", "chart-share", "chart-steps"]
+    assert tab.page.locator("#layers-none").inner_text() == "No run has recorded events of layers."
+    assert tab.complaints == []
+    tab.context.close()
+
+
 def test_nothing_leaves_the_page_and_nothing_is_complained_of(light, dark, report):
     # The last test of the file: everything above has been done to these two pages.
     assert light.requests == dark.requests == [report.as_uri()]

@@ -132,7 +132,8 @@ def _row(cells: Sequence[str], *, marked: bool) -> str:
 def _summary(run: Run) -> tuple[str, ...]:
     summary = run.summary
     if not summary:
-        return (run.name, "has not ended", "", f"{run.last_step:,}", "", "", "", "", "")
+        state = "has not ended" if run.folder.holds_run else "not known"
+        return (run.name, state, "", f"{run.last_step:,}", "", "", "", "", "")
     name = summary["metric_name"]
     share = summary["trainable_params"] / summary["dense_trainable_params"]
     return (

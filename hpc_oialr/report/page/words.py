@@ -45,6 +45,9 @@ def metric_text(value: float, name: str) -> str:
 
 def _result(run: Run) -> Iterator[str]:
     summary = run.summary
+    if not run.folder.holds_run:
+        yield f"{run.name} is a record of spectra alone, up to step {run.last_step:,}."
+        return
     if not summary:
         yield f"{run.name} has not ended: {run.last_step:,} steps so far."
         return

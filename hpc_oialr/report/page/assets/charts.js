@@ -1,5 +1,6 @@
 // What all charts share.
 
+const byId = (id) => document.getElementById(id);
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: false };
 
 /** Names go to the library as text: it would take "<" for a tag. */
@@ -32,7 +33,11 @@ function layout(x, y, more = {}) {
   };
 }
 
+/** Draw a chart; one without a point is left out together with its head. */
 function draw(id, traces, shape) {
+  const empty = !traces.some((trace) => trace.z || trace.x.length);
+  byId(id).closest("figure").hidden = empty;
+  if (empty) return null;
   return Plotly.react(id, traces, shape, CONFIG);
 }
 

@@ -4,7 +4,6 @@
 const POINTS = 24000;
 const EVERYTHING = [-Infinity, Infinity];
 const layersView = { run: null, matrices: {}, shown: [] };
-const byId = (id) => document.getElementById(id);
 
 function chooseRun(number) {
   const run = RUNS[number];

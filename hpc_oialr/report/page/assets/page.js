@@ -41,8 +41,10 @@ function start() {
   byId("toggles").open = window.innerWidth > 900;
   applyTheme();
   listRuns();
+  if (!RUNS.some((run) => run.evaluations.step.length)) byId("progress-value").value = "losses";
   for (const chart of RUN_CHARTS) chart();
   redraws.push(listRuns, ...RUN_CHARTS);
+  byId("progress-none").hidden = RUNS.some((run) => run.losses.step.length || run.evaluations.step.length);
   for (const part of ["layers", "spectrum"]) {
     byId(`${part}-none`).hidden = withLayers.length > 0;
     byId(`${part}-content`).hidden = withLayers.length === 0;

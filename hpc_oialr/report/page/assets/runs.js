@@ -14,7 +14,7 @@ function metricTitle(name) {
 
 function titleOf(key) {
   const names = [...new Set(RUNS.filter((run) => run[key].step.length).map((run) => run[key].name))];
-  return names.length ? names.map(metricTitle).join(" / ") : "nothing recorded";
+  return names.map(metricTitle).join(" / ");
 }
 
 function curves(key, across, form) {
