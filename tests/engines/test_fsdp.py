@@ -19,7 +19,7 @@ from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.processes import World
 from hpc_oialr.record.memory import resident_bytes
 
-STEPS, BATCH = 30, 24
+STEPS, BATCH = 20, 24
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -61,8 +61,8 @@ class Net(nn.Module):
 
 def settings(**over: Any) -> OIALRConfig:
     common: dict[str, Any] = {
-        "delay": 8,
-        "frequency": 6,
+        "delay": 6,
+        "frequency": 4,
         "rule": FixedFraction(0.25),
         "limits": RankLimits(at_conversion=0.75, max_drop=0.3),
         "layer_share_step": 1.0,

@@ -17,7 +17,7 @@ from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.models import GPT2, ViT
 from hpc_oialr.processes import World
 
-STEPS, BATCH = 40, 8
+STEPS, BATCH = 22, 8
 OPTIMIZERS = ("AdamW", "MuonAdamW")
 MODELS = ("mlp", "vit", "gpt2", "torch")
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -73,7 +73,7 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def config() -> OIALRConfig:
     limits = RankLimits(max_drop=0.25, at_conversion=0.75)
-    return OIALRConfig(delay=12, frequency=10, rule=Energy(0.8), limits=limits, layer_share_step=1.0)
+    return OIALRConfig(delay=7, frequency=5, rule=Energy(0.8), limits=limits, layer_share_step=1.0)
 
 
 def trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,15 +35,33 @@ def peaks(rank: int, size: int) -> list[int]:
         A = torch.randn(m, n).tensor_split(size)[rank].clone()
         for method in METHODS:
             run = lambda A=A, method=method: distributed_svd(A, dist.group.WORLD, method=method)  # noqa: E731
-            # What the kernel counts besides, of gloo's threads and of earlier runs, only adds.
-            found.append(min(peak_bytes(run) for _ in range(3)))
+            found.append(least_peak(run, allowed(m, n, method)))
     return found
+
+
+def least_peak(run: Callable[[], object], enough: float) -> int:
+    """Of three at most: what the kernel counts besides, of gloo's threads and of earlier runs, only adds."""
+    found: list[int] = []
+    while len(found) < 3:
+        found.append(peak_bytes(run))
+        largest = torch.tensor(min(found))
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if largest < enough:
+            break
+    return min(found)
+
+
+def forecast(m: int, n: int, method: Method) -> int:
+    return forecast_bytes(method, Layout((m // 2, m // 2), n), torch.float32)
+
+
+def allowed(m: int, n: int, method: Method) -> float:
+    return 1.1 * forecast(m, n, method) + LIBRARIES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_stays_within_the_forecast() -> None:
     cases = [(m, n, method) for m, n in SHAPES for method in METHODS]
     for (m, n, method), *found in zip(cases, *spawn(peaks, 2), strict=True):
-        forecast = forecast_bytes(method, Layout((m // 2, m // 2), n), torch.float32)
-        allowed = 1.1 * forecast + LIBRARIES
-        assert 0.25 * forecast < max(found) < allowed, (m, n, method, max(found), forecast)
+        least = 0.25 * forecast(m, n, method)
+        assert least < max(found) < allowed(m, n, method), (m, n, method, found)
