@@ -9,6 +9,9 @@ code   meaning
 76     another process died or hung: start again from the last checkpoint
 other  a crash, or 128 + the number of the signal that killed it
 =====  ==========================================================================================
+
+srun returns the highest code of its tasks, and when one leaves it ends the others, which leave with 76 then. So tasks
+of srun leave with 200 more for an error that starting again does not cure: 202 instead of 2, 201 instead of 1.
 """
 
 from __future__ import annotations
@@ -19,8 +22,21 @@ FINISHED = 0
 USER_ERROR = 2
 STOPPED = 75
 PROCESS_LOST = 76
+_FINAL = 200
+_LAST_SMALL = 54
 
 
 def of_error(error: OIALRError) -> int:
     """The code of a run that ended with ``error``."""
     return PROCESS_LOST if isinstance(error, ProcessLostError) else USER_ERROR
+
+
+def of_task(code: int, launcher: str) -> int:
+    """The code with which one process of several leaves.
+
+    Examples
+    --------
+    >>> of_task(USER_ERROR, "slurm"), of_task(STOPPED, "slurm"), of_task(USER_ERROR, "torchrun")
+    (202, 75, 2)
+    """
+    return code + _FINAL if launcher == "slurm" and 0 < code <= _LAST_SMALL else code

@@ -29,6 +29,7 @@ from hpc_oialr.cli.console import show_error
 from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.mpi import leave_mpi
+from hpc_oialr.processes.signals import leave_upon_term
 
 COMMANDS = (
     command_train,
@@ -94,12 +95,15 @@ def entry() -> None:
     """The console script: :func:`main`, then out."""
     if _is_alone():
         sys.exit(main())
+    launcher = launch_info().launcher
+    if launcher == "slurm":
+        leave_upon_term(exit_codes.PROCESS_LOST)
     # Whatever still refers to the process group would be torn down together with the interpreter, which
     # hangs or aborts now and then; all files are closed by now.
     code = _code_of_main()
     if code in (exit_codes.FINISHED, exit_codes.STOPPED):
         leave_mpi()
-    os._exit(code)
+    os._exit(exit_codes.of_task(code, launcher))
 
 
 def _is_alone() -> bool:

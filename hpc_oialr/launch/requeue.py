@@ -14,7 +14,7 @@ from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED
 from hpc_oialr.launch.scontrol import requeue, show_job
 from hpc_oialr.processes.batch_job import BatchJob, batch_job, max_requeues
 
-_FIRST_SIGNAL = 128
+_FIRST_SIGNAL, _LAST_SIGNAL = 128, 64
 # Somebody at a terminal, not the batch system.
 _INTERRUPT = 130
 
@@ -60,14 +60,14 @@ def reason(code: int) -> str | None:
 
     Examples
     --------
-    >>> reason(0), reason(2), reason(137)
-    (None, None, 'killed by signal 9')
+    >>> reason(0), reason(2), reason(137), reason(202)
+    (None, None, 'killed by signal 9', None)
     """
     if code == STOPPED:
         return "stopped with a checkpoint"
     if code == PROCESS_LOST:
         return "a process was lost"
-    if code > _FIRST_SIGNAL and code != _INTERRUPT:
+    if 0 < code - _FIRST_SIGNAL <= _LAST_SIGNAL and code != _INTERRUPT:
         return f"killed by signal {code - _FIRST_SIGNAL}"
     return None
 

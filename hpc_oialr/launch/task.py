@@ -11,8 +11,10 @@ import traceback
 from pathlib import Path
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.exit_codes import of_error
+from hpc_oialr.exit_codes import PROCESS_LOST, of_error, of_task
 from hpc_oialr.launch.trust import require_own
+from hpc_oialr.processes.environment import launch_info
+from hpc_oialr.processes.signals import leave_upon_term
 
 # submitit requeues by itself on its signal. Here the batch script does, so it listens to one that nobody sends.
 _UNUSED_SIGNAL = "URG"
@@ -31,6 +33,7 @@ def main(folder: Path) -> int:
 def entry() -> None:
     """Leave with the code, at once: what is left of a process group may hang at the interpreter's end."""
     code: object = 1
+    leave_upon_term(PROCESS_LOST)
     try:
         code = main(Path(sys.argv[1]))
     except SystemExit as left:
@@ -42,7 +45,7 @@ def entry() -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(of_task(code if isinstance(code, int) else 1, launch_info().launcher))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,15 @@ def heed(names: Sequence[str]) -> Iterator[SignalFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def leave_upon_term(code: int) -> None:
+    """Leave with an exit code upon TERM, until :func:`heed` takes it over.
+
+    A task of srun that another one's end ends must not die of the signal: srun would report that, and not the
+    code of the one that had a reason.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
 
 
 def check_name(field: str, name: str) -> None:
