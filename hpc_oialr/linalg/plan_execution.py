@@ -51,10 +51,16 @@ def run_plan(plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = Non
     """
     comm = communicator(group)
     for task in plan.of_process(comm.rank):
-        if len(task.processes) > 1:
-            yield from _shared(task, matrix, comm, plan)
-        else:
-            yield from _batch(task, matrix, plan)
+        yield from run_task(task, plan, matrix, comm)
+
+
+def run_task(
+    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None
+) -> Iterator[Factorised]:
+    """One task of :func:`run_plan`; to be called by each of its processes."""
+    if len(task.processes) > 1:
+        return _shared(task, matrix, communicator(group), plan)
+    return _batch(task, matrix, plan)
 
 
 def _batch(task: Task, matrix: Callable[[int], Tensor], plan: WorkPlan) -> Iterator[Factorised]:

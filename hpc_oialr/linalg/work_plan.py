@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Of a shared matrix's work, what each process adds: the tree, and the small SVD that all wait for.
-SHARING_OVERHEAD = 0.15
+# A layer is shared if each process then has at most this part of the work that one alone would have.
+WORTH_SHARING = 0.8
+# Numbers of the matrices in one batch, unless a single one has more: what is held at a time.
+BATCH_NUMBERS = 1 << 20
 
 
-def svd_cost(m: int, n: int) -> float:
-    """Floating-point operations of a thin SVD, ``6 max(m, n) k^2 + 20 k^3``, k = min(m, n).
+def svd_cost(m: int, n: int, processes: int = 1) -> float:
+    """Floating-point operations of a thin SVD, for the busiest of the processes that share it.
+
+    ``6 max(m, n) k^2 / P`` for the long side, ``20 k^3`` for the last SVD, which one does while all wait, and
+    ``20/3 k^3 log2 P`` in the tree; k = min(m, n). So sharing pays for long matrices, never for square ones.
 
     Examples
     --------
-    >>> svd_cost(10, 10)
-    26000.0
+    >>> svd_cost(10, 10), svd_cost(1000, 10), svd_cost(1000, 10, 2)
+    (26000.0, 620000.0, 326666.6666666667)
     """
     k = min(m, n)
-    return 6.0 * max(m, n) * k * k + 20.0 * k**3
+    return 6.0 * max(m, n) * k * k / processes + 20.0 * k**3 * (1 + math.log2(processes) / 3)
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ class WorkPlan:
     """Which process factorises which layers, in what order.
 
     A layer dearer than a fair share (all costs / P) goes to as many processes as it has fair shares, the
-    least loaded ones. The others go by longest processing time first, each to one process; those
-    of one shape that meet on a process become one batch. Shared layers come first, in one order for all, so
-    that nobody waits for a process that waits for another. A pure function of layers and P.
+    least loaded ones, if it is long enough for that to pay. The others go by longest processing time first,
+    each to one process; those of one shape that meet on a process become one batch. Shared layers come first,
+    in one order for all, so that nobody waits for a process that waits for another. A pure function of layers
+    and P.
 
     Attributes
     ----------
@@ -91,23 +97,41 @@ class WorkPlan:
         """
         loads = [0.0] * processes
         fair = sum(layer.work for layer in layers) / processes
-        large = [i for i, layer in enumerate(layers) if share and processes > 1 and layer.work > fair]
-        shared = [_shared(i, layers[i].work, fair, loads) for i in _dearest_first(large, layers)]
-        rest = [i for i in range(len(layers)) if i not in large]
+        dearest = sorted(range(len(layers)), key=lambda i: (-layers[i].work, i))
+        candidates = [i for i in dearest if share and layers[i].work > fair]
+        shared = [task for i in candidates if (task := _shared(i, layers[i], fair, loads)) is not None]
+        rest = sorted(set(range(len(layers))) - {task.layers[0] for task in shared})
         owners = longest_processing_time([layers[i].work for i in rest], processes, start=loads)
-        batches: dict[tuple[int, int, int], list[int]] = {}
-        for i, owner in zip(rest, owners, strict=True):
-            batches.setdefault((owner, layers[i].m, layers[i].n), []).append(i)
-        alone = [
-            Task(tuple(batch), (owner,), sum(layers[i].work for i in batch))
-            for (owner, _, _), batch in batches.items()
-        ]
-        alone.sort(key=lambda task: (task.processes, -task.load, task.layers))
+        alone = _batches(layers, dict(zip(rest, owners, strict=True)))
         return cls(tuple(layers), processes, (*shared, *alone))
+
+    @classmethod
+    def with_owners(cls, layers: Sequence[LayerWork], owners: Sequence[int], processes: int) -> WorkPlan:
+        """The plan in which each layer is factorised by its given process."""
+        return cls(tuple(layers), processes, tuple(_batches(layers, dict(enumerate(owners)))))
 
     def of_process(self, rank: int) -> list[Task]:
         """What process ``rank`` does, in order."""
         return [task for task in self.tasks if rank in task.processes]
+
+    def rounds(self) -> list[list[Task]]:
+        """Tasks that may go on at the same time: each process has at most one in a round.
+
+        Examples
+        --------
+        >>> plan = WorkPlan.with_owners([LayerWork("a", 9, 9), LayerWork("b", 8, 8), LayerWork("c", 7, 7)], [1, 0, 1], 2)
+        >>> [[task.layers for task in tasks] for tasks in plan.rounds()]
+        [[(1,), (0,)], [(2,)]]
+        """
+        found: list[list[Task]] = []
+        done = [0] * self.processes
+        for task in self.tasks:
+            when = max(done[p] for p in task.processes)
+            found.extend([] for _ in range(when + 1 - len(found)))
+            found[when].append(task)
+            for p in task.processes:
+                done[p] = when + 1
+        return found
 
     def loads(self) -> list[float]:
         """Cost of each process."""
@@ -132,18 +156,29 @@ class WorkPlan:
         return "\n".join([*table, f"balance (busiest / mean) {self.balance():.2f}"])
 
 
-def _dearest_first(indices: Sequence[int], layers: Sequence[LayerWork]) -> list[int]:
-    return sorted(indices, key=lambda i: (-layers[i].work, i))
-
-
-def _shared(index: int, work: float, fair: float, loads: list[float]) -> Task:
-    """Give a large layer to the least loaded processes and add to their loads."""
-    size = min(len(loads), math.ceil(work / fair))
+def _shared(index: int, layer: LayerWork, fair: float, loads: list[float]) -> Task | None:
+    """Give a large layer to the least loaded processes and add to their loads; None if that does not pay."""
+    size = min(len(loads), math.ceil(layer.work / fair))
+    part = svd_cost(layer.m, layer.n, size) / svd_cost(layer.m, layer.n)
+    if part > WORTH_SHARING:
+        return None
     members = sorted(sorted(range(len(loads)), key=lambda p: (loads[p], p))[:size])
-    load = work * (1 / size + SHARING_OVERHEAD)
     for p in members:
-        loads[p] += load
-    return Task((index,), tuple(members), load)
+        loads[p] += layer.work * part
+    return Task((index,), tuple(members), layer.work * part)
+
+
+def _batches(layers: Sequence[LayerWork], owners: Mapping[int, int]) -> list[Task]:
+    """Layers of one shape and owner together; each owner's dearest batch first."""
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for i, owner in owners.items():
+        alike.setdefault((owner, layers[i].m, layers[i].n), []).append(i)
+    tasks = []
+    for (owner, m, n), members in alike.items():
+        size = max(1, BATCH_NUMBERS // max(1, m * n))
+        for batch in (members[at : at + size] for at in range(0, len(members), size)):
+            tasks.append(Task(tuple(batch), (owner,), sum(layers[i].work for i in batch)))
+    return sorted(tasks, key=lambda task: (task.processes, -task.load, task.layers))
 
 
 def longest_processing_time(
@@ -180,18 +215,3 @@ def longest_processing_time(
         owner[job] = min(range(processes), key=lambda p: (load[p], p))
         load[owner[job]] += costs[job]
     return owner
-
-
-def rounds(owners: Sequence[int], processes: int) -> list[list[int]]:
-    """Group jobs so that each process has at most one job in a round, in order of index.
-
-    Bounds memory: what one round computes is sent and applied before the next one begins.
-
-    Examples
-    --------
-    >>> rounds([1, 0, 1, 1], 2)
-    [[0, 1], [2], [3]]
-    """
-    queues = [[job for job, owner in enumerate(owners) if owner == p] for p in range(processes)]
-    depth = max((len(queue) for queue in queues), default=0)
-    return [sorted(queue[i] for queue in queues if i < len(queue)) for i in range(depth)]

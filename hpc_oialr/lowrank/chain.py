@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+# oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
+# 2.13): with an r for every number, a process would grow by that at each update.
+MULTIPLE = 8
+
 
 def chain(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:
     """Factored execution of a linear layer.
@@ -32,8 +36,8 @@ def chain(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Te
     In fp32 on CPUs the products go to oneDNN, which torch uses for bf16 only: at ViT-B/16's shapes it multiplies thin
     matrices faster than the BLAS behind ``torch.mm``, and adds the bias in the same pass; the ratios are in
     ``benchmarks/results/layer.json``. That path has no second derivative; inside
-    ``torch.backends.mkldnn.flags(enabled=False)``, under autocast and ``torch.compile``, and everywhere else the
-    products are torch's own.
+    ``torch.backends.mkldnn.flags(enabled=False)``, under autocast and ``torch.compile``, for an r that is no
+    multiple of 8, and everywhere else the products are torch's own.
     """
     # First, since torch.compile cannot look behind the others.
     if not torch.compiler.is_compiling() and _thin_on_cpu(x, A, S, C):
@@ -50,6 +54,7 @@ def _thin_on_cpu(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
         and all(t.dtype == torch.float32 for t in (x, A, S, C))
         and not (A.requires_grad or C.requires_grad)
         and x.numel() > 0
+        and S.shape[0] % MULTIPLE == 0
         and torch.backends.mkldnn.is_available()
         and bool(torch._C._get_mkldnn_enabled())
         and not torch.is_autocast_enabled("cpu")

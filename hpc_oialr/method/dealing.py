@@ -1,51 +1,44 @@
-"""SVD work dealt over processes: each does its own jobs, everyone gets all results."""
+"""SVDs dealt over processes by a work plan: each does its own tasks, everyone gets all results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.linalg.work_plan import longest_processing_time, rounds
+from hpc_oialr.linalg.plan_execution import run_task
+from hpc_oialr.linalg.svd import SVD, compute_dtype
+from hpc_oialr.linalg.work_plan import LayerWork, Task, WorkPlan
 from hpc_oialr.processes import World
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One factorisation, its result as one flat tensor.
+    """One matrix to factorise, and what is to be known of its factors.
 
     Attributes
     ----------
-    name
-        The layer.
+    work
+        The layer's name and the matrix' shape.
     prepare
-        Called on every process before the work is done on one: what needs all of them.
-    compute
-        Does the work with what ``prepare`` gave; called on one process only.
-    size, like
-        Number of values of the result; a tensor whose device it has.
-    dtype
-        Dtype of the result.
-    cost
-        Relative time, for the plan.
+        The matrix; called on every process before one of them does the work.
+    pack
+        The result as one flat tensor, from the factors; called where they are.
+    size
+        Number of values of the result.
+    like
+        A tensor of whose device the result is, and of the dtype in which its SVD is computed.
     """
 
-    name: str
-    compute: Callable[[Any], Tensor]
+    work: LayerWork
+    prepare: Callable[[], Tensor]
+    pack: Callable[[SVD], Tensor]
     size: int
     like: Tensor
-    dtype: torch.dtype
-    cost: float
-    prepare: Callable[[], Any] = _nothing
 
 
 @dataclass(frozen=True)
@@ -58,60 +51,75 @@ class Result:
 
 
 def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = None) -> Iterator[Result]:
-    """Compute every job on one process and hand its result to all, a round at a time.
+    """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.
 
-    A round holds at most one job per process, so that results are applied and freed before the next
-    is computed. Sends the jobs' results only: ``sum(size)`` values in all.
+    In a round each process does at most one task of the plan: one matrix, several small ones of one shape, or
+    its part of a long one. Results are applied and freed before the next round. Sends the jobs' results, and
+    what the SVD of a shared matrix needs. Every result but a shared matrix' has the same bits on any number
+    of CPU processes.
 
     Parameters
     ----------
     owners
-        Process of each job; default longest processing time first.
+        Process of each job; default as :meth:`WorkPlan.of` deals them.
 
     Raises
     ------
     NonFiniteError
         On every process, if any job failed on any.
     """
-    owners = owners or longest_processing_time([job.cost for job in jobs], world.size)
-    for members in rounds(owners, world.size):
-        mine = next((i for i in members if owners[i] == world.rank), None)
-        prepared = {i: jobs[i].prepare() for i in members}
-        values, seconds = _compute_agreed(jobs, mine, world, prepared)
-        buffers = {i: values if i == mine else _empty(jobs[i]) for i in members}
-        pending = [world.broadcast(_present(buffers[i]), src=owners[i]) for i in members]
-        for work in pending:
+    works = [job.work for job in jobs]
+    plan = (
+        WorkPlan.of(works, world.size) if owners is None else WorkPlan.with_owners(works, owners, world.size)
+    )
+    for tasks in plan.rounds():
+        mine = next((task for task in tasks if world.rank in task.processes), None)
+        matrices = {i: jobs[i].prepare() for task in tasks for i in task.layers}
+        values, seconds = _compute_agreed(jobs, mine, plan, matrices, world)
+        del matrices
+        buffers = [values if task is mine and values is not None else _empty(jobs, task) for task in tasks]
+        pending = [
+            world.broadcast(buffer, src=t.processes[0]) for buffer, t in zip(buffers, tasks, strict=True)
+        ]
+        for task, buffer, work in zip(tasks, buffers, pending, strict=True):
             if work is not None:
                 work.wait()
-        for i in members:
-            yield Result(i, _present(buffers[i]), seconds if i == mine else 0.0)
+            for i, part in zip(task.layers, buffer.split([jobs[i].size for i in task.layers]), strict=True):
+                yield Result(i, part, seconds / len(task.layers) if task is mine else 0.0)
 
 
 def _compute_agreed(
-    jobs: Sequence[Job], mine: int | None, world: World, prepared: dict[int, Any]
+    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: World
 ) -> tuple[Tensor | None, float]:
-    """Do this process's job; every process raises if one failed, so that none waits for ever."""
+    """Do this process's task; every process raises if one failed, so that none waits for ever."""
     start, values, failure = time.perf_counter(), None, None
     try:
-        values = None if mine is None else jobs[mine].compute(prepared[mine]).to(jobs[mine].dtype)
+        values = None if mine is None else _compute(jobs, mine, plan, matrices, world)
     except NonFiniteError as error:
         failure = error
     seconds = time.perf_counter() - start
-    failed = torch.tensor([0 if failure is None or mine is None else mine + 1], device=jobs[0].like.device)
+    failed = torch.tensor(
+        [0 if failure is None or mine is None else mine.layers[0] + 1], device=jobs[0].like.device
+    )
     world.all_reduce(failed, op="max")
     if failure is not None:
         raise failure
     if world.size > 1 and int(failed) > 0:
         raise NonFiniteError(
-            f"{jobs[int(failed) - 1].name}: no SVD on the process that had to do it; see its log."
+            f"{plan.layers[int(failed) - 1].name}: no SVD on the process that had to do it; see its log."
         )
     return values, seconds
 
 
-def _empty(job: Job) -> Tensor:
-    return torch.empty(job.size, dtype=job.dtype, device=job.like.device)
+def _compute(
+    jobs: Sequence[Job], task: Task, plan: WorkPlan, matrices: dict[int, Tensor], world: World
+) -> Tensor | None:
+    """The task's results in a row; None on the processes that only help with a shared matrix."""
+    packed = [jobs[i].pack(factors) for i, factors in run_task(task, plan, matrices.__getitem__, world.group)]
+    return torch.cat(packed) if packed else None
 
 
-def _present(values: Tensor | None) -> Tensor:
-    assert values is not None
-    return values
+def _empty(jobs: Sequence[Job], task: Task) -> Tensor:
+    like = jobs[task.layers[0]].like
+    size = sum(jobs[i].size for i in task.layers)
+    return torch.empty(size, dtype=compute_dtype(like.dtype), device=like.device)

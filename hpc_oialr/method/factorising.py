@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.linalg.blocks import orthogonality_error
-from hpc_oialr.linalg.svd import compute_dtype, svd
+from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
+from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, Site
 from hpc_oialr.method.dealing import Job, deal
 
@@ -55,7 +56,8 @@ class Rotation:
 def weight_factors(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
     """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
 
-    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer.
+    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer. One
+    that has more than a process's share of the work, and is long enough, is shared by several.
     Of a weight in row blocks each process works on its own, which it never shows to another: it sends
     triangles of at most k^2 numbers log2 P times, and no process holds more than ``k max(m, n)`` numbers
     beside its block, of one layer at a time.
@@ -72,15 +74,17 @@ def _dealt(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterat
 
 
 def _weight_job(site: Site, r: int, engine: Engine) -> Job:
-    (m, n), k, weight = site.shape, site.k, site.weight
+    (m, n), k = site.shape, site.k
 
-    def compute(_: None) -> Tensor:
-        U, s, Vh = svd(site.weight.reshape(m, n), name=site.name)
+    def prepare() -> Tensor:
+        engine.open(site)
+        return site.weight.detach().reshape(m, n)
+
+    def pack(factors: SVD) -> Tensor:
+        U, s, Vh = factors
         return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
 
-    size, cost = k + r * (m + n), float(m) * n * k
-    prepare = lambda: engine.open(site)  # noqa: E731
-    return Job(site.name, compute, size, weight, compute_dtype(weight.dtype), cost, prepare)
+    return Job(LayerWork(site.name, m, n), prepare, pack, k + r * (m + n), site.weight)
 
 
 def _blockwise(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
@@ -102,31 +106,35 @@ def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
     """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 2`` numbers a layer."""
     jobs = [_core_job(site, engine) for site in sites]
     for result in deal(jobs, engine.world):
-        layer = sites[result.index].low_rank
-        assert layer is not None
+        layer = _layer(sites[result.index])
         r = layer.r
         s, P, Qh, errors = result.values.split([r, r * r, r * r, 2])
+        if engine.layout.group is not None:
+            errors = _errors(layer, engine)
         error_U, error_Vh = errors.tolist()
         yield Rotation(result.index, P.view(r, r), s, Qh.view(r, r), (error_U, error_Vh), result.seconds)
 
 
 def _core_job(site: Site, engine: Engine) -> Job:
-    layer = site.low_rank
-    assert layer is not None
-    r, dtype = layer.r, compute_dtype(layer.S.dtype)
+    layer = _layer(site)
+    r = layer.r
 
-    def prepare() -> tuple[Tensor, Tensor | None]:
+    def prepare() -> Tensor:
         engine.open(site)
-        split = engine.layout.group is not None
-        return engine.layout.core(layer.S), _errors(layer, engine) if split else None
+        return engine.layout.core(layer.S)
 
-    def compute(prepared: tuple[Tensor, Tensor | None]) -> Tensor:
-        S, errors = prepared
-        P, s, Qh = svd(S, name=site.name)
-        errors = _errors(layer, engine) if errors is None else errors
+    def pack(factors: SVD) -> Tensor:
+        P, s, Qh = factors
+        # Of split bases all processes measure the errors together, afterwards.
+        errors = _errors(layer, engine) if engine.layout.group is None else torch.zeros(2)
         return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors.to(s)])
 
-    return Job(site.name, compute, r + 2 * r * r + 2, layer.S, dtype, float(r) ** 3, prepare)
+    return Job(LayerWork(site.name, r, r), prepare, pack, r + 2 * r * r + 2, layer.S)
+
+
+def _layer(site: Site) -> LowRankWeight:
+    assert site.low_rank is not None
+    return site.low_rank
 
 
 def _errors(layer: LowRankWeight, engine: Engine) -> Tensor:

@@ -27,7 +27,7 @@ def factors(m: int, n: int, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_same_as_three_linear_layers(shape, transposed, biased):
-    A, S, C, bias = factors(20, 12, 6)
+    A, S, C, bias = factors(20, 12, 8)
     if transposed:  # as transformers' Conv1D stores them
         A, C = A.mT.contiguous().mT, C.mT.contiguous().mT
     x = torch.randn(*shape, 12, requires_grad=True)
@@ -44,7 +44,7 @@ def test_same_as_three_linear_layers(shape, transposed, biased):
 
 @onednn
 def test_only_what_is_needed():
-    A, S, C, bias = factors(8, 6, 3)
+    A, S, C, bias = factors(8, 6, 8)
     y = chain(torch.randn(4, 6), A, S.detach(), C, bias)
     assert torch.autograd.grad(y.sum(), bias)[0].tolist() == [4.0] * 8
     with torch.no_grad():
@@ -52,11 +52,12 @@ def test_only_what_is_needed():
 
 
 def test_where_torchs_own_products_are_used():
-    A, S, C, bias = factors(8, 6, 3)
+    A, S, C, bias = factors(8, 6, 8)
     x = torch.randn(4, 6)
     assert not module._thin_on_cpu(x.double(), A.double(), S.double(), C.double())
     assert not module._thin_on_cpu(x, A.clone().requires_grad_(), S, C)
     assert not module._thin_on_cpu(torch.randn(0, 6), A, S, C)
+    assert not module._thin_on_cpu(x, *factors(8, 6, 5)[:3]), "of many values of r only some are compiled"
     with torch.autocast("cpu", torch.bfloat16):
         assert not module._thin_on_cpu(x, A, S, C)
     assert chain(torch.randn(0, 6), A, S, C, bias).shape == (0, 8)
@@ -64,7 +65,7 @@ def test_where_torchs_own_products_are_used():
 
 @onednn
 def test_a_second_derivative_needs_torchs_own():
-    A, S, C, bias = factors(8, 6, 3)
+    A, S, C, bias = factors(8, 6, 8)
     x = torch.randn(4, 6, requires_grad=True)
 
     def penalty() -> Tensor:

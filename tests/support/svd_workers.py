@@ -1,6 +1,6 @@
 """What a process of a gloo group or under mpirun does in the tests of the linear algebra.
 
-As a script: ``mpirun -n P python svd_workers.py FOLDER`` writes ``FOLDER/RANK.pt``.
+As a script: ``mpirun -n 4 python svd_workers.py FOLDER 1 2 3 4`` writes ``FOLDER/RANK.pt``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def failures(comm: Communicator) -> list[str]:
 
 def plan(comm: Communicator) -> Results:
     """Layers dealt by a plan whose first one is larger than a fair share."""
-    layers = [LayerWork("large", 60, 30), LayerWork("wide", 12, 20), *(LayerWork(c, 9, 8) for c in "abc")]
+    layers = [LayerWork("large", 400, 16), LayerWork("wide", 12, 20), *(LayerWork(c, 9, 8) for c in "abc")]
     done = run_plan(WorkPlan.of(layers, comm.size), lambda i: plan_matrix(layers[i], i), comm)
     return {layers[i].name: tuple(svd) for i, svd in done}
 
@@ -96,7 +96,20 @@ def plan_matrix(layer: LayerWork, index: int) -> torch.Tensor:
     return torch.randn(layer.m, layer.n, generator=generator)
 
 
+def over_mpi(sizes: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The same under mpirun."""
+    from mpi4py import MPI
+
+    world, found = MPI.COMM_WORLD, {}
+    for size in sizes:
+        part = world.Split(0 if world.rank < size else MPI.UNDEFINED)
+        if part != MPI.COMM_NULL:
+            comm = mpi_world() if size == world.size else communicator(part)
+            found[size] = everything(comm, few_cases())
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world = mpi_world()
-    torch.save(everything(world, few_cases()), Path(sys.argv[1]) / f"{world.rank}.pt")
+    found = over_mpi([int(size) for size in sys.argv[2:]])
+    torch.save(found, Path(sys.argv[1]) / f"{mpi_world().rank}.pt")

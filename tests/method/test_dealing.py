@@ -1,0 +1,78 @@
+"""SVDs dealt by a work plan: batches and a shared matrix, the same results on one process and on three."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.spawn import spawn
+from torch import Tensor
+
+from hpc_oialr.errors import NonFiniteError
+from hpc_oialr.linalg.svd import SVD
+from hpc_oialr.linalg.work_plan import LayerWork
+from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.processes import World
+
+SHAPES = [(9, 9)] * 5 + [(600, 8)] + [(12, 9)] * 2
+LONG = 5
+
+
+Results = tuple[dict[int, Tensor], set[int]]  # all values; which of them took time here
+
+
+def job(index: int) -> Job:
+    """Of a random matrix; its result are all factors."""
+    m, n = SHAPES[index]
+    A = torch.randn(m, n, generator=torch.Generator().manual_seed(index))
+    k = min(m, n)
+
+    def pack(factors: SVD) -> Tensor:
+        U, s, Vh = factors
+        return torch.cat([s, U.reshape(-1), Vh.reshape(-1)])
+
+    return Job(LayerWork(f"layer {index}", m, n), lambda: A, pack, k * (1 + m + n), A)
+
+
+def results(rank: int, size: int) -> Results:
+    world = World.single("cpu") if size == 1 else World.from_environment(device="cpu", timeout_s=60)
+    found = list(deal([job(i) for i in range(len(SHAPES))], world))
+    assert sorted(result.index for result in found) == list(range(len(SHAPES)))
+    return {r.index: r.values.clone() for r in found}, {r.index for r in found if r.seconds}
+
+
+@pytest.fixture(scope="module")
+def together() -> list[Results]:
+    return spawn(results, 3)
+
+
+def test_the_same_results_on_one_process_and_on_three(together: list[Results]) -> None:
+    alone, _ = results(0, 1)
+    for values, _ in together:
+        for index, value in values.items():
+            assert torch.equal(value, together[0][0][index])
+            if index != LONG:
+                assert torch.equal(value, alone[index]), "a batch is a loop on a CPU"
+    worked = [index for _, mine in together for index in mine]
+    assert sorted(worked) == sorted([*range(len(SHAPES)), LONG]), "two processes worked on the long one"
+
+
+def test_a_shared_matrix_has_its_svd(together: list[Results]) -> None:
+    m, n = SHAPES[LONG]
+    for values, _ in together:
+        s, U, Vh = values[LONG].split([n, m * n, n * n])
+        A = job(LONG).prepare()
+        torch.testing.assert_close((U.view(m, n) * s) @ Vh.view(n, n), A, atol=1e-4, rtol=0)
+
+
+def with_nan(rank: int, size: int) -> str:
+    jobs = [job(i) for i in range(len(SHAPES))]
+    jobs[3].prepare()[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError) as caught:
+        list(deal(jobs, World.from_environment(device="cpu", timeout_s=60)))
+    return str(caught.value)
+
+
+def test_a_failure_in_a_batch_stops_every_process() -> None:
+    texts = spawn(with_nan, 2)
+    assert any(text.startswith("layer 3 holds 1 NaN or Inf among 81 values") for text in texts)
+    assert all("layer " in text for text in texts)
