@@ -43,15 +43,30 @@ def basis_stability(
     ----------
     arXiv 2401.08505, section 3 (there r1 = r2 = k and one process).
     """
-    comm, dtype = communicator(group), compute_dtype(U1.dtype)
-    U1, Vh1, U2, Vh2 = (part.detach().to(dtype) for part in (U1, Vh1, U2, Vh2))
-    gram_u, gram_v = U1.mT @ U2, Vh1 @ Vh2.mT
+    comm, (gram_u, gram_v) = communicator(group), _partial_grams(U1, Vh1, U2, Vh2)
     if vh == "block":
-        gram_u, gram_v = comm.all_reduce(torch.stack([gram_u, gram_v]))
-        total = (gram_u * gram_v).sum(dtype=torch.float64)
-    else:
-        total = comm.all_reduce((gram_u * gram_v).sum(dtype=torch.float64))
+        return stability_of(*comm.all_reduce(torch.stack([gram_u, gram_v])))
+    total = comm.all_reduce((gram_u * gram_v).sum(dtype=torch.float64))
     return float(total) / math.sqrt(U1.shape[1] * U2.shape[1])
+
+
+def gram_products(
+    U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """``U1^T U2`` and ``Vh1 Vh2^T``, whole on every process; parameters and cost as of :func:`basis_stability`."""
+    gram_u, gram_v = communicator(group).all_reduce(torch.stack(_partial_grams(U1, Vh1, U2, Vh2)))
+    return gram_u, gram_v
+
+
+def stability_of(gram_u: Tensor, gram_v: Tensor) -> float:
+    """:func:`basis_stability` from its Gram products, ``U1^T U2`` and ``Vh1 Vh2^T``."""
+    return float((gram_u * gram_v).sum(dtype=torch.float64)) / math.sqrt(gram_u.shape[0] * gram_u.shape[1])
+
+
+def _partial_grams(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor) -> list[Tensor]:
+    dtype = compute_dtype(U1.dtype)
+    U1, Vh1, U2, Vh2 = (part.detach().to(dtype) for part in (U1, Vh1, U2, Vh2))
+    return [U1.mT @ U2, Vh1 @ Vh2.mT]
 
 
 def orthogonality_error(Q: Tensor, group: Group = None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hpc_oialr.method.checks import check_optimizer, require_finite, trained_sit
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
-from hpc_oialr.method.stability import rotation_stability
+from hpc_oialr.method.stability import rotation_angles, rotation_stability
 from hpc_oialr.method.watch import StabilityWatch
 from hpc_oialr.processes.replicas import check_equal
 
@@ -205,8 +206,11 @@ class OIALR:
         keep = self.config.limits.apply(self.config.rule.choose(spectrum, layer.m, layer.n), r, layer.k)
         drifted = max(rotation.errors) > self.config.orthogonality_bound
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
-        stability = rotation_stability(P, Qh)
-        return _layer_update(site, r, spectrum, stability, rotation.errors, rotation.seconds)
+        update = _layer_update(
+            site, r, spectrum, rotation_stability(P, Qh), rotation.errors, rotation.seconds
+        )
+        angle_U, angle_Vh = rotation_angles(P, Qh)
+        return replace(update, subspace_angle_U=angle_U, subspace_angle_Vh=angle_Vh)
 
     def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
         """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""

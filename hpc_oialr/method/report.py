@@ -30,9 +30,11 @@ class LayerUpdate:
     seconds
         Time of the SVD on a process that did it (s); 0 on the others.
     subspace_angle_U, subspace_angle_Vh
-        Largest principal angle to the basis before (rad); None where it was not measured.
+        Largest principal angle between the leading quarters of this basis and of the one before (rad); None
+        where there was none. See :func:`~hpc_oialr.linalg.basis_change.largest_angles`.
     r_factor_distance
-        Distance of the R of the weight's QR to the one before; None where it was not measured.
+        ``||R' - R||_F / ||R||_F``, R of the weight's QR, R' the new one; None where there was none before, and
+        once the weight is low-rank.
     """
 
     name: str

@@ -18,13 +18,14 @@ Fields of EVENT::
     stability               float64  agreement with the basis before; NaN where there was none
     orthogonality_error_U, orthogonality_error_Vh    float64
     seconds                 float64  time of the SVD
-    subspace_angle_U, subspace_angle_Vh    float64  largest principal angle to the basis before (rad)
-    r_factor_distance       float64  Frobenius norm of the difference to the R of the weight's QR before
+    subspace_angle_U, subspace_angle_Vh    float64  largest principal angle between the leading quarter of the
+                            basis and that of the basis before (rad)
+    r_factor_distance       float64  ||R' - R||_F / ||R||_F, R of the weight's QR before, R' now; while dense
     stable_rank             float64  of the values before the cut, as all that follow
     effective_rank          float64  exp of the entropy of s / sum s
     noise_edge              float64  largest singular value that noise alone would have
     values_above_edge       float64  how many stand above it
-    alpha                   float64  power-law exponent of the tail of s^2
+    alpha                   float64  power-law exponent of the tail of s^2; NaN for fewer than 20 values
     condition_number        float64  largest over smallest value
 
 Fields of STEP::
