@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# What the scripts of this folder share. Each sets RECIPE, smoke() with the settings of a smoke run, SAMPLE for the
+# data it needs then, and root; then it sources this file.
+#
+#   sbatch --nodes=4 slurm/vit_b16.sh --train.epochs 30                    in the repository's root
+#   SITE=horeka slurm/vit_b16.sh --nodes=4 -- --train.epochs 30            submits itself, with the site's options
+#   OIALR_SMOKE=1 sbatch --nodes=2 slurm/vit_b16.sh                        a few steps on CPUs, on made-up data
+#   sbatch --array=0-2 slurm/vit_b16.sh                                    one run for each seed
+#
+# Settings (environment):
+#   SITE              name of a file in env/sites, or a path               generic
+#   VARIANT=dense     the dense twin of the recipe
+#   OIALR_OUT         run folder; one that holds a run is gone on with     OIALR_RUNS/RECIPE-JOB
+#   OIALR_RUNS        where run folders go                                 runs
+#   OIALR_VENV        virtual environment                                  .venv of the repository, if there is one
+#   OIALR_IMAGE       Apptainer image, instead
+#   OIALR_MPI         how srun starts MPI (pmix, pmi2)                     the site's
+#   OIALR_MAX_REQUEUES                                                     20
+set -eo pipefail
+root=$(cd "$root" && pwd)
+
+site=${SITE:-generic}
+[[ $site == */* ]] || site=$root/env/sites/$site.sh
+if [[ ! -f $site ]]; then
+  echo "oialr: error: SITE is '${SITE:-}', but there is no $site; there are: $(cd "$root/env/sites" && echo *.sh)" >&2
+  exit 2
+fi
+SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
+# shellcheck source=../env/sites/generic.sh
+source "$site"
+
+# On a login node: what stands before -- goes to sbatch, after the site's options; the rest are settings.
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  options=()
+  while [[ $# -gt 0 && $1 != -- ]]; do options+=("$1"); shift; done
+  [[ $# -eq 0 ]] || shift
+  export OIALR_ROOT=$root
+  exec sbatch --export=ALL "${SITE_SBATCH[@]}" "${options[@]}" "$root/slurm/$(basename "$0")" "$@"
+fi
+
+# The last thing a job does. TERM is what Slurm ends a job with: bash would leave at once, and with code 0; like
+# this it waits for srun and knows its code.
+trap 'PYTHONPATH=$root python3 -m hpc_oialr.launch.requeue "$?"' EXIT
+trap : TERM
+
+[[ ${1:-} != -- ]] || shift
+if [[ -n ${OIALR_IMAGE:-} ]]; then
+  oialr=(apptainer exec --nv --bind "$root,$PWD" "$OIALR_IMAGE" python -m hpc_oialr)
+else
+  venv=${OIALR_VENV:-$root/.venv}
+  # shellcheck source=/dev/null
+  [[ ! -f $venv/bin/activate ]] || source "$venv/bin/activate"
+  oialr=(python -m hpc_oialr)
+fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+# HDF5 locks files in a way that parallel file systems do not have.
+export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Address and port of the rendezvous: oialr takes them from the job's nodes and number, unless the site sets them.
+
+# One process that dies ends the step, instead of leaving the others waiting.
+srun=(srun --kill-on-bad-exit=1 --wait=60 "${SITE_SRUN[@]}")
+mpi=${OIALR_MPI:-$SITE_MPI}
+[[ -z $mpi ]] || srun+=(--mpi="$mpi")
+
+settings=()
+name=$RECIPE
+job=$SLURM_JOB_ID
+if [[ ${VARIANT:-} == dense ]]; then
+  settings+=(--dense)
+  name+=-dense
+fi
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  settings+=(--train.seed "$SLURM_ARRAY_TASK_ID")
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+runs=${OIALR_RUNS:-runs}
+if [[ ${OIALR_SMOKE:-} == 1 ]]; then
+  samples=$runs/samples-$job
+  [[ -z ${SAMPLE:-} ]] || "${oialr[@]}" data sample "$SAMPLE" "$samples"
+  settings+=(--train.device cpu --train.workers 0 --train.evaluation_batch 8)
+  smoke
+  srun+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+fi
+# Since 22.05 srun does not take this from the job.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+fi
+
+"${srun[@]}" "${oialr[@]}" train "$RECIPE" --out "${OIALR_OUT:-$runs/$name-$job}" --continue "${settings[@]}" "$@"
