@@ -4,19 +4,23 @@ const THEMES = ["system", "light", "dark"];
 const systemIsDark = window.matchMedia("(prefers-color-scheme: dark)");
 const redraws = [];
 let theme = "system";
+let colours = {};
 
 function isDark() {
   return theme === "dark" || (theme === "system" && systemIsDark.matches);
 }
 
 function applyTheme() {
+  colours = {};
   document.documentElement.dataset.theme = isDark() ? "dark" : "light";
   document.getElementById("theme").textContent = `Theme: ${theme}`;
   for (const redraw of redraws) redraw();
 }
 
+/** A colour of page.css; asked for once a theme, as each look makes the browser work out all styles. */
 function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  colours[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  return colours[name];
 }
 
 // Okabe and Ito's colours; on dark paper the ones that are lost there give way to their lighter fellows.
