@@ -26,13 +26,15 @@ HEAD_BYTES = 8 * 2**20
 class SegmentedFile:
     """A record that is whole on the disk at any moment.
 
-    HDF5 changes a file in place, and one killed meanwhile may never open again. Its SWMR mode does not help:
-    a writer killed by -9 leaves the file marked as open for writing and its last chunks without an index, no
-    group can be added once it is on, and it needs a file system with ordered writes, which neither NFS nor Lustre
-    is. So the head lives in memory; rows are added there, and its bytes then take the old file's place in one
-    rename. After a kill at any moment the file opens and holds all rows whose :meth:`append` had returned, and
-    others may read it at any moment. HDF5 never opens the path, so that file locks, which many parallel file
-    systems lack, do not matter.
+    HDF5 changes a file in place, and one killed meanwhile may never open again. So the head lives in memory;
+    rows are added there, and its bytes then take the old file's place in one rename. After a kill at any moment
+    the file opens and holds all rows whose :meth:`append` had returned, and others may read it at any moment.
+    HDF5 never opens the path, so that file locks, which many parallel file systems lack, do not matter.
+
+    HDF5's own answer, SWMR, was tried (thirty kills on a local disk): all rows were there, but a killed writer
+    leaves its file marked as open, so that plain readers, and a run that goes on, are refused until ``h5clear``
+    was run by hand. Neither new layers nor the cut at a resume fit its rules (append only, to data sets that were
+    there before), and it asks for a file system that keeps the order of writes, which NFS and Lustre do not.
 
     A head that has reached ``head_bytes`` is closed: it becomes segment 001, 002, ... beside the path, never
     changed any more, and a new head begins. So rows cost at most the head's size, however long the run. The

@@ -98,7 +98,8 @@ class Recorder:
         if self.metrics is None:
             return
         session, module = self.session, self.session.module
-        share = trainable_parameters(module) / dense_parameters(module)
+        trained = trainable_parameters(module)
+        share = trained / dense_parameters(module)
         unit = session.config.task.unit
         row = {
             "step": step,
@@ -111,7 +112,8 @@ class Recorder:
             f"{unit}_per_s": self.pace.items_per_s,
         }
         self._write(row)
-        self.spectra.add_steps(row, clocks, memory_bytes=self.meter.peak_bytes, joules=joules)
+        own = {"trained_parameters": trained, "memory_bytes": self.meter.peak_bytes, "energy_J": joules}
+        self.spectra.add_steps(row, clocks, **own)
         status = Status(
             step=step,
             total_steps=session.total_steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpc_oialr.lowrank import trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.processes import MetricsChannel
 from hpc_oialr.record import RunFolder
@@ -69,16 +68,11 @@ class SpectraRecord:
         if self.writer is not None:
             self.writer.write(report)
 
-    def add_steps(self, row: Mapping[str, Any], clocks: Clocks, *, memory_bytes: int, joules: float) -> None:
-        """A row of ``metrics.jsonl``, on the main process."""
+    def add_steps(self, row: Mapping[str, Any], clocks: Clocks, **own: float) -> None:
+        """A row of ``metrics.jsonl``, on the main process, with some more fields of the table of steps."""
         if self.writer is None:
             return
         phases = {f"{name}_s": clocks.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")}
-        own = {
-            "trained_parameters": trainable_parameters(self.session.module),
-            "memory_bytes": memory_bytes,
-            "energy_J": joules,
-        }
         self.writer.add_steps({name: row[name] for name in ("step", "loss", "lr", "wall_s")} | phases | own)
 
     def flush(self) -> None:
