@@ -23,7 +23,7 @@ function layout(x, y, more = {}) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 13, color: colour("ink") },
-    margin: { l: 60, r: 14, t: 10, b: 46 },
+    margin: { l: 74, r: 14, t: 10, b: 46 },
     hovermode: "closest",
     hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("ink") } },
     showlegend: false,
