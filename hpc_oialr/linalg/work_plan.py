@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 # A layer is shared if each process then has at most this part of the work that one alone would have.
 WORTH_SHARING = 0.8
-# Numbers of the matrices in one batch, unless a single one has more: what is held at a time.
-BATCH_NUMBERS = 1 << 20
+# Numbers that are held for the layers of one batch, unless a single one has more: 32 MiB in fp32.
+BATCH_NUMBERS = 1 << 23
 
 
 def svd_cost(m: int, n: int, processes: int = 1) -> float:
@@ -29,12 +29,21 @@ def svd_cost(m: int, n: int, processes: int = 1) -> float:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One matrix to factorise, m x n; ``cost`` relative to the others, default :func:`svd_cost`."""
+    """One matrix to factorise, m x n.
+
+    Attributes
+    ----------
+    cost
+        Relative to the others; default :func:`svd_cost`.
+    held
+        Numbers that must be there meanwhile; default ``m n``.
+    """
 
     name: str
     m: int
     n: int
     cost: float | None = None
+    held: int | None = None
 
     @property
     def work(self) -> float:
@@ -84,8 +93,22 @@ class WorkPlan:
     tasks: tuple[Task, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerWork], processes: int, *, share: bool = True) -> WorkPlan:
-        """Make the plan; ``share=False`` keeps every layer on one process.
+    def of(
+        cls,
+        layers: Sequence[LayerWork],
+        processes: int,
+        *,
+        share: bool = True,
+        batch_numbers: int = BATCH_NUMBERS,
+    ) -> WorkPlan:
+        """Make the plan.
+
+        Parameters
+        ----------
+        share
+            False keeps every layer on one process.
+        batch_numbers
+            Numbers held for one batch; 0 makes no batches.
 
         Examples
         --------
@@ -102,13 +125,21 @@ class WorkPlan:
         shared = [task for i in candidates if (task := _shared(i, layers[i], fair, loads)) is not None]
         rest = sorted(set(range(len(layers))) - {task.layers[0] for task in shared})
         owners = longest_processing_time([layers[i].work for i in rest], processes, start=loads)
-        alone = _batches(layers, dict(zip(rest, owners, strict=True)))
+        alone = _batches(layers, dict(zip(rest, owners, strict=True)), batch_numbers)
         return cls(tuple(layers), processes, (*shared, *alone))
 
     @classmethod
-    def with_owners(cls, layers: Sequence[LayerWork], owners: Sequence[int], processes: int) -> WorkPlan:
+    def with_owners(
+        cls,
+        layers: Sequence[LayerWork],
+        owners: Sequence[int],
+        processes: int,
+        *,
+        batch_numbers: int = BATCH_NUMBERS,
+    ) -> WorkPlan:
         """The plan in which each layer is factorised by its given process."""
-        return cls(tuple(layers), processes, tuple(_batches(layers, dict(enumerate(owners)))))
+        tasks = _batches(layers, dict(enumerate(owners)), batch_numbers)
+        return cls(tuple(layers), processes, tuple(tasks))
 
     def of_process(self, rank: int) -> list[Task]:
         """What process ``rank`` does, in order."""
@@ -168,16 +199,20 @@ def _shared(index: int, layer: LayerWork, fair: float, loads: list[float]) -> Ta
     return Task((index,), tuple(members), layer.work * part)
 
 
-def _batches(layers: Sequence[LayerWork], owners: Mapping[int, int]) -> list[Task]:
-    """Layers of one shape and owner together; each owner's dearest batch first."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
+def _batches(layers: Sequence[LayerWork], owners: Mapping[int, int], batch_numbers: int) -> list[Task]:
+    """Layers of one shape and owner together, as many as may be held; each owner's dearest batch first."""
+    open_batches: dict[tuple[int, int, int], list[int]] = {}
+    held: dict[tuple[int, int, int], int] = {}
+    batches: list[tuple[int, list[int]]] = []
     for i, owner in owners.items():
-        alike.setdefault((owner, layers[i].m, layers[i].n), []).append(i)
-    tasks = []
-    for (owner, m, n), members in alike.items():
-        size = max(1, BATCH_NUMBERS // max(1, m * n))
-        for batch in (members[at : at + size] for at in range(0, len(members), size)):
-            tasks.append(Task(tuple(batch), (owner,), sum(layers[i].work for i in batch)))
+        layer = layers[i]
+        alike, numbers = (owner, layer.m, layer.n), layer.m * layer.n if layer.held is None else layer.held
+        if alike not in open_batches or held[alike] + numbers > batch_numbers:
+            open_batches[alike], held[alike] = [], 0
+            batches.append((owner, open_batches[alike]))
+        open_batches[alike].append(i)
+        held[alike] += numbers
+    tasks = [Task(tuple(batch), (owner,), sum(layers[i].work for i in batch)) for owner, batch in batches]
     return sorted(tasks, key=lambda task: (task.processes, -task.load, task.layers))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.plan_execution import run_task
 from hpc_oialr.linalg.svd import SVD, compute_dtype
-from hpc_oialr.linalg.work_plan import LayerWork, Task, WorkPlan
+from hpc_oialr.linalg.work_plan import BATCH_NUMBERS, LayerWork, Task, WorkPlan
 from hpc_oialr.processes import World
 
 
@@ -53,8 +53,8 @@ class Result:
 def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = None) -> Iterator[Result]:
     """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.
 
-    In a round each process does at most one task of the plan: one matrix, several small ones of one shape, or
-    its part of a long one. Results are applied and freed before the next round. Sends the jobs' results, and
+    In a round each process does at most one task of the plan: one matrix, on a GPU several small ones of one
+    shape, or its part of a long one. Results are applied and freed before the next round. Sends the jobs' results, and
     what the SVD of a shared matrix needs. Every result but a shared matrix' has the same bits on any number
     of CPU processes.
 
@@ -68,10 +68,7 @@ def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = No
     NonFiniteError
         On every process, if any job failed on any.
     """
-    works = [job.work for job in jobs]
-    plan = (
-        WorkPlan.of(works, world.size) if owners is None else WorkPlan.with_owners(works, owners, world.size)
-    )
+    plan = _plan(jobs, world, owners)
     for tasks in plan.rounds():
         mine = next((task for task in tasks if world.rank in task.processes), None)
         matrices = {i: jobs[i].prepare() for task in tasks for i in task.layers}
@@ -86,6 +83,15 @@ def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = No
                 work.wait()
             for i, part in zip(task.layers, buffer.split([jobs[i].size for i in task.layers]), strict=True):
                 yield Result(i, part, seconds / len(task.layers) if task is mine else 0.0)
+
+
+def _plan(jobs: Sequence[Job], world: World, owners: Sequence[int] | None) -> WorkPlan:
+    works = [job.work for job in jobs]
+    # On a CPU a batch would be a loop, and only hold more at a time.
+    batch_numbers = BATCH_NUMBERS if jobs and jobs[0].like.is_cuda else 0
+    if owners is None:
+        return WorkPlan.of(works, world.size, batch_numbers=batch_numbers)
+    return WorkPlan.with_owners(works, owners, world.size, batch_numbers=batch_numbers)
 
 
 def _compute_agreed(

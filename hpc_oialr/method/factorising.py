@@ -129,7 +129,9 @@ def _core_job(site: Site, engine: Engine) -> Job:
         errors = _errors(layer, engine) if engine.layout.group is None else torch.zeros(2)
         return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors.to(s)])
 
-    return Job(LayerWork(site.name, r, r), prepare, pack, r + 2 * r * r + 2, layer.S)
+    # Some engines bring U and Vh too when they open a layer.
+    work = LayerWork(site.name, r, r, held=r * (r + sum(site.shape)))
+    return Job(work, prepare, pack, r + 2 * r * r + 2, layer.S)
 
 
 def _layer(site: Site) -> LowRankWeight:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_oialr.linalg.work_plan import BATCH_NUMBERS, LayerWork, WorkPlan, longest_processing_time, svd_cost
+from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan, longest_processing_time, svd_cost
 
 costs = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40)
 
@@ -64,11 +64,13 @@ def test_square_layers_are_never_shared() -> None:
     assert all(len(task.processes) == 1 for task in plan.tasks)
 
 
-def test_large_matrices_are_no_batch() -> None:
-    side = math.isqrt(BATCH_NUMBERS // 2)
-    layers = [LayerWork("a", side, side)] * 3 + [LayerWork("b", 2 * side, 2 * side)] * 2
-    plan = WorkPlan.with_owners(layers, [0] * 5, 1)
-    assert sorted(task.layers for task in plan.tasks) == [(0, 1), (2,), (3,), (4,)]
+def test_a_batch_holds_no_more_than_it_may() -> None:
+    layers = (
+        [LayerWork("a", 10, 10)] * 3 + [LayerWork("b", 20, 20)] * 2 + [LayerWork("c", 5, 5, held=101)] * 2
+    )
+    plan = WorkPlan.with_owners(layers, [0] * 7, 1, batch_numbers=200)
+    assert sorted(task.layers for task in plan.tasks) == [(0, 1), (2,), (3,), (4,), (5,), (6,)]
+    assert all(len(task.layers) == 1 for task in WorkPlan.of(layers, 1, batch_numbers=0).tasks)
 
 
 @given(shapes, st.integers(1, 8))
@@ -82,7 +84,6 @@ def test_shared_tasks_come_first_and_in_one_order(sizes: list[tuple[int, int]], 
 @given(shapes, st.integers(1, 8))
 def test_equal_shapes_of_a_process_are_one_batch(sizes: list[tuple[int, int]], processes: int) -> None:
     plan = WorkPlan.of([LayerWork("a", m, n) for m, n in sizes], processes)
-    assume(sum(m * n for m, n in sizes) <= BATCH_NUMBERS)
     for rank in range(processes):
         batches = [sizes[task.layers[0]] for task in plan.of_process(rank) if len(task.processes) == 1]
         assert len(batches) == len(set(batches))
