@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.cli.console import add_command, console, is_main
+from hpc_oialr.errors import OIALRError
 
 EXAMPLES = """  oialr spectra plot runs/first --figure stability --out stability.pdf
   oialr spectra plot runs/first --figure waterfall --layer encoder.0 --width double --out waterfall.svg
@@ -48,8 +49,13 @@ def plot(arguments: argparse.Namespace) -> int:
         return 0
     runs = find_runs(arguments.runs)
     figure = figure_of(arguments.figure, runs, layer=arguments.layer, width=arguments.width)
-    path = save(figure, arguments.out or Path(f"{arguments.figure}.png"))
-    for run in runs:
-        run.close()
+    path = arguments.out or Path(f"{arguments.figure}.png")
+    try:
+        save(figure, path)
+    except OSError as error:
+        raise OIALRError(f"{path} cannot be written ({error}); name another place by --out.") from error
+    finally:
+        for run in runs:
+            run.close()
     console().print(str(path), markup=False)
     return 0

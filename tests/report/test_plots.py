@@ -133,3 +133,6 @@ def test_command_draws_and_names_the_file(comparison, tmp_path, capsys):
     assert main(["spectra", "plot", str(comparison / "oialr"), *arguments]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert re.match(rb"\x89PNG", out.read_bytes())
+    nowhere = tmp_path / "no" / "w.png"
+    assert main(["spectra", "plot", str(comparison / "oialr"), "--out", str(nowhere)]) == 2
+    assert f"oialr: error: {nowhere} cannot be written" in capsys.readouterr().err
