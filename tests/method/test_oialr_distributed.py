@@ -198,6 +198,6 @@ def test_bases_for_stability_live_on_one_process_each() -> None:
     (state, names, kept), (other, same, kept_there) = spawn(_watch, 2)
     assert state == other
     assert names == same
-    assert len(names) == 6
+    assert len(names) == 9
     assert kept + kept_there == 3
     assert state["r"] == {"0": 9, "2": 18, "4": 18}
