@@ -17,7 +17,7 @@ smoke() {
     --oialr.delay 1 --oialr.frequency 1 --checkpoint.every 2)
 }
 
-command=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=//p')
+command=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
 for root in "${OIALR_ROOT:-}" "${command%/slurm/fashion_mnist.sh*}" "${SLURM_SUBMIT_DIR:-}" "$(dirname "$0")/.."; do
   [[ ! -f $root/slurm/common.sh ]] || break
 done

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from support.mpirun import HERE, python_environment
@@ -161,10 +161,8 @@ def is_paused(task: int) -> bool:
 
 
 def _send(task: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(task, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_ports() -> int:

@@ -1,0 +1,75 @@
+"""Unfit nodes are found before a run begins, and named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpc_oialr.errors import HealthError
+from hpc_oialr.processes import World
+from hpc_oialr.processes.health import Vitals, check_devices, check_health, check_sums, check_versions, vitals
+
+VERSIONS = {"torch": "2.13", "settings": "abc"}
+
+
+def crew(**of_process_2: object) -> list[Vitals]:
+    """Four processes on two nodes; the third one differs."""
+    usual = {"fault": "", "device": "", "versions": VERSIONS}
+    everyone = [Vitals(node=f"a{rank // 2 + 1}", **usual) for rank in range(4)]
+    everyone[2] = Vitals(**{"node": "a2", **usual, **of_process_2})
+    return everyone
+
+
+def test_this_process_is_fit():
+    check_health(World.single("cpu"), "abc")
+    mine = vitals(World.single("cpu"), "abc")
+    assert (mine.fault, mine.device, mine.versions["torch"]) == ("", "", torch.__version__)
+
+
+def test_a_device_that_does_not_compute():
+    check_devices(crew())
+    with pytest.raises(HealthError) as caught:
+        check_devices(crew(fault="CUDA error: uncorrectable ECC error encountered"))
+    assert str(caught.value) == (
+        "process 2 of 4 on node a2 cannot compute on its device (CUDA error: uncorrectable ECC error encountered); "
+        "every process must. To leave out what is unfit: sbatch --exclude=a2. To start without this check: "
+        "--train.health_check false"
+    )
+
+
+def test_a_device_that_is_not_there():
+    fault = vitals(World(device=torch.device("meta")), "abc").fault
+    assert "meta tensors" in fault
+    assert "\n" not in fault
+
+
+def test_two_processes_on_one_gpu():
+    check_devices(
+        [Vitals("a1", "", "GPU x", {}), Vitals("a2", "", "GPU x", {}), Vitals("a1", "", "GPU y", {})]
+    )
+    with pytest.raises(
+        HealthError, match=r"processes 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"
+    ):
+        check_devices(
+            [Vitals("a1", "", "GPU x", {}), Vitals("a2", "", "GPU x", {}), Vitals("a1", "", "GPU x", {})]
+        )
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_node_with_something_else(name):
+    check_versions(crew())
+    with pytest.raises(
+        HealthError, match=rf"2 of 4 on node a2 has {name} old, most have .*; .* --exclude=a2\."
+    ):
+        check_versions(crew(versions=VERSIONS | {name: "old"}))
+
+
+def test_a_wrong_sum():
+    nodes = ["a1", "a1", "a2", "a3"]
+    check_sums(nodes, [(10.0, 10.0)] * 4)
+    with pytest.raises(
+        HealthError,
+        match=r"process 2 of 4 on node a2 was given 10 to 11 as the sum over all processes, which is 10 "
+        r"\(1 more processes like it\)\. .*--exclude=a2,a3\.",
+    ):
+        check_sums(nodes, [(10.0, 10.0), (10.0, 10.0), (10.0, 11.0), (0.0, 0.0)])
