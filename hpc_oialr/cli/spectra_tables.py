@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from hpc_oialr.record.metrics import read_metrics
+from hpc_oialr.record.metrics import read_last_metrics
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.spectra import Layer, Spectra
 
@@ -54,7 +54,7 @@ def headline(run: Spectra) -> str:
 def _last_step(run: Spectra) -> tuple[int | None, float | None]:
     """From ``metrics.jsonl``, which is written at once; from the record where it stands alone."""
     metrics = RunFolder(_folder(run.path)).metrics
-    rows = [row for row in read_metrics(metrics) if "metric" not in row] if metrics.exists() else []
+    rows = [row for row in read_last_metrics(metrics) if "metric" not in row]
     if rows:
         return rows[-1]["step"], rows[-1]["loss"]
     if len(run.steps):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,16 @@ from typing import Any
 from hpc_oialr.errors import DataError
 from hpc_oialr.record.files import to_json, write_atomically
 
+log = logging.getLogger(__name__)
+
+# Lines that wait for room on the disk.
+_MOST_WAITING = 10_000
+
 
 class MetricsWriter:
     """Appends lines; each is handed to the operating system whole before :meth:`write` returns.
+
+    A disk that is full does not end the training: one warning, and lines wait, the last ones, until it has room.
 
     Parameters
     ----------
@@ -24,12 +34,27 @@ class MetricsWriter:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._file = self.path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
         self._drop_torn_line()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, which must hold an integer ``step``; NaN becomes null."""
         assert isinstance(record["step"], int)
-        self._file.write((to_json(record) + "\n").encode())
+        told = bool(self._waiting)
+        self._waiting.append((to_json(record) + "\n").encode())
+        try:
+            self._append_waiting()
+        except OSError as error:
+            if not told:
+                log.warning("%s cannot be written (%s); its lines wait until it can.", self.path, error)
+
+    def _append_waiting(self) -> None:
+        content, before = b"".join(self._waiting), os.fstat(self._file.fileno()).st_size
+        if self._file.write(content) != len(content):
+            # Not a part of a line: what comes later must begin a new one.
+            os.ftruncate(self._file.fileno(), before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting.clear()
 
     def truncate_after(self, step: int) -> None:
         """Drop records of later steps, as a run does that goes on from an older checkpoint."""
@@ -39,7 +64,11 @@ class MetricsWriter:
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; lines that still wait are lost if there is no room now."""
+        try:
+            self._append_waiting()
+        except OSError as error:
+            log.warning("%s: %d lines are lost (%s).", self.path, len(self._waiting), error)
         self._file.close()
 
     def _drop_torn_line(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +108,38 @@ def test_kill_leaves_whole_lines(tmp_path: Path) -> None:
     writer.truncate_after(10)
     writer.close()
     assert [record["step"] for record in read_metrics(path)] == list(range(11))
+
+
+class SmallDisk:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = content[: self.room]
+        self.room -= len(taken)
+        return int(self.file.write(taken))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 3, 12, 20])
+def test_a_full_disk_keeps_lines_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.write({"step": 1})
+    disk = writer._file = SmallDisk(writer._file, room)
+    for step in (2, 3, 4):
+        writer.write({"step": step})
+    assert [row["step"] for row in read_metrics(writer.path)] == ([1, 2] if room >= 12 else [1])
+    assert caplog.text.count("metrics.jsonl cannot be written ([Errno 28] No space left on device)") == 1
+    disk.room = 1000
+    writer.write({"step": 5})
+    assert [row["step"] for row in read_metrics(writer.path)] == [1, 2, 3, 4, 5]
+    disk.room = 0
+    writer.write({"step": 6})
+    writer.close()
+    assert "1 lines are lost ([Errno 28] No space left on device)" in caplog.text

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.small_disk import fill, small_disk
 from support.spectra_reports import content, report, step_row, steps_in, writer_of
 
 from hpc_oialr.errors import DataError
@@ -204,30 +203,16 @@ def test_a_side_file_of_another_run_is_left_alone(tmp_path: Path, run: Path, dis
     assert steps_in(twin / "spectra.h5") == [1, 2, 3, 4, 5]
 
 
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a tmpfs")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)], capture_output=True
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_real_disk_that_fills_up(tmpfs: Path, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
-    writer = write(make(tmpfs), range(1, 3))
-    (tmpfs / "other").write_bytes(b"x" * (os.statvfs(tmpfs).f_bavail * os.statvfs(tmpfs).f_frsize - 20_000))
-    write(writer, range(3, 9)).close()
-    assert writer.written == 8
-    assert caplog.text.count("[Errno 28] No space left on device") == 1
-    assert side_path(tmpfs / "spectra.h5").exists()
-    assert content(tmpfs) == content(whole)
-    (tmpfs / "other").unlink()
-    merge(tmpfs)
-    assert content(tmpfs) == content(whole)
-    assert [path.name for path in tmpfs.iterdir()] == ["spectra.h5"]
+def test_a_real_disk_that_fills_up(tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "small", kib=96) as run:
+        writer = write(make(run), range(1, 3))
+        other = fill(run, left=20_000)
+        write(writer, range(3, 9)).close()
+        assert writer.written == 8
+        assert caplog.text.count("[Errno 28] No space left on device") == 1
+        assert side_path(run / "spectra.h5").exists()
+        assert content(run) == content(whole)
+        other.unlink()
+        merge(run)
+        assert content(run) == content(whole)
+        assert [path.name for path in run.iterdir()] == ["spectra.h5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from support.small_disk import fill, small_disk
 from support.spawn import spawn
 from support.tiny_runs import merged, write_recipe
 from support.train_workers import stop_at_step, train_worker
@@ -23,6 +25,7 @@ from hpc_oialr.spectra import Spectra, open
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import Result, resume, train
+from hpc_oialr.train.stopping import StopRequest
 
 DENSE: dict[str, Any] = {"oialr": None, "record": {"spectra": True, "frequency": 3}, "train": {"steps": 14}}
 
@@ -142,6 +145,37 @@ def test_a_checkpoint_comes_after_the_record(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(CheckpointStore, "save", looked)
     run(tmp_path, checkpoint={"every": 2}, train={"steps": 12})
     assert found == [(2, 0, 2), (4, 0, 4), (6, 6, 6), (8, 6, 8), (10, 10, 10), (12, 10, 12)]
+
+
+def test_a_run_on_a_disk_that_is_full_for_a_while(
+    default: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "small", kib=3000) as disk:
+        steps, filling = itertools.count(1), disk / "of_somebody_else"
+
+        def asked() -> str:
+            step = next(steps)
+            if step == 8:
+                fill(disk, left=0)
+            if step == 20:
+                filling.unlink()
+            return ""
+
+        recipe = write_recipe(tmp_path, checkpoint={"every": None}, record={"side_folder": str(tmp_path)})
+        result = train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
+        assert result.summary is not None
+        assert result.summary["weights_sha256"] == default.summary["weights_sha256"]
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert all("cannot be written ([Errno 28] No space left on device)" in text for text in warnings)
+        files = [Path(text.partition(" cannot")[0]).name for text in warnings]
+        assert len(files) == len(set(files)), "one for each file"
+        assert {"metrics.jsonl", "spectra.h5"} <= set(files)
+        assert not list(disk.glob("run/spectra.h5?*"))
+        with open(result.folder) as spectra, open(default.folder) as whole:
+            assert record(spectra) == record(whole)
+        for name in ("metrics.jsonl", "updates.jsonl"):
+            written, expected = (read_metrics(path / name) for path in (result.folder, default.folder))
+            assert [row["step"] for row in written] == [row["step"] for row in expected]
 
 
 def test_a_file_for_each_process(tmp_path: Path) -> None:
