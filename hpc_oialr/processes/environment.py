@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpc_oialr.errors import WorldError
+from hpc_oialr.masking import is_secret, mask_text
 from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_count
 
 # Slurm gives steps that are no srun (batch script, interactive shell) the highest 32-bit numbers.
@@ -22,7 +23,6 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 20_000, 12_768
 # Open MPI's mpirun; srun --mpi=pmix; MPICH, Intel MPI and srun --mpi=pmi2.
 _MPI_LAUNCH = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_FD")
-_SECRET = re.compile(r"TOKEN|KEY|PASSW|SECRET|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
 _RECORDED = re.compile(
     r"(OMP|MKL|NCCL|GLOO|UCX|OMPI_MCA|HDF5|TORCH|PYTORCH|OIALR)_\w+|CUDA_VISIBLE_DEVICES|MASTER_(ADDR|PORT)"
     r"|SLURM_(JOB_(ID|NAME|NODELIST|PARTITION|NUM_NODES)|NTASKS|NNODES|TASKS_PER_NODE|CPUS_PER_TASK|GPUS_PER_NODE"
@@ -125,9 +125,10 @@ def all_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def recorded_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that change how a run behaves, for its record; nothing whose name hints at a secret."""
+    """Variables that change how a run behaves, for its record; no secrets."""
     env = os.environ if environ is None else environ
-    return {name: env[name] for name in sorted(env) if _RECORDED.fullmatch(name) and not _SECRET.search(name)}
+    kept = (name for name in sorted(env) if _RECORDED.fullmatch(name) and not is_secret(name))
+    return {name: mask_text(env[name]) for name in kept}
 
 
 def _single(env: Mapping[str, str]) -> LaunchInfo:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError, OIALRError
+from hpc_oialr.masking import MaskingFormatter, mask_tree
 from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
@@ -265,7 +266,7 @@ def _attributes(loaded: LoadedConfig, world: World) -> dict[str, Any]:
     """Root attributes of ``spectra.h5``."""
     environment = environment_report() if world.is_main else {}
     return {
-        "config": loaded.tree,
+        "config": mask_tree(loaded.tree),
         "environment": environment,
         "git_commit": (environment.get("git") or {}).get("commit") or "",
         "seed": loaded.config.train.seed,
@@ -279,7 +280,7 @@ def _logged(folder: RunFolder, world: World) -> Iterator[None]:
     """This process's log in the folder, meanwhile."""
     logger = logging.getLogger("hpc_oialr")
     handler = logging.FileHandler(folder.logs / f"process_{world.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     before = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

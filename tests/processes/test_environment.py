@@ -237,3 +237,8 @@ def test_secrets_are_not_recorded() -> None:
     assert recorded["NCCL_SOCKET_IFNAME"] == "ib0"
     assert recorded["OMP_NUM_THREADS"] == "2"
     assert recorded["SLURM_JOB_ID"] == "4711"
+
+
+def test_secrets_inside_of_values_are_masked() -> None:
+    env = {"OIALR_DATA": "https://me:s3cret@host/data?token=s3cret", "NCCL_DEBUG": "WARN"}
+    assert recorded_variables(env) == {"NCCL_DEBUG": "WARN", "OIALR_DATA": "https://***@host/data?token=***"}

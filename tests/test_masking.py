@@ -1,0 +1,54 @@
+"""No secret in what a run writes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from support.tiny_runs import write_recipe
+
+from hpc_oialr.cli.main import main
+from hpc_oialr.masking import MaskingFormatter, mask_text
+
+# Put together here, so that no scanner takes them for real ones.
+TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "a1" * 10, "AKIA" + "A1" * 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("ssh://me:pw@host:22/x and http://a@b", "ssh://***@host:22/x and http://***@b"),
+        ("password = 'a b' and more", "password = *** and more"),
+        ('{"api_key": "abc", "n": 1}', '{"api_key": ***, "n": 1}'),
+        ("Authorization: Bearer abc.def", "Authorization: ***"),
+        ("HF_TOKEN=abc", "HF_TOKEN=***"),
+        ("12 tokens/s, key 3, mail me@host, a/b://c", "12 tokens/s, key 3, mail me@host, a/b://c"),
+        *((f"found {token}.", "found ***.") for token in TOKENS),
+    ],
+)
+def test_texts(text: str, masked: str) -> None:
+    assert mask_text(text) == masked
+
+
+def test_logs_and_their_tracebacks() -> None:
+    try:
+        raise OSError("cannot reach https://me:s3cret@host")
+    except OSError as error:
+        info = (OSError, error, error.__traceback__)
+    record = logging.LogRecord("x", logging.INFO, "x.py", 1, "password=%s", ("s3cret",), info)
+    said = MaskingFormatter("%(message)s").format(record)
+    assert said.startswith("password=***\nTraceback")
+    assert "s3cret" not in said
+
+
+def test_messages(tmp_path, capsys) -> None:
+    recipe = write_recipe(tmp_path)
+    assert (
+        main(
+            ["train", str(recipe), "--data.path", "https://me:s3cret@host/text", "--out", str(tmp_path / "x")]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "s3cret" not in said
+    assert "https:/" in said
