@@ -33,8 +33,8 @@ def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.i
     """
     steps = np.unique(run.events["t"])
     end = int(steps[-1]) if len(steps) else 0
-    spare = max(1, round(0.03 * end))
-    edges = np.unique(np.concatenate([[0], steps, [max(end + spare, last_step or 0)]])).astype(np.int64)
+    after = last_step if last_step and last_step > end else end + max(1, round(0.03 * end))
+    edges = np.unique(np.concatenate([[0], steps, [after]])).astype(np.int64)
     shares = np.ones((len(run), len(edges) - 1))
     for row, layer in enumerate(run.values()):
         # What holds in a column is the last event at or before its left edge.

@@ -55,6 +55,10 @@ def test_r_holds_from_one_event_to_the_next(run):
     np.testing.assert_array_equal(shares, [[1, 1, 1, 0.75, 0.5, 0.5]] * 3)
 
 
+def test_r_of_the_last_event_is_seen_though_the_run_ended_with_it(run):
+    assert share_of_k(run.spectra, last_step=50)[0].tolist()[-2:] == [50, 52]
+
+
 def test_conversions_and_settling(run):
     assert conversions(run.spectra.values()) == [30]
     assert set(settling_steps(run.spectra, 0.95).values()) == {20.0}

@@ -88,7 +88,7 @@ def _stability(name: str, record: Spectra) -> Iterator[str]:
     enough = math.ceil(0.9 * len(steps))
     enough += sum(step == steps[enough - 1] for step in steps[enough:])
     yield (
-        f"In {name}, the stability of {enough} of {_layers(len(settled))} stays above {STABLE:g} from step "
+        f"In {name}, the stability of {_share_of_layers(enough, len(settled))} stays above {STABLE:g} from step "
         f"{steps[enough - 1]:,.0f} on{_rest(settled, enough, steps)}."
     )
 
@@ -129,6 +129,12 @@ def _noise(name: str, record: Spectra) -> Iterator[str]:
             f"At the last event of each layer in {name}, {np.median(known):.0%} of its singular values (median) stand "
             "above the edge that noise alone would reach."
         )
+
+
+def _share_of_layers(some: int, count: int) -> str:
+    if some < count:
+        return f"{some} of {count} layers"
+    return f"all {count} layers" if count > 1 else "its layer"
 
 
 def _layers(count: int) -> str:

@@ -13,6 +13,7 @@ from hpc_oialr.spectra import Spectra
 
 # Up to so many layers each has its name beside its row.
 NAMED = 40
+NAME_LENGTH = {"single": 26, "double": 60}
 
 
 @in_style
@@ -33,7 +34,7 @@ def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | N
     axes.set_xlabel("step")
     axes.invert_yaxis()
     if named:
-        axes.set_yticks(np.arange(len(run)) + 1, [_short(name) for name in run.layers])
+        axes.set_yticks(np.arange(len(run)) + 1, [_short(name, NAME_LENGTH[width]) for name in run.layers])
         axes.tick_params(axis="y", length=0, labelsize=6 if len(run) <= 30 else 5)
     else:
         axes.set_ylabel("depth (layer)")
@@ -52,6 +53,6 @@ def _bar(figure: Figure, axes: Axes, mesh: object) -> None:
     bar.outline.set_visible(False)
 
 
-def _short(name: str, length: int = 26) -> str:
+def _short(name: str, length: int) -> str:
     """The end of a long name, which is where names of one model differ."""
     return name if len(name) <= length else f"\N{HORIZONTAL ELLIPSIS}{name[1 - length :]}"

@@ -32,7 +32,7 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
         with hpc_oialr.spectra.open("runs/first") as run:
             save(stability(run, width="double"), "stability.pdf")
     """
-    figure, axes = new_figure(width)
+    figure, axes = new_figure(width, height=0.62 if width == "single" else 0.85)
     layers = list(run.values())
     thin = 1.0 if len(layers) <= 40 else 0.5
     for layer, colour in zip(layers, depth.colours(len(layers)), strict=True):

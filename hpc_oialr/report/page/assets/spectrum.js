@@ -84,7 +84,7 @@ function tellEvent() {
   const cut = data.r_before[at] - data.r[at];
   const parts = [`step ${data.step[at]}: ${data.kind[at]}`];
   parts.push(cut > 0 ? `r ${data.r_before[at]} \u2192 ${data.r[at]}` : `r ${data.r[at]}`);
-  if (data.above[at] !== null) parts.push(`${data.above[at]} values above the noise edge`);
+  if (data.above[at] !== null) parts.push(`${data.above[at]} ${data.above[at] === 1 ? "value" : "values"} above the noise edge`);
   byId("event-text").textContent = parts.join(", ");
   byId("event").setAttribute("aria-valuetext", parts.join(", "));
 }
