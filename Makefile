@@ -35,6 +35,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends openmpi-bin libopenmpi-dev; \
 	else echo "mpirun is missing and only root can install it: the tests under MPI are skipped"; fi
+	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && env/local_slurm.sh install && \
+	  apt-get install -y -qq --no-install-recommends shellcheck; \
+	else echo "Slurm or shellcheck is missing and only root can install them: tests under Slurm are skipped"; fi
 	@if command -v chromium >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; then :; \

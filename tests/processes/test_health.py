@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.spawn import spawn
 
 from hpc_oialr.errors import HealthError
 from hpc_oialr.processes import World
@@ -24,6 +25,21 @@ def test_this_process_is_fit():
     check_health(World.single("cpu"), "abc")
     mine = vitals(World.single("cpu"), "abc")
     assert (mine.fault, mine.device, mine.versions["torch"]) == ("", "", torch.__version__)
+
+
+def unlike(rank: int, size: int) -> str:
+    world = World.from_environment(device="cpu", timeout_s=60)
+    check_health(world, "the same")
+    with pytest.raises(HealthError) as caught:
+        check_health(world, f"of process {rank}")
+    return str(caught.value)
+
+
+def test_processes_with_other_settings_all_learn_of_it() -> None:
+    first, second = spawn(unlike, 2)
+    assert first == second
+    assert first.startswith("process 1 of 2 on node ")
+    assert " has settings of process 1, most have of process 0; all must be the same. " in first
 
 
 def test_a_device_that_does_not_compute():
