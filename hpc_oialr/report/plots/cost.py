@@ -58,7 +58,7 @@ def _bars(axes: Axes, ratios: dict[str, dict[str, float]]) -> None:
         drawn = axes.barh(
             places, [values[label] for label in labels], 0.9 * thickness, color=colour, label=name
         )
-        axes.bar_label(drawn, fmt="%.2g", padding=2, fontsize=7, bbox=PAPER)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7, bbox=PAPER)
     axes.axvline(1, color=GREY, linestyle="--", linewidth=0.8)
     axes.set_yticks(np.arange(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
