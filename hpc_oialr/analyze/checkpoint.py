@@ -1,0 +1,199 @@
+"""Tensors of a checkpoint by name, read one at a time; nothing in it is executed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hpc_oialr.errors import DataError
+
+# What a folder holds, in the order in which it is looked for: the names that transformers gives.
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FILES = ("model.safetensors", "pytorch_model.bin")
+# Where training programs put the state dict among other things.
+NESTED = ("state_dict", "model_state_dict", "model")
+
+
+class Checkpoint(ABC):
+    """The tensors of one checkpoint.
+
+    Attributes
+    ----------
+    path
+        What was named by the user.
+    shapes
+        Shape of every floating-point tensor, by name.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Read one, on the CPU."""
+
+
+class SafetensorsFile(Checkpoint):
+    """A ``.safetensors`` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {
+                    name: tuple(each.get_shape()) for name, each in slices.items() if "F" in each.get_dtype()
+                }
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} is no whole safetensors file ({error}); copy it again.") from error
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one, on the CPU."""
+        with safe_open(self.path, framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+
+class TorchFile(Checkpoint):
+    """What ``torch.save`` has written: a state dict, or a dict that holds one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = {
+            name: tensor
+            for name, tensor in _state_dict(_load(path), path).items()
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+        }
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one, on the CPU."""
+        return self._tensors[name]
+
+
+class Parts(Checkpoint):
+    """Several files of one checkpoint."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.path = path
+        self._holders = {name: part for file in files for part in (_of_file(file),) for name in part.shapes}
+        self.shapes = {name: part.shapes[name] for name, part in self._holders.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one, on the CPU."""
+        return self._holders[name].tensor(name)
+
+
+class RunCheckpoint(Checkpoint):
+    """A checkpoint of this project's own: ``checkpoints/step_00000123`` of a run, dense so far."""
+
+    def __init__(self, path: Path) -> None:
+        from hpc_oialr.processes import World
+        from hpc_oialr.train.checkpoint_store import CheckpointStore
+
+        self.path, self._step = path, int(path.name.removeprefix("step_"))
+        self._store = CheckpointStore(path.parent, World.single("cpu"))
+        if low_rank := self._store.read_state(self._step)["controller"]["r"]:
+            raise DataError(
+                f"{path} is of a low-rank run ({len(low_rank)} layers); must be dense. Its spectra are in the "
+                f"run's spectra.h5; for the merged weights: oialr export {path.parent.parent} --format dense "
+                f"--step {self._step}"
+            )
+        held = self._store.metadata(self._step).items()
+        self.shapes = {
+            name.removeprefix("model."): tuple(shape)
+            for name, (shape, dtype) in held
+            if name.startswith("model.") and dtype.is_floating_point
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one, on the CPU."""
+        shape, dtype = self._store.metadata(self._step)[f"model.{name}"]
+        tensor = torch.empty(shape, dtype=dtype)
+        self._store.read_into(self._step, {f"model.{name}": tensor})
+        return tensor
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A safetensors or torch file, a folder as transformers writes it, or a checkpoint of a run of this project.
+
+    Raises
+    ------
+    DataError
+        If there is none of these, it is damaged, or it would have to be executed to be read.
+    """
+    if path.is_file():
+        return _of_file(path)
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; must be a checkpoint's file or folder.")
+    if (path / "manifest.json").is_file() and path.name.startswith("step_"):
+        return RunCheckpoint(path)
+    for name in INDICES:
+        if (path / name).is_file():
+            return Parts(path, _indexed(path / name))
+    for name in FILES:
+        if (path / name).is_file():
+            return Parts(path, [path / name])
+    if files := sorted(path.glob("*.safetensors")):
+        return Parts(path, files)
+    raise DataError(
+        f"{path} holds no checkpoint: none of {', '.join((*INDICES, *FILES))}, no other *.safetensors. "
+        "Name the file itself, or a run's checkpoints/step_NUMBER."
+    )
+
+
+def _of_file(path: Path) -> Checkpoint:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{index} is damaged ({error!r}); copy it again.") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise DataError(f"{index} names {name}, which is missing; copy the whole folder.")
+    return [index.parent / name for name in names]
+
+
+def _load(path: Path) -> Any:
+    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        with contextlib.suppress(RuntimeError):
+            # Only what is asked for is read; not possible in the format of before 2020.
+            return load(mmap=True)
+        return load()
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} holds more than tensors and plain values, and would run code if it were read "
+            f"({_first_line(error)}). Save model.state_dict() alone, or as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path} is no whole torch file ({_first_line(error)}); copy it again.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
+    if isinstance(loaded, Mapping):
+        for key in NESTED:
+            if isinstance(loaded.get(key), Mapping):
+                return _state_dict(loaded[key], path)
+        if any(isinstance(value, Tensor) for value in loaded.values()):
+            return loaded
+    raise DataError(
+        f"{path} holds no state dict; must be a dict of tensors, or hold one as {', '.join(NESTED)}."
+    )
