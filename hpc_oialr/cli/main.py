@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hpc_oialr import __version__, exit_codes
 from hpc_oialr.cli import (
+    command_analyze,
     command_cancel,
     command_compare,
     command_data,
@@ -40,6 +41,7 @@ COMMANDS = (
     command_export,
     command_spectra,
     command_report,
+    command_analyze,
     command_info,
     command_doctor,
     command_submit,
