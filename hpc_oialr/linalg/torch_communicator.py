@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc_oialr.errors import WorldError
+from hpc_oialr.errors import ProcessLostError
 from hpc_oialr.linalg.communicator import Communicator
 
 
@@ -17,7 +17,7 @@ class TorchCommunicator(Communicator):
 
     Raises
     ------
-    WorldError
+    ProcessLostError
         From every call, if the other process has died or does not answer within the group's timeout.
     """
 
@@ -48,7 +48,7 @@ class TorchCommunicator(Communicator):
         try:
             yield
         except RuntimeError as error:
-            raise WorldError(
+            raise ProcessLostError(
                 f"process {self.rank} of {self.size}: {what} failed; every process of the group must call the "
                 f"same function within the timeout. Another one has died or left: see its log. ({error})"
             ) from error

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from hpc_oialr.errors import OIALRError, ProcessLostError
 
 # Gloo raises plain RuntimeErrors; its own sources stand in their text.
-_COMMUNICATION = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)")
+_COMMUNICATION = re.compile(
+    r"gloo/|pair closure|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)"
+)
 
 
 @contextmanager

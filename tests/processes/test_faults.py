@@ -6,10 +6,11 @@ import random
 import signal
 import time
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.collectives import KINDS, over_and_over
+from support.collectives import KINDS, ZERO_STEP, over_and_over
 from support.crowd import Crowd
 
 from hpc_oialr.errors import WorldError
@@ -67,6 +68,23 @@ def test_stopped(tmp_path: Path, kinds: list[str], size: int) -> None:
             struck(crowd, signal.SIGSTOP, random.Random(size))
         for crowd, kind in zip(crowds, kinds, strict=True):
             check_survivors(crowd, kind)
+
+
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'"
+)
+def test_killed_and_stopped_under_deepspeed(tmp_path: Path) -> None:
+    """In a step of ZeRO-3 with an update."""
+    with ExitStack() as stack:
+        strikes = {signal.SIGKILL: "killed", signal.SIGSTOP: "stopped"}
+        crowds = {
+            number: stack.enter_context(Crowd(over_and_over, 2, ZERO_STEP, str(tmp_path / name), TIMEOUT_S))
+            for number, name in strikes.items()
+        }
+        for number, crowd in crowds.items():
+            struck(crowd, number, random.Random(ZERO_STEP))
+        for crowd in crowds.values():
+            check_survivors(crowd, ZERO_STEP)
 
 
 def fail(world: World, message: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from support.crowd import Say
 
-from hpc_oialr.engines import make_engine
-from hpc_oialr.engines.fsdp import FSDPEngine
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
+from hpc_oialr.engines import DeepSpeedEngine, Engine, FSDPEngine, TensorEngine, make_engine
+from hpc_oialr.engines.deepspeed_library import import_deepspeed
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.processes import World, check_equal
 from hpc_oialr.processes.metrics_channel import TorchChannel
@@ -82,6 +85,36 @@ def _sharded_step(world: World, _: Path) -> Round:
     return lambda i: model(torch.ones(2, 48)).sum().backward()
 
 
+def _split_step(world: World, _: Path) -> Round:
+    """Under tensor parallelism, with an update in every step: cores, bases and moments too."""
+    return _trained(TensorEngine(world, size=world.size))
+
+
+def _sharded_update(world: World, _: Path) -> Round:
+    return _trained(FSDPEngine(world))
+
+
+def _zero_step(world: World, _: Path) -> Round:
+    return _trained(DeepSpeedEngine(world, {"zero_optimization": {"stage": 3}}))
+
+
+def _trained(engine: Engine) -> Round:
+    """Steps in which the method updates its layers, none of which is cut."""
+    module = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 24))
+    engine.place(module)
+    optimizer, off = torch.optim.AdamW(module.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    limits = RankLimits(at_conversion=0.5)
+    config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(0.5), limits=limits, layer_share_step=1.0)
+    oialr = OIALR(module, optimizer, config, engine=engine)
+
+    def turn(i: int) -> None:
+        engine.backward(oialr.model(torch.ones(4, 24)).square().mean(), off)
+        engine.update(optimizer, off, list(module.parameters()), None)
+        oialr.step()
+
+    return turn
+
+
 def _split_svd(world: World, _: Path) -> Round:
     rows = torch.randn(20, 10, generator=torch.Generator().manual_seed(world.rank))
     return lambda i: tsqr_svd(rows, world.group)
@@ -105,17 +138,34 @@ KINDS: dict[str, Callable[[World, Path], Round]] = {
     "backward pass": _backward,
     "first wrapper": _wrap,
     "sharded step": _sharded_step,
+    "sharded update": _sharded_update,
+    "split step": _split_step,
     "SVD of row blocks": _split_svd,
     "checkpoint": _checkpoint,
 }
 
 
+# The library of this one takes seconds to import.
+ZERO_STEP = "ZeRO step"
+
+
 def over_and_over(rank: int, size: int, say: Say, kind: str, folder: str, timeout_s: float) -> None:
     """Until another process dies; says so after the third time."""
+    if kind == ZERO_STEP:
+        _import_together(size, Path(folder))
     world = World.from_environment(device="cpu", timeout_s=timeout_s)
     with world.reported("the run's communication", only_communication=True):
-        turn = KINDS[kind](world, Path(folder))
+        turn = (KINDS | {ZERO_STEP: _zero_step})[kind](world, Path(folder))
         for i in itertools.count():
             turn(i)
             if i == 2:
                 say("under way")
+
+
+def _import_together(size: int, folder: Path) -> None:
+    """So that none waits for the others' import in the first collective."""
+    import_deepspeed(World(size=size))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{os.getpid()}.here").touch()
+    while len(list(folder.glob("*.here"))) < size:
+        time.sleep(0.05)
