@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.blows import TINY
 from support.mpirun import HERE
-from support.slurm_cluster import Cluster, why_not
+
+from benchmarks.slurm_blows import TINY
+from benchmarks.slurm_cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.blows import TINY, WARNING_S, outcome, strike
 from support.mpirun import HERE, WHY_NOT
-from support.slurm_cluster import Cluster, Job
 
+from benchmarks.slurm_blows import TINY, WARNING_S, outcome, strike
+from benchmarks.slurm_cluster import Cluster, Job
 from hpc_oialr.record import read_metrics
 
 SCRIPT = str(HERE / "slurm" / "fashion_mnist.sh")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import FakeSlurm
 from support.mpirun import HERE
-from support.slurm_cluster import scripts
 
+from benchmarks.slurm_cluster import scripts
 from hpc_oialr.train.load_config import load_config
 
 NASTY = """it's "$(touch broken)" `touch broken` ; touch broken & | *"""

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.blows import TINY, WARNING_S, outcome, strike
-from support.slurm_cluster import Cluster, Job, until
+
+from benchmarks.slurm_blows import TINY, WARNING_S, outcome, strike
+from benchmarks.slurm_cluster import Cluster, Job, until
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
 

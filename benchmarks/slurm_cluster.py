@@ -1,4 +1,4 @@
-"""A real Slurm for tests: env/local_slurm.sh, and runs in its jobs that can be watched, paused and struck."""
+"""A real Slurm for tests and benchmarks, and runs in its jobs that can be watched, paused and struck."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from support.mpirun import HERE, python_environment
-
 from hpc_oialr.record import read_metrics
 
+HERE = Path(__file__).parents[1]
 SCRIPT = HERE / "env" / "local_slurm.sh"
 PATIENCE_S = 240.0
 PORTS = 16
@@ -51,7 +50,10 @@ class Cluster:
     def __init__(self, **settings: str) -> None:
         # Sockets must have short paths.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        self.environment = python_environment() | {
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(HERE),
+            "OMP_NUM_THREADS": "1",
             "LOCAL_SLURM_ROOT": str(self.root / "cluster"),
             "LOCAL_SLURM_PORT": str(_free_ports()),
             **settings,

@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from support.slurm_cluster import Cluster, Job, is_paused, until
-
+from benchmarks.slurm_cluster import Cluster, Job, is_paused, until
 from hpc_oialr.record import read_metrics
 from hpc_oialr.spectra import Spectra
 
