@@ -181,6 +181,34 @@ def test_zooms_by_keyboard(light):
     assert light.ask(width) == pytest.approx(before)
 
 
+def test_reset_keeps_the_directions_of_axes(light):
+    ranges = """["chart-r", "chart-share"].map((id) => {
+      const { xaxis, yaxis } = document.getElementById(id)._fullLayout;
+      return [xaxis.range, yaxis.range];
+    })"""
+    for name in ("chart-r", "chart-share"):
+        light.page.locator(f'[data-chart="{name}"]').get_by_role("button", name="Reset").click()
+    before = light.ask(ranges)
+    for name in ("chart-r", "chart-share"):
+        light.page.locator(f'[data-chart="{name}"]').get_by_role("button", name="Zoom out").click()
+    assert light.ask(ranges) != before
+    for name in ("chart-r", "chart-share"):
+        light.page.locator(f'[data-chart="{name}"]').get_by_role("button", name="Reset").click()
+    assert light.ask(ranges) == before
+    assert light.ask("document.getElementById('chart-r')._fullLayout.yaxis.range") == [3.5, 0.5]
+
+
+def test_thinned_lines_keep_their_spikes_and_a_zoom_shows_all(light):
+    steps = "Array.from({ length: 1000 }, (_, i) => 10 * i)"
+    spiky = "Array.from({ length: 1000 }, (_, i) => (i === 501 ? -1 : i === 502 ? 7 : 1))"
+    thin = light.ask(f"line({steps}, {spiky}, [0, 1000], 20)")
+    assert len(thin["x"]) <= 20
+    assert (min(thin["y"]), max(thin["y"])) == (-1, 7)
+    assert thin["x"][thin["y"].index(7)] == 5020
+    zoomed = light.ask(f"line({steps}, {spiky}, placesBetween({steps}, [5000, 5040]), 20)")
+    assert zoomed["x"] == [4990, 5000, 5010, 5020, 5030, 5040, 5050]
+
+
 def test_first_key_leads_past_the_head(dark):
     dark.page.keyboard.press("Tab")
     assert dark.ask("document.activeElement.textContent") == "Skip to the report"

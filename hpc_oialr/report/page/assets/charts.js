@@ -65,13 +65,9 @@ function zoom(id, factor) {
   Plotly.relayout(id, ranges);
 }
 
-function reset(id) {
-  Plotly.relayout(id, { "xaxis.autorange": document.getElementById(id).dataset.reversed || true, "yaxis.autorange": true });
-}
-
 for (const place of document.querySelectorAll(".zoom")) {
   const id = place.dataset.chart;
-  const actions = [["+", "Zoom in", () => zoom(id, 0.6)], ["\u2212", "Zoom out", () => zoom(id, 1 / 0.6)], ["Reset", "Reset the zoom", () => reset(id)]];
+  const actions = [["+", "Zoom in", () => zoom(id, 0.6)], ["\u2212", "Zoom out", () => zoom(id, 1 / 0.6)], ["Reset", "Reset the zoom", () => CHARTS[id]()]];
   for (const [text, label, act] of actions) {
     const button = document.createElement("button");
     button.type = "button";

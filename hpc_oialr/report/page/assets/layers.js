@@ -68,27 +68,26 @@ function pointsALine() {
   return Math.max(120, Math.floor(POINTS / layersView.run.layers.names.length));
 }
 
-function drawLayers(range = EVERYTHING) {
+function drawLayers() {
   const { layers } = layersView.run;
   const field = byId("quantity").value;
-  const rows = matrix(field);
   const label = layers.quantities[field].label;
   const colours = layerColours();
-  const share = field === "r";
-  const within = placesBetween(layers.steps, range);
+  const shape = field === "r" ? "hv" : "linear";
+  const points = linesWithin(EVERYTHING);
   const traces = layers.names.map((name, i) => ({
     type: "scatter",
     mode: "lines",
     name: plain(name),
-    ...line(layers.steps, share ? rows[i].map((r) => r / layers.k[i]) : rows[i], within, pointsALine()),
-    line: { color: colours[i], width: layers.names.length > 40 ? 1 : 1.6, shape: share ? "hv" : "linear" },
+    ...points[i],
+    line: { color: colours[i], width: layers.names.length > 40 ? 1 : 1.6, shape },
     visible: layersView.shown[i],
     hovertemplate: `<b>%{fullData.name}</b><br>step %{x}<br>${plain(label)} %{y:.4~g}<extra></extra>`,
   }));
   traces.push(depthBar(layers.names.length));
   const scale = byId("layers-log").checked ? "log" : "linear";
-  const marks = { ...conversionMark(layers.conversions), uirevision: `${layersView.run.name} ${field} ${scale}` };
-  draw("chart-layers", traces, layout(axis("step", { range: ends(layers) }), axis(label, { type: scale }), marks));
+  const x = axis("step", { range: ends(layers) });
+  draw("chart-layers", traces, layout(x, axis(label, { type: scale }), conversionMark(layers.conversions)));
 }
 
 /** From 0 to the run's end, so that this chart and the heat map lie side by side. */
@@ -96,10 +95,24 @@ function ends(layers) {
   return [0, Math.max(layers.last_step, layers.steps.at(-1) + 1)];
 }
 
+/** Points of every layer's line of the chosen quantity. */
+function linesWithin(range) {
+  const { layers } = layersView.run;
+  const field = byId("quantity").value;
+  const within = placesBetween(layers.steps, range);
+  return matrix(field).map((row, i) => {
+    const values = field === "r" ? row.map((r) => r / layers.k[i]) : row;
+    return line(layers.steps, values, within, pointsALine());
+  });
+}
+
 /** Draw the lines of a zoom with all their points. */
 function refine() {
   const { layers } = layersView.run;
-  if (layers.steps.length > pointsALine()) drawLayers(byId("chart-layers")._fullLayout.xaxis.range);
+  if (layers.steps.length <= pointsALine()) return;
+  const points = linesWithin(byId("chart-layers")._fullLayout.xaxis.range);
+  const data = { x: points.map(({ x }) => x), y: points.map(({ y }) => y) };
+  Plotly.restyle("chart-layers", data, points.map((_, i) => i));
 }
 
 function depthBar(count) {

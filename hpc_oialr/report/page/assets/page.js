@@ -1,7 +1,15 @@
 // Puts everything in its place, once.
 
 const withLayers = RUNS.flatMap((run, i) => (run.layers ? [i] : []));
-const LAYER_CHARTS = [() => drawLayers(), drawHeatMap, drawSpectrum];
+const LAYER_CHARTS = [drawLayers, drawHeatMap, drawSpectrum];
+const CHARTS = {
+  "chart-progress": drawProgress,
+  "chart-share": drawShare,
+  "chart-steps": drawStepTimes,
+  "chart-layers": drawLayers,
+  "chart-r": drawHeatMap,
+  "chart-spectrum": drawSpectrum,
+};
 
 function on(id, event, act) {
   byId(id).addEventListener(event, act);
@@ -24,8 +32,8 @@ function connect() {
   on("progress-axis", "change", drawProgress);
   if (!withLayers.length) return;
   on("run", "change", changeRun);
-  on("quantity", "change", () => drawLayers());
-  on("layers-log", "change", () => drawLayers());
+  on("quantity", "change", drawLayers);
+  on("layers-log", "change", drawLayers);
   on("filter", "input", findLayers);
   on("all", "click", () => show(found(), true));
   on("none", "click", () => show(found(), false));

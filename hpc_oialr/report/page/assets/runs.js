@@ -42,7 +42,6 @@ function drawProgress() {
 
 function drawShare() {
   const x = axis("trained parameters (% of dense)", { type: "log", autorange: "reversed", dtick: "D2", tickformat: "~g" });
-  byId("chart-share").dataset.reversed = "reversed";
   draw("chart-share", curves("evaluations", "share", "%{x:.3~g} % trained<br>%{y:.4~g}"), layout(x, axis(titleOf("evaluations"))));
 }
 
