@@ -60,12 +60,16 @@ def analyze(
         If a checkpoint cannot be read, or they are not of one model.
     NonFiniteError
         If a weight holds NaN or Inf.
+    OSError
+        If the file cannot be written.
     """
     world, selection, out = world or World.single(), selection or MatrixSelection(), Path(out)
     given = [Path(path) for path in paths]
     numbered = sorted(zip(steps_of(given, steps), given, strict=True))
     checkpoints = [(step, open_checkpoint(path)) for step, path in numbered]
     layers = _layers([checkpoint for _, checkpoint in checkpoints], selection)
+    # Now, not after hours of work, and on every process, so that all end if it cannot be.
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows = _gathered(layers, checkpoints, world)
     if world.is_main:
         write_rows(Rows(rows, events=len(numbered)), _attributes(numbered, selection, world), out)

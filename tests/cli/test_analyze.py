@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> list[str]:
 def test_writes_and_prints_the_path(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "spectra.h5")
+    out = str(tmp_path / "new" / "spectra.h5")
     words = [*files, "--out", out, "--steps", "0", "900", "--include", "b", "--device", "cpu"]
     assert main(["analyze", *words]) == 0
     assert capsys.readouterr().out.strip() == out
@@ -35,7 +35,8 @@ def test_writes_and_prints_the_path(
 
 
 def test_errors_in_one_line(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "there" / "spectra.h5"
+    (tmp_path / "a_file").touch()
+    out = tmp_path / "a_file" / "spectra.h5"
     assert main(["analyze", *files, "--out", str(out)]) == 2
     assert "--steps is None; must be given" in capsys.readouterr().err
     assert main(["analyze", *files, "--steps", "1", "2", "--out", str(out)]) == 2
