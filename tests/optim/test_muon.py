@@ -11,6 +11,7 @@ from torch import nn
 from hpc_oialr import MuonAdamW, Selection, muon_adamw
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.lowrank import convert
+from hpc_oialr.train.optimizers import MuonAdamW as RecipeMuonAdamW
 
 
 def network() -> nn.Sequential:
@@ -101,3 +102,9 @@ def test_bad_groups() -> None:
         MuonAdamW([{"params": [p], "algorithm": "adamw"}], lr=-1)
     with pytest.raises(ConfigError, match=r"momentum is 1.0; must lie in \[0, 1\)"):
         MuonAdamW([{"params": [p], "algorithm": "adamw"}], momentum=1.0)
+
+
+def test_a_recipe_may_choose_newton_schulz_dtype() -> None:
+    chosen = RecipeMuonAdamW(newton_schulz_dtype="fp32").build(network())
+    assert {group["newton_schulz_dtype"] for group in chosen.param_groups} == {torch.float32}
+    assert RecipeMuonAdamW().build(network()).param_groups[0]["newton_schulz_dtype"] is None
