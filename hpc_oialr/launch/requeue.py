@@ -48,7 +48,7 @@ def decide(code: int, job: BatchJob, limit: int, state: Mapping[str, str]) -> De
         # scancel, scontrol requeue and preemption have decided already.
         return Decision(False, f"{why}; Slurm ends job {job.id} itself, nothing to do")
     if job.restarts >= limit:
-        more = f"sbatch the same command with the same run folder, or raise OIALR_MAX_REQUEUES above {limit}"
+        more = f"submit the same command with the same run folder again, or raise OIALR_MAX_REQUEUES above {limit}"
         return Decision(
             False, f"{why}; job {job.id} was requeued {job.restarts} times, of {limit}. To go on: {more}"
         )

@@ -38,8 +38,8 @@ def test_so_often_and_no_more():
     over = decide(75, JOB, 2, RUNNING)
     assert not over.requeue
     assert over.text == (
-        "stopped with a checkpoint; job 12 was requeued 2 times, of 2. To go on: sbatch the same command with the "
-        "same run folder, or raise OIALR_MAX_REQUEUES above 2"
+        "stopped with a checkpoint; job 12 was requeued 2 times, of 2. To go on: submit the same command with the "
+        "same run folder again, or raise OIALR_MAX_REQUEUES above 2"
     )
 
 
