@@ -20,7 +20,7 @@ def locked(name: str) -> dict[str, str]:
     """Version of every package of a lock file."""
     lines = (ENV / f"requirements-{name}.txt").read_text().splitlines()
     pairs = (line.split("==") for line in lines if line and line[0] not in "#-")
-    return {package: version for package, version in pairs}
+    return dict(pairs)
 
 
 def asked_for() -> Iterator[Requirement]:
