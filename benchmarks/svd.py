@@ -4,11 +4,12 @@
 one process, both timed in turn with it in one run. `error` is ||A - U diag(s) Vh||_F / ||A||_F; for r = 32 most
 of it is what 32 triplets cannot hold. `bytes_sent` is of the process that sends most.
 
-Rows `update` time the SVDs of ViT-B/16, its cores at r = k/4 and its dense weights, dealt by the work plan;
-`share_times_p` is P times their time over one process's: 1 is perfect.
+Rows `update` time the SVDs of ViT-B/16, dealt by the work plan: of its cores at r = k/4, as in every update, and
+of its dense weights, as in the one conversion. `share_times_p` is P times their time over one process's: 1 is
+perfect.
 
-The square matrix is 2048 x 2048 by default so that all ends within 8 minutes on two cores; `--square 4096`
-takes about eight times as long. More processes than cores measure the overhead, not the speed.
+Figures of the square matrix and of the dense weights are from few rounds, so that all ends within a quarter of an
+hour on two cores. More processes than cores measure the overhead, not the speed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
     """Run the grid."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--tall", type=int, nargs=2, default=(65536, 512), metavar=("M", "N"))
-    parser.add_argument("--square", type=int, default=2048, metavar="N", help="0 leaves it out")
+    parser.add_argument("--square", type=int, default=4096, metavar="N", help="0 leaves it out")
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--repeats", type=int, default=2, help="rounds, after one that is dropped")
     parser.add_argument(
@@ -62,16 +63,16 @@ def main() -> None:
     (m, n), square, repeats = options.tall, options.square, options.repeats
     rows: list[Row] = []
     for size in options.processes:
-        tall = {"m": m, "n": n, "methods": TALL_METHODS, "others": True, "repeats": repeats}
+        tall = {"m": m, "n": n, "methods": TALL_METHODS, "others": True, "repeats": repeats, "dropped": 1}
         jobs: Jobs = [("matrix", tall)]
         if square:
             sizes = {"m": square, "n": square, "methods": SQUARE_METHODS, "others": False}
-            jobs.append(("matrix", {**sizes, "repeats": repeats}))
+            jobs.append(("matrix", {**sizes, "repeats": 1, "dropped": 0}))
         if options.dim and size > 1:
             dense = vit_layers(options.dim, options.depth)
             cores = [(min(shape) // 4,) * 2 for shape in dense]
-            jobs.append(("update", {"kind": "cores", "layers": cores, "repeats": 3 * repeats}))
-            jobs.append(("update", {"kind": "dense", "layers": dense, "repeats": 1}))
+            jobs.append(("update", {"kind": "cores", "layers": cores, "repeats": 3 * repeats, "dropped": 1}))
+            jobs.append(("update", {"kind": "dense", "layers": dense, "repeats": repeats, "dropped": 0}))
         rows += spawn(size, jobs)
     extra = ("share_times_p", "balance")
     finish([{**row, **{key: row.get(key) for key in extra}} for row in rows], options.out)

@@ -66,13 +66,13 @@ def timed_together(comm: Communicator, function: Callable[[], object], members: 
 
 
 def rounds(
-    comm: Communicator, functions: Mapping[str, tuple[Callable[[], object], int]], repeats: int
+    comm: Communicator, functions: Mapping[str, tuple[Callable[[], object], int]], repeats: int, dropped: int
 ) -> list[dict[str, float]]:
-    """All functions in turn, again and again, so that drifts of the machine's speed meet all; first round dropped."""
+    """All functions in turn, again and again, so that drifts of the machine's speed meet all; first rounds dropped."""
     return [
         {name: timed_together(comm, function, members) for name, (function, members) in functions.items()}
-        for _ in range(repeats + 1)
-    ][1:]
+        for _ in range(repeats + dropped)
+    ][dropped:]
 
 
 def median_ratio(times: list[dict[str, float]], above: str, below: str) -> float:
@@ -81,7 +81,7 @@ def median_ratio(times: list[dict[str, float]], above: str, below: str) -> float
 
 
 def matrix(
-    comm: Communicator, *, m: int, n: int, methods: Sequence[str], others: bool, repeats: int
+    comm: Communicator, *, m: int, n: int, methods: Sequence[str], others: bool, repeats: int, dropped: int
 ) -> list[Row]:
     """Each method on this group, the same method on process 0 alone, and the reference there."""
     A = test_rows(slice(0, m), n) if comm.rank == 0 else torch.empty(0, n)
@@ -95,7 +95,7 @@ def matrix(
             functions[f"{name}, alone"] = (partial(METHODS[name], A, None), 1)
     foreign = other_packages(A, comm.size) if others else {}
     functions |= {name: (function, 1) for name, function in foreign.items()}
-    times = rounds(comm, functions, repeats)
+    times = rounds(comm, functions, repeats, dropped)
     shown = [name for name in functions if not name.endswith("alone")]
     return [_row(name, comm, times, mine, A, m, n, foreign) for name in shown]
 
@@ -160,19 +160,20 @@ def other_packages(A: Tensor, workers: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def update(comm: Communicator, *, kind: str, layers: list[tuple[int, int]], repeats: int) -> list[Row]:
-    """The SVDs of one update, dealt by the work plan, against all of them on process 0."""
+def update(
+    comm: Communicator, *, kind: str, layers: list[tuple[int, int]], repeats: int, dropped: int
+) -> list[Row]:
+    """The SVDs of one update, dealt by the work plan, against all of them on process 0; each result is freed."""
     works = [LayerWork(f"{i}", m, n) for i, (m, n) in enumerate(layers)]
     matrices = [gaussian_rows(slice(0, m), n, seed=i, dtype=torch.float32) for i, (m, n) in enumerate(layers)]
-    alone, dealt = (WorkPlan.of(works, size) for size in (1, comm.size))
-    times = rounds(
-        comm,
-        {
-            "alone": (lambda: list(run_plan(alone, matrices.__getitem__)), 1),
-            "dealt": (lambda: list(run_plan(dealt, matrices.__getitem__, comm)), comm.size),
-        },
-        repeats,
-    )
+    alone, dealt = (WorkPlan.of(works, size, batch_numbers=0) for size in (1, comm.size))
+
+    def run(plan: WorkPlan, group: Communicator | None) -> None:
+        for _ in run_plan(plan, matrices.__getitem__, group):
+            pass
+
+    functions = {"alone": (partial(run, alone, None), 1), "dealt": (partial(run, dealt, comm), comm.size)}
+    times = rounds(comm, functions, repeats, dropped)
     share = median_ratio(times, "dealt", "alone")
     return [
         {
