@@ -177,9 +177,10 @@ def _chain(head: Path) -> list[Piece]:
 
 
 def _opened(path: Path) -> h5py.File:
-    if path.stat().st_size <= _WHOLE_BYTES:
-        return memory_file(path.read_bytes())
-    return h5py.File(path, "r", locking=False)
+    # A segment never changes: of it only what is asked for is read.
+    if path.stat().st_size > _WHOLE_BYTES or is_segment(path):
+        return h5py.File(path, "r", locking=False)
+    return memory_file(path.read_bytes())
 
 
 def _check_version(path: Path, version: int) -> None:
