@@ -33,6 +33,7 @@ from hpc_oialr.spectra import open as open_spectra
 
 STEPS, FREQUENCY = 400, 20
 THRESHOLDS = (0.9, 0.95, 0.99)
+MEASURES = ("subspace_angle_U", "r_factor_distance")
 COMMON = ["--oialr", "null", "--record.spectra", "true", "--record.frequency", str(FREQUENCY),
           "--train.steps", str(STEPS), "--train.evaluations", "1", "--checkpoint.every", "null"]  # fmt: skip
 # Smaller batches than the recipes', and a smaller GPT on shorter texts, so that all fits into minutes.
@@ -98,11 +99,15 @@ def summarise(model: str, folder: Path, out: Path | None) -> None:
 def layer_rows(run: Spectra) -> list[Row]:
     """Each layer: stability at the first, the middle and the last measurement, and when it settled."""
     settled = {threshold: settling_steps(run, threshold) for threshold in THRESHOLDS}
-    rows = []
+    rows: list[Row] = []
     for name, layer in run.items():
         values = layer.stability[np.isfinite(layer.stability)]
         row: Row = {"layer": name, "shape": f"{layer.m} x {layer.n}", "first": float(values[0])}
         row |= {"middle": float(values[len(values) // 2]), "last": float(values[-1])}
+        for measure in MEASURES:
+            # Those of runs made before there were such measures are NaN.
+            known = layer[measure][np.isfinite(layer[measure])]
+            row[measure] = [float(known[0]), float(known[-1])] if len(known) else None
         # Infinite means never; JSON has no word for that.
         found = {f"above_{t}_from": settled[t][name] for t in THRESHOLDS}
         rows.append(row | {key: int(step) if np.isfinite(step) else None for key, step in found.items()})
@@ -116,9 +121,16 @@ def overview(rows: Sequence[Row], variant: str, folder: Path) -> dict[str, Any]:
     return {
         "layers": len(mine),
         **{f"median_{when}": median(mine, when) for when in ("first", "middle", "last")},
+        **{measure: _medians(mine, measure) for measure in MEASURES},
         **{f"settled_at_{t}": sum(row[f"above_{t}_from"] is not None for row in mine) for t in THRESHOLDS},
         summary["metric_name"]: summary["metric"],
     }
+
+
+def _medians(rows: Sequence[Row], measure: str) -> list[float] | None:
+    """Over the layers, at the first and the last measurement."""
+    known = [row[measure] for row in rows if row[measure] is not None]
+    return np.median(known, axis=0).tolist() if known else None
 
 
 def median(rows: Sequence[Row], key: str) -> float:
@@ -129,28 +141,40 @@ def median(rows: Sequence[Row], key: str) -> float:
 def seen(rows: Sequence[Row], runs: dict[str, dict[str, Any]]) -> list[str]:
     """What the numbers say, in sentences that they are put into."""
     cosine, constant = runs["cosine"], runs["constant"]
-    sentences = [
-        f"Stability is measured over {FREQUENCY} steps. It rises in the course of training from a median of "
-        f"{cosine['median_first']:.3f} over {cosine['median_middle']:.3f} half-way to {cosine['median_last']:.3f} "
-        f"at the end, as in the paper."
-        if cosine["median_last"] > cosine["median_middle"] > cosine["median_first"]
-        else f"Unlike in the paper stability does not rise throughout: medians {cosine['median_first']:.3f}, "
-        f"{cosine['median_middle']:.3f} half-way, {cosine['median_last']:.3f} at the end.",
-        f"With the cosine schedule {cosine['settled_at_0.95']} of {cosine['layers']} layers reach 0.95 and stay, "
-        f"{cosine['settled_at_0.99']} reach 0.99; with a constant learning rate {constant['settled_at_0.95']} and "
-        f"{constant['settled_at_0.99']}, and the median ends at {constant['median_last']:.3f}.",
+    lowest = min(row["first"] for row in rows if row["run"] != "muon")
+    return [
+        _course(cosine),
+        f"With the cosine schedule {_settled(cosine)}; with a constant learning rate {_settled(constant)}, and the "
+        f"median ends at {constant['median_last']:.5f}.",
+        f"The level itself says little: in {FREQUENCY} steps of this size a basis can hardly turn, and already the "
+        f"first measurement, at step {2 * FREQUENCY}, lies at {lowest:.3f} or above. What tells is how it changes.",
         _decay(cosine, constant),
+        *_angles(runs),
         *_depth([row for row in rows if row["run"] == "cosine"]),
         *_laggards(rows),
+        *([_muon(runs["muon"])] if "muon" in runs else []),
     ]
-    if "muon" in runs:
-        muon = runs["muon"]
-        sentences.append(
-            f"Under Muon, whose steps move every direction of a matrix alike, medians are {muon['median_first']:.3f}, "
-            f"{muon['median_middle']:.3f} and {muon['median_last']:.3f}; {muon['settled_at_0.95']} of "
-            f"{muon['layers']} layers reach 0.95 and stay."
+
+
+def _course(cosine: dict[str, Any]) -> str:
+    first, middle, last = (cosine[f"median_{when}"] for when in ("first", "middle", "last"))
+    course = f"{first:.5f} at first, {middle:.5f} half-way, {last:.5f} at the end"
+    if last > middle > first:
+        return (
+            f"As in the paper stability, here over {FREQUENCY} steps, rises with training: median {course}."
         )
-    return sentences
+    return f"Unlike in the paper stability, here over {FREQUENCY} steps, does not rise throughout: median {course}."
+
+
+def _settled(run: dict[str, Any]) -> str:
+    return f"{run['settled_at_0.95']} of {run['layers']} layers stay above 0.95 and {run['settled_at_0.99']} above 0.99"
+
+
+def _muon(run: dict[str, Any]) -> str:
+    return (
+        "Under Muon at its recipe's learning rate, whose steps move all directions of a matrix alike, the medians are "
+        f"{run['median_first']:.3f}, {run['median_middle']:.3f} and {run['median_last']:.3f}; {_settled(run)}."
+    )
 
 
 def _decay(cosine: dict[str, Any], constant: dict[str, Any]) -> str:
@@ -160,8 +184,22 @@ def _decay(cosine: dict[str, Any], constant: dict[str, Any]) -> str:
     share = 100 * alone / helped if helped > 0 else float("nan")
     return (
         f"Of the cosine run's rise in the median, a constant rate brings about {share:.0f} %: the rest is the "
-        "schedule's doing, since smaller steps turn a basis less, and says nothing of what has been learned."
+        "schedule's doing, since smaller steps turn a basis less, whatever has been learned."
     )
+
+
+def _angles(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What single directions do, which stability, a mean over all, hides."""
+    found = []
+    for variant in ("cosine", "constant"):
+        angles, distances = (runs[variant][measure] for measure in MEASURES)
+        if angles is not None:
+            found.append(
+                f"In the {variant} run the largest angle between the leading quarters of successive U goes from "
+                f"{angles[0]:.2f} to {angles[1]:.2f} rad, and the distance of successive R from {distances[0]:.3f} "
+                f"to {distances[1]:.3f} of its norm (medians over the layers)."
+            )
+    return found
 
 
 def _depth(rows: Sequence[Row]) -> list[str]:
