@@ -104,6 +104,7 @@ class DeepSpeed(EngineConfig):
     config
         Path of a DeepSpeed JSON; values that are "auto" are filled in, batch sizes, clipping and precision
         must agree with the recipe's, an "optimizer" or "scheduler" section is an error: the recipe has both.
+        Buffers whose size it leaves open are sized by the model, at most as DeepSpeed would.
     stage
         ZeRO stage where there is no JSON: 1 deals optimizer state over the processes, 2 gradients too, 3
         parameters too.
