@@ -182,7 +182,7 @@ def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str
     if train.precision == "float64" and not config.model.float64:
         name = type(config.model).__name__
         raise ConfigError("train.precision", "float64", f"{name} of transformers computes parts in float32")
-    module.to(world.device, torch.float64 if train.precision == "float64" else torch.float32)
+    _move(module, world.device, torch.float64 if train.precision == "float64" else torch.float32)
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     if config.compile:
@@ -190,6 +190,13 @@ def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str
         torch._dynamo.config.recompile_limit = 64
         module.compile()
     return fingerprint(module)
+
+
+def _move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Unless all is there: tensors without data, of which a plan makes its models, cannot be moved."""
+    floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    if any((t.device, t.dtype) != (device, dtype) for t in floating):
+        module.to(device, dtype)
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

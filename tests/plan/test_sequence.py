@@ -1,0 +1,77 @@
+"""r as it is foreseen against r as the method makes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, RelativeCutoff
+from hpc_oialr.plan.sequence import Shape, foreseeable, phases
+
+
+def run(config: OIALRConfig, steps: int) -> tuple[list[Shape], list[dict[str, int]]]:
+    """Shapes of the layers, and r after every step of a real run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)), nn.Linear(24, 10), nn.Linear(10, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    oialr = OIALR(model, optimizer, config)
+    shapes, seen = [Shape.of(site) for site in oialr.sites], []
+    for _ in range(steps):
+        oialr.model(torch.randn(4, 24)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oialr.step()
+        seen.append(oialr.r)
+    return shapes, seen
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"delay": 3, "frequency": 2, "layer_share_step": 1.0},
+        {"delay": 4, "frequency": 3, "layer_share_step": 0.3},
+        {"delay": 0, "frequency": 1, "layer_share_step": 0.5},
+        {"delay": 0, "frequency": 4, "layer_share_step": 1.0},
+        {"delay": 50, "frequency": 4},
+    ],
+)
+def test_the_sequence_is_the_methods(config):
+    limits = RankLimits(at_conversion=0.7, max_drop=0.3, min_fraction=0.2, round_to=2)
+    settings = OIALRConfig(rule=FixedFraction(0.25), limits=limits, **config)
+    shapes, seen = run(settings, 20)
+    foreseen: list[dict[str, int]] = []
+    for phase in phases(settings, shapes, 20):
+        if foreseen:
+            # The event is at the end of the step before.
+            foreseen[-1] = dict(phase.r)
+        foreseen += [dict(phase.r)] * phase.steps
+    assert foreseen == seen
+    assert sum(phase.steps for phase in phases(settings, shapes, 20)) == 20
+
+
+def test_what_events_work_on():
+    config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.5), layer_share_step=0.5)
+    shapes = [Shape("a", 8, 8), Shape("b", 8, 4)]
+    found = [(p.event, dict(p.before), dict(p.r)) for p in phases(config, shapes, 6)]
+    assert found == [
+        ("start", {}, {}),
+        ("conversion", {"a": 8, "b": 4}, {"a": 8, "b": 4}),
+        ("update", {"b": 4}, {"a": 8, "b": 2}),
+        ("update", {"a": 8, "b": 2}, {"a": 4, "b": 2}),
+    ]
+
+
+def test_a_dense_run_has_one_phase():
+    (phase,) = phases(None, [], 7)
+    assert (phase.steps, phase.event, phase.r) == (7, "start", {})
+
+
+def test_rules_that_look_at_values_are_replaced_and_it_is_said():
+    assert foreseeable(FixedFraction(0.3), 0.25) == (FixedFraction(0.3), None)
+    rule, assumption = foreseeable(RelativeCutoff(0.2), 0.125)
+    assert rule == FixedFraction(0.125)
+    assert assumption == (
+        "RelativeCutoff(beta=0.2) looks at singular values, which nobody knows beforehand: r falls to 0.125 k, within "
+        "the recipe's limits (--r-fraction)"
+    )
