@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
@@ -17,11 +15,11 @@ from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.compilation import graphs_compiled
 from hpc_oialr.train.evaluation import evaluate
+from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import Session
 from hpc_oialr.train.snapshot import Progress
 from hpc_oialr.train.stopping import Stopping, StopRequest
-from hpc_oialr.train.tasks import Moment
 
 
 class Trainer:
@@ -113,23 +111,9 @@ class Trainer:
         """One step of the optimizer; the loss before it."""
         session, clip = self.session, self.config.train.gradient_clip
         session.rates.set(step)
-        loss = self._forward_backward(session.place(batch), step)
+        loss = forward_backward(session, session.place(batch), step)
         session.engine.update(session.optimizer, session.scaler, self._trained_parameters(), clip)
         return loss
-
-    def _forward_backward(self, batch: Batch, step: int) -> Tensor:
-        """Gradients of the mean loss over the global batch; this process's mean loss, on the device."""
-        controller, count = self.session.controller, self.config.train.accumulation
-        losses = []
-        for part, piece in enumerate(_pieces(batch, count)):
-            last = part == count - 1
-            with nullcontext() if last else controller.no_sync():
-                with self.session.autocast():
-                    moment = Moment(self.config.train.seed, step, part)
-                    loss = self.config.task.loss(controller.model, piece, moment) / count
-                self.session.engine.backward(loss, self.session.scaler)
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
 
     def _update(self) -> None:
         """The method's step."""
@@ -218,11 +202,3 @@ class Trainer:
 def _spread(count: int, total: int) -> set[int]:
     """``count`` steps, equally spaced, the last one at the end."""
     return {max(1, round(total * i / count)) for i in range(1, count + 1)}
-
-
-def _pieces(batch: Batch, count: int) -> list[Batch]:
-    """Equal parts of a batch."""
-    if count == 1:
-        return [batch]
-    parts = {key: value.chunk(count) for key, value in batch.items()}
-    return [{key: values[i] for key, values in parts.items()} for i in range(count)]
