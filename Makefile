@@ -5,46 +5,56 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 TORCH ?= torch==2.13.0
+# How many tests run beside each other; most wait for their own processes now and then.
+WORKERS ?= 2
 
-.PHONY: demo test check setup setup-test data clean
+# Bytecode is written where a module is first imported: compiling all of torch would take longer than loading it.
+PIP := $(BIN)/pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
+# Programs beside packages, data beside style and types.
+MAKEFLAGS += --jobs=2
+
+.PHONY: demo test tests check setup setup-test programs data clean
 
 demo: setup data ## Train a vision transformer at low rank beside its dense twin (about 7 minutes on 2 cores).
 	$(BIN)/oialr compare fashion_mnist_vit --own --out $(OUT)
 
-test: setup-test data check ## Style, types and the whole test suite.
-	$(BIN)/python -m pytest
+test: check tests ## Style, types and the whole test suite.
+
+tests: setup-test programs data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 check: setup-test ## Style and types only.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: $(VENV)/installed
+# The demo needs little; for tests everything is installed in one go.
+setup: $(VENV)/installed-$(if $(filter test tests check setup-test,$(MAKECMDGOALS)),test,plot)
 setup-test: $(VENV)/installed-test
 
-# Torch comes first: its wheel must not be replaced by what another package asks for.
-$(VENV)/installed: setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[plot]"
+$(VENV)/installed-%: $(VENV)/torch-installed setup.cfg pyproject.toml
+	$(PIP) --editable ".[$*]"
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable ".[test]"
-	@if command -v mpirun >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends openmpi-bin libopenmpi-dev; \
-	else echo "mpirun is missing and only root can install it: the tests under MPI are skipped"; fi
-	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && env/local_slurm.sh install && \
-	  apt-get install -y -qq --no-install-recommends shellcheck; \
-	else echo "Slurm or shellcheck is missing and only root can install them: tests under Slurm are skipped"; fi
-	@if command -v chromium >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; then :; \
-	else echo "chromium is missing and only root can install it: the tests of the report page are skipped"; fi
+# Torch comes first: its wheel must not be replaced by what another package asks for.
+$(VENV)/torch-installed:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
 	touch $@
+
+# What tests start if it is there: MPI, Slurm, a browser.
+PROGRAMS := mpirun slurmctld slurmd sbatch munged shellcheck chromium
+PACKAGES := openmpi-bin libopenmpi-dev munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix2 \
+  shellcheck chromium
+
+programs:
+	@for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; then :; \
+	else echo "missing, and only root can install them:$$missing; their tests are skipped"; fi
 
 data: setup
 	$(BIN)/oialr data fetch fashion-mnist

@@ -34,12 +34,12 @@ GOOD = packed(torch.arange(12, dtype=torch.uint8).view(3, 4))
     ("content", "message"),
     [
         (GOOD, "x does not unpack: Not a gzipped file"),
-        (gzip.compress(GOOD)[:-9], "x does not unpack: "),
-        (gzip.compress(GOOD[:-1]), "x does not hold the 12 bytes its header (3, 4) promises."),
-        (gzip.compress(GOOD + b"!"), "x does not hold the 12 bytes its header (3, 4) promises."),
-        (gzip.compress(b"GIF89a"), "x is no IDX file of unsigned bytes: it begins with '47494638'."),
-        (gzip.compress(b"\0\0\r\2" + GOOD[4:]), "x is no IDX file of unsigned bytes"),
-        (gzip.compress(b""), "x is no IDX file of unsigned bytes: it begins with ''."),
+        (gzip.compress(GOOD, mtime=0)[:-9], "x does not unpack: "),
+        (gzip.compress(GOOD[:-1], mtime=0), "x does not hold the 12 bytes its header (3, 4) promises."),
+        (gzip.compress(GOOD + b"!", mtime=0), "x does not hold the 12 bytes its header (3, 4) promises."),
+        (gzip.compress(b"GIF89a", mtime=0), "x is no IDX file of unsigned bytes: it begins with '47494638'."),
+        (gzip.compress(b"\0\0\r\2" + GOOD[4:], mtime=0), "x is no IDX file of unsigned bytes"),
+        (gzip.compress(b"", mtime=0), "x is no IDX file of unsigned bytes: it begins with ''."),
     ],
 )
 def test_other_content_is_named(content: bytes, message: str) -> None:

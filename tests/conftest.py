@@ -1,0 +1,41 @@
+"""Which tests run beside each other under pytest-xdist (`make test` starts two workers)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# The longest first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "tests/slurm/",
+    "tests/engines/test_deepspeed.py",
+    "tests/linalg/test_distributed.py",
+    "tests/engines/test_tensor.py",
+    "tests/train/",
+    "tests/engines/",
+    "tests/processes/",
+    "tests/cli/",
+    "tests/method/",
+)
+# What its tests share is there once: a file's module-scoped fixtures, the Slurm cluster of a whole folder.
+WHOLE_FOLDERS = ("tests/slurm",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99)
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return next((folder for folder in WHOLE_FOLDERS if file.startswith(folder)), file)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
