@@ -80,16 +80,18 @@ class Worker:
 
     def memory(self, batch: int) -> float:
         """Most bytes in a step."""
+        samples = self.walk.samples(batch)
         with self.meter().probe():
-            self.walk.step(batch)
+            self.walk.learn(samples)
         return float(self._meter.peak_bytes)
 
     def event(self, stage: str, batch: int) -> float:
         """Go on to the next stage; most bytes in the step with its first event."""
+        samples = self.walk.samples(batch)
         with self.meter().probe():
-            self.walk.convert(batch) if stage == "converted" else self.walk.update(batch)
+            self.walk.convert(samples) if stage == "converted" else self.walk.update(samples)
         if stage == "end":
-            self.walk.settle(batch)
+            self.walk.settle(samples)
         return float(self._meter.peak_bytes)
 
     def meter(self) -> MemoryMeter:
@@ -171,6 +173,8 @@ def compare(recipe: str, engine: str, sizes: Sequence[int], machine: Machine, ro
         probe = Team(1, folder, recipe, engine, max(batches.values()))
         for team in (*teams.values(), probe):
             team.answers()
+            # The optimizer makes its state in the first step.
+            team.ask("steps", min(batches.values()), 1, 1)
         for stage in STAGES:
             peaks = {size: {} for size in sizes}
             if stage in EVENTS:

@@ -102,9 +102,10 @@ def _run(subject: Subject, world: World, engine: EngineConfig, rule: RankRule | 
     session.optimizer.register_step_pre_hook(_without_gradients)
     walk, channel = Walk(session), open_channel(world)
     exchange = UpdateExchange(channel, world)
-    report = walk.convert(batch)
+    samples = walk.samples(batch)
+    report = walk.convert(samples)
     _tell(exchange, report)
-    _tell(exchange, walk.update(batch))
+    _tell(exchange, walk.update(samples))
     walk.step(batch)
     values = list(session.controller.r.values())
     return DryRun(

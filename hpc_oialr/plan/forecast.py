@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpc_oialr.engines import EngineConfig
 from hpc_oialr.plan.footprint import Footprint
@@ -36,7 +36,7 @@ class Event:
     peak: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """A run in one place.
 
@@ -61,11 +61,11 @@ class Forecast:
 
     place: Place
     engine: EngineConfig
-    misfit: str | None
+    misfit: str | None = None
     global_batch: int
-    steps: int
-    stages: Mapping[str, Stage]
-    events: Mapping[str, Event]
+    steps: int = 0
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    events: Mapping[str, Event] = field(default_factory=dict)
     dense_s: float = 0.0
     oialr_s: float = 0.0
     events_s: float = 0.0

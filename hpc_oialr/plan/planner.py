@@ -117,8 +117,13 @@ class Planner:
         }
         return [
             self._of_place(place, engine, {name: found[place] for name, found in steps.items()})
-            if reasons[place] is None
-            else Forecast(place, engine, reasons[place], self.global_batch(place, engine), 0, {}, {})
+            if place in possible
+            else Forecast(
+                place=place,
+                engine=engine,
+                misfit=reasons[place],
+                global_batch=self.global_batch(place, engine),
+            )
             for place in places
         ]
 
@@ -136,13 +141,12 @@ class Planner:
             event_time(phase, self.shapes, place, self.machine, split=split).total_s for phase in run[1:]
         )
         return Forecast(
-            place,
-            engine,
-            None,
-            batch,
-            total,
-            stages,
-            events,
+            place=place,
+            engine=engine,
+            global_batch=batch,
+            steps=total,
+            stages=stages,
+            events=events,
             dense_s=total * stages["dense"].time.total_s,
             oialr_s=sum(phase.steps * speeds.seconds(phase) for phase in run) + events_s,
             events_s=events_s,

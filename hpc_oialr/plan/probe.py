@@ -86,10 +86,11 @@ def probe(
 
 
 def _go_to(stage: str, walk: Walk, batch: int, found: Probe) -> None:
+    samples = walk.samples(batch)
     if stage == "converted":
-        walk.convert(batch)
+        walk.convert(samples)
         found.events["conversion"] = walk.event_s
     elif stage == "end":
-        walk.update(batch)
+        walk.update(samples)
         found.events["update"] = walk.event_s
-        walk.settle(batch)
+        walk.settle(samples)

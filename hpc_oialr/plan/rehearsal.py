@@ -100,9 +100,10 @@ def _session(subject: Subject, engine: Engine, batch: int, r: Mapping[str, int])
 
 
 def _step(session: Session, subject: Subject, batch: int) -> Step:
-    samples = subject.batch(batch)
     forward = _recorder(session)
     with _noting_gradients(session, forward), forward:
+        # The batch counts: on a GPU it is brought there in each step.
+        samples = subject.batch(batch)
         forward_backward(session, samples, 0)
     # The optimizer makes its state in its first step; the second one is like all others.
     _optimize(session)

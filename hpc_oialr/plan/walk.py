@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from hpc_oialr.data import DataConfig
+from hpc_oialr.data import Batch, DataConfig
 from hpc_oialr.engines import Engine, EngineConfig
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.report import UpdateReport
@@ -42,52 +42,53 @@ class Walk:
         self.event_s = 0.0
         session.module.train()
 
+    def samples(self, batch: int) -> Batch:
+        """So many samples of the training data, for this process."""
+        return self.session.splits.train.gather(torch.arange(batch))
+
     def step(self, batch: int) -> float:
-        """One step with ``batch`` samples on this process; its wall time without the method's part (s)."""
+        """One step with ``batch`` samples; its wall time with their gathering, without the method's part (s)."""
         start = time.perf_counter()
-        self._learn(batch)
+        self.learn(self.samples(batch))
         seconds = time.perf_counter() - start
-        self._tell()
+        self.session.controller.step()
         return seconds
 
-    def _learn(self, batch: int) -> None:
+    def learn(self, samples: Batch) -> None:
+        """Forward and backward pass, and the optimizer's step."""
         session = self.session
-        samples = session.splits.train.gather(torch.arange(batch))
         forward_backward(session, session.place(samples), self.steps)
         trained = [p for p in session.module.parameters() if p.requires_grad]
         session.engine.update(session.optimizer, session.scaler, trained, session.config.train.gradient_clip)
         self.steps += 1
 
-    def _tell(self) -> UpdateReport | None:
-        return self.session.controller.step()
-
-    def convert(self, batch: int) -> UpdateReport:
+    def convert(self, samples: Batch) -> UpdateReport:
         """A step with the conversion after it."""
         controller = self._method()
         controller.config.delay = controller.t + 1
-        return self._event(batch)
+        return self._event(samples)
 
-    def update(self, batch: int) -> UpdateReport:
+    def update(self, samples: Batch) -> UpdateReport:
         """A step with an update after it."""
         config = self._method().config
         config.frequency = 1
-        report = self._event(batch)
+        report = self._event(samples)
         config.frequency = _NEVER
         return report
 
-    def settle(self, batch: int) -> None:
+    def settle(self, samples: Batch) -> None:
         """Updates until r stays."""
         controller = self._method()
         for _ in range(_MOST_UPDATES):
             before = controller.r
-            self.update(batch)
+            self.update(samples)
             if controller.r == before and controller.updates * controller.config.layer_share_step >= 1:
                 return
 
-    def _event(self, batch: int) -> UpdateReport:
-        self._learn(batch)
+    def _event(self, samples: Batch) -> UpdateReport:
+        self.learn(samples)
         start = time.perf_counter()
-        report = self._tell()
+        report = self.session.controller.step()
         self.event_s = time.perf_counter() - start
         assert report is not None
         return report
