@@ -148,30 +148,45 @@ def settings() -> str:
 
 def engines() -> str:
     """Each engine's memory, and how far its losses are from one process's."""
-    memory, equal = load("memory"), load("engines")
+    memory, tables = load("memory"), {name: load(name) for name in ("engines", "engines_text")}
     rows = []
     for row in (row for row in memory["rows"] if row["kind"] == "phases"):
-        twins = [r for r in equal["rows"] if r["engine"] == row["engine"] and r.get("steps")]
-        exact = [r["largest_relative_loss_difference"] for r in twins if r["precision"] == "float64"]
-        single = [r["largest_relative_loss_difference"] for r in twins if r["precision"] == "fp32"]
         rows.append((
             f"`{row['engine']}`",
             row["optimizer"],
             f"{row['dense_mib']:.0f} MiB, x {row['dense_ratio']:.2f}",
             f"{row['low_rank_mib']:.1f} MiB, x {row['low_rank_ratio']:.2f}",
-            f"{max(exact):.0e}" if exact else "",
-            f"{max(single):.0e}" if single else "",
+            *(
+                _largest_difference(equal["rows"], row, precision)
+                for equal in tables.values()
+                for precision in ("float64", "fp32")
+            ),
         ))  # fmt: skip
     header = (
         "engine",
         "optimizer",
         "dense, a process",
         "r = k/4, a process",
-        "loss difference, float64",
+        "loss difference, images, float64",
+        "fp32",
+        "text, float64",
         "fp32",
     )
-    text = table(header, rows) + "\n" + origin("memory", memory["environment"])
-    return text + origin("engines", equal["environment"])
+    sources = {"memory": memory} | tables
+    return table(header, rows) + "\n" + "".join(origin(name, r["environment"]) for name, r in sources.items())
+
+
+def _largest_difference(equal: list[dict[str, Any]], row: dict[str, Any], precision: str) -> str:
+    """Of all numbers of processes, with the row's engine and optimizer; a recipe's own one is MuonAdamW."""
+    adamw = row["optimizer"] == "AdamW"
+    found = [
+        other["largest_relative_loss_difference"]
+        for other in equal
+        if (other["engine"], other["precision"]) == (row["engine"], precision)
+        and other.get("steps")
+        and ("--optimizer AdamW" in other["settings"]) == adamw
+    ]
+    return f"{max(found):.0e}" if found else ""
 
 
 def traffic() -> str:

@@ -27,7 +27,7 @@ ENGINES: dict[str, list[str]] = {
     "zero2": ["--engine", "DeepSpeed", "--engine.stage", "2"],
     "zero3": ["--engine", "DeepSpeed", "--engine.stage", "3"],
 }
-# DeepSpeed has no float64, transformers' GPT-2 none either; Muon cannot work on ZeRO's flat partitions.
+# DeepSpeed has no float64; Muon cannot work on ZeRO's flat partitions: give these AdamW.
 NO_FLOAT64 = ("zero1", "zero2", "zero3")
 
 
