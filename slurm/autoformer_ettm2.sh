@@ -14,8 +14,8 @@
 RECIPE=autoformer_ettm2
 SAMPLE=ettm2
 smoke() {
-  settings+=(--data.path "$samples" --train.steps 4 --train.global_batch 8 --train.evaluations 1
-    --oialr.delay 1 --oialr.frequency 1 --checkpoint.every 2)
+  settings+=(--data.path "$samples" --data.split_steps "[7000,400,400]" --train.steps 4 --train.global_batch 8
+    --train.evaluations 1 --oialr.delay 1 --oialr.frequency 1 --checkpoint.every 2)
 }
 
 command=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')

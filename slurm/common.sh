@@ -79,7 +79,7 @@ runs=${OIALR_RUNS:-runs}
 if [[ ${OIALR_SMOKE:-} == 1 ]]; then
   samples=$runs/samples-$job
   [[ -z ${SAMPLE:-} ]] || "${oialr[@]}" data sample "$SAMPLE" "$samples"
-  settings+=(--train.device cpu --train.workers 0 --train.evaluation_batch 8)
+  settings+=(--train.device cpu --train.workers 0 --train.evaluation_batch 32)
   smoke
   srun+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 fi
