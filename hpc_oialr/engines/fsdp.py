@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.dtensor_tables import forget_shapes
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -92,6 +93,7 @@ class FSDPEngine(Engine):
 
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The module itself: only layers whose r changed were sharded anew, by :meth:`follow`."""
+        forget_shapes()
         return module
 
     def open(self, site: Site) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines.averaging import average_gradients
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.dtensor_tables import forget_shapes
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -108,6 +109,7 @@ class TensorEngine(Engine):
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The module itself; the gradients of what it trains now are averaged."""
         self._trained = [p for p in module.parameters() if p.requires_grad]
+        forget_shapes()
         return module
 
     def follow(self, layer: LowRankWeight) -> None:
