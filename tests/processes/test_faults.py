@@ -27,8 +27,12 @@ SVD_RULE = (
     "failed; every process of the group must call the same function within the timeout. "
     "Another one has died or left: see its log."
 )
-# An update of shards may be struck in its SVD or in what is sent before and after.
-RULES = {"SVD of row blocks": (SVD_RULE,), "sharded update": (RULE, SVD_RULE)}
+# What holds an update of shards may be struck in its SVD or in what is sent before and after.
+RULES = {
+    "SVD of row blocks": (SVD_RULE,),
+    "sharded update": (RULE, SVD_RULE),
+    "split step": (RULE, SVD_RULE),
+}
 
 
 def struck(crowd: Crowd, number: signal.Signals, chance: random.Random) -> None:
