@@ -17,7 +17,7 @@ from hpc_oialr.errors import WorldError
 from hpc_oialr.processes import World
 from hpc_oialr.processes.nccl import leave_hard
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 8.0
 RULE = (
     "failed; every process must take part within the timeout (train.timeout_s). Another one has died or hangs: "
     "see its log, then resume from the last checkpoint."
