@@ -213,13 +213,19 @@ stop() {
     scancel --user="$user" || true
     wait_for 15 "the end of the jobs" no_jobs || true
   fi
+  # All at once but for what they need, which comes in its order.
+  end "$root"/run/slurmd-*.pid "$root/run/slurmctld.pid"
+  local name
+  for name in slurmdbd mariadb munged; do end "$root/run/$name.pid"; done
+}
+
+end() { # end PIDFILE...
   local file pid
-  # slurmd, slurmctld and slurmdbd before what they need.
-  for file in "$root"/run/slurmd-*.pid "$root"/run/{slurmctld,slurmdbd,mariadb,munged}.pid; do
+  for file in "$@"; do [[ ! -f $file ]] || kill "$(<"$file")" 2>/dev/null || true; done
+  for file in "$@"; do
     [[ -f $file ]] || continue
     pid=$(<"$file")
-    kill "$pid" 2>/dev/null || true
-    wait_for 10 "the end of $(basename "$file")" gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
+    wait_for 10 "the end of $(basename "$file" .pid)" gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
     rm -f "$file"
   done
 }
