@@ -111,7 +111,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 JobRequeue=1
 KillWait=5
-MinJobAge=300
+MinJobAge=3600
 InactiveLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=30
