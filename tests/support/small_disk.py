@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,8 +28,14 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, left: int) -> Path:
-    """A file that leaves so many bytes."""
-    room = os.statvfs(folder)
+    """A file that leaves so many bytes, also while others write there."""
     path = folder / "of_somebody_else"
-    path.write_bytes(b"x" * (room.f_bavail * room.f_frsize - left))
+    with path.open("ab", buffering=0) as file, suppress(OSError):
+        while (room := _room(folder) - left) > 0:
+            file.write(b"x" * room)
     return path
+
+
+def _room(folder: Path) -> int:
+    free = os.statvfs(folder)
+    return free.f_bavail * free.f_frsize
