@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hpc_oialr.engines import FSDP, EngineConfig, SingleEngine, TensorParallel
+from hpc_oialr.engines import DDP, FSDP, EngineConfig, SingleEngine, TensorParallel
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.plan.events import of_split_event, rehearse_event
 from hpc_oialr.plan.footprint import footprint
@@ -165,7 +165,11 @@ class Planner:
     def _event(self, phase: Phase, before: Step, place: Place, engine: EngineConfig) -> Event:
         split, processes = _is_split(engine, place), place.processes
         time = event_time(phase, self.shapes, place, self.machine, split=split)
-        resident = footprint(before, engine, processes).resident
+        held = footprint(before, engine, processes)
+        resident = held.resident
+        if held.gradients and isinstance(engine, DDP):
+            # New buckets are made before the old ones are let go.
+            resident += self._trained_after(phase, held.gradients)
         if split:
             return Event(time, resident + of_split_event(self.shapes, phase, processes))
         # More processes than layers have no more results alive at once.
@@ -174,6 +178,14 @@ class Planner:
         if key not in self._peaks:
             self._peaks[key] = rehearse_event(self.subject, phase, processes=at_once, held=processes > 1)
         return Event(time, self._peaks[key] + resident - footprint(before, engine, 1).resident)
+
+    def _trained_after(self, phase: Phase, before: float) -> float:
+        """Bytes of what is trained after an event."""
+        numbers = {name: r * r for name, r in phase.before.items()}
+        if phase.event == "conversion":
+            numbers = {name: self.shapes[name].m * self.shapes[name].n for name in phase.before}
+        saved = sum(count - phase.r[name] ** 2 for name, count in numbers.items())
+        return before - 4.0 * saved
 
 
 def _is_split(engine: EngineConfig, place: Place) -> bool:
