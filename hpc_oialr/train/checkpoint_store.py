@@ -12,12 +12,14 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -63,26 +65,58 @@ class CheckpointStore:
             By name. What all processes hold under one name is written once; DTensors as their shards.
         state
             The rest, fit for JSON; the main process's counts.
+
+        Raises
+        ------
+        CheckpointError
+            On all processes, if one cannot write; earlier checkpoints stay.
         """
         target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
-        if self.world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self.world.barrier()
-        self._write_tensors(draft, tensors)
-        if self.world.is_main:
-            _write_json(draft / STATE, state)
-        self.world.barrier()
-        sums = self._checksums(draft, sorted(path.name for path in draft.iterdir()))
-        if self.world.is_main:
-            _write_json(draft / MANIFEST, {"version": 1, "step": step, "files": sums})
-            _sync_folder(draft)
-            shutil.rmtree(target, ignore_errors=True)
-            draft.replace(target)
-            _sync_folder(self.folder)
-            self._prune()
-        self.world.barrier()
+        try:
+            self._write(draft, target, step, tensors, state)
+        except CheckpointError:
+            if self.world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
         return target
+
+    def _write(
+        self, draft: Path, target: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        with self._together(target):
+            if self.world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+        with self._together(target):
+            self._write_tensors(draft, tensors)
+            if self.world.is_main:
+                _write_json(draft / STATE, state)
+        with self._together(target):
+            mine = self._checksums(draft, sorted(path.name for path in draft.iterdir()))
+        sums = self._of_all(mine)
+        with self._together(target):
+            if self.world.is_main:
+                _write_json(draft / MANIFEST, {"version": 1, "step": step, "files": sums})
+                _sync_folder(draft)
+                shutil.rmtree(target, ignore_errors=True)
+                draft.replace(target)
+                _sync_folder(self.folder)
+                self._prune()
+
+    @contextmanager
+    def _together(self, target: Path) -> Iterator[None]:
+        """What fails on one process fails on all; until all are through none goes on."""
+        failure = ""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            failure = _cause(error)
+        failures = [text for text in self.world.all_gather_object(failure) if text]
+        if failures:
+            raise CheckpointError(
+                f"{target} cannot be written ({failures[0]}). Make room, or let {target.parent} be a link to a "
+                "larger disk; earlier checkpoints are as they were."
+            )
 
     def _write_tensors(self, draft: Path, tensors: Mapping[str, Tensor]) -> None:
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
@@ -96,8 +130,11 @@ class CheckpointStore:
             )
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
-        """sha256 of files, dealt over the processes."""
-        mine = {name: _sha256(folder / name) for name in names[self.world.rank :: self.world.size]}
+        """sha256 of this process's share of some files."""
+        return {name: _sha256(folder / name) for name in names[self.world.rank :: self.world.size]}
+
+    def _of_all(self, mine: dict[str, str]) -> dict[str, str]:
+        """All processes' checksums, by name."""
         shared: dict[str, str] = {}
         for part in self.world.all_gather_object(mine):
             shared |= part
@@ -139,7 +176,7 @@ class CheckpointStore:
         missing = [name for name in manifest if not (path / name).is_file()]
         if self.world.any(bool(missing)):
             return f"{(missing or ['a file'])[0]} is missing"
-        found = self._checksums(path, sorted(manifest))
+        found = self._of_all(self._checksums(path, sorted(manifest)))
         wrong = [name for name, checksum in found.items() if checksum != manifest[name]]
         return f"the checksum of {wrong[0]} is wrong" if wrong else None
 
@@ -185,6 +222,14 @@ class CheckpointStore:
         metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
         items: dict[str, Any] = metadata.state_dict_metadata
         return {name: (item.size, item.properties.dtype) for name, item in items.items()}
+
+
+def _cause(error: OSError | CheckpointException) -> str:
+    if isinstance(error, CheckpointException):
+        found = [failure for failure, _ in error.failures.values()]
+        # All processes get the failures of all; the first says enough.
+        return f"{type(found[0]).__name__}: {found[0]}" if found else str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _read_manifest(path: Path) -> dict[str, str] | str:

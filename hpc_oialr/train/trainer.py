@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
+from hpc_oialr.errors import CheckpointError
 from hpc_oialr.processes.agreement import Agreement
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
@@ -20,6 +22,8 @@ from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import Session
 from hpc_oialr.train.snapshot import Progress
 from hpc_oialr.train.stopping import Stopping, StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -73,6 +77,8 @@ class Trainer:
         ------
         NonFiniteError
             If a weight that is due for an SVD holds NaN or Inf.
+        CheckpointError
+            If the last checkpoint cannot be written; without one on the way the training goes on.
         """
         self.recorder.begin(self.progress.step)
         self.session.module.train()
@@ -82,10 +88,10 @@ class Trainer:
                 self._step(batch)
                 self._evaluate_if_due()
                 stop = self._agreement.exchange(self.stopping.wanted())
-                if stop or self._checkpoint_due():
-                    self.save()
                 if stop:
                     break
+                if self._checkpoint_due():
+                    self._save_if_possible()
             else:
                 stop = False
         self._agreement.settle()
@@ -185,8 +191,21 @@ class Trainer:
         every = self.config.checkpoint.every
         return every is not None and self.progress.step % every == 0
 
+    def _save_if_possible(self) -> None:
+        """Write a checkpoint on the way; without room for it the training goes on, to the next one."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            log.warning("step %d: %s The training goes on.", self.progress.step, error)
+
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one."""
+        """Write a checkpoint, unless this step has one.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written.
+        """
         if self._saved == self.progress.step:
             return
         self.recorder.flush()

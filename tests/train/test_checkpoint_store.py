@@ -5,6 +5,8 @@ import logging
 
 import pytest
 import torch
+from support.small_disk import fill, small_disk
+from support.spawn import spawn
 
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.processes import World
@@ -89,6 +91,33 @@ def test_a_draft_left_by_a_kill_is_no_checkpoint(store):
     store.save(4, TENSORS, {"step": 4})
     assert not draft.exists()
     assert store.latest() == 4
+
+
+def a_full_disk(rank, size, disk):
+    world = World.from_environment(device="cpu", timeout_s=60)
+    store = CheckpointStore(disk / "checkpoints", world, keep=2)
+    found = []
+    for step in (1, 2, 3):
+        other = fill(disk, left=0) if rank == 0 and step == 2 else None
+        world.barrier()
+        try:
+            store.save(step, TENSORS, {"step": step})
+        except CheckpointError as error:
+            found.append(str(error))
+        if other:
+            other.unlink()
+        world.barrier()
+    return [found, store.steps(), sorted(path.name for path in store.folder.iterdir())]
+
+
+def test_no_room_on_two_processes(tmp_path):
+    with small_disk(tmp_path / "small", kib=200) as disk:
+        one, other = spawn(a_full_disk, 2, disk)
+    assert one == other
+    (message,), steps, names = one
+    assert "step_00000002 cannot be written (OSError: [Errno 28] No space left on device)" in message
+    assert steps == [1, 3]
+    assert names == ["step_00000001", "step_00000003"]
 
 
 def test_wrong_shape_and_missing_name(store):

@@ -178,6 +178,32 @@ def test_a_run_on_a_disk_that_is_full_for_a_while(
             assert [row["step"] for row in written] == [row["step"] for row in expected]
 
 
+def test_a_run_goes_on_without_room_for_a_checkpoint(
+    default: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "small", kib=3000) as disk:
+        steps = itertools.count(1)
+
+        def asked() -> str:
+            step = next(steps)
+            if 8 <= step < 20:
+                fill(disk, left=0)
+            if step == 20:
+                (disk / "of_somebody_else").unlink()
+            return ""
+
+        recipe = write_recipe(tmp_path, checkpoint={"every": 5}, record={"side_folder": str(tmp_path)})
+        result = train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
+        assert result.summary is not None
+        assert result.summary["weights_sha256"] == default.summary["weights_sha256"]
+        text = "No space left on device"
+        told = [r.getMessage() for r in caplog.records if "The training goes on" in r.getMessage()]
+        assert [line.partition(":")[0] for line in told] == ["step 10", "step 15"]
+        assert all(text in line and "Make room" in line for line in told)
+        names = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+        assert names == ["step_00000020", "step_00000024"]
+
+
 def test_a_file_for_each_process(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, record={"spectra_writer": "per_process"}, train={"steps": 12})
     summary, _ = spawn(train_worker, 2, str(recipe), str(tmp_path / "run"))
