@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +85,15 @@ class Cluster:
     def sbatch(self, *words: str, **extra: str) -> Job:
         """Submit a script with its settings; the job works in ``root``."""
         return Job(self, self.call("sbatch", "--parsable", *words, **extra))
+
+    def oialr(self, *words: str) -> str:
+        """A command of ours; what it says."""
+        return self.call(sys.executable, "-m", "hpc_oialr", *words)
+
+    def submit(self, recipe: str, *words: str) -> Job:
+        """``oialr submit`` with its options and settings."""
+        said = self.oialr("submit", recipe, *words)
+        return Job(self, said.removeprefix("job ").partition(":")[0])
 
 
 class Job:

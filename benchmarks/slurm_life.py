@@ -1,8 +1,8 @@
 """The life of jobs under a real Slurm, the local one of env/local_slurm.sh with four nodes.
 
-Ten interruptions of one run in a row, of five kinds; jobs that must not come back, and one that must; and every
-batch script in smoke mode on 1, 2 and 4 nodes. As root; about a quarter of an hour on two cores. Goes on where it
-was interrupted.
+Ten interruptions in a row, of five kinds, of a run by `sbatch` and of one by `oialr submit`; jobs that must not
+come back, and one that must; and every batch script in smoke mode on 1, 2 and 4 nodes. As root; about half an
+hour on two cores. Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -73,34 +73,46 @@ def _row(part: str, what: str, seconds: float, fine: bool, **more: Any) -> Row:
 
 
 def interruptions(cluster: Cluster) -> list[Row]:
-    """One run on two nodes, struck ten times, against an undisturbed one."""
-    folders = cluster.root / "whole", cluster.root / "struck"
-    whole = cluster.sbatch("--nodes=2", SCRIPT, *SETTINGS, OIALR_OUT=str(folders[0]))
-    options = ["--nodes=2", f"--signal=USR2@{WARNING_S}", "--output=struck.out"]
-    job = cluster.sbatch(*options, SCRIPT, *SETTINGS, OIALR_OUT=str(folders[1]))
-    rows, metrics = [], folders[1] / "metrics.jsonl"
-    for number, blow in enumerate(BLOWS):
-        start = time.monotonic()
-        with ExitStack() as stack:
-            tasks = job.pause_at(8 + 12 * number, metrics, stack)
-            blow(cluster, job, tasks)
-        job.start_again()
-        done = _steps(job)
-        rows.append(_row("interruption", blow.__name__, time.monotonic() - start, True, **done))
-    job.wait()
-    whole.wait()
-    restarts = int(job.fields()["Restarts"])
-    equal = outcome(folders[1]) == outcome(folders[0]) and restarts == len(BLOWS)
-    again = sum(row["steps done again"] for row in rows)
-    rows.append(
-        _row("interruption", "bitwise the undisturbed run", 0.0, equal, **{"steps done again": again})
-    )
+    """A run on two nodes by each way of submitting, struck ten times, against an undisturbed one."""
+    whole = cluster.root / "whole"
+    cluster.sbatch("--nodes=2", SCRIPT, *SETTINGS, OIALR_OUT=str(whole)).wait()
+    rows = []
+    for submitted, start in (("sbatch", _by_sbatch), ("oialr submit", _by_submit)):
+        folder = cluster.root / submitted
+        rows += _strikes(start(cluster, folder), folder, whole, submitted)
     return rows
 
 
-def _steps(job: Job) -> dict[str, int]:
+def _by_sbatch(cluster: Cluster, folder: Path) -> Job:
+    options = ["--nodes=2", f"--signal=USR2@{WARNING_S}", "--output=struck.out"]
+    return cluster.sbatch(*options, SCRIPT, *SETTINGS, OIALR_OUT=str(folder))
+
+
+def _by_submit(cluster: Cluster, folder: Path) -> Job:
+    options = ["--nodes=2", f"--signal-s={WARNING_S}", "--out", str(folder)]
+    return cluster.submit("fashion_mnist_vit", *options, *SETTINGS)
+
+
+def _strikes(job: Job, folder: Path, whole: Path, submitted: str) -> list[Row]:
+    rows, again = [], 0
+    for number, blow in enumerate(BLOWS):
+        start = time.monotonic()
+        with ExitStack() as stack:
+            tasks = job.pause_at(8 + 12 * number, folder / "metrics.jsonl", stack)
+            blow(job.cluster, job, tasks)
+        job.start_again()
+        done = _steps(folder)
+        again += done["steps done again"]
+        what = f"{submitted}: {blow.__name__}"
+        rows.append(_row("interruption", what, time.monotonic() - start, True, **done))
+    job.wait()
+    equal = outcome(folder) == outcome(whole) and int(job.fields()["Restarts"]) == len(BLOWS)
+    what = f"{submitted}: bitwise the undisturbed run"
+    return [*rows, _row("interruption", what, 0.0, equal, **{"steps done again": again})]
+
+
+def _steps(folder: Path) -> dict[str, int]:
     """Step to which the run had come, and how many of its steps the next job, not yet begun, will do once more."""
-    folder = job.cluster.root / "struck"
     reached = last_step(folder / "metrics.jsonl")
     checkpoint = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*"))
     return {"at step": reached, "steps done again": reached - checkpoint}

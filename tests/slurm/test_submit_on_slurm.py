@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,9 @@ from benchmarks.slurm_cluster import Cluster, Job, until
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
 
 
-def oialr(cluster: Cluster, *words: str) -> str:
-    return cluster.call(sys.executable, "-m", "hpc_oialr", *words)
-
-
 def submit(cluster: Cluster, folder: Path, *words: str) -> Job:
     """Submit the tiny recipe on two nodes; its job."""
-    said = oialr(cluster, "submit", "fashion_mnist_vit", "--nodes=2", "--out", str(folder), *words, *TINY)
-    return Job(cluster, said.removeprefix("job ").partition(":")[0])
+    return cluster.submit("fashion_mnist_vit", "--nodes=2", "--out", str(folder), *words, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +37,10 @@ def test_four_blows_lose_nothing(
 
 def test_jobs_tell_of_them(struck: tuple[Path, Job], cluster: Cluster) -> None:
     folder, job = struck
-    table = oialr(cluster, "jobs", str(folder))
+    table = cluster.oialr("jobs", str(folder))
     assert f"{job.number} " in table
     assert "COMPLETED   4 of 4     60 of 60" in table
-    assert "requeue 4 of 4" in oialr(cluster, "logs", str(folder))
+    assert "requeue 4 of 4" in cluster.oialr("logs", str(folder))
 
 
 def test_an_error_that_starting_again_does_not_cure(cluster: Cluster) -> None:
@@ -55,5 +49,5 @@ def test_an_error_that_starting_again_does_not_cure(cluster: Cluster) -> None:
     until(lambda: job.state not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job")
     fields = job.fields()
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "202:0")
-    said = oialr(cluster, "jobs", str(cluster.root / "wrong"))
+    said = cluster.oialr("jobs", str(cluster.root / "wrong"))
     assert "oialr: error: Fashion-MNIST is not here; looked in /nonexistent" in said
