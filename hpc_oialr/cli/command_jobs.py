@@ -33,7 +33,6 @@ COLUMNS = (
     "metric",
 )
 UNKNOWN = "-"
-_WIDE = 400
 
 
 def add(commands: Any) -> None:
@@ -61,9 +60,6 @@ def show(rows: Sequence[JobRow]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in cells(row)))
     out = console()
-    if not out.is_terminal:
-        # A file or a pipe has no width: nothing is to be cut there.
-        out.width = _WIDE
     out.print(table)
     for row in rows:
         if row.error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
@@ -178,7 +179,7 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = ("steps", "GFLOP dense", "GFLOP end", "dense", "OIALR", "updates", "ratio")
     table = _table("a run: work of a process's step, and time to the end", *names)
     for found in rows:
-        cells = [f"{found['steps']:,}", _number(found["dense_gflop"], 1), _number(found.get("end_gflop"), 1)]
+        cells = [f"{found['steps']:,}", _number(found["dense_gflop"], 0), _number(found.get("end_gflop"), 0)]
         cells.append(_duration(found["dense_s"]))
         if "end_step_s" in found:
             ratio = _number(found["oialr_s"] / found["dense_s"], 2)
@@ -188,7 +189,7 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("engine")
     for name in ("nodes", *names):
         table.add_column(name, justify="right")
@@ -232,7 +233,7 @@ def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     start, out = time.perf_counter(), console()
     rule = foreseeable(config.oialr.rule, arguments.r_fraction)[0] if config.oialr else None
     title = f"{arguments.recipe} under {label(config.engine)} as one of {arguments.dry_run:,} processes"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over"):
         table.add_column(name, justify="right")
     for done in dry_run(Subject.of(config, arguments.samples), arguments.dry_run, rule=rule):

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.live import Live
-from rich.measure import Measurement
 from rich.text import Text
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
@@ -23,8 +22,6 @@ EXAMPLES = """  oialr spectra show runs/first
   oialr spectra export runs/first --format parquet
   oialr spectra merge runs/first
   oialr spectra repair runs/first/spectra.h5"""
-
-_WIDEST = 1000
 
 
 def add(commands: Any) -> None:
@@ -97,9 +94,6 @@ def show(arguments: argparse.Namespace) -> int:
     out = console()
     with open(arguments.path) as run:
         table = layers_table(run, arguments.layers)
-    if not out.is_terminal:
-        # Into a pipe or a file the whole width.
-        out.width = max(out.width, Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum)
     out.print(table)
     return 0
 

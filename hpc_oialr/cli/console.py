@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from hpc_oialr.processes import launch_info
 # Errors that may befall one process alone; all others are the same everywhere.
 OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError)
 GRACE_S = 3.0
+_WIDE = 1000
 
 
 def is_main() -> bool:
@@ -29,8 +31,14 @@ def is_main() -> bool:
 
 
 def console() -> Console:
-    """Standard output of the main process; nowhere for the others."""
-    return Console(quiet=not is_main(), soft_wrap=True, highlight=False)
+    """Standard output of the main process; nowhere for the others.
+
+    A file or a pipe has no width, so nothing is cut there, unless ``COLUMNS`` is set.
+    """
+    out = Console(quiet=not is_main(), soft_wrap=True, highlight=False)
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = _WIDE
+    return out
 
 
 def show_error(error: OIALRError) -> None:
