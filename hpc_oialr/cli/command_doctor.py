@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command
+from hpc_oialr.cli.console import add_command, console
 
 EXAMPLES = """  oialr doctor                                     (on a laptop, or a login node)
   oialr doctor --partition gpu --account my-project --folder /scratch/me/runs --need-gib 50
@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     examined = gather(patient, [*around.findings, *examine(patient)])
     if not examined.shown:
         return 0
-    # Not the console of the main process alone: where processes cannot meet, each prints.
-    out = Console(soft_wrap=True, highlight=False)
+    # Where processes cannot meet, each prints.
+    out = console(of_every_process=True)
     if arguments.json:
         out.print(as_json(patient.node, examined), markup=False)
     else:

@@ -30,12 +30,12 @@ def is_main() -> bool:
         return True
 
 
-def console() -> Console:
-    """Standard output of the main process; nowhere for the others.
+def console(*, of_every_process: bool = False) -> Console:
+    """Standard output of the main process, nowhere for the others unless each is to print.
 
     A file or a pipe has no width, so nothing is cut there, unless ``COLUMNS`` is set.
     """
-    out = Console(quiet=not is_main(), soft_wrap=True, highlight=False)
+    out = Console(quiet=not (of_every_process or is_main()), soft_wrap=True, highlight=False)
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _WIDE
     return out
