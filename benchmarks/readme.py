@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,78 @@ def traffic() -> str:
     return table(header, rows) + "\n" + origin("traffic", result["environment"])
 
 
+def plan() -> str:
+    """What ``oialr plan`` foresees, against measurement."""
+    result = load("plan")
+    places = dict.fromkeys((row["recipe"], row["processes"]) for row in result["rows"])
+    rows = []
+    for recipe, processes in places:
+        mine = [row for row in result["rows"] if (row["recipe"], row["processes"]) == (recipe, processes)]
+        memory = [row["memory_ratio"] for row in mine]
+        times = [f"{row['time_ratio']:.2f}" for row in mine if "time_ratio" in row]
+        rows.append((f"`{recipe}`", str(processes), f"{min(memory):.2f} to {max(memory):.2f}", *times))
+    header = ("recipe", "processes", "memory, all phases", "step, dense", "step, converted", "step, end")
+    return table(header, rows) + "\n" + origin("plan", result["environment"])
+
+
+def life() -> str:
+    """Ten interruptions of two runs in a row."""
+    result = load("slurm_life")
+    rows = []
+    for submitted in ("sbatch", "oialr submit"):
+        mine = [row for row in result["rows"] if row["what"].startswith(submitted)]
+        *blows, end = mine
+        again = [row["steps done again"] for row in blows]
+        names = ", ".join(dict.fromkeys(row["what"].partition(": ")[2].replace("_", " ") for row in blows))
+        ended = "bitwise the undisturbed run" if end["as it must"] else "differs"
+        rows.append((f"`{submitted}`", f"{len(blows)}: {names}", f"{max(again)}", ended))
+    header = ("submitted by", "interruptions in a row", "most steps done again", "end")
+    return table(header, rows) + "\n" + origin("slurm_life", result["environment"])
+
+
+def record() -> str:
+    """What the record costs, and how long a large report takes to open."""
+    writing, page = load("record"), load("report")
+    row, report = writing["rows"][0], page["rows"][0]
+    text = (
+        f"Recording costs {row['overhead']:.2%} of a step of `{row['recipe']}` with an event every "
+        f"{row['steps_a_block']} steps, and {row['overhead_if_nothing_overlapped']:.2%} if none of it ran beside the "
+        f"training. The report of a run of {report['layers']} layers and {report['updates']} updates has "
+        f"{report['page_mib']:.0f} MiB and is drawn after {report['load_median_s']:.1f} s."
+    )
+    origins = origin("record", writing["environment"]) + origin("report", page["environment"])
+    return f"{textwrap.fill(text, 118)}\n{origins}"
+
+
+def stability() -> str:
+    """How the bases of dense trainings settle."""
+    results = {model: load(f"stability_{model}") for model in ("vit", "convnet", "gpt")}
+    rows = []
+    for result in results.values():
+        for variant, run in result["runs"].items():
+            recipe = f"`{result['settings']['recipe']}`"
+            optimizer = {"muon": "Muon, cosine"}.get(variant, f"AdamW, {variant}")
+            medians = [f"{run[f'median_{when}']:.4f}" for when in ("first", "middle", "last")]
+            angle, distance = (
+                " to ".join(f"{value:.2f}" for value in run[name])
+                for name in ("subspace_angle_U", "r_factor_distance")
+            )
+            rows.append((recipe, optimizer, *medians, angle, distance))
+    header = (
+        "model, trained dense",
+        "optimizer, schedule",
+        "stability at first",
+        "half-way",
+        "at the end",
+        "angle (rad)",
+        "change of R",
+    )
+    origins = "".join(
+        origin(f"stability_{model}", result["environment"]) for model, result in results.items()
+    )
+    return table(header, rows) + "\n" + origins
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "layer": layer,
@@ -213,6 +286,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "engines": engines,
     "traffic": traffic,
+    "plan": plan,
+    "life": life,
+    "record": record,
+    "stability": stability,
 }
 
 
