@@ -1,10 +1,15 @@
-"""Which tests run beside each other under pytest-xdist (`make test` starts two workers)."""
+"""What holds for all tests; which of them run beside each other under pytest-xdist (`make test` starts two workers)."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+
+# Set by the readline library, which pytest imports; a user's environment does not have it.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 
 # The longest first, so that no worker is left alone with one at the end.
 LONGEST = (
