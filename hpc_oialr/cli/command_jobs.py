@@ -47,15 +47,22 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a table, and a line for each error."""
     show_warnings()
-    rows = rows_of(find_runs(arguments.runs), Slurm())
-    if not (arguments.all or arguments.runs):
-        rows = [row for row in rows if row.state.state != "COMPLETED" or row.error]
-    show(rows) if rows else console().print("no submitted runs", markup=False)
+    found = rows_of(find_runs(arguments.runs), Slurm())
+    every = arguments.all or arguments.runs
+    rows = [row for row in found if every or row.state.state != "COMPLETED" or row.error]
+    show(rows)
+    hidden = len(found) - len(rows)
+    if hidden:
+        console().print(f"{hidden} completed: oialr jobs --all", markup=False)
+    elif not rows:
+        console().print("no submitted runs", markup=False)
     return 0
 
 
 def show(rows: Sequence[JobRow]) -> None:
-    """Print the table and the errors."""
+    """Print the table, if there is anything in it, and the errors."""
+    if not rows:
+        return
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in cells(row)))

@@ -129,7 +129,10 @@ def test_table(slurm, tmp_path, capsys):
         *"------",
     ]
     assert "PENDING (Resources)" in lines[2]
-    assert lines[3:] == ["runs/second: oialr: error: data.path is 'x'; no such folder."]
+    assert lines[3:] == [
+        "runs/second: oialr: error: data.path is 'x'; no such folder.",
+        "1 completed: oialr jobs --all",
+    ]
     assert "14_0" not in out
     assert "14_0" in run(capsys, "jobs", "--all")[1]
     assert "14_0" in run(capsys, "jobs", "runs/many")[1]
