@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,9 @@ def dry_run(
         rule_ = "cannot be run without its processes; torch's fake process group is not DeepSpeed's"
         raise ConfigError("engine", "DeepSpeed", rule_, fix="Take DDP, FSDP or TensorParallel.")
     for rank in ranks or sorted({0, size // 2, size - 1}):
-        with imagined_world(rank, size) as world, lonely_linalg():
+        with imagined_world(rank, size) as world, lonely_linalg(), warnings.catch_warnings():
+            # Of DDP, where a process has one sample only.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
             yield _run(subject, world, engine, rule)
 
 
