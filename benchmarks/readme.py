@@ -173,8 +173,27 @@ def engines() -> str:
         "text, float64",
         "fp32",
     )
-    sources = {"memory": memory} | tables
-    return table(header, rows) + "\n" + "".join(origin(name, r["environment"]) for name, r in sources.items())
+    full = load("engines_full")
+    sources = {"memory": memory} | tables | {"engines_full": full}
+    sentence = f"\nIn the recipes' full size, in fp32: {_in_full_size(full['rows'])}.\n"
+    return (
+        table(header, rows)
+        + "\n"
+        + sentence
+        + "".join(origin(name, r["environment"]) for name, r in sources.items())
+    )
+
+
+def _in_full_size(rows: list[dict[str, Any]]) -> str:
+    """The largest differences of both recipes, and of how many runs."""
+    parts = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        mine = [row for row in rows if row["recipe"] == recipe and row["precision"] == "fp32"]
+        engines = ", ".join(dict.fromkeys(f"`{row['engine']}`" for row in mine))
+        largest = max(row["largest_relative_loss_difference"] for row in mine)
+        same = "the same r" if all(row["same_r"] for row in mine) else "not the same r"
+        parts.append(f"`{recipe}` {largest:.0e} and {same} ({engines})")
+    return ", ".join(parts)
 
 
 def _largest_difference(equal: list[dict[str, Any]], row: dict[str, Any], precision: str) -> str:
@@ -241,8 +260,9 @@ def record() -> str:
     writing, page = load("record"), load("report")
     row, report = writing["rows"][0], page["rows"][0]
     text = (
-        f"Recording costs {row['overhead']:.2%} of a step of `{row['recipe']}` with an event every "
-        f"{row['steps_a_block']} steps, and {row['overhead_if_nothing_overlapped']:.2%} if none of it ran beside the "
+        f"Recording costs {row['overhead']:.2%} (95 % interval: {row['overhead_low']:.2%} to "
+        f"{row['overhead_high']:.2%}) of a step of `{row['recipe']}` with an event every {row['steps_a_block']} steps, "
+        f"and {row['overhead_if_nothing_overlapped']:.2%} if none of it ran beside the "
         f"training. The report of a run of {report['layers']} layers and {report['updates']} updates has "
         f"{report['page_mib']:.0f} MiB and is drawn after {report['load_median_s']:.1f} s."
     )

@@ -1,12 +1,9 @@
 """Pictures of the report page and two figures of a comparison, for the README.
 
-The ones in the repository are of this run, on the 20,000 first images of Fashion-MNIST:
+The ones in the repository are of the demo, whose figures are in ``results/demo.json``:
 
-    oialr compare fashion_mnist_vit --own --out runs/fmnist_vit --model.dim 256 --model.depth 4 \\
-      --data.limit 20000 --train.epochs 4 --train.evaluations 12 --record.every 10 --record.spectra true \\
-      --record.frequency 20 --oialr.delay 60 --oialr.frequency 20 --oialr.stability_frequency 5 \\
-      --dense.train.epochs 2
-    python -m benchmarks.report_pictures runs/fmnist_vit
+    make demo
+    python -m benchmarks.report_pictures runs/demo
 
 Needs the program ``chromium`` and the extras ``plot``, ``report`` and ``test``.
 """
