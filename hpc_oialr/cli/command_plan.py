@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
@@ -116,14 +117,18 @@ def _numbers(text: str) -> list[int]:
 
 def _rows(found: Answer, request: Request) -> list[dict[str, Any]]:
     from hpc_oialr.plan.advice import advice, fits
+    from hpc_oialr.plan.places import label
     from hpc_oialr.plan.rows import row
 
     planner, rows = found.planner, []
-    for engine in found.engines:
-        for forecast in planner.forecast(request.nodes, request.processes_per_node, engine):
-            too_large = forecast.misfit is None and not fits(forecast, found.memory_gib)
-            text = advice(planner, forecast, request.nodes, found.memory_gib) if too_large else ""
-            rows.append(row(forecast, found.memory_gib, text))
+    # Some engines take a minute; only terminals show it.
+    with Console(stderr=True).status("") as status:
+        for engine in found.engines:
+            status.update(f"{label(engine)}: the run's code on tensors without data")
+            for forecast in planner.forecast(request.nodes, request.processes_per_node, engine):
+                too_large = forecast.misfit is None and not fits(forecast, found.memory_gib)
+                text = advice(planner, forecast, request.nodes, found.memory_gib) if too_large else ""
+                rows.append(row(forecast, found.memory_gib, text))
     return rows
 
 
