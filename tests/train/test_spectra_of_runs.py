@@ -147,22 +147,27 @@ def test_a_checkpoint_comes_after_the_record(tmp_path: Path, monkeypatch: pytest
     assert found == [(2, 0, 2), (4, 0, 4), (6, 6, 6), (8, 6, 8), (10, 10, 10), (12, 10, 12)]
 
 
+def train_while_full(tmp_path: Path, disk: Path, **settings: dict[str, Any]) -> Result:
+    """A run on a disk without any room from its eighth step to its twentieth."""
+    steps = itertools.count(1)
+
+    def asked() -> str:
+        step = next(steps)
+        if 8 <= step < 20:
+            fill(disk, left=0)
+        if step == 20:
+            (disk / "of_somebody_else").unlink()
+        return ""
+
+    recipe = write_recipe(tmp_path, record={"side_folder": str(tmp_path)}, **settings)
+    return train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
+
+
 def test_a_run_on_a_disk_that_is_full_for_a_while(
     default: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with small_disk(tmp_path / "small", kib=3000) as disk:
-        steps, filling = itertools.count(1), disk / "of_somebody_else"
-
-        def asked() -> str:
-            step = next(steps)
-            if step == 8:
-                fill(disk, left=0)
-            if step == 20:
-                filling.unlink()
-            return ""
-
-        recipe = write_recipe(tmp_path, checkpoint={"every": None}, record={"side_folder": str(tmp_path)})
-        result = train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
+        result = train_while_full(tmp_path, disk, checkpoint={"every": None})
         assert result.summary is not None
         assert result.summary["weights_sha256"] == default.summary["weights_sha256"]
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -182,18 +187,7 @@ def test_a_run_goes_on_without_room_for_a_checkpoint(
     default: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with small_disk(tmp_path / "small", kib=3000) as disk:
-        steps = itertools.count(1)
-
-        def asked() -> str:
-            step = next(steps)
-            if 8 <= step < 20:
-                fill(disk, left=0)
-            if step == 20:
-                (disk / "of_somebody_else").unlink()
-            return ""
-
-        recipe = write_recipe(tmp_path, checkpoint={"every": 5}, record={"side_folder": str(tmp_path)})
-        result = train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
+        result = train_while_full(tmp_path, disk, checkpoint={"every": 5})
         assert result.summary is not None
         assert result.summary["weights_sha256"] == default.summary["weights_sha256"]
         text = "No space left on device"
