@@ -46,8 +46,7 @@ $(VENV)/torch-installed:
 
 # What tests start if it is there: MPI, Slurm, a browser.
 PROGRAMS := mpirun slurmctld slurmd sbatch munged shellcheck chromium
-PACKAGES := openmpi-bin libopenmpi-dev munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix2 \
-  shellcheck chromium
+PACKAGES = openmpi-bin libopenmpi-dev shellcheck chromium $$(env/local_slurm.sh packages)
 
 programs:
 	@for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def origin(name: str, environment: dict[str, Any]) -> str:
     machine, packages = environment["machine"], environment["packages"]
     where = f"{machine['cpu']}, {machine['cores']} cores"
     return f"\n*`benchmarks/results/{name}.json`: {where}, torch {packages['torch']}, {environment['date'][:10]}.*"
+
+
+def origins(results: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each file, by its name."""
+    return "".join(origin(name, result["environment"]) for name, result in results.items())
 
 
 def demo() -> str:
@@ -176,16 +181,11 @@ def engines() -> str:
     full = load("engines_full")
     sources = {"memory": memory} | tables | {"engines_full": full}
     sentence = f"\nIn the recipes' full size, in fp32: {_in_full_size(full['rows'])}.\n"
-    return (
-        table(header, rows)
-        + "\n"
-        + sentence
-        + "".join(origin(name, r["environment"]) for name, r in sources.items())
-    )
+    return table(header, rows) + "\n" + sentence + origins(sources)
 
 
 def _in_full_size(rows: list[dict[str, Any]]) -> str:
-    """The largest differences of both recipes, and of how many runs."""
+    """The largest difference of each recipe, and of which engines."""
     parts = []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == recipe and row["precision"] == "fp32"]
@@ -266,13 +266,12 @@ def record() -> str:
         f"training. The report of a run of {report['layers']} layers and {report['updates']} updates has "
         f"{report['page_mib']:.0f} MiB and is drawn after {report['load_median_s']:.1f} s."
     )
-    origins = origin("record", writing["environment"]) + origin("report", page["environment"])
-    return f"{textwrap.fill(text, 118)}\n{origins}"
+    return textwrap.fill(text, 118) + "\n" + origins({"record": writing, "report": page})
 
 
 def stability() -> str:
     """How the bases of dense trainings settle."""
-    results = {model: load(f"stability_{model}") for model in ("vit", "convnet", "gpt")}
+    results = {name: load(name) for name in ("stability_vit", "stability_convnet", "stability_gpt")}
     rows = []
     for result in results.values():
         for variant, run in result["runs"].items():
@@ -293,10 +292,7 @@ def stability() -> str:
         "angle (rad)",
         "change of R",
     )
-    origins = "".join(
-        origin(f"stability_{model}", result["environment"]) for model, result in results.items()
-    )
-    return table(header, rows) + "\n" + origins
+    return table(header, rows) + "\n" + origins(results)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,23 @@ def killed(cluster: Cluster, job: Job, tasks: list[int]) -> None:
     os.kill(tasks[1], signal.SIGKILL)
 
 
-BLOWS: list[Callable[[Cluster, Job, list[int]], None]] = [time_limit, preemption, requeued_by_hand, killed]
+Blow = Callable[[Cluster, Job, list[int]], None]
+BLOWS: list[Blow] = [time_limit, preemption, requeued_by_hand, killed]
 
 
-def strike(cluster: Cluster, job: Job, metrics: Path) -> None:
+def strike(job: Job, metrics: Path) -> None:
     """End a job of two tasks in four ways, one after the other, and let it come to its end."""
-    for step, blow in zip(STEPS, BLOWS, strict=True):
+    for _ in strikes(job, metrics, zip(STEPS, BLOWS, strict=True)):
+        pass
+
+
+def strikes(job: Job, metrics: Path, blows: Iterable[tuple[int, Blow]]) -> Iterator[Blow]:
+    """End a job of two tasks once past each step, and let it come to its end; each blow, before the job goes on."""
+    for step, blow in blows:
         with ExitStack() as stack:
             tasks = job.pause_at(step, metrics, stack)
             assert len(tasks) == 2
-            blow(cluster, job, tasks)
+            blow(job.cluster, job, tasks)
         job.start_again()
+        yield blow
     job.wait()

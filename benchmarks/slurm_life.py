@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Row, arguments, earlier, finish
-from benchmarks.slurm_blows import TINY, WARNING_S, killed, outcome, preemption, requeued_by_hand, time_limit
+from benchmarks.slurm_blows import (
+    TINY,
+    WARNING_S,
+    killed,
+    outcome,
+    preemption,
+    requeued_by_hand,
+    strikes,
+    time_limit,
+)
 from benchmarks.slurm_cluster import HERE, Cluster, Job, last_step, scripts, until, why_not
 from hpc_oialr.record import read_metrics
 
@@ -35,6 +43,7 @@ def node_failure(cluster: Cluster, job: Job, tasks: list[int]) -> None:
 
 
 BLOWS = (time_limit, preemption, requeued_by_hand, killed, node_failure) * 2
+STEPS = tuple(range(8, 8 + 12 * len(BLOWS), 12))
 
 
 def main() -> None:
@@ -94,18 +103,13 @@ def _by_submit(cluster: Cluster, folder: Path) -> Job:
 
 
 def _strikes(job: Job, folder: Path, whole: Path, submitted: str) -> list[Row]:
-    rows, again = [], 0
-    for number, blow in enumerate(BLOWS):
-        start = time.monotonic()
-        with ExitStack() as stack:
-            tasks = job.pause_at(8 + 12 * number, folder / "metrics.jsonl", stack)
-            blow(job.cluster, job, tasks)
-        job.start_again()
-        done = _steps(folder)
+    rows, again, start = [], 0, time.monotonic()
+    for blow in strikes(job, folder / "metrics.jsonl", zip(STEPS, BLOWS, strict=True)):
+        done, now = _steps(folder), time.monotonic()
         again += done["steps done again"]
         what = f"{submitted}: {blow.__name__}"
-        rows.append(_row("interruption", what, time.monotonic() - start, True, **done))
-    job.wait()
+        rows.append(_row("interruption", what, now - start, True, **done))
+        start = now
     equal = outcome(folder) == outcome(whole) and int(job.fields()["Restarts"]) == len(BLOWS)
     what = f"{submitted}: bitwise the undisturbed run"
     return [*rows, _row("interruption", what, 0.0, equal, **{"steps done again": again})]

@@ -3,6 +3,7 @@
 # trying things out before a queue is waited in. Debian 12 and Ubuntu; touches nothing outside its own folder.
 #
 #   env/local_slurm.sh install       packages, as root; nothing if they are there
+#   env/local_slurm.sh packages      their names
 #   env/local_slurm.sh start         waits until all nodes are idle: about a second
 #   eval "$(env/local_slurm.sh env)" then: sinfo, sbatch --nodes=2 slurm/fashion_mnist.sh, squeue
 #   env/local_slurm.sh status | logs
@@ -31,6 +32,7 @@ export SLURM_CONF=$root/slurm.conf
 main() {
   case ${1:-} in
     install) install_packages ;;
+    packages) packages ;;
     start) start ;;
     stop) stop ;;
     env) printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" ;;
@@ -40,10 +42,14 @@ main() {
   esac
 }
 
+packages() {
+  echo munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix2
+  [[ $accounting != 1 ]] || echo slurmdbd slurm-wlm-mysql-plugin mariadb-server
+}
+
 install_packages() {
-  local want=(munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins libpmix2) missing=() package
-  [[ $accounting != 1 ]] || want+=(slurmdbd slurm-wlm-mysql-plugin mariadb-server)
-  for package in "${want[@]}"; do
+  local missing=() package
+  for package in $(packages); do
     dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
   done
   [[ ${#missing[@]} -gt 0 ]] || return 0

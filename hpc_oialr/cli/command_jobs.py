@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = rows_of(find_runs(arguments.runs), Slurm())
     every = arguments.all or arguments.runs
     rows = [row for row in found if every or row.state.state != "COMPLETED" or row.error]
-    show(rows)
+    if rows:
+        show(rows)
     hidden = len(found) - len(rows)
     if hidden:
         console().print(f"{hidden} completed: oialr jobs --all", markup=False)
@@ -60,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(rows: Sequence[JobRow]) -> None:
-    """Print the table, if there is anything in it, and the errors."""
-    if not rows:
-        return
+    """Print the table and the errors."""
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in cells(row)))

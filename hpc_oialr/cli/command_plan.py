@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
 from hpc_oialr.errors import ConfigError
@@ -194,11 +194,13 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("engine")
-    for name in ("nodes", *names):
-        table.add_column(name, justify="right")
-    return table
+    return _figures(title, Column("engine"), "nodes", *names)
+
+
+def _figures(title: str, *columns: Column | str) -> Table:
+    """A table without rows; columns by name are of figures."""
+    named = [Column(c, justify="right") if isinstance(c, str) else c for c in columns]
+    return Table(*named, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _where(found: Mapping[str, Any]) -> tuple[str, str]:
@@ -238,9 +240,7 @@ def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     start, out = time.perf_counter(), console()
     rule = foreseeable(config.oialr.rule, arguments.r_fraction)[0] if config.oialr else None
     title = f"{arguments.recipe} under {label(config.engine)} as one of {arguments.dry_run:,} processes"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over"):
-        table.add_column(name, justify="right")
+    table = _figures(title, "rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over")
     for done in dry_run(Subject.of(config, arguments.samples), arguments.dry_run, rule=rule):
         span = f"{done.r[0]} to {done.r[1]}"
         held = f"{done.resident_bytes / 1024**2:,.1f}"

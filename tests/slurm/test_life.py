@@ -23,7 +23,7 @@ def runs(cluster: Cluster, whole: Callable[[], Path]) -> tuple[Path, Path, Job]:
     folder = cluster.root / "it's $(struck)"
     options = [f"--signal=USR2@{WARNING_S}", "--job-name=a 'b' $(touch broken)", "--output=struck.out"]
     job = cluster.sbatch("--nodes=2", *options, SCRIPT, *TINY, OIALR_OUT=str(folder))
-    strike(cluster, job, folder / "metrics.jsonl")
+    strike(job, folder / "metrics.jsonl")
     return whole(), folder, job
 
 

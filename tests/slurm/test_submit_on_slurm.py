@@ -23,7 +23,7 @@ def struck(cluster: Cluster) -> tuple[Path, Job]:
     """Folder and job of a run that was struck four times."""
     folder = cluster.root / 'it\'s "$(touch broken)"'
     job = submit(cluster, folder, f"--signal-s={WARNING_S}", "--max-requeues=4")
-    strike(cluster, job, folder / "metrics.jsonl")
+    strike(job, folder / "metrics.jsonl")
     return folder, job
 
 
