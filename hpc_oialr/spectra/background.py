@@ -110,6 +110,7 @@ class Background(Generic[T]):
             try:
                 self._work(jobs)
             except Exception:
+                # A record must not end the thread that later ones wait for, nor the training; the log has it whole.
                 log.exception("%s: %d events could not be written.", self.name, len(jobs))
             with self._changed:
                 self._busy = False
