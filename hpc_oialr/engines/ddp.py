@@ -18,6 +18,26 @@ from hpc_oialr.quiet import without_lines
 
 Hook = tuple[Callable[..., Any], object]
 
+_MIB = 1024**2
+# Torch's bucket where nothing is set, and its first one, which is small so that sending begins early.
+_BUCKET_MB, _FIRST_BUCKET_MB = 25.0, 1.0
+# All but the last bucket can travel beside the backward pass: with eight of them, 7/8 of the gradients.
+_BUCKETS = 8
+
+
+def bucket_mb(trained_bytes: float) -> float:
+    """Size of a gradient bucket (MiB) where the user has set none: an eighth of what is trained, 1 to 25 MiB.
+
+    Torch's 25 MiB are made for dense models. After the conversion a few percent of those gradients are left, which
+    would fill one bucket and travel after the backward pass instead of beside it.
+
+    Examples
+    --------
+    >>> bucket_mb(350e6), bucket_mb(16 * 2**20), bucket_mb(0)
+    (25.0, 2.0, 1.0)
+    """
+    return min(_BUCKET_MB, max(_FIRST_BUCKET_MB, trained_bytes / _BUCKETS / _MIB))
+
 
 class DDPEngine(Engine):
     """Averages the gradients of what is trained, and of nothing else, while they are computed.
@@ -26,8 +46,10 @@ class DDPEngine(Engine):
     ----------
     world
         The processes.
-    find_unused_parameters, gradient_as_bucket_view, bucket_cap_mb
+    find_unused_parameters, gradient_as_bucket_view
         As in ``DistributedDataParallel``. Bucket views save one copy of the gradients.
+    bucket_cap_mb
+        As in ``DistributedDataParallel``; None: :func:`bucket_mb` of what is trained whenever the wrapper is made.
 
     Notes
     -----
@@ -48,7 +70,7 @@ class DDPEngine(Engine):
         *,
         find_unused_parameters: bool = False,
         gradient_as_bucket_view: bool = True,
-        bucket_cap_mb: float = 25,
+        bucket_cap_mb: float | None = None,
     ) -> None:
         self.world = world
         self._options: dict[str, Any] = {
@@ -89,7 +111,12 @@ class DDPEngine(Engine):
         self._detach()
         if not _trained(module):
             return module
-        self._wrapped = DistributedDataParallel(module, init_sync=init_sync, **self._options)
+        options = dict(self._options)
+        if options["bucket_cap_mb"] is None:
+            options["bucket_cap_mb"] = bucket_mb(
+                sum(p.nbytes for p in module.parameters() if p.requires_grad)
+            )
+        self._wrapped = DistributedDataParallel(module, init_sync=init_sync, **options)
         # Set afterwards: the argument's name differs between versions of torch.
         self._wrapped.broadcast_buffers = self._broadcast_buffers
         for hook, state in self._hooks:
@@ -135,5 +162,5 @@ def _options_of(model: DistributedDataParallel) -> dict[str, Any]:
         "find_unused_parameters": model.find_unused_parameters,
         "gradient_as_bucket_view": model.gradient_as_bucket_view,
         "static_graph": model.static_graph,
-        "bucket_cap_mb": model.bucket_bytes_cap / 1024**2,
+        "bucket_cap_mb": None if model.bucket_bytes_cap_default else model.bucket_bytes_cap / _MIB,
     }

@@ -81,15 +81,16 @@ class DDP(EngineConfig):
     gradient_as_bucket_view
         Gradients live in the communication buffers: no copy of them.
     bucket_cap_mb
-        Size of a buffer (MiB).
+        Size of a buffer (MiB); null: an eighth of what is trained, from 1 to 25 MiB, anew whenever r changes.
     """
 
     find_unused_parameters: bool = False
     gradient_as_bucket_view: bool = True
-    bucket_cap_mb: float = 25.0
+    bucket_cap_mb: float | None = None
 
     def __post_init__(self) -> None:
-        check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
+        if self.bucket_cap_mb is not None:
+            check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
 
     def _of_many(self, world: World, precision: str) -> Engine:
         return DDPEngine(world, **asdict(self))

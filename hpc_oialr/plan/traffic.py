@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig
+from hpc_oialr.engines.ddp import bucket_mb
 from hpc_oialr.plan.places import Place
 from hpc_oialr.plan.recorder import Message
 from hpc_oialr.plan.rehearsal import Step
-
-# DistributedDataParallel's first bucket is small, so that sending begins early.
-FIRST_BUCKET = 1024**2
 
 
 def messages(step: Step, engine: EngineConfig, place: Place) -> list[Message]:
@@ -31,10 +29,11 @@ def messages(step: Step, engine: EngineConfig, place: Place) -> list[Message]:
 def _ddp(step: Step, engine: DDP, processes: int) -> Iterator[Message]:
     if step.tensors.buffers:
         yield Message("broadcast", step.tensors.buffers, processes)
-    left, cap = step.tensors.trained, min(FIRST_BUCKET, engine.bucket_cap_mb * 1024**2)
+    left = step.tensors.trained
+    cap = (engine.bucket_cap_mb or bucket_mb(left)) * 1024**2
     while left > 0:
         yield Message("all_reduce", min(left, cap), processes)
-        left, cap = left - cap, engine.bucket_cap_mb * 1024**2
+        left -= cap
 
 
 def _zero(step: Step, engine: DeepSpeed, processes: int) -> Iterator[Message]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.engines import DDPEngine, adopt, make_engine
+from hpc_oialr.engines.ddp import bucket_mb
 from hpc_oialr.errors import ModelError
 from hpc_oialr.processes import World
 
@@ -147,6 +148,7 @@ def adopted(rank: int, size: int) -> None:
     users = DistributedDataParallel(net, process_group=group, bucket_cap_mb=3, find_unused_parameters=True)
     users.broadcast_buffers = False
     users.register_comm_hook(sizes, counting_hook)
+    assert adopt(DistributedDataParallel(Net()))[0]._options["bucket_cap_mb"] is None, "not set by its user"
     engine, inner = adopt(users)
     assert inner is net
     assert engine.wrap(inner) is users
@@ -169,6 +171,34 @@ def adopted(rank: int, size: int) -> None:
 
 def test_a_users_wrapper_is_adopted_with_its_options() -> None:
     spawn(adopted, 2)
+
+
+def overlapping(rank: int, size: int) -> tuple[list[float], list[int]]:
+    engine, sizes = DDPEngine(World.from_environment(timeout_s=60)), []
+    net = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(40)))
+    caps = [engine.wrap(net).bucket_bytes_cap / 1024**2]
+    for layer in net[:20]:
+        layer.requires_grad_(False)
+    engine._hooks = [(counting_hook, sizes)]
+    model = engine.rewrap(net)
+    caps.append(model.bucket_bytes_cap / 1024**2)
+    for _ in range(2):
+        del sizes[:]
+        model(torch.ones(1, 512)).sum().backward()
+    return caps, sizes
+
+
+def test_buckets_shrink_with_what_is_trained() -> None:
+    """40 MiB are trained, then 20: eighths of them, whole layers of 1 MiB each."""
+    for caps, sizes in spawn(overlapping, 2):
+        assert caps == [5.0, 2.5]
+        assert sizes == [3 * 512**2] * 6 + [2 * 512**2], "a bucket is full once it has reached its size"
+
+
+def test_a_bucket_is_never_larger_than_torchs_nor_smaller_than_torchs_first() -> None:
+    assert bucket_mb(10e9) == 25.0
+    assert bucket_mb(8 * 2**20 - 8) == bucket_mb(100) == 1.0
+    assert bucket_mb(24 * 2**20) == 3.0
 
 
 def buffers(rank: int, size: int) -> tuple[list[float], list[float]]:

@@ -136,6 +136,9 @@ def test_measured_steps_go_before_the_roofline(subject, machine):
         slow.network.seconds(m.collective, m.size, slow_place(m)) for m in messages(step, DDP(), place)
     )
     assert step_time(step, DDP(), place, slow, 0.4).waiting_s == pytest.approx(expected)
+    third = step.tensors.trained / 3 / 1024**2
+    sent = [m.size for m in messages(step, DDP(bucket_cap_mb=third), place) if m.collective == "all_reduce"]
+    assert sent[:3] == pytest.approx([step.tensors.trained / 3] * 3), "a size that the user has set"
 
 
 def slow_place(_: Message):
