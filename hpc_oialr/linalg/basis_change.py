@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import gram_products, stability_of
 from hpc_oialr.linalg.communicator import Group
 from hpc_oialr.linalg.svd import SVD
@@ -36,6 +37,7 @@ class BasisChange(NamedTuple):
     r_distance: float = math.nan
 
 
+@exact_arithmetic()
 def basis_change(
     last: SVD, now: SVD, group: Group = None, *, whole: Callable[[Tensor], Tensor] = lambda Vh: Vh
 ) -> BasisChange:

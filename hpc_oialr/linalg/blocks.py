@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Communicator, Group, communicator
 from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.svd import compute_dtype, row_pieces
@@ -17,6 +18,7 @@ GRAM_WIDTH = 2048
 LANCZOS_STEPS = 40
 
 
+@exact_arithmetic()
 def basis_stability(
     U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None, *, vh: Columns = "block"
 ) -> float:
@@ -50,6 +52,7 @@ def basis_stability(
     return float(total) / math.sqrt(U1.shape[1] * U2.shape[1])
 
 
+@exact_arithmetic()
 def gram_products(
     U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None
 ) -> tuple[Tensor, Tensor]:
@@ -69,6 +72,7 @@ def _partial_grams(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor) -> list[Ten
     return [U1.mT @ U2, Vh1 @ Vh2.mT]
 
 
+@exact_arithmetic()
 def orthogonality_error(Q: Tensor, group: Group = None) -> float:
     """``||Q^T Q - I||_F / sqrt(r)`` for Q in row blocks (m_p x r).
 
@@ -93,6 +97,7 @@ def frobenius_norm(A: Tensor, group: Group = None) -> float:
     return math.sqrt(float(communicator(group).all_reduce(total)))
 
 
+@exact_arithmetic()
 def spectral_norm(A: Tensor, group: Group = None, *, steps: int = LANCZOS_STEPS) -> float:
     """``||A||_2``, the largest singular value, for A in row blocks (m_p x n).
 

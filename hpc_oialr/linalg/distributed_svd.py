@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Communicator, Group, communicator
 from hpc_oialr.linalg.gather import gathered_svd
 from hpc_oialr.linalg.hierarchical import check_target, fewest, hierarchical_svd
@@ -41,6 +42,7 @@ class Choice:
         return f"{title}: {self.reason}; {self.forecast_bytes / GIB:.3g} GiB on the fullest process"
 
 
+@exact_arithmetic()
 def distributed_svd(
     A: Tensor,
     group: Group = None,

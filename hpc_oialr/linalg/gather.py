@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Group, communicator
 from hpc_oialr.linalg.layout import agree
 from hpc_oialr.linalg.local_qr import Apply
@@ -13,6 +14,7 @@ from hpc_oialr.linalg.tree import Ledger, Top, up_and_down
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, my_columns
 
 
+@exact_arithmetic()
 def gathered_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str = "matrix") -> BlockSVD:
     """Exact thin SVD: blocks are stacked up the tree, process 0 factorises, rows of U come back.
 

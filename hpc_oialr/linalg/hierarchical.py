@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import squared_norm
 from hpc_oialr.linalg.communicator import Group, communicator
 from hpc_oialr.linalg.layout import agree
@@ -20,6 +21,7 @@ from hpc_oialr.linalg.tsqr import BlockSVD, Columns, my_columns
 SHARE_BELOW_ROOT = 0.5
 
 
+@exact_arithmetic()
 def hierarchical_svd(
     A: Tensor,
     group: Group = None,

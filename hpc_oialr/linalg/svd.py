@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 
 PIECE_VALUES = 1 << 18
 
@@ -43,6 +44,7 @@ def count_non_finite(A: Tensor) -> int:
     return sum(int(torch.count_nonzero(~torch.isfinite(piece))) for piece in row_pieces(A))
 
 
+@exact_arithmetic()
 def svd(A: Tensor, *, name: str = "matrix") -> SVD:
     """Thin SVD in fp32 (fp64 for fp64 input), with a documented chain of fall-backs.
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Communicator, Group, communicator
 from hpc_oialr.linalg.layout import agree, block_of, even_blocks, transpose_blocks
 from hpc_oialr.linalg.local_qr import Apply, blocked_qr
@@ -44,6 +45,7 @@ class BlockQR(NamedTuple):
     R: Tensor
 
 
+@exact_arithmetic()
 def tsqr(A: Tensor, group: Group = None, *, name: str = "matrix") -> BlockQR:
     """QR of a matrix in row blocks, on any number of processes.
 
@@ -76,6 +78,7 @@ def tsqr(A: Tensor, group: Group = None, *, name: str = "matrix") -> BlockQR:
     return BlockQR(top.M, top.shared)
 
 
+@exact_arithmetic()
 def tsqr_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str = "matrix") -> BlockSVD:
     """Exact thin SVD of a matrix in row blocks: QR up a tree, SVD of the last R, products down.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.execution import prefer_factored
 
@@ -31,8 +33,6 @@ class LowRankWeight(nn.Module):
         The class the layer had, and gets back when it is merged.
     dense_shape
         Shape of the dense weight; m x n is (leading axis) x (all the rest).
-    dense_dtype
-        Dtype of the dense weight.
     crossover
         See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
     """
@@ -43,7 +43,6 @@ class LowRankWeight(nn.Module):
     bias: nn.Parameter | None
     dense_class: type[nn.Module]
     dense_shape: torch.Size
-    dense_dtype: torch.dtype
     crossover: float
 
     @classmethod
@@ -55,7 +54,7 @@ class LowRankWeight(nn.Module):
         dense_class = type(layer)
         layer.__class__ = cls
         self = cast(LowRankWeight, layer)
-        self.dense_class, self.dense_shape, self.dense_dtype = dense_class, weight.shape, weight.dtype
+        self.dense_class, self.dense_shape = dense_class, weight.shape
         self.crossover = crossover
         self._register(U, S, Vh)
         return self
@@ -109,21 +108,23 @@ class LowRankWeight(nn.Module):
         return self.U, self.S, self.Vh
 
     def matrix(self) -> Tensor:
-        """``U S Vh`` (m x n), differentiable in S, in at least the core's precision."""
+        """``U S Vh`` (m x n) in the core's dtype, differentiable in S; under autocast in that of autocast."""
         U, S, Vh = self.matched_factors(self.S.dtype)
         return U @ (S @ Vh)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, built anew at each access; for code that looks at ``layer.weight``."""
-        return self.matrix().reshape(self.dense_shape).to(self.dense_dtype)
+        """The dense weight in full precision, built anew at each access; for code that looks at ``layer.weight``."""
+        # The settings of a compiled graph are its own, and cannot be changed inside.
+        with nullcontext() if torch.compiler.is_compiling() else full_precision():
+            return self.matrix().reshape(self.dense_shape)
 
-    @torch.no_grad()
+    @exact_arithmetic()
     def merged_weight(self) -> Tensor:
-        """The dense weight in its own shape and dtype, computed in fp32 or better."""
+        """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
         dtype = compute_dtype(self.S.dtype)
         W = self.U.to(dtype) @ (self.S.to(dtype) @ self.Vh.to(dtype))
-        return W.reshape(self.dense_shape).to(self.dense_dtype)
+        return W.reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are, autocast casts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
@@ -23,7 +24,7 @@ LAYERS: dict[str, type[LowRankWeight]] = {
 }
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def convert_site(
     site: Site,
     U: Tensor,
@@ -61,7 +62,7 @@ def leave_fused_inference(model: nn.Module) -> None:
             module.dense_use_nested_tensor, module.use_nested_tensor = module.use_nested_tensor, False  # type: ignore[assignment]
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def convert(model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0) -> list[Site]:
     """Convert every selected layer of ``model`` in place by a truncated SVD of its weight.
 
@@ -88,6 +89,7 @@ def convert(model: nn.Module, selection: Selection | None = None, *, fraction: f
     return sites
 
 
+@exact_arithmetic()
 def make_shell(
     site: Site,
     r: int,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-import torch
 from torch import nn
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack
 from hpc_oialr.lowrank.base import LowRankWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def merge(model: Model, *, inplace: bool = False) -> Model:
     """A dense model with the original classes, parameter names, order and dtypes.
 
@@ -43,7 +43,7 @@ def _merge_layer(layer: LowRankWeight) -> None:
     weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
     rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
     layer.__class__ = layer.dense_class  # type: ignore[assignment]
-    for attribute in ("dense_class", "dense_shape", "dense_dtype", "crossover"):
+    for attribute in ("dense_class", "dense_shape", "crossover"):
         delattr(layer, attribute)
     # The kinds this project knows register their weight before their bias.
     layer._parameters.clear()

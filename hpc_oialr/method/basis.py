@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, Site, select
@@ -63,7 +64,7 @@ class BasisChanges:
             p.requires_grad_(False)
         return sites
 
-    @torch.no_grad()
+    @exact_arithmetic()
     def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:
         """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
 
@@ -104,7 +105,7 @@ class BasisChanges:
         """Sort what conversions in any order, on any number of processes, have put into the optimizer."""
         order_cores(self.optimizer, [site.trained for site in sites])
 
-    @torch.no_grad()
+    @exact_arithmetic()
     def rotate(
         self, layer: LowRankWeight, name: str, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool
     ) -> bool:

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine, adopt
 from hpc_oialr.errors import ModelError
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import Site, low_rank_layers, select
 from hpc_oialr.method.basis import BasisChanges
@@ -165,7 +165,7 @@ class OIALR:
     def _dense(self) -> list[Site]:
         return [site for site in self.sites if site.low_rank is None]
 
-    @torch.no_grad()
+    @exact_arithmetic()
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
@@ -179,7 +179,7 @@ class OIALR:
         sent = sum(site.k + r * sum(site.shape) for site, r in zip(sites, kept, strict=True))
         return self._report("conversion", _in_order(layers), start, sent)
 
-    @torch.no_grad()
+    @exact_arithmetic()
     def _update(self, sites: list[Site]) -> UpdateReport:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
@@ -239,6 +239,7 @@ class OIALR:
         """The bases kept for measuring stability in the full-rank phase; a collective call."""
         return self._watch.bases(self._dense())
 
+    @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Take the structure of a checkpoint: counters, and low-rank layers of the stored r, still empty.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.engines import Engine
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.work_plan import LayerWork, longest_processing_time, svd_cost
@@ -68,6 +69,7 @@ class StabilityWatch:
         seconds, sent = time.perf_counter() - start, numbers * (self.world.size - 1)
         return UpdateReport(t=t, kind="stability", layers=layers, seconds=seconds, bytes_sent=sent)
 
+    @exact_arithmetic()
     def measure(self, sites: Sequence[Site]) -> tuple[LayerUpdate, ...]:
         """Measure these layers, all dense; one report each."""
         updates: dict[int, LayerUpdate] = {}

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.layout import WHOLE, Whole
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ def order_cores(optimizer: Optimizer, order: Sequence[nn.Parameter]) -> None:
             group["params"].sort(key=lambda p: position.get(id(p), len(position)))
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def carry(
     optimizer: Optimizer,
     parameter: nn.Parameter,
@@ -110,7 +110,7 @@ def _warn(key: str) -> None:
     )
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def carry_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
     return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(
