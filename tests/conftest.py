@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,6 +11,13 @@ import pytest
 # Set by the readline library, which pytest imports; a user's environment does not have it.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+# A machine at work on something else makes no test wrong. GPU machines may lack hypothesis.
+with suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("any speed", deadline=None)
+    hypothesis.settings.load_profile("any speed")
 
 # The longest first, so that no worker is left alone with one at the end.
 LONGEST = (
