@@ -90,7 +90,8 @@ class MemoryMeter:
         del subjects
         with (
             without_lines(_CHATTER),
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            # torch 2.11 warns without acc_events, though there is one cycle only.
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
         ):
             yield
         del watched

@@ -1,0 +1,48 @@
+"""The runs of `benchmarks.budgets`: schedules that scale with the budget, and calls that go on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import budgets
+from hpc_oialr.recipes import find_recipe
+
+
+def test_schedules_scale_with_the_budget() -> None:
+    assert budgets.settings("OIALR", 14) == [
+        "--oialr.delay", "224", "--oialr.frequency", "240", "--train.epochs", "14",
+    ]  # fmt: skip
+    assert budgets.settings("dense", 0.5) == [*budgets.DENSE, "--train.epochs", "0.5"]
+
+
+def test_its_own_length_is_the_recipe() -> None:
+    """Otherwise the longer runs would be scaled from something else."""
+    text = find_recipe("fashion_mnist_vit").read_text()
+    for line in (f"delay: {budgets.DELAY}", f"frequency: {budgets.FREQUENCY}", f"epochs: {budgets.EPOCHS}"):
+        assert line in text
+
+
+def test_a_second_call_runs_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[tuple[str, float, int]] = []
+
+    def run(side: str, epochs: float, seed: int) -> budgets.Row:
+        started.append((side, epochs, seed))
+        if len(started) == 3:
+            raise SystemExit("killed")
+        row = {"run": side, "epochs": epochs, "seed": seed}
+        return row | {"settings": " ".join(budgets.settings(side, epochs))}
+
+    monkeypatch.setattr(budgets, "run", run)
+    out = tmp_path / "budgets.json"
+    monkeypatch.setattr(sys, "argv", ["budgets", "--out", str(out)])
+    with pytest.raises(SystemExit, match="killed"):
+        budgets.main()
+    budgets.main()
+    assert [job for job in started if job[2] == 0][:4] == [
+        ("dense", 4.0, 0), ("OIALR", 14.0, 0), ("dense", 1.0, 0), ("dense", 1.0, 0),
+    ]  # fmt: skip
+    assert len(json.loads(out.read_text())["rows"]) == len(budgets.RUNS)
