@@ -87,6 +87,48 @@ def demo() -> str:
     )
 
 
+def budgets() -> str:
+    """The demo's two sides at other budgets."""
+    result = load("budgets")
+    rows = [
+        (
+            row["run"],
+            f"{row['epochs']:g}",
+            f"{row['cpu_s']:.0f} s",
+            f"{100 * row['test_accuracy']:.2f} %",
+            f"{row['trained_share']:.1%}",
+        )
+        for row in sorted(result["rows"], key=lambda row: (row["run"], row["epochs"], row["seed"]))
+    ]
+    header = ("run", "epochs", "processor time of training", "test accuracy", "trained at the end")
+    return table(header, rows) + "\n" + origin("budgets", result["environment"])
+
+
+def cifar() -> str:
+    """Dense and low rank on a part of CIFAR-10."""
+    result = load("cifar_small")
+    rows = []
+    for row in sorted(result["rows"], key=lambda row: (row["epochs"], row["cpu_s"])):
+        before, after = row["before_conversion"], row["after_conversion"]
+        rows.append((
+            row["run"],
+            f"{row['epochs']:g}",
+            f"{row['cpu_s']:.0f} s",
+            f"{100 * row['accuracy']:.1f} %",
+            "" if before is None else f"{100 * before:.1f} to {100 * after:.1f} %",
+            f"{row['trained_share']:.1%}",
+        ))  # fmt: skip
+    header = (
+        "run",
+        "epochs",
+        "processor time of training",
+        "test accuracy",
+        "at the conversion",
+        "trained at the end",
+    )
+    return table(header, rows) + "\n" + origin("cifar_small", result["environment"])
+
+
 def layer() -> str:
     """Layer speed, fp32 and bf16."""
     result = load("layer")
@@ -297,6 +339,8 @@ def stability() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "budgets": budgets,
+    "cifar": cifar,
     "layer": layer,
     "step": step,
     "settings": settings,
