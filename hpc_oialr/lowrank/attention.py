@@ -122,7 +122,7 @@ def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     if isinstance(layer, (SplitDense, SplitFactors)):
         return cast(Tensor, layer(x))[..., block]
     if isinstance(layer, LowRankLinear):
-        U, S, Vh = layer.matched_factors(x.dtype)
+        U, S, Vh = layer.matched_factors(layer.S.dtype)
         return F.linear(F.linear(F.linear(x, Vh), S), U[block])
     return F.linear(x, cast(Tensor, layer.weight)[block])
 

@@ -23,13 +23,13 @@ class _LowRankConv(LowRankWeight):
     _reversed_padding_repeated_twice: list[int]
     convolve: Callable[..., Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input (B, in, extents), output (B, out, extents), as the dense layer's."""
-        if not self.factored(self._positions(x)):
-            return self._conv(x, self.matrix().reshape(self.dense_shape), self.bias)
-        U, S, Vh = self.matched_factors(x.dtype)
+        if not self.factored(self._positions(input)):
+            return self._conv(input, self.matrix().reshape(self.dense_shape), self.bias)
+        U, S, Vh = self.matched_factors(self.S.dtype)
         ones = (1,) * len(self.kernel_size)
-        t = self._conv(x, Vh.reshape(self.r, *self.dense_shape[1:]), None)
+        t = self._conv(input, Vh.reshape(self.r, *self.dense_shape[1:]), None)
         t = type(self).convolve(t, S.reshape(*S.shape, *ones))
         return type(self).convolve(t, U.reshape(*U.shape, *ones), self.bias)
 
@@ -44,7 +44,7 @@ class _LowRankConv(LowRankWeight):
         """Output positions of the batch, up to the border: the tokens of the cost formula."""
         positions = x.shape[0] if x.dim() > len(self.kernel_size) + 1 else 1
         for extent, stride in zip(x.shape[-len(self.kernel_size) :], self.stride, strict=True):
-            positions *= max(1, extent // stride)
+            positions *= -(-extent // stride)
         return positions
 
 

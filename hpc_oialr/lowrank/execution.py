@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hpc_oialr.errors import ConfigError
 
@@ -46,6 +47,12 @@ def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1
     >>> prefer_factored(1024, 768, 768, 192), prefer_factored(1024, 768, 768, 700)
     (True, False)
     """
+    # Decided without the tokens where that is possible: they are a symbol under torch.export and torch.compile, and
+    # a comparison would tie the program to this side of the border.
+    if factored_cost(1, m, n, r) <= crossover * dense_cost(1, m, n):
+        return True
+    if torch.compiler.is_exporting():
+        return False
     return factored_cost(tokens, m, n, r) <= crossover * merged_cost(tokens, m, n, r)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,12 +17,12 @@ class LowRankLinear(LowRankWeight):
     in_features: int
     out_features: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input (..., n), output (..., m)."""
-        if not self.factored(x.numel() // x.shape[-1]):
-            return F.linear(x, self.matrix(), self.bias)
-        U, S, Vh = self.matched_factors(x.dtype)
-        return chain(x, Vh, S, U, self.bias)
+        if not self.factored(_tokens(input)):
+            return F.linear(input, self.matrix(), self.bias)
+        U, S, Vh = self.matched_factors(self.S.dtype)
+        return chain(input, Vh, S, U, self.bias)
 
 
 class LowRankConv1D(LowRankWeight):
@@ -31,7 +33,12 @@ class LowRankConv1D(LowRankWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m), output (..., n)."""
-        if not self.factored(x.numel() // x.shape[-1]):
+        if not self.factored(_tokens(x)):
             return F.linear(x, self.matrix().mT, self.bias)
-        U, S, Vh = self.matched_factors(x.dtype)
+        U, S, Vh = self.matched_factors(self.S.dtype)
         return chain(x, U.mT, S.mT, Vh.mT, self.bias)
+
+
+def _tokens(x: Tensor) -> int:
+    # The lengths of a nested tensor are not in its shape; the factored form serves any number of tokens.
+    return 0 if x.is_nested else math.prod(x.shape[:-1])

@@ -15,10 +15,10 @@ from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 
 
 class _SplitConv(SplitDense, nn.modules.conv._ConvNd):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the ordinary layer's; an all-gather of the kernel forward, nothing backward."""
         kernel = cast(DTensor, self.weight).full_tensor()
-        return self._conv_forward(x, kernel, self.bias)
+        return self._conv_forward(input, kernel, self.bias)
 
 
 class SplitConv1d(_SplitConv, nn.Conv1d):

@@ -76,11 +76,11 @@ class SplitLinear(SplitDense, nn.Linear):
 
     kind = "Linear"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
         ports = self.ports
         return ports.close(
-            F.linear(ports.whole(x, self.in_features), local(self.weight)), self.out_features, self.bias
+            F.linear(ports.whole(input, self.in_features), local(self.weight)), self.out_features, self.bias
         )
 
 
@@ -141,11 +141,11 @@ def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Spli
 class SplitLowRankLinear(SplitFactors, LowRankLinear):
     """Low-rank ``nn.Linear`` in blocks; always factored."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
         ports = self.ports
-        U, S, Vh = self.blocks(x.dtype)
-        return ports.close(through_core(ports.block(x), Vh, S, U, ports.layout), self.m, self.bias)
+        U, S, Vh = self.blocks(self.S.dtype)
+        return ports.close(through_core(ports.block(input), Vh, S, U, ports.layout), self.m, self.bias)
 
 
 class SplitLowRankConv1D(SplitFactors, LowRankConv1D):
@@ -154,5 +154,5 @@ class SplitLowRankConv1D(SplitFactors, LowRankConv1D):
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m or m_p), output (..., n or n_p)."""
         ports = self.ports
-        U, S, Vh = self.blocks(x.dtype)
+        U, S, Vh = self.blocks(self.S.dtype)
         return ports.close(through_core(ports.block(x), U.mT, S.mT, Vh.mT, ports.layout), self.n, self.bias)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -61,22 +59,3 @@ def test_where_torchs_own_products_are_used():
     with torch.autocast("cpu", torch.bfloat16):
         assert not module._thin_on_cpu(x, A, S, C)
     assert chain(torch.randn(0, 6), A, S, C, bias).shape == (0, 8)
-
-
-@onednn
-def test_a_second_derivative_needs_torchs_own():
-    A, S, C, bias = factors(8, 6, 8)
-    x = torch.randn(4, 6, requires_grad=True)
-
-    def penalty() -> Tensor:
-        (dx,) = torch.autograd.grad(chain(x, A, S, C, bias).square().sum(), x, create_graph=True)
-        return dx.square().sum()
-
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        penalty().backward()
-    with warnings.catch_warnings():
-        # torch 2.13 speaks of Intel's GPUs here, whatever there is.
-        warnings.filterwarnings("ignore", message="TF32 acceleration")
-        with torch.backends.mkldnn.flags(enabled=False):
-            penalty().backward()
-    assert S.grad is not None
