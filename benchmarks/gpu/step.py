@@ -1,0 +1,132 @@
+"""Whole training steps in bf16 autocast: dense and low-rank, AdamW and Muon, every way to run them.
+
+One model is alive at a time. The dense model is measured before and after its low-rank twins: the distance of the
+two is the drift of the machine. ``tflop`` counts the products and attentions of forward and backward as they are
+run, so ``mfu`` is to this model's own work and the measured rate of 8192^3 bf16 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.common import Row
+from benchmarks.gpu import counts
+from benchmarks.gpu.card import peaks
+from benchmarks.gpu.execution import MODES, Step, Trainee, make_optimizer
+from benchmarks.gpu.models import Workload, batch_on, on_device, to_low_rank, workloads
+from benchmarks.gpu.runner import Case, Context
+from benchmarks.gpu.timing import timed
+from hpc_oialr import trainable_parameters
+
+ORDER = ("ViT-B/16", "Llama-like 350M", "GPT-2 124M", "mini ViT")
+# (optimizer, mode, r / k): the most telling first.
+ROUNDS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
+    ("AdamW", "eager", (0.25, 0.5, 0.125)),
+    ("Muon", "eager", (0.25,)),
+    ("AdamW", "cuda graph", (0.25,)),
+    ("AdamW", "compiled blocks", (0.25,)),
+    ("Muon", "eager", (0.5, 0.125)),
+    ("Muon", "cuda graph", (0.25,)),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures; ``fraction`` is r over k, None for the dense model."""
+
+    workload: Workload
+    optimizer: str
+    mode: str
+    fraction: float | None
+
+
+def cases(context: Context) -> Sequence[Case]:
+    """One case for each round and model."""
+    models, found = workloads(tiny=context.tiny), []
+    for turn, (optimizer, mode, fractions) in enumerate(ROUNDS[:4] if context.tiny else ROUNDS):
+        # In the tiny size every model once, and every optimizer and mode with the last of them.
+        for name in ORDER if turn == 0 or not context.tiny else ORDER[-1:]:
+            fractions = fractions[:1] if context.tiny else fractions
+            measured = partial(measure_round, models[name], optimizer, mode, fractions, context)
+            found.append(
+                Case(f"{name}, {optimizer}, {mode}, r/k = {', '.join(map(str, fractions))}", measured)
+            )
+    return found
+
+
+def measure_round(
+    workload: Workload, optimizer: str, mode: str, fractions: Sequence[float], context: Context
+) -> Iterator[Row]:
+    """Dense, every fraction, dense again; ratios are to the first dense row, the second one tells the drift."""
+    dense = measure(Setting(workload, optimizer, mode, None), context)
+    yield dense
+    for fraction in fractions:
+        row = measure(Setting(workload, optimizer, mode, fraction), context)
+        ratios = {"time_ratio": row["ms"] / dense["ms"], "operation_ratio": row["tflop"] / dense["tflop"]}
+        yield row | ratios
+    again = measure(Setting(workload, optimizer, mode, None), context)
+    yield again | {"repeated": True, "drift": again["ms"] / dense["ms"] - 1}
+
+
+def measure(setting: Setting, context: Context) -> Row:
+    """One model, alive only in here."""
+    device, workload = context.device, setting.workload
+    held = counts.start_peak(device)
+    trainee = make(setting, device)
+    operations = counts.operations(trainee.gradients)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    # From here on, not after a capture: what a graph holds is not allocated again when it is replayed.
+    counts.start_peak(device)
+    step, method = MODES[setting.mode](trainee)
+    for _ in range(1 if context.tiny else 3):
+        loss = step()
+    timing = timed(step, device, seconds=0.01 if context.tiny else 1.0)
+    peak = counts.peak_gib(device)
+    with counts.synchronisations(device) as waits:
+        step()
+    tflop_per_s = operations / timing.ms / 1e9
+    return {
+        "model": workload.name,
+        "optimizer": setting.optimizer,
+        "mode": setting.mode,
+        "method": method,
+        "r_over_k": setting.fraction,
+        "ms": timing.ms,
+        "spread": timing.spread,
+        "samples_per_s": 1e3 * workload.samples / timing.ms,
+        "tokens_per_s": 1e3 * workload.tokens / timing.ms,
+        "tflop": operations / 1e12,
+        "tflop_per_s": tflop_per_s,
+        "mfu": tflop_per_s / peaks(device, context.tiny).tflop_per_s,
+        "kernels": _kernels(step, device),
+        "synchronisations": waits.count,
+        "places": waits.places,
+        "peak_gib": peak,
+        "held_before_gib": held,
+        "trained": trainable_parameters(trainee.model),
+        "finite": bool(torch.isfinite(loss)) if isinstance(loss, torch.Tensor) else None,
+    }
+
+
+def _kernels(step: Step, device: torch.device) -> int | str:
+    try:
+        return counts.kernels(step, device)
+    except RuntimeError as error:
+        # A profiler that cannot be had is no reason to lose the row.
+        return f"not counted: {error}"[:200]
+
+
+def make(setting: Setting, device: torch.device) -> Trainee:
+    """Model, optimizer and batch on the device; at low rank if the setting says so."""
+    workload = setting.workload
+    model = on_device(workload, device)
+    capturable = setting.mode == "cuda graph" and device.type == "cuda"
+    optimizer = make_optimizer(setting.optimizer, model, workload.selection, capturable=capturable)
+    controller = None
+    if setting.fraction is not None:
+        controller = to_low_rank(model, optimizer, setting.fraction, workload.selection)
+    return Trainee(model, optimizer, batch_on(workload, device), device, controller)

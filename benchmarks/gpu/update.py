@@ -1,0 +1,96 @@
+"""The method's own work: conversion and updates of whole models, in seconds and in waits of the host.
+
+Optimizer: AdamW with moments, carried along. Between two updates the cores get noise, since the SVD of a core that
+is still diagonal would be an easy one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.common import Row
+from benchmarks.gpu import counts
+from benchmarks.gpu.execution import make_optimizer
+from benchmarks.gpu.models import Workload, on_device, workloads
+from benchmarks.gpu.runner import Case, Context
+from benchmarks.gpu.timing import synchronise
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, UpdateReport, low_rank_layers
+
+FRACTIONS = (0.5, 0.25, 0.125)
+
+
+def cases(context: Context) -> Sequence[Case]:
+    """One case a model: its conversion and the updates that follow."""
+    models = workloads(tiny=context.tiny)
+    names = ("ViT-B/16", "Llama-like 350M")
+    return [Case(name, partial(measure, models[name], context)) for name in names]
+
+
+def measure(workload: Workload, context: Context) -> Iterator[Row]:
+    """Conversion at k/2; at k/2, k/4 and k/8 an update that keeps r, before each smaller one the cut to it."""
+    device = context.device
+    model = on_device(workload, device)
+    optimizer = make_optimizer("AdamW", model, workload.selection)
+    config = OIALRConfig(
+        delay=1,
+        frequency=1,
+        rule=FixedFraction(FRACTIONS[0]),
+        limits=RankLimits(max_drop=1.0, at_conversion=FRACTIONS[0]),
+        selection=workload.selection,
+        layer_share_step=1.0,
+    )
+    oialr = OIALR(model, optimizer, config)
+    dense_gib = give_moments(oialr, device)
+    yield _event("conversion", FRACTIONS[0], oialr, workload, device) | {"dense_gib": dense_gib}
+    for before, fraction in zip((FRACTIONS[0], *FRACTIONS), FRACTIONS, strict=False):
+        oialr.config.rule = FixedFraction(fraction)
+        for kind in ("update",) if fraction == before else ("cut", "update"):
+            disturb(oialr)
+            yield _event(kind, fraction, oialr, workload, device)
+
+
+def give_moments(oialr: OIALR, device: torch.device) -> float | None:
+    """One optimizer step with random gradients; the peak of it (GiB)."""
+    counts.start_peak(device)
+    for p in oialr.module.parameters():
+        if p.requires_grad:
+            p.grad = 1e-3 * torch.randn_like(p)
+    oialr.optimizer.step()
+    return counts.peak_gib(device)
+
+
+@torch.no_grad()
+def disturb(oialr: OIALR) -> None:
+    """Noise of about the size of the cores' mean singular value: far from diagonal, as after many steps."""
+    for layer in low_rank_layers(oialr.module).values():
+        size = layer.S.diagonal().mean() / layer.r**0.5
+        layer.S.add_(size * torch.randn_like(layer.S))
+
+
+def _event(kind: str, fraction: float, oialr: OIALR, workload: Workload, device: torch.device) -> Row:
+    counts.start_peak(device)
+    synchronise(device)
+    begin = time.perf_counter()
+    with counts.synchronisations(device) as waits:
+        report = oialr.step()
+    synchronise(device)
+    seconds = time.perf_counter() - begin
+    assert isinstance(report, UpdateReport)
+    return {
+        "model": workload.name,
+        "event": kind,
+        "r_over_k": fraction,
+        "layers": len(report.layers),
+        "seconds": seconds,
+        "synchronisations": waits.count,
+        "synchronisations_per_layer": waits.count / len(report.layers),
+        "places": waits.places,
+        "peak_gib": counts.peak_gib(device),
+        "orthogonality_error": max(
+            max(u.orthogonality_error_U, u.orthogonality_error_Vh) for u in report.layers
+        ),
+    }
