@@ -76,7 +76,7 @@ class Engine(ABC):
     def rewrap(self, module: nn.Module) -> nn.Module:
         """The same after parameters were replaced or frozen; nothing is broadcast.
 
-        The wrapper before it must not be called again.
+        Only DeepSpeed's engine gives another object than before.
         """
 
     def unwrap(self, model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.ddp_wrapper import MIB, full_precision, options_of, release, renew, require_renewable
+from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.layout import WHOLE
 from hpc_oialr.processes import World
 from hpc_oialr.quiet import without_lines
 
-Hook = tuple[Callable[..., Any], object]
-
-_MIB = 1024**2
 # Torch's bucket where nothing is set, and its first one, which is small so that sending begins early.
 _BUCKET_MB, _FIRST_BUCKET_MB = 25.0, 1.0
 # All but the last bucket can travel beside the backward pass: with eight of them, 7/8 of the gradients.
@@ -36,7 +35,7 @@ def bucket_mb(trained_bytes: float) -> float:
     >>> bucket_mb(350e6), bucket_mb(16 * 2**20), bucket_mb(0)
     (25.0, 2.0, 1.0)
     """
-    return min(_BUCKET_MB, max(_FIRST_BUCKET_MB, trained_bytes / _BUCKETS / _MIB))
+    return min(_BUCKET_MB, max(_FIRST_BUCKET_MB, trained_bytes / _BUCKETS / MIB))
 
 
 class DDPEngine(Engine):
@@ -54,7 +53,8 @@ class DDPEngine(Engine):
     Notes
     -----
     Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
-    any trained parameter is not wrapped.
+    any trained parameter is not wrapped. There is one wrapper for the whole run: a change of shapes renews it inside,
+    so that whoever holds it goes on calling it.
 
     The sum over three CPU processes or more depends on where in its bucket a gradient lies, and a wrapper
     orders its buckets anew after its first step, unless it looks for unused parameters. There it always
@@ -77,57 +77,70 @@ class DDPEngine(Engine):
             "process_group": world.group,
             "find_unused_parameters": find_unused_parameters or _keeps_order(world),
             "gradient_as_bucket_view": gradient_as_bucket_view,
-            "bucket_cap_mb": bucket_cap_mb,
         }
-        self._hooks: list[Hook] = []
-        self._broadcast_buffers = True
+        self._bucket_cap_mb = bucket_cap_mb
         self._wrapped: DistributedDataParallel | None = None
+        self._outer: nn.Module | None = None
 
     @classmethod
-    def adopting(cls, model: DistributedDataParallel) -> DDPEngine:
-        """An engine that goes on with a wrapper its user made: same group, devices, options and hooks."""
+    def adopting(cls, model: DistributedDataParallel, outer: nn.Module | None = None) -> DDPEngine:
+        """An engine that goes on with a wrapper its user made: the object, its group, devices, options and hooks.
+
+        Parameters
+        ----------
+        outer
+            What the user calls, if something is around the wrapper: ``torch.compile``'s module.
+
+        Raises
+        ------
+        ModelError
+            If an option of the wrapper does not bear that parameters are replaced.
+        """
+        require_renewable(model)
         engine = cls(World.current(model.process_group))
-        engine._options = _options_of(model)
-        engine._hooks = list(model._comm_hooks)
-        engine._broadcast_buffers = model.broadcast_buffers
-        engine._wrapped = model
+        engine._bucket_cap_mb = options_of(model)["bucket_cap_mb"]
+        engine._wrapped, engine._outer = model, model if outer is None else outer
         return engine
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """The module in a wrapper; if it was adopted in one, that wrapper."""
-        if self._wrapped is not None and self._wrapped.module is module:
-            return self._wrapped
+        if self._outer is not None:
+            return self._outer
         if not _trained(module):
             self.send_initial(module)
+            return module
         if _keeps_order(self.world):
             _spend_warning(self._options)
         return self._make(module, init_sync=True)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """A new wrapper; the old one's hooks are taken off first, or gradients would be summed twice."""
-        return self._make(module, init_sync=False)
+        """The same wrapper, made anew inside; its user may go on calling it."""
+        wrapper = self._wrapped
+        if wrapper is None:
+            return self._make(module, init_sync=False) if _trained(module) else module
+        if not _trained(module):
+            # Hooks of an adopted wrapper that has nothing to average do no harm.
+            return self._give_up(wrapper) if self._outer is None else self._outer
+        renew(wrapper, bucket_cap_mb=self._bucket_mb(module))
+        return wrapper if self._outer is None else self._outer
 
     def _make(self, module: nn.Module, *, init_sync: bool) -> nn.Module:
-        self._detach()
-        if not _trained(module):
-            return module
-        options = dict(self._options)
-        if options["bucket_cap_mb"] is None:
-            options["bucket_cap_mb"] = bucket_mb(
-                sum(p.nbytes for p in module.parameters() if p.requires_grad)
-            )
-        self._wrapped = DistributedDataParallel(module, init_sync=init_sync, **options)
-        # Set afterwards: the argument's name differs between versions of torch.
-        self._wrapped.broadcast_buffers = self._broadcast_buffers
-        for hook, state in self._hooks:
-            self._wrapped.register_comm_hook(state, hook)
+        self._wrapped = DistributedDataParallel(
+            module, init_sync=init_sync, bucket_cap_mb=self._bucket_mb(module), **self._options
+        )
         return self._wrapped
 
-    def _detach(self) -> None:
-        if self._wrapped is not None:
-            # The autograd nodes of parameters that stay call an old reducer until it is taken off.
-            self._wrapped.reducer._remove_autograd_hooks()
-            self._wrapped = None
+    def _bucket_mb(self, module: nn.Module) -> float:
+        return self._bucket_cap_mb or bucket_mb(sum(p.nbytes for p in module.parameters() if p.requires_grad))
+
+    def _give_up(self, wrapper: DistributedDataParallel) -> nn.Module:
+        release(wrapper)
+        self._wrapped = None
+        return wrapper.module  # type: ignore[no-any-return]
+
+    def open(self, site: Site) -> None:
+        """See that the values are those that are trained, not ``mixed_precision``'s copies."""
+        full_precision(site.holder.parameters())
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside."""
@@ -135,7 +148,7 @@ class DDPEngine(Engine):
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """``DistributedDataParallel.no_sync``."""
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+        return nullcontext() if self._wrapped is None else self._wrapped.no_sync()
 
 
 def _keeps_order(world: World) -> bool:
@@ -151,16 +164,3 @@ def _spend_warning(options: Mapping[str, Any]) -> None:
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def _options_of(model: DistributedDataParallel) -> dict[str, Any]:
-    return {
-        "process_group": model.process_group,
-        "device_ids": model.device_ids,
-        "output_device": model.output_device,
-        "dim": model.dim,
-        "find_unused_parameters": model.find_unused_parameters,
-        "gradient_as_bucket_view": model.gradient_as_bucket_view,
-        "static_graph": model.static_graph,
-        "bucket_cap_mb": None if model.bucket_bytes_cap_default else model.bucket_bytes_cap / _MIB,
-    }

@@ -45,11 +45,9 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
         return DDPEngine.adopting(model), model.module
     if isinstance(model, FSDPModule):
         return FSDPEngine.adopting(model), model
-    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
-        raise ModelError(
-            "the model is torch.compile around DistributedDataParallel, which is rebuilt when shapes change; "
-            "compile the module first, then wrap it."
-        )
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, DistributedDataParallel):
+        return DDPEngine.adopting(compiled, outer=model), compiled.module
     wrappers = _OTHER_WRAPPERS & {kind.__name__ for kind in type(model).__mro__}
     if wrappers:
         raise ModelError(

@@ -96,7 +96,10 @@ class OIALR:
 
     @property
     def model(self) -> nn.Module:
-        """What to call in the loop. Fetch it anew each time: a change of shapes may replace it."""
+        """What to call in the loop: the model as it was given, in a ``DistributedDataParallel`` where processes need one.
+
+        The object stays the same for the whole run; a wrapper of the user's own may be called just as well.
+        """
         return self._model
 
     @property
@@ -114,7 +117,7 @@ class OIALR:
         return self.engine.no_sync(self._model)
 
     def rewrap(self) -> None:
-        """A new wrapper around the same module, as a resumed run begins with; nothing is broadcast."""
+        """The wrapper's buckets made anew, as a resumed run begins with; nothing is broadcast."""
         self._model = self.engine.rewrap(self.module)
 
     # -- the algorithm ---------------------------------------------------------------------------

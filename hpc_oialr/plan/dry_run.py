@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from hpc_oialr.engines import DDPEngine, DeepSpeed, EngineConfig
+from hpc_oialr.engines import DeepSpeed, EngineConfig
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.report import UpdateReport
@@ -97,10 +98,10 @@ def _run(subject: Subject, world: World, engine: EngineConfig, rule: RankRule | 
     start = time.perf_counter()
     batch = subject.config.train.accumulation
     made = engine.build(world, subject.config.train.precision)
-    if isinstance(made, DDPEngine):
-        # Its own all-reduce wants an answer.
-        made._hooks.append((_reduced_alone, None))
     session = walking_session(subject, made, batch=batch, rule=rule, blank=True)
+    if isinstance(session.controller.model, DistributedDataParallel):
+        # Its own all-reduce wants an answer.
+        session.controller.model.register_comm_hook(None, _reduced_alone)
     # What shards that are all alike give may be anything.
     session.optimizer.register_step_pre_hook(_without_gradients)
     walk, channel = Walk(session), open_channel(world)

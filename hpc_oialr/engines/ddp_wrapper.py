@@ -1,0 +1,176 @@
+"""One ``DistributedDataParallel`` object for the whole run, though its module's parameters are replaced now and then.
+
+Accelerate, Lightning and Trainer call the wrapper they made; a new one would leave theirs without any sync. So
+torch's own constructor runs again on the object that is there. All private names of torch's DDP stand in this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch._C._distributed_c10d import BuiltinCommHookType
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc_oialr.errors import ModelError
+
+Hook = tuple[Callable[..., Any], object]
+
+MIB = 1024**2
+
+# Arguments that say how to begin, or that are refused; all others are read back from the wrapper's attributes.
+_NOT_KEPT = {
+    "self",
+    "module",
+    "init_sync",
+    "check_reduction",
+    "broadcast_buffers",
+    "device_mesh",
+    "delay_all_reduce_named_params",
+    "param_to_hook_all_reduce",
+}
+# What a user, or a loop that is under way, sets on the object itself.
+_OWN_STATE = ("require_backward_grad_sync", "broadcast_bucket_size", "_ddp_sink_clone")
+# Modules of torch whose hooks apply the optimizer to one bucket's parameters.
+_STEPPING_HOOKS = ("optimizer_overlap_hooks", "ddp_zero_hook")
+_BUILTIN_HOOK = "BuiltinCommHookType."
+
+
+def options_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
+    """The constructor's arguments that make such a wrapper again, whichever this version of torch has."""
+    known = [name for name in inspect.signature(DistributedDataParallel).parameters if name not in _NOT_KEPT]
+    options = {name: getattr(wrapper, name) for name in known if hasattr(wrapper, name)}
+    options["bucket_cap_mb"] = None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / MIB
+    if "bucket_cap_mb_list" in known:
+        options["bucket_cap_mb_list"] = [size / MIB for size in wrapper.bucket_bytes_cap_list] or None
+    if "forward_sync_buffers" not in known:
+        options["broadcast_buffers"] = wrapper.broadcast_buffers
+    return options
+
+
+def require_renewable(wrapper: DistributedDataParallel) -> None:
+    """Raise :class:`ModelError`, naming the option, if :func:`renew` could not give this wrapper back as it was."""
+    if wrapper._delay_all_reduce_params:
+        _refuse("delay_all_reduce_named_params", "hooks that single parameter, which may be replaced")
+    mesh = getattr(wrapper, "device_mesh", None)
+    if mesh is not None and mesh._get_root_mesh() != mesh:
+        _refuse("device_mesh", "is one axis of a larger mesh: its parameters are parts of matrices")
+    for hook, _ in wrapper._comm_hooks:
+        if hook.__module__.endswith(_STEPPING_HOOKS):
+            _refuse(f"communication hook {hook.__qualname__}", "steps the optimizer in the backward pass")
+
+
+def _refuse(option: str, reason: str) -> None:
+    raise ModelError(
+        f"DistributedDataParallel's {option} {reason}; OIALR replaces parameters. Wrap the model without it."
+    )
+
+
+def comm_hooks(wrapper: DistributedDataParallel) -> list[Hook]:
+    """The communication hooks that its user has registered."""
+    # With mixed_precision there is torch's own, and no room for another.
+    return [] if wrapper.mixed_precision is not None else list(wrapper._comm_hooks)
+
+
+def release(wrapper: DistributedDataParallel) -> None:
+    """Take off what the wrapper has hung on its module and parameters."""
+    # The autograd nodes of parameters that stay call an old reducer until it is taken off.
+    wrapper.reducer._remove_autograd_hooks()
+    for handle in getattr(wrapper, "_accum_grad_hooks", ()):
+        handle.remove()
+    if wrapper.mixed_precision is None:
+        return
+    for module in wrapper.module.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is wrapper:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    full_precision(wrapper.module.parameters())
+
+
+def full_precision(parameters: Iterable[nn.Parameter]) -> None:
+    """Bring back the values that ``mixed_precision`` has put aside, as after a forward pass without a backward."""
+    for p in parameters:
+        kept: Tensor | None = getattr(p, "_fp_param", None)
+        if kept is not None and p.dtype != kept.dtype:
+            p.data = kept
+
+
+def renew(wrapper: DistributedDataParallel, *, bucket_cap_mb: float) -> None:
+    """Make the wrapper's buckets and hooks anew, for the parameters that its module has now; nothing is sent.
+
+    The object stays, with all options, with everything that its user has set or registered on it, and with the
+    ``no_sync`` it may be in. State that communication hooks keep by bucket is forgotten, see :func:`forget_buckets`.
+
+    Parameters
+    ----------
+    bucket_cap_mb
+        Size of buckets (MiB), where the wrapper has no list of sizes.
+
+    Raises
+    ------
+    ModelError
+        If a communication hook keeps tensors by bucket and cannot be told.
+    """
+    options = options_of(wrapper) | {"bucket_cap_mb": bucket_cap_mb}
+    hooks, builtin = comm_hooks(wrapper), _builtin_hook(wrapper)
+    for hook, state in hooks:
+        forget_buckets(hook, state)
+    release(wrapper)
+    kept = {name: vars(wrapper)[name] for name in (*vars(nn.Module()), *_OWN_STATE) if name in vars(wrapper)}
+    with warnings.catch_warnings():
+        # Said once, when the user made it.
+        warnings.filterwarnings("ignore", message="You passed find_unused_parameters=true")
+        DistributedDataParallel.__init__(wrapper, wrapper.module, init_sync=False, **options)
+    vars(wrapper).update(kept)
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
+    if builtin is not None:
+        wrapper._register_builtin_comm_hook(builtin)
+
+
+def _builtin_hook(wrapper: DistributedDataParallel) -> BuiltinCommHookType | None:
+    """Torch keeps no record of it but its log's."""
+    name = str(wrapper._get_ddp_logging_data().get("comm_hook", ""))
+    if not name.startswith(_BUILTIN_HOOK):
+        return None
+    return BuiltinCommHookType.__members__[name.removeprefix(_BUILTIN_HOOK)]
+
+
+def forget_buckets(hook: Callable[..., Any], state: object) -> None:
+    """Empty what a communication hook remembers of buckets that are no more.
+
+    PowerSGD loses the errors of its last step (feedback) and its warm start, and sends one step whole, as in its own
+    second step: buckets are ordered anew after it. A state of another kind that holds tensors must have a method
+    ``forget_buckets()``, which is called.
+    """
+    if callable(forget := getattr(state, "forget_buckets", None)):
+        forget()
+    elif hasattr(state, "start_powerSGD_iter"):
+        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):  # type: ignore[attr-defined]
+            memory.clear()
+        state.iter = min(state.iter, state.start_powerSGD_iter - 1)  # type: ignore[attr-defined]
+    elif _holds_tensors(state):
+        raise ModelError(
+            f"the communication hook {hook.__qualname__} keeps tensors in its {type(state).__name__}, perhaps by "
+            "bucket, and buckets have changed with r. Give the state a method forget_buckets() that empties them, or "
+            "does nothing if they are not by bucket."
+        )
+
+
+def _holds_tensors(state: object, depth: int = 3) -> bool:
+    if isinstance(state, Tensor):
+        return state.numel() > 1
+    if depth == 0 or state is None:
+        return False
+    values: Iterable[object] = ()
+    if isinstance(state, Mapping):
+        values = state.values()
+    elif isinstance(state, (list, tuple, set)):
+        values = state
+    elif hasattr(state, "__dict__") and not isinstance(state, (nn.Module, type)) and not callable(state):
+        values = vars(state).values()
+    return any(_holds_tensors(value, depth - 1) for value in values)
