@@ -69,6 +69,10 @@ class MissingExtraError(OIALRError, ImportError):
         super().__init__(f"{purpose} needs {package}. Install it with: pip install 'hpc_oialr[{extra}]'")
 
 
+class TorchVersionError(OIALRError, ImportError):
+    """This torch lacks a private name on which a part of the package is built."""
+
+
 class ModelError(OIALRError, ValueError):
     """Model and optimizer, or model and saved state, do not fit each other."""
 

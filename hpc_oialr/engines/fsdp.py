@@ -13,13 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
-from hpc_oialr.engines.dtensor_tables import forget_shapes
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Split
 from hpc_oialr.lowrank.selection import kind_of
 from hpc_oialr.processes import World
+from hpc_oialr.torch_compat import forget_shapes, require_fsdp
 
 
 class FSDPEngine(Engine):
@@ -56,6 +56,7 @@ class FSDPEngine(Engine):
         gather_dtype: torch.dtype | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
+        require_fsdp("FSDPEngine")
         self.world = world
         self.mesh = _mesh(world, replicas) if mesh is None else mesh
         self.layout: Split = Split(self.mesh)

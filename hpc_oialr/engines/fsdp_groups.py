@@ -1,22 +1,25 @@
 """New parameters for a layer that FSDP2 manages.
 
 FSDP2 makes its parameter groups once and has no public way to change them. Its bookkeeping of one
-parameter is an ``FSDPParam``; this file, the only one that touches FSDP2's internals (as of torch 2.13),
+parameter is an ``FSDPParam``; this file, the only one that touches FSDP2's internals (as of torch 2.11 to 2.14),
 swaps those of one layer in the group they are in. Hooks, groups and all other parameters stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.tensor import DTensor, Shard
 
+from hpc_oialr import torch_compat
 from hpc_oialr.lowrank.base import LowRankWeight
+
+if TYPE_CHECKING:
+    from hpc_oialr.torch_compat import FSDPParam
 
 
 def replace_parameters(root: nn.Module, layer: LowRankWeight) -> None:
@@ -47,7 +50,7 @@ def groups(root: nn.Module) -> Iterator[Any]:
     """FSDP2's parameter groups of a model."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            yield from module._get_fsdp_state()._fsdp_param_groups
+            yield from torch_compat.fsdp_param_groups(module)
 
 
 def _is_current(member: FSDPParam) -> bool:
@@ -60,9 +63,9 @@ def _managed(group: Any, layer: nn.Module, name: str, parameter: nn.Parameter) -
     assert isinstance(parameter, DTensor)
     shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     split = next(p for p in parameter.placements if isinstance(p, Shard))
-    member = FSDPParam(
+    member = torch_compat.FSDPParam(
         nn.Parameter(shape, requires_grad=parameter.requires_grad),
-        ParamModuleInfo(layer, name),
+        torch_compat.ParamModuleInfo(layer, name),
         group.mesh_info,
         group.post_forward_mesh_info,
         group.device,

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines.averaging import average_gradients
 from hpc_oialr.engines.base import Engine
-from hpc_oialr.engines.dtensor_tables import forget_shapes
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -24,6 +23,7 @@ from hpc_oialr.lowrank.selection import replaceable
 from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 from hpc_oialr.lowrank.splitting import LINEAR, split_dense, split_low_rank
 from hpc_oialr.processes import World
+from hpc_oialr.torch_compat import forget_shapes, require_dtensors
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class TensorEngine(Engine):
 
     def __init__(self, world: World, *, size: int, bucket_mb: float = 25.0) -> None:
         assert world.size % size == 0
+        require_dtensors("TensorEngine")
         self.world, self._bucket_mb = world, bucket_mb
         shape, names = (world.size // size, size), ("data", "tensor")
         self.mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.transforms import is_transformed
+from hpc_oialr.torch_compat import onednn_enabled, onednn_linear
 
 # oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
 # 2.13): with an r for every number, a process would grow by that at each update.
@@ -58,16 +59,9 @@ def _thin_on_cpu(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
         and x.numel() > 0
         and x.shape[-1] == A.shape[1]  # otherwise torch's error is the clearer one
         and S.shape[0] % MULTIPLE == 0
-        and torch.backends.mkldnn.is_available()
-        and bool(torch._C._get_mkldnn_enabled())
+        and onednn_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` of two matrices on the CPU, without a graph."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
 
 
 class _Chain(torch.autograd.Function):

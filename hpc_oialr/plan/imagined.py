@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from hpc_oialr import torch_compat
 from hpc_oialr.data import DataConfig
 from hpc_oialr.engines import Engine, EngineConfig
 from hpc_oialr.errors import WorldError
@@ -65,15 +65,13 @@ def imagined_world(rank: int, size: int) -> Iterator[World]:
             "as one process, without torchrun, srun or mpirun."
         )
     # Registers the backend "fake".
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=size, store=torch_compat.FakeStore())
     try:
         yield LonelyWorld(rank, size, 0, 1, torch.device("cpu"), "adopted", dist.group.WORLD, timeout_s=60.0)
     finally:
         dist.destroy_process_group()
         # What DTensor remembers of its operations refers to the groups of this world.
-        _clear_sharding_prop_cache()
+        torch_compat.forget_groups()
 
 
 @dataclass(frozen=True)

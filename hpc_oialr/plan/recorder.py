@@ -11,13 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.plan.device import Work
+from hpc_oialr.torch_compat import CollectiveOp, TorchDispatchMode, collective_ops, sync_ops, tree_leaves
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from hpc_oialr import torch_compat
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.quiet import without_lines
 from hpc_oialr.record.tensor_tracker import TensorTracker
@@ -138,7 +139,7 @@ def _walk(roots: list[Any]) -> Iterator[tuple[int, int, int]]:
         event = stack.pop()
         stack.extend(event.children)
         kind, fields = event.typed
-        if kind == torch._C._profiler._EventType.Allocation:
+        if torch_compat.is_allocation(kind):
             yield event.start_time_ns, fields.ptr, fields.alloc_size
 
 
@@ -190,7 +191,7 @@ def bucket_bytes(*subjects: Subject) -> int:
 
 def _bucket_bytes(model: DistributedDataParallel) -> int:
     """Buckets that no gradient shows; 0 before they are rebuilt in the second step, within sight of a probe."""
-    if not model._has_rebuilt_buckets:
+    if not torch_compat.has_final_buckets(model):
         return 0
     trained = [p for p in model.parameters() if p.requires_grad]
     seen = _storages(p.grad for p in trained if p.grad is not None and model.gradient_as_bucket_view)

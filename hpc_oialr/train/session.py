@@ -18,6 +18,7 @@ from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
+from hpc_oialr.torch_compat import allow_recompiling
 from hpc_oialr.train.batch_norm import synchronise_batch_norm
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import in_section
@@ -186,8 +187,8 @@ def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     if config.compile:
-        # Every set of shapes is compiled once; past torch's own limit of 8 it would give up.
-        torch._dynamo.config.recompile_limit = 64
+        # Every set of shapes is compiled once.
+        allow_recompiling(64)
         module.compile()
     return fingerprint(module)
 

@@ -7,7 +7,7 @@ from typing import Any
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.record import peak_rss_bytes
-from hpc_oialr.train.compilation import graphs_compiled
+from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train.fingerprint import weights_sha256
 from hpc_oialr.train.trainer import Trainer
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from hpc_oialr.data import Batch
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.processes.agreement import Agreement
+from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
-from hpc_oialr.train.compilation import graphs_compiled
 from hpc_oialr.train.evaluation import evaluate
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.recorder import Recorder

@@ -1,0 +1,175 @@
+"""Every private name of torch that the package uses, each looked up when it is first needed.
+
+Private names come, move and go between versions. ``import hpc_oialr`` and training on one process or under
+``DistributedDataParallel`` need none of those listed in ``_HOMES``: a torch without one of them loses the engine or
+the command that is built on it, which says so before any work is done. Tested with torch 2.11 to 2.14.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc_oialr.errors import TorchVersionError
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "CollectiveOp",
+    "FSDPParam",
+    "FakeStore",
+    "FakeTensorMode",
+    "ParamModuleInfo",
+    "TorchDispatchMode",
+    "collective_ops",
+    "sync_ops",
+    "tree_leaves",
+]
+
+# Oldest and newest torch that the tests have run with.
+TESTED = "2.11 to 2.14"
+
+_HOMES = {
+    "CollectiveOp": "torch.distributed._tools.fake_collectives",
+    "FSDPParam": "torch.distributed.fsdp._fully_shard._fsdp_param",
+    "FakeStore": "torch.testing._internal.distributed.fake_pg",
+    "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "ParamModuleInfo": "torch.distributed.fsdp._fully_shard._fsdp_param",
+    "TorchDispatchMode": "torch.utils._python_dispatch",
+    "_clear_sharding_prop_cache": "torch.distributed.tensor.debug",
+    "_gen_transform_infos": "torch.distributed.tensor._redistribute",
+    "clear_redistribute_planner_cache": "torch.distributed.tensor._redistribute",
+    "collective_ops": "torch.distributed._tools.fake_collectives",
+    "sync_ops": "torch.distributed._tools.fake_collectives",
+    "tree_leaves": "torch.utils._pytree",
+}
+_OF_DTENSORS = (
+    "FakeTensorMode",
+    "_clear_sharding_prop_cache",
+    "_gen_transform_infos",
+    "clear_redistribute_planner_cache",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = _find(name)
+    return value
+
+
+def _find(name: str, purpose: str = "this") -> Any:
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise TorchVersionError(
+            f"{purpose} needs {_HOMES[name]}.{name}, which torch {torch.__version__} does not have. "
+            f"Install torch {TESTED}."
+        ) from error
+
+
+def require_dtensors(purpose: str) -> None:
+    """See that :func:`forget_shapes` will work.
+
+    Raises
+    ------
+    TorchVersionError
+        With ``purpose`` and the name that is missing.
+    """
+    for name in _OF_DTENSORS:
+        _find(name, purpose)
+
+
+def require_fsdp(purpose: str) -> None:
+    """See that FSDP2's parameters can be replaced; raises as :func:`require_dtensors` does."""
+    require_dtensors(purpose)
+    for name in ("FSDPParam", "ParamModuleInfo"):
+        _find(name, purpose)
+
+
+def forget_shapes() -> None:
+    """Empty torch's unbounded tables of how operations on DTensors split their results (as of torch 2.13).
+
+    They gain a hundred objects a layer at each change of r, and none is asked for again. The next step fills them
+    anew: some milliseconds.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+
+    forget_groups()
+    clear_redistribute_planner_cache()
+    _gen_transform_infos.cache_clear()
+    FakeTensorMode.cache_clear()
+
+
+def forget_groups() -> None:
+    """Empty that one of these tables which refers to process groups, and would keep them alive."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+
+
+def fsdp_param_groups(module: nn.Module) -> list[Any]:
+    """FSDP2's parameter groups of one module that ``fully_shard`` has seen: one at most before torch 2.13."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def stop_reducing(wrapper: DistributedDataParallel) -> None:
+    """Take a wrapper off its parameters, or the autograd nodes of those that stay go on calling its reducer."""
+    wrapper.reducer._remove_autograd_hooks()
+
+
+def comm_hooks(wrapper: DistributedDataParallel) -> list[tuple[Callable[..., Any], object]]:
+    """Communication hooks of a wrapper, each with its state."""
+    return list(wrapper._comm_hooks)
+
+
+def has_final_buckets(wrapper: DistributedDataParallel) -> bool:
+    """Whether buckets lie in the order of the backward pass, as they do from the second step on."""
+    return bool(wrapper._has_rebuilt_buckets)
+
+
+def onednn_enabled() -> bool:
+    """Whether oneDNN is there, is not switched off, and offers its linear product."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` of two matrices on the CPU, without a graph."""
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def is_allocation(kind: object) -> bool:
+    """Whether an event of the profiler's tree is one of the allocator."""
+    return bool(kind == torch._C._profiler._EventType.Allocation)
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has captured in this process so far; 0 if it was never used."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
+
+
+def allow_recompiling(times: int) -> None:
+    """Let torch.compile make so many graphs of one function; past its own limit of 8 it gives up."""
+    torch._dynamo.config.recompile_limit = times
