@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.errors import TorchVersionError
@@ -157,6 +158,12 @@ def onednn_enabled() -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias`` of two matrices on the CPU, without a graph."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def transforms_active() -> bool:
+    """Whether ``torch.func`` or a forward-mode derivative looks on; yes, should torch no longer tell."""
+    told = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return getattr(forward_ad, "_current_level", 0) >= 0 or told is None or told()
 
 
 def is_allocation(kind: object) -> bool:

@@ -1,12 +1,10 @@
-"""Is anything but reverse-mode autograd looking at the forward pass right now?
-
-Two private names of torch are read here and nowhere else. Should one of them go, the answer is the cautious one.
-"""
+"""Is anything but reverse-mode autograd looking at the forward pass right now?"""
 
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
+
+from hpc_oialr.torch_compat import transforms_active
 
 
 def is_transformed() -> bool:
@@ -17,12 +15,4 @@ def is_transformed() -> bool:
     # First, since torch.compile cannot look behind the others.
     if torch.compiler.is_compiling():
         return True
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or getattr(forward_ad, "_current_level", 0) >= 0
-        or getattr(torch._C, "_are_functorch_transforms_active", _unknown)()
-    )
-
-
-def _unknown() -> bool:
-    return True
+    return torch.jit.is_tracing() or transforms_active()  # type: ignore[attr-defined, no-untyped-call]
