@@ -2,14 +2,14 @@
 
 Private names come, move and go between versions. ``import hpc_oialr`` and training on one process or under
 ``DistributedDataParallel`` need none of those listed in ``_HOMES``: a torch without one of them loses the engine or
-the command that is built on it, which says so before any work is done. Tested with torch 2.11 to 2.14.
+the command that is built on it, which says so before any work is done. Tested with torch 2.11 to 2.14. Attributes of
+torch's own objects are read in ``engines/ddp_wrapper.py`` and ``engines/fsdp_groups.py``.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -129,16 +129,6 @@ def fsdp_param_groups(module: nn.Module) -> list[Any]:
     if several is not None:
         return list(several)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-
-
-def stop_reducing(wrapper: DistributedDataParallel) -> None:
-    """Take a wrapper off its parameters, or the autograd nodes of those that stay go on calling its reducer."""
-    wrapper.reducer._remove_autograd_hooks()
-
-
-def comm_hooks(wrapper: DistributedDataParallel) -> list[tuple[Callable[..., Any], object]]:
-    """Communication hooks of a wrapper, each with its state."""
-    return list(wrapper._comm_hooks)
 
 
 def has_final_buckets(wrapper: DistributedDataParallel) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch._C._distributed_c10d import BuiltinCommHookType
+from torch.distributed import BuiltinCommHookType  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.errors import ModelError
