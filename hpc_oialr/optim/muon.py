@@ -143,6 +143,8 @@ class MuonAdamW(Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            # torch.optim.Optimizer.load_state_dict looks here for the device of "step".
+            "fused": True,
         }
         super().__init__(cast(Any, params), defaults)
 
@@ -150,6 +152,15 @@ class MuonAdamW(Optimizer):
         """As torch's; options and shapes are checked here, before any step."""
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After loading or unpickling: options that older checkpoints lack, and ``step`` where the kernel reads it."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("fused", True)
+            for p in group["params"]:
+                if "step" in self.state.get(p, {}):
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -204,7 +215,7 @@ class MuonAdamW(Optimizer):
             columns["exp_avg_sq"],
             [],
             columns["step"],
-            fused=all(p.device.type in ("cpu", "cuda") for p in params),
+            fused=group["fused"] and all(p.device.type in ("cpu", "cuda") for p in params),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -67,7 +67,7 @@ def settings(**over: Any) -> OIALRConfig:
         "delay": 6,
         "frequency": 4,
         "rule": FixedFraction(0.25),
-        "limits": RankLimits(at_conversion=0.75, max_drop=0.3),
+        "limits": RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
         "layer_share_step": 1.0,
         "stability_frequency": 2,
     }

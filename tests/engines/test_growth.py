@@ -22,7 +22,7 @@ def objects(engine: Engine, after: tuple[int, int]) -> list[int]:
     net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     engine.place(net)
     optimizer = torch.optim.AdamW(net.parameters())
-    limits = RankLimits(max_drop=0.06)
+    limits = RankLimits(max_drop=0.06, round_to=1)
     config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(0.1), limits=limits, layer_share_step=1.0)
     oialr, found, before = OIALR(net, optimizer, config, engine=engine), [], 33
     for update in range(max(after) + 1):

@@ -33,7 +33,7 @@ def network(dtype: torch.dtype) -> nn.Sequential:
 
 
 def config(**options: Any) -> OIALRConfig:
-    limits = RankLimits(max_drop=0.2, at_conversion=0.75)
+    limits = RankLimits(max_drop=0.2, at_conversion=0.75, round_to=1)
     settings: dict[str, Any] = {
         "delay": 30,
         "frequency": 20,
@@ -89,7 +89,7 @@ def test_equal_to_one_process(name: str, size: int) -> None:
 def _rebuild_only_on_new_shapes(rank: int, size: int) -> tuple[list[bool], int]:
     join(size)
     model = network(torch.float32)
-    limits = RankLimits(max_drop=0.2, at_conversion=0.5)
+    limits = RankLimits(max_drop=0.2, at_conversion=0.5, round_to=1)
     oialr = OIALR(
         model, torch.optim.SGD(model.parameters(), lr=0.0), config(delay=1, frequency=1, limits=limits)
     )

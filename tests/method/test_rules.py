@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr import (
@@ -70,27 +72,62 @@ def test_marchenko_pastur_against_simulation(shape: tuple[int, int]) -> None:
     k=st.integers(1, 256),
     drop=st.floats(0.01, 1.0),
     least=st.floats(0.0, 1.0),
-    multiple=st.sampled_from([1, 8, 16]),
+    multiple=st.sampled_from([1, 8, 16, "auto"]),
     data=st.data(),
 )
-def test_limits(wanted: int, k: int, drop: float, least: float, multiple: int, data: st.DataObject) -> None:
+def test_limits(
+    wanted: int, k: int, drop: float, least: float, multiple: int | Literal["auto"], data: st.DataObject
+) -> None:
     r = data.draw(st.integers(1, k))
     limits = RankLimits(max_drop=drop, min_fraction=least, round_to=multiple)
-    new = limits.apply(wanted, r, k)
+    new, each = limits.apply(wanted, r, k), limits.multiple(k)
     assert 1 <= new <= r
-    assert new >= min(r, r * (1 - drop))
+    assert new >= min(r, r * (1 - drop)) or new == (r - 1) // each * each
     assert new >= min(r, least * k)
-    assert new == r or new % multiple == 0
+    assert new == r or new % each == 0
     assert new >= min(wanted, r)
 
 
+@given(
+    wanted=st.integers(0, 2100),
+    k=st.integers(1, 2048),
+    drop=st.floats(0.001, 1.0),
+    least=st.floats(0.0, 1.0),
+    start=st.floats(0.01, 1.0),
+    multiple=st.sampled_from([1, 2, 8, 64, "auto"]),
+)
+@example(wanted=192, k=768, drop=0.16, least=0.01, start=0.5, multiple=64)  # stood at 384
+@example(wanted=16, k=64, drop=0.3, least=0.01, start=0.5, multiple=8)  # stood at 24
+@settings(max_examples=200)
+def test_cuts_never_stall(
+    wanted: int, k: int, drop: float, least: float, start: float, multiple: int | Literal["auto"]
+) -> None:
+    limits = RankLimits(max_drop=drop, min_fraction=least, at_conversion=start, round_to=multiple)
+    path = [limits.initial(k)]
+    while len(path) < 2 or path[-1] < path[-2]:
+        path.append(limits.apply(wanted, path[-1], k))
+    floor, each = max(1, wanted, least * k), limits.multiple(k)
+    assert path[:-1] == sorted(set(path), reverse=True)
+    assert min(floor, path[0]) <= path[-1]
+    assert path[-1] < floor + each
+
+
+@pytest.mark.parametrize(
+    ("k", "multiple"), [(31, 1), (32, 8), (127, 8), (128, 16), (511, 16), (512, 64), (4096, 64)]
+)
+def test_automatic_multiples(k: int, multiple: int) -> None:
+    assert RankLimits().multiple(k) == multiple
+    assert RankLimits(round_to=5).multiple(k) == 5
+
+
 def test_gradual_cuts() -> None:
-    limits, r, path = RankLimits(max_drop=0.2, at_conversion=0.5), 128, []
-    assert limits.initial(256) == 128
-    while r > 64:
-        r = limits.apply(FixedFraction(0.25).choose(SPECTRUM, 256, 256), r, 256)
-        path.append(r)
-    assert path == [103, 83, 67, 64]
+    for multiple, expected in ((1, [103, 83, 67, 64]), ("auto", [112, 96, 80, 64])):
+        limits, r, path = RankLimits(max_drop=0.2, at_conversion=0.5, round_to=multiple), 128, []
+        assert limits.initial(256) == 128
+        while r > 64:
+            r = limits.apply(FixedFraction(0.25).choose(SPECTRUM, 256, 256), r, 256)
+            path.append(r)
+        assert path == expected
 
 
 @pytest.mark.parametrize(
@@ -103,7 +140,11 @@ def test_gradual_cuts() -> None:
         (lambda: StableRank(-1.0), r"rule.factor is -1.0; must lie in \(0, inf\)"),
         (lambda: FixedFraction(2.0), r"rule.fraction is 2.0"),
         (lambda: RankLimits(max_drop=0.0), r"limits.max_drop is 0.0; must lie in \(0, 1\]"),
-        (lambda: RankLimits(round_to=0), "limits.round_to is 0; must be a positive whole number"),
+        (lambda: RankLimits(round_to=0), "limits.round_to is 0; must be a positive whole number, or"),
+        (
+            lambda: RankLimits(round_to="eight"),
+            "limits.round_to is 'eight'; must be a positive whole number, or",
+        ),
         (lambda: OIALRConfig(delay=-1), "delay is -1; must be a whole number of at least 0"),
         (lambda: OIALRConfig(frequency=0), "frequency is 0; must be a whole number of at least 1"),
         (lambda: OIALRConfig(layer_share_step=0.0), r"layer_share_step is 0.0; must lie in \(0, 1\]"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from hpc_oialr import MuonAdamW, Selection, muon_adamw
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.lowrank import convert
+from hpc_oialr.train.optimizer_state import restore
 from hpc_oialr.train.optimizers import MuonAdamW as RecipeMuonAdamW
 
 
@@ -71,6 +74,52 @@ def test_state_dict_round_trip_and_scheduler() -> None:
     train(twin, [other])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def load(way: str, optimizer: torch.optim.Optimizer, state: dict[str, Any], model: nn.Module) -> None:
+    """Load ``state``, whose tensors are on the CPU as a checkpoint's are, into an optimizer of another device."""
+    if way == "torch's":
+        optimizer.load_state_dict(state)
+        return
+    names = {p: name for name, p in model.named_parameters()}
+    held = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    order = [name for members in held for name in members]
+    tensors = {
+        f"{order[i]}.{key}": value for i, values in state["state"].items() for key, value in values.items()
+    }
+    options = [
+        {key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]
+    ]
+    groups = [{"names": a, "options": b} for a, b in zip(held, options, strict=True)]
+    restore(model, optimizer, tensors, {"groups": groups, "values": {}})
+
+
+@pytest.mark.parametrize("way", ["torch's", "the trainer's"])
+@pytest.mark.parametrize("older", [False, True])
+def test_step_counters_lie_where_the_fused_kernel_reads_them_after_loading(way: str, older: bool) -> None:
+    makers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+        "ours": muon_adamw,
+        "torch's fused": lambda m: torch.optim.AdamW(m.parameters(), fused=True),
+        "torch's": lambda m: torch.optim.AdamW(m.parameters()),
+    }
+    for name, make in makers.items():
+        model = network()
+        optimizer = make(model)
+        train(model, [optimizer])
+        state = copy.deepcopy(optimizer.state_dict())
+        if older and name == "ours":
+            for group in state["param_groups"]:
+                del group["fused"]
+        elsewhere = network().to("meta")
+        other = make(elsewhere)
+        load(way, other, state, elsewhere)
+        counted = [(p, values) for p, values in other.state.items() if "step" in values]
+        assert len(counted) >= 7
+        for p, values in counted:
+            # Only a fused kernel wants its counters on the device; the others wait for them there.
+            assert values["step"].device.type == ("cpu" if name == "torch's" else "meta")
+            assert values["step"].dtype == torch.float32
+            assert values["exp_avg"].device == p.device
 
 
 def test_groups() -> None:

@@ -53,7 +53,7 @@ class Run:
             delay=CONVERTED,
             frequency=6,
             rule=FixedFraction(0.4),
-            limits=RankLimits(at_conversion=0.75, max_drop=0.3),
+            limits=RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
             layer_share_step=1.0,
         )
         self.oialr = OIALR(self.module, self.optimizer, config, engine=engine)

@@ -41,7 +41,7 @@ RECIPE = {
     },
     "task": {"class_path": "Classification"},
     "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.005}},
-    "oialr": {"delay": 4, "frequency": 3, "limits": {"at_conversion": 0.75}, "layer_share_step": 1.0},
+    "oialr": {"delay": 4, "frequency": 3, "limits": {"at_conversion": 0.75, "round_to": 1}, "layer_share_step": 1.0},
     "train": {"steps": 12, "global_batch": 16, "evaluations": 3, "device": "cpu"},
     "dense": {"train": {"steps": 8}},
 }  # fmt: skip

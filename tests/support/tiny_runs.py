@@ -21,7 +21,7 @@ RECIPE: dict[str, Any] = {
         "delay": 6,
         "frequency": 4,
         "rule": {"class_path": "FixedFraction", "init_args": {"fraction": 0.25}},
-        "limits": {"at_conversion": 0.75, "max_drop": 0.3},
+        "limits": {"at_conversion": 0.75, "max_drop": 0.3, "round_to": 1},
         "layer_share_step": 1.0,
     },
     "train": {"steps": 24, "global_batch": 8, "evaluations": 4, "evaluation_batch": 16, "device": "cpu"},
