@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         RelativeCutoff,
         StableRank,
     )
-    from hpc_oialr.optim import MuonAdamW, muon_adamw
+    from hpc_oialr.optim import MuonAdamW, muon_adamw, register_optimizer_state
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "low_rank_layers",
     "merge",
     "muon_adamw",
+    "register_optimizer_state",
     "trainable_parameters",
 ]
 
@@ -75,6 +76,6 @@ offer(
             "RelativeCutoff",
             "StableRank",
         ),
-        "hpc_oialr.optim": ("MuonAdamW", "muon_adamw"),
+        "hpc_oialr.optim": ("MuonAdamW", "muon_adamw", "register_optimizer_state"),
     },
 )

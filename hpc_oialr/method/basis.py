@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
@@ -18,8 +17,9 @@ from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import measured_crossover
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.optim.carry import carry, carry_average, order_cores, replace_parameter
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
+from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.optim.state import order_cores, replace_parameter, transform_average, transform_state
 
 
 class BasisChanges:
@@ -36,14 +36,14 @@ class BasisChanges:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: OptimizerStack,
         config: OIALRConfig,
         averages: Sequence[nn.Module],
         engine: Engine,
     ) -> None:
         self.optimizer, self.config = optimizer, config
         self.engine, self.layout = engine, engine.layout
-        self.core_lr = CoreLearningRate(optimizer)
+        self.core_lr = CoreLearningRate(optimizer.leaves)
         engine.scale_steps(self.core_lr.factors)
         self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
         self.crossover = (
@@ -76,7 +76,7 @@ class BasisChanges:
         weight, layout, (m, n) = site.weight, self.layout, site.shape
         reset = not self.config.carry_moments
         self.engine.open_state(weight)
-        carry(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
+        transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
         stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
         layer = self._convert(site, *stored)
         replace_parameter(self.optimizer, weight, layer.S)
@@ -84,7 +84,7 @@ class BasisChanges:
         self.engine.follow(layer)
         for average in self._averages:
             twin = average[site.name]
-            self._convert(twin, U, carry_average(twin.weight, U, Vh), Vh).S.requires_grad_(False)
+            self._convert(twin, U, transform_average(twin.weight, U, Vh), Vh).S.requires_grad_(False)
 
     def _convert(self, site: Site, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
         return convert_site(site, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
@@ -124,12 +124,12 @@ class BasisChanges:
             U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
         reset = not self.config.carry_moments and len(s) < layer.r
         self.engine.open_state(core)
-        carry(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
+        transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
         U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
         for average in self._averages:
             twin = average[name].low_rank
             assert twin is not None
-            twin.set_factors(U, carry_average(twin.S, P, Qh), Vh)
+            twin.set_factors(U, transform_average(twin.S, P, Qh), Vh)
         reshaped = layer.set_factors(U, S, Vh)
         if reshaped:
             replace_parameter(self.optimizer, core, layer.S)

@@ -17,12 +17,13 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import Site, low_rank_layers, select
 from hpc_oialr.method.basis import BasisChanges
-from hpc_oialr.method.checks import check_optimizer, require_finite, trained_sites
+from hpc_oialr.method.checks import check_change, check_optimizer, require_finite, trained_sites
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.method.stability import rotation_angles, rotation_stability
 from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.processes.replicas import check_equal
 
 
@@ -51,7 +52,8 @@ class OIALR:
     Raises
     ------
     ModelError
-        If the optimizer holds parameters that are not the model's, or no layer can be converted.
+        If the optimizer holds parameters that are not the model's, its state cannot follow a change of variables,
+        or no layer can be converted.
 
     Notes
     -----
@@ -77,8 +79,9 @@ class OIALR:
         self.config = config or OIALRConfig()
         self.optimizer = optimizer
         self.engine, self.module = (engine, model) if engine else adopt(model)
-        check_optimizer(self.module, optimizer)
-        self.sites = trained_sites(select(self.module, self.config.selection), optimizer)
+        self._optimizers = OptimizerStack(optimizer)
+        check_optimizer(self.module, self._optimizers)
+        self.sites = trained_sites(select(self.module, self.config.selection), self._optimizers)
         if not self.sites:
             raise ModelError(
                 "no layer of the model can be converted; the log names the reason for each (level INFO)."
@@ -90,7 +93,8 @@ class OIALR:
                 f"{len(averages)} running averages were given, but the engine splits each matrix over processes; "
                 "averages must be whole. Average the exported models, or use DistributedDataParallel."
             )
-        self._changes = BasisChanges(self.module, optimizer, self.config, averages, self.engine)
+        check_change(self.sites, self._optimizers, self.engine, self.config.core_lr_scale)
+        self._changes = BasisChanges(self.module, self._optimizers, self.config, averages, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
 
@@ -172,6 +176,7 @@ class OIALR:
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
+        check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
         kept = [self.config.limits.initial(site.k) for site in sites]
         layers: dict[int, LayerUpdate] = {}
@@ -186,6 +191,7 @@ class OIALR:
     def _update(self, sites: list[Site]) -> UpdateReport:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
+        check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
         layers: dict[int, LayerUpdate] = {}
         for rotation in core_rotations(sites, self.engine):

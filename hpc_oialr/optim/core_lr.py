@@ -2,30 +2,68 @@
 
 from __future__ import annotations
 
+import copyreg
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
+from hpc_oialr.errors import ConfigError
 from hpc_oialr.optim.muon import CORE_LR_RATIO, MuonAdamW
+from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.optim.state_kinds import KEPT_BY_WRAPPERS, kind_of, kinds_of
 
-ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adafactor")
+# Their step does not grow with the gradient.
+ADAPTIVE = (
+    "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "AdaMax", "Adagrad", "RMSprop", "AdamP", "AdaBelief", "Adan", "ADOPT",
+    "Adopt", "AdEMAMix", "AdaBound", "AdaPNM", "DiffGrad", "Grams", "LaProp", "Lion", "MARS", "Mars", "NAdamW",
+    "QHAdam", "RMSpropTF", "Rprop", "SignSGD", "StableAdamW", "Tiger", "Yogi",
+)  # fmt: skip
 
 
 class CoreLearningRate:
-    """Multiplies the step that ``optimizer`` gives each core by a factor of its own.
+    """Multiplies the step that the optimizers give each core by a factor of its own.
 
     Groups, schedulers and scalers stay as they are: a hook before the step keeps the cores' values,
     one after it stretches the difference. Equivalent to a learning rate times that factor in any
     optimizer whose step is proportional to it. Costs a copy of the cores during the step.
+
+    Copies and pickles of such an optimizer take the hooks along, which torch's own do not.
+
+    Attributes
+    ----------
+    factors
+        Of each core.
+    steps
+        How often one of the optimizers has stepped.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.factors: dict[nn.Parameter, float] = {}
-        self._before: list[tuple[nn.Parameter, Tensor]] = []
-        optimizer.register_step_pre_hook(self._remember)
-        optimizer.register_step_post_hook(self._stretch)
+        self.steps = 0
+        self._optimizers = list(optimizers)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._before: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        for optimizer in self._optimizers:
+            # An optimizer that is just being copied or unpickled has no attributes yet.
+            for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+                vars(optimizer).setdefault(name, OrderedDict())
+            optimizer.register_step_pre_hook(self._remember)
+            optimizer.register_step_post_hook(self._stretch)
+            vars(optimizer)[_ATTRIBUTE] = self
+            copyreg.pickle(type(optimizer), _reduce_with_hooks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_before"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()
 
     def set(self, core: nn.Parameter, factor: float, *, replaces: nn.Parameter | None = None) -> None:
         """Use ``factor`` for ``core`` from the next step on, and forget the core it ``replaces``."""
@@ -34,38 +72,80 @@ class CoreLearningRate:
         self.factors[core] = factor
 
     @torch.no_grad()
-    def _remember(self, *_: Any) -> None:
-        moving = [p for p, factor in self.factors.items() if factor != 1.0 and p.grad is not None]
-        self._before = [(p, p.clone()) for p in moving]
+    def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure computes the gradients inside the step.
+        closure = kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
+        self._before[id(optimizer)] = [
+            (p, p.clone())
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if self.factors.get(p, 1.0) != 1.0 and (closure or p.grad is not None)
+        ]
 
     @torch.no_grad()
-    def _stretch(self, *_: Any) -> None:
-        if not self._before:
+    def _stretch(self, optimizer: Optimizer, *_: Any) -> None:
+        self.steps += 1
+        before = self._before.pop(id(optimizer), [])
+        if not before:
             return
-        cores: list[Tensor] = [p for p, _ in self._before]
-        steps = torch._foreach_sub(cores, [value for _, value in self._before])
-        torch._foreach_mul_(steps, [self.factors[p] - 1.0 for p, _ in self._before])
+        cores: list[Tensor] = [p for p, _ in before]
+        steps = torch._foreach_sub(cores, [value for _, value in before])
+        torch._foreach_mul_(steps, [self.factors[p] - 1.0 for p, _ in before])
         torch._foreach_add_(cores, list(steps))
-        self._before = []
 
 
-def core_factor(optimizer: Optimizer, core: nn.Parameter, m: int, n: int, scale: float | str) -> float:
+_ATTRIBUTE = "_core_learning_rate"
+
+
+def _reduce_with_hooks(optimizer: Optimizer) -> Any:
+    """As ``copy`` and ``pickle`` reduce an optimizer, and what gives its copy the hooks again."""
+    reduced: Any = optimizer.__reduce_ex__(4)
+    made, arguments, state = reduced[:3]
+    if _ATTRIBUTE in vars(optimizer) and isinstance(state, dict):
+        state = {**state, _ATTRIBUTE: vars(optimizer)[_ATTRIBUTE]}
+    return made, arguments, state
+
+
+def core_factor(stack: OptimizerStack, core: nn.Parameter, m: int, n: int, scale: float | str) -> float:
     """What the step of a core (r x r) of an m x n weight is multiplied by.
 
     ``scale`` times what Muon's own shape factor loses when m x n becomes r x r. With
-    ``scale="auto"``: 1 for SGD, whose step does not depend on the basis, and for a group of cores,
-    which has a learning rate of its own; :func:`adam_scale` for Adam-like optimizers;
-    ``CORE_LR_RATIO`` for Muon.
+    ``scale="auto"``: 1 for SGD, whose step does not depend on the basis, for a group of cores,
+    which has a learning rate of its own, and where the state holds weights; :func:`adam_scale` for Adam-like
+    optimizers; ``CORE_LR_RATIO`` for Muon.
     """
     r = core.shape[0]
-    group = next(g for g in optimizer.param_groups if any(p is core for p in g["params"]))
+    optimizer, group = stack.home(core)
     if isinstance(optimizer, Muon) or (isinstance(optimizer, MuonAdamW) and group["algorithm"] == "muon"):
         automatic = 1.0 if group.get("cores") else CORE_LR_RATIO
         return (automatic if isinstance(scale, str) else scale) * _muon_shape_factor(group, m, n, r)
     if not isinstance(scale, str):
         return scale
-    adaptive = isinstance(optimizer, MuonAdamW) or type(optimizer).__name__ in ADAPTIVE
-    return adam_scale(m, n, r) if adaptive else 1.0
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    adaptive = isinstance(optimizer, MuonAdamW) or not names.isdisjoint(ADAPTIVE)
+    return adam_scale(m, n, r) if adaptive and not _fixed_step(optimizer, core) else 1.0
+
+
+def check_core_factor(stack: OptimizerStack, parameter: nn.Parameter, scale: float | str) -> None:
+    """Raise :class:`ConfigError` for a factor other than 1 where the optimizer's state determines the weight."""
+    optimizer, _ = stack.home(parameter)
+    fixed = _fixed_step(optimizer, parameter)
+    if fixed and not isinstance(scale, str) and scale != 1.0:
+        raise ConfigError(
+            "core_lr_scale",
+            scale,
+            f'must be 1 or "auto" with {type(optimizer).__name__}, whose state ({fixed}) determines the next weight',
+            fix="Set the learning rate instead.",
+        )
+
+
+def _fixed_step(optimizer: Optimizer, core: nn.Parameter) -> str:
+    """State beside which a stretched step would be wrong: weights that the optimizer steps itself, a history."""
+    if isinstance(optimizer, LBFGS):
+        return "its history of steps"
+    keys = dict.fromkeys([*kinds_of(optimizer), *optimizer.state.get(core, {})])
+    found = [key for key in keys if kind_of(optimizer, key) == "weight" and key not in KEPT_BY_WRAPPERS]
+    return ", ".join(found)
 
 
 def adam_scale(m: int, n: int, r: int) -> float:

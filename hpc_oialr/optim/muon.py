@@ -162,6 +162,18 @@ class MuonAdamW(Optimizer):
                 if "step" in self.state.get(p, {}):
                     self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; an option that a stored group lacks stays as it is.
+
+        ``torch.distributed.checkpoint`` stores no options of a group without parameters, as that for cores is before
+        the conversion.
+        """
+        stored = state_dict["param_groups"]
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        if len(stored) == len(own):
+            stored = [{**mine, **theirs} for mine, theirs in zip(own, stored, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": stored})
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""

@@ -12,6 +12,7 @@ from hpc_oialr.lowrank import Site
 from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.method.factorising import core_rotations, weight_factors
 from hpc_oialr.method.oialr import OIALR
+from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.plan.imagined import imagined_session, imagined_world
 from hpc_oialr.plan.lonely_linalg import lonely_linalg
 from hpc_oialr.plan.recorder import Recorder
@@ -58,7 +59,9 @@ def _make_state(session: Session) -> None:
 
 def _change(session: Session, controller: OIALR, sites: Sequence[Site], phase: Phase) -> None:
     """As :class:`OIALR` does it, with the planned r."""
-    changes = BasisChanges(session.module, session.optimizer, controller.config, (), session.engine)
+    changes = BasisChanges(
+        session.module, OptimizerStack(session.optimizer), controller.config, (), session.engine
+    )
     if phase.event == "conversion":
         kept = [phase.r[site.name] for site in sites]
         for factors in weight_factors(sites, kept, session.engine):

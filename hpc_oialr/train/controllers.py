@@ -15,6 +15,7 @@ from hpc_oialr.method.checks import trained_sites
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.optim.stack import OptimizerStack
 
 
 class Dense:
@@ -30,7 +31,7 @@ class Dense:
         self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
     ) -> None:
         self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency
-        self.sites = trained_sites(select(model, Selection()), optimizer) if frequency else []
+        self.sites = trained_sites(select(model, Selection()), OptimizerStack(optimizer)) if frequency else []
         self._watch = StabilityWatch(self.sites, engine, threshold=None)
         self._model = engine.wrap(model, optimizer)
 

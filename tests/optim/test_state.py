@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hpc_oialr import MuonAdamW
-from hpc_oialr.optim.carry import carry, carry_average, replace_parameter
+from hpc_oialr.errors import ModelError
+from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.optim.state import replace_parameter, transform_average, transform_state
 
 
 def orthonormal(m: int, r: int) -> Tensor:
@@ -17,7 +20,7 @@ def orthonormal(m: int, r: int) -> Tensor:
 
 
 def test_first_moment_is_the_moment_of_the_projected_gradients() -> None:
-    """Averaging gradients of S = U^T G Vh^T equals carrying the average of G."""
+    """Averaging gradients of S = U^T G Vh^T equals transforming the average of G."""
     U, Vh = orthonormal(8, 4), orthonormal(6, 4).mT
     weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.float64))
     core = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
@@ -27,7 +30,7 @@ def test_first_moment_is_the_moment_of_the_projected_gradients() -> None:
         core.grad = U.mT @ weight.grad @ Vh.mT
         for optimizer in optimizers:
             optimizer.step()
-    carry(optimizers[0], weight, U, Vh)
+    transform_state(optimizers[0], weight, U, Vh)
     torch.testing.assert_close(optimizers[0].state[weight]["exp_avg"], optimizers[1].state[core]["exp_avg"])
     assert optimizers[0].state[weight]["step"] == 3
 
@@ -47,7 +50,7 @@ def test_second_moment_is_right_for_uncorrelated_entries() -> None:
         "exp_avg_sq": V,
         "max_exp_avg_sq": V,
     }
-    carry(optimizer, weight, U, Vh)
+    transform_state(optimizer, weight, U, Vh)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], sampled, rtol=0.02, atol=0)
     torch.testing.assert_close(optimizer.state[weight]["max_exp_avg_sq"], sampled, rtol=0.02, atol=0)
 
@@ -58,22 +61,19 @@ def test_rotation_and_cut() -> None:
     core = nn.Parameter(torch.zeros(6, 6, dtype=torch.float64))
     optimizer = torch.optim.SGD([core], momentum=0.9)
     optimizer.state[core] = {"momentum_buffer": M.clone()}
-    carry(optimizer, core, P, Qh)
+    transform_state(optimizer, core, P, Qh)
     torch.testing.assert_close(optimizer.state[core]["momentum_buffer"], P.mT @ M @ Qh.mT)
-    torch.testing.assert_close(carry_average(M, P, Qh), P.mT @ M @ Qh.mT)
+    torch.testing.assert_close(transform_average(M, P, Qh), P.mT @ M @ Qh.mT)
 
 
-def test_unknown_state_is_reset_with_a_warning_that_names_it() -> None:
+def test_unknown_state_is_an_error_that_says_how_to_name_it() -> None:
     core = nn.Parameter(torch.zeros(4, 4))
     optimizer = torch.optim.SGD([core], momentum=0.9)
-    optimizer.state[core] = {"curvature": torch.ones(4, 4), "count": 7, "scalar": torch.tensor(2.0)}
-    with pytest.warns(
-        UserWarning, match="optimizer state 'curvature' is of unknown meaning and is reset to zero"
-    ):
-        carry(optimizer, core, torch.eye(4)[:, :2], torch.eye(4)[:2])
-    assert torch.equal(optimizer.state[core]["curvature"], torch.zeros(2, 2))
-    assert optimizer.state[core]["count"] == 7
-    assert optimizer.state[core]["scalar"] == 2.0
+    optimizer.state[core] = {"momentum_buffer": torch.ones(4, 4), "curvature": torch.ones(4, 4), "count": 7}
+    line = re.escape('hpc_oialr.register_optimizer_state(SGD, {"curvature": "gradient"})')
+    with pytest.raises(ModelError, match=f"state 'curvature' of a parameter .* unknown meaning.*{line}"):
+        transform_state(optimizer, core, torch.eye(4)[:, :2], torch.eye(4)[:2])
+    assert torch.equal(optimizer.state[core]["momentum_buffer"], torch.ones(4, 4))
 
 
 def test_reset_zeroes_moments_and_keeps_the_step() -> None:
@@ -81,7 +81,7 @@ def test_reset_zeroes_moments_and_keeps_the_step() -> None:
     optimizer = torch.optim.Adam([core])
     core.grad = torch.ones(4, 4)
     optimizer.step()
-    carry(optimizer, core, torch.eye(4)[:, :2], torch.eye(4)[:2], reset=True)
+    transform_state(optimizer, core, torch.eye(4)[:, :2], torch.eye(4)[:2], reset=True)
     assert not optimizer.state[core]["exp_avg"].any()
     assert optimizer.state[core]["exp_avg"].shape == (2, 2)
     assert optimizer.state[core]["step"] == 1
@@ -93,8 +93,8 @@ def test_a_first_core_moves_to_the_group_for_cores_with_its_momentum() -> None:
     weight.grad = torch.randn(4, 4)
     optimizer.step()
     momentum, core = optimizer.state[weight]["exp_avg"].clone(), nn.Parameter(torch.zeros(2, 2))
-    carry(optimizer, weight, torch.eye(4)[:, :2], torch.eye(4)[:2])
-    replace_parameter(optimizer, weight, core)
+    transform_state(optimizer, weight, torch.eye(4)[:, :2], torch.eye(4)[:2])
+    replace_parameter(OptimizerStack(optimizer), weight, core)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
     assert list(optimizer.state[core]) == ["momentum_buffer"]
     assert torch.equal(optimizer.state[core]["momentum_buffer"], momentum[:2, :2])
@@ -109,7 +109,7 @@ def test_replacing_keeps_group_order_and_moves_the_state() -> None:
     b.grad = torch.ones(2, 2)
     optimizer.step()
     expected, new = copy.deepcopy(dict(optimizer.state[b])), nn.Parameter(torch.zeros(2, 2))
-    replace_parameter(optimizer, b, new)
+    replace_parameter(OptimizerStack(optimizer), b, new)
     assert [p is q for p, q in zip(optimizer.param_groups[1]["params"], (new, c), strict=True)] == [
         True,
         True,

@@ -1,0 +1,255 @@
+"""An optimizer and the optimizers inside it, wherever a parameter must be replaced by another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from hpc_oialr.errors import ModelError
+from hpc_oialr.optim.state_kinds import INSTEAD, refusal
+
+Group = dict[str, Any]
+State = MutableMapping[Any, dict[str, Any]]
+
+# Where wrappers keep what they wrap: Accelerate and Lookahead, SAM, timm's Lookahead, torch.distributed, schedule-free.
+INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim", "base", "inner_optimizer", "_optimizer")
+OWN_LISTS = ("LBFGS", "ZeroRedundancyOptimizer")
+_DEPTH = 4
+
+
+class OptimizerStack:
+    """Every optimizer that a user's optimizer consists of.
+
+    Parameters
+    ----------
+    optimizer
+        An optimizer, or a wrapper that keeps one or several in an attribute named as in :data:`INNER`, or a
+        list of them in ``optimizers``.
+
+    Attributes
+    ----------
+    nodes
+        The given one and all inside it, outermost first.
+    leaves
+        Those that hold no other: they do the steps.
+
+    Raises
+    ------
+    ModelError
+        If one of them cannot go through a change of variables, or cannot be seen through.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.given = optimizer
+        self.nodes: list[Any] = []
+        self.leaves: list[Optimizer] = []
+        self._descend(optimizer)
+        for node in self.nodes:
+            _check_class(node)
+        for leaf in self.leaves:
+            _check_steps(leaf)
+
+    def _descend(self, node: Any) -> None:
+        if any(node is other for other in self.nodes):
+            return
+        self.nodes.append(node)
+        inside = list(_inside(node))
+        if not inside:
+            self.leaves.append(node)
+        for inner in inside:
+            self._descend(inner)
+
+    @property
+    def name(self) -> str:
+        """What it is, from outside to inside, for messages."""
+        return " around ".join(type(node).__name__ for node in self.nodes)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether each process steps only some of the parameters."""
+        return any(_is(node, "ZeroRedundancyOptimizer") for node in self.nodes)
+
+    def groups(self) -> list[Group]:
+        """Parameter groups, each once, of the outermost optimizer first."""
+        return _each_once(group for node in self.nodes for group in node.param_groups)
+
+    def states(self) -> list[tuple[Any, State]]:
+        """Mappings from parameters to state, each once, with the innermost optimizer that has it."""
+        found: dict[int, tuple[Any, State]] = {}
+        for node in reversed(self.nodes):
+            state = getattr(node, "state", None)
+            if isinstance(state, MutableMapping):
+                found.setdefault(id(state), (node, state))
+        return list(found.values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of all groups, each once."""
+        return _each_once(p for group in self.groups() for p in group["params"])
+
+    def home(self, parameter: nn.Parameter) -> tuple[Optimizer, Group]:
+        """The innermost optimizer and the group that hold a parameter.
+
+        Under ``ZeroRedundancyOptimizer`` another process's parameter is in the outer groups only.
+
+        Raises
+        ------
+        ModelError
+            If none holds it.
+        """
+        for node in [*self.leaves, *self.nodes]:
+            for group in node.param_groups:
+                if any(p is parameter for p in group["params"]):
+                    leaf = node if node in self.leaves else OptimizerStack(node).leaves[0]
+                    return leaf, group
+        raise ModelError(
+            f"a trained weight or core of shape {tuple(parameter.shape)} is in no group of the optimizer ({self.name}): "
+            "the optimizer was made anew, or its groups were changed, behind OIALR's back. Keep the optimizer that was "
+            "given to OIALR(...), or make a new OIALR(...) with the new one."
+        )
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Put ``new`` wherever the optimizers list ``old`` beside their groups and state."""
+        for node in self.nodes:
+            if isinstance(node, LBFGS):
+                node._numel_cache = None
+            for key, value in vars(node).items():
+                if key not in ("param_groups", "state"):
+                    _swap(value, old, new, _DEPTH)
+
+    def check_lists(self, weights: dict[nn.Parameter, str]) -> None:
+        """Raise :class:`ModelError` if an optimizer keeps one of ``weights``, or a copy, in a place of its own.
+
+        Parameters
+        ----------
+        weights
+            What is to be replaced, with names.
+        """
+        names = {id(p): name for p, name in weights.items()}
+        shapes = {tuple(p.shape): name for p, name in weights.items() if p.dim() > 1}
+        for node in self.nodes:
+            if any(_is(node, known) for known in OWN_LISTS):
+                continue
+            for place, value in _places(node, names):
+                for found in _tensors(value, _DEPTH):
+                    name = names.get(id(found)) or shapes.get(tuple(found.shape))
+                    if name is not None:
+                        what = "the weight" if id(found) in names else "a tensor of the shape"
+                        raise ModelError(
+                            f"{type(node).__name__} keeps {what} of {name} in {place}, where it would stay dense when "
+                            "OIALR replaces the weight. "
+                            f"Use an optimizer that finds its parameters in param_groups and state; {INSTEAD}."
+                        )
+
+
+def _inside(node: Any) -> Iterator[Any]:
+    for name in INNER:
+        inner = vars(node).get(name) if hasattr(node, "__dict__") else None
+        if inner is not None and inner is not node and _steps(inner):
+            yield inner
+    several = vars(node).get("optimizers") if hasattr(node, "__dict__") else None
+    if isinstance(several, dict):
+        several = list(several.values())
+    if isinstance(several, (list, tuple)):
+        yield from (inner for inner in several if _steps(inner))
+
+
+def _steps(value: Any) -> bool:
+    return hasattr(value, "param_groups") and callable(getattr(value, "step", None))
+
+
+def _is(node: Any, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(node).__mro__)
+
+
+def _check_class(node: Any) -> None:
+    name = type(node).__name__
+    if not _steps(node):
+        raise ModelError(
+            f"the optimizer is a {name}, which has no param_groups and step(). Pass the optimizer itself, made from "
+            "model.parameters()."
+        )
+    reason = refusal(node)
+    if reason is not None:
+        raise ModelError(
+            f"{name} {reason}; that cannot follow a weight through W = U S Vh. {INSTEAD}. If this {name}'s state has "
+            f"the parameter's shape, say what it means: hpc_oialr.register_optimizer_state({name}, {{...}})."
+        )
+    if _is(node, "ZeroRedundancyOptimizer"):
+        for option in ("_overlap_with_ddp", "parameters_as_bucket_view"):
+            if getattr(node, option, False):
+                raise ModelError(
+                    f"ZeroRedundancyOptimizer with {option.lstrip('_')}=True keeps buckets of the dense weights; "
+                    f"must be False, because OIALR replaces them."
+                )
+        if any(group.get("cores") for group in node.param_groups):
+            raise ModelError(
+                "ZeroRedundancyOptimizer cannot deal a group of cores that is still empty; use FSDP to split Muon's "
+                "state, or the same learning rate for dense weights and cores (torch.optim.Muon)."
+            )
+
+
+def _check_steps(leaf: Any) -> None:
+    """OIALR scales the steps of cores in the optimizer's own hooks, which must exist and be called."""
+    hooked = isinstance(leaf, Optimizer) and hasattr(leaf, "_optimizer_step_pre_hooks")
+    if not hooked or not getattr(type(leaf).step, "hooked", False):
+        raise ModelError(
+            f"the optimizer {type(leaf).__name__} does not behave as a torch.optim.Optimizer (no step hooks): it is a "
+            f"wrapper whose inner optimizer was not found, or does not call super().__init__(). Pass the optimizer "
+            f"itself, the one made from model.parameters(); inner optimizers are looked for in {', '.join(INNER)}."
+        )
+
+
+def _places(node: Any, names: dict[int, str]) -> Iterator[tuple[str, Any]]:
+    """Attributes, options of groups and global state: where lists of parameters would be."""
+    for key, value in vars(node).items():
+        if key not in ("param_groups", "state", "defaults", *INNER, "optimizers"):
+            yield f"its attribute {key!r}", value
+    for group in node.param_groups:
+        for key, value in group.items():
+            if key != "params":
+                yield f"its groups' {key!r}", value
+    for key, value in list(getattr(node, "state", {}).items()):
+        if not isinstance(key, Tensor):
+            yield f"its state[{key!r}]", value
+
+
+def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(key, depth - 1)
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item, depth - 1)
+
+
+def _swap(value: Any, old: nn.Parameter, new: nn.Parameter, depth: int) -> None:
+    """Replace ``old`` in place in nested lists and dictionaries, in values and keys."""
+    if not depth:
+        return
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            if item is old:
+                value[i] = new
+            else:
+                _swap(item, old, new, depth - 1)
+    elif isinstance(value, dict):
+        for key, item in list(value.items()):
+            if item is old:
+                value[key] = new
+            else:
+                _swap(item, old, new, depth - 1)
+        if any(key is old for key in value):
+            # In the old one's place: the order may be that of the parameters.
+            items = [(new if key is old else key, item) for key, item in value.items()]
+            value.clear()
+            value.update(items)
+
+
+def _each_once(items: Iterable[Any], identity: Callable[[Any], int] = id) -> list[Any]:
+    return list({identity(item): item for item in items}.values())

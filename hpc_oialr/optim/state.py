@@ -1,0 +1,233 @@
+"""Optimizer state through a change of variables ``W = U S Vh``, later ``S = P S' Qh``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
+
+from hpc_oialr.errors import ModelError
+from hpc_oialr.linalg.arithmetic import exact_arithmetic
+from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.lowrank.layout import WHOLE, Whole
+from hpc_oialr.optim.stack import Group, OptimizerStack
+from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind, kind_of
+
+NEVER_ZEROED = ("weight", "step size")
+
+
+def check_state(stack: OptimizerStack, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise :class:`ModelError` unless every tensor in the state of these parameters has a known meaning.
+
+    Nothing is changed. Call it for all layers before the first of them is touched.
+
+    Parameters
+    ----------
+    parameters
+        Names, for the message, and the weights or cores.
+    """
+    for node, state in stack.states():
+        if isinstance(node, LBFGS):
+            continue
+        for name, parameter in parameters:
+            shape = whole_shape(parameter)
+            found = state.get(parameter, {})
+            factored = {key for pair in _factored(found, shape) for key in pair}
+            for key, value in found.items():
+                if key not in factored:
+                    _check_value(node, key, value, name, shape)
+
+
+def _check_value(node: Any, key: str, value: Any, name: str, shape: torch.Size) -> None:
+    optimizer = type(node).__name__
+    if not isinstance(value, Tensor):
+        if any(True for _ in _inner_tensors(value)):
+            raise ModelError(
+                f"{optimizer}'s state {key!r} of {name} is a {type(value).__name__} of tensors, which cannot follow the "
+                f"weight through W = U S Vh. {INSTEAD}."
+            )
+        return
+    if value.dim() == 0 or (value.numel() == 1 and value.shape != shape):
+        return
+    # A subclass from elsewhere stores something else than its values.
+    ordinary = type(value).__module__.startswith("torch.") or type(value) is Tensor
+    ordinary = ordinary and value.is_floating_point()
+    if value.shape != shape or not ordinary:
+        what = (
+            "quantised or not of real numbers" if value.shape == shape else "factored, sketched or quantised"
+        )
+        raise ModelError(
+            f"{optimizer}'s state {key!r} of {name} has shape {tuple(value.shape)} and dtype {value.dtype} where the "
+            f"weight has {tuple(shape)}: state that is {what} cannot follow the weight through W = U S Vh. {INSTEAD}."
+        )
+    if kind_of(node, key) is None:
+        raise ModelError(
+            f"{optimizer}'s state {key!r} of {name} has the weight's shape and an unknown meaning, so that it cannot "
+            f"follow W = U S Vh. Say what it is before OIALR(...): hpc_oialr.register_optimizer_state({optimizer}, "
+            f'{{"{key}": "gradient"}}), with "gradient" for what is linear in the gradient, "square" for squares of '
+            'gradients, "magnitude" for their absolute values, "weight" for a copy or average of the weight, "reset" '
+            "for what may be set to zero."
+        )
+
+
+def _inner_tensors(value: Any) -> Iterator[Tensor]:
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, Sequence | dict) and not isinstance(value, str):
+        yield from (item for item in items if isinstance(item, Tensor) and item.numel() > 1)
+
+
+def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]:
+    """Keys of means over rows and over columns of one matrix of second moments, with an axis of 1 or without."""
+    return [
+        (rows, columns)
+        for rows, columns in FACTORED.items()
+        if rows in state
+        and columns in state
+        and tuple(state[rows].squeeze(-1).shape) == tuple(shape[:-1])
+        and tuple(state[columns].reshape(-1).shape) == (shape.numel() // shape[-2],)
+        and not isinstance(state[rows], DTensor)
+    ]
+
+
+def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put ``new`` in the place of ``old`` and hand it the state; a first core goes to the group for cores.
+
+    Only an optimizer with a group marked ``"cores"`` has such a place, see
+    :class:`hpc_oialr.MuonAdamW`; in every other one the groups keep their order and length.
+    """
+    leaf, home = stack.home(old)
+    cores = next((group for group in leaf.param_groups if group.get("cores")), home)
+    if cores is not home:
+        home["params"] = [p for p in home["params"] if p is not old]
+        cores["params"].append(new)
+    for group in stack.groups():
+        if any(p is old for p in group["params"]):
+            group["params"] = [new if p is old else p for p in group["params"]]
+    for _, states in stack.states():
+        state = states.pop(old, None)
+        if state:
+            states[new] = state if cores is home else _for_group(state, cores)
+    stack.replace(old, new)
+
+
+def _for_group(state: dict[str, Any], group: Group) -> dict[str, Any]:
+    """The state another algorithm goes on with: AdamW's first moment is Muon's momentum."""
+    if group["algorithm"] == "muon" and "exp_avg" in state:
+        return {"momentum_buffer": state["exp_avg"]}
+    return state
+
+
+def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter]) -> None:
+    """Sort the group for cores, so that it does not depend on who was converted first."""
+    position = {id(p): i for i, p in enumerate(order)}
+    for group in stack.groups():
+        if group.get("cores"):
+            group["params"].sort(key=lambda p: position.get(id(p), len(position)))
+
+
+@exact_arithmetic()
+def transform_state(
+    optimizer: OptimizerStack | Optimizer,
+    parameter: nn.Parameter,
+    left: Tensor,
+    right: Tensor,
+    *,
+    layout: Whole = WHOLE,
+    core: bool = False,
+    reset: bool = False,
+) -> None:
+    """Move the state of a weight or a core into the basis of ``left`` and ``right``, in place of the old one.
+
+    Each tensor moves as its :data:`hpc_oialr.optim.state_kinds.Kind` says; step counters and other scalars
+    stay. L-BFGS forgets its history, whose curvature belongs to the old variables.
+
+    Parameters
+    ----------
+    left, right
+        m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update;
+        of ``U`` this process's rows.
+    layout
+        How the optimizer's state is stored, and the new one will be.
+    core
+        Whether ``parameter`` is a core.
+    reset
+        Zero the moments instead, as the published code does; weights in the state still move.
+
+    Raises
+    ------
+    ModelError
+        For state that :func:`check_state` refuses; nothing has been changed then.
+    """
+    stack = optimizer if isinstance(optimizer, OptimizerStack) else OptimizerStack(optimizer)
+    check_state(stack, [("a parameter", parameter)])
+    move = _Move(left, right, layout, core, reset)
+    for node, states in stack.states():
+        if isinstance(node, LBFGS):
+            states.clear()
+            continue
+        state = states.get(parameter, {})
+        moved = {
+            key: move(kind_of(node, key), value, state)
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape == parameter.shape
+        }
+        if {"grad_sum_sq", "s", "x0"} <= moved.keys():
+            eps = stack.home(parameter)[1]["eps"]
+            moved["x0"] = move.anchor(state, moved, eps)
+        for rows, columns in _factored(state, parameter.shape):
+            moved |= move.factored(state, rows, columns, parameter.dim())
+        for key, value in moved.items():
+            state[key] = layout.put_core(value.to(state[key].dtype).contiguous())
+
+
+class _Move:
+    """How one tensor of the weight's shape moves."""
+
+    def __init__(self, left: Tensor, right: Tensor, layout: Whole, core: bool, reset: bool) -> None:
+        self.left, self.right, self.reset = left, right, reset
+        self.project = layout.project_core if core else layout.project
+
+    def __call__(self, kind: Kind | None, value: Tensor, state: dict[str, Any]) -> Tensor:
+        if kind == "reset" or (self.reset and kind not in NEVER_ZEROED):
+            return self.left.new_zeros(self.left.shape[1], self.right.shape[0])
+        if kind in ("gradient", "weight"):
+            return self.project(value, self.left, self.right)
+        if kind in ("magnitude", "step size"):
+            return self._square(value.square()).sqrt()
+        if kind == "centred" and "grad_avg" in state:
+            mean = state["grad_avg"]
+            variance = (value - mean.square()).clamp(min=0)
+            return self._square(variance) + self.project(mean, self.left, self.right).square()
+        return self._square(value)
+
+    def _square(self, value: Tensor) -> Tensor:
+        return self.project(value, self.left * self.left, self.right * self.right)
+
+    def factored(self, state: dict[str, Any], rows: str, columns: str, axes: int) -> dict[str, Tensor]:
+        """Means over rows and columns of ``rows x columns / mean(rows)`` in the new basis."""
+        R, C = state[rows], state[columns]
+        axis = R.dim() == axes
+        if not axis:
+            R, C = R.unsqueeze(-1), C.unsqueeze(-2)
+        mean = R.mean(dim=-2, keepdim=True)
+        V = self("square", (R * C) / torch.where(mean == 0, 1.0, mean), state)
+        R, C = V.mean(-1, keepdim=axis), V.mean(-2, keepdim=axis)
+        return {rows: R, columns: C}
+
+    def anchor(self, before: dict[str, Any], moved: dict[str, Tensor], eps: float) -> Tensor:
+        """MADGRAD's ``x0``, so that ``z = x0 - s / (cbrt(grad_sum_sq) + eps)`` moves as the weight does."""
+        z = before["x0"] - before["s"] / (before["grad_sum_sq"].pow(1 / 3) + eps)
+        step = moved["s"] / (moved["grad_sum_sq"].pow(1 / 3) + eps)
+        return self.project(z, self.left, self.right) + step.nan_to_num(0.0)
+
+
+@exact_arithmetic()
+def transform_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
+    return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(
+        value.dtype
+    )
