@@ -4,7 +4,7 @@ On a machine with a GPU, with torch, transformers, h5py and pytest installed::
 
     python -m benchmarks.gpu --tiny --out /tmp/tiny.json --budget 60       # does every section run?
     python -m benchmarks.gpu --out gpu.json --budget 450 --data FOLDER     # the measurement
-    python -m benchmarks.gpu --out gpu.json --budget 200 --only step,svd   # more of two sections, same file
+    python -m benchmarks.gpu --out gpu.json --budget 400 --only step,svd   # all of two sections, same file
     python -m benchmarks.gpu --table gpu.json
 
 Without ``--out`` the file is ``benchmarks/results/gpu_<card>.json``. It is rewritten after every row. Sections, in

@@ -41,11 +41,11 @@ class Runs:
         from benchmarks.cifar import load, run
 
         context = self._context
-        if context.left_s < self._slowest_s:
-            raise NotRunError(f"needs about {self._slowest_s:.0f} s, {context.left_s:.0f} s are left")
         if self._images is None:
             assert context.data is not None
             self._images = load(context.data, "tiny" if context.tiny else "full")
+        if context.left_s < self._slowest_s:
+            raise NotRunError(f"needs about {self._slowest_s:.0f} s, {context.left_s:.0f} s are left")
         rows: list[Row] = []
         begin = time.monotonic()
         run([variant], self._images, context.device, rows.append, context.deadline)

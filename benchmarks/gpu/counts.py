@@ -26,7 +26,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> int:
             call()
         return int(counter.operators)
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize(device)
     return sum(_is_kernel(event) for event in profiler.events() or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def _text(batch: int, length: int, vocabulary: int) -> Callable[[], Batch]:
 
 def _gpt2(name: str, config: GPT2, batch: int, length: int) -> Workload:
     def build() -> nn.Module:
-        return config.build({"input_ids": torch.empty(1, length, dtype=torch.long)})
+        return causal_without_mask(config.build({"input_ids": torch.empty(1, length, dtype=torch.long)}))
 
     return Workload(name, build, _text(batch, length, config.vocabulary), batch, batch * length, Selection())
 
@@ -118,10 +119,25 @@ def _llama(
             use_cache=False,
             attn_implementation="sdpa",
         )
-        model: nn.Module = LlamaForCausalLM(config)
-        return model
+        return causal_without_mask(LlamaForCausalLM(config))
 
     return Workload(name, build, _text(batch, length, vocabulary), batch, batch * length, Selection())
+
+
+def causal_without_mask(model: Any) -> nn.Module:
+    """The same language model, whose attention relies on torch's ``is_causal`` without looking at positions first.
+
+    transformers' own check for packed sequences waits for the GPU in every step, and during the capture of a CUDA
+    graph it builds a mask that keeps attention off its fast kernels.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # A name that transformers has no masks for.
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    model.set_attn_implementation("sdpa_without_mask")
+    built: nn.Module = model
+    return built
 
 
 def on_device(workload: Workload, device: torch.device) -> nn.Module:

@@ -88,6 +88,13 @@ def run(plans: Sequence[Plan], context: Context, results: Results, budget_s: flo
     """Measure all plans within ``budget_s``; every failure is noted in the results, none is raised."""
     # What is imported by now lives to the end; collecting garbage between rows need not look at it.
     gc.freeze()
+    try:
+        _run_all(plans, context, results, budget_s)
+    finally:
+        gc.unfreeze()
+
+
+def _run_all(plans: Sequence[Plan], context: Context, results: Results, budget_s: float) -> None:
     end = time.monotonic() + budget_s
     lost: str | None = None
     for position, plan in enumerate(plans):

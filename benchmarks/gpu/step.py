@@ -68,12 +68,12 @@ def measure_round(
         row = measure(Setting(workload, optimizer, mode, fraction), context)
         ratios = {"time_ratio": row["ms"] / dense["ms"], "operation_ratio": row["tflop"] / dense["tflop"]}
         yield row | ratios
-    again = measure(Setting(workload, optimizer, mode, None), context)
-    yield again | {"repeated": True, "drift": again["ms"] / dense["ms"] - 1}
+    again = measure(Setting(workload, optimizer, mode, None), context, again=True)
+    yield again | {"drift": again["ms"] / dense["ms"] - 1}
 
 
-def measure(setting: Setting, context: Context) -> Row:
-    """One model, alive only in here."""
+def measure(setting: Setting, context: Context, *, again: bool = False) -> Row:
+    """One model, alive only in here; what cannot drift is not counted ``again``."""
     device, workload = context.device, setting.workload
     held = counts.start_peak(device)
     trainee = make(setting, device)
@@ -84,12 +84,10 @@ def measure(setting: Setting, context: Context) -> Row:
     step, method = MODES[setting.mode](trainee)
     for _ in range(1 if context.tiny else 3):
         loss = step()
-    timing = timed(step, device, seconds=0.01 if context.tiny else 1.0)
+    timing = timed(step, device, in_a_row=2, seconds=0.01 if context.tiny else 1.0)
     peak = counts.peak_gib(device)
-    with counts.synchronisations(device) as waits:
-        step()
     tflop_per_s = operations / timing.ms / 1e9
-    return {
+    row = {
         "model": workload.name,
         "optimizer": setting.optimizer,
         "mode": setting.mode,
@@ -102,22 +100,24 @@ def measure(setting: Setting, context: Context) -> Row:
         "tflop": operations / 1e12,
         "tflop_per_s": tflop_per_s,
         "mfu": tflop_per_s / peaks(device, context.tiny).tflop_per_s,
-        "kernels": _kernels(step, device),
-        "synchronisations": waits.count,
-        "places": waits.places,
         "peak_gib": peak,
         "held_before_gib": held,
         "trained": trainable_parameters(trainee.model),
         "finite": bool(torch.isfinite(loss)) if isinstance(loss, torch.Tensor) else None,
+        "repeated": again,
     }
+    return row if again else row | _counted(step, device)
 
 
-def _kernels(step: Step, device: torch.device) -> int | str:
+def _counted(step: Step, device: torch.device) -> Row:
+    with counts.synchronisations(device) as waits:
+        step()
+    row: Row = {"synchronisations": waits.count, "places": waits.places}
     try:
-        return counts.kernels(step, device)
+        return row | {"kernels": counts.kernels(step, device)}
     except RuntimeError as error:
         # A profiler that cannot be had is no reason to lose the row.
-        return f"not counted: {error}"[:200]
+        return row | {"kernels": None, "kernels_not_counted": str(error)[:200]}
 
 
 def make(setting: Setting, device: torch.device) -> Trainee:

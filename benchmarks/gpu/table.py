@@ -105,14 +105,10 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     ]
     table = []
     for row in rows:
-        r = (
-            "dense" + (" again" if row.get("repeated") else "")
-            if row["r_over_k"] is None
-            else row["r_over_k"]
-        )
+        r = "dense" + (" again" if row["repeated"] else "") if row["r_over_k"] is None else row["r_over_k"]
         mode = row["mode"] if row["method"] in (row["mode"], "graph") else f"{row['mode']}*"
         figures = [row["ms"], row.get("time_ratio"), row["samples_per_s"], row["mfu"]]
-        counts = [row["kernels"], row["synchronisations"], row["peak_gib"]]
+        counts = [row.get("kernels"), row.get("synchronisations"), row["peak_gib"]]
         table.append([row["model"], row["optimizer"], mode, r, *figures, *counts])
     yield from aligned(header, table)
     reasons = {row["method"] for row in rows if row["method"] not in (row["mode"], "graph")}

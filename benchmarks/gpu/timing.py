@@ -52,6 +52,7 @@ def interleaved(
     *,
     sets: int = 1,
     graphs: bool = True,
+    in_a_row: int = 1,
     seconds: float = 0.4,
 ) -> dict[str, Timing]:
     """Time of each call, all measured in turn, so that drifts of the clock rate meet all of them.
@@ -64,13 +65,15 @@ def interleaved(
         How many input sets there are; together they should be larger than the L2 cache.
     graphs
         Replay a CUDA graph of all sets instead of launching kernels one by one.
+    in_a_row
+        Least calls of a sample: with more than one the host may run ahead, as it does in training.
     seconds
         Time to spend on all calls together, at least five samples each, two of long ones.
     """
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and graphs else None
     prepared = {name: _prepare(call, device, sets, pool) for name, call in calls.items()}
     once = {name: _sample(p.run, 1, device) for name, p in prepared.items()}
-    repeats = {name: max(1, round(SAMPLE_MS / max(ms, 1e-3))) for name, ms in once.items()}
+    repeats = {name: max(in_a_row, round(SAMPLE_MS / max(ms, 1e-3))) for name, ms in once.items()}
     round_ms = sum(repeats[name] * ms for name, ms in once.items())
     least = SAMPLES[0] if round_ms < LONG_MS else 2
     rounds = min(SAMPLES[1], max(least, int(1e3 * seconds / max(round_ms, 1e-3))))
@@ -81,9 +84,12 @@ def interleaved(
     return {name: _timing(values, prepared[name].method) for name, values in samples.items()}
 
 
-def timed(call: Callable[[], object], device: torch.device, *, seconds: float = 1.0) -> Timing:
+def timed(
+    call: Callable[[], object], device: torch.device, *, in_a_row: int = 1, seconds: float = 1.0
+) -> Timing:
     """Time of one call by itself, launched kernel by kernel."""
-    return interleaved({"": lambda _: call()}, device, graphs=False, seconds=seconds)[""]
+    calls = {"": lambda _: call()}
+    return interleaved(calls, device, graphs=False, in_a_row=in_a_row, seconds=seconds)[""]
 
 
 def _timing(values: list[float], method: str) -> Timing:
