@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,11 +66,18 @@ class SubsetView(ArrayDataset):
 
 @dataclass(frozen=True)
 class Splits:
-    """Parts of a data set; a part that was not asked for is None."""
+    """Parts of a data set; a part that was not asked for is None.
+
+    Attributes
+    ----------
+    classes
+        Labels from 0 on, or tokens, that occur at most; None where nothing is counted.
+    """
 
     train: ArrayDataset
     validation: ArrayDataset | None
     test: ArrayDataset | None
+    classes: int | None = None
 
 
 class DataConfig(ABC):
@@ -95,7 +102,7 @@ class DataConfig(ABC):
         splits = self._load()
         if self.limit is None:
             return splits
-        return Splits(splits.train.take(self.limit), splits.validation, splits.test)
+        return replace(splits, train=splits.train.take(self.limit))
 
     @abstractmethod
     def _load(self) -> Splits: ...

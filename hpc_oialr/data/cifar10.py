@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,7 +87,7 @@ class CIFAR10(DataConfig):
         test = ImageArrays(*read_records(folder / CIFAR10_TEST), mean=MEAN, std=STD)
         if len(train) + len(test) != 6 * CIFAR10_IMAGES:
             log.warning("%s holds %d images, not the 60000 of CIFAR-10.", folder, len(train) + len(test))
-        return split_off(train, self.validation, test)
+        return replace(split_off(train, self.validation, test), classes=self.num_labels)
 
 
 def read_records(path: Path) -> tuple[Tensor, Tensor]:

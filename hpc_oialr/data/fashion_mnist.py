@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,7 +81,8 @@ class FashionMNIST(DataConfig):
     def _load(self) -> Splits:
         folder = self.folder()
         train = ImageArrays(*read_part(folder, "train"), mean=MEAN, std=STD, augment=self.augment)
-        return split_off(train, self.validation, ImageArrays(*read_part(folder, "t10k"), mean=MEAN, std=STD))
+        test = ImageArrays(*read_part(folder, "t10k"), mean=MEAN, std=STD)
+        return replace(split_off(train, self.validation, test), classes=self.num_labels)
 
 
 def _missing(folder: Path) -> str:

@@ -164,7 +164,8 @@ class ImageFolder(DataConfig):
             # The first files are all of one class.
             train = train.subset(Draw(SPLIT_SEED).permutation(len(train)))
         has_test = (self.folder() / "test").is_dir()
-        return Splits(train, self._part("val", classes), self._part("test", classes) if has_test else None)
+        test = self._part("test", classes) if has_test else None
+        return Splits(train, self._part("val", classes), test, classes=len(classes))
 
     def _part(self, name: str, classes: list[str]) -> ImageFiles:
         training = name == "train"

@@ -57,7 +57,13 @@ class Autoformer(ModelConfig):
 
     def __post_init__(self) -> None:
         check_at_least(
-            1, encoder_layers=self.encoder_layers, decoder_layers=self.decoder_layers, heads=self.heads
+            1,
+            dim=self.dim,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            heads=self.heads,
+            mlp_dim=self.mlp_dim,
+            moving_average=self.moving_average,
         )
         check_divides("dim", self.dim, "heads", self.heads)
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))

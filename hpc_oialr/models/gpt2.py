@@ -42,7 +42,7 @@ class GPT2(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(1, depth=self.depth, heads=self.heads, vocabulary=self.vocabulary)
+        check_at_least(1, dim=self.dim, depth=self.depth, heads=self.heads, vocabulary=self.vocabulary)
         check_divides("dim", self.dim, "heads", self.heads)
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
 

@@ -54,9 +54,19 @@ class ViT(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(1, depth=self.depth, heads=self.heads, classes=self.classes, channels=self.channels)
+        check_at_least(
+            1,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            patch_size=self.patch_size,
+            classes=self.classes,
+            channels=self.channels,
+        )
         check_divides("image_size", self.image_size, "patch_size", self.patch_size)
         check_divides("dim", self.dim, "heads", self.heads)
+        if round(self.mlp_ratio * self.dim) < 1:
+            raise ConfigError("mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width")
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
 
     def build(self, example: Batch) -> nn.Module:

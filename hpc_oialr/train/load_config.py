@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,11 @@ from hpc_oialr.train.config_tree import (
 )
 
 
+COMMAND_LINE = "the command line"
+# The largest seed of torch and NumPy.
+LARGEST = 2**64 - 1
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A run's settings in their three forms.
@@ -42,11 +50,14 @@ class LoadedConfig:
         Every setting, defaults included, as plain values.
     origins
         Where each given setting came from, by dotted name.
+    typed
+        What the command line gave, as plain values.
     """
 
     config: RunConfig
     tree: Tree
     origins: Mapping[str, str]
+    typed: Tree = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -69,7 +80,8 @@ def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConf
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    return from_trees([(path.name, raw), ("the command line", parse_settings(arguments))])
+    typed = parse_settings(arguments)
+    return dataclasses.replace(from_trees([(path.name, raw), (COMMAND_LINE, typed)]), typed=typed)
 
 
 def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
@@ -91,12 +103,17 @@ def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
 
 
 def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
-    """The same run without the method; with the recipe's ``dense`` settings if ``own``."""
-    over: Tree = {"oialr": None}
-    layers = [("config.yaml", {**loaded.tree, "dense": None})]
+    """The same run without the method; with the recipe's ``dense`` settings if ``own``.
+
+    What was typed on the command line goes over them: ``--train.epochs 4`` is 4 epochs on both sides, and
+    ``--dense.train.epochs 4`` on this one.
+    """
+    layers: list[tuple[str, Tree]] = [("config.yaml", {**loaded.tree, "dense": None})]
     if own and loaded.config.dense:
-        layers.append(("dense", loaded.config.dense))
-    return from_trees([*layers, ("dense", over)])
+        shared = {key: value for key, value in loaded.typed.items() if key not in ("oialr", "dense")}
+        layers += [("dense", loaded.config.dense), (COMMAND_LINE, shared)]
+        layers.append((COMMAND_LINE, loaded.typed.get("dense") or {}))
+    return from_trees([*layers, ("dense", {"oialr": None})])
 
 
 def make_parser(prog: str) -> jsonargparse.ArgumentParser:
@@ -109,13 +126,57 @@ def make_parser(prog: str) -> jsonargparse.ArgumentParser:
 def _typed(tree: Tree, origins: Mapping[str, str]) -> Tree:
     """Every setting, defaults included, each converted to its type; plain containers."""
     try:
-        namespace = make_parser("oialr train").parse_object(tree)
+        namespace = make_parser("oialr train").parse_object(_converted(tree, RunConfig, origins))
     except ArgumentError as error:
-        _name_culprit(tree, RunConfig, origins)
         raise OIALRError(" ".join(str(error).split())) from None
     plain = _plain(namespace.as_dict(), RunConfig)
     assert isinstance(plain, dict)
     return plain
+
+
+def _converted(tree: Tree, cls: type, origins: Mapping[str, str], prefix: str = "") -> Tree:
+    """The given settings in their types; :class:`ConfigError` for the first that is not of its field's.
+
+    jsonargparse alone lets null pass everywhere, and anything inside a required choice of type.
+    """
+    hints, result = field_types(cls), {}
+    for key, value in tree.items():
+        section, name = section_type(hints[key]), f"{prefix}{key}"
+        if section is None or not isinstance(value, dict):
+            result[key] = _leaf(hints[key], value, name, origins.get(name))
+        elif is_choice(section):
+            chosen = find_choice(section, value["class_path"], name)
+            settings = _converted(value["init_args"], chosen, origins, f"{name}.")
+            result[key] = {"class_path": value["class_path"], "init_args": settings}
+        else:
+            result[key] = _converted(value, section, origins, f"{name}.")
+    return result
+
+
+def _leaf(hint: Any, value: Any, name: str, origin: str | None) -> Any:
+    misfit = ConfigError(name, value, f"must be {_type_name(hint)}", origin=origin)
+    if value is None:
+        if type(None) not in typing.get_args(hint):
+            raise misfit
+        return None
+    try:
+        converted = _leaf_parser(hint).parse_object({"value": value})["value"]
+    except (ArgumentError, OverflowError):
+        raise misfit from None
+    converted = list(converted) if isinstance(converted, tuple) else converted
+    for number in converted if isinstance(converted, list) else [converted]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(name, value, "must be a finite number", origin=origin)
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise ConfigError(name, value, f"must not go beyond {LARGEST}", origin=origin)
+    return converted
+
+
+@lru_cache(maxsize=None)
+def _leaf_parser(hint: Any) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
 
 
 def _plain(value: Any, hint: Any) -> Any:
@@ -135,30 +196,6 @@ def _plain(value: Any, hint: Any) -> Any:
 def _settings(value: Tree, cls: type) -> Tree:
     hints = field_types(cls)
     return {key: _plain(item, hints[key]) for key, item in value.items()}
-
-
-def _name_culprit(tree: Tree, cls: type, origins: Mapping[str, str], prefix: str = "") -> None:
-    """Raise :class:`ConfigError` for the first value that is not of its field's type."""
-    for key, value in tree.items():
-        hint = field_types(cls)[key]
-        section, name = section_type(hint), f"{prefix}{key}"
-        if section is not None and isinstance(value, dict):
-            if is_choice(section):
-                section, value = find_choice(section, value["class_path"], name), value["init_args"]
-            _name_culprit(value, section, origins, f"{name}.")
-        elif section is None and not _fits(hint, value):
-            rule = f"must be {_type_name(hint)}"
-            raise ConfigError(name, value, rule, origin=origins.get(name))
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    try:
-        parser.parse_object({"value": value})
-    except ArgumentError:
-        return False
-    return True
 
 
 def _type_name(hint: Any) -> str:

@@ -114,6 +114,7 @@ def make_session(config: RunConfig, world: World) -> Session:
     total = train.total_steps(len(batches))
     seed_model(train.seed)
     sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
+    config.task.check(sample, splits.classes, config.model)
     with _section("model"):
         module = config.model.build(sample)
     if train.sync_batch_norm:

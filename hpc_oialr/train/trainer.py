@@ -219,5 +219,6 @@ class Trainer:
 
 
 def _spread(count: int, total: int) -> set[int]:
-    """``count`` steps, equally spaced, the last one at the end."""
+    """``count`` steps, at most all, equally spaced, the last one at the end."""
+    count = min(count, total)
     return {max(1, round(total * i / count)) for i in range(1, count + 1)}

@@ -10,6 +10,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from hpc_oialr.errors import ConfigError
+
 Batch = Mapping[str, Tensor]
 
 
@@ -43,8 +45,14 @@ class Task(ABC):
         Its direction.
     unit
         What :meth:`count` counts.
+    inputs
+        What a batch must hold.
+    outputs
+        The model's setting that says among how many labels or tokens it chooses; None if it chooses none.
     """
 
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[str | None] = None
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str]
@@ -64,6 +72,28 @@ class Task(ABC):
     @abstractmethod
     def count(self, batch: Batch) -> int:
         """How many units a batch holds."""
+
+    def check(self, example: Batch, classes: int | None, model: object) -> None:
+        """Raise :class:`ConfigError` unless data, model settings and this task fit each other.
+
+        Parameters
+        ----------
+        example
+            A batch of the data.
+        classes
+            How many labels or tokens the data have, if that is known.
+        model
+            The model's settings.
+        """
+        name, held = type(self).__name__, ", ".join(sorted(example))
+        missing = [key for key in self.inputs if key not in example]
+        if missing:
+            rule = f"needs batches with {missing[0]!r}; the data give {held}"
+            raise ConfigError("task", name, rule, fix="Choose the task that belongs to the data.")
+        chosen = getattr(model, self.outputs, None) if self.outputs else None
+        if chosen is not None and classes is not None and chosen < classes:
+            rule = f"must be at least {classes}: the data have that many"
+            raise ConfigError(f"model.{self.outputs}", chosen, rule)
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether ``value`` beats ``best``."""

@@ -26,6 +26,8 @@ class Classification(Task):
         Partners come from the same process's share of the batch.
     """
 
+    inputs = ("pixel_values", "labels")
+    outputs = "classes"
     metric = "accuracy"
     higher_is_better = True
     unit = "images"

@@ -28,6 +28,7 @@ class Forecasting(Task):
     depend on ``future_values``, which only the likelihood needs; so no sampling is done.
     """
 
+    inputs = ("past_values", "future_values", "future_observed_mask")
     metric = "mse"
     higher_is_better = False
     unit = "windows"

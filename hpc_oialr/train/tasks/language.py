@@ -16,6 +16,8 @@ from hpc_oialr.train.tasks.base import Batch, Moment, Task
 class LanguageModelling(Task):
     """Cross-entropy of the next byte; judged by bits per byte."""
 
+    inputs = ("input_ids", "labels")
+    outputs = "vocabulary"
     metric = "bits_per_byte"
     higher_is_better = False
     unit = "tokens"
