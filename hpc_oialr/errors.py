@@ -97,6 +97,10 @@ class HealthError(OIALRError, RuntimeError):
     """A node or process is not fit for the run, found before it begins."""
 
 
+class HostError(OIALRError, RuntimeError):
+    """The operating system refuses something, or memory is short; befalls one process, not all."""
+
+
 class DataError(OIALRError, FileNotFoundError):
     """A data file is missing, damaged or of another form."""
 

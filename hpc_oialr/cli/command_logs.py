@@ -23,7 +23,9 @@ def add(commands: Any) -> None:
     summary = "show what a run's process printed"
     parser = add_command(commands, "logs", summary=summary, examples=EXAMPLES)
     parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run has finished or its job is over"
+    )
     parser.add_argument("--process", type=int, default=0, metavar="N", help="which process; default 0")
     parser.set_defaults(run=run)
 
@@ -33,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     show_warnings()
     folder = RunFolder(arguments.folder)
     files = log_files(folder, arguments.process)
-    over = Over(read_job(folder)) if arguments.follow and folder.job.exists() else None
-    for text in follow(files, over or (lambda: not arguments.follow)):
+    job = Over(read_job(folder)) if arguments.follow and folder.job.exists() else None
+    for text in follow(files, lambda: not arguments.follow or folder.finished or (job is not None and job())):
         sys.stdout.write(text)
         sys.stdout.flush()
     return 0

@@ -99,7 +99,16 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def watch(arguments: argparse.Namespace) -> int:
-    """Show the table anew whenever it has changed."""
+    """Show the table anew whenever it has changed.
+
+    Raises
+    ------
+    DataError
+        If there is neither a run nor a record.
+    """
+    from hpc_oialr.report.runs import Run
+
+    Run(arguments.path)
     with Live(console=console(), auto_refresh=False) as live:
         for frame in frames(arguments.path, arguments.layers, arguments.every):
             live.update(frame, refresh=True)

@@ -23,7 +23,8 @@ EXAMPLES = """  oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --time 04:00:00
   oialr submit fashion_mnist_vit --executor local --tasks-per-node 2
 
 A run that is stopped by its time limit, by preemption or by a failing node is requeued and goes on from its last
-checkpoint. Other options of sbatch: Slurm's own variables, e.g. SBATCH_RESERVATION. Settings as for oialr train."""
+checkpoint; with --executor local it goes on after its time limit, five times at most.
+Other options of sbatch: Slurm's own variables, e.g. SBATCH_RESERVATION. Settings as for oialr train."""
 
 # Option, type, metavar, help; each becomes the parameter of its name.
 OPTIONS: tuple[tuple[str, type, str, str], ...] = (

@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hpc_oialr.errors import OIALRError, ReplicaMismatchError, SampleError, WorldError
+from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
 from hpc_oialr.masking import mask_text
 from hpc_oialr.processes import launch_info
 
 # Errors that may befall one process alone; all others are the same everywhere.
-OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError)
+OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError, HostError)
 GRACE_S = 3.0
 _WIDE = 1000
 

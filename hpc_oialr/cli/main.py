@@ -32,6 +32,8 @@ from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.mpi import leave_mpi
 from hpc_oialr.processes.signals import leave_upon_term
+from hpc_oialr.streams import tolerate_output_failures
+from hpc_oialr.system_errors import of_system
 
 COMMANDS = (
     command_train,
@@ -79,7 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`. An error is told in one line.
 
-    Settings of a run are left over by the parser and go to ``train`` and ``compare`` only.
+    Settings of a run are left over by the parser and go to ``train`` and ``compare`` only. Errors of the operating
+    system, and memory that is not there, are the user's to put right too.
     """
     parser = make_parser()
     arguments, settings = parser.parse_known_args(argv)
@@ -91,12 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OIALRError as error:
         show_error(error)
         return exit_codes.of_error(error)
+    except (OSError, UnicodeDecodeError, MemoryError, RuntimeError) as error:
+        refused = of_system(error)
+        if refused is None:
+            raise
+        show_error(refused)
+        return exit_codes.of_error(refused)
     except KeyboardInterrupt:
         return 130
 
 
 def entry() -> None:
     """The console script: :func:`main`, then out."""
+    tolerate_output_failures()
     if _is_alone():
         sys.exit(main())
     launcher = launch_info().launcher

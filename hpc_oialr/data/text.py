@@ -123,8 +123,8 @@ class TextFolder(DataConfig):
                     f"leave {part.num_bytes} bytes for the {name} part, less than one sequence of "
                     f"{self.sequence_length}. Add text, or lower data.sequence_length or the fractions."
                 )
-        parts_held = (part if len(part) else None for part in (validation, test))
-        return Splits(train, *parts_held, classes=self.vocab_size)
+        held = [part if len(part) else None for part in (validation, test)]
+        return Splits(train, held[0], held[1], classes=self.vocab_size)
 
     def _sequences(self, files: Iterable[Path]) -> ByteSequences:
         joined = b"".join(file.read_bytes() + SEPARATOR for file in files)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.launch.job_file import JobFile, read_job
 from hpc_oialr.launch.jobs import find_runs
-from hpc_oialr.launch.programs import NoAnswerError, ask
+from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
 from hpc_oialr.launch.states import is_controller
 
 _JOB_ID = re.compile(r"\d+(_\d+)?")
@@ -55,6 +55,6 @@ def _cancel(job: JobFile) -> None:
 
 def _scancel(job_id: str) -> None:
     try:
-        ask(["scancel", job_id])
+        ask(["scancel", job_id], timeout_s=ORDER_S)
     except NoAnswerError as error:
         raise OIALRError(f"job {job_id} was not cancelled: {error}.") from None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,10 @@ class OwnLocalJob(_OwnPickles, LocalJob[Any]):
     """A job on this machine."""
 
 
+# They make arrays, wait for the job's end, or go over --requeue and --time.
+_NEVER = {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_NO_REQUEUE", "SBATCH_TIMELIMIT"}
+
+
 class RunsOnSlurm(SlurmExecutor):
     """Starts runs by srun inside a batch script."""
 
@@ -87,8 +95,24 @@ class RunsOnSlurm(SlurmExecutor):
 
     def submit_runs(self, calls: list[Any]) -> list[Job[Any]]:
         """Submit one run, or several as an array."""
-        jobs = self.submit_array(calls)
+        with only_as_written(self.script(len(calls))):
+            jobs = self.submit_array(calls)
         return [OwnSlurmJob(self.folder, job.job_id, range(job.num_tasks)) for job in jobs]
+
+
+@contextmanager
+def only_as_written(script: str) -> Iterator[None]:
+    """Let no ``SBATCH_*`` variable of the user's shell go over a batch script's own lines, as sbatch would.
+
+    Those that the script leaves open, an account or a partition say, stay.
+    """
+    options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
+    names = {f"SBATCH_{option.upper().replace('-', '_')}" for option in options} | _NEVER
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 class RunsHere(LocalExecutor):

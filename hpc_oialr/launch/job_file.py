@@ -76,6 +76,8 @@ def read_job(folder: RunFolder) -> JobFile:
         return JobFile(**{**fields, "output": folder.path / fields["output"]})
     except FileNotFoundError:
         raise DataError(f"{folder.path} holds no submitted run: there is no {folder.job}.") from None
+    except OSError as error:
+        raise DataError(f"{folder.job} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder.job} is damaged ({error}). Remove it; the run itself is not touched."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,6 +15,8 @@ from hpc_oialr.launch.run_progress import RunProgress, read_progress
 from hpc_oialr.launch.slurm_state import ENDED, FORGOTTEN, JobState, Slurm
 from hpc_oialr.launch.states import states_of
 from hpc_oialr.record.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 ROOT = Path("runs")
 
@@ -89,12 +92,15 @@ def _inside(folder: Path) -> list[RunFolder]:
 def rows_of(folders: Iterable[RunFolder], slurm: Slurm) -> list[JobRow]:
     """One row a run, in the order of submission; Slurm is asked once for all.
 
-    Raises
-    ------
-    DataError
-        If a file of a run is damaged.
+    A run whose files are damaged is left out, and named in a warning.
     """
-    read = sorted(((folder, read_job(folder)) for folder in folders), key=lambda pair: pair[1].submitted)
+    read = []
+    for folder in folders:
+        try:
+            read.append((folder, read_job(folder)))
+        except DataError as error:
+            log.warning("%s", error)
+    read.sort(key=lambda pair: pair[1].submitted)
     states = states_of([job for _, job in read], slurm)
     return [_row(folder, job, state) for (folder, job), state in zip(read, states, strict=True)]
 

@@ -3,35 +3,79 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-_TIMEOUT_S = 60
+from hpc_oialr.processes.environment import all_variables
+
+# An answer comes within a second; a controller that hangs must not hold the user up.
+QUESTION_S = 10.0
+# What is to be done should be done, though the controller be busy.
+ORDER_S = 60.0
+# Defaults that a user or site has set for programs whose output is read here: other columns, other jobs, other times.
+_CHANGE_OUTPUT = (
+    "SQUEUE_",
+    "SACCT_",
+    "SINFO_",
+    "SCONTROL_",
+    "SCANCEL_",
+    "SLURM_TIME_FORMAT",
+    "SLURM_BITSTR_LEN",
+    "SLURM_JSON",
+    "SLURM_YAML",
+)
 
 
 class NoAnswerError(Exception):
     """A program is missing, failed or hangs; the text is the reason in one line."""
 
 
-def ask(command: Sequence[str], *, text: str | None = None) -> subprocess.CompletedProcess[str]:
+def ask(
+    command: Sequence[str], *, text: str | None = None, timeout_s: float = QUESTION_S
+) -> subprocess.CompletedProcess[str]:
     """Run a program, without a shell, to its end.
 
     Parameters
     ----------
     text
         Standard input.
+    timeout_s
+        Longest wait (s).
 
     Raises
     ------
     NoAnswerError
-        If it is missing, fails, or takes longer than a minute.
+        If it is missing, fails, or does not answer in time.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, input=text, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            input=text,
+            timeout=timeout_s,
+            env=plain_variables(),
+        )
     except FileNotFoundError:
         raise NoAnswerError(f"there is no {command[0]} here") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise NoAnswerError(f"{command[0]} does not answer within {timeout_s:g} s") from None
+    except OSError as error:
         raise NoAnswerError(str(error)) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise NoAnswerError(" ".join(" ".join(lines).split()))
     return done
+
+
+def plain_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment without what changes the output of Slurm's programs.
+
+    Examples
+    --------
+    >>> plain_variables({"SQUEUE_PARTITION": "gpu", "SLURM_TIME_FORMAT": "relative", "SLURM_CONF": "/etc/slurm.conf"})
+    {'SLURM_CONF': '/etc/slurm.conf'}
+    """
+    return {
+        name: value for name, value in all_variables(environ).items() if not name.startswith(_CHANGE_OUTPUT)
+    }

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 
-from hpc_oialr.launch.programs import NoAnswerError, ask
+from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
+
+# A value goes on, blanks and all, to the next name.
+_FIELD = re.compile(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)")
 
 
 def show_job(job: str) -> dict[str, str]:
     """Fields of a job, e.g. ``{"JobState": "RUNNING", "EndTime": "2026-11-24T12:00:00", ...}``.
 
-    A value that holds blanks is cut at the first one. Nothing where ``scontrol`` is missing, as inside most
+    Nothing where ``scontrol`` is missing, as inside most
     containers, or does not answer.
     """
     try:
         said = ask(["scontrol", "--oneliner", "show", "job", job]).stdout
     except NoAnswerError:
         return {}
-    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+    return dict(_FIELD.findall(said.strip()))
 
 
 def end_of(job: str) -> float | None:
@@ -31,7 +35,7 @@ def end_of(job: str) -> float | None:
 def requeue(job: str) -> str | None:
     """Put a job back into the queue; why that could not be done, or None."""
     try:
-        ask(["scontrol", "requeue", job])
+        ask(["scontrol", "requeue", job], timeout_s=ORDER_S)
     except NoAnswerError as error:
         return (
             f"scontrol requeue {job}: {error}. Where Slurm's programs are, outside of a container, type: "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
-from hpc_oialr.launch.programs import NoAnswerError, ask
+from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
 from hpc_oialr.launch.request import Request
 from hpc_oialr.processes.slurm_lists import gpu_count
 
@@ -66,7 +66,7 @@ def read_site(site: str | None) -> Site:
         return Site()
     file = site_file(site)
     try:
-        answer = ask(["bash", "-c", _READ, "site", str(file)]).stdout
+        answer = ask(["bash", "-c", _READ, "site", str(file)], timeout_s=ORDER_S).stdout
     except NoAnswerError as error:
         raise OIALRError(f"the site file {file} does not run here: {error}.") from None
     count, *words = answer.split("\0")[:-1]

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.exit_codes import PROCESS_LOST, of_error, of_task
+from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
 from hpc_oialr.launch.trust import require_own
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.signals import leave_upon_term
+from hpc_oialr.streams import tolerate_output_failures
 
 # submitit requeues by itself on its signal. Here the batch script does, so it listens to one that nobody sends.
 _UNUSED_SIGNAL = "URG"
+# Between the signal of submitit's local controller and its own count of time, which is by naps.
+_LEEWAY_S = 2.0
 
 
 def main(folder: Path) -> int:
@@ -32,7 +37,9 @@ def main(folder: Path) -> int:
 
 def entry() -> None:
     """Leave with the code, at once: what is left of a process group may hang at the interpreter's end."""
+    started = time.monotonic()
     code: object = 1
+    tolerate_output_failures()
     leave_upon_term(PROCESS_LOST)
     try:
         code = main(Path(sys.argv[1]))
@@ -45,7 +52,30 @@ def entry() -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(of_task(code if isinstance(code, int) else 1, launch_info().launcher))
+    done = of_task(code if isinstance(code, int) else 1, launch_info().launcher)
+    if done == STOPPED and at_local_limit(time.monotonic() - started):
+        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+        done = LOCAL_REQUEUE_RETURN_CODE
+    os._exit(done)
+
+
+def at_local_limit(elapsed_s: float, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the local executor's controller has told this process to stop because its time is up.
+
+    It then starts the tasks again, five times at most, if one of them leaves with submitit's code for that.
+
+    Examples
+    --------
+    >>> limit = {"SUBMITIT_LOCAL_TIMEOUT_S": "600", "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "120"}
+    >>> at_local_limit(100.0, limit), at_local_limit(481.0, limit), at_local_limit(481.0, {})
+    (False, True, False)
+    """
+    env = os.environ if environ is None else environ
+    if "SUBMITIT_LOCAL_TIMEOUT_S" not in env:
+        return False
+    limit_s = int(env["SUBMITIT_LOCAL_TIMEOUT_S"]) - int(env["SUBMITIT_LOCAL_SIGNAL_DELAY_S"])
+    return elapsed_s >= limit_s - _LEEWAY_S
 
 
 if __name__ == "__main__":

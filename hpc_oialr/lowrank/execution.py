@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.system_errors import read_json
 
 
 def dense_cost(tokens: int, m: int, n: int) -> int:
@@ -74,7 +74,7 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
     ConfigError
         If the file holds no such rows.
     """
-    rows = [row for row in json.loads(Path(path).read_text())["rows"] if row["dtype"] == dtype]
+    rows = [row for row in read_json(Path(path)).get("rows", []) if row["dtype"] == dtype]
     if not rows:
         raise ConfigError(
             "crossover", str(path), f"must hold rows of dtype {dtype}", fix="Run python -m benchmarks.layer."

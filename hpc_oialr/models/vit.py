@@ -66,7 +66,9 @@ class ViT(ModelConfig):
         check_divides("image_size", self.image_size, "patch_size", self.patch_size)
         check_divides("dim", self.dim, "heads", self.heads)
         if round(self.mlp_ratio * self.dim) < 1:
-            raise ConfigError("mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width")
+            raise ConfigError(
+                "mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width"
+            )
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
 
     def build(self, example: Batch) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Who am I, of how many, and where do we meet: read from what the launcher has set.
+"""Rank, world size and rendezvous from launcher variables.
 
-The one place of the package that reads environment variables of launchers. All functions are pure:
-they take a mapping and touch nothing else.
+The one place of the package that reads environment variables of launchers. All functions take a mapping and touch
+nothing else, but for the host file of ``srun -m arbitrary``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.masking import is_secret, mask_text
@@ -21,6 +22,7 @@ from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_cou
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Below the ephemeral range (32768-60999), from which the kernel hands out ports to anybody.
 _FIRST_PORT, _PORTS = 20_000, 12_768
+_TRIES, _SPACING = 4, 4_099
 # Open MPI's mpirun; srun --mpi=pmix; MPICH, Intel MPI and srun --mpi=pmi2.
 _MPI_LAUNCH = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_FD")
 _RECORDED = re.compile(
@@ -44,6 +46,10 @@ class LaunchInfo:
         "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor).
     master_addr, master_port
         Where process 0 listens.
+    spare_ports
+        Where it listens if another program has that port.
+    token
+        What tells this run from others that meet at the same port.
     """
 
     rank: int
@@ -53,6 +59,8 @@ class LaunchInfo:
     launcher: str
     master_addr: str
     master_port: int
+    spare_ports: tuple[int, ...] = ()
+    token: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_place("rank", self.rank, self.size, self.launcher)
@@ -62,6 +70,11 @@ class LaunchInfo:
                 f"{self.launcher} gives {self.local_size} processes on this node but {self.size} in all; a "
                 "node cannot hold more than all. Unset stale RANK, WORLD_SIZE, SLURM_* or OMPI_* variables."
             )
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """All ports at which processes may meet, in the order in which they are tried."""
+        return (self.master_port, *self.spare_ports)
 
 
 def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
@@ -137,7 +150,7 @@ def _single(env: Mapping[str, str]) -> LaunchInfo:
             f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set; both must be, or none. Start with "
             "torchrun, srun or mpirun, or unset WORLD_SIZE."
         )
-    return LaunchInfo(0, 1, 0, 1, "single", "127.0.0.1", _port(env, "single"))
+    return LaunchInfo(0, 1, 0, 1, "single", "127.0.0.1", *_ports(env, "single"))
 
 
 def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
@@ -149,19 +162,19 @@ def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
             "folder. Unset RANK and WORLD_SIZE, or start with torchrun."
         )
     if size == 1:
-        return LaunchInfo(rank, 1, 0, 1, "torchrun", "127.0.0.1", _port(env, "torchrun"))
+        return LaunchInfo(rank, 1, 0, 1, "torchrun", "127.0.0.1", *_ports(env, "torchrun"))
     local_rank = _number(env, "LOCAL_RANK")
     local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1)
     address = _required(env, "MASTER_ADDR", "must name the host of process 0")
     _required(env, "MASTER_PORT", "must be a port that is free on the host of process 0")
-    return LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, _port(env, "torchrun"))
+    return LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, *_ports(env, "torchrun"))
 
 
 def _from_submitit(env: Mapping[str, str]) -> LaunchInfo:
     """submitit's local executor: all processes on this machine."""
     rank, size = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_NTASKS")
-    port = _port(env, f"{_required(env, 'SUBMITIT_LOCAL_JOB_ID', 'must be the number of the job')}.0")
-    return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", port)
+    ports = _ports(env, f"{_required(env, 'SUBMITIT_LOCAL_JOB_ID', 'must be the number of the job')}.0")
+    return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", *ports)
 
 
 def _from_open_mpi(env: Mapping[str, str]) -> LaunchInfo:
@@ -169,8 +182,8 @@ def _from_open_mpi(env: Mapping[str, str]) -> LaunchInfo:
     local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
     local_size = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
     address = _mpi_address(env, size, local_size)
-    port = _port(env, env.get("PMIX_NAMESPACE", "mpi"))
-    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, port)
+    ports = _ports(env, env.get("PMIX_NAMESPACE", "mpi"))
+    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, *ports)
 
 
 def _from_pmi(env: Mapping[str, str]) -> LaunchInfo:
@@ -180,7 +193,7 @@ def _from_pmi(env: Mapping[str, str]) -> LaunchInfo:
         return _from_slurm(env)
     local_rank, local_size = _number(env, "MPI_LOCALRANKID"), _number(env, "MPI_LOCALNRANKS")
     address = _mpi_address(env, size, local_size)
-    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, _port(env, "mpi"))
+    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, *_ports(env, "mpi"))
 
 
 def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
@@ -193,8 +206,8 @@ def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
             "the number of tasks. Start every process by one srun."
         )
     address = env.get("MASTER_ADDR") or ("127.0.0.1" if len(counts) == 1 else _slurm_address(env))
-    port = _port(env, f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}")
-    return LaunchInfo(rank, size, _number(env, "SLURM_LOCALID"), counts[node], "slurm", address, port)
+    ports = _ports(env, f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}")
+    return LaunchInfo(rank, size, _number(env, "SLURM_LOCALID"), counts[node], "slurm", address, *ports)
 
 
 def _check_world_size(env: Mapping[str, str], size: int) -> None:
@@ -211,8 +224,23 @@ def _step_tasks(env: Mapping[str, str]) -> int:
 
 
 def _slurm_address(env: Mapping[str, str]) -> str:
+    """The node of task 0: the first of the sorted list, unless tasks were placed by a host file (``-m arbitrary``)."""
+    if env.get("SLURM_DISTRIBUTION") == "arbitrary":
+        return _first_host(env)
     nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     return expand_nodes(nodes)[0]
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """Of the host file; SLURM_ARBITRARY_NODELIST is sorted, and says nothing of the order."""
+    try:
+        lines = Path(env["SLURM_HOSTFILE"]).read_text(encoding="utf-8").split()
+        return expand_nodes(lines[0])[0]
+    except (KeyError, OSError, UnicodeDecodeError, IndexError):
+        raise WorldError(
+            "SLURM_DISTRIBUTION is arbitrary, and there is no host file (SLURM_HOSTFILE) here that says which node has "
+            "task 0. Set MASTER_ADDR to that node."
+        ) from None
 
 
 def _mpi_address(env: Mapping[str, str], size: int, local_size: int) -> str:
@@ -229,14 +257,19 @@ def _mpi_address(env: Mapping[str, str], size: int, local_size: int) -> str:
     )
 
 
-def _port(env: Mapping[str, str], salt: str) -> int:
-    """MASTER_PORT, or a port that all processes of a job find alone and its neighbours do not share."""
+def _ports(env: Mapping[str, str], salt: str) -> tuple[int, tuple[int, ...], str]:
+    """MASTER_PORT alone, or ports that all processes of a job find by themselves; and the run's token.
+
+    Neighbouring jobs begin at different ports. Numbers repeat, after 798 job ids of Slurm; so the token must tell.
+    """
     if "MASTER_PORT" in env:
-        return _number(env, "MASTER_PORT")
+        return _number(env, "MASTER_PORT"), (), salt
     job, _, step = salt.partition(".")
+    number = zlib.crc32(salt.encode())
     if job.isdigit() and step.isdigit():
-        return _FIRST_PORT + (int(job) * 16 + int(step) % 16) % _PORTS
-    return _FIRST_PORT + zlib.crc32(salt.encode()) % _PORTS
+        number = int(job) * 16 + int(step) % 16
+    first, *spare = (_FIRST_PORT + (number + i * _SPACING) % _PORTS for i in range(_TRIES))
+    return first, tuple(spare), salt
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -13,13 +13,12 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.devices import choose_device, group_device
 from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
 from hpc_oialr.processes.failures import reported
+from hpc_oialr.processes.meeting import meeting_place
 from hpc_oialr.processes.nccl import leave_hard
 
 Op = Literal["sum", "max", "min"]
@@ -256,37 +255,24 @@ class World:
         return reported(what, self.rank, self.size, only_communication=only_communication)
 
 
-def _meeting_place(url: str, info: LaunchInfo, timeout: timedelta) -> Store:
-    """The store through which processes find each other, with keys that no earlier group has used.
-
-    A store may outlive its group: torchrun keeps one, and so does whoever still refers to it. A second
-    group of the same processes would find the addresses of the first one there, and wait for ever.
-    """
-    store, _, _ = next(rendezvous(url, info.rank, info.size, timeout=timeout))
-    store.set_timeout(timeout)
-    return PrefixStore(f"group {store.add(f'groups of process {info.rank}', 1)}", store)
-
-
 def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s: float) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         leave_hard(os.environ, timeout_s)
-    # An IPv6 address needs brackets inside a URL.
-    host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
     try:
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
-            store=_meeting_place(f"tcp://{host}:{info.master_port}", info, limit),
+            store=meeting_place(info, limit),
             rank=info.rank,
             world_size=info.size,
             timeout=limit,
             device_id=device if on_gpu else None,
         )
     except (RuntimeError, ValueError, OSError) as error:
+        ports = " or ".join(map(str, info.ports))
         raise WorldError(
-            f"process {info.rank} of {info.size} ({info.launcher}) could not meet the others at {host}:"
-            f"{info.master_port} within {timeout_s:g} s; all {info.size} must be started, and process 0 must "
-            f"be reachable there. Check the other processes' logs; if the port is in use, set MASTER_PORT. "
-            f"({error})"
+            f"process {info.rank} of {info.size} ({info.launcher}) could not meet the others at {info.master_addr}:"
+            f"{ports} within {timeout_s:g} s; all {info.size} must be started, and process 0 must be reachable there. "
+            f"Check the other processes' logs; if the port is in use, set MASTER_PORT. ({error})"
         ) from error

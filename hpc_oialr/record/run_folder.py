@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.record.files import to_json, write_atomically
+from hpc_oialr.system_errors import read_json
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What :meth:`write_summary` wrote."""
-        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        summary: dict[str, Any] = read_json(self.summary)
         return summary
 
 

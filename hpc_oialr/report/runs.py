@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hpc_oialr.errors import DataError
 from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.spectra import Spectra
+from hpc_oialr.system_errors import read_json, read_text
 
 Numbers = NDArray[np.float64]
 
@@ -101,7 +101,10 @@ class Run:
         import yaml
 
         if self.folder.config.exists():
-            loaded: dict[str, Any] = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")) or {}
+            try:
+                loaded: dict[str, Any] = yaml.safe_load(read_text(self.folder.config)) or {}
+            except yaml.YAMLError as error:
+                raise DataError(f"{self.folder.config} is no whole YAML ({_one_line(error)}).") from None
             return loaded
         return self.spectra.config if self.spectra else {}
 
@@ -190,8 +193,12 @@ def _curve(rows: list[dict[str, Any]], key: str, name: str) -> Curve:
     return Curve(steps, column("wall_s"), column("trained_share"), column(key), name)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}

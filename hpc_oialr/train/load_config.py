@@ -8,7 +8,7 @@ import typing
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 from hpc_oialr.errors import ConfigError, OIALRError
 from hpc_oialr.recipes import find_recipe
+from hpc_oialr.system_errors import read_text
 from hpc_oialr.train.command_line import parse_settings, read_yaml
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import (
@@ -31,7 +32,6 @@ from hpc_oialr.train.config_tree import (
     section_type,
     short_path,
 )
-
 
 COMMAND_LINE = "the command line"
 # The largest seed of torch and NumPy.
@@ -77,7 +77,7 @@ def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConf
     """
     path = find_recipe(recipe)
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
+        raw = read_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     typed = parse_settings(arguments)
@@ -172,7 +172,7 @@ def _leaf(hint: Any, value: Any, name: str, origin: str | None) -> Any:
     return converted
 
 
-@lru_cache(maxsize=None)
+@cache
 def _leaf_parser(hint: Any) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
@@ -204,9 +204,9 @@ def _type_name(hint: Any) -> str:
 
 
 def _require(tree: Tree) -> None:
-    for field in dataclasses.fields(RunConfig):
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and tree.get(field.name) is None:
-            family = section_type(field_types(RunConfig)[field.name])
+    for each in dataclasses.fields(RunConfig):
+        needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if needed and tree.get(each.name) is None:
+            family = section_type(field_types(RunConfig)[each.name])
             valid = ", ".join(sorted(choices(family))) if family and is_choice(family) else "settings"
-            raise ConfigError(field.name, tree.get(field.name), f"must be set; valid: {valid}")
+            raise ConfigError(each.name, tree.get(each.name), f"must be set; valid: {valid}")

@@ -1,0 +1,109 @@
+"""Rendezvous of a run's processes, past listeners that belong to somebody else."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from hpc_oialr.processes.environment import LaunchInfo
+
+# A store of torch answers at once; whoever takes longer is none.
+_ANSWER_S = 10.0
+_PAUSE_S = 0.1
+_TOKEN = "run"
+
+
+def meeting_place(info: LaunchInfo, timeout: timedelta) -> Store:
+    """The store through which processes find each other, with keys that no earlier group has used.
+
+    Ports that were derived from a job's number may be taken by another program or job. Process 0 listens at the
+    first of ``info.ports`` that is free; the others ask each port whether the run is theirs.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        If there is no store of this run within ``timeout``.
+
+    Notes
+    -----
+    A store may outlive its group: torchrun keeps one, and so does whoever still refers to it. A second group of the
+    same processes would find the addresses of the first one there, and wait for ever.
+    """
+    if info.launcher == "torchrun":
+        # torchrun's agent may hold the store.
+        store: Store = next(rendezvous(_url(info), info.rank, info.size, timeout=timeout))[0]
+    else:
+        store = _listen(info, timeout) if info.rank == 0 else _ask(info, timeout)
+    store.set_timeout(timeout)
+    return PrefixStore(f"group {store.add(f'groups of process {info.rank}', 1)}", store)
+
+
+def _url(info: LaunchInfo) -> str:
+    # An IPv6 address needs brackets inside a URL.
+    host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
+    return f"tcp://{host}:{info.ports[0]}"
+
+
+def _listen(info: LaunchInfo, timeout: timedelta) -> Store:
+    failure: Exception | None = None
+    for port in info.ports:
+        try:
+            store = _store(info, port, timeout)
+        except RuntimeError as error:
+            failure = error
+            continue
+        store.set(_TOKEN, info.token)
+        return store
+    raise OSError(f"none of the ports {info.ports} can be listened at: {failure}")
+
+
+def _ask(info: LaunchInfo, timeout: timedelta) -> Store:
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        for port in info.ports:
+            store = _of_this_run(info, port, deadline)
+            if store is not None:
+                return store
+        time.sleep(_PAUSE_S)
+    raise OSError(f"nobody of this run answers at the ports {info.ports}")
+
+
+def _of_this_run(info: LaunchInfo, port: int, deadline: float) -> Store | None:
+    """The store at a port if process 0 of this run has made it."""
+    try:
+        socket.create_connection((info.master_addr, port), timeout=_ANSWER_S).close()
+    except OSError:
+        return None
+    found: list[Store] = []
+
+    def connect() -> None:
+        try:
+            store = _store(info, port, timedelta(seconds=_ANSWER_S))
+            if store.get(_TOKEN).decode() == info.token:
+                found.append(store)
+        except (RuntimeError, ValueError):
+            return
+
+    # A listener that accepts and never answers would hold this process up for ever.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(max(0.0, min(_ANSWER_S + 1, deadline - time.monotonic())))
+    return found[0] if found else None
+
+
+def _store(info: LaunchInfo, port: int, timeout: timedelta) -> TCPStore:
+    return TCPStore(
+        info.master_addr,
+        port,
+        info.size,
+        info.rank == 0,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
