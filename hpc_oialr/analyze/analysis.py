@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def analyze(
     steps: Sequence[int] | None = None,
     selection: MatrixSelection | None = None,
     world: World | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
     """Write the record that a run with ``record.spectra`` would have left, from checkpoints of it; a collective call.
 
@@ -47,6 +48,8 @@ def analyze(
         Which layers.
     world
         The processes; default this one alone.
+    progress
+        Told after each of this process's layers how many are done, of how many.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def analyze(
     layers = _layers([checkpoint for _, checkpoint in checkpoints], selection)
     # Now, not after hours of work, and on every process, so that all end if it cannot be.
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = _gathered(layers, checkpoints, world)
+    rows = _gathered(layers, checkpoints, world, progress)
     if world.is_main:
         write_rows(Rows(rows, events=len(numbered)), _attributes(numbered, selection, world), out)
     world.barrier()
@@ -91,7 +94,10 @@ def _layers(checkpoints: Sequence[Checkpoint], selection: MatrixSelection) -> li
 
 
 def _gathered(
-    layers: Sequence[Sequence[Matrix]], checkpoints: Sequence[tuple[int, Checkpoint]], world: World
+    layers: Sequence[Sequence[Matrix]],
+    checkpoints: Sequence[tuple[int, Checkpoint]],
+    world: World,
+    progress: Callable[[int, int], None],
 ) -> tuple[LayerRows, ...]:
     """All layers' rows, on every process; one that fails makes all raise, so that none waits for ever."""
     owners = longest_processing_time([svd_cost(each.m, each.n) for each in layers[0]], world.size)
@@ -101,6 +107,7 @@ def _gathered(
         for index, owner in enumerate(owners):
             if owner == world.rank:
                 mine.append(_measure([each[index] for each in layers], checkpoints, index, world))
+                progress(len(mine), owners.count(world.rank))
     except OIALRError as error:
         failure = error
     parts = world.all_gather_object((mine, failure))

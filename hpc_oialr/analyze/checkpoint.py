@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import pickle
+import re
+import tarfile
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hpc_oialr.errors import DataError
+from hpc_oialr.system_errors import read_json
 
 # What a folder holds, in the order in which it is looked for: the names that transformers gives.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
+PLAIN = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+# Names by which GPTQ, AWQ and compressed-tensors store packed matrices, and by which scales lie beside 8-bit ones
+# (DeepSeek's weight_scale_inv, bitsandbytes' SCB and weight.absmax).
+PACKED = ("qweight", "weight_packed")
+SCALES = re.compile(r"scale|SCB|absmax")
 # Where training programs put the state dict among other things.
 NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -33,9 +41,12 @@ class Checkpoint(ABC):
         What was named by the user.
     shapes
         Shape of every floating-point tensor, by name.
+    names
+        Of all tensors.
     """
 
     path: Path
+    names: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]]
 
     @abstractmethod
@@ -51,8 +62,11 @@ class SafetensorsFile(Checkpoint):
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                dtypes = {name: each.get_dtype() for name, each in slices.items()}
+                refuse_quantised(path, dtypes)
+                self.names = frozenset(dtypes)
                 self.shapes = {
-                    name: tuple(each.get_shape()) for name, each in slices.items() if "F" in each.get_dtype()
+                    name: tuple(each.get_shape()) for name, each in slices.items() if "F" in dtypes[name]
                 }
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is no whole safetensors file ({error}); copy it again.") from error
@@ -69,11 +83,10 @@ class TorchFile(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors = {
-            name: tensor
-            for name, tensor in _state_dict(_load(path), path).items()
-            if isinstance(tensor, Tensor) and tensor.is_floating_point()
-        }
+        tensors = {n: t for n, t in _state_dict(_load(path), path).items() if isinstance(t, Tensor)}
+        self.names = frozenset(tensors)
+        refuse_quantised(path, {name: str(tensor.dtype) for name, tensor in tensors.items()})
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -86,7 +99,9 @@ class Parts(Checkpoint):
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
-        self._holders = {name: part for file in files for part in (_of_file(file),) for name in part.shapes}
+        parts = [_of_file(file) for file in files]
+        self.names = frozenset().union(*(part.names for part in parts))
+        self._holders = {name: part for part in parts for name in part.shapes}
         self.shapes = {name: part.shapes[name] for name, part in self._holders.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -140,7 +155,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return RunCheckpoint(path)
     for name in INDICES:
         if (path / name).is_file():
-            return Parts(path, _indexed(path / name))
+            return _indexed(path / name)
     for name in FILES:
         if (path / name).is_file():
             return Parts(path, [path / name])
@@ -156,18 +171,27 @@ def _of_file(path: Path) -> Checkpoint:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> Parts:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        holders = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({error!r}); copy it again.") from error
-    for name in names:
-        if not (index.parent / name).is_file():
-            raise DataError(f"{index} names {name}, which is missing; copy the whole folder.")
-    return [index.parent / name for name in names]
+    for file in holders.values():
+        if Path(file).name != file:
+            raise DataError(f"{index} names {file!r}; must be plain names of files beside it.")
+        if not (index.parent / file).is_file():
+            raise DataError(f"{index} names {file}, which is missing; copy the whole folder.")
+    found = Parts(index.parent, [index.parent / file for file in sorted(set(holders.values()))])
+    for name, file in holders.items():
+        if name not in found.names:
+            raise DataError(
+                f"{index} says that {file} holds {name}, which it does not; copy the whole folder."
+            )
+    return found
 
 
 def _load(path: Path) -> Any:
+    _require_torch_file(path)
     load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
         with contextlib.suppress(RuntimeError):
@@ -181,6 +205,46 @@ def _load(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} is no whole torch file ({_first_line(error)}); copy it again.") from error
+
+
+def _require_torch_file(path: Path) -> None:
+    """torch's own messages for other files are misleading."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith(".npy") for name in names):
+            raise DataError(f"{path} is an archive of NumPy arrays; save the tensors as safetensors.")
+        return
+    with path.open("rb") as file:
+        start = file.read(16)
+    # An archive that was cut short; a pickle or a tar archive, torch's formats of before 2020.
+    if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
+        raise DataError(
+            f"{path} is no torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
+        )
+
+
+def refuse_quantised(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Raise :class:`DataError` if a matrix is stored as numbers that mean nothing without scales beside it.
+
+    Parameters
+    ----------
+    dtypes
+        Dtype of every tensor by name, as safetensors or torch write it.
+    """
+    for name, dtype in dtypes.items():
+        layer, _, last = name.rpartition(".")
+        if last not in (*PACKED, "weight") or (last == "weight" and dtype in PLAIN):
+            continue
+        beside = [
+            each for each in dtypes if each.startswith(f"{layer}.") and SCALES.search(each[len(layer) :])
+        ]
+        if beside or last in PACKED or "float" not in dtype.lower().replace("f8_", "float8_"):
+            scales = f", with {beside[0]} beside it" if beside else ""
+            raise DataError(
+                f"{path} is quantised: {name} holds {dtype}{scales}, and its spectrum would be wrong. Dequantise the "
+                "model first, e.g. by model.dequantize() of transformers, and save it again."
+            )
 
 
 def _first_line(error: Exception) -> str:

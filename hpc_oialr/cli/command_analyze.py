@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, console, is_main, show_warnings
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.record.progress import clock_time
 
 EXAMPLES = """  oialr analyze checkpoint-500 checkpoint-1000 checkpoint-1500 --out spectra.h5
   oialr analyze epoch*.pt --include "encoder.*" --out encoder.h5
@@ -60,7 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     world = World.from_environment(device=arguments.device)
     try:
         out = analyze(
-            arguments.checkpoints, arguments.out, steps=arguments.steps, selection=selection, world=world
+            arguments.checkpoints,
+            arguments.out,
+            steps=arguments.steps,
+            selection=selection,
+            world=world,
+            progress=_Lines(),
         )
     except OSError as error:
         if isinstance(error, OIALRError):
@@ -72,3 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
         world.close()
     console().print(str(out), markup=False)
     return 0
+
+
+class _Lines:
+    """A line on standard error now and then: large checkpoints take hours."""
+
+    def __init__(self, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s, self._clock, self._start = every_s, clock, clock()
+        self._next = self._start + every_s
+
+    def __call__(self, done: int, of: int) -> None:
+        now = self._clock()
+        if now < self._next or done == of or not is_main():
+            return
+        self._next = now + self._every_s
+        left = clock_time((now - self._start) * (of - done) / done)
+        sys.stderr.write(f"oialr: {done} of {of} layers measured, about {left} to go\n")
