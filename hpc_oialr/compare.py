@@ -101,7 +101,7 @@ def judge(dense: Mapping[str, Any], oialr: Mapping[str, Any], dense_curve: Curve
 def metric_at(curve: Curve, wall_s: float) -> float | None:
     """A curve's metric after ``wall_s`` seconds, between two evaluations by a straight line.
 
-    The first value before the first evaluation, the last one after the last; None for no curve.
+    None before the first evaluation, of which nothing is known; the last value after the last.
 
     Examples
     --------
@@ -109,13 +109,14 @@ def metric_at(curve: Curve, wall_s: float) -> float | None:
     0.6
     >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 99.0)
     0.7
+    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 9.0)
     """
-    if not curve:
+    if not curve or wall_s < curve[0][0]:
         return None
     for (before, low), (after, high) in itertools.pairwise(curve):
         if before < wall_s <= after:
             return low + (high - low) * (wall_s - before) / (after - before)
-    return curve[0][1] if wall_s <= curve[0][0] else curve[-1][1]
+    return curve[0][1] if wall_s == curve[0][0] else curve[-1][1]
 
 
 def evaluation_curve(metrics: Path) -> list[tuple[float, float]]:

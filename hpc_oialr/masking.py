@@ -10,11 +10,13 @@ from typing import Any
 MASK = "***"
 
 _NAME = re.compile(r"TOKEN|KEY|PASSW|SECRET|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
+# Names of numbers that are secrets too, which max_tokens is not.
+_PLAIN_SECRET = re.compile(r"PASSW|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 # https://user:password@host; a path of it has one slash
 _ADDRESS = re.compile(r"(\b[a-z][\w+.-]*:/{1,2})[^/\s@'\"]+@", re.IGNORECASE)
 # api_key=..., "password": "...", Authorization: Bearer ...
 _PAIR = re.compile(
-    r"(\b[\w-]*(?:token|api[_-]?key|access[_-]?key|passw(?:or)?d|secret|authorization)\w*['\"]?\s*[=:]\s*)"
+    r"(\b[\w-]*(?:token|api[_-]?key|access[_-]?key|passw(?:or)?d|secret|authorization)\w*['\"]?(?:\s*[=:]\s*|\s+is\s+(?=['\"])))"
     r"(?:Bearer\s+)?(?:'[^']*'|\"[^\"]*\"|[^\s,;&'\"]+)",
     re.IGNORECASE,
 )
@@ -45,6 +47,8 @@ def mask_text(text: str) -> str:
     'https://***@host/data?token=***&part=1'
     >>> mask_text("the key of the layer: 3 tokens")
     'the key of the layer: 3 tokens'
+    >>> mask_text("data.token is 'abc' (from the command line); must be int.")
+    'data.token is *** (from the command line); must be int.'
     """
     masked = _ADDRESS.sub(rf"\1{MASK}@", text)
     return _FORM.sub(MASK, _PAIR.sub(rf"\1{MASK}", masked))
@@ -64,6 +68,8 @@ def mask_tree(value: Any, name: str = "") -> Any:
         return [mask_tree(item, name) for item in value]
     if isinstance(value, str):
         return MASK if is_secret(name) else mask_text(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and _PLAIN_SECRET.search(name):
+        return MASK
     return value
 
 

@@ -48,7 +48,10 @@ def tolerate_output_failures() -> None:
     """Let nothing that happens to standard output or error end this process; for programs, not for libraries."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or isinstance(stream, TolerantStream):
+        if stream is None:
+            # It was closed before the start; the next file to be opened would take its number.
+            stream = Path(os.devnull).open("w", encoding="utf-8")
+        if isinstance(stream, TolerantStream):
             continue
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -72,7 +72,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
         lines[0][0], form.format(dense["metric"]), form.format(oialr["metric"]), _difference(result)
     )
     at = result["dense_metric_at_oialr_wall"]
-    table.add_row("  after OIALR's wall time", form.format(at), form.format(oialr["metric"]), "")
+    known = "not evaluated yet" if at is None else form.format(at)
+    table.add_row("  after OIALR's wall time", known, form.format(oialr["metric"]), "")
     for label, key, form in lines[1:]:
         ratio = f"{oialr[key] / dense[key]:.3f}" if dense[key] else ""
         table.add_row(label, form.format(dense[key]), form.format(oialr[key]), ratio)

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr import spectra
 from hpc_oialr.errors import DataError
+from hpc_oialr.masking import mask_tree
 from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.spectra import Spectra
@@ -105,8 +106,14 @@ class Run:
                 loaded: dict[str, Any] = yaml.safe_load(read_text(self.folder.config)) or {}
             except yaml.YAMLError as error:
                 raise DataError(f"{self.folder.config} is no whole YAML ({_one_line(error)}).") from None
-            return loaded
+            # What is shown of it must hold no secret.
+            return cast(dict[str, Any], mask_tree(loaded))
         return self.spectra.config if self.spectra else {}
+
+    def choice(self, section: str) -> str | None:
+        """Name of the type chosen in a section of the settings, e.g. "model"; None if it is not known."""
+        chosen = self.config.get(section)
+        return chosen.get("class_path") if isinstance(chosen, dict) else None
 
     @property
     def dense(self) -> bool:
@@ -153,14 +160,20 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
     Raises
     ------
     DataError
-        If one of them holds no run.
+        If one of them holds no run, or they are of different tasks or models, which no figure can compare.
     """
     found = [path for given in paths for path in _inside(Path(given))]
     folders = [(path if path.is_dir() else path.parent).resolve() for path in found]
     names = [folder.name for folder in folders]
     longer = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     labels = [each if names.count(name) > 1 else name for name, each in zip(names, longer, strict=True)]
-    return [Run(path, label) for path, label in zip(found, labels, strict=True)]
+    runs = [Run(path, label) for path, label in zip(found, labels, strict=True)]
+    for section in ("task", "model"):
+        chosen = {run.name: run.choice(section) for run in runs if run.choice(section)}
+        if len(set(chosen.values())) > 1:
+            told = ", ".join(f"{name} {choice}" for name, choice in chosen.items())
+            raise DataError(f"the runs are of different {section}s: {told}. Make a report for each.")
+    return runs
 
 
 def dense_of(runs: Iterable[Run]) -> Run | None:

@@ -16,6 +16,7 @@ from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
 
+MOST_WORKERS = 1024
 Precision = Literal["fp32", "bf16", "fp16", "float64"]
 
 
@@ -95,9 +96,11 @@ class TrainConfig:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
         check_name("stop_signal", self.stop_signal)
         check_interval("timeout_s", self.timeout_s, 1, 86_400, closed=(True, True))
-        for name in ("seed", "workers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, getattr(self, name), "must not be negative")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "must not be negative")
+        if not 0 <= self.workers <= MOST_WORKERS:
+            rule = f"must lie in [0, {MOST_WORKERS}]"
+            raise ConfigError("workers", self.workers, rule, fix="One a core of a process is plenty.")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""

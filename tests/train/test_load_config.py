@@ -5,10 +5,13 @@ from support.tiny_runs import write_recipe
 
 from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
+from hpc_oialr.lowrank.execution import measured_crossover
+from hpc_oialr.processes import World
 from hpc_oialr.recipes import recipes
 from hpc_oialr.train.command_line import parse_settings
 from hpc_oialr.train.load_config import dense_twin, load_config
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
+from hpc_oialr.train.session import make_session
 
 
 @pytest.fixture
@@ -174,3 +177,69 @@ def test_parse_settings():
     tree = parse_settings(["--a.b", "1e-3", "--a.c=null", "--a.r", "Rule", "--a.r.x", "-2", "--flag", "true"])
     assert tree == {"a": {"b": 1e-3, "c": None, "r": {"class_path": "Rule", "x": -2}}, "flag": True}
     assert parse_settings(["--a.x", "1", "--a", "Name"]) == {"a": {"x": 1, "class_path": "Name"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model.depth", "abc"], "model.depth is 'abc' (from the command line); must be int"),
+        (["--model.dropout", "null"], "model.dropout is None (from the command line); must be float"),
+        (["--data.validation_fraction", "null"], "data.validation_fraction is None"),
+        (["--train.seed", "null"], "train.seed is None (from the command line); must be int"),
+        (["--train.seed", str(2**64)], f"must not go beyond {2**64 - 1}"),
+        (["--train.seed", "1" + "0" * 400], "must not go beyond"),
+        (["--optimizer.lr", ".nan"], "optimizer.lr is nan (from the command line); must be a finite number"),
+        (["--optimizer.betas", "[.inf, 0.9]"], "must be a finite number"),
+        (["--train.workers", "1000000000000"], "train.workers is 1000000000000"),
+        (["--model.dim", "0"], "model.dim is 0"),
+        (["--oialr.crossover", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_every_value_has_its_type_and_is_finite(recipe, arguments, text):
+    with pytest.raises(OIALRError) as raised:
+        config = load_config(recipe, arguments).config
+        measured_crossover(config.oialr.crossover)
+    assert text in str(raised.value)
+
+
+def test_largest_seed(recipe):
+    assert load_config(recipe, ["--train.seed", str(2**64 - 1)]).config.train.seed == 2**64 - 1
+
+
+def test_a_key_given_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train: {steps: 3}\ncheckpoint: {keep: 1}\ntrain: {steps: 4}\n")
+    with pytest.raises(OIALRError, match="'train' is given twice .*line 3"):
+        load_config(path)
+
+
+def test_a_date_is_text(recipe):
+    assert (
+        load_config(recipe, ["--record.side_folder", "2024-01-01"]).config.record.side_folder == "2024-01-01"
+    )
+
+
+def test_the_command_line_goes_over_the_dense_section(recipe):
+    given = ["--dense.train.steps", "9", "--dense.optimizer.lr", "0.3"]
+    path = recipe.with_name("with_dense.yaml")
+    path.write_text(load_config(recipe, given).text)
+    assert dense_twin(load_config(path), own=True).config.train.steps == 9
+    typed = load_config(path, ["--train.steps", "4", "--oialr.delay", "2"])
+    twin = dense_twin(typed, own=True).config
+    assert (twin.train.steps, twin.optimizer.lr, twin.oialr) == (4, 0.3, None)
+    both = load_config(path, ["--train.steps", "4", "--dense.train.steps", "5"])
+    assert dense_twin(both, own=True).config.train.steps == 5
+
+
+def test_data_model_and_task_must_fit(recipe):
+    world = World.single("cpu")
+    for arguments, text in (
+        (
+            ["--model.vocabulary", "100"],
+            "model.vocabulary is 100; must be at least 256: the data have that many",
+        ),
+        (["--task", "Classification"], "task is 'Classification'; needs batches with 'pixel_values'"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            make_session(load_config(recipe, arguments).config, world)
+        assert text in str(raised.value)

@@ -69,11 +69,12 @@ def _against(run: Run, dense: Run) -> str:
     if not len(curve):
         return text + "."
     name = own["metric_name"]
+    text += f", and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
+    text += metric_text(other["metric"], name)
+    if own["wall_s"] < curve.wall_s[0]:
+        return f"{text}, which had not been evaluated after the same time."
     at = float(np.interp(own["wall_s"], curve.wall_s, curve.value))
-    return (
-        f"{text}, and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
-        f"{metric_text(other['metric'], name)} and stood at {metric_text(at, name)} after the same time."
-    )
+    return f"{text} and stood at {metric_text(at, name)} after the same time."
 
 
 def _stability(name: str, record: Spectra) -> Iterator[str]:

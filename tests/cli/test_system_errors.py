@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from support.tiny_runs import write_recipe
+
+from hpc_oialr.cli.main import main
+from hpc_oialr.data.cache import cache_root
+from hpc_oialr.errors import DataError
+from hpc_oialr.system_errors import of_system, read_json
+
+
+def one_error(capsys, *words):
+    assert main([str(word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("oialr: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_paths_that_cannot_be_used_are_told(capsys, tmp_path):
+    recipe = write_recipe(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("x")
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "gone")
+    undecodable = tmp_path / "recipe.yaml"
+    undecodable.write_bytes(b"train: \xff\xfe")
+    assert "Not a directory" in one_error(capsys, "train", recipe, "--out", file / "run")
+    assert "File name too long" in one_error(capsys, "train", recipe, "--out", tmp_path / ("n" * 300))
+    assert "recipe.yaml is no UTF-8 text (byte 7" in one_error(capsys, "train", undecodable)
+    assert str(tmp_path) in one_error(capsys, "spectra", "show", dangling)
+    assert "gone" in one_error(capsys, "spectra", "watch", tmp_path / "gone")
+
+
+def test_a_dangling_link_names_its_target(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError) as caught:
+        link.read_text()
+    assert f"{link} is a link to {tmp_path / 'gone'}, which does not exist" in str(of_system(caught.value))
+
+
+def test_memory_is_told_and_bugs_are_not_hidden():
+    assert "not enough memory" in str(
+        of_system(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    )
+    assert "not enough memory" in str(of_system(MemoryError()))
+    assert of_system(RuntimeError("shapes do not match")) is None
+
+
+def test_full_disk_has_a_fix():
+    error = OSError(28, os.strerror(28), "/scratch/run/metrics.jsonl")
+    assert str(of_system(error)) == (
+        "/scratch/run/metrics.jsonl: No space left on device. Free some space, or take a folder on another file system."
+    )
+
+
+def test_damaged_json(tmp_path):
+    (tmp_path / "summary.json").write_text('{"metric": 0.')
+    with pytest.raises(DataError, match=r"summary.json is no whole JSON .*Copy it again, or remove it"):
+        read_json(tmp_path / "summary.json")
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(DataError, match="Set OIALR_DATA to a folder"):
+        cache_root({})
