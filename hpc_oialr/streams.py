@@ -50,7 +50,7 @@ def tolerate_output_failures() -> None:
         stream = getattr(sys, name)
         if stream is None:
             # It was closed before the start; the next file to be opened would take its number.
-            stream = Path(os.devnull).open("w", encoding="utf-8")
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         if isinstance(stream, TolerantStream):
             continue
         if hasattr(stream, "reconfigure"):

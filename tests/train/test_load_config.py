@@ -192,14 +192,17 @@ def test_parse_settings():
         (["--optimizer.betas", "[.inf, 0.9]"], "must be a finite number"),
         (["--train.workers", "1000000000000"], "train.workers is 1000000000000"),
         (["--model.dim", "0"], "model.dim is 0"),
-        (["--oialr.crossover", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_every_value_has_its_type_and_is_finite(recipe, arguments, text):
     with pytest.raises(OIALRError) as raised:
-        config = load_config(recipe, arguments).config
-        measured_crossover(config.oialr.crossover)
+        load_config(recipe, arguments)
     assert text in str(raised.value)
+
+
+def test_a_file_of_a_setting_that_is_missing_is_named():
+    with pytest.raises(OIALRError, match=r"nowhere\.json"):
+        measured_crossover("nowhere.json")
 
 
 def test_largest_seed(recipe):
