@@ -7,6 +7,8 @@ OUT ?= runs/demo
 TORCH ?= torch==2.13.0
 # How many tests run beside each other; most wait for their own processes now and then.
 WORKERS ?= 2
+# Where the tests marked gpu compute. All others compute on the CPU, on a machine with a GPU too.
+DEVICE ?= cuda
 
 # Bytecode is written where a module is first imported: compiling all of torch would take longer than loading it.
 PIP := $(BIN)/pip install --quiet --no-compile
@@ -15,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs beside packages, data beside style and types.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test tests check setup setup-test programs data clean
+.PHONY: demo test tests tests-gpu check setup setup-test programs data clean
 
 demo: setup data ## Train a vision transformer at low rank beside its dense twin (about 7 minutes on 2 cores).
 	$(BIN)/oialr compare fashion_mnist_vit --own --out $(OUT)
@@ -23,7 +25,11 @@ demo: setup data ## Train a vision transformer at low rank beside its dense twin
 test: check tests ## Style, types and the whole test suite.
 
 tests: setup-test programs data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) tests-gpu; fi
+
+tests-gpu: setup-test ## Tests that need a GPU; DEVICE=cpu runs their bodies without one.
+	OIALR_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 check: setup-test ## Style and types only.
 	$(BIN)/ruff check .
@@ -31,7 +37,7 @@ check: setup-test ## Style and types only.
 	$(BIN)/mypy
 
 # The demo needs little; for tests everything is installed in one go.
-setup: $(VENV)/installed-$(if $(filter test tests check setup-test,$(MAKECMDGOALS)),test,plot)
+setup: $(VENV)/installed-$(if $(filter test tests tests-gpu check setup-test,$(MAKECMDGOALS)),test,plot)
 setup-test: $(VENV)/installed-test
 
 $(VENV)/installed-%: $(VENV)/torch-installed setup.cfg pyproject.toml

@@ -1,0 +1,43 @@
+"""Batches that come through pinned memory and loader processes are the batches that come without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpc_oialr.data.augment import FlipAndCrop
+from hpc_oialr.data.base import Batch
+from hpc_oialr.data.batches import GlobalBatches
+from hpc_oialr.data.image_arrays import ImageArrays
+
+pytestmark = pytest.mark.gpu
+
+
+def moved(device: torch.device, workers: int, pinned: bool) -> list[dict[str, Tensor]]:
+    """Two epochs on the device, copied beside the computation as a training session does it."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (48, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(48) % 10
+    dataset = ImageArrays(images, labels, mean=0.5, std=0.25, augment=FlipAndCrop(flip=True, padding=2))
+    batches = GlobalBatches(
+        dataset, 16, seed=3, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned
+    )
+    found: list[Batch] = []
+    for epoch in range(2):
+        for batch in batches.epoch(epoch):
+            assert all(value.is_pinned() is pinned for value in batch.values())
+            found.append({key: value.to(device, non_blocking=True) for key, value in batch.items()})
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same(workers: int, device: torch.device) -> None:
+    plain = moved(torch.device("cpu"), 0, False)
+    there = moved(device, workers, device.type == "cuda")
+    assert len(plain) == len(there) == 6
+    for ours, theirs in zip(there, plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key].device.type == device.type
+            assert torch.equal(ours[key].cpu(), theirs[key])

@@ -1,0 +1,92 @@
+"""Train, convert, cut, write a checkpoint, resume in a fresh session: the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.gpu_loop import settings
+from support.tiny_runs import write_text_folder
+
+from hpc_oialr.data import TextFolder
+from hpc_oialr.models import GPT2
+from hpc_oialr.processes import World
+from hpc_oialr.train import snapshot
+from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.clocks import Clocks
+from hpc_oialr.train.config import Precision, RunConfig, TrainConfig
+from hpc_oialr.train.one_step import forward_backward
+from hpc_oialr.train.optimizers import AdamW, MuonAdamW, OptimizerConfig
+from hpc_oialr.train.session import Session, make_session
+from hpc_oialr.train.tasks import LanguageModelling
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 12
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text_folder(tmp_path / "text")
+
+
+def new_session(
+    text: Path, device: torch.device, optimizer: OptimizerConfig, precision: Precision
+) -> Session:
+    config = RunConfig(
+        data=TextFolder(path=str(text), sequence_length=32, validation_fraction=0.2, test_fraction=0.2),
+        model=GPT2(dim=64, depth=2, heads=4),
+        task=LanguageModelling(),
+        optimizer=optimizer,
+        oialr=settings(delay=3, frequency=2),
+        train=TrainConfig(steps=STEPS, global_batch=8, precision=precision, gradient_clip=1.0),
+    )
+    return make_session(config, World.single(device))
+
+
+def go_on(session: Session, first: int, last: int) -> Iterator[float]:
+    """The loop of :class:`hpc_oialr.train.trainer.Trainer`, steps ``first`` to ``last``."""
+    step, epoch = first, first // len(session.batches)
+    while step < last:
+        for batch in session.batches.epoch(epoch, step % len(session.batches)):
+            session.rates.set(step)
+            loss = forward_backward(session, session.place(batch), step)
+            trained = [p for p in session.module.parameters() if p.requires_grad]
+            session.engine.update(session.optimizer, session.scaler, trained, 1.0)
+            session.controller.step()
+            yield float(loss)
+            step += 1
+            if step == last:
+                return
+        epoch += 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(), AdamW(fused=True), MuonAdamW()], ids=["AdamW", "fused", "Muon"]
+)
+@pytest.mark.parametrize("saved", [2, 6], ids=["dense", "after a cut"])
+def test_a_resumed_run_goes_on(
+    saved: int,
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    text: Path,
+    tmp_path: Path,
+    device: torch.device,
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", World.single(device))
+    first = new_session(text, device, optimizer, precision)
+    list(go_on(first, 0, saved))
+    snapshot.save(store, first, snapshot.Progress(step=saved), Clocks(device))
+    expected = list(go_on(first, saved, STEPS))
+    second = new_session(text, device, optimizer, precision)
+    assert snapshot.load(store, saved, second, Clocks(device)).step == saved
+    for p in second.module.parameters():
+        assert p.device.type == device.type
+    found = list(go_on(second, saved, STEPS))
+    # Attention and embeddings add up in no fixed order on a GPU.
+    assert found == (expected if device.type == "cpu" else pytest.approx(expected, rel=2e-3))
+    assert second.controller.r == first.controller.r
+    assert min(first.controller.r.values()) == 16
