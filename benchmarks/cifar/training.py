@@ -140,7 +140,7 @@ class _Run:
             begin, end = (share * self.steps for share in (self.variant.delay, self.variant.until))
             self.rule.progress = (self.done - begin) / (end - begin)
         report = self.oialr.step()
-        self.update_s += report.seconds if report else 0.0
+        self.update_s += 0.0 if report is None else report.seconds
         if converts:
             with self.clock.paused():
                 self.at_conversion["after_conversion"] = self.judge()

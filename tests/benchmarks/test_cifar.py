@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cifar
 from benchmarks.cifar.images import Batches
 from benchmarks.cifar.runs import RowFile
+from benchmarks.cifar.training import _Run
 from benchmarks.cifar.variants import Line, parse
 from hpc_oialr.errors import ConfigError, DataError, UnknownNameError
 
@@ -131,6 +133,42 @@ def test_dense_and_low_rank_train_and_say_all(data: cifar.Images) -> None:
     assert low_rank["update_s"] > 0
     assert rows[3]["r"]["vit.layers.0.mlp.fc1"] == 16
     assert rows[-1]["settings"]["carry"] is False
+
+
+class HostReads(TorchDispatchMode):
+    """Names of operations that make the host wait for a GPU, or copy to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "lift_fresh",
+            "lift_fresh_copy",
+            "nonzero",
+        ):
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("index", [0, 1, 4])
+def test_a_step_waits_for_nothing(data: cifar.Images, index: int) -> None:
+    """Dense Muon, cores, AdamW with clipping; two steps, of which the first makes the optimizer's state."""
+    run = _Run(replace(cifar.standard_variants()[index], epochs=4.0, batch=32, clip=1.0), data, 0)
+    batches = run.batches.epoch()
+    with HostReads() as sanity:
+        float(torch.ones(()))
+    assert sanity.found == ["_local_scalar_dense"]
+    run.compute(*next(batches))
+    if run.oialr is not None:
+        run.oialr.step()
+        assert run.oialr.r
+    run.compute(*next(batches))
+    with HostReads() as reads:
+        run.compute(*next(batches))
+    assert reads.found == []
 
 
 def test_a_seed_gives_the_same_run_again(data: cifar.Images) -> None:
