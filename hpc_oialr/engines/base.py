@@ -36,6 +36,8 @@ class Engine(ABC):
         The processes that must hold equal bits of what this one stores.
     layout
         How one matrix is stored.
+    steps_itself
+        Whether the optimizer given to :meth:`wrap` never steps.
     pairs
         Layers of the model between which features may stay split; set before :meth:`place`.
     """
@@ -43,6 +45,7 @@ class Engine(ABC):
     world: World
     layout: Whole
     pairs: Sequence[Pair] = ()
+    steps_itself: bool = False
 
     @property
     def data(self) -> World:

@@ -83,6 +83,7 @@ class DeepSpeedEngine(Engine):
     """
 
     layout = WHOLE
+    steps_itself = True
 
     def __init__(
         self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = ""

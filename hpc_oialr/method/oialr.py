@@ -20,6 +20,7 @@ from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.method.checks import check_change, check_optimizer, require_finite, trained_sites
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
+from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.method.stability import rotation_angles, rotation_stability
 from hpc_oialr.method.watch import StabilityWatch
@@ -95,6 +96,7 @@ class OIALR:
             )
         check_change(self.sites, self._optimizers, self.engine, self.config.core_lr_scale)
         self._changes = BasisChanges(self.module, self._optimizers, self.config, averages, self.engine)
+        self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
 
@@ -133,9 +135,12 @@ class OIALR:
         ------
         NonFiniteError
             If a weight due for an SVD holds NaN or Inf; nothing has been changed then.
+        ModelError
+            If the optimizer's state cannot follow, or another optimizer trains the weights; nothing has been changed.
         ReplicaMismatchError
             If processes hold different factors after an update.
         """
+        self._foreign.check(self.sites)
         self.t += 1
         measured = self._watch.report(self._dense(), self.t) if self._stability_due() else None
         settled = self._settled()
@@ -225,6 +230,7 @@ class OIALR:
         """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
         if reshaped:
             self.rewrap()
+        self._foreign.remember(self.sites)
         layers, local = low_rank_layers(self.module), self.engine.layout.local
         factors = {name: [local(p) for p in layers[name].factors] for name in names}
         check_equal(factors, self.engine.replicas)

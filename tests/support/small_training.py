@@ -131,6 +131,12 @@ class Accelerated(Optimizer):
     param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
     defaults = property(lambda self: self.optimizer.defaults)  # type: ignore[assignment]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return self.optimizer.step(closure)
 
