@@ -42,6 +42,8 @@ def measure(options: argparse.Namespace) -> None:
     if out is None and not tiny:
         out = FOLDER / f"gpu_{re.sub('[^a-z0-9]+', '_', card.lower())}.json"
     plans = chosen(options.only)
+    if not 0 <= options.budget < float("inf"):
+        raise ValueError(f"--budget is {options.budget}; must be a number of seconds, 0 or more.")
     if options.data is not None and not options.data.exists():
         raise ValueError(
             f"--data {options.data} does not exist; give the folder or archive of CIFAR-10 images."

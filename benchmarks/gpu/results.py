@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from datetime import datetime, timezone
 from pathlib import Path
@@ -87,7 +88,7 @@ class Section:
 
     def add(self, row: Row) -> None:
         """One more row, on disk when this returns."""
-        self.content["rows"].append(row)
+        self.content["rows"].append({key: _plain(value) for key, value in row.items()})
         self.save()
 
     def leave_out(self, case: str, reason: str) -> None:
@@ -111,6 +112,11 @@ class Section:
             # Nothing is replaced by nothing, but what went wrong this time is said.
             earlier["left out"], earlier["errors"] = self.content["left out"], self.content["errors"]
         self._results.write()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no number for, as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -113,6 +113,13 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     yield from aligned(header, table)
     reasons = {row["method"] for row in rows if row["method"] not in (row["mode"], "graph")}
     yield from (f"  * {reason}" for reason in sorted(reasons))
+    lost = [
+        f"{row['model']}, {row['optimizer']}, r/k {text(row['r_over_k'])}"
+        for row in rows
+        if row["finite"] is False
+    ]
+    if lost:
+        yield f"  NOT FINITE: {'; '.join(lost)}"
 
 
 def _update(rows: Sequence[Row]) -> Iterator[str]:

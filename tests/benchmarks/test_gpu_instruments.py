@@ -10,10 +10,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.gpu import counts, layer, layer_variants, marked_tests, models, timing
+from benchmarks.gpu import accuracy, counts, layer, layer_variants, marked_tests, models, timing
 from benchmarks.gpu.execution import make_optimizer
-from benchmarks.gpu.results import Results
-from benchmarks.gpu.runner import Context
+from benchmarks.gpu.results import Results, load
+from benchmarks.gpu.runner import Context, NotRunError
 from benchmarks.gpu.table import lines
 from hpc_oialr import low_rank_layers
 from hpc_oialr.lowrank import select
@@ -21,7 +21,7 @@ from hpc_oialr.lowrank import select
 CPU = torch.device("cpu")
 
 
-def test_a_wrong_kernel_is_flagged_and_one_that_fails_disturbs_nobody(monkeypatch):
+def test_a_wrong_kernel_is_flagged_and_one_that_fails_disturbs_nobody(monkeypatch, tmp_path):
     def wrong(x, Vh, S, U, bias):
         return 1.1 * layer_variants.folded(x, Vh, S, U, bias)
 
@@ -39,6 +39,9 @@ def test_a_wrong_kernel_is_flagged_and_one_that_fails_disturbs_nobody(monkeypatc
     assert rows["wrong"]["right"] is False
     assert rows["wrong"]["error"] == pytest.approx(0.1, rel=0.2)
     assert rows["not_a_number"]["right"] is False
+    results = Results(tmp_path / "gpu.json", "CPU", tiny=True)
+    results.section("layer").add(rows["not_a_number"])
+    assert load(tmp_path / "gpu.json")["sections"]["layer"]["rows"][0]["error"] == "nan"
     assert rows["broken"]["failed"] == "NotImplementedError: r must be a multiple of 16"
     assert rows["factored"]["right"]
     assert "dense autocast" not in rows  # at k/4 only
@@ -219,6 +222,12 @@ def test_language_models_attend_causally_without_waiting(name):
     model.set_attn_implementation("sdpa")
     assert waits.count == 0
     assert torch.equal(loss, model(**batch).loss)
+
+
+def test_accuracy_in_full_size_needs_images():
+    (only,) = accuracy.cases(Context(CPU, tiny=False))
+    with pytest.raises(NotRunError, match="not run: no --data"):
+        only.measure()
 
 
 def test_random_factors_are_nearly_orthonormal_and_in_the_optimizer():

@@ -153,6 +153,8 @@ def test_files_of_something_else_are_refused(tmp_path, capsys):
     )
     with pytest.raises(SystemExit, match=expected):
         main(["--out", str(card)])
+    with pytest.raises(SystemExit, match=r"--budget is nan; must be a number of seconds, 0 or more"):
+        main(["--budget", "nan"])
     with pytest.raises(SystemExit, match=r"--data /nowhere does not exist; give the folder or archive"):
         main(["--data", "/nowhere"])
 
