@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from hpc_oialr.engines.ddp_wrapper import active_wrapper
+from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Whole
@@ -126,6 +128,32 @@ class Engine(ABC):
     def held(self) -> Iterable[Tensor]:
         """Tensors that live between steps beside the module and its optimizer."""
         return ()
+
+    # -- what a user's loop may do beside it -------------------------------------------------------
+
+    @property
+    def ignored(self) -> Collection[int]:
+        """Ids of parameters that processes do not share, and which may therefore differ."""
+        return ()
+
+    def check_caller(self, module: nn.Module) -> None:
+        """Raise :class:`ModelError` if ``module``, about to be called, is inside another DistributedDataParallel."""
+        caller = active_wrapper()
+        if caller is not None and caller is not self.wrapper and any(m is module for m in caller.modules()):
+            raise ModelError(
+                "the model is called by another DistributedDataParallel than the one OIALR keeps up to date; its "
+                "buckets would go stale when shapes change. Wrap the model first and give the wrapper to OIALR(...), or "
+                "call oialr.model."
+            )
+
+    @property
+    def wrapper(self) -> nn.Module | None:
+        """The DistributedDataParallel that this engine keeps up to date, if there is one."""
+        return None
+
+    def check_step(self) -> None:
+        """Raise :class:`ModelError` where an update could not be made together by all processes."""
+        return
 
     # -- one step --------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
-from hpc_oialr.engines.ddp_wrapper import MIB, full_precision, options_of, release, renew, require_renewable
+from hpc_oialr.engines.ddp_wrapper import (
+    MIB,
+    full_precision,
+    ignored_parameters,
+    joining,
+    keep_ignored,
+    options_of,
+    release,
+    renew,
+    require_renewable,
+)
+from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.layout import WHOLE
 from hpc_oialr.processes import World
@@ -81,6 +92,7 @@ class DDPEngine(Engine):
         self._bucket_cap_mb = bucket_cap_mb
         self._wrapped: DistributedDataParallel | None = None
         self._outer: nn.Module | None = None
+        self._ignored: list[nn.Parameter] = []
 
     @classmethod
     def adopting(cls, model: DistributedDataParallel, outer: nn.Module | None = None) -> DDPEngine:
@@ -98,6 +110,7 @@ class DDPEngine(Engine):
         """
         require_renewable(model)
         engine = cls(World.current(model.process_group))
+        engine._ignored = ignored_parameters(model)
         engine._bucket_cap_mb = options_of(model)["bucket_cap_mb"]
         engine._wrapped, engine._outer = model, model if outer is None else outer
         return engine
@@ -121,6 +134,7 @@ class DDPEngine(Engine):
         if not _trained(module):
             # Hooks of an adopted wrapper that has nothing to average do no harm.
             return self._give_up(wrapper) if self._outer is None else self._outer
+        keep_ignored(wrapper, self._ignored)
         renew(wrapper, bucket_cap_mb=self._bucket_mb(module))
         return wrapper if self._outer is None else self._outer
 
@@ -141,6 +155,24 @@ class DDPEngine(Engine):
     def open(self, site: Site) -> None:
         """See that the values are those that are trained, not ``mixed_precision``'s copies."""
         full_precision(site.holder.parameters())
+
+    @property
+    def ignored(self) -> Collection[int]:
+        """Those that the wrapper leaves out."""
+        return {id(p) for p in self._ignored}
+
+    @property
+    def wrapper(self) -> DistributedDataParallel | None:
+        """Torch's wrapper, without anything around it."""
+        return self._wrapped
+
+    def check_step(self) -> None:
+        """Refuse ``join()``: a process that has run out of samples takes part in no update."""
+        if self._wrapped is not None and joining(self._wrapped):
+            raise ModelError(
+                "oialr.step() inside DistributedDataParallel.join(): a process that has run out of samples takes no more "
+                "steps, and updates are made by all together. Give all processes equally many batches."
+            )
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The module inside."""

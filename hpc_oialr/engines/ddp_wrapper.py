@@ -69,6 +69,32 @@ def _refuse(option: str, reason: str) -> None:
     )
 
 
+def active_wrapper() -> DistributedDataParallel | None:
+    """The wrapper whose forward pass is under way."""
+    active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
+    return active
+
+
+def joining(wrapper: DistributedDataParallel) -> bool:
+    """Whether processes may run out of samples one by one, as in ``with wrapper.join()``."""
+    return bool(wrapper._join_config.enable)
+
+
+def ignored_parameters(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
+    """Those that are left out by ``_ddp_params_and_buffers_to_ignore``."""
+    names = wrapper.parameters_to_ignore
+    return [p for name, p in wrapper.module.named_parameters(remove_duplicate=False) if name in names]
+
+
+def keep_ignored(wrapper: DistributedDataParallel, parameters: Iterable[nn.Parameter]) -> None:
+    """Leave these out though their names may have changed, as an attention's do when it is unpacked."""
+    ids = {id(p) for p in parameters}
+    if ids:
+        module = wrapper.module
+        here = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in ids}
+        module._ddp_params_and_buffers_to_ignore = here | wrapper.parameters_to_ignore
+
+
 def comm_hooks(wrapper: DistributedDataParallel) -> list[Hook]:
     """The communication hooks that its user has registered."""
     # With mixed_precision there is torch's own, and no room for another.

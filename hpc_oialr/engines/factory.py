@@ -15,7 +15,12 @@ from hpc_oialr.engines.single import SingleEngine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.processes import World
 
-_OTHER_WRAPPERS = {"DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+_OTHER_WRAPPERS = {
+    "DataParallel": "use DistributedDataParallel, which copies nothing in each step",
+    "FullyShardedDataParallel": "shard it by torch.distributed.fsdp.fully_shard (FSDP2) instead",
+    "DeepSpeedEngine": "let oialr make the engine: --engine DeepSpeed",
+    "AveragedModel": "pass the model that is trained, and this one as averages=[...]",
+}
 
 
 def make_engine(world: World, **ddp_options: Any) -> Engine:
@@ -48,11 +53,10 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, DistributedDataParallel):
         return DDPEngine.adopting(compiled, outer=model), compiled.module
-    wrappers = _OTHER_WRAPPERS & {kind.__name__ for kind in type(model).__mro__}
-    if wrappers:
-        raise ModelError(
-            f"the model is wrapped in {wrappers.pop()}; must be plain, in DistributedDataParallel or sharded "
-            "by fully_shard. "
-            "Pass the plain module: the process group is found by itself."
-        )
+    for kind in type(model).__mro__:
+        if kind.__name__ in _OTHER_WRAPPERS:
+            raise ModelError(
+                f"the model is wrapped in {kind.__name__}; must be plain, in DistributedDataParallel or sharded by "
+                f"fully_shard: {_OTHER_WRAPPERS[kind.__name__]}."
+            )
     return make_engine(World.current()), model

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
+from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack
 from hpc_oialr.lowrank.base import LowRankWeight
 
@@ -27,7 +28,9 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
     inplace
         Change ``model`` itself; otherwise it is copied first (which takes the memory of a copy).
     """
-    model = model if inplace else copy.deepcopy(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+        untie(model)
     for module in list(model.modules()):
         if isinstance(module, LowRankWeight):
             _merge_layer(module)

@@ -116,11 +116,14 @@ class Site:
     @property
     def weight(self) -> nn.Parameter:
         """The dense weight (any number of axes); only before the conversion."""
-        holder = self.holder
-        name = self.parameter if holder is self.owner else "weight"
-        parameter = holder._parameters[name]
+        parameter = self.holder._parameters[self.weight_name]
         assert parameter is not None
         return parameter
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the dense weight in :attr:`holder`."""
+        return self.parameter if self.holder is self.owner else "weight"
 
     @property
     def trained(self) -> nn.Parameter:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import NoReturn
+from weakref import ReferenceType as Ref
 
 import torch
 from torch import Tensor, nn
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import Site, low_rank_layers
+from hpc_oialr.lowrank.attachment import attached
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
+
+log = logging.getLogger(__name__)
+
+# Numbers of a parameter that is compared between processes at every update.
+_SMALL = 1 << 16
 
 
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
@@ -75,6 +84,65 @@ def check_change(
             )
     if error is not None:
         raise error
+
+
+def require_unattached(model: nn.Module) -> None:
+    """Raise :class:`ModelError` if another controller changes layers of this model."""
+    for name, first in attached(model):
+        raise ModelError(
+            f"{name or 'the model'} belongs to {first!r} already; two controllers would change its layers behind each "
+            "other's back. Go on with the first one, or call its detach() before making another."
+        )
+
+
+def check_structure(
+    module: nn.Module, sites: Sequence[Site], weights: Mapping[str, Ref[nn.Parameter]]
+) -> None:
+    """Raise :class:`ModelError`, naming the layer, if it is not as it was when the controller was made.
+
+    Parameters
+    ----------
+    weights
+        The dense weights that the optimizer was made with, by layer.
+    """
+    present = {id(m) for m in module.modules()}
+    for site in sites:
+        holder, layer = site.holder, site.low_rank
+        names = ("U", "S", "Vh") if layer is not None else (site.weight_name,)
+        if id(site.owner) not in present:
+            _changed(site, "is no longer part of the model: it was replaced or removed")
+        if any(holder._parameters.get(name) is None for name in names):
+            _changed(site, f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed")
+        if layer is None and site.name in weights and weights[site.name]() is not site.weight:
+            _changed(
+                site, "has another weight object than the one the optimizer was made with: it was replaced"
+            )
+
+
+def _changed(site: Site, what: str) -> NoReturn:
+    raise ModelError(
+        f"layer {site.name} {what} after OIALR(...). Change the model first, make the optimizer from its parameters, "
+        "then OIALR(...); values may be changed in place at any time."
+    )
+
+
+def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:
+    """Trained parameters beside the cores: all small ones, or else the smallest; those of ids ``without`` are left out.
+
+    They show whether processes still share their gradients, at little cost.
+    """
+    cores = {id(layer.S) for layer in low_rank_layers(module).values()} | set(without)
+    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in cores}
+    small = {name: p for name, p in plain.items() if p.numel() <= _SMALL}
+    return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])
+
+
+def shared_sites(sites: Sequence[Site], ignored: Collection[int]) -> list[Site]:
+    """The sites whose weight all processes share; the log names the others, which a wrapper leaves out."""
+    left = [site.name for site in sites if id(site.weight) in ignored]
+    if left:
+        log.info("left dense: %s (DistributedDataParallel ignores their weights)", ", ".join(left))
+    return [site for site in sites if id(site.weight) not in ignored]
 
 
 def require_finite(sites: Sequence[Site], engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,8 +17,18 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import Site, low_rank_layers, select
+from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.method.basis import BasisChanges
-from hpc_oialr.method.checks import check_change, check_optimizer, require_finite, trained_sites
+from hpc_oialr.method.checks import (
+    check_change,
+    check_optimizer,
+    check_structure,
+    plain_parameters,
+    require_finite,
+    require_unattached,
+    shared_sites,
+    trained_sites,
+)
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
@@ -79,10 +90,12 @@ class OIALR:
     ) -> None:
         self.config = config or OIALRConfig()
         self.optimizer = optimizer
+        require_unattached(model)
         self.engine, self.module = (engine, model) if engine else adopt(model)
         self._optimizers = OptimizerStack(optimizer)
         check_optimizer(self.module, self._optimizers)
         self.sites = trained_sites(select(self.module, self.config.selection), self._optimizers)
+        self.sites = shared_sites(self.sites, self.engine.ignored)
         if not self.sites:
             raise ModelError(
                 "no layer of the model can be converted; the log names the reason for each (level INFO)."
@@ -99,6 +112,25 @@ class OIALR:
         self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
+        self._tie()
+
+    def _tie(self) -> None:
+        self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
+        self._attachment = Attachment(self)
+        self._attachment.tie(self.module, [site.owner for site in self.sites])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are tied to their own model."""
+        return {key: value for key, value in vars(self).items() if key not in ("_given", "_attachment")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state, and tie the model in it."""
+        vars(self).update(state)
+        self._tie()
+
+    def __repr__(self) -> str:
+        """Where it stands."""
+        return f"OIALR(step {self.t}, {len(self.r)} of {len(self.sites)} layers of {type(self.module).__name__} low-rank)"
 
     @property
     def model(self) -> nn.Module:
@@ -126,6 +158,15 @@ class OIALR:
         """The wrapper's buckets made anew, as a resumed run begins with; nothing is broadcast."""
         self._model = self.engine.rewrap(self.module)
 
+    def detach(self) -> None:
+        """Let go of model and optimizer: layers stay as they are, and cores get the step their optimizer gives them."""
+        untie(self.module)
+        self._changes.core_lr.remove()
+
+    def before_forward(self) -> None:
+        """Called before every forward pass of the model: refuse what would go wrong without a word."""
+        self.engine.check_caller(self.module)
+
     # -- the algorithm ---------------------------------------------------------------------------
 
     def step(self) -> UpdateReport | None:
@@ -136,10 +177,12 @@ class OIALR:
         NonFiniteError
             If a weight due for an SVD holds NaN or Inf; nothing has been changed then.
         ModelError
-            If the optimizer's state cannot follow, or another optimizer trains the weights; nothing has been changed.
+            If layers, weights or the optimizer's groups were changed in between, its state cannot follow, or another
+            optimizer trains the weights; nothing has been changed.
         ReplicaMismatchError
-            If processes hold different factors after an update.
+            If processes hold different factors after an update, or different values of what is not low-rank.
         """
+        self.engine.check_step()
         self._foreign.check(self.sites)
         self.t += 1
         measured = self._watch.report(self._dense(), self.t) if self._stability_due() else None
@@ -181,6 +224,7 @@ class OIALR:
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
+        check_structure(self.module, sites, self._given)
         check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
         kept = [self.config.limits.initial(site.k) for site in sites]
@@ -196,6 +240,7 @@ class OIALR:
     def _update(self, sites: list[Site]) -> UpdateReport:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
+        check_structure(self.module, sites, self._given)
         check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
         layers: dict[int, LayerUpdate] = {}
@@ -233,7 +278,9 @@ class OIALR:
         self._foreign.remember(self.sites)
         layers, local = low_rank_layers(self.module), self.engine.layout.local
         factors = {name: [local(p) for p in layers[name].factors] for name in names}
-        check_equal(factors, self.engine.replicas)
+        plain = plain_parameters(self.module, self.engine.ignored)
+        rest = {name: [self.engine.stored(p)] for name, p in plain.items()}
+        check_equal(factors | rest, self.engine.replicas)
 
     def _report(
         self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int

@@ -72,7 +72,7 @@ class Energy(RankRule):
 
     def choose(self, s: Tensor, m: int, n: int) -> int:
         """Leading values up to the threshold."""
-        return _leading(s * s, self.threshold)
+        return _leading(_relative(s).square(), self.threshold)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class StableRank(RankRule):
 
     def choose(self, s: Tensor, m: int, n: int) -> int:
         """A multiple of the stable rank."""
-        return math.ceil(self.factor * float((s * s).sum() / (s[0] * s[0])))
+        return math.ceil(self.factor * float(_relative(s).square().sum()))
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class FixedFraction(RankRule):
     def choose(self, s: Tensor, m: int, n: int) -> int:
         """The same share of k everywhere."""
         return math.ceil(self.fraction * min(m, n))
+
+
+def _relative(s: Tensor) -> Tensor:
+    """The values over the largest one, whose squares neither overflow nor vanish; all 0 for a zero matrix."""
+    return s.double() / (float(s[0]) or 1.0)
 
 
 def _leading(values: Tensor, threshold: float) -> int:

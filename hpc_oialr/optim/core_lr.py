@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Muon, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.optim.muon import CORE_LR_RATIO, MuonAdamW
@@ -49,17 +50,18 @@ class CoreLearningRate:
 
     def _attach(self) -> None:
         self._before: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        self._handles: list[RemovableHandle] = []
         for optimizer in self._optimizers:
             # An optimizer that is just being copied or unpickled has no attributes yet.
             for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
                 vars(optimizer).setdefault(name, OrderedDict())
-            optimizer.register_step_pre_hook(self._remember)
-            optimizer.register_step_post_hook(self._stretch)
+            self._handles.append(optimizer.register_step_pre_hook(self._remember))
+            self._handles.append(optimizer.register_step_post_hook(self._stretch))
             vars(optimizer)[_ATTRIBUTE] = self
             copyreg.pickle(type(optimizer), _reduce_with_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_before"}
+        return {key: value for key, value in vars(self).items() if key not in ("_before", "_handles")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -70,6 +72,14 @@ class CoreLearningRate:
         if replaces is not None:
             self.factors.pop(replaces, None)
         self.factors[core] = factor
+
+    def remove(self) -> None:
+        """Leave the optimizer's steps alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self._optimizers:
+            vars(optimizer).pop(_ATTRIBUTE, None)
+        self.factors.clear()
 
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
