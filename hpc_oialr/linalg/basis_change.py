@@ -79,7 +79,21 @@ def leading_dimension(r: int) -> int:
 def largest_angles(*grams: Tensor) -> list[float]:
     """Largest principal angle between two leading subspaces (rad), for each ``Q1^T Q2`` of two bases.
 
-    ``arccos sigma_min`` of the product's leading ``d x d`` block, d = ceil(r / 4). The cosine hides small angles:
+    The arccos of :func:`smallest_cosines`.
+    """
+    return angles_of(smallest_cosines(*grams))
+
+
+def angles_of(cosines: Tensor) -> list[float]:
+    """Principal angles (rad) of their cosines."""
+    angles: list[float] = cosines.double().clamp(0, 1).arccos().tolist()
+    return angles
+
+
+def smallest_cosines(*grams: Tensor) -> Tensor:
+    """Cosine of the largest principal angle between two leading subspaces, for each ``Q1^T Q2`` of two bases.
+
+    ``sigma_min`` of the product's leading ``d x d`` block, d = ceil(r / 4). The cosine hides small angles:
     below about 1e-3 rad in float32 (3e-8 in float64) they cannot be told from 0. All products have one shape.
 
     Notes
@@ -92,8 +106,8 @@ def largest_angles(*grams: Tensor) -> list[float]:
     """
     d = leading_dimension(grams[0].shape[0])
     blocks = torch.stack([gram[:d, :d] for gram in grams])
-    cosines = torch.linalg.svdvals(blocks)[:, -1].double().clamp(0, 1)
-    return [float(angle) for angle in cosines.arccos()]
+    cosines: Tensor = torch.linalg.svdvals(blocks)[:, -1]
+    return cosines
 
 
 def triangular_factor(s: Tensor, Vh: Tensor) -> Tensor:

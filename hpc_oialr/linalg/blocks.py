@@ -72,17 +72,23 @@ def _partial_grams(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor) -> list[Ten
     return [U1.mT @ U2, Vh1 @ Vh2.mT]
 
 
-@exact_arithmetic()
 def orthogonality_error(Q: Tensor, group: Group = None) -> float:
     """``||Q^T Q - I||_F / sqrt(r)`` for Q in row blocks (m_p x r).
 
     ``2 m_p r^2`` operations; one all-reduce of ``r^2`` numbers. For ``Vh`` in blocks of columns pass
     ``Vh.mT``.
     """
+    return float(gram_error(Q, group))
+
+
+@exact_arithmetic()
+def gram_error(Q: Tensor, group: Group = None) -> Tensor:
+    """:func:`orthogonality_error` as a tensor of shape (), on the device of Q: nobody waits for it."""
     Q = Q.detach().to(compute_dtype(Q.dtype))
     gram = communicator(group).all_reduce(Q.mT @ Q)
     gram.diagonal().sub_(1)
-    return float(torch.linalg.matrix_norm(gram)) / max(1.0, math.sqrt(Q.shape[1]))
+    error: Tensor = torch.linalg.matrix_norm(gram) / max(1.0, math.sqrt(Q.shape[1]))
+    return error
 
 
 def squared_norm(A: Tensor) -> float:

@@ -55,28 +55,30 @@ def run_plan(plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = Non
 
 
 def run_task(
-    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None
+    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None, *, careful: bool = True
 ) -> Iterator[Factorised]:
-    """One task of :func:`run_plan`; to be called by each of its processes."""
+    """One task of :func:`run_plan`; to be called by each of its processes. ``careful`` as in :func:`svd`."""
     if len(task.processes) > 1:
         return _shared(task, matrix, communicator(group), plan)
-    return _batch(task, matrix, plan)
+    return _batch(task, matrix, plan, careful)
 
 
-def _batch(task: Task, matrix: Callable[[int], Tensor], plan: WorkPlan) -> Iterator[Factorised]:
+def _batch(
+    task: Task, matrix: Callable[[int], Tensor], plan: WorkPlan, careful: bool
+) -> Iterator[Factorised]:
     """One batched call on a GPU, where it fills the device; a loop elsewhere, or if the call fails."""
     matrices = [matrix(i) for i in task.layers]
     if len(matrices) > 1 and matrices[0].is_cuda:
         stack = torch.stack(matrices).to(compute_dtype(matrices[0].dtype))
-        if bool(torch.isfinite(stack).all()):
+        if not careful or bool(torch.isfinite(stack).all()):
             results = torch.linalg.svd(stack, full_matrices=False)
-            if all(bool(torch.isfinite(part).all()) for part in results):
+            if not careful or all(bool(torch.isfinite(part).all()) for part in results):
                 yield from (
                     Factorised(i, SVD(*parts)) for i, *parts in zip(task.layers, *results, strict=True)
                 )
                 return
     for i, A in zip(task.layers, matrices, strict=True):
-        yield Factorised(i, svd(A, name=plan.layers[i].name))
+        yield Factorised(i, svd(A, name=plan.layers[i].name, careful=careful))
 
 
 def _shared(

@@ -45,7 +45,7 @@ def count_non_finite(A: Tensor) -> int:
 
 
 @exact_arithmetic()
-def svd(A: Tensor, *, name: str = "matrix") -> SVD:
+def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     """Thin SVD in fp32 (fp64 for fp64 input), with a documented chain of fall-backs.
 
     On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose
@@ -58,6 +58,8 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
         Matrix, m x n, any floating dtype.
     name
         Named in the error, usually the layer.
+    careful
+        Whether to look for NaN and Inf in ``A`` and in the result, which waits for a GPU; otherwise the caller does.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
     """
     dtype = compute_dtype(A.dtype)
     A = A.detach().to(dtype)
-    if bad := count_non_finite(A):
+    if careful and (bad := count_non_finite(A)):
         raise NonFiniteError(
             f"{name} holds {bad} NaN or Inf among {A.numel()} values; an SVD needs finite ones. "
             "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
@@ -80,7 +82,7 @@ def svd(A: Tensor, *, name: str = "matrix") -> SVD:
             result = attempt()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if all(bool(torch.isfinite(part).all()) for part in result):
+        if not careful or bool(torch.stack([torch.isfinite(part).all() for part in result]).all()):
             return SVD(*(part.to(A.device, dtype).contiguous() for part in result))
     raise NonFiniteError(
         f"no SVD of {name} ({A.shape[0]} x {A.shape[1]}) converged, neither in {dtype} nor in float64 with "

@@ -18,6 +18,14 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _owned(factor: Tensor) -> Tensor:
+    """``factor`` in a storage of its own: a view of a message or of several layers' results would keep all of it."""
+    factor = factor.contiguous()
+    if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
+        return factor.clone()
+    return factor
+
+
 class LowRankWeight(nn.Module):
     """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
 
@@ -60,9 +68,9 @@ class LowRankWeight(nn.Module):
         return self
 
     def _register(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
-        self.register_parameter("U", nn.Parameter(U.contiguous(), requires_grad=False))
-        self.register_parameter("S", nn.Parameter(S.contiguous()))
-        self.register_parameter("Vh", nn.Parameter(Vh.contiguous(), requires_grad=False))
+        self.register_parameter("U", nn.Parameter(_owned(U), requires_grad=False))
+        self.register_parameter("S", nn.Parameter(_owned(S)))
+        self.register_parameter("Vh", nn.Parameter(_owned(Vh), requires_grad=False))
 
     def set_factors(self, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
         """Take new factors; returns whether r changed and the parameters are therefore new objects.

@@ -84,7 +84,8 @@ class BasisChanges:
         self.engine.follow(layer)
         for average in self._averages:
             twin = average[site.name]
-            self._convert(twin, U, transform_average(twin.weight, U, Vh), Vh).S.requires_grad_(False)
+            average_core = transform_average(twin.weight, U, Vh)
+            self._convert(twin, U.clone(), average_core, Vh.clone()).S.requires_grad_(False)
 
     def _convert(self, site: Site, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
         return convert_site(site, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
@@ -129,7 +130,7 @@ class BasisChanges:
         for average in self._averages:
             twin = average[name].low_rank
             assert twin is not None
-            twin.set_factors(U, transform_average(twin.S, P, Qh), Vh)
+            twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
         reshaped = layer.set_factors(U, S, Vh)
         if reshaped:
             replace_parameter(self.optimizer, core, layer.S)

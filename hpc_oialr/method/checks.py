@@ -152,9 +152,9 @@ def require_finite(sites: Sequence[Site], engine: Engine) -> None:
     """
     if not sites:
         return
-    bad_values = torch.stack([(~torch.isfinite(engine.stored(site.trained))).any() for site in sites])
-    found = engine.seen_by_any(bad_values.float()).tolist()
-    bad = [site.name for site, count in zip(sites, found, strict=True) if count]
+    finite = torch.stack([torch.isfinite(engine.stored(site.trained)).all() for site in sites])
+    found = (engine.seen_by_any(1 - finite.float()) > 0).cpu().tolist()
+    bad = [site.name for site, is_bad in zip(sites, found, strict=True) if is_bad]
     if bad:
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "

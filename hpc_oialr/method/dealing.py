@@ -50,7 +50,9 @@ class Result:
     seconds: float
 
 
-def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = None) -> Iterator[Result]:
+def deal(
+    jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = None, careful: bool = True
+) -> Iterator[Result]:
     """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.
 
     In a round each process does at most one task of the plan: one matrix, on a GPU several small ones of one
@@ -62,17 +64,21 @@ def deal(jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = No
     ----------
     owners
         Process of each job; default as :meth:`WorkPlan.of` deals them.
+    careful
+        Whether processes agree in each round that no job has failed, which waits for a GPU. Otherwise what failed
+        is NaN on every process, and the caller looks.
 
     Raises
     ------
     NonFiniteError
-        On every process, if any job failed on any.
+        On every process, if any job failed on any; only if ``careful``.
     """
     plan = _plan(jobs, world, owners)
     for tasks in plan.rounds():
         mine = next((task for task in tasks if world.rank in task.processes), None)
         matrices = {i: jobs[i].prepare() for task in tasks for i in task.layers}
-        values, seconds = _compute_agreed(jobs, mine, plan, matrices, world)
+        compute = _compute_agreed if careful else _compute_or_nan
+        values, seconds = compute(jobs, mine, plan, matrices, world)
         del matrices
         buffers = [values if task is mine and values is not None else _empty(jobs, task) for task in tasks]
         pending = [
@@ -117,11 +123,32 @@ def _compute_agreed(
     return values, seconds
 
 
+def _compute_or_nan(
+    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: World
+) -> tuple[Tensor | None, float]:
+    """Do this process's task; NaN if it failed."""
+    if mine is None:
+        return None, 0.0
+    start = time.perf_counter()
+    try:
+        values = _compute(jobs, mine, plan, matrices, world, careful=False)
+    except (NonFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        values = _empty(jobs, mine).fill_(torch.nan)
+    return values, time.perf_counter() - start
+
+
 def _compute(
-    jobs: Sequence[Job], task: Task, plan: WorkPlan, matrices: dict[int, Tensor], world: World
+    jobs: Sequence[Job],
+    task: Task,
+    plan: WorkPlan,
+    matrices: dict[int, Tensor],
+    world: World,
+    *,
+    careful: bool = True,
 ) -> Tensor | None:
     """The task's results in a row; None on the processes that only help with a shared matrix."""
-    packed = [jobs[i].pack(factors) for i, factors in run_task(task, plan, matrices.__getitem__, world.group)]
+    done = run_task(task, plan, matrices.__getitem__, world.group, careful=careful)
+    packed = [jobs[i].pack(factors) for i, factors in done]
     return torch.cat(packed) if packed else None
 
 

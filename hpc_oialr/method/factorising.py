@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hpc_oialr.engines import Engine
-from hpc_oialr.linalg.blocks import orthogonality_error
+from hpc_oialr.linalg.basis_change import angles_of
+from hpc_oialr.linalg.blocks import gram_error
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, Site
-from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.dealing import Job, Result, deal
+from hpc_oialr.method.stability import rotation_cosines, rotation_stability
+
+# Of the results that wait on a GPU to be read back together, with what an engine may bring to hand a core out:
+# 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results.
+WINDOW_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,31 @@ class Factors:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A core's factors ``S = P diag(s) Qh``, whole on every process, and both bases' orthogonality errors."""
+    """A core's factors ``S = P diag(s) Qh``, whole on every process, and what was read back of them.
+
+    Attributes
+    ----------
+    index
+        Which of the sites.
+    P, s, Qh
+        On the device.
+    spectrum
+        ``s`` on the CPU.
+    stability, angles
+        Of the bases against those before; see :mod:`hpc_oialr.method.stability`.
+    errors
+        Orthogonality errors of ``U`` and ``Vh`` before.
+    seconds
+        Time of the SVD where it was done (s); 0 elsewhere.
+    """
 
     index: int
     P: Tensor
     s: Tensor
     Qh: Tensor
+    spectrum: Tensor
+    stability: float
+    angles: tuple[float, float]
     errors: tuple[float, float]
     seconds: float
 
@@ -103,16 +129,73 @@ def split_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
-    """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 2`` numbers a layer."""
+    """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 4`` numbers a layer.
+
+    On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows.
+
+    Raises
+    ------
+    NonFiniteError
+        On every process, if no SVD of a core converged.
+    """
     jobs = [_core_job(site, engine) for site in sites]
-    for result in deal(jobs, engine.world):
+    failed: list[int] = []
+    for results in _windows(deal(jobs, engine.world, careful=False), jobs):
+        for rotation in _read_back(results, sites, engine):
+            # Not finite wherever any value of P or Qh is not.
+            if math.isfinite(rotation.stability) and bool(torch.isfinite(rotation.spectrum).all()):
+                yield rotation
+            else:
+                failed.append(rotation.index)
+    # All processes have read the same values. What the first driver could not do goes through all others.
+    for result in deal([jobs[i] for i in failed], engine.world) if failed else ():
+        yield from _read_back([replace(result, index=failed[result.index])], sites, engine)
+
+
+def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Result]]:
+    """Results in groups: on a CPU one by one, since nothing is won by keeping them."""
+    most = WINDOW_NUMBERS if jobs and jobs[0].like.is_cuda else 0
+    window: list[Result] = []
+    numbers = 0.0
+    for result in results:
+        window.append(result)
+        numbers += jobs[result.index].size + (jobs[result.index].work.held or 0)
+        if numbers > most:
+            yield window
+            window, numbers = [], 0.0
+    if window:
+        yield window
+
+
+def _read_back(results: Sequence[Result], sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
+    """Wait for the figures of all ``results`` together."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    figures: list[Tensor] = []
+    for result in results:
         layer = _layer(sites[result.index])
         r = layer.r
-        s, P, Qh, errors = result.values.split([r, r * r, r * r, 2])
+        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
         if engine.layout.group is not None:
             errors = _errors(layer, engine)
-        error_U, error_Vh = errors.tolist()
-        yield Rotation(result.index, P.view(r, r), s, Qh.view(r, r), (error_U, error_Vh), result.seconds)
+        P, Qh = P.view(r, r), Qh.view(r, r)
+        parts.append((P, s, Qh))
+        figures += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
+    read = torch.cat(figures).cpu().split([len(s) + 5 for _, s, _ in parts])
+    for result, (P, s, Qh), values in zip(results, parts, read, strict=True):
+        spectrum, rest = values.split([len(s), 5])
+        angle_U, angle_Vh = angles_of(rest[1:3])
+        stability, _, _, error_U, error_Vh = rest.tolist()
+        yield Rotation(
+            index=result.index,
+            P=P,
+            s=s,
+            Qh=Qh,
+            spectrum=spectrum.to(s.dtype),
+            stability=stability,
+            angles=(angle_U, angle_Vh),
+            errors=(error_U, error_Vh),
+            seconds=result.seconds,
+        )
 
 
 def _core_job(site: Site, engine: Engine) -> Job:
@@ -126,12 +209,12 @@ def _core_job(site: Site, engine: Engine) -> Job:
     def pack(factors: SVD) -> Tensor:
         P, s, Qh = factors
         # Of split bases all processes measure the errors together, afterwards.
-        errors = _errors(layer, engine) if engine.layout.group is None else torch.zeros(2)
-        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), errors.to(s)])
+        errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
+        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), rotation_cosines(P, Qh), errors.to(s)])
 
     # Some engines bring U and Vh too when they open a layer.
     work = LayerWork(site.name, r, r, held=r * (r + sum(site.shape)))
-    return Job(work, prepare, pack, r + 2 * r * r + 2, layer.S)
+    return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
 
 
 def _layer(site: Site) -> LowRankWeight:
@@ -142,4 +225,4 @@ def _layer(site: Site) -> LowRankWeight:
 def _errors(layer: LowRankWeight, engine: Engine) -> Tensor:
     layout, dtype = engine.layout, compute_dtype(layer.S.dtype)
     U, V = layout.rows(layer.U).to(dtype), layout.columns(layer.Vh).mT.to(dtype)
-    return torch.tensor([orthogonality_error(U, layout.group), orthogonality_error(V, layout.group)])
+    return torch.stack([gram_error(U, layout.group), gram_error(V, layout.group)])

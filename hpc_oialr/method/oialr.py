@@ -33,7 +33,6 @@ from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
-from hpc_oialr.method.stability import rotation_angles, rotation_stability
 from hpc_oialr.method.watch import StabilityWatch
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.processes.replicas import check_equal
@@ -71,7 +70,7 @@ class OIALR:
     -----
     Memory: layers are converted one after another, each dense weight, gradient and moment freed
     before the next; with ``limits.at_conversion`` below about 0.7 the peak never passes the dense
-    run's. Traffic of an update: ``2 r^2 + r + 2`` numbers a layer, of the conversion
+    run's. Traffic of an update: ``2 r^2 + r + 4`` numbers a layer, of the conversion
     ``r (m + n) + k``; in every step the gradients of what is trained, ``r^2`` a layer.
 
     References
@@ -247,7 +246,7 @@ class OIALR:
         for rotation in core_rotations(sites, self.engine):
             layers[rotation.index] = self._rotate_and_cut(sites[rotation.index], rotation)
         self._after_change([site.name for site in sites], reshaped=any(u.cut_values for u in layers.values()))
-        sent = sum(2 * u.r_before**2 + u.r_before + 2 for u in layers.values())
+        sent = sum(2 * u.r_before**2 + u.r_before + 4 for u in layers.values())
         return self._report("update", _in_order(layers), start, sent)
 
     # -- one layer -------------------------------------------------------------------------------
@@ -261,14 +260,14 @@ class OIALR:
         layer = site.low_rank
         assert layer is not None
         P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
-        spectrum = s.cpu()
-        keep = self.config.limits.apply(self.config.rule.choose(spectrum, layer.m, layer.n), r, layer.k)
+        wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
+        keep = self.config.limits.apply(wanted, r, layer.k)
         drifted = max(rotation.errors) > self.config.orthogonality_bound
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
         update = _layer_update(
-            site, r, spectrum, rotation_stability(P, Qh), rotation.errors, rotation.seconds
+            site, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
         )
-        angle_U, angle_Vh = rotation_angles(P, Qh)
+        angle_U, angle_Vh = rotation.angles
         return replace(update, subspace_angle_U=angle_U, subspace_angle_Vh=angle_Vh)
 
     def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
@@ -357,7 +356,8 @@ def _layer_update(
         n=layer.n,
         r_before=r_before,
         r=layer.r,
-        singular_values=s.float().cpu(),
+        # Not a view: that would keep all factors alive for as long as someone keeps the report.
+        singular_values=s.float().cpu().clone(),
         stability=stability,
         orthogonality_error_U=errors[0],
         orthogonality_error_Vh=errors[1],

@@ -1,24 +1,28 @@
-"""How far a basis has settled; of two bases of any kind: :func:`hpc_oialr.linalg.blocks.basis_stability`."""
+"""How far a basis has settled; of two bases of any kind: :func:`hpc_oialr.linalg.blocks.basis_stability`.
+
+All results stay on the device: an update reads them back together.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.basis_change import largest_angles
+from hpc_oialr.linalg.basis_change import smallest_cosines
 
 
-def rotation_stability(P: Tensor, Qh: Tensor) -> float:
-    """Stability between ``(U, Vh)`` and its rotation ``(U P, Qh Vh)``: ``sum(P o Qh^T) / r``."""
-    product = (P * Qh.mT).sum(dtype=torch.float64)
-    return float(product) / int(P.shape[0])
+def rotation_stability(P: Tensor, Qh: Tensor) -> Tensor:
+    """Stability between ``(U, Vh)`` and its rotation ``(U P, Qh Vh)``: ``sum(P o Qh^T) / r`` (float64, shape ()).
+
+    Not finite if any entry of ``P`` or ``Qh`` is not.
+    """
+    return (P * Qh.mT).sum(dtype=torch.float64) / int(P.shape[0])
 
 
-def rotation_angles(P: Tensor, Qh: Tensor) -> tuple[float, float]:
-    """Largest principal angles of the leading subspaces between ``(U, Vh)`` and ``(U P, Qh Vh)`` (rad).
+def rotation_cosines(P: Tensor, Qh: Tensor) -> Tensor:
+    """Cosines of the largest principal angles of the leading subspaces between ``(U, Vh)`` and ``(U P, Qh Vh)`` (2).
 
     The bases' Gram products are the rotations themselves. See
-    :func:`~hpc_oialr.linalg.basis_change.largest_angles`.
+    :func:`~hpc_oialr.linalg.basis_change.smallest_cosines`.
     """
-    angle_U, angle_Vh = largest_angles(P, Qh.mT)
-    return angle_U, angle_Vh
+    return smallest_cosines(P, Qh.mT)

@@ -175,7 +175,7 @@ def measured(
         n=n,
         r_before=k,
         r=k,
-        singular_values=s.float().cpu(),
+        singular_values=s.float().cpu().clone(),
         stability=stability,
         orthogonality_error_U=0.0,
         orthogonality_error_Vh=0.0,

@@ -75,8 +75,8 @@ def _made_up_qr(A: Tensor, group: Any = None) -> BlockQR:
 
 
 def _by_the_first(
-    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Any = None
+    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Any = None, *, careful: bool = True
 ) -> Iterator[Factorised]:
     if len(task.processes) > 1 and dist.get_rank(group) != task.processes[0]:
         return iter(())
-    return run_task(replace(task, processes=task.processes[:1]), plan, matrix)
+    return run_task(replace(task, processes=task.processes[:1]), plan, matrix, careful=careful)

@@ -10,13 +10,14 @@ import scipy.linalg
 import torch
 
 from hpc_oialr.linalg.basis_change import (
+    angles_of,
     basis_change,
     largest_angles,
     leading_dimension,
     triangular_factor,
 )
 from hpc_oialr.linalg.svd import SVD, svd
-from hpc_oialr.method.stability import rotation_angles
+from hpc_oialr.method.stability import rotation_cosines
 
 SHAPES = [(30, 12), (12, 30), (16, 16), (5, 1)]
 
@@ -102,4 +103,4 @@ def test_rotated_factors() -> None:
     )
     pairs = ((U, U @ P), (V, (Qh @ V.mT).mT))
     expected = [scipy.linalg.subspace_angles(A[:, :2].numpy(), B[:, :2].numpy()).max() for A, B in pairs]
-    assert rotation_angles(P, Qh) == pytest.approx(expected, abs=1e-7)
+    assert angles_of(rotation_cosines(P, Qh)) == pytest.approx(expected, abs=1e-7)

@@ -87,7 +87,10 @@ def test_trains_through_conversion_and_cuts(name: str) -> None:
 
 def test_schedule_is_the_papers() -> None:
     """Conversion at d, an update every nu steps after it, last layers first, a growing share of them."""
-    config = OIALRConfig(delay=4, frequency=3, rule=RelativeCutoff(0.999), layer_share_step=0.34)
+    limits = RankLimits(round_to=1)
+    config = OIALRConfig(
+        delay=4, frequency=3, rule=RelativeCutoff(0.999), limits=limits, layer_share_step=0.34
+    )
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
     events = {}

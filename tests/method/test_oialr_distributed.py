@@ -101,7 +101,7 @@ def _rebuild_only_on_new_shapes(rank: int, size: int) -> tuple[list[bool], int]:
         assert oialr.model is wrapper
         rebuilt.append((wrapper.reducer is not before) == report.reshaped)
         if report.kind == "update":
-            expected = sum(2 * u.r_before**2 + u.r_before + 2 for u in report.layers) * 4 * (size - 1)
+            expected = sum(2 * u.r_before**2 + u.r_before + 4 for u in report.layers) * 4 * (size - 1)
             assert report.bytes_sent == expected
             sent += 1
     return rebuilt, sent

@@ -37,4 +37,6 @@ def test_unrelated_bases_are_near_zero() -> None:
 
 def test_rotation_needs_no_bases() -> None:
     U, V, P, Q = basis(20, 6, 0), basis(12, 6, 1), basis(6, 6, 2), basis(6, 6, 3)
-    assert rotation_stability(P, Q.mT) == pytest.approx(stability(U, V.mT, U @ P, Q.mT @ V.mT), abs=1e-14)
+    assert float(rotation_stability(P, Q.mT)) == pytest.approx(
+        stability(U, V.mT, U @ P, Q.mT @ V.mT), abs=1e-14
+    )

@@ -245,4 +245,4 @@ def test_both_stabilities_are_the_same_measure() -> None:
         torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0] for _ in range(2)
     )
     whole = torch.eye(6, dtype=torch.float64)
-    assert rotation_stability(P, Qh) == pytest.approx(basis_stability(whole, whole, P, Qh), abs=1e-12)
+    assert float(rotation_stability(P, Qh)) == pytest.approx(basis_stability(whole, whole, P, Qh), abs=1e-12)
