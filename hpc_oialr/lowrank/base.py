@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.execution import prefer_factored
+from hpc_oialr.lowrank.marks import pass_on_attributes, pass_on_hooks
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -43,7 +44,12 @@ class LowRankWeight(nn.Module):
         Shape of the dense weight; m x n is (leading axis) x (all the rest).
     crossover
         See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
+    bases_trained
+        Whether ``U`` and ``Vh`` may have gradients. While False, ``requires_grad_(True)`` of the model or of all
+        its parameters leaves them frozen: it is undone at the next forward pass.
     """
+
+    bases_trained: bool = False
 
     U: nn.Parameter
     S: nn.Parameter
@@ -58,13 +64,15 @@ class LowRankWeight(nn.Module):
         cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: float = 1.0
     ) -> LowRankWeight:
         """Turn the dense ``layer`` into this class, with the given factors; its weight is dropped."""
-        weight = cast(Tensor, layer._parameters.pop("weight"))
         dense_class = type(layer)
+        weight = cast(Tensor, layer._parameters.pop("weight"))
         layer.__class__ = cls
         self = cast(LowRankWeight, layer)
         self.dense_class, self.dense_shape = dense_class, weight.shape
         self.crossover = crossover
         self._register(U, S, Vh)
+        self.S.requires_grad_(weight.requires_grad)
+        pass_on_attributes(weight, self.S)
         return self
 
     def _register(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
@@ -85,10 +93,18 @@ class LowRankWeight(nn.Module):
                 self.Vh.copy_(Vh)
             return False
         dtypes = (self.U.dtype, self.S.dtype, self.Vh.dtype)
-        trained = self.S.requires_grad
+        before = self.S
         self._register(*(x.to(dtype) for x, dtype in zip((U, S, Vh), dtypes, strict=True)))
-        self.S.requires_grad_(trained)
+        self.S.requires_grad_(before.requires_grad)
+        pass_on_attributes(before, self.S)
+        pass_on_hooks(before, self.S)
         return True
+
+    def keep_bases_frozen(self) -> None:
+        """Undo what ``requires_grad_(True)`` of a whole model did to ``U`` and ``Vh``, unless they are trained."""
+        for basis in (self.U, self.Vh):
+            if basis.requires_grad and not self.bases_trained and isinstance(basis, nn.Parameter):
+                basis.requires_grad_(False)
 
     @property
     def m(self) -> int:
@@ -136,11 +152,12 @@ class LowRankWeight(nn.Module):
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are, autocast casts."""
+        self.keep_bases_frozen()
         return self.in_dtype(dtype, self.U, self.S, self.Vh)
 
     def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``U``, ``S``, ``Vh`` or parts of them in one dtype; under autocast as they are."""
-        if torch.is_autocast_enabled(self.S.device.type):
+        if torch.is_autocast_enabled(S.device.type):
             return U, S, Vh
         return U.to(dtype), S.to(dtype), Vh.to(dtype)
 

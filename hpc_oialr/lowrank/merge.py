@@ -11,6 +11,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack
 from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.marks import pass_on_attributes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,6 +45,8 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
 
 def _merge_layer(layer: LowRankWeight) -> None:
     weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
+    pass_on_attributes(layer.S, weight)
+    layer.__dict__.pop("bases_trained", None)
     rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
     layer.__class__ = layer.dense_class  # type: ignore[assignment]
     for attribute in ("dense_class", "dense_shape", "crossover"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from hpc_oialr.errors import ConfigError, UnknownNameError
+from hpc_oialr.errors import ConfigError, ModelError, UnknownNameError
 from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
+from hpc_oialr.lowrank.refusals import Refusal, bare_matrices, shared_memory, use_refusal, value_refusal
 from hpc_oialr.lowrank.split_layers import SplitDense
 
 log = logging.getLogger(__name__)
@@ -116,14 +118,23 @@ class Site:
     @property
     def weight(self) -> nn.Parameter:
         """The dense weight (any number of axes); only before the conversion."""
-        parameter = self.holder._parameters[self.weight_name]
-        assert parameter is not None
+        parameter = self.stored
+        if parameter is None:
+            raise ModelError(
+                f"layer {self.name} has no parameter {self.weight_name!r} any more: it was parametrized, pruned or "
+                "removed after OIALR(...). Do so before, and the layer is left dense."
+            )
         return parameter
 
     @property
     def weight_name(self) -> str:
         """Name of the dense weight in :attr:`holder`."""
         return self.parameter if self.holder is self.owner else "weight"
+
+    @property
+    def stored(self) -> nn.Parameter | None:
+        """The dense weight; None where it was made something else than a parameter."""
+        return self.holder._parameters.get(self.weight_name)
 
     @property
     def trained(self) -> nn.Parameter:
@@ -146,34 +157,84 @@ class Site:
         return min(self.shape)
 
 
-def select(model: nn.Module, selection: Selection | None = None) -> list[Site]:
+def select(model: nn.Module, selection: Selection | None = None, *, frozen: bool = False) -> list[Site]:
     """The sites that become low-rank, in the order of the model's layers.
 
-    Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin or
-    of unknown kind are left dense and named, with the reason, once in the log (level INFO).
+    Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin, of unknown
+    kind or in some way that a conversion would undo are left dense and named, with the reason, once in the log
+    (level INFO; WARNING if unknown kinds hold most of the model's numbers).
+
+    Parameters
+    ----------
+    frozen
+        Take weights that are frozen at the moment as well.
     """
+    return examine(model, selection, frozen=frozen)[0]
+
+
+def examine(
+    model: nn.Module, selection: Selection | None = None, *, frozen: bool = False
+) -> tuple[list[Site], dict[str, Refusal]]:
+    """As :func:`select`, and why each of the others stays dense."""
     selection = selection or Selection()
     sites = list(_candidates(model))
-    uses = _uses(model)
-    refused = {site.name: _refusal(site, sites, selection, uses) for site in sites}
-    refused |= _unknown_kinds(model)
-    left = [f"{name} ({reason})" for name, reason in refused.items() if reason]
-    if left:
-        log.info("left dense: %s", "; ".join(left))
-    return [site for site in sites if refused[site.name] is None]
+    shared = Shared.of(model)
+    refused = {}
+    for site in sites:
+        refusal = _refusal(site, sites, selection, shared, frozen=frozen)
+        if refusal is not None:
+            refused[site.name] = refusal
+    unknown, share = _unknown_kinds(model, sites)
+    _log_dense(model, sites, refused | unknown, share)
+    return [site for site in sites if site.name not in refused], refused | unknown
+
+
+def _log_dense(model: nn.Module, sites: Sequence[Site], refused: Mapping[str, Refusal], share: float) -> None:
+    if not refused:
+        return
+    owners = {site.name: site.owner for site in sites}
+    position = {module: i for i, module in enumerate(model.modules())}
+    modules = dict(model.named_modules())
+
+    def place(name: str) -> int:
+        parent = name if name in modules else name.rpartition(".")[0]
+        return position[owners[name] if name in owners else modules[parent]]
+
+    names = sorted(refused, key=place)
+    text = "; ".join(f"{name or 'the model itself'} ({refused[name].reason})" for name in names)
+    log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)
 
 
 def replaceable(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """Every site whose weight may be stored in another way, and the reason for each that must stay whole."""
-    uses = _uses(model)
-    refused = {site.name: _unfit(site, uses) for site in _candidates(model)}
-    sites = [site for site in _candidates(model) if refused[site.name] is None]
-    return sites, {name: reason for name, reason in refused.items() if reason} | _unknown_kinds(model)
+    sites, shared = list(_candidates(model)), Shared.of(model)
+    refused = {site.name: unfit(site, shared) for site in sites}
+    left = {name: refusal for name, refusal in refused.items() if refusal} | _unknown_kinds(model, sites)[0]
+    return [site for site in sites if site.name not in left], {
+        name: each.reason for name, each in left.items()
+    }
 
 
-def _uses(model: nn.Module) -> Counter[int]:
-    """How often each parameter occurs."""
-    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+@dataclass(frozen=True)
+class Shared:
+    """What parameters of a model have in common.
+
+    Attributes
+    ----------
+    uses
+        How often each parameter (by id) occurs.
+    memory
+        See :func:`~hpc_oialr.lowrank.refusals.shared_memory`.
+    """
+
+    uses: Counter[int]
+    memory: dict[int, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shared:
+        """Of this model, at this moment."""
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        return cls(uses, shared_memory(model))
 
 
 def _candidates(model: nn.Module) -> Iterator[Site]:
@@ -187,45 +248,77 @@ def _candidates(model: nn.Module) -> Iterator[Site]:
             yield Site(name, module, "weight", kind)
 
 
-def _refusal(site: Site, sites: list[Site], selection: Selection, uses: Counter[int]) -> str | None:
+def _refusal(
+    site: Site, sites: list[Site], selection: Selection, shared: Shared, *, frozen: bool
+) -> Refusal | None:
     """Why a site stays dense, or None."""
-    reason = _unfit(site, uses)
-    if reason is not None:
-        return reason
     if site.kind not in selection.kinds or not selection.admits(site.name):
-        return "not selected"
+        return Refusal("not selected")
     if (selection.keep_last and site is sites[-1]) or (selection.keep_first and site is sites[0]):
-        return "first or last layer"
+        return Refusal("first or last layer")
+    refusal = unfit(site, shared, frozen=frozen)
+    if refusal is not None:
+        return refusal
     m, n = site.shape
     if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
-        return f"its shape {m} x {n} is too thin"
+        return Refusal(f"its shape {m} x {n} is too thin")
     return None
 
 
-def _unfit(site: Site, uses: Counter[int]) -> str | None:
-    """Why the weight of a site must not be replaced, or None."""
-    if site.owner._parameters.get(site.parameter) is None:
-        return "its weight is parametrized"
-    if uses[id(site.weight)] > 1:
-        return "its weight is tied to another layer's"
-    if not site.weight.requires_grad:
-        return "its weight is frozen"
+def unfit(site: Site, shared: Shared, *, frozen: bool = False) -> Refusal | None:
+    """Why the weight of a dense site must not be replaced, or None; ``frozen`` ones may be."""
+    holder, weight = site.holder, site.stored
+    if weight is None or parametrize.is_parametrized(holder):
+        return Refusal("its weight is parametrized")
+    if shared.uses[id(weight)] > 1:
+        return Refusal("its weight is tied to another layer's")
+    if not weight.requires_grad and not frozen and weight.dtype.is_floating_point:
+        return Refusal("its weight is frozen")
+    if id(weight) in shared.memory:
+        return Refusal(f"its weight shares memory with {shared.memory[id(weight)]}", warn=True)
     if getattr(site.owner, "groups", 1) != 1:
-        return "it is a grouped convolution"
-    return None
+        return Refusal("it is a grouped convolution")
+    return value_refusal(weight) or use_refusal(holder, weight)
 
 
-def _unknown_kinds(model: nn.Module) -> dict[str, str]:
-    """Modules with a matrix named ``weight`` that no kind covers; embeddings and norms are no surprise."""
-    reasons = {}
+def _unknown_kinds(model: nn.Module, sites: Sequence[Site]) -> tuple[dict[str, Refusal], float]:
+    """Matrices that no kind covers, with their share of the model's numbers, and the share of all of them.
+
+    Embeddings and norms are no surprise.
+    """
+    known = {id(p) for site in sites if (p := site.owner._parameters.get(site.parameter)) is not None}
+    total = max(1, sum(_numbers(p) for p in model.parameters()))
+    refused: dict[str, Refusal] = {}
+    held = 0
     for name, module in model.named_modules():
-        if kind_of(module) is not None or isinstance(module, (nn.Embedding, nn.EmbeddingBag, LowRankWeight)):
-            continue
-        if parametrize.is_parametrized(module):
-            reasons[name] = "its weight is parametrized"
-        elif any(
-            p is not None and p.dim() > 1 and key.startswith("weight")
-            for key, p in module._parameters.items()
+        if isinstance(
+            module, (nn.Embedding, nn.EmbeddingBag, LowRankWeight, parametrize.ParametrizationList)
         ):
-            reasons[name] = f"unknown kind {type(module).__name__}"
-    return reasons
+            continue
+        if kind_of(module) is None and parametrize.is_parametrized(module):
+            refused[name] = Refusal("its weight is parametrized")
+            continue
+        bare = dict(bare_matrices(module, known))
+        held += sum(map(_numbers, bare.values()))
+        plain = {key for key in bare if key.startswith("weight") and kind_of(module) is None}
+        if plain:
+            refused[name] = Refusal(_describe_kind(module, [bare[key] for key in plain], total))
+        for key in bare.keys() - plain:
+            refused[f"{name}.{key}" if name else key] = Refusal(_describe(bare[key], total))
+    return refused, held / total
+
+
+def _describe_kind(module: nn.Module, weights: Sequence[Tensor], total: int) -> str:
+    kind = f"unknown kind {type(module).__name__}"
+    if any(isinstance(weight, UninitializedParameter) for weight in weights):
+        return f"{kind} without a shape yet; call the model once before OIALR(...)"
+    return f"{kind}, {sum(map(_numbers, weights)) / total:.0%} of all numbers"
+
+
+def _describe(parameter: Tensor, total: int) -> str:
+    shape = " x ".join(map(str, whole_shape(parameter)))
+    return f"a bare parameter, {shape}, {_numbers(parameter) / total:.0%} of all numbers"
+
+
+def _numbers(parameter: Tensor) -> int:
+    return 0 if isinstance(parameter, UninitializedParameter) else whole_shape(parameter).numel()

@@ -112,10 +112,12 @@ class SplitFactors(LowRankWeight):
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Whole factors; a collective call, an all-gather of r (m + n) numbers."""
+        self.keep_bases_frozen()
         return self.in_dtype(dtype, all_of(self.U), self.S, all_of(self.Vh))
 
     def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in one dtype; under autocast as they are."""
+        self.keep_bases_frozen()
         return self.in_dtype(dtype, local(self.U), self.S, local(self.Vh))
 
 

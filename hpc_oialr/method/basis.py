@@ -57,12 +57,7 @@ class BasisChanges:
     def _sites_by_name(self, average: nn.Module) -> dict[str, Site]:
         leave_fused_inference(average)
         inner = getattr(average, "module", average)
-        for p in inner.parameters():
-            p.requires_grad_(True)
-        sites = {site.name: site for site in select(inner, self.config.selection)}
-        for p in inner.parameters():
-            p.requires_grad_(False)
-        return sites
+        return {site.name: site for site in select(inner, self.config.selection, frozen=True)}
 
     @exact_arithmetic()
     def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:

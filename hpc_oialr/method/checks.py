@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
-from hpc_oialr.lowrank import Site, low_rank_layers
+from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 # Numbers of a parameter that is compared between processes at every update.
 _SMALL = 1 << 16
+
+# ||U^T U - I||_F / sqrt(r); storage of the bases in bf16 alone gives 0.004.
+FOREIGN_WRITE = 0.05
 
 
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
@@ -159,4 +162,17 @@ def require_finite(sites: Sequence[Site], engine: Engine) -> None:
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "
             "finite values. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+        )
+
+
+def require_own_bases(layer: LowRankWeight, name: str, error: float) -> None:
+    """Raise :class:`ModelError` if rounding cannot explain that the frozen bases are no longer orthonormal.
+
+    Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well.
+    """
+    if error > FOREIGN_WRITE and not layer.bases_trained:
+        raise ModelError(
+            f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these "
+            "frozen bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip "
+            "parameters that do not require a gradient, and begin again from the last good checkpoint."
         )

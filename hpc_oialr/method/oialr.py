@@ -16,7 +16,7 @@ from hpc_oialr.engines import Engine, adopt
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
-from hpc_oialr.lowrank import Site, low_rank_layers, select
+from hpc_oialr.lowrank import Site, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.method.checks import (
@@ -25,13 +25,13 @@ from hpc_oialr.method.checks import (
     check_structure,
     plain_parameters,
     require_finite,
+    require_own_bases,
     require_unattached,
-    shared_sites,
-    trained_sites,
 )
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
+from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.method.watch import StabilityWatch
 from hpc_oialr.optim.stack import OptimizerStack
@@ -93,12 +93,8 @@ class OIALR:
         self.engine, self.module = (engine, model) if engine else adopt(model)
         self._optimizers = OptimizerStack(optimizer)
         check_optimizer(self.module, self._optimizers)
-        self.sites = trained_sites(select(self.module, self.config.selection), self._optimizers)
-        self.sites = shared_sites(self.sites, self.engine.ignored)
-        if not self.sites:
-            raise ModelError(
-                "no layer of the model can be converted; the log names the reason for each (level INFO)."
-            )
+        self.sites = find_participants(self.module, self.config.selection, self._optimizers, self.engine)
+        self._frozen = FrozenByUser(self.sites)
         self.t = 0
         self.updates = 0
         if averages and self.engine.layout.group is not None:
@@ -184,37 +180,54 @@ class OIALR:
         self.engine.check_step()
         self._foreign.check(self.sites)
         self.t += 1
-        measured = self._watch.report(self._dense(), self.t) if self._stability_due() else None
-        settled = self._settled()
+        report = self._advance()
+        self._frozen.remember(self.sites)
+        return report
+
+    def _advance(self) -> UpdateReport | None:
+        measured = self._watch.report(self._fit(self._dense()), self.t) if self._stability_due() else None
+        settled = self._fit(self._settled())
         if settled:
             return self._convert(settled)
         if self._update_due():
-            return self._update(self._layers_due())
+            due = self._layers_due()
+            return self._update(due) if due else measured
         return measured
+
+    def _fit(self, sites: list[Site]) -> list[Site]:
+        """Without those that the user has made unfit since the start; they take part no more, and are named."""
+        unfit = drop_unfit(self.module, sites) if sites else set()
+        self.sites = [site for site in self.sites if site.name not in unfit]
+        return [site for site in sites if site.name not in unfit]
 
     def _stability_due(self) -> bool:
         every = self.config.stability_frequency
         return every is not None and self.t % every == 0 and bool(self._dense())
 
     def _settled(self) -> list[Site]:
-        """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable."""
+        """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable.
+
+        A weight that has been frozen from the start waits until it is trained.
+        """
         if self.t < self.config.delay:
             return []
+        dense = [site for site in self._dense() if not self._frozen.waits(site)]
         if self.config.stability_threshold is None:
-            return self._dense()
+            return dense
         streaks, patience = self._watch.streaks, self.config.stability_patience
-        return [site for site in self._dense() if streaks.get(site.name, 0) >= patience]
+        return [site for site in dense if streaks.get(site.name, 0) >= patience]
 
     def _update_due(self) -> bool:
         since = self.t - self.config.delay
         return since > 0 and since % self.config.frequency == 0 and len(self._dense()) < len(self.sites)
 
     def _layers_due(self) -> list[Site]:
-        """The last layers first, a growing share of them."""
+        """The last layers first, a growing share of them; without those whose core the user has frozen."""
         self.updates += 1
         share = min(1.0, self.config.layer_share_step * self.updates)
         first = len(self.sites) - max(1, round(share * len(self.sites)))
-        return [site for site in self.sites[first:] if site.low_rank is not None]
+        due = [site for site in self.sites[first:] if site.low_rank is not None]
+        return [site for site in due if not self._frozen(site)]
 
     def _dense(self) -> list[Site]:
         return [site for site in self.sites if site.low_rank is None]
@@ -226,11 +239,14 @@ class OIALR:
         check_structure(self.module, sites, self._given)
         check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
-        kept = [self.config.limits.initial(site.k) for site in sites]
+        # What the user has frozen meanwhile keeps its value: nothing is cut off.
+        kept = [site.k if self._frozen(site) else self.config.limits.initial(site.k) for site in sites]
         layers: dict[int, LayerUpdate] = {}
-        for factors in weight_factors(sites, kept, self.engine):
-            layers[factors.index] = self._freeze_basis(sites[factors.index], factors, kept[factors.index])
-        self._changes.order(self.sites)
+        try:
+            for factors in weight_factors(sites, kept, self.engine):
+                layers[factors.index] = self._freeze_basis(sites[factors.index], factors, kept[factors.index])
+        finally:
+            self._changes.order(self.sites)
         self._after_change([site.name for site in sites], reshaped=True)
         sent = sum(site.k + r * sum(site.shape) for site, r in zip(sites, kept, strict=True))
         return self._report("conversion", _in_order(layers), start, sent)
@@ -263,6 +279,7 @@ class OIALR:
         wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
         keep = self.config.limits.apply(wanted, r, layer.k)
         drifted = max(rotation.errors) > self.config.orthogonality_bound
+        require_own_bases(layer, site.name, max(rotation.errors))
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
         update = _layer_update(
             site, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
@@ -272,10 +289,12 @@ class OIALR:
 
     def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
         """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
+        layers, local = low_rank_layers(self.module), self.engine.layout.local
+        for layer in layers.values():
+            layer.keep_bases_frozen()
         if reshaped:
             self.rewrap()
         self._foreign.remember(self.sites)
-        layers, local = low_rank_layers(self.module), self.engine.layout.local
         factors = {name: [local(p) for p in layers[name].factors] for name in names}
         plain = plain_parameters(self.module, self.engine.ignored)
         rest = {name: [self.engine.stored(p)] for name, p in plain.items()}

@@ -192,7 +192,8 @@ def test_blocks_are_stored_and_the_rest_is_named() -> None:
         split = [f"vit.layers.{i}.{name}" for i in (0, 1) for name in ("attention.o_proj", "mlp.fc2")]
         assert lines[0] == f"features stay split before: {', '.join(split)}"
         reason = "its weight is tied to another layer's"
-        assert lines[1] == f"left whole: tied.0 ({reason}); tied.1 ({reason})"
+        bare = "vit.embeddings.position_embeddings (a bare parameter, 1 x 5 x 16, 1% of all numbers)"
+        assert lines[1] == f"left whole: tied.0 ({reason}); tied.1 ({reason}); {bare}"
         assert norm == pytest.approx(0.5, rel=1e-5)
         assert norm == pytest.approx(whole, rel=1e-6)
 

@@ -117,7 +117,7 @@ def test_dense_reasons_are_named_once_in_the_log(caplog: pytest.LogCaptureFixtur
         "tied (its weight is tied to another layer's)",
         "other (its weight is tied",
         "normed (its weight is parametrized)",
-        "odd (unknown kind Odd)",
+        "odd (unknown kind Odd, 4% of all numbers)",
         "frozen (its weight is frozen)",
         "grouped (it is a grouped convolution)",
         "thin (its shape 100 x 8 is too thin)",

@@ -1,0 +1,135 @@
+"""Which layers take part at a given moment: fit for a conversion, and not frozen by the user."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hpc_oialr.engines import Engine
+from hpc_oialr.errors import ModelError
+from hpc_oialr.lowrank import Selection, Site
+from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.marks import accumulation_hooks
+from hpc_oialr.lowrank.refusals import Refusal
+from hpc_oialr.lowrank.selection import Shared, examine, unfit
+from hpc_oialr.method.checks import shared_sites, trained_sites
+from hpc_oialr.optim.stack import OptimizerStack
+
+
+def find_participants(
+    model: nn.Module, selection: Selection, optimizer: OptimizerStack, engine: Engine
+) -> list[Site]:
+    """The sites that are to become low-rank, those that are frozen at the moment included.
+
+    Warns of layers that stay dense although no setting says so.
+
+    Raises
+    ------
+    ModelError
+        If the settings leave no layer.
+    """
+    sites, refused = examine(model, selection, frozen=True)
+    sites = shared_sites(trained_sites(sites, optimizer), engine.ignored)
+    refused |= {site.name: r for site in sites if (r := _layout_refusal(site, engine)) is not None}
+    sites = [site for site in sites if site.name not in refused]
+    unforeseen = {name: refusal.reason for name, refusal in refused.items() if refusal.warn}
+    if not sites and not unforeseen:
+        raise ModelError(
+            "no layer of the model can be converted; the log names the reason for each (level INFO)."
+        )
+    _warn_dense(unforeseen)
+    _warn_hooks(sites)
+    return sites
+
+
+def drop_unfit(model: nn.Module, sites: Sequence[Site]) -> set[str]:
+    """Names of those dense sites that the user has made unfit for a conversion since the start, with a warning.
+
+    Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
+    for :func:`~hpc_oialr.method.checks.check_structure`.
+    """
+    shared = Shared.of(model)
+    found = {site.name: unfit(site, shared, frozen=True) for site in sites if site.stored is not None}
+    _warn_dense({name: refusal.reason for name, refusal in found.items() if refusal})
+    unfit_names = {name for name, refusal in found.items() if refusal}
+    _warn_hooks([site for site in sites if site.name not in unfit_names])
+    return unfit_names
+
+
+class FrozenByUser:
+    """Tells weights and cores that a user froze from those whose ``requires_grad`` is only off at the moment.
+
+    Loops that train two models in turn switch ``requires_grad`` off and on in every step. What was written
+    since the last step is trained; what was not, and has ``requires_grad`` off, is frozen.
+    """
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._versions: dict[str, tuple[int, int]] = {}
+        self._waiting = {site.name for site in sites if not site.weight.requires_grad}
+
+    def __getstate__(self) -> dict[str, object]:
+        # Identities and versions are of this process's objects.
+        return {**vars(self), "_versions": {}}
+
+    def __call__(self, site: Site) -> bool:
+        """Whether the weight or core of a site is frozen."""
+        p = _trained(site)
+        return p is not None and not p.requires_grad and self._versions.get(site.name) in (None, _stamp(p))
+
+    def waits(self, site: Site) -> bool:
+        """Whether a weight has been frozen from the start: it becomes low-rank once it is trained."""
+        return site.name in self._waiting and self(site)
+
+    def remember(self, sites: Iterable[Site]) -> None:
+        """To be called at the end of every step."""
+        sites = list(sites)
+        self._waiting = {site.name for site in sites if self.waits(site)}
+        off = ((site.name, p) for site in sites if (p := _trained(site)) is not None and not p.requires_grad)
+        self._versions = {name: _stamp(p) for name, p in off}
+
+
+def _trained(site: Site) -> nn.Parameter | None:
+    layer = site.low_rank
+    return site.stored if layer is None else layer.S
+
+
+def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
+    return id(parameter), parameter._version
+
+
+def _layout_refusal(site: Site, engine: Engine) -> Refusal | None:
+    """A DTensor that is not split as the engine splits."""
+    weight, layout = site.weight, engine.layout
+    if not isinstance(weight, DTensor):
+        return None
+    if isinstance(layout, Split) and list(weight.placements) == list(layout.placements(0)):
+        return None
+    return Refusal(
+        f"its weight is a DTensor placed as {weight.placements}, which no engine has made", warn=True
+    )
+
+
+def _warn_dense(reasons: Mapping[str, str]) -> None:
+    if reasons:
+        text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        warnings.warn(
+            f"these layers stay dense: {text}. Undo that before the conversion, or name them in "
+            "oialr.selection.exclude to say that it is meant so.",
+            stacklevel=4,
+        )
+
+
+def _warn_hooks(sites: Iterable[Site]) -> None:
+    weights = ((site.name, site.stored) for site in sites if site.low_rank is None)
+    hooked = [name for name, weight in weights if weight is not None and accumulation_hooks(weight)]
+    if hooked:
+        warnings.warn(
+            f"post-accumulate-grad hooks on the weights of {', '.join(hooked)} are not called any more once these "
+            "layers are low-rank, since the weight is no parameter then. Register them on layer.S after the "
+            "conversion; an optimizer that steps inside such hooks does not train the cores: use one optimizer, "
+            "and pass it to OIALR.",
+            stacklevel=4,
+        )
