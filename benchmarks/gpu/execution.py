@@ -58,7 +58,6 @@ def compiled_blocks(trainee: Trainee) -> tuple[Step, str]:
     """torch.compile of every transformer block by itself: one compilation serves all of them."""
     # Without a GPU only the capture is tested: generating code for the CPU takes half a minute.
     backend = "inductor" if trainee.device.type == "cuda" else "eager"
-    torch.compiler.reset()
     for block in blocks(trainee.model):
         block.compile(backend=backend, dynamic=False)
     return trainee.step, "compiled blocks"

@@ -89,10 +89,10 @@ def measure(shape: Shape, context: Context) -> Iterator[Row]:
 
 
 def input_sets(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of input and output gradient, together three times the L2 cache, at least two."""
+    """Pairs of input and output gradient, together three times the L2 cache where 16 pairs suffice, at least two."""
     size = shape.tokens * (shape.m + shape.n) * DTYPE.itemsize
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    count = max(2, -(-3 * cache // size))
+    count = min(16, max(2, -(-3 * cache // size)))
     return [
         (
             torch.randn(shape.tokens, shape.n, device=device, dtype=DTYPE, requires_grad=True),

@@ -87,7 +87,7 @@ def measure(setting: Setting, context: Context, *, again: bool = False) -> Row:
     timing = timed(step, device, in_a_row=2, seconds=0.01 if context.tiny else 1.0)
     peak = counts.peak_gib(device)
     tflop_per_s = operations / timing.ms / 1e9
-    row = {
+    row: Row = {
         "model": workload.name,
         "optimizer": setting.optimizer,
         "mode": setting.mode,
@@ -106,7 +106,11 @@ def measure(setting: Setting, context: Context, *, again: bool = False) -> Row:
         "finite": bool(torch.isfinite(loss)) if isinstance(loss, torch.Tensor) else None,
         "repeated": again,
     }
-    return row if again else row | _counted(step, device)
+    row = row if again else row | _counted(step, device)
+    if setting.mode == "compiled blocks":
+        # Compiled code may hold what it was compiled for.
+        torch.compiler.reset()
+    return row
 
 
 def _counted(step: Step, device: torch.device) -> Row:

@@ -7,6 +7,8 @@ from typing import Any
 
 from benchmarks.common import Row
 
+# More than this between two models, and one has stayed alive (GiB).
+LEFTOVER_GIB = 0.5
 Content = Mapping[str, Any]
 
 
@@ -113,6 +115,9 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     yield from aligned(header, table)
     reasons = {row["method"] for row in rows if row["method"] not in (row["mode"], "graph")}
     yield from (f"  * {reason}" for reason in sorted(reasons))
+    kept = max((row["held_before_gib"] or 0.0 for row in rows), default=0.0)
+    if kept > LEFTOVER_GIB:
+        yield f"  NOT ALONE: up to {kept:.1f} GiB were held when a model was built; peaks are too high by that"
     lost = [
         f"{row['model']}, {row['optimizer']}, r/k {text(row['r_over_k'])}"
         for row in rows

@@ -62,10 +62,28 @@ class FakeCuda(types.SimpleNamespace):
     """The part of ``torch.cuda`` that a capture uses, with a capture that fails as torch 2.11 does."""
 
     def __init__(self, *, fails):
-        super().__init__(fails=fails, streams=[], replays=0, Event=None)
+        super().__init__(fails=fails, streams=[], replays=0, clock_ms=0.0)
 
     def Stream(self, device):
         return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def Event(self, *, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.clock_ms
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, later):
+                return later.at - self.at
+
+        return Event()
 
     def current_stream(self, device):
         return types.SimpleNamespace(wait_stream=lambda other: None, name="the caller's")
@@ -82,6 +100,7 @@ class FakeCuda(types.SimpleNamespace):
     def CUDAGraph(self):
         def replay():
             self.replays += 1
+            self.clock_ms += 6.0
 
         return types.SimpleNamespace(replay=replay)
 
@@ -123,6 +142,15 @@ def test_a_captured_call_is_replayed(monkeypatch):
     run_it, method = timing.captured(lambda: None, torch.device("cuda", 0))
     run_it()
     assert (method, cuda.replays) == ("graph", 1)
+
+
+def test_a_graph_of_several_inputs_gives_the_time_of_one(monkeypatch):
+    cuda = FakeCuda(fails=False)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    seen = []
+    times = timing.interleaved({"a": seen.append}, torch.device("cuda", 0), sets=3, seconds=0.1)
+    assert times["a"] == timing.Timing(ms=2.0, spread=0.0, method="graph")  # a replay takes 6 ms
+    assert seen == [0, 1, 2] * 4  # three times to warm up, once captured
 
 
 def test_times_are_of_one_call():
@@ -194,6 +222,30 @@ def test_marked_tests_are_found_run_and_counted(tmp_path, monkeypatch):
     row = marked_tests.run_pytest(files, 1)
     assert row["cut_off"] == "after 1 s"
     assert row["exit_code"] is None
+
+
+def test_inputs_do_not_fit_the_cache(monkeypatch):
+    properties = types.SimpleNamespace(L2_cache_size=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: shape)
+    assert len(layer.input_sets(layer.Shape(256, 256, 64, 512), cuda)) == 6  # 2 x 256 KiB each
+    assert len(layer.input_sets(layer.Shape(2048, 2048, 64, 8192), cuda)) == 2
+    assert len(layer.input_sets(layer.Shape(8, 8, 4, 8), cuda)) == 16
+
+
+def test_the_table_says_what_spoils_a_step(tiny_step_row):
+    shown = "\n".join(lines({**_empty(), "sections": {"step": _section([tiny_step_row])}}))
+    assert "NOT ALONE: up to 2.5 GiB were held" in shown
+    assert "NOT FINITE: ViT-B/16, AdamW, r/k 0.25" in shown
+    assert "* eager: no capture" in shown
+
+
+@pytest.fixture
+def tiny_step_row():
+    figures = dict.fromkeys(("ms", "samples_per_s", "mfu", "peak_gib"), 1.0)
+    names = {"model": "ViT-B/16", "optimizer": "AdamW", "mode": "cuda graph", "method": "eager: no capture"}
+    return names | figures | {"r_over_k": 0.25, "repeated": False, "held_before_gib": 2.5, "finite": False}
 
 
 def test_the_models_have_their_size():
