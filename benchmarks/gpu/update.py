@@ -44,23 +44,24 @@ def measure(workload: Workload, context: Context) -> Iterator[Row]:
         layer_share_step=1.0,
     )
     oialr = OIALR(model, optimizer, config)
-    dense_gib = give_moments(oialr, device)
+    counts.start_peak(device)
+    optimizer_step(oialr)
+    dense_gib = counts.peak_gib(device)
     yield _event("conversion", FRACTIONS[0], oialr, workload, device) | {"dense_gib": dense_gib}
     for before, fraction in zip((FRACTIONS[0], *FRACTIONS), FRACTIONS, strict=False):
         oialr.config.rule = FixedFraction(fraction)
         for kind in ("update",) if fraction == before else ("cut", "update"):
+            optimizer_step(oialr)
             disturb(oialr)
             yield _event(kind, fraction, oialr, workload, device)
 
 
-def give_moments(oialr: OIALR, device: torch.device) -> float | None:
-    """One optimizer step with random gradients; the peak of it (GiB)."""
-    counts.start_peak(device)
+def optimizer_step(oialr: OIALR) -> None:
+    """One step with random gradients: moments to carry along."""
     for p in oialr.module.parameters():
         if p.requires_grad:
             p.grad = 1e-3 * torch.randn_like(p)
     oialr.optimizer.step()
-    return counts.peak_gib(device)
 
 
 @torch.no_grad()
