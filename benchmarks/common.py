@@ -12,20 +12,33 @@ from typing import Any
 
 import torch
 
+from hpc_oialr.errors import OIALRError
+from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.environment_report import environment_report
 
 Row = dict[str, Any]
 # Calls in a row that one measurement on a GPU takes together.
 CALLS = 10
 
+_RESULT = marked("a benchmark's result", b'{\n "rows": ', mark=b'"environment": ')
+
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with ``--out``; scripts add their own options."""
+    """A parser with ``--out``, which may name an earlier result but no other file; scripts add their own options."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="result file (JSON); default: print only")
+    parser.add_argument("--out", type=_result_file, help="result file (JSON); default: print only")
     return parser
+
+
+def _result_file(text: str) -> Path:
+    """Refused now, not after hours of measuring."""
+    try:
+        claim(text, _RESULT)
+    except OIALRError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
@@ -33,10 +46,9 @@ def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
     print_table(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(".tmp")
         content = {"rows": list(rows), **extra, "environment": environment_report()}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(out)
+        with new_file(claim(out, _RESULT)) as draft:
+            draft.write_text(json.dumps(content, indent=1) + "\n")
         print(out)
 
 

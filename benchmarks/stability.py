@@ -88,7 +88,7 @@ def summarise(model: str, folder: Path, out: Path | None) -> None:
             rows += [{"run": variant, **row} for row in layer_rows(run)]
             if target is not None and variant == "cosine":
                 target.parent.mkdir(parents=True, exist_ok=True)
-                save(stability(run, width="double"), target.with_suffix(".png"))
+                save(stability(run, width="double"), target.with_suffix(".png"), force=True)
     runs = {variant: overview(rows, variant, folder / f"{model}_{variant}") for variant in
             dict.fromkeys(row["run"] for row in rows)}  # fmt: skip
     recipe, reduced = MODELS[model]

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.outputs import require_absent
 from hpc_oialr.processes import launch_info
+from hpc_oialr.record.files import write_atomically
+from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
-from hpc_oialr.train.run import join, leave, train
+from hpc_oialr.train.run import join, leave, on_main, train_or_resume
 
 SIDES = ("dense", "oialr")
 
@@ -68,8 +71,30 @@ def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
     if launch_info().size > 1:
         _run_here(sides, folder)
     else:
+        _begin(sides, folder)
         _run_fresh(sides, folder)
     return collect(folder)
+
+
+def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
+    """Write both sides' settings; goes on with a comparison of the same ones that was stopped.
+
+    Raises
+    ------
+    OIALRError
+        If the folder holds a finished comparison, or anything else under these names.
+    """
+    if (folder / "compare.json").exists():
+        raise OIALRError(f"{folder} holds a comparison already. Take another --out.")
+    recipes = {side: folder / f"{side}.yaml" for side in sides}
+    known = {
+        side: path.is_file() and path.read_text("utf-8") == sides[side].text for side, path in recipes.items()
+    }
+    names = [name for side in sides if not known[side] for name in (f"{side}.yaml", side)]
+    require_absent(folder, names if any(known.values()) else [*names, "compare.png"], "this comparison")
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, path in recipes.items():
+        write_atomically(path, sides[side].text)
 
 
 def collect(folder: Path) -> Comparison:
@@ -80,9 +105,7 @@ def collect(folder: Path) -> Comparison:
     curves = {side: evaluation_curve(folder / side / "metrics.jsonl") for side in SIDES}
     result = judge(summaries["dense"], summaries["oialr"], curves["dense"])
     if launch_info().rank == 0:
-        draft = folder / "compare.json.draft"
-        draft.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        draft.replace(folder / "compare.json")
+        write_atomically(folder / "compare.json", json.dumps(result, indent=2))
     return Comparison(folder, result, curves)
 
 
@@ -121,8 +144,7 @@ def metric_at(curve: Curve, wall_s: float) -> float | None:
 
 def evaluation_curve(metrics: Path) -> list[tuple[float, float]]:
     """(training seconds, metric) of every evaluation during a run, in order."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found = [row for row in rows if "metric" in row]
+    found = [row for row in read_metrics(metrics) if "metric" in row]
     split = found[0]["split"] if found else None
     return [(row["wall_s"], row["metric"]) for row in found if row["split"] == split]
 
@@ -153,17 +175,17 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
     world = join(sides["oialr"])
+    on_main(world, lambda: _begin(sides, folder))
     for side, loaded in sides.items():
-        train(loaded, folder / side, world=world)
+        train_or_resume(loaded, folder / side, world=world)
     leave(world)
 
 
 def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for side, loaded in sides.items():
+    for side in sides:
         recipe = folder / f"{side}.yaml"
-        recipe.write_text(loaded.text, encoding="utf-8")
         command = [sys.executable, "-m", "hpc_oialr", "train", str(recipe), "--out", str(folder / side)]
+        command.append("--continue")
         code = subprocess.run(command, check=False).returncode
         if code:
             raise OIALRError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch import nn
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
 from hpc_oialr.lowrank.conversion import leave_fused_inference, make_shell
+from hpc_oialr.outputs import new_folder
 from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import RunConfig
@@ -23,7 +23,9 @@ Format = Literal["dense", "lowrank"]
 FORMATS: tuple[Format, ...] = ("dense", "lowrank")
 
 
-def export(run: Path, form: Format, *, out: Path | None = None, step: int | None = None) -> Path:
+def export(
+    run: Path, form: Format, *, out: Path | None = None, step: int | None = None, force: bool = False
+) -> Path:
     """Write a checkpoint's model into a folder ``RUN/export/dense`` or ``RUN/export/lowrank``.
 
     Parameters
@@ -35,9 +37,11 @@ def export(run: Path, form: Format, *, out: Path | None = None, step: int | None
         ``config.json``, so that its class's ``from_pretrained`` loads the folder. "lowrank": factors as
         ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and ``lowrank.json`` with r and the shape of every layer.
     out
-        Another folder.
+        Another folder; new, empty, or of an earlier export.
     step
         Checkpoint to take; default the last.
+    force
+        Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
 
     Returns
     -------
@@ -47,25 +51,26 @@ def export(run: Path, form: Format, *, out: Path | None = None, step: int | None
     ------
     CheckpointError
         If the run has no such checkpoint, or it is damaged.
+    OutputError
+        If the folder holds what no export wrote.
     """
-    model = load_model(run, step=step)
     target = out or run / "export" / form
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    with new_folder(target, "oialr export", inputs=[run], force=force) as folder:
+        _write(load_model(run, step=step), form, folder)
+    return target
+
+
+def _write(model: nn.Module, form: Format, folder: Path) -> None:
     if form == "lowrank":
-        (draft / "lowrank.json").write_text(json.dumps(_shapes(model), indent=2), encoding="utf-8")
+        (folder / "lowrank.json").write_text(json.dumps(_shapes(model), indent=2), encoding="utf-8")
     else:
         model = merge(model, inplace=True)
     tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
-    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__]
-        config.save_pretrained(draft)
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
-    return target
+        config.save_pretrained(folder)
 
 
 def load_model(run: Path, *, step: int | None = None) -> nn.Module:

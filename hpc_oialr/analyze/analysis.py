@@ -16,9 +16,10 @@ from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
 from hpc_oialr.method.watch import measured
+from hpc_oialr.outputs import claim
 from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report
-from hpc_oialr.spectra.join import write_rows
+from hpc_oialr.spectra.join import write_rows, written_by
 from hpc_oialr.spectra.rows import Event, LayerRows, Rows, together
 
 
@@ -30,6 +31,7 @@ def analyze(
     selection: MatrixSelection | None = None,
     world: World | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    force: bool = False,
 ) -> Path:
     """Write the record that a run with ``record.spectra`` would have left, from checkpoints of it; a collective call.
 
@@ -50,6 +52,8 @@ def analyze(
         The processes; default this one alone.
     progress
         Told after each of this process's layers how many are done, of how many.
+    force
+        Replace a file that no analysis wrote; see :func:`hpc_oialr.outputs.claim`.
 
     Returns
     -------
@@ -63,19 +67,23 @@ def analyze(
         If a checkpoint cannot be read, or they are not of one model.
     NonFiniteError
         If a weight holds NaN or Inf.
+    OutputError
+        If ``out`` is one of the checkpoints, or another file than an earlier analysis.
     OSError
         If the file cannot be written.
     """
     world, selection, out = world or World.single(), selection or MatrixSelection(), Path(out)
     given = [Path(path) for path in paths]
+    # Now, not after hours of work.
+    target = claim(out, written_by("oialr analyze"), inputs=given, force=force)
     numbered = sorted(zip(steps_of(given, steps), given, strict=True))
     checkpoints = [(step, open_checkpoint(path)) for step, path in numbered]
     layers = _layers([checkpoint for _, checkpoint in checkpoints], selection)
-    # Now, not after hours of work, and on every process, so that all end if it cannot be.
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # On every process, so that all end if it cannot be.
+    target.parent.mkdir(parents=True, exist_ok=True)
     rows = _gathered(layers, checkpoints, world, progress)
     if world.is_main:
-        write_rows(Rows(rows, events=len(numbered)), _attributes(numbered, selection, world), out)
+        write_rows(Rows(rows, events=len(numbered)), _attributes(numbered, selection, world), target)
     world.barrier()
     return out
 
@@ -145,6 +153,7 @@ def _attributes(
 ) -> dict[str, Any]:
     checkpoints = {str(step): str(path) for step, path in numbered}
     return {
+        "written_by": "oialr analyze",
         "config": {"analyze": {"checkpoints": checkpoints, "selection": vars(selection)}},
         "environment": environment_report(),
         "world_size": world.size,

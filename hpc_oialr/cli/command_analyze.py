@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, is_main, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, console, is_main, show_warnings
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.record.progress import clock_time
 
@@ -49,6 +49,7 @@ def add(commands: Any) -> None:
         "--max-aspect", metavar="X", type=float, help="leave out matrices longer than that; default 10"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             selection=selection,
             world=world,
             progress=_Lines(),
+            force=arguments.force,
         )
     except OSError as error:
         if isinstance(error, OIALRError):

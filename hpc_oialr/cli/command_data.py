@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 
 EXAMPLES = """  oialr data fetch fashion-mnist
   oialr data fetch fashion-mnist --data-dir /scratch/data
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     fetch = add_command(actions, "fetch", summary=summary, examples=EXAMPLES)
     fetch.add_argument("name", metavar="NAME", help="name of the data set, e.g. fashion-mnist")
     fetch.add_argument("--data-dir", type=Path, metavar="DIR", help="folder that has it, or where to put it")
+    add_force(fetch)
     fetch.set_defaults(run=run)
     summary = "make a tiny stand-in of a data set's form, for smoke runs only"
     sample = add_command(actions, "sample", summary=summary, examples=EXAMPLES)
@@ -45,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.data import fetch
 
     show_warnings()
-    console().print(str(fetch(arguments.name, arguments.data_dir)), markup=False)
+    console().print(str(fetch(arguments.name, arguments.data_dir, force=arguments.force)), markup=False)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 
 EXAMPLES = """  oialr export runs/first --format dense
   oialr export runs/first --format lowrank --step 500 --out my_model"""
@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to take; default the last")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default RUN/export/FORMAT")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.export import export
 
     show_warnings()
-    folder = export(arguments.folder, arguments.format, out=arguments.out, step=arguments.step)
+    folder = export(
+        arguments.folder, arguments.format, out=arguments.out, step=arguments.step, force=arguments.force
+    )
     console().print(str(folder), markup=False)
     return 0

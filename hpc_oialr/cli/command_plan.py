@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 from hpc_oialr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="write all figures, as JSON, or CSV for .csv"
     )
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,16 +75,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
     from hpc_oialr.plan.request import answer
+    from hpc_oialr.plan.rows import claim_plan, write
 
+    if arguments.out is not None:
+        inputs = [arguments.recipe, *([arguments.calibration] if arguments.calibration else [])]
+        claim_plan(arguments.out, inputs, force=arguments.force)
     request = _request(arguments)
     found = answer(config, request)
     rows = _rows(found, request)
     _show(arguments.recipe, found, rows)
     if arguments.out is not None:
-        from hpc_oialr.plan.rows import write
-
         about = {"recipe": arguments.recipe, "memory_gib": found.memory_gib, "grounds": list(found.grounds)}
-        write(rows, about, arguments.out)
+        write(rows, about, arguments.out, force=arguments.force)
         console().print(str(arguments.out), markup=False)
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_oialr.cli.console import add_command, console, is_main
+from hpc_oialr.cli.console import add_command, add_force, console, is_main
 from hpc_oialr.errors import OIALRError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add(commands: Any) -> None:
         type=Path,
         help="page to write; default report.html in the folder that holds all",
     )
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     runs = find_runs(arguments.runs)
     path = arguments.out or default_page(runs)
     try:
-        write_report(runs, path)
+        write_report(runs, path, force=arguments.force)
     except OSError as error:
         if isinstance(error, OIALRError):
             raise

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 from hpc_oialr.cli.spectra_plot import add_plot
 from hpc_oialr.errors import DataError, OIALRError
 
@@ -69,6 +69,7 @@ def _add_export(actions: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write; default spectra_FORMAT in the run's"
     )
+    add_force(parser)
     parser.set_defaults(run=export)
 
 
@@ -83,6 +84,7 @@ def _add_merge(actions: Any) -> None:
 def _add_repair(actions: Any) -> None:
     parser = _action(actions, "repair", "save what can be read of a damaged record into a new file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write; default FILE.repaired.h5")
+    add_force(parser)
     parser.set_defaults(run=repair)
 
 
@@ -144,7 +146,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Write the files, then print their paths."""
     from hpc_oialr.spectra.export import export as write
 
-    for path in write(arguments.path, arguments.format, arguments.out):
+    for path in write(arguments.path, arguments.format, arguments.out, force=arguments.force):
         console().print(str(path), markup=False)
     return 0
 
@@ -168,7 +170,7 @@ def repair(arguments: argparse.Namespace) -> int:
     """Save, then tell what was lost."""
     from hpc_oialr.spectra.repair import repair as save
 
-    salvage = save(arguments.path, arguments.out)
+    salvage = save(arguments.path, arguments.out, force=arguments.force)
     for sentence in salvage.lost:
         console().print(f"lost: {sentence}", markup=False)
     saved = f"saved: {salvage.events} rows of events of {salvage.layers} layers, in {salvage.target}"

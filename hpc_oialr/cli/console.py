@@ -82,6 +82,15 @@ def add_command(
     return parser
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """The option that lets ``--out`` replace what the command did not write."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what --out names, or files of the same names in that folder, though not written by oialr",
+    )
+
+
 def summary_table(summary: dict[str, Any], title: str) -> Table:
     """One run's summary."""
     table = Table(title=title, title_justify="left", show_header=False)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, is_main
+from hpc_oialr.cli.console import add_command, add_force, console, is_main
 from hpc_oialr.errors import OIALRError
 
 EXAMPLES = """  oialr spectra plot runs/first --figure stability --out stability.pdf
@@ -36,6 +36,7 @@ def add_plot(actions: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="file to write, .png, .pdf or .svg; default FIGURE.png"
     )
+    add_force(parser)
     parser.set_defaults(run=plot)
 
 
@@ -51,7 +52,7 @@ def plot(arguments: argparse.Namespace) -> int:
     figure = figure_of(arguments.figure, runs, layer=arguments.layer, width=arguments.width)
     path = arguments.out or Path(f"{arguments.figure}.png")
     try:
-        save(figure, path)
+        save(figure, path, inputs=[run.folder.path for run in runs], force=arguments.force)
     except OSError as error:
         raise OIALRError(f"{path} cannot be written ({error}); name another place by --out.") from error
     finally:

@@ -61,8 +61,11 @@ def write_sample(name: str, folder: Path) -> Path:
     note = _NOTE.format(name=name)
     if (folder / MARK).is_file() and (folder / MARK).read_text(encoding="utf-8") == note:
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds other files. Name a new folder for the sample.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DataError(
+            f"{folder} {'holds other files' if folder.is_dir() else 'is a file'}. Name a new folder for the sample."
+        )
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / "new"

@@ -51,6 +51,7 @@ def check_free(run: RecipeRun) -> None:
         If not.
     """
     folder = RunFolder(run.folder)
+    folder.require_new()
     if folder.finished:
         raise OIALRError(f"{folder.path} holds a finished run. Take another folder, or remove it.")
     if folder.holds_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -139,7 +139,7 @@ class Submission:
             jobs = _submit(executor, self.runs)
         except OIALRError:
             if new:
-                shutil.rmtree(self.folder)
+                self._remove_made()
             raise
         for run, job in zip(self.runs, jobs, strict=True):
             self._job_file(job.job_id).write(RunFolder(run.folder))
@@ -164,6 +164,19 @@ class Submission:
         self._files.mkdir(mode=0o700, exist_ok=True)
         for run in self.runs:
             RunFolder(run.folder).create()
+
+    def _remove_made(self) -> None:
+        """What :meth:`_prepare` made and submitit has put there; nothing else."""
+        shutil.rmtree(self._files, ignore_errors=True)
+        made = [
+            path
+            for run in self.runs
+            for path in (RunFolder(run.folder).logs, RunFolder(run.folder).checkpoints)
+        ]
+        for folder in (*made, *(run.folder for run in self.runs), self.folder):
+            # What somebody else has put there meanwhile stays.
+            with suppress(OSError):
+                folder.rmdir()
 
     def _job_file(self, job_id: str) -> JobFile:
         return JobFile(

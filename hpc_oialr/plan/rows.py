@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.plan.forecast import Forecast, Stage
 from hpc_oialr.plan.places import label
-from hpc_oialr.record.files import to_json, write_atomically
+from hpc_oialr.record.files import to_json
 
 GIB, MB = 1024**3, 1e6
+_PLAN = marked("a plan", b'{\n "recipe": ', b"engine,nodes,processes,", mark=b"global_batch")
 
 
 def row(forecast: Forecast, memory_gib: float, advice: str = "") -> dict[str, Any]:
@@ -63,15 +65,35 @@ def _of_stage(stage: Stage) -> Mapping[str, float]:
     }
 
 
-def write(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path) -> None:
-    """JSON with what the plan was made of, or the rows alone as CSV, by the file's ending."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".csv":
-        write_atomically(path, to_json({**about, "rows": list(rows)}, indent=1) + "\n")
-        return
+def claim_plan(path: Path, inputs: Sequence[Path | str] = (), *, force: bool = False) -> Path:
+    """Where a plan may be written; see :func:`hpc_oialr.outputs.claim`."""
+    return claim(path, _PLAN, inputs=inputs, force=force)
+
+
+def write(
+    rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path, *, force: bool = False
+) -> None:
+    """JSON with what the plan was made of, or the rows alone as CSV, by the file's ending.
+
+    Raises
+    ------
+    OutputError
+        If the path holds something else than an earlier plan, and ``force`` is not set.
+    """
+    target = claim_plan(path, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target) as draft:
+        draft.write_text(_csv(rows) if path.suffix == ".csv" else _json(rows, about), encoding="utf-8")
+
+
+def _json(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    return to_json({**about, "rows": list(rows)}, indent=1) + "\n"
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for found in rows for name in found))
-    text = io.StringIO()
+    text = io.StringIO(newline="")
     table = csv.DictWriter(text, names)
     table.writeheader()
     table.writerows(rows)
-    write_atomically(path, text.getvalue())
+    return text.getvalue()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.outputs import require_absent
 from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.system_errors import read_json
 
@@ -78,6 +79,11 @@ class RunFolder:
         return self.path / "job.json"
 
     @property
+    def owner(self) -> Path:
+        """Who works in the folder now; there while somebody does."""
+        return self.path / "owner.json"
+
+    @property
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
@@ -86,6 +92,25 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run here came to its end."""
         return self.summary.exists()
+
+    def require_new(self) -> None:
+        """See that a run can begin here without writing over anything.
+
+        Raises
+        ------
+        OutputError
+            If a file of a name that a run writes is there, and no run or job has made the folder.
+        """
+        if not (self.holds_run or self.owner.exists() or self.job.exists()):
+            written = (
+                self.environment,
+                self.metrics,
+                self.updates,
+                self.spectra,
+                self.checkpoints,
+                self.summary,
+            )
+            require_absent(self.path, [path.name for path in written], "a run")
 
     def create(self) -> RunFolder:
         """Make the folder and those inside, readable by their owner only; what exists is kept."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 from hpc_oialr.errors import UnknownNameError
+from hpc_oialr.outputs import new_folder
 from hpc_oialr.spectra import tables
 from hpc_oialr.spectra.reader import Spectra
 
@@ -14,7 +14,7 @@ Format = Literal["csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-def export(path: Path | str, form: str, out: Path | None = None) -> list[Path]:
+def export(path: Path | str, form: str, out: Path | None = None, *, force: bool = False) -> list[Path]:
     """Write a record's tables; the files that were written.
 
     ``events``: a row per layer and event; ``steps``: a row per step range; singular values as a column of lists
@@ -28,6 +28,8 @@ def export(path: Path | str, form: str, out: Path | None = None) -> list[Path]:
         "csv" or "parquet".
     out
         Folder to write; default ``spectra_FORMAT`` beside the record.
+    force
+        Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
 
     Raises
     ------
@@ -35,43 +37,36 @@ def export(path: Path | str, form: str, out: Path | None = None) -> list[Path]:
         For another format.
     DataError
         If the record is damaged.
+    OutputError
+        If the folder holds what no export wrote.
     MissingExtraError
         Without pandas, or for Parquet without pyarrow.
     """
     if form not in FORMATS:
         raise UnknownNameError("format", form, FORMATS)
     path = Path(path)
-    folder = out or (path if path.is_dir() else path.parent) / f"spectra_{form}"
-    with Spectra(path) as run:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _parquet(run, folder) if form == "parquet" else _csv(run, folder)
+    source = path if path.is_dir() else path.parent
+    folder = out or source / f"spectra_{form}"
+    with (
+        Spectra(path) as run,
+        new_folder(folder, "oialr spectra export", inputs=[source], force=force) as draft,
+    ):
+        names = _parquet(run, draft) if form == "parquet" else _csv(run, draft)
+    return [folder / name for name in names]
 
 
-def _parquet(run: Spectra, folder: Path) -> list[Path]:
+def _parquet(run: Spectra, folder: Path) -> list[str]:
     tables.need("pyarrow", "a Parquet file")
-    events, steps = folder / "events.parquet", folder / "steps.parquet"
-    _whole(events, lambda draft: run.to_pandas(singular_values=True).to_parquet(draft, index=False))
-    _whole(steps, lambda draft: run.to_pandas("steps").to_parquet(draft, index=False))
-    return [events, steps]
+    run.to_pandas(singular_values=True).to_parquet(folder / "events.parquet", index=False)
+    run.to_pandas("steps").to_parquet(folder / "steps.parquet", index=False)
+    return ["events.parquet", "steps.parquet"]
 
 
-def _csv(run: Spectra, folder: Path) -> list[Path]:
-    names = ("events", "steps", "singular_values")
-    events, steps, values = (folder / f"{name}.csv" for name in names)
-    _whole(events, lambda draft: run.to_pandas().to_csv(draft, index=False))
-    _whole(steps, lambda draft: run.to_pandas("steps").to_csv(draft, index=False))
-    _whole(values, lambda draft: _values_csv(run, draft))
-    return [events, steps, values]
-
-
-def _values_csv(run: Spectra, draft: Path) -> None:
-    """Layer by layer: all values of a long run at once are many gigabytes of text."""
-    with draft.open("w", encoding="utf-8", newline="") as file:
+def _csv(run: Spectra, folder: Path) -> list[str]:
+    run.to_pandas().to_csv(folder / "events.csv", index=False)
+    run.to_pandas("steps").to_csv(folder / "steps.csv", index=False)
+    # Layer by layer: all values of a long run at once are many gigabytes of text.
+    with (folder / "singular_values.csv").open("w", encoding="utf-8", newline="") as file:
         for place, layer in enumerate(run.values()):
             tables.values_to_pandas(layer).to_csv(file, index=False, header=place == 0)
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    write(draft)
-    draft.replace(path)
+    return ["events.csv", "steps.csv", "singular_values.csv"]

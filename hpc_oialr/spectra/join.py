@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_oialr.outputs import Kind
 from hpc_oialr.spectra.layout import describe, write_whole
 from hpc_oialr.spectra.pieces import Piece
 from hpc_oialr.spectra.quantities import spectral_quantities
@@ -78,6 +79,19 @@ def write_rows(rows: Rows, attributes: Mapping[str, Any], target: Path) -> None:
     with _draft(target, attributes, 0) as file:
         write_whole(file, rows)
     _publish(target, lambda: False)
+
+
+def written_by(command: str) -> Kind:
+    """Records that a command wrote: the root's attribute ``written_by`` says so."""
+
+    def is_own(path: Path) -> bool:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                return bool(file.attrs.get("written_by") == command)
+        except OSError:
+            return False
+
+    return Kind(f"a record of {command}", is_own)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
-from hpc_oialr.spectra.join import write_rows
+from hpc_oialr.outputs import claim
+from hpc_oialr.spectra.join import write_rows, written_by
 from hpc_oialr.spectra.memory_file import Image, memory_file
 from hpc_oialr.spectra.names import files_of
 from hpc_oialr.spectra.pieces import DAMAGE
@@ -48,7 +49,7 @@ class Salvage:
     lost: tuple[str, ...]
 
 
-def repair(path: Path | str, target: Path | None = None) -> Salvage:
+def repair(path: Path | str, target: Path | None = None, *, force: bool = False) -> Salvage:
     """Write all rows that can be read into a new file; what is there stays as it is.
 
     Each chunk of a table has a checksum, and so has each of HDF5's own blocks: what is read is right. A chunk of
@@ -61,16 +62,22 @@ def repair(path: Path | str, target: Path | None = None) -> Salvage:
         A run's folder, its ``spectra.h5``, with all segments and the files of all processes, or one segment.
     target
         What to write; default the path with ``.repaired.h5`` behind.
+    force
+        Replace a file that is no repaired record; see :func:`hpc_oialr.outputs.claim`.
 
     Raises
     ------
     DataError
         If nothing can be read.
+    OutputError
+        If the target is another file than an earlier repaired record.
     """
     path = Path(path)
     head = path / "spectra.h5" if path.is_dir() else path
     target = target or head.with_name(f"{head.name}.repaired.h5")
-    wrecks = [_Wreck(file) for file in files_of(head)]
+    files = files_of(head)
+    written = claim(target, written_by("oialr spectra repair"), inputs=[*files, head.parent], force=force)
+    wrecks = [_Wreck(file) for file in files]
     rows = together([wreck.rows() for wreck in wrecks])
     lost = tuple(sentence for wreck in wrecks for sentence in wreck.lost)
     if not rows:
@@ -78,7 +85,7 @@ def repair(path: Path | str, target: Path | None = None) -> Salvage:
     attributes: dict[str, Any] = {}
     for wreck in reversed(wrecks):
         attributes |= wreck.attributes
-    write_rows(rows, attributes, target)
+    write_rows(rows, {**attributes, "written_by": "oialr spectra repair"}, written)
     return Salvage(target, len(rows.layers), sum(len(layer.events) for layer in rows.layers), lost)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +212,19 @@ def leave(world: World) -> None:
     world.close()
 
 
+def on_main(world: World, check: Callable[[], object]) -> None:
+    """What fails on the main process fails on all."""
+    failure: OIALRError | None = None
+    if world.is_main:
+        try:
+            check()
+        except OIALRError as error:
+            failure = error
+    failure = world.broadcast_object(failure)
+    if failure is not None:
+        raise failure
+
+
 def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
     """A new run folder; the settings come last, they make it one."""
     if world.is_main:
@@ -222,6 +235,7 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
 
 
 def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop: StopRequest | None) -> Result:
+    on_main(world, folder.require_new)
     if loaded.config.train.health_check:
         check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
     with world.reported("the run's communication", only_communication=True):

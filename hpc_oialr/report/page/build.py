@@ -13,7 +13,8 @@ from string import Template
 
 from hpc_oialr import __version__
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.record.files import to_json, write_atomically
+from hpc_oialr.outputs import claim, marked, new_file
+from hpc_oialr.record.files import to_json
 from hpc_oialr.report.costs import ratios_to_dense
 from hpc_oialr.report.page import tables
 from hpc_oialr.report.page.drawn import drawn
@@ -23,17 +24,29 @@ from hpc_oialr.report.runs import Run
 SCRIPTS = ("decode.js", "theme.js", "charts.js", "layers.js", "spectrum.js", "runs.js", "page.js")
 
 
-def write_report(runs: Sequence[Run], path: Path) -> Path:
+REPORT = marked("a report page", b"<!DOCTYPE html>", mark=b"hpc_oialr ")
+
+
+def write_report(runs: Sequence[Run], path: Path, *, force: bool = False) -> Path:
     """Write the page of all runs; whole or not at all.
+
+    Parameters
+    ----------
+    force
+        Replace a file that is no report; see :func:`hpc_oialr.outputs.claim`.
 
     Raises
     ------
+    OutputError
+        If the path holds something else than an earlier report.
     MissingExtraError
         Without plotly.
     OSError
         If it cannot be written.
     """
-    write_atomically(path, page(runs, path))
+    target = claim(path, REPORT, inputs=[run.folder.path for run in runs], force=force)
+    with new_file(target) as draft:
+        draft.write_text(page(runs, path), encoding="utf-8")
     return path
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
 from hpc_oialr.errors import ConfigError, MissingExtraError
+from hpc_oialr.outputs import claim, marked, new_file
 
 try:
     import matplotlib
@@ -91,23 +92,39 @@ def new_figure(width: Width, *, height: float = 0.62, columns: int = 1, **option
     return figure, figure.subplots(ncols=columns, **options)
 
 
-def save(figure: Figure, path: Path | str) -> Path:
+FIGURE = marked("a figure", b"\x89PNG", b"%PDF", b"<?xml", mark=b"hpc_oialr")
+
+
+def save(figure: Figure, path: Path | str, *, inputs: Sequence[Path | str] = (), force: bool = False) -> Path:
     """Write PNG, PDF or SVG, by the suffix; whole or not at all.
+
+    Parameters
+    ----------
+    inputs, force
+        As for :func:`hpc_oialr.outputs.claim`.
 
     Raises
     ------
+    OutputError
+        If the path holds something else than an earlier figure.
     ConfigError
         For another suffix.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ConfigError("--out", str(path), f"must end in {', '.join(FORMATS)}", fix="E.g. stability.pdf.")
-    draft = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    # Dates would make two drawings of the same run differ.
-    undated = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[path.suffix.lower()]
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "hpc_oialr"}):
-        figure.savefig(draft, metadata=undated)
-    return draft.replace(path)
+    # The mark by which an earlier figure is known. Dates would make two drawings of the same run differ.
+    metadata: dict[str, dict[str, str | None]] = {
+        ".png": {"Software": "hpc_oialr"},
+        ".pdf": {"Creator": "hpc_oialr", "CreationDate": None},
+        ".svg": {"Creator": "hpc_oialr", "Date": None},
+    }
+    with (
+        new_file(claim(path, FIGURE, inputs=inputs, force=force)) as draft,
+        matplotlib.rc_context({**STYLE, "svg.hashsalt": "hpc_oialr"}),
+    ):
+        figure.savefig(draft, metadata=metadata[path.suffix.lower()])
+    return path
 
 
 def with_grid(axes: Axes) -> Axes:

@@ -1,0 +1,236 @@
+"""What a command may write over: nothing, but its own earlier output, and with ``--force`` one named file.
+
+Every ``--out`` goes through here before any work is done. A command's own earlier output is known by its content,
+never by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_oialr.errors import OIALRError
+
+# Lists the files of a folder that a command wrote, each with its sha256.
+MARKER = "written_by_oialr.json"
+_LOOK = 65_536
+
+
+class OutputError(OIALRError):
+    """An output would destroy what the command did not write."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of output file.
+
+    Attributes
+    ----------
+    title
+        E.g. "a report page"; completes "X exists and is not ...".
+    is_own
+        Whether a file is an earlier output of this kind.
+    """
+
+    title: str
+    is_own: Callable[[Path], bool]
+
+
+def marked(title: str, *beginnings: bytes, mark: bytes) -> Kind:
+    """Files that begin in one of some ways, with a mark near their beginning or end."""
+
+    def is_own(path: Path) -> bool:
+        with path.open("rb") as file:
+            head = file.read(_LOOK)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOOK))
+            return head.startswith(beginnings) and (mark in head or mark in file.read())
+
+    return Kind(title, is_own)
+
+
+def claim(path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool = False) -> Path:
+    """The file to write for an output path, if that destroys nothing; links are followed.
+
+    Parameters
+    ----------
+    inputs
+        Files and folders that are read: they, and what lies in them, are never written over, except by an
+        earlier output of the same kind.
+    force
+        Replace this one file, whatever it is; but no input, no folder and no device.
+
+    Raises
+    ------
+    OutputError
+        If something is there that the command did not write.
+    """
+    target = _resolved(path)
+    if not target.exists():
+        return target
+    if target.is_dir():
+        raise OutputError(f"{path} is a folder, and the output is one file. Name a file in it.")
+    if not target.is_file():
+        raise OutputError(f"{path} is no regular file but a device or a pipe. Name a file.")
+    for each in map(Path, inputs):
+        if each.is_file() and each.samefile(target):
+            raise OutputError(f"{path} is {each}, which is read here. Name another file for the output.")
+    if kind.is_own(target):
+        return target
+    holder = _holder(target, inputs)
+    if holder is not None:
+        raise OutputError(
+            f"{path} belongs to {holder}, which is read here, and is not {kind.title}. Name another file for the "
+            "output."
+        )
+    if not force:
+        raise OutputError(
+            f"{path} exists and is not {kind.title} written by oialr. Name another file for the output, or "
+            "replace this one: --force"
+        )
+    return target
+
+
+def _holder(target: Path, inputs: Sequence[Path | str]) -> Path | None:
+    """The input folder in which a file lies, also under another name (a hard link)."""
+    found = target.stat()
+    for folder in (each for each in map(Path, inputs) if each.is_dir()):
+        if target.is_relative_to(folder.resolve()):
+            return folder
+        if found.st_nlink > 1 and any(file.is_file() and file.samefile(target) for file in folder.rglob("*")):
+            return folder
+    return None
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A name beside a file that :func:`claim` gave; what is written there takes its place at the end, at once.
+
+    After an error nothing of it is left. The name keeps the suffix, by which some libraries choose the format.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        draft = Path(scratch) / f"new{target.suffix}"
+        yield draft
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
+        draft.replace(target)
+
+
+@contextmanager
+def new_folder(
+    path: Path | str, command: str, *, inputs: Sequence[Path | str] = (), force: bool = False
+) -> Iterator[Path]:
+    """An empty folder to write files into; at the end they go into ``path``, and the rest of it is left alone.
+
+    ``path`` must be new, empty, or hold nothing but what the same command wrote there and nobody has changed.
+
+    Parameters
+    ----------
+    command
+        E.g. "oialr export".
+    inputs
+        Folders that are read: none of them, and nothing in them, is written into, unless that is the case.
+    force
+        Write into a folder with other content: files of the same names are replaced, all others stay.
+
+    Raises
+    ------
+    OutputError
+        If something else is there; before anything is written.
+    """
+    target = _resolved(path)
+    earlier = _check_folder(path, target, command, inputs=inputs, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        draft = Path(scratch) / "new"
+        draft.mkdir()
+        yield draft
+        names = sorted(each.name for each in draft.iterdir())
+        marker = {"written_by": command, "files": {name: _sha256(draft / name) for name in names}}
+        (draft / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+        if not target.exists():
+            draft.replace(target)
+            return
+        for name in (*names, MARKER):
+            (draft / name).replace(target / name)
+        for name in set(earlier) - set(names):
+            (target / name).unlink(missing_ok=True)
+
+
+def _check_folder(
+    path: Path | str, target: Path, command: str, *, inputs: Sequence[Path | str], force: bool
+) -> Sequence[str]:
+    """Names of the files there that the command wrote before."""
+    if not target.exists():
+        return ()
+    if not target.is_dir():
+        raise OutputError(f"{path} is a file, and the output is a folder. Name a new folder.")
+    listed = _marker(target, command)
+    own = [
+        name for name, sha in listed.items() if (target / name).is_file() and _sha256(target / name) == sha
+    ]
+    others = sorted({each.name for each in target.iterdir()} - {*own, *((MARKER,) if listed else ())})
+    if not others:
+        return own
+    some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    for folder in (each for each in map(Path, inputs) if each.is_dir()):
+        if target.is_relative_to(folder.resolve()):
+            where = "is" if target == folder.resolve() else "lies in"
+            raise OutputError(
+                f"{path} {where} {folder}, which is read here, and holds {some}. Name a new folder."
+            )
+    if not force:
+        raise OutputError(
+            f"{path} holds what {command} did not write: {some}. Name a new folder, or replace files of the same "
+            "names there, and no others: --force"
+        )
+    return own
+
+
+def _marker(folder: Path, command: str) -> Mapping[str, str]:
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        files = marker["files"] if marker["written_by"] == command else {}
+        return {str(name): str(sha) for name, sha in files.items() if name == Path(name).name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def require_absent(folder: Path, names: Sequence[str], what: str) -> None:
+    """Raise :class:`OutputError` if a folder holds one of the names that will be written there.
+
+    Parameters
+    ----------
+    what
+        What is begun there, e.g. "a run".
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file, and {what} needs a folder. Name a new folder: --out")
+    for name in names:
+        there = folder / name
+        if os.path.lexists(there) and not (there.is_dir() and not any(there.iterdir())):
+            raise OutputError(
+                f"{there} exists already, and {what} would write over it. Name a new folder: --out; or move it "
+                f"away: mv {shlex.quote(str(there))} ELSEWHERE"
+            )
+
+
+def _resolved(path: Path | str) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path} cannot be followed ({error}). Name another output.") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
