@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.tiny_images import RECIPE
 from support.tiny_runs import write_recipe
 
-from hpc_oialr.errors import CheckpointError
+from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.export import export, load_model
 from hpc_oialr.lowrank import low_rank_layers, merge
 from hpc_oialr.processes import World
@@ -74,3 +74,28 @@ def test_tied_weights(tmp_path):
         model = load_model(run.folder)
         assert low_rank_layers(model)
         torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_but_an_earlier_export_is_replaced(run, tmp_path):
+    def files(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "diary.txt").write_text("mine")
+    there = export(run.folder, "dense", out=tmp_path / "model")
+    before = {**files(run.folder), **files(home)}
+    for out in (home, run.folder, run.folder / "checkpoints", run.folder.parent):
+        with pytest.raises(OIALRError, match=r"Name a new folder"):
+            export(run.folder, "dense", out=out)
+    assert {**files(run.folder), **files(home)} == before
+    export(run.folder, "lowrank", out=there)
+    assert sorted(path.name for path in there.iterdir()) == [
+        "config.json",
+        "lowrank.json",
+        "model.safetensors",
+        "written_by_oialr.json",
+    ]
+    export(run.folder, "dense", out=home, force=True)
+    assert (home / "diary.txt").read_text() == "mine"
+    assert (home / "model.safetensors").exists()

@@ -21,7 +21,7 @@ from hpc_oialr.data.sources import (
     SourceError,
     run_program,
 )
-from hpc_oialr.errors import DataError, UnknownNameError
+from hpc_oialr.errors import DataError, OIALRError, UnknownNameError
 
 CONTENT = b"date,value\n"
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -182,3 +182,16 @@ def test_pypi_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_program_that_hangs_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"^sleep took longer than 0\.1 s$"):
         run_program(["sleep", "10"], cwd=tmp_path, timeout_s=0.1)
+
+
+def test_other_files_stay_and_damaged_ones_of_the_user_too(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "a.csv").write_bytes(b"mine too")
+    with pytest.raises(OIALRError, match=r"a\.csv exists already, and fetching toy would write over it"):
+        fetch_into(dataset(Fake()), tmp_path, replace=False)
+    assert (folder / "a.csv").read_bytes() == b"mine too"
+    fetch_into(dataset(Fake()), tmp_path)
+    assert (folder / "a.csv").read_bytes() == CONTENT
+    assert (folder / "notes.txt").read_text() == "mine"
