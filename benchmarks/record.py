@@ -49,7 +49,7 @@ class Demo:
         session = make_session(loaded.config, world)
         run = RunFolder(folder).create()
         self.recorder = Recorder(run, session, open_channel(world), {"config": loaded.tree})
-        self.trainer = Trainer(session, CheckpointStore(run.checkpoints, world), self.recorder)
+        self.trainer = Trainer(session, CheckpointStore(run.checkpoints, world), self.recorder, settings={})
         writer = self.recorder.spectra.writer
         assert writer is not None
         self.writer, self.calls_s = writer, 0.0

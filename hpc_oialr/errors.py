@@ -113,6 +113,10 @@ class CheckpointError(OIALRError, RuntimeError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class FolderLostError(CheckpointError):
+    """The run's folder is gone, or belongs to another process now: nothing may be written there any more."""
+
+
 def check_interval(
     name: str,
     value: float,

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.errors import DataError
 from hpc_oialr.record.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -79,22 +78,17 @@ class MetricsWriter:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All records of a file, also of one that is being written: a torn last line is left out.
 
-    Raises
-    ------
-    DataError
-        If a line before the last is no JSON.
+    Damaged lines are left out too, with a warning that names them: zeros, as a node that lost its power leaves
+    them, or what an editor did.
     """
     *lines, _ = Path(path).read_bytes().split(b"\n")
-    return [_record(line, number, path) for number, line in enumerate(lines, start=1)]
+    return _records(lines, path)
 
 
 def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str, Any]]:
     """The records in a file's last bytes: quick for a long run; none if there is no file.
 
-    Raises
-    ------
-    DataError
-        If a line before the last is no JSON.
+    Damaged lines are left out, with a warning.
     """
     try:
         with Path(path).open("rb") as file:
@@ -103,14 +97,24 @@ def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str,
             _, *lines = ((b"" if start else b"\n") + file.read()).split(b"\n")
     except FileNotFoundError:
         return []
-    return [_record(line, number, path) for number, line in enumerate(lines[:-1], start=1 - len(lines))]
+    return _records(lines[:-1], path, last=bool(start))
 
 
-def _record(line: bytes, number: int, path: Path | str) -> dict[str, Any]:
+def _records(lines: list[bytes], path: Path | str, *, last: bool = False) -> list[dict[str, Any]]:
+    """Records of whole lines; ``last`` if these are the last lines of more."""
+    found = [_record(line) for line in lines]
+    bad = [number for number, record in enumerate(found, start=1) if record is None]
+    if bad:
+        where = f"line {bad[0] - 1 - len(lines)} from the end" if last else f"line {bad[0]}"
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        log.warning("%s of %s%s: no JSON object with a step; left out.", where, path, more)
+    return [record for record in found if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"line {number} of {path} is no JSON; every line must be one object. Remove the line. ({error})"
-        ) from error
-    return record
+        # A block of zeros may stand before a line that is whole.
+        record: Any = json.loads(line.strip(b"\0"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

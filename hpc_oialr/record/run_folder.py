@@ -91,7 +91,11 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run here came to its end."""
-        return self.summary.exists()
+        try:
+            return bool(self.read_summary())
+        except (OSError, ValueError):
+            # A damaged summary is made anew from the last checkpoint.
+            return False
 
     def require_new(self) -> None:
         """See that a run can begin here without writing over anything.

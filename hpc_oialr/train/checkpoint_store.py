@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hpc_oialr.errors import CheckpointError
+from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.processes import World
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,14 @@ class CheckpointStore:
         The processes.
     keep
         How many of the last checkpoints stay.
+    lost
+        Why nothing may be written there any more; "" as long as it may. The main process's word counts.
     """
 
-    def __init__(self, folder: Path, world: World, *, keep: int = 2) -> None:
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(
+        self, folder: Path, world: World, *, keep: int = 2, lost: Callable[[], str] = lambda: ""
+    ) -> None:
+        self.folder, self.world, self.keep, self._lost = folder, world, keep, lost
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` steps."""
@@ -70,7 +74,12 @@ class CheckpointStore:
         ------
         CheckpointError
             On all processes, if one cannot write; earlier checkpoints stay.
+        FolderLostError
+            On all processes, if the run's folder is gone, or another's by now.
         """
+        reason = self.world.broadcast_object(self._lost() if self.world.is_main else "")
+        if reason:
+            raise FolderLostError(f"{reason}; step {step} cannot be saved, and the run ends.")
         target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
         try:
             self._write(draft, target, step, tensors, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import logging
@@ -17,9 +18,9 @@ from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.config_tree import flat
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
+from hpc_oialr.train.same_run import RESUMABLE, differing, fixed_settings, may_change
 from hpc_oialr.train.session import make_session
 from hpc_oialr.train.spectra_record import check_record
 from hpc_oialr.train.stopping import StopRequest
@@ -27,17 +28,6 @@ from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-# What a resumed run may change: where and by whom it is computed, not what is computed.
-RESUMABLE = (
-    "engine",
-    "train.device",
-    "train.timeout_s",
-    "train.stop_signal",
-    "train.health_check",
-    "train.workers",
-    "checkpoint",
-)
 
 
 @dataclass(frozen=True)
@@ -160,24 +150,18 @@ def load_run(folder: Path, settings: Sequence[str] = ()) -> LoadedConfig:
         raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
     for setting in (word for word in settings if word.startswith("--")):
         name = setting[2:].partition("=")[0]
-        if not _may_change(name):
+        if not may_change(name):
             rule = f"cannot change when a run is resumed; those that can: {', '.join(RESUMABLE)}"
             raise OIALRError(f"{name} {rule}. Start another run with oialr train.")
     return load_config(run_folder.config, settings)
 
 
-def _may_change(name: str) -> bool:
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE)
-
-
 def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> None:
     """Raise :class:`OIALRError` that names the first setting that must not differ but does."""
-    theirs, ours = flat(there.tree), flat(here.tree)
-    differing = [
-        name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name) and not _may_change(name)
-    ]
-    if differing:
-        name, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    theirs, ours = fixed_settings(there.tree), fixed_settings(here.tree)
+    names = differing(theirs, ours)
+    if names:
+        name, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise OIALRError(
             f"{folder} holds a run with other settings: {name} is {theirs.get(name)!r} there, {ours.get(name)!r} "
             f"here{more}; only these may differ: {', '.join(RESUMABLE)}. Take another --out, or go on with the "
@@ -226,11 +210,13 @@ def on_main(world: World, check: Callable[[], object]) -> None:
 
 
 def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
-    """A new run folder; the settings come last, they make it one."""
+    """A new run folder, or what is missing in one; the settings come last, they make it one."""
     if world.is_main:
         folder.create()
-        folder.write_environment(environment_report())
-        folder.write_config(loaded.text)
+        if not folder.environment.exists():
+            folder.write_environment(environment_report())
+        if not folder.holds_run:
+            folder.write_config(loaded.text)
     world.barrier()
 
 
@@ -255,13 +241,14 @@ def _train(
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
     check_record(loaded.config.record, channel)
-    if not world.broadcast_object(folder.holds_run):
-        _begin(folder, loaded, world)
-    store = CheckpointStore(folder.checkpoints, world, keep=loaded.config.checkpoint.keep)
+    _begin(folder, loaded, world)
+    store = CheckpointStore(
+        folder.checkpoints, world, keep=loaded.config.checkpoint.keep, lost=lambda: _lost(folder)
+    )
     with _logged(folder, world):
         log.info("metrics go over %s", channel.name)
         recorder = Recorder(folder, session, channel, _attributes(loaded, world), deadline=stop.deadline)
-        trainer = Trainer(session, store, recorder, stop=stop)
+        trainer = Trainer(session, store, recorder, settings=fixed_settings(loaded.tree), stop=stop)
         try:
             trainer.resume()
             summary = summarise(trainer) if trainer.fit() else None
@@ -269,11 +256,27 @@ def _train(
                 recorder.finish()
         finally:
             recorder.close()
-        if summary is not None and world.is_main:
-            folder.write_summary(summary)
+        if summary is not None:
+            on_main(world, functools.partial(_write_summary, folder, summary))
         world.barrier()
         session.engine.end()
     return Result(folder.path, summary)
+
+
+def _lost(folder: RunFolder) -> str:
+    """Why nothing may be written into the run's folder any more."""
+    return "" if folder.holds_run else f"{folder.path} was removed while its run was going on"
+
+
+def _write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    try:
+        if reason := _lost(folder):
+            raise CheckpointError(f"{reason}; the run is lost.")
+        folder.write_summary(summary)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.summary} cannot be written ({error}). Put that right, then: oialr resume {folder.path}"
+        ) from error
 
 
 def _attributes(loaded: LoadedConfig, world: World) -> dict[str, Any]:
@@ -293,7 +296,7 @@ def _attributes(loaded: LoadedConfig, world: World) -> dict[str, Any]:
 def _logged(folder: RunFolder, world: World) -> Iterator[None]:
     """This process's log in the folder, meanwhile."""
     logger = logging.getLogger("hpc_oialr")
-    handler = logging.FileHandler(folder.logs / f"process_{world.rank}.log")
+    handler = _log_file(folder.logs / f"process_{world.rank}.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     before = logger.level
     logger.setLevel(logging.INFO)
@@ -304,3 +307,13 @@ def _logged(folder: RunFolder, world: World) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before)
         handler.close()
+
+
+def _log_file(path: Path) -> logging.Handler:
+    """The log is worth a warning, not a run."""
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        return logging.FileHandler(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): this process keeps no log.", path, error)
+        return logging.NullHandler()

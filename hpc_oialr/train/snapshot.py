@@ -13,6 +13,7 @@ from hpc_oialr.train import optimizer_state
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.fingerprint import require_same
+from hpc_oialr.train.same_run import require_same_data, require_settings, stored
 from hpc_oialr.train.seeds import generator_state, restore_generators, seed_process
 from hpc_oialr.train.session import Session
 
@@ -45,8 +46,14 @@ class Progress:
     checkpoint_s: float = 0.0
 
 
-def save(store: CheckpointStore, session: Session, progress: Progress, clocks: Clocks) -> None:
-    """Write a checkpoint; a collective call.
+def save(
+    store: CheckpointStore,
+    session: Session,
+    progress: Progress,
+    clocks: Clocks,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint with the settings it is of; a collective call.
 
     Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits, as far as
     the device allows: on GPUs DDP orders its buckets anew in the step after it was made.
@@ -67,6 +74,8 @@ def save(store: CheckpointStore, session: Session, progress: Progress, clocks: C
         "progress": vars(progress),
         "world_size": session.world.size,
         "seed": session.config.train.seed,
+        "settings": stored(settings),
+        "samples": _samples(session),
         "model": session.identity,
         "example": session.example,
         "controller": session.controller.state_dict(),
@@ -79,18 +88,29 @@ def save(store: CheckpointStore, session: Session, progress: Progress, clocks: C
     session.controller.rewrap()
 
 
-def load(store: CheckpointStore, step: int, session: Session, clocks: Clocks) -> Progress:
+def _samples(session: Session) -> dict[str, int]:
+    splits = session.splits
+    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: len(part) for name, part in parts.items() if part is not None}
+
+
+def load(
+    store: CheckpointStore, step: int, session: Session, clocks: Clocks, settings: Mapping[str, Any]
+) -> Progress:
     """Put the checkpoint of ``step`` into a fresh session; where the run stands then.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint is of another model.
+        If the checkpoint is of a run with other settings, on other data, or of another model.
     ModelError
         If its low-rank layers are not among the settings' ones.
     """
     state = store.read_state(step)
-    require_same(session.identity, state["model"], str(store.path(step)))
+    where = str(store.path(step))
+    require_settings(state, settings, where)
+    require_same_data(state, _samples(session), where)
+    require_same(session.identity, state["model"], where)
     session.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
     with torch.no_grad():
         here = session.engine.model_tensors(session.module)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
-from hpc_oialr.errors import CheckpointError
+from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.processes.agreement import Agreement
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import snapshot
@@ -37,6 +37,8 @@ class Trainer:
         Where checkpoints go.
     recorder
         What writes and shows the run.
+    settings
+        Those that may not change; see :mod:`hpc_oialr.train.same_run`.
     stop
         What may end the run early. Once any process wants to stop, all write a checkpoint after the same
         step, the next one, and stop.
@@ -48,9 +50,11 @@ class Trainer:
         store: CheckpointStore,
         recorder: Recorder,
         *,
+        settings: Mapping[str, Any],
         stop: StopRequest | None = None,
     ) -> None:
         self.session, self.store, self.recorder = session, store, recorder
+        self.settings = settings
         self.stopping = Stopping(stop or StopRequest())
         self._agreement = Agreement(session.world)
         self.config = session.config
@@ -66,7 +70,7 @@ class Trainer:
         """Go on from the last whole checkpoint; from the start if there is none."""
         step = self.store.latest()
         if step is not None:
-            self.progress = snapshot.load(self.store, step, self.session, self.clocks)
+            self.progress = snapshot.load(self.store, step, self.session, self.clocks, self.settings)
             self._saved = step
             self.stopping.saved(self.progress.checkpoint_s)
 
@@ -195,6 +199,8 @@ class Trainer:
         """Write a checkpoint on the way; without room for it the training goes on, to the next one."""
         try:
             self.save()
+        except FolderLostError:
+            raise
         except CheckpointError as error:
             log.warning("step %d: %s The training goes on.", self.progress.step, error)
 
@@ -213,7 +219,7 @@ class Trainer:
         self.progress.checkpoint_s = self.stopping.checkpoint_s
         before = self.clocks.seconds["checkpoint"]
         with self.clocks.aside("checkpoint"):
-            snapshot.save(self.store, self.session, self.progress, self.clocks)
+            snapshot.save(self.store, self.session, self.progress, self.clocks, self.settings)
         self.stopping.saved(self.clocks.seconds["checkpoint"] - before)
         self._saved = self.progress.step
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_oialr.errors import DataError
 from hpc_oialr.record import MetricsWriter, read_metrics
+from hpc_oialr.record.metrics import read_last_metrics
 
 
 def test_lines_come_back(tmp_path: Path) -> None:
@@ -73,13 +73,17 @@ def test_a_file_of_one_torn_line(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(
-        DataError, match=r"line 2 of .*metrics.jsonl is no JSON; every line must be one object"
-    ):
-        read_metrics(path)
+    zeros = b"\0" * 4096
+    path.write_bytes(b'{"step": 1}\nnonsense\n' + zeros + b'{"step": 2}\n' + zeros + b'\n[3]\n{"step": 4}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 4}]
+    assert caplog.messages == [f"line 2 of {path} and 2 more: no JSON object with a step; left out."]
+    assert read_last_metrics(path, size=20) == [{"step": 4}]
+    writer = MetricsWriter(path)
+    writer.truncate_after(2)
+    writer.close()
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 KILL = """
