@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from hpc_oialr.outputs import require_absent
 from hpc_oialr.processes import launch_info
 from hpc_oialr.record.files import write_atomically
 from hpc_oialr.record.metrics import read_metrics
+from hpc_oialr.record.owner import Claim
+from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
-from hpc_oialr.train.run import join, leave, on_main, train_or_resume
+from hpc_oialr.train.run import join, leave, on_main, owned, train_or_resume
 
 SIDES = ("dense", "oialr")
 
@@ -71,8 +74,9 @@ def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
     if launch_info().size > 1:
         _run_here(sides, folder)
     else:
-        _begin(sides, folder)
-        _run_fresh(sides, folder)
+        with closing(Claim("oialr compare").take(RunFolder(folder))):
+            _begin(sides, folder)
+            _run_fresh(sides, folder)
     return collect(folder)
 
 
@@ -175,9 +179,10 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
     world = join(sides["oialr"])
-    on_main(world, lambda: _begin(sides, folder))
-    for side, loaded in sides.items():
-        train_or_resume(loaded, folder / side, world=world)
+    with owned(RunFolder(folder), world, Claim("oialr compare")):
+        on_main(world, lambda: _begin(sides, folder))
+        for side, loaded in sides.items():
+            train_or_resume(loaded, folder / side, world=world)
     leave(world)
 
 

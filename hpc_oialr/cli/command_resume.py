@@ -9,6 +9,7 @@ from typing import Any
 from hpc_oialr.cli.command_train import finish
 from hpc_oialr.cli.console import add_command, show_warnings
 from hpc_oialr.launch.life import stop_requests
+from hpc_oialr.launch.states import job_over
 
 EXAMPLES = """  oialr resume runs/first
   torchrun --nproc-per-node 4 -m hpc_oialr resume runs/first --engine FSDP
@@ -25,8 +26,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Resume, then print the folder and a table; see :mod:`hpc_oialr.exit_codes` for what it returns."""
+    from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.run import load_run, resume
 
     show_warnings()
     with stop_requests(load_run(arguments.folder, arguments.settings)) as stop:
-        return finish(resume(arguments.folder, settings=arguments.settings, stop=stop))
+        claim = Claim("oialr resume", job_over)
+        return finish(resume(arguments.folder, settings=arguments.settings, stop=stop, claim=claim))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from hpc_oialr.cli.console import add_command, console, show_warnings, summary_t
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.launch.batch_record import note_job
 from hpc_oialr.launch.life import code_of, stop_requests
+from hpc_oialr.launch.states import job_over
 from hpc_oialr.record.run_folder import default_folder
 
 if TYPE_CHECKING:
@@ -75,12 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(loaded: LoadedConfig, arguments: argparse.Namespace, stop: StopRequest) -> Result:
+    from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.run import train, train_or_resume
 
     folder = arguments.out or default_folder(arguments.recipe)
-    if arguments.go_on:
-        note_job(folder, arguments.recipe)
-    return (train_or_resume if arguments.go_on else train)(loaded, folder, stop=stop)
+    if not arguments.go_on:
+        return train(loaded, folder, stop=stop, claim=Claim("oialr train", job_over))
+    claim = Claim("oialr train --continue", job_over, partial(note_job, folder, arguments.recipe))
+    return train_or_resume(loaded, folder, stop=stop, claim=claim)
 
 
 def finish(result: Result) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.scontrol import end_of
+from hpc_oialr.launch.states import job_over
 from hpc_oialr.processes.batch_job import batch_job, max_requeues
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.signals import heed
@@ -39,13 +40,14 @@ def run_job(recipe: str | Path, folder: Path, settings: Sequence[str] = (), *, d
     OIALRError
         What the user can put right, and :class:`ProcessLostError`; ``exit_codes.of_error`` gives its code.
     """
+    from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.load_config import dense_twin, load_config
     from hpc_oialr.train.run import train_or_resume
 
     loaded = load_config(recipe, settings)
     loaded = dense_twin(loaded, own=True) if dense else loaded
     with stop_requests(loaded) as stop:
-        return code_of(train_or_resume(loaded, folder, stop=stop))
+        return code_of(train_or_resume(loaded, folder, stop=stop, claim=Claim("a submitted job", job_over)))
 
 
 @contextmanager

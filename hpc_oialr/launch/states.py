@@ -52,6 +52,15 @@ def _by_ps(process_id: str) -> str:
         return ""
 
 
+def job_over(job: str) -> bool | None:
+    """Whether a Slurm job will not run again; None if Slurm cannot be asked."""
+    slurm = Slurm()
+    found = slurm.states([job]).get(job)
+    if found is not None:
+        return found.over
+    return True if slurm.reached else None
+
+
 class Over:
     """Whether a job is over; asks for its state now and then only, however often it is called."""
 

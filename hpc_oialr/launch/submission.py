@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import ExitStack, closing, redirect_stderr, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,6 +16,8 @@ from hpc_oialr.launch.job_file import JobFile
 from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
 from hpc_oialr.launch.site import Site, at_site, read_site
+from hpc_oialr.launch.states import job_over
+from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
@@ -134,15 +136,22 @@ class Submission:
         for run in self.runs:
             check_free(run)
         executor, new = self._executor(), not self.folder.exists()
-        self._prepare()
-        try:
-            jobs = _submit(executor, self.runs)
-        except OIALRError:
-            if new:
-                self._remove_made()
-            raise
-        for run, job in zip(self.runs, jobs, strict=True):
-            self._job_file(job.job_id).write(RunFolder(run.folder))
+        folders = [RunFolder(run.folder) for run in self.runs]
+        with ExitStack() as stack:
+            claim = Claim("oialr submit", job_over)
+            held = [stack.enter_context(closing(claim.take(folder))) for folder in folders]
+            self._prepare()
+            try:
+                jobs = _submit(executor, self.runs)
+            except OIALRError:
+                stack.close()
+                if new:
+                    self._remove_made()
+                raise
+            for folder, ownership, job in zip(folders, held, jobs, strict=True):
+                self._job_file(job.job_id).write(folder)
+                if self.request.executor == "slurm":
+                    ownership.hand_over(job.job_id)
         return jobs
 
     @property

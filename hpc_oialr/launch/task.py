@@ -16,6 +16,7 @@ from hpc_oialr.errors import OIALRError
 from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
 from hpc_oialr.launch.trust import require_own
 from hpc_oialr.processes.environment import launch_info
+from hpc_oialr.processes.identity import end_with_parent
 from hpc_oialr.processes.signals import leave_upon_term
 from hpc_oialr.streams import tolerate_output_failures
 
@@ -41,6 +42,9 @@ def entry() -> None:
     code: object = 1
     tolerate_output_failures()
     leave_upon_term(PROCESS_LOST)
+    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+        # Of its controller nobody would hear any more, and the next submission would find the folder in use.
+        end_with_parent()
     try:
         code = main(Path(sys.argv[1]))
     except SystemExit as left:

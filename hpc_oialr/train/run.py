@@ -7,16 +7,17 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.errors import CheckpointError, OIALRError
+from hpc_oialr.errors import CheckpointError, FolderLostError, OIALRError
 from hpc_oialr.masking import MaskingFormatter, mask_tree
 from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
+from hpc_oialr.record.owner import Claim, Ownership
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.recorder import Recorder
@@ -47,7 +48,12 @@ class Result:
 
 
 def train(
-    loaded: LoadedConfig, folder: Path, *, world: World | None = None, stop: StopRequest | None = None
+    loaded: LoadedConfig,
+    folder: Path,
+    *,
+    world: World | None = None,
+    stop: StopRequest | None = None,
+    claim: Claim | None = None,
 ) -> Result:
     """Train from the start in a new run folder; a collective call.
 
@@ -61,9 +67,13 @@ def train(
         The processes; default those of the launcher.
     stop
         What may end the run early.
+    claim
+        How the folder is claimed.
 
     Raises
     ------
+    FolderInUseError
+        If another process works in the folder.
     OIALRError
         If the folder holds a run, or settings, data and world do not fit each other.
     """
@@ -75,11 +85,16 @@ def train(
                 f"{folder} already holds a run. Go on with it: oialr resume {folder}, or --continue; or take "
                 "another --out."
             )
-        return _run(loaded, run_folder, joined, stop)
+        return _run(loaded, run_folder, joined, stop, claim)
 
 
 def train_or_resume(
-    loaded: LoadedConfig, folder: Path, *, world: World | None = None, stop: StopRequest | None = None
+    loaded: LoadedConfig,
+    folder: Path,
+    *,
+    world: World | None = None,
+    stop: StopRequest | None = None,
+    claim: Claim | None = None,
 ) -> Result:
     """Begin a run, or go on with it if ``folder`` holds it, or return at once if it is finished.
 
@@ -87,7 +102,7 @@ def train_or_resume(
 
     Parameters
     ----------
-    loaded, folder, world, stop
+    loaded, folder, world, stop, claim
         As for :func:`train`.
 
     Raises
@@ -101,7 +116,7 @@ def train_or_resume(
     if run_folder.finished:
         return Result(folder, run_folder.read_summary())
     with _joined(world, loaded) as joined:
-        return _run(loaded, run_folder, joined, stop)
+        return _run(loaded, run_folder, joined, stop, claim)
 
 
 def resume(
@@ -110,6 +125,7 @@ def resume(
     settings: Sequence[str] = (),
     world: World | None = None,
     stop: StopRequest | None = None,
+    claim: Claim | None = None,
 ) -> Result:
     """Go on with a run from its last whole checkpoint, or from its start if it has none; a collective call.
 
@@ -132,7 +148,7 @@ def resume(
     if run_folder.finished:
         return Result(folder, run_folder.read_summary())
     with _joined(world, loaded) as joined:
-        return _run(loaded, run_folder, joined, stop)
+        return _run(loaded, run_folder, joined, stop, claim)
 
 
 def load_run(folder: Path, settings: Sequence[str] = ()) -> LoadedConfig:
@@ -220,13 +236,18 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
     world.barrier()
 
 
-def _run(loaded: LoadedConfig, folder: RunFolder, world: World, stop: StopRequest | None) -> Result:
+def _run(
+    loaded: LoadedConfig, folder: RunFolder, world: World, stop: StopRequest | None, claim: Claim | None
+) -> Result:
+    claim = claim or Claim()
     on_main(world, folder.require_new)
+    # Now, before data are loaded; taken it is when all that can fail at once has not.
+    on_main(world, functools.partial(claim.check, folder))
     if loaded.config.train.health_check:
         check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
     with world.reported("the run's communication", only_communication=True):
         channel = open_channel(world)
-        result = _train(loaded, folder, channel, world, stop or StopRequest())
+        result = _train(loaded, folder, channel, world, stop or StopRequest(), claim)
     channel.close()
     return result
 
@@ -237,15 +258,21 @@ def _train(
     channel: MetricsChannel,
     world: World,
     stop: StopRequest,
+    claim: Claim,
 ) -> Result:
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
     check_record(loaded.config.record, channel)
-    _begin(folder, loaded, world)
-    store = CheckpointStore(
-        folder.checkpoints, world, keep=loaded.config.checkpoint.keep, lost=lambda: _lost(folder)
-    )
-    with _logged(folder, world):
+    with owned(folder, world, claim) as held, _logged(folder, world):
+        _begin(folder, loaded, world)
+        asked = stop.asked
+        stop = replace(stop, asked=lambda: asked() or (held.lost if held else ""))
+        store = CheckpointStore(
+            folder.checkpoints,
+            world,
+            keep=loaded.config.checkpoint.keep,
+            lost=lambda: _lost(folder, held),
+        )
         log.info("metrics go over %s", channel.name)
         recorder = Recorder(folder, session, channel, _attributes(loaded, world), deadline=stop.deadline)
         trainer = Trainer(session, store, recorder, settings=fixed_settings(loaded.tree), stop=stop)
@@ -257,21 +284,32 @@ def _train(
         finally:
             recorder.close()
         if summary is not None:
-            on_main(world, functools.partial(_write_summary, folder, summary))
+            on_main(world, functools.partial(_write_summary, folder, summary, held))
         world.barrier()
         session.engine.end()
     return Result(folder.path, summary)
 
 
-def _lost(folder: RunFolder) -> str:
+@contextmanager
+def owned(folder: RunFolder, world: World, claim: Claim) -> Iterator[Ownership | None]:
+    """The folder is this run's meanwhile; the main process holds it for all."""
+    taken: list[Ownership] = []
+    on_main(world, lambda: taken.append(claim.take(folder)))
+    with closing(taken[0]) if taken else nullcontext() as held:
+        yield held
+
+
+def _lost(folder: RunFolder, held: Ownership | None) -> str:
     """Why nothing may be written into the run's folder any more."""
-    return "" if folder.holds_run else f"{folder.path} was removed while its run was going on"
+    if not folder.holds_run:
+        return f"{folder.path} was removed while its run was going on"
+    return held.look() if held is not None else ""
 
 
-def _write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+def _write_summary(folder: RunFolder, summary: dict[str, Any], held: Ownership | None) -> None:
+    if reason := _lost(folder, held):
+        raise FolderLostError(f"{reason}; the run's result is lost.")
     try:
-        if reason := _lost(folder):
-            raise CheckpointError(f"{reason}; the run is lost.")
         folder.write_summary(summary)
     except OSError as error:
         raise CheckpointError(

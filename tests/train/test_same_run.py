@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from support.train_workers import losses, stop_at_step
 
 from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.processes import World
+from hpc_oialr.record.owner import Claim, FolderInUseError
+from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import load_config
-from hpc_oialr.train.run import resume, train
+from hpc_oialr.train.run import resume, train, train_or_resume
 from hpc_oialr.train.same_run import differing, fixed_settings
 from hpc_oialr.train.stopping import StopRequest
 
@@ -145,3 +148,23 @@ def test_a_run_whose_folder_is_removed_is_an_error(recipe, tmp_path):
         train(load_config(recipe), folder, world=WORLD, stop=StopRequest(asked))
     assert len(steps) == 5
     assert not folder.exists()
+
+
+def test_a_folder_in_use_is_left_alone_and_one_that_was_taken_too(recipe, stopped):
+    folder = RunFolder(stopped)
+    files = sorted(stopped.rglob("*"))
+    with closing(Claim("oialr train").take(folder)):
+        with pytest.raises(FolderInUseError, match=r"is in use by process \d+ on .* \(oialr train, since"):
+            resume(stopped, world=WORLD)
+        with pytest.raises(FolderInUseError):
+            train_or_resume(load_config(recipe), stopped, world=WORLD)
+    assert sorted(stopped.rglob("*")) == files
+
+    def asked() -> str:
+        owner = json.loads(folder.owner.read_text())
+        folder.owner.write_text(json.dumps({**owner, "token": "another", "host": "far"}))
+        return ""
+
+    with pytest.raises(FolderLostError, match=r"was taken by process \d+ on far .*; step 10 cannot be saved"):
+        resume(stopped, world=WORLD, stop=StopRequest(asked))
+    assert not (stopped / "checkpoints" / "step_00000010").exists()

@@ -1,0 +1,54 @@
+"""Which process this is, in words that another process, on this host or elsewhere, can check."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from hpc_oialr.processes.environment import node_name
+
+_PR_SET_PDEATHSIG = 1
+
+
+def process_space() -> str:
+    """What processes must share to see each other under the same numbers: the running kernel and its namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return node_name()
+
+
+def started(pid: int) -> str:
+    """When a process of this space was started, exactly enough to tell it from a later one of its number.
+
+    "" if there is no such process, or only the entry of a dead one.
+    """
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        return "" if Path("/proc/self/stat").exists() else _by_ps(pid)
+
+
+def _by_ps(pid: int) -> str:
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def end_with_parent() -> None:
+    """Let the kernel send TERM to this process when its parent dies; on Linux only."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,298 @@
+"""Who works in a run folder: one process at a time, on whatever host.
+
+``owner.json`` is there while somebody does. Its time of modification is the owner's last sign of life, set by the file
+server's clock; so is the time it is compared with, so that clocks of hosts do not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hpc_oialr.errors import OIALRError
+from hpc_oialr.processes.batch_job import batch_job
+from hpc_oialr.processes.environment import node_name
+from hpc_oialr.processes.identity import process_space, started
+from hpc_oialr.record.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+# Between two signs of life; silence after which an owner that nobody can ask about counts as dead; and after which one
+# does whose job Slurm says is over (it may be another cluster's job of the same number) (s).
+BEAT_S, SILENT_S, SILENT_JOB_S = 20.0, 300.0, 50.0
+# The command that submits a run holds its folder until the job does (s).
+_HANDOVER_S = 60.0
+_SUBMIT = "oialr submit"
+
+
+class FolderInUseError(OIALRError):
+    """Another process works in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Who holds a folder.
+
+    Attributes
+    ----------
+    command
+        E.g. "oialr train".
+    host, pid
+        Where; process 0 for a job that was submitted and has not begun.
+    space, started
+        What makes the process number unique; see :mod:`hpc_oialr.processes.identity`.
+    job, restarts
+        The Slurm job, and how often it had been requeued; "" without one.
+    since
+        ISO 8601.
+    token
+        Of this claim alone.
+    """
+
+    command: str
+    host: str = field(default_factory=node_name)
+    pid: int = field(default_factory=os.getpid)
+    space: str = field(default_factory=process_space)
+    started: str = field(default_factory=lambda: started(os.getpid()))
+    job: str = ""
+    restarts: int = 0
+    since: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def here(cls, command: str) -> Owner:
+        """This process."""
+        job = batch_job()
+        return (
+            cls(command=command) if job is None else cls(command=command, job=job.id, restarts=job.restarts)
+        )
+
+    def __str__(self) -> str:
+        who = f"process {self.pid} on {self.host}" if self.pid else f"a job submitted on {self.host}"
+        return f"{who}{f', job {self.job}' if self.job else ''} ({self.command}, since {self.since})"
+
+
+def _nobody_knows(job: str) -> bool | None:
+    return None
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """How a run folder is claimed.
+
+    Parameters
+    ----------
+    command
+        What claims it.
+    job_over
+        Whether a Slurm job is over; None if nobody can say.
+    first
+        What to do before the run begins, if nobody else holds the folder.
+    """
+
+    command: str = "python"
+    job_over: Callable[[str], bool | None] = _nobody_knows
+    first: Callable[[], object] = _nothing
+
+    def check(self, folder: RunFolder) -> None:
+        """Raise :class:`FolderInUseError` if another process holds the folder; else do what is to be done first."""
+        if folder.owner.exists():
+            # The only way to know how late it is for the file server.
+            self.take(folder).close()
+        self.first()
+
+    def take(self, folder: RunFolder) -> Ownership:
+        """Make this process the owner.
+
+        Raises
+        ------
+        FolderInUseError
+            If another one is, and lives as far as can be known; names it.
+        OIALRError
+            If the folder cannot be written.
+        """
+        mine = Owner.here(self.command)
+        draft = folder.path / f".owner.{mine.token}"
+        try:
+            folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write(draft, mine)
+            self._replace_dead(folder, mine, draft)
+        except OSError as error:
+            raise OIALRError(
+                f"{folder.owner} cannot be written ({error}). Name another folder: --out"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+        return Ownership(folder, mine)
+
+    def _replace_dead(self, folder: RunFolder, mine: Owner, draft: Path) -> None:
+        end = time.monotonic() + _HANDOVER_S
+        while not _link(draft, folder.owner):
+            found = _read(folder.owner)
+            if found is None:
+                continue
+            holder, beat = found
+            os.utime(draft)
+            silent_s = max(0.0, draft.stat().st_mtime - beat)
+            wait = self._life(holder, mine, silent_s)
+            if not wait:
+                _remove(folder.owner, holder, mine)
+            elif wait > 0 and time.monotonic() < end:
+                time.sleep(min(wait, 1.0))
+            else:
+                raise FolderInUseError(
+                    f"{folder.path} is in use by {holder}; last sign of life {silent_s:.0f} s ago. Wait for its end, "
+                    f"or end it; if it is gone for sure: rm {shlex.quote(str(folder.owner))}"
+                )
+
+    def _life(self, holder: Owner, mine: Owner, silent_s: float) -> float:
+        """0 if a holder is dead; else seconds after which to look again, -1 if that is of no use."""
+        # A job that was requeued, or that was submitted and has begun: Slurm runs it once at a time.
+        if holder.job and holder.job == mine.job and (holder.restarts != mine.restarts or not holder.pid):
+            return 0.0
+        if holder.pid and holder.space == mine.space:
+            if started(holder.pid) != holder.started:
+                return 0.0
+            return 1.0 if holder.command == _SUBMIT and mine.command != _SUBMIT else -1.0
+        over = self.job_over(holder.job) if holder.job and holder.job != mine.job else None
+        if over is None:
+            return 0.0 if silent_s > SILENT_S else -1.0
+        if not over:
+            return -1.0
+        return max(0.0, SILENT_JOB_S - silent_s)
+
+
+class Ownership:
+    """A folder that is held; gives signs of life in a thread of its own until it is closed.
+
+    Attributes
+    ----------
+    lost
+        Why it is held no more; "" as long as it is.
+    """
+
+    def __init__(self, folder: RunFolder, owner: Owner) -> None:
+        self.folder, self.owner, self.lost = folder, owner, ""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_S):
+            # A file server that does not answer for a while is no reason to end a run.
+            with contextlib.suppress(OSError):
+                if not self.look():
+                    os.utime(self.folder.owner)
+
+    def look(self) -> str:
+        """Why the folder is held no more, by a look at it; "" if it is, or if the file server does not answer."""
+        with contextlib.suppress(OSError):
+            self._look()
+        return self.lost
+
+    def _look(self) -> None:
+        found = _read(self.folder.owner)
+        if found is None and self.folder.path.is_dir():
+            # Somebody has removed the file, but nobody has taken the folder.
+            _write(self.folder.owner, self.owner)
+            found = _read(self.folder.owner)
+        if found is None:
+            self.lost = f"{self.folder.path} was removed while its run was going on"
+        elif found[0].token != self.owner.token:
+            self.lost = f"{self.folder.path} was taken by {found[0]}"
+
+    def hand_over(self, job: str) -> None:
+        """Leave the folder to a job that has been submitted."""
+        owner = Owner(command=self.owner.command, pid=0, started="", job=job)
+        draft = self.folder.path / f".owner.{owner.token}"
+        _write(draft, owner)
+        self._stop()
+        draft.replace(self.folder.owner)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._stop()
+        with contextlib.suppress(OSError):
+            found = _read(self.folder.owner)
+            if found is not None and found[0].token == self.owner.token:
+                self.folder.owner.unlink()
+
+    def _stop(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=5)
+
+
+def _write(path: Path, owner: Owner) -> None:
+    """A new file; fails where there is one."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        json.dump({"version": 1, **asdict(owner)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(draft: Path, path: Path) -> bool:
+    """Give a file its name unless there is one: at once, over NFS too. Whether that was done."""
+    try:
+        path.hardlink_to(draft)
+    except OSError as error:
+        # The file server's first answer may have been lost.
+        if draft.stat().st_nlink == 2:
+            return True
+        if isinstance(error, FileExistsError):
+            return False
+        # A file system without links.
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "wb") as file:
+            file.write(draft.read_bytes())
+    return True
+
+
+def _read(path: Path) -> tuple[Owner, float] | None:
+    """The holder and the time of its last sign of life; None for nobody. Damage is a holder that nobody knows."""
+    try:
+        # Opened, not only looked at: then NFS asks its server.
+        with path.open("rb") as file:
+            content, beat = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(content)
+        fields.pop("version")
+        return Owner(**fields), beat
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Owner(command="unknown", host="unknown", pid=-1, space="", since="unknown", token=""), beat
+
+
+def _remove(path: Path, dead: Owner, mine: Owner) -> None:
+    """Take a dead owner's file away, and not that of one who has come meanwhile."""
+    aside = path.with_name(f".owner.{mine.token}.dead")
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return
+    found = _read(aside)
+    if found is not None and found[0].token != dead.token:
+        with contextlib.suppress(OSError):
+            path.hardlink_to(aside)
+    else:
+        log.warning("%s: taken over from %s, which is gone", path.parent, dead)
+    aside.unlink(missing_ok=True)
