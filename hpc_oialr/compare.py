@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.exit_codes import STOPPED
 from hpc_oialr.outputs import require_absent
 from hpc_oialr.processes import launch_info
 from hpc_oialr.record.files import write_atomically
@@ -21,8 +22,10 @@ from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
 from hpc_oialr.train.run import join, leave, on_main, owned, train_or_resume
+from hpc_oialr.train.stopping import StopRequest
 
 SIDES = ("dense", "oialr")
+_POLL_S = 0.2
 
 Curve = Sequence[tuple[float, float]]
 
@@ -46,7 +49,14 @@ class Comparison:
     curves: Mapping[str, Curve]
 
 
-def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
+def compare(
+    loaded: LoadedConfig,
+    folder: Path,
+    *,
+    own: bool,
+    stop: StopRequest | None = None,
+    claim: Claim | None = None,
+) -> Comparison | None:
     """Train the dense twin, then the recipe, and compare them.
 
     Each runs in a fresh process, so that memory and caches of one do not serve the other; started as
@@ -60,6 +70,14 @@ def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
         Gets the run folders ``dense`` and ``oialr``, and ``compare.json``.
     own
         The dense twin takes the recipe's ``dense`` settings; otherwise the same ones, so the same steps.
+    stop
+        What may end it early; the same call goes on with it.
+    claim
+        How the folders are claimed.
+
+    Returns
+    -------
+    The comparison; None if it was stopped on request.
 
     Raises
     ------
@@ -71,13 +89,14 @@ def compare(loaded: LoadedConfig, folder: Path, *, own: bool) -> Comparison:
             "oialr is null: there is nothing to compare a dense run with. Leave out --oialr null."
         )
     sides = {"dense": dense_twin(loaded, own=own), "oialr": loaded}
+    stop, claim = stop or StopRequest(), claim or Claim("oialr compare")
     if launch_info().size > 1:
-        _run_here(sides, folder)
+        done = _run_here(sides, folder, stop, claim)
     else:
-        with closing(Claim("oialr compare").take(RunFolder(folder))):
+        with closing(claim.take(RunFolder(folder))):
             _begin(sides, folder)
-            _run_fresh(sides, folder)
-    return collect(folder)
+            done = _run_fresh(sides, folder, stop)
+    return collect(folder) if done else None
 
 
 def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
@@ -177,22 +196,41 @@ def plot(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _run_here(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
+def _run_here(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopRequest, claim: Claim) -> bool:
+    """Train both in these processes; False if one was stopped on request."""
     world = join(sides["oialr"])
-    with owned(RunFolder(folder), world, Claim("oialr compare")):
+    with owned(RunFolder(folder), world, claim):
         on_main(world, lambda: _begin(sides, folder))
-        for side, loaded in sides.items():
-            train_or_resume(loaded, folder / side, world=world)
+        done = all(
+            train_or_resume(loaded, folder / side, world=world, stop=stop, claim=claim).summary is not None
+            for side, loaded in sides.items()
+        )
     leave(world)
+    return done
 
 
-def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
+def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopRequest) -> bool:
+    """Train each in a process of its own; False if one was stopped on request."""
     for side in sides:
-        recipe = folder / f"{side}.yaml"
-        command = [sys.executable, "-m", "hpc_oialr", "train", str(recipe), "--out", str(folder / side)]
-        command.append("--continue")
-        code = subprocess.run(command, check=False).returncode
+        recipe, out = folder / f"{side}.yaml", folder / side
+        command = [sys.executable, "-m", "hpc_oialr", "train", str(recipe), "--out", str(out), "--continue"]
+        code = _wait(subprocess.Popen(command), stop)
+        if code == STOPPED:
+            return False
         if code:
-            raise OIALRError(
-                f"the {side} run in {folder / side} failed with exit code {code}; its log says why."
-            )
+            raise OIALRError(f"the {side} run in {out} failed with exit code {code}; its log says why.")
+    return True
+
+
+def _wait(run: subprocess.Popen[bytes], stop: StopRequest) -> int:
+    """A run's exit code; a signal that came to this process alone is handed on. Ctrl-C goes to both anyway."""
+    told = False
+    with run:
+        while True:
+            try:
+                return run.wait(timeout=_POLL_S)
+            except subprocess.TimeoutExpired:
+                asker = stop.asked()
+            if asker and asker != "Ctrl-C" and not told:
+                run.terminate()
+                told = True

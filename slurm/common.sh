@@ -38,10 +38,9 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exec sbatch --export=ALL "${SITE_SBATCH[@]}" "${options[@]}" "$root/slurm/$(basename "$0")" "$@"
 fi
 
-# The last thing a job does. TERM is what Slurm ends a job with: bash would leave at once, and with code 0; like
-# this it waits for srun and knows its code.
-trap 'PYTHONPATH=$root python3 -m hpc_oialr.launch.requeue "$?"' EXIT
-trap : TERM
+# The requeue at the end, signals, variables, and srun's own options.
+# shellcheck source=../hpc_oialr/launch/job.sh
+source "$root/hpc_oialr/launch/job.sh"
 
 [[ ${1:-} != -- ]] || shift
 if [[ -n ${OIALR_IMAGE:-} ]]; then
@@ -54,13 +53,9 @@ else
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-# HDF5 locks files in a way that parallel file systems do not have.
-export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Address and port of the rendezvous: oialr takes them from the job's nodes and number, unless the site sets them.
 
-# One process that dies ends the step, instead of leaving the others waiting.
-srun=(srun --kill-on-bad-exit=1 --wait=60 "${SITE_SRUN[@]}")
+srun=(srun "${SITE_SRUN[@]}")
 mpi=${OIALR_MPI:-$SITE_MPI}
 [[ -z $mpi ]] || srun+=(--mpi="$mpi")
 
@@ -83,10 +78,6 @@ if [[ ${OIALR_SMOKE:-} == 1 ]]; then
   smoke
   srun+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 fi
-# Since 22.05 srun does not take this from the job.
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-fi
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 
 "${srun[@]}" "${oialr[@]}" train "$RECIPE" --out "${OIALR_OUT:-$runs/$name-$job}" --continue "${settings[@]}" "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from rich.table import Table
 
 from hpc_oialr.cli.console import add_command, console, rows, show_warnings
 from hpc_oialr.errors import MissingExtraError
+from hpc_oialr.exit_codes import FINISHED, STOPPED
+from hpc_oialr.launch.life import stop_requests
+from hpc_oialr.launch.states import job_over
 from hpc_oialr.processes import launch_info
 from hpc_oialr.record.run_folder import default_folder
 
@@ -42,14 +46,22 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train both, then print a table, the plot's path and, last, the path of ``compare.json``."""
     from hpc_oialr.compare import compare
+    from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.load_config import load_config
 
     show_warnings()
     loaded = load_config(arguments.recipe, arguments.settings)
     folder = arguments.out or default_folder(arguments.recipe)
-    comparison = compare(loaded, folder, own=arguments.own)
+    with stop_requests(loaded) as stop:
+        claim = Claim("oialr compare", job_over)
+        comparison = compare(loaded, folder, own=arguments.own, stop=stop, claim=claim)
+    if comparison is None:
+        own = ["--own"] if arguments.own else []
+        again = ["oialr", "compare", arguments.recipe, *own, *arguments.settings, "--out", str(folder)]
+        console().print(f"stopped on request; go on with: {shlex.join(again)}", markup=False)
+        return STOPPED
     show(comparison)
-    return 0
+    return FINISHED
 
 
 def show(comparison: Comparison) -> None:

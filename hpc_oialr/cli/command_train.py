@@ -27,7 +27,8 @@ EXAMPLES = """  oialr train fashion_mnist_vit
   torchrun --nproc-per-node 2 -m hpc_oialr train fashion_mnist_vit
   srun oialr train fashion_mnist_vit --out runs/first --continue    (in a batch script that may be requeued)
 
-Upon USR2 (--train.stop_signal), TERM, and before the end of its Slurm job, a run writes a checkpoint and stops.
+Upon Ctrl-C (twice: at once), a closed terminal, USR2, USR1, TERM, and before the end of its Slurm job, a run writes
+a checkpoint and stops. One process works in a run folder at a time.
 Exit codes: 0 finished, 75 stopped with a checkpoint, 76 another process was lost, 2 what you can put right.
 
 Every setting and its default: oialr train RECIPE --print_config; what they mean: --help_settings.

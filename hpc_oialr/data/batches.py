@@ -165,6 +165,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A job's warning signals go to every process; only the trainer answers them."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+    """A job's warning signals and Ctrl-C go to every process; only the trainer answers them."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

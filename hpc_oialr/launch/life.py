@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from hpc_oialr.launch.scontrol import end_of
 from hpc_oialr.launch.states import job_over
 from hpc_oialr.processes.batch_job import batch_job, max_requeues
 from hpc_oialr.processes.environment import launch_info
-from hpc_oialr.processes.signals import heed
+from hpc_oialr.processes.signals import NAMES, heed
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
@@ -52,7 +53,7 @@ def run_job(recipe: str | Path, folder: Path, settings: Sequence[str] = (), *, d
 
 @contextmanager
 def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
-    """What may end a run early: the signal of its settings, TERM, the end of the job.
+    """What may end a run early: any signal that asks for it, Ctrl-C, a closed terminal, the end of the job.
 
     Raises
     ------
@@ -62,8 +63,19 @@ def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
     from hpc_oialr.train.stopping import StopRequest
 
     max_requeues()
-    with heed((loaded.config.train.stop_signal, "TERM")) as flag:
-        yield StopRequest(lambda: flag.name and f"signal {flag.name}", job_end())
+    with heed((loaded.config.train.stop_signal, *NAMES, "INT"), interrupted) as flag:
+        yield StopRequest(lambda: _reason(flag.name), job_end())
+
+
+def _reason(name: str) -> str:
+    return "Ctrl-C" if name == "INT" else name and f"signal {name}"
+
+
+def interrupted() -> None:
+    """Tell the one at the terminal; called by a signal's handler, so past Python's buffers."""
+    if launch_info().rank == 0:
+        with suppress(OSError):
+            os.write(2, b"\noialr: a checkpoint is written after this step; Ctrl-C again: end at once\n")
 
 
 def code_of(result: Result) -> int:

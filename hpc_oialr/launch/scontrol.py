@@ -30,15 +30,3 @@ def end_of(job: str) -> float | None:
         return datetime.fromisoformat(show_job(job).get("EndTime", "")).timestamp()
     except ValueError:
         return None
-
-
-def requeue(job: str) -> str | None:
-    """Put a job back into the queue; why that could not be done, or None."""
-    try:
-        ask(["scontrol", "requeue", job], timeout_s=ORDER_S)
-    except NoAnswerError as error:
-        return (
-            f"scontrol requeue {job}: {error}. Where Slurm's programs are, outside of a container, type: "
-            f"scontrol requeue {job}"
-        )
-    return None

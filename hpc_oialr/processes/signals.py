@@ -5,43 +5,62 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from hpc_oialr.errors import ConfigError
 
-# What a batch system can send before the end of a job, and what data loader processes ignore.
+# What a batch system can send before the end of a job; data loader processes ignore these, and Ctrl-C.
 NAMES = ("USR2", "USR1", "TERM", "HUP")
 
 
 class SignalFlag:
-    """Which signal has come, if one has."""
+    """Which signal has come, if one has.
 
-    def __init__(self) -> None:
-        self.name = ""
+    Parameters
+    ----------
+    interrupted
+        Called upon the first Ctrl-C; the second one raises KeyboardInterrupt.
+    """
+
+    def __init__(self, interrupted: Callable[[], object] = lambda: None) -> None:
+        self.name, self._interrupted = "", interrupted
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Remember; a checkpoint written here would meet half a step, or a collective under way."""
-        self.name = signal.Signals(number).name.removeprefix("SIG")
+        name = signal.Signals(number).name.removeprefix("SIG")
+        if name == self.name == "INT":
+            raise KeyboardInterrupt
+        self.name = name
+        if name == "INT":
+            self._interrupted()
 
 
 @contextmanager
-def heed(names: Sequence[str]) -> Iterator[SignalFlag]:
+def heed(names: Sequence[str], interrupted: Callable[[], object] = lambda: None) -> Iterator[SignalFlag]:
     """Let signals set a flag meanwhile, instead of ending the process.
 
-    Outside the main thread, where Python allows no handlers, the flag is never set.
+    One that the process was started to ignore, as nohup does HUP and a shell INT behind ``&``, is left ignored unless
+    it is the first of the names. Outside the main thread, where Python allows no handlers, the flag is never set.
 
     Parameters
     ----------
     names
-        Of ``NAMES``.
+        Of ``NAMES``, and "INT".
+    interrupted
+        See :class:`SignalFlag`.
     """
-    flag = SignalFlag()
+    flag = SignalFlag(interrupted)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag) for number in map(number_of, names)}
+    wanted = [
+        number_of(name)
+        for name in dict.fromkeys(names)
+        if name == names[0] or signal.getsignal(number_of(name)) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, flag) for number in wanted}
     try:
         yield flag
     finally:

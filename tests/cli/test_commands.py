@@ -136,3 +136,21 @@ def test_compare(tmp_path, capfd, monkeypatch):
     assert result["metric_difference"] == result["oialr"]["metric"] - result["dense"]["metric"]
     assert result["ratios"]["trainable"] < 1
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_comparison_goes_on_with_the_same_settings(tmp_path, capsys, monkeypatch):
+    stub, recipe, folder = tmp_path / "python", tmp_path / "images.yaml", tmp_path / "both"
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls; exit 75\n')
+    stub.chmod(0o755)
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    monkeypatch.setattr(sys, "executable", str(stub))
+    words = ["compare", str(recipe), "--own", "--train.seed", "3", "--out", str(folder)]
+    for _ in range(2):
+        assert main(words) == 75
+        assert f"stopped on request; go on with: oialr {' '.join(words)}" in capsys.readouterr().out
+    call = f"-m hpc_oialr train {folder}/dense.yaml --out {folder}/dense --continue"
+    assert (tmp_path / "calls").read_text().splitlines() == [call, call]
+    assert not (folder / "owner.json").exists()
+    words[4] = "4"
+    assert main(words) == 2
+    assert "dense.yaml exists already, and this comparison would write over it" in capsys.readouterr().err

@@ -83,8 +83,11 @@ def test_signals_ask_for_a_stop(tmp_path, signals, name):
         assert stop.asked() == ""
         os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
         assert stop.asked() == f"signal {name}"
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked() == "signal TERM"
+        for other in ("USR1", "TERM", "HUP"):
+            os.kill(os.getpid(), signal.Signals[f"SIG{other}"])
+            assert stop.asked() == f"signal {other}"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked() == "Ctrl-C"
 
 
 def test_a_limit_that_is_no_number_is_told_at_the_start(tmp_path, monkeypatch):

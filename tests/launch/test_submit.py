@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.tiny_runs import write_recipe
 
+import hpc_oialr.launch
 from hpc_oialr.cli.command_submit import OPTIONS, parameter_names
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
@@ -40,19 +42,15 @@ SCRIPT = """#!/bin/bash
 
 # setup
 export OIALR_MAX_REQUEUES=5
-trap '{python} -u -m hpc_oialr.launch.requeue "$?"' EXIT
-trap : TERM
 set -eo pipefail
-[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+source {job}
 source {site}
-export HDF5_USE_FILE_LOCKING=${{HDF5_USE_FILE_LOCKING:-FALSE}}
-export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 module load cuda
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {folder}/submitit/%j_%t_log.out --error {folder}/submitit/%j_%t_log.err \
---kill-on-bad-exit=1 --wait=60 --open-mode=append --cpu-bind=cores '--mpi=p x' \
+--open-mode=append --cpu-bind=cores '--mpi=p x' \
 {python} -u -m hpc_oialr.launch.task {folder}/submitit
 """
 NASTY = """it's "$(touch broken)" `touch broken` ; touch broken"""
@@ -84,7 +82,8 @@ def test_script(slurm, recipe, tmp_path):
         site=str(site),
         setup=["module load cuda"],
     )
-    assert script == SCRIPT.format(folder=tmp_path / "first", python=sys.executable, site=site)
+    job = Path(hpc_oialr.launch.__file__).with_name("job.sh")
+    assert script == SCRIPT.format(folder=tmp_path / "first", python=sys.executable, site=site, job=job)
     assert slurm.calls == []
     assert not (tmp_path / "first").exists()
 
@@ -195,13 +194,13 @@ def test_names_with_quotes_and_commands_are_only_names(slurm, recipe, tmp_path):
     files = tmp_path / NASTY / "submitit"
     assert srun == [
         "srun",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
         "--unbuffered",
         "--output",
         f"{files}/%j_%t_log.out",
         "--error",
         f"{files}/%j_%t_log.err",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
         "--open-mode=append",
         sys.executable,
         "-u",

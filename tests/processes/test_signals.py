@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 
+import pytest
+
 from hpc_oialr.processes.signals import heed
 
 
@@ -29,3 +31,28 @@ def test_in_another_thread_there_is_no_handler():
     thread.start()
     thread.join()
     assert seen == [("", signal.getsignal(signal.SIGUSR2))]
+
+
+def test_ctrl_c_once_and_twice():
+    told = []
+    with heed(("USR2", "INT"), lambda: told.append("once")) as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (flag.name, told) == ("INT", ["once"])
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_what_was_to_be_ignored_still_is():
+    """As by nohup; but the signal of the settings, which comes first, is heeded."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heed(("USR2", "HUP")) as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert flag.name == ""
+        with heed(("HUP", "USR2")) as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert flag.name == "HUP"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +28,8 @@ class Shell:
 
     def __init__(self, folder: Path, slurm: FakeSlurm) -> None:
         self.folder, self.slurm = folder, slurm
-        _program(slurm.folder / "bin" / "python3", f'exec "{sys.executable}" "$@"')
+        # Outside of an image the host may have no Python at all, or one that is too old.
+        _program(slurm.folder / "bin" / "python3", "exit 1")
         _program(slurm.folder / "bin" / "python", 'printf "%s\\n" "$@" >> python.txt')
 
     def start(self, script: str | Path, *words: str, **extra: str) -> subprocess.Popen[str]:
@@ -182,6 +182,20 @@ def test_slurm_ends_the_job(shell: Shell, reason: str, requeued: bool) -> None:
     assert ("Slurm ends job 12 itself, nothing to do" in said) != requeued
 
 
+@pytest.mark.parametrize("name", ["USR2", "USR1", "HUP"])
+def test_a_signal_to_the_shell_alone_reaches_the_run(shell: Shell, name: str) -> None:
+    """--signal=B:USR2@120, scancel --batch: the run writes its checkpoint, and the job is requeued."""
+    line = f"trap 'echo got {name}; exit 75' {name}; touch runs.txt; while :; do sleep 0.05; done"
+    _program(shell.slurm.folder / "bin" / "srun", line)
+    process = shell.start("vit_b16", **JOB)
+    while not (shell.folder / "runs.txt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.Signals[f"SIG{name}"])
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (75, f"got {name}\n"), said
+    assert shell.requeued
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_settings_are_a_recipes(shell: Shell, name: str) -> None:
     shell.run(name, **JOB, OIALR_SMOKE="1")
@@ -223,8 +237,10 @@ def test_headers(path: Path) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
     files = [
-        str(path) for folder in ("slurm", "env", "env/sites") for path in sorted((HERE / folder).glob("*.sh"))
+        str(path)
+        for folder in ("slurm", "env", "env/sites", "hpc_oialr/launch")
+        for path in sorted((HERE / folder).glob("*.sh"))
     ]
-    assert len(files) >= 13
+    assert len(files) >= 15
     done = subprocess.run(["shellcheck", *files], cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
