@@ -92,7 +92,7 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run here came to its end."""
         try:
-            return bool(self.read_summary())
+            return isinstance(self.read_summary(), dict)
         except (OSError, ValueError):
             # A damaged summary is made anew from the last checkpoint.
             return False
