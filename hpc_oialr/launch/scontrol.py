@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
+from hpc_oialr.launch.programs import NoAnswerError, ask
 
 # A value goes on, blanks and all, to the next name.
 _FIELD = re.compile(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)")
