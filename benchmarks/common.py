@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from hpc_oialr.errors import OIALRError
-from hpc_oialr.outputs import claim, marked, new_file
+from benchmarks.result_file import RESULT, result_file
+from hpc_oialr.outputs import claim, new_file
 from hpc_oialr.record.environment_report import environment_report
 
 Row = dict[str, Any]
 # Calls in a row that one measurement on a GPU takes together.
 CALLS = 10
-
-_RESULT = marked("a benchmark's result", b'{\n "rows": ', mark=b'"environment": ')
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -28,17 +26,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=_result_file, help="result file (JSON); default: print only")
+    parser.add_argument("--out", type=result_file, help="result file (JSON); default: print only")
     return parser
-
-
-def _result_file(text: str) -> Path:
-    """Refused now, not after hours of measuring."""
-    try:
-        claim(text, _RESULT)
-    except OIALRError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
 
 
 def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
@@ -47,7 +36,7 @@ def finish(rows: Sequence[Row], out: Path | None, **extra: Any) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content = {"rows": list(rows), **extra, "environment": environment_report()}
-        with new_file(claim(out, _RESULT)) as draft:
+        with new_file(claim(out, RESULT, force=None)) as draft:
             draft.write_text(json.dumps(content, indent=1) + "\n")
         print(out)
 

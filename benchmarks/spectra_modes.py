@@ -21,7 +21,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from benchmarks.result_file import RESULT, result_file
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
+from hpc_oialr.outputs import claim, new_file
 from hpc_oialr.spectra import open as open_spectra
 from hpc_oialr.spectra.modes import MODES, Mode, finish_record, make_writer
 
@@ -122,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="result file (JSON); default: print only")
+    parser.add_argument("--out", type=result_file, help="result file (JSON); default: print only")
     out = parser.parse_args().out
     comm = MPI.COMM_WORLD
     world = Processes(comm, comm.rank, comm.size)
@@ -146,7 +148,8 @@ def main() -> None:
             "mpi": MPI.Get_library_version().partition(",")[0],
             "python": platform.python_version(), "machine": platform.processor() or platform.machine(),
         }  # fmt: skip
-        out.write_text(json.dumps({"rows": rows, "environment": environment}, indent=1) + "\n")
+        with new_file(claim(out, RESULT, force=None)) as draft:
+            draft.write_text(json.dumps({"rows": rows, "environment": environment}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

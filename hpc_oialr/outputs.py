@@ -55,7 +55,9 @@ def marked(title: str, *beginnings: bytes, mark: bytes) -> Kind:
     return Kind(title, is_own)
 
 
-def claim(path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool = False) -> Path:
+def claim(
+    path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool | None = False
+) -> Path:
     """The file to write for an output path, if that destroys nothing; links are followed.
 
     Parameters
@@ -64,7 +66,8 @@ def claim(path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), fo
         Files and folders that are read: they, and what lies in them, are never written over, except by an
         earlier output of the same kind.
     force
-        Replace this one file, whatever it is; but no input, no folder and no device.
+        Replace this one file, whatever it is; but no input, no folder and no device. None where there is no such
+        option.
 
     Raises
     ------
@@ -90,9 +93,9 @@ def claim(path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), fo
             "output."
         )
     if not force:
+        instead = "" if force is None else ", or replace this one: --force"
         raise OutputError(
-            f"{path} exists and is not {kind.title} written by oialr. Name another file for the output, or "
-            "replace this one: --force"
+            f"{path} exists and is not {kind.title} written by oialr. Name another file for the output{instead}"
         )
     return target
 

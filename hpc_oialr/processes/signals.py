@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,8 @@ from hpc_oialr.errors import ConfigError
 
 # What a batch system can send before the end of a job; data loader processes ignore these, and Ctrl-C.
 NAMES = ("USR2", "USR1", "TERM", "HUP")
+# One Ctrl-C may come twice, from the terminal and from a launcher; a second one comes later than this (s).
+_TWICE_S = 0.3
 
 
 class SignalFlag:
@@ -25,15 +28,18 @@ class SignalFlag:
     """
 
     def __init__(self, interrupted: Callable[[], object] = lambda: None) -> None:
-        self.name, self._interrupted = "", interrupted
+        self.name, self._interrupted, self._first = "", interrupted, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Remember; a checkpoint written here would meet half a step, or a collective under way."""
         name = signal.Signals(number).name.removeprefix("SIG")
         if name == self.name == "INT":
-            raise KeyboardInterrupt
+            if time.monotonic() - self._first >= _TWICE_S:
+                raise KeyboardInterrupt
+            return
         self.name = name
         if name == "INT":
+            self._first = time.monotonic()
             self._interrupted()
 
 

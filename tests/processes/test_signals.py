@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from hpc_oialr.processes import signals
 from hpc_oialr.processes.signals import heed
 
 
@@ -33,11 +34,14 @@ def test_in_another_thread_there_is_no_handler():
     assert seen == [("", signal.getsignal(signal.SIGUSR2))]
 
 
-def test_ctrl_c_once_and_twice():
+def test_ctrl_c_once_and_twice(monkeypatch):
+    """One that comes from the terminal and from the launcher too is one."""
     told = []
     with heed(("USR2", "INT"), lambda: told.append("once")) as flag:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         assert (flag.name, told) == ("INT", ["once"])
+        monkeypatch.setattr(signals, "_TWICE_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
