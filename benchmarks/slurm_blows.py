@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.slurm_cluster import Cluster, Job, is_paused, until
+from benchmarks.slurm_cluster import Cluster, Job, awaits, is_paused, until
 from hpc_oialr.record import read_metrics
 from hpc_oialr.spectra import Spectra
 
@@ -66,13 +66,19 @@ def killed(cluster: Cluster, job: Job, tasks: list[int]) -> None:
     os.kill(tasks[1], signal.SIGKILL)
 
 
+def batch_shell(cluster: Cluster, job: Job, tasks: list[int]) -> None:
+    """The warning reaches the batch script alone, as with --signal=B:USR2, and is handed on."""
+    cluster.call("scancel", "--batch", "--signal=USR2", job.number)
+    until(lambda: all(awaits(task, signal.SIGUSR2) for task in tasks), "the signal that the script hands on")
+
+
 Blow = Callable[[Cluster, Job, list[int]], None]
 BLOWS: list[Blow] = [time_limit, preemption, requeued_by_hand, killed]
 
 
-def strike(job: Job, metrics: Path) -> None:
+def strike(job: Job, metrics: Path, blows: Sequence[Blow] = BLOWS) -> None:
     """End a job of two tasks in four ways, one after the other, and let it come to its end."""
-    for _ in strikes(job, metrics, zip(STEPS, BLOWS, strict=True)):
+    for _ in strikes(job, metrics, zip(STEPS, blows, strict=True)):
         pass
 
 

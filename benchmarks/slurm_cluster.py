@@ -172,6 +172,13 @@ def is_paused(task: int) -> bool:
         return False
 
 
+def awaits(task: int, number: signal.Signals) -> bool:
+    """Whether a process that stands still will get a signal when it goes on."""
+    lines = Path(f"/proc/{task}/status").read_text().splitlines()
+    pending = next(line for line in lines if line.startswith("ShdPnd:")).split()[1]
+    return bool(int(pending, 16) >> (number - 1) & 1)
+
+
 def _send(task: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(task, number)

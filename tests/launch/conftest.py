@@ -16,7 +16,7 @@ def slurm(tmp_path, monkeypatch):
 @pytest.fixture
 def signals():
     """Handlers as before, afterwards."""
-    numbers = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2, signal.SIGURG)
+    numbers = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2, signal.SIGURG, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():

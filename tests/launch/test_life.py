@@ -79,6 +79,9 @@ def test_what_slurm_says(slurm, monkeypatch):
 @pytest.mark.parametrize("name", ["USR2", "HUP"])
 def test_signals_ask_for_a_stop(tmp_path, signals, name):
     loaded = load_config(write_recipe(tmp_path), ["--train.stop_signal", name])
+    # A shell that starts pytest behind & lets it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_requests(loaded) as stop:
         assert stop.asked() == ""
         os.kill(os.getpid(), signal.Signals[f"SIG{name}"])

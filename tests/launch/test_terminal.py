@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -12,6 +13,13 @@ import pytest
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.record.run_folder import RunFolder
+
+
+def _as_in_a_login() -> None:
+    """The terminal controls it, and what pytest was perhaps started to ignore is not ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -25,7 +33,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_as_in_a_login,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         )
         os.close(slave)

@@ -37,14 +37,18 @@ def test_in_another_thread_there_is_no_handler():
 def test_ctrl_c_once_and_twice(monkeypatch):
     """One that comes from the terminal and from the launcher too is one."""
     told = []
-    with heed(("USR2", "INT"), lambda: told.append("once")) as flag:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (flag.name, told) == ("INT", ["once"])
-        monkeypatch.setattr(signals, "_TWICE_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with heed(("USR2", "INT"), lambda: told.append("once")) as flag:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (flag.name, told) == ("INT", ["once"])
+            monkeypatch.setattr(signals, "_TWICE_S", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_was_to_be_ignored_still_is():

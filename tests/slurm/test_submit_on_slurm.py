@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.slurm_blows import TINY, WARNING_S, outcome, strike
+from benchmarks.slurm_blows import (
+    TINY,
+    WARNING_S,
+    batch_shell,
+    killed,
+    outcome,
+    requeued_by_hand,
+    strike,
+    time_limit,
+)
 from benchmarks.slurm_cluster import Cluster, Job, until
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
@@ -23,7 +32,7 @@ def struck(cluster: Cluster) -> tuple[Path, Job]:
     """Folder and job of a run that was struck four times."""
     folder = cluster.root / 'it\'s "$(touch broken)"'
     job = submit(cluster, folder, f"--signal-s={WARNING_S}", "--max-requeues=4")
-    strike(job, folder / "metrics.jsonl")
+    strike(job, folder / "metrics.jsonl", [time_limit, batch_shell, requeued_by_hand, killed])
     return folder, job
 
 
