@@ -115,7 +115,12 @@ class OIALR:
         self._attachment.tie(self.module, [site.owner for site in self.sites])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are tied to their own model."""
+        """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""
+        if self.engine.world.size > 1:
+            raise ModelError(
+                f"a controller of {self.engine.world.size} processes cannot be copied or pickled, since a process group "
+                "cannot; store state_dict() of controller, model and optimizer instead."
+            )
         return {key: value for key, value in vars(self).items() if key not in ("_given", "_attachment")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -113,6 +113,9 @@ def _reduce_with_hooks(optimizer: Optimizer) -> Any:
     made, arguments, state = reduced[:3]
     if _ATTRIBUTE in vars(optimizer) and isinstance(state, dict):
         state = {**state, _ATTRIBUTE: vars(optimizer)[_ATTRIBUTE]}
+        if isinstance(optimizer, LBFGS):
+            # torch's own copies of it have no parameters.
+            state = {**state, "_params": optimizer._params, "_numel_cache": None}
     return made, arguments, state
 
 

@@ -138,11 +138,13 @@ OPTIMIZERS: dict[str, Kinds] = {
         [
             f"schedulefree.{name}ScheduleFree{variant}"
             for name in ("AdamW", "RAdam", "SGD")
-            for variant in ("", "Closure", "Reference")
+            for variant in ("", "Closure")
         ],
         _FREE,
     ),
     "schedulefree.AdamWScheduleFreePaper": _FREE,
+    "schedulefree.AdamWScheduleFreeReference": _FREE,
+    "schedulefree.SGDScheduleFreeReference": _FREE,
     "bitsandbytes.Optimizer1State": {"state1": "gradient"},
     "bitsandbytes.Optimizer2State": {"state1": "gradient", "state2": "square"},
     "transformers.Adafactor": _ADAFACTOR,

@@ -212,6 +212,7 @@ def test_unknown_state_changes_nothing_and_the_line_of_the_message_helps() -> No
     with pytest.raises(ModelError, match=f"Signs's state 'votes' of 0 .*{line}"):
         oialr.step()
     assert list(oialr.module.state_dict()) == list(before)
+    oialr.detach()
     with pytest.raises(ModelError, match="state 'votes' of 0 "):  # at the start, where there is state already
         OIALR(oialr.module, optimizer)
     register_optimizer_state(Signs, {"votes": "gradient"})
