@@ -8,10 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
 from hpc_oialr.lowrank.execution import prefer_factored
 from hpc_oialr.lowrank.marks import pass_on_attributes, pass_on_hooks
+from hpc_oialr.lowrank.transforms import is_transformed
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -47,9 +50,12 @@ class LowRankWeight(nn.Module):
     bases_trained
         Whether ``U`` and ``Vh`` may have gradients. While False, ``requires_grad_(True)`` of the model or of all
         its parameters leaves them frozen: it is undone at the next forward pass.
+    written
+        A weight the user has written in place and the bases cannot express; None otherwise.
     """
 
     bases_trained: bool = False
+    written: Written | None = None
 
     U: nn.Parameter
     S: nn.Parameter
@@ -106,6 +112,11 @@ class LowRankWeight(nn.Module):
             if basis.requires_grad and not self.bases_trained and isinstance(basis, nn.Parameter):
                 basis.requires_grad_(False)
 
+    def check_use(self) -> None:
+        """What every forward pass begins with: no write is lost, and frozen bases are frozen."""
+        self.refuse_lost_write()
+        self.keep_bases_frozen()
+
     @property
     def m(self) -> int:
         """Rows of the weight: its leading axis."""
@@ -138,21 +149,47 @@ class LowRankWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in full precision, built anew at each access; for code that looks at ``layer.weight``."""
+        """The dense weight in full precision, built anew at each access; for code that looks at ``layer.weight``.
+
+        What is written into it in place goes to the core if the bases can express it, as a multiple can or an
+        average with a weight of the same bases; otherwise the next use of the layer is an error.
+        """
+        written = self.written
+        if written is not None:
+            return BuiltWeight.of(self, written.values)
         # The settings of a compiled graph are its own, and cannot be changed inside.
         with nullcontext() if torch.compiler.is_compiling() else full_precision():
-            return self.matrix().reshape(self.dense_shape)
+            W = self.matrix().reshape(self.dense_shape)
+        return BuiltWeight.of(self, W) if trackable(self.S) and not is_transformed() else W
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise refuse_assignment(self)
+        super().__setattr__(name, value)
+
+    def refuse_lost_write(self) -> None:
+        """Raise :class:`ModelError` if ``weight`` was written with what the bases cannot express."""
+        if self.written is not None:
+            raise refusal(self, self.written)
+
+    def __prepare_scriptable__(self) -> None:
+        raise ModelError(
+            "torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge(model), or use torch.export, "
+            "torch.compile or torch.jit.trace."
+        )
 
     @exact_arithmetic()
     def merged_weight(self) -> Tensor:
         """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
+        if self.written is not None:
+            return self.written.values.to(self.S.dtype, copy=True)
         dtype = compute_dtype(self.S.dtype)
         W = self.U.to(dtype) @ (self.S.to(dtype) @ self.Vh.to(dtype))
         return W.reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are, autocast casts."""
-        self.keep_bases_frozen()
+        self.check_use()
         return self.in_dtype(dtype, self.U, self.S, self.Vh)
 
     def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,6 +206,10 @@ class LowRankWeight(nn.Module):
         """Shape and inner dimension, as ``print(model)`` shows them."""
         return f"m={self.m}, n={self.n}, r={self.r}, bias={self.bias is not None}"
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.refuse_lost_write()
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept another r: parameters take the stored shape before torch copies the values."""
         stored = [state_dict.get(prefix + name) for name in ("U", "S", "Vh")]
@@ -176,4 +217,5 @@ class LowRankWeight(nn.Module):
             U, S, Vh = (torch.empty_like(cast(Tensor, x), device=self.S.device) for x in stored)
             if S.shape != self.S.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
                 self.set_factors(U, S, Vh)
+            self.written = None
         super()._load_from_state_dict(state_dict, prefix, *args)

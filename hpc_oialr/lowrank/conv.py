@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -48,19 +48,19 @@ class _LowRankConv(LowRankWeight):
         return positions
 
 
-class LowRankConv1d(_LowRankConv):
+class LowRankConv1d(_LowRankConv, nn.Conv1d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv1d`` (groups = 1)."""
 
     convolve = staticmethod(torch.conv1d)
 
 
-class LowRankConv2d(_LowRankConv):
+class LowRankConv2d(_LowRankConv, nn.Conv2d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv2d`` (groups = 1)."""
 
     convolve = staticmethod(torch.conv2d)
 
 
-class LowRankConv3d(_LowRankConv):
+class LowRankConv3d(_LowRankConv, nn.Conv3d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv3d`` (groups = 1)."""
 
     convolve = staticmethod(torch.conv3d)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.chain import chain
 
 
-class LowRankLinear(LowRankWeight):
+class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]
     """``y = x (U S Vh)^T + b``; autograd keeps ``x Vh^T`` (B x r) instead of ``x`` (B x n) when factored."""
 
     in_features: int

@@ -46,7 +46,8 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
 def _merge_layer(layer: LowRankWeight) -> None:
     weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
     pass_on_attributes(layer.S, weight)
-    layer.__dict__.pop("bases_trained", None)
+    for attribute in ("bases_trained", "written"):
+        layer.__dict__.pop(attribute, None)
     rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
     layer.__class__ = layer.dense_class  # type: ignore[assignment]
     for attribute in ("dense_class", "dense_shape", "crossover"):

@@ -39,13 +39,13 @@ class SplitConv3d(_SplitConv, nn.Conv3d):
     kind = "Conv3d"
 
 
-class SplitLowRankConv1d(SplitFactors, LowRankConv1d):
+class SplitLowRankConv1d(SplitFactors, LowRankConv1d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv1d`` whose bases are gathered for use."""
 
 
-class SplitLowRankConv2d(SplitFactors, LowRankConv2d):
+class SplitLowRankConv2d(SplitFactors, LowRankConv2d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv2d`` whose bases are gathered for use."""
 
 
-class SplitLowRankConv3d(SplitFactors, LowRankConv3d):
+class SplitLowRankConv3d(SplitFactors, LowRankConv3d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv3d`` whose bases are gathered for use."""

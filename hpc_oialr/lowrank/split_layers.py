@@ -112,12 +112,12 @@ class SplitFactors(LowRankWeight):
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Whole factors; a collective call, an all-gather of r (m + n) numbers."""
-        self.keep_bases_frozen()
+        self.check_use()
         return self.in_dtype(dtype, all_of(self.U), self.S, all_of(self.Vh))
 
     def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in one dtype; under autocast as they are."""
-        self.keep_bases_frozen()
+        self.check_use()
         return self.in_dtype(dtype, local(self.U), self.S, local(self.Vh))
 
 
@@ -140,7 +140,7 @@ def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Spli
     return F.linear(shared(F.linear(z, core), layout), up)
 
 
-class SplitLowRankLinear(SplitFactors, LowRankLinear):
+class SplitLowRankLinear(SplitFactors, LowRankLinear):  # type: ignore[misc, override]
     """Low-rank ``nn.Linear`` in blocks; always factored."""
 
     def forward(self, input: Tensor) -> Tensor:

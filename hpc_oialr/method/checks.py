@@ -112,6 +112,8 @@ def check_structure(
     for site in sites:
         holder, layer = site.holder, site.low_rank
         names = ("U", "S", "Vh") if layer is not None else (site.weight_name,)
+        if layer is not None:
+            layer.refuse_lost_write()
         if id(site.owner) not in present:
             _changed(site, "is no longer part of the model: it was replaced or removed")
         if any(holder._parameters.get(name) is None for name in names):
