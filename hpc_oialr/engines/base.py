@@ -38,6 +38,8 @@ class Engine(ABC):
         The processes that must hold equal bits of what this one stores.
     layout
         How one matrix is stored.
+    whole_factors
+        Whether a process has all of ``U`` and ``Vh`` at all times, in ordinary tensors.
     steps_itself
         Whether the optimizer given to :meth:`wrap` never steps.
     pairs
@@ -46,6 +48,7 @@ class Engine(ABC):
 
     world: World
     layout: Whole
+    whole_factors: bool = False
     pairs: Sequence[Pair] = ()
     steps_itself: bool = False
 

@@ -74,6 +74,7 @@ class DDPEngine(Engine):
     """
 
     layout = WHOLE
+    whole_factors = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ class SingleEngine(Engine):
     """The module itself, without a process group."""
 
     layout = WHOLE
+    whole_factors = True
 
     def __init__(self, world: World | None = None) -> None:
         self.world = world or World.single()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
 from hpc_oialr.lowrank.execution import prefer_factored
 from hpc_oialr.lowrank.marks import pass_on_attributes, pass_on_hooks
@@ -52,6 +54,8 @@ class LowRankWeight(nn.Module):
         its parameters leaves them frozen: it is undone at the next forward pass.
     written
         A weight the user has written in place and the bases cannot express; None otherwise.
+    autocast_copies
+        Keeps ``U`` and ``Vh`` in the dtype of autocast; None where an engine has the factors in parts.
     """
 
     bases_trained: bool = False
@@ -64,6 +68,7 @@ class LowRankWeight(nn.Module):
     dense_class: type[nn.Module]
     dense_shape: torch.Size
     crossover: float
+    autocast_copies: AutocastCopies | None = None
 
     @classmethod
     def adopt(
@@ -97,6 +102,7 @@ class LowRankWeight(nn.Module):
                 self.U.copy_(U)
                 self.S.copy_(S)
                 self.Vh.copy_(Vh)
+            self._refresh_copies()
             return False
         dtypes = (self.U.dtype, self.S.dtype, self.Vh.dtype)
         before = self.S
@@ -104,7 +110,22 @@ class LowRankWeight(nn.Module):
         self.S.requires_grad_(before.requires_grad)
         pass_on_attributes(before, self.S)
         pass_on_hooks(before, self.S)
+        self._clear_copies()
         return True
+
+    def _refresh_copies(self) -> None:
+        if self.autocast_copies is not None:
+            self.autocast_copies.refresh(self.U, self.Vh)
+
+    def _clear_copies(self) -> None:
+        if self.autocast_copies is not None:
+            self.autocast_copies.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankWeight:
+        """Move or cast; what was copied is made again from the result."""
+        self._clear_copies()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def keep_bases_frozen(self) -> None:
         """Undo what ``requires_grad_(True)`` of a whole model did to ``U`` and ``Vh``, unless they are trained."""
@@ -188,9 +209,13 @@ class LowRankWeight(nn.Module):
         return W.reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The factors in one dtype; under autocast they go as they are, autocast casts."""
+        """The factors in one dtype; under autocast they go as they are or as copies, autocast casts the rest."""
         self.check_use()
-        return self.in_dtype(dtype, self.U, self.S, self.Vh)
+        U, Vh = self.U, self.Vh
+        device = U.device.type
+        if self.autocast_copies is not None and torch.is_autocast_enabled(device) and not is_transformed():
+            U, Vh = cast(Any, self.autocast_copies.of(U, Vh, torch.get_autocast_dtype(device)))
+        return self.in_dtype(dtype, U, self.S, Vh)
 
     def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``U``, ``S``, ``Vh`` or parts of them in one dtype; under autocast as they are."""
@@ -219,3 +244,4 @@ class LowRankWeight(nn.Module):
                 self.set_factors(U, S, Vh)
             self.written = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._refresh_copies()

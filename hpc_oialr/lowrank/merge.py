@@ -50,6 +50,7 @@ def _merge_layer(layer: LowRankWeight) -> None:
         layer.__dict__.pop(attribute, None)
     rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
     layer.__class__ = layer.dense_class  # type: ignore[assignment]
+    layer.__dict__.pop("autocast_copies", None)
     for attribute in ("dense_class", "dense_shape", "crossover"):
         delattr(layer, attribute)
     # The kinds this project knows register their weight before their bias.

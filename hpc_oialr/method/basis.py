@@ -14,6 +14,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, Site, select
+from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import measured_crossover
 from hpc_oialr.method.config import OIALRConfig
@@ -74,6 +75,7 @@ class BasisChanges:
         transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
         stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
         layer = self._convert(site, *stored)
+        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         replace_parameter(self.optimizer, weight, layer.S)
         self._set_step(layer)
         self.engine.follow(layer)
@@ -90,6 +92,7 @@ class BasisChanges:
         weight = site.weight
         options: dict[str, Any] = {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
         layer = make_shell(site, r, layout=self.layout, **options)
+        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         replace_parameter(self.optimizer, weight, layer.S)
         self._set_step(layer)
         self.engine.follow(layer)

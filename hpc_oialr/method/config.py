@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.lowrank import Selection
 from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
@@ -43,7 +45,8 @@ class OIALRConfig:
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
     orthogonality_bound
         Bases further from orthonormal than this (Frobenius norm of ``Q^T Q - I`` over sqrt(r)) are
-        re-orthogonalised by QR, with R folded into S.
+        re-orthogonalised by QR, with R folded into S; "auto": by the dtype they are stored in, 1e-4 for fp32 and
+        fp64, 8e-3 for bf16, 1e-3 for fp16.
     crossover
         Ratio of factored to merged multiply-adds up to which a layer runs factored: 1 by the count, or
         the result file of ``python -m benchmarks.layer`` for what was measured on this machine.
@@ -61,7 +64,7 @@ class OIALRConfig:
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
-    orthogonality_bound: float = 1e-4
+    orthogonality_bound: float | Literal["auto"] = "auto"
     crossover: float | str = 1.0
 
     def __post_init__(self) -> None:
@@ -69,12 +72,20 @@ class OIALRConfig:
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
-        check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
+        if not isinstance(self.orthogonality_bound, str):
+            check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
         self._check_stability()
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
         if not isinstance(self.crossover, str):
             check_interval("crossover", self.crossover, 0, 2, closed=(True, True))
+
+    def bound_on_errors(self, stored: torch.dtype) -> float:
+        """``orthogonality_bound`` of bases in this dtype."""
+        if not isinstance(self.orthogonality_bound, str):
+            return self.orthogonality_bound
+        # Rounding alone takes bases of bf16 to 1.6e-3 at every update, which a repair in fp32 cannot change.
+        return max(1e-4, torch.finfo(stored).eps)
 
     def _check_stability(self) -> None:
         if self.stability_frequency is not None and self.stability_frequency < 1:

@@ -283,7 +283,7 @@ class OIALR:
         P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
         wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
         keep = self.config.limits.apply(wanted, r, layer.k)
-        drifted = max(rotation.errors) > self.config.orthogonality_bound
+        drifted = max(rotation.errors) > self.config.bound_on_errors(layer.U.dtype)
         require_own_bases(layer, site.name, max(rotation.errors))
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
         update = _layer_update(

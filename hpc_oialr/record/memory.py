@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hpc_oialr import torch_compat
+from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.quiet import without_lines
 from hpc_oialr.record.tensor_tracker import TensorTracker
@@ -159,9 +160,11 @@ def highest_sum(changes: Iterable[int]) -> int:
 
 
 def resident_tensors(*subjects: Subject) -> Iterator[Tensor]:
-    """What lives between steps: parameters, buffers, gradients, optimizers' state."""
+    """What lives between steps: parameters, buffers, gradients, optimizers' state, copies for autocast."""
     for subject in subjects:
         if isinstance(subject, nn.Module):
+            for layer in low_rank_layers(subject).values():
+                yield from layer.autocast_copies.tensors if layer.autocast_copies is not None else ()
             yield from subject.buffers()
             for parameter in subject.parameters():
                 yield parameter

@@ -33,7 +33,7 @@ def test_command_line_goes_over_yaml_over_defaults(recipe):
     assert config.oialr.delay == 7
     assert config.train.seed == 3
     assert config.oialr.frequency == 4
-    assert config.oialr.orthogonality_bound == 1e-4
+    assert config.oialr.orthogonality_bound == "auto"
 
 
 def test_a_choice_by_name_starts_from_its_defaults(recipe):
