@@ -46,14 +46,13 @@ def test_a_step_that_overflows_is_left_out(optimizer: str, skipped: int, device:
     assert oialr.r == {"layers.0": 16, "layers.1": 32, "layers.2": 16}
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_compiled_forward_through_conversion_and_cut(dtype: torch.dtype | None, device: torch.device) -> None:
+def test_compiled_forward_through_conversion_and_cut(device: torch.device) -> None:
     torch._dynamo.reset()
     eager, compiled = make(device), make(device)
     assert isinstance(compiled.module, Network)
     allow_recompiling(64)
     # Compiling for a CPU takes a minute, and is tested by tests/method/test_compile.py.
     compiled.module.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
-    expected, losses = train(eager, 6, dtype=dtype), train(compiled, 6, dtype=dtype)
-    assert losses == pytest.approx(expected, rel=1e-3 if dtype is None else 2e-2)
+    expected, losses = (train(oialr, 6, dtype=torch.bfloat16) for oialr in (eager, compiled))
+    assert losses == pytest.approx(expected, rel=2e-2)
     assert compiled.r == eager.r == {"layers.0": 16, "layers.1": 32, "layers.2": 16}

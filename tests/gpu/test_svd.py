@@ -40,7 +40,9 @@ def test_a_driver_is_accurate(driver: str, device: torch.device) -> None:
     A = matrix(256, 96, 0.01)
     chosen = driver if device.type == "cuda" else None
     s = torch.linalg.svd(A.float().to(device), full_matrices=False, driver=chosen).S
-    assert (s.cpu().double() - torch.linalg.svdvals(A)).abs().max() < 1e-5
+    # gesvda is made for many tall matrices at once, and says that it is less accurate.
+    bound = 1e-4 if driver == "gesvda" else 1e-5
+    assert (s.cpu().double() - torch.linalg.svdvals(A)).abs().max() < bound
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
