@@ -255,8 +255,8 @@ def mixed_precision() -> None:
     net = Net()
     precision = _MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     model = DistributedDataParallel(net, mixed_precision=precision)
-    hooks = {name: len(m._forward_pre_hooks) for name, m in net.named_modules()}
     oialr = made(net, model)
+    hooks = {name: len(m._forward_pre_hooks) for name, m in net.named_modules()}
     left = net.body[0].weight
     full = left.detach().clone()
     left.data = left._mp_param = torch.zeros_like(left, dtype=torch.bfloat16)
