@@ -49,6 +49,19 @@ def exact_arithmetic() -> Iterator[None]:
         yield
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA multiply fp32 matrices in TF32, or not: training steps, Newton-Schulz of cores, convolutions.
+
+    What runs in :func:`exact_arithmetic` never does.
+    """
+    with warnings.catch_warnings():
+        # Some versions of torch name the newer settings here, but torch.compile and cuBLASLt still read the older ones,
+        # and these set both.
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 @contextmanager
 def _ieee_products() -> Iterator[None]:
     """The settings of the CUDA and the CPU library for fp32 products; convolutions are no part of the method."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse
 from hpc_oialr.lowrank.execution import prefer_factored
 from hpc_oialr.lowrank.marks import pass_on_attributes, pass_on_hooks
 from hpc_oialr.lowrank.transforms import is_transformed
+
+Crossover = float | Mapping[torch.dtype, float]
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -48,7 +50,7 @@ class LowRankWeight(nn.Module):
     dense_shape
         Shape of the dense weight; m x n is (leading axis) x (all the rest).
     crossover
-        See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
+        See :func:`hpc_oialr.lowrank.execution.prefer_factored`; a number, or one for each dtype of the products.
     bases_trained
         Whether ``U`` and ``Vh`` may have gradients. While False, ``requires_grad_(True)`` of the model or of all
         its parameters leaves them frozen: it is undone at the next forward pass.
@@ -67,12 +69,12 @@ class LowRankWeight(nn.Module):
     bias: nn.Parameter | None
     dense_class: type[nn.Module]
     dense_shape: torch.Size
-    crossover: float
+    crossover: Crossover
     autocast_copies: AutocastCopies | None = None
 
     @classmethod
     def adopt(
-        cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: float = 1.0
+        cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: Crossover = 1.0
     ) -> LowRankWeight:
         """Turn the dense ``layer`` into this class, with the given factors; its weight is dropped."""
         dense_class = type(layer)
@@ -225,7 +227,12 @@ class LowRankWeight(nn.Module):
 
     def factored(self, tokens: int) -> bool:
         """Whether this many tokens are cheaper in factored execution."""
-        return prefer_factored(tokens, self.m, self.n, self.r, crossover=self.crossover)
+        crossover = self.crossover
+        if not isinstance(crossover, (int, float)):
+            device = self.S.device.type
+            by_autocast = torch.is_autocast_enabled(device)
+            crossover = crossover[torch.get_autocast_dtype(device) if by_autocast else self.S.dtype]
+        return prefer_factored(tokens, self.m, self.n, self.r, crossover=crossover)
 
     def extra_repr(self) -> str:
         """Shape and inner dimension, as ``print(model)`` shows them."""

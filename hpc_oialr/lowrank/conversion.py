@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.lowrank.attention import unpack
-from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
+from hpc_oialr.lowrank.base import Crossover, LowRankWeight, whole_shape
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from hpc_oialr.lowrank.layout import WHOLE, Whole
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
@@ -32,7 +32,7 @@ def convert_site(
     Vh: Tensor,
     *,
     factor_dtype: torch.dtype | None = None,
-    crossover: float = 1.0,
+    crossover: Crossover = 1.0,
 ) -> LowRankWeight:
     """Replace the dense weight of ``site`` by the given factors; the weight and its gradient are freed.
 
@@ -96,7 +96,7 @@ def make_shell(
     *,
     layout: Whole = WHOLE,
     factor_dtype: torch.dtype | None = None,
-    crossover: float = 1.0,
+    crossover: Crossover = 1.0,
 ) -> LowRankWeight:
     """Give ``site`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
     (m, n), weight = site.shape, site.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.system_errors import read_json
+
+log = logging.getLogger(__name__)
 
 
 def dense_cost(tokens: int, m: int, n: int) -> int:
@@ -54,6 +57,31 @@ def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1
     if torch.compiler.is_exporting():
         return False
     return factored_cost(tokens, m, n, r) <= crossover * merged_cost(tokens, m, n, r)
+
+
+def crossover_by_dtype(path: str | Path) -> dict[torch.dtype, float]:
+    """:func:`measured_crossover` for each dtype a layer may run in; float32's, with a warning, where none is measured.
+
+    Raises
+    ------
+    ConfigError
+        If the file holds no rows of float32.
+    """
+    found = {torch.float32: measured_crossover(path)}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        # fp16 goes through the same units as bf16, and the benchmark has no rows of its own for it, nor for float64.
+        name = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+        try:
+            found[dtype] = measured_crossover(path, name)
+        except ConfigError:
+            found[dtype] = found[torch.float32]
+            if dtype == torch.bfloat16:
+                log.warning(
+                    "%s holds no rows of bfloat16: layers that run in bf16 or fp16 are factored or merged by its "
+                    "float32 rows. Run python -m benchmarks.layer with both dtypes.",
+                    path,
+                )
+    return found
 
 
 def measured_crossover(path: str | Path, dtype: str = "float32") -> float:

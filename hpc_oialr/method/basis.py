@@ -16,7 +16,7 @@ from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
-from hpc_oialr.lowrank.execution import measured_crossover
+from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.stack import OptimizerStack
@@ -50,7 +50,7 @@ class BasisChanges:
         self.crossover = (
             config.crossover
             if not isinstance(config.crossover, str)
-            else measured_crossover(config.crossover)
+            else crossover_by_dtype(config.crossover)
         )
         self._averages = [self._sites_by_name(average) for average in averages]
         leave_fused_inference(model)

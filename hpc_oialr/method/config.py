@@ -49,7 +49,8 @@ class OIALRConfig:
         fp64, 8e-3 for bf16, 1e-3 for fp16.
     crossover
         Ratio of factored to merged multiply-adds up to which a layer runs factored: 1 by the count, or
-        the result file of ``python -m benchmarks.layer`` for what was measured on this machine.
+        the result file of ``python -m benchmarks.layer`` for what was measured on this machine, in the dtype in
+        which a layer runs.
     """
 
     delay: int = 1000

@@ -101,7 +101,8 @@ class MuonAdamW(Optimizer):
     momentum, nesterov, newton_schulz_steps, newton_schulz_dtype
         Muon's options. The dtype default is :func:`newton_schulz`'s for dense matrices, and at least
         float32 for cores: they are small, and bfloat16 would turn last-bit differences of their gradients,
-        as another number of processes makes, into differences of 1e-3 after a hundred steps.
+        as another number of processes makes, into differences of 1e-3 after a hundred steps. On CUDA float32 goes
+        in TF32 where torch is allowed to.
     betas, eps
         AdamW's options.
     weight_decay

@@ -36,6 +36,9 @@ class TrainConfig:
         Parts into which each process splits its share of a batch, to save memory.
     precision
         fp32 and float64 throughout; bf16 and fp16 by autocast, fp16 with a loss scale.
+    tf32
+        On CUDA, products of fp32 matrices and convolutions in TF32, in every precision: 10 bits of the inputs, sums
+        in fp32. The cores' Newton-Schulz follows; SVDs, Gram matrices and changes of basis are in IEEE fp32 anyway.
     gradient_clip
         Largest 2-norm of the gradient of all parameters together; null = off.
     seed
@@ -71,6 +74,7 @@ class TrainConfig:
     global_batch: int = 128
     accumulation: int = 1
     precision: Precision = "fp32"
+    tf32: bool = True
     gradient_clip: float | None = None
     seed: int = 0
     evaluations: int = 10

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.linalg.arithmetic import allow_tf32
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import allow_recompiling
@@ -98,7 +99,7 @@ def make_session(config: RunConfig, world: World) -> Session:
         If settings, data, world and model do not fit each other.
     """
     train = config.train
-    prepare_torch(world)
+    prepare_torch(world, tf32=train.tf32)
     with _section("data"):
         splits = config.data.build()
         if splits.validation is None and splits.test is None:
@@ -148,9 +149,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-def prepare_torch(world: World) -> None:
-    """Reproducible kernels on the CPU, and cores shared among the processes of a node."""
+def prepare_torch(world: World, *, tf32: bool = True) -> None:
+    """On the CPU reproducible kernels, and cores shared among the processes of a node; on CUDA TF32 or not."""
     if world.device.type != "cpu":
+        allow_tf32(tf32)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory only helps to find reads of it, and costs time.
