@@ -114,14 +114,16 @@ def measure(setting: Setting, context: Context, *, again: bool = False) -> Row:
 
 
 def _counted(step: Step, device: torch.device) -> Row:
-    with counts.synchronisations(device) as waits:
-        step()
-    row: Row = {"synchronisations": waits.count, "places": waits.places}
+    row: Row = {"kernels": None, "synchronisations": None}
+    # The times are measured: a profiler that cannot be had is no reason to lose them.
     try:
-        return row | {"kernels": counts.kernels(step, device)}
-    except RuntimeError as error:
-        # A profiler that cannot be had is no reason to lose the row.
-        return row | {"kernels": None, "kernels_not_counted": str(error)[:200]}
+        with counts.synchronisations(device) as waits:
+            step()
+        row |= {"synchronisations": waits.count, "places": waits.places}
+        row["kernels"] = counts.kernels(step, device)
+    except Exception as error:
+        row["not_counted"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return row
 
 
 def make(setting: Setting, device: torch.device) -> Trainee:

@@ -115,6 +115,8 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     yield from aligned(header, table)
     reasons = {row["method"] for row in rows if row["method"] not in (row["mode"], "graph")}
     yield from (f"  * {reason}" for reason in sorted(reasons))
+    uncounted = {row["not_counted"] for row in rows if "not_counted" in row}
+    yield from (f"  not counted: {reason}" for reason in sorted(uncounted))
     kept = max((row["held_before_gib"] or 0.0 for row in rows), default=0.0)
     if kept > LEFTOVER_GIB:
         yield f"  NOT ALONE: up to {kept:.1f} GiB were held when a model was built; peaks are too high by that"

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.gpu import accuracy, counts, layer, layer_variants, marked_tests, models, timing
+from benchmarks.gpu import accuracy, counts, layer, layer_variants, marked_tests, models, step, timing
 from benchmarks.gpu.execution import make_optimizer
 from benchmarks.gpu.results import Results, load
 from benchmarks.gpu.runner import Context, NotRunError
@@ -222,6 +222,19 @@ def test_marked_tests_are_found_run_and_counted(tmp_path, monkeypatch):
     row = marked_tests.run_pytest(files, 1)
     assert row["cut_off"] == "after 1 s"
     assert row["exit_code"] is None
+
+
+def test_a_step_keeps_its_times_when_the_profiler_fails(monkeypatch):
+    def refuses(*_):
+        raise AssertionError("No activities specified for the profiler")
+
+    monkeypatch.setattr(counts, "kernels", refuses)
+    workload = models.workloads(tiny=True)["mini ViT"]
+    row = step.measure(step.Setting(workload, "AdamW", "eager", 0.25), Context(CPU, tiny=True))
+    assert row["ms"] > 0
+    assert (row["kernels"], row["synchronisations"]) == (None, 0)
+    shown = "\n".join(lines({**_empty(), "sections": {"step": _section([row])}}))
+    assert "not counted: AssertionError: No activities specified for the profiler" in shown
 
 
 def test_inputs_do_not_fit_the_cache(monkeypatch):
