@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
+from hpc_oialr.linalg.blocks import orthogonality_error
 from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack
-from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.base import LowRankWeight, rounding_bound
 from hpc_oialr.lowrank.marks import pass_on_attributes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,9 +36,10 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
     if not inplace:
         model = copy.deepcopy(model)
         untie(model)
-    for module in list(model.modules()):
-        if isinstance(module, LowRankWeight):
-            _merge_layer(module)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankWeight)}
+    _warn_of_written_bases(layers)
+    for layer in layers.values():
+        _merge_layer(layer)
     for module in list(model.modules()):
         if isinstance(module, FactorisedMultiheadAttention):
             repack(module)
@@ -56,3 +61,24 @@ def _merge_layer(layer: LowRankWeight) -> None:
     # The kinds this project knows register their weight before their bias.
     layer._parameters.clear()
     layer._parameters.update({"weight": weight, **rest})
+
+
+def _warn_of_written_bases(layers: Mapping[str, LowRankWeight]) -> None:
+    """A copy whose parameters were averaged or decayed one by one is a product of three wrong factors."""
+    written = [name for name, layer in layers.items() if _is_written(layer)]
+    if written:
+        warnings.warn(
+            f"U or Vh of {', '.join(written)} is not orthonormal: something has written into these frozen bases, such "
+            "as an average, a clipping or a decay over model.parameters(), and the merged weight is wrong if that was "
+            "meant for weights. Give averages to OIALR(..., averages=[...]), and let loops skip what does not require "
+            "a gradient.",
+            stacklevel=4,
+        )
+
+
+def _is_written(layer: LowRankWeight) -> bool:
+    # Factors that are still to be filled from a checkpoint are zero.
+    if layer.bases_trained or isinstance(layer.U, DTensor) or not bool(layer.S.any()):
+        return False
+    bound = rounding_bound(layer.U.dtype)
+    return max(orthogonality_error(layer.U), orthogonality_error(layer.Vh.mT)) > bound

@@ -48,14 +48,16 @@ def _apply(function: type[Function], *arguments: Any) -> Tensor:
     return cast(Tensor, function.apply(*arguments))
 
 
+# Each backward pass is the forward pass of the opposite function, so that derivatives of any order are right.
 class _Total(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         return _sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        return _apply(_Shared, grads[0], ctx.group), None
 
 
 class _Shared(Function):
@@ -66,7 +68,7 @@ class _Shared(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
+        return _apply(_Total, grads[0], ctx.group), None
 
 
 class _Block(Function):
@@ -77,18 +79,18 @@ class _Block(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.n, ctx.layout), None
+        return _apply(_Whole, grads[0], ctx.n, ctx.layout), None
 
 
 class _Whole(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, layout: Split) -> Tensor:
-        ctx.columns = layout.own_columns(n)
+        ctx.layout = layout
         return _gather(x, n, layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0][..., ctx.columns].contiguous(), None, None
+        return _apply(_Block, grads[0], ctx.layout), None, None
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -14,6 +14,7 @@ from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
 from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
+from hpc_oialr.lowrank.base import rounding_bound
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
@@ -22,9 +23,6 @@ log = logging.getLogger(__name__)
 
 # Numbers of a parameter that is compared between processes at every update.
 _SMALL = 1 << 16
-
-# ||U^T U - I||_F / sqrt(r); storage of the bases in bf16 alone gives 0.004.
-FOREIGN_WRITE = 0.05
 
 
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
@@ -171,8 +169,13 @@ def require_own_bases(layer: LowRankWeight, name: str, error: float) -> None:
     """Raise :class:`ModelError` if rounding cannot explain that the frozen bases are no longer orthonormal.
 
     Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well.
+
+    Parameters
+    ----------
+    error
+        ``||U^T U - I||_F / sqrt(r)`` or that of Vh, the larger one.
     """
-    if error > FOREIGN_WRITE and not layer.bases_trained:
+    if error > rounding_bound(layer.U.dtype) and not layer.bases_trained:
         raise ModelError(
             f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these "
             "frozen bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip "

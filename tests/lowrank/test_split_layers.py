@@ -62,7 +62,7 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None, layout: Split) -> None:
-    """Output, gradient of the input and of every parameter: split layer against whole layer."""
+    """Output, gradients of the input and of every parameter, and those of a gradient penalty: split against whole."""
     reference, split = copy.deepcopy(layer), copy.deepcopy(layer)
     site, other = site_of(reference), site_of(split)
     split_dense(other, layout, input_block=ports[0], output_block=ports[1])
@@ -85,6 +85,18 @@ def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None
         torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
     if r is not None:
         same_everywhere(found["S"], layout)
+    for model, of in ((reference, x_whole), (split, x_split)):
+        model.zero_grad()
+        z = of.detach().requires_grad_()
+        y = model(block(z, layout) if ports[0] and model is split else z)
+        y = whole(y, expected.shape[-1], layout) if ports[1] and model is split else y
+        (g,) = torch.autograd.grad((y.tanh() * weights).sum(), z, create_graph=True)
+        (g.square().sum() + y.square().mean()).backward()
+        of.grad = z.grad
+    torch.testing.assert_close(x_split.grad, x_whole.grad, rtol=TOLERANCE, atol=TOLERANCE)
+    wanted, found = gradients(reference), gradients(split)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def same_everywhere(tensor: Tensor, layout: Split) -> None:
