@@ -10,13 +10,10 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
-
-log = logging.getLogger(__name__)
 
 _END_S = 30.0
 
@@ -27,7 +24,7 @@ def join_mpi(environ: Mapping[str, str] | None = None) -> Any:
     Raises
     ------
     ImportError, RuntimeError
-        If mpi4py, or an MPI library under it, is missing.
+        If mpi4py, or an MPI library under it, is missing, or cannot meet the others by srun's plugin.
     """
     mpi4py: Any = importlib.import_module("mpi4py")
     if "mpi4py.MPI" not in sys.modules:
@@ -35,7 +32,7 @@ def join_mpi(environ: Mapping[str, str] | None = None) -> Any:
         mpi4py.rc.finalize = False
     mpi: Any = importlib.import_module("mpi4py.MPI")
     if not mpi.Is_initialized():
-        _warn_of_pmi2(mpi, os.environ if environ is None else environ)
+        _refuse_pmi2(mpi, os.environ if environ is None else environ)
         mpi.Init_thread(mpi.THREAD_FUNNELED)
     atexit.unregister(leave_mpi)
     return mpi
@@ -68,11 +65,9 @@ def library_name(mpi: Any) -> str:
     return lines[0].split(",")[0].strip() if lines else "unknown"
 
 
-def _warn_of_pmi2(mpi: Any, env: Mapping[str, str]) -> None:
-    """Open MPI ends the process inside its own start when it lacks PMI2: say before what to do then."""
+def _refuse_pmi2(mpi: Any, env: Mapping[str, str]) -> None:
+    """Raise RuntimeError where Open MPI would end the process inside its own start, since it lacks PMI2."""
     if "PMI_FD" in env and "PMIX_RANK" not in env and "Open MPI" in library_name(mpi):
-        log.warning(
-            "srun started %s through PMI2, which most builds of it lack; if the job ends here, start it with: "
-            "srun --mpi=pmix; or, to do without MPI: srun --mpi=none",
-            library_name(mpi),
+        raise RuntimeError(
+            f"srun started {library_name(mpi)} through PMI2, which most builds of it lack; start it with srun --mpi=pmix"
         )

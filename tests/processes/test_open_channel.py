@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from support.crowd import Crowd, Say
@@ -121,16 +120,9 @@ def test_an_adopted_group_stays_on_torch() -> None:
     assert open_channel(World(launcher="adopted"), environ=OPEN_MPI).name == "single"
 
 
-@pytest.mark.parametrize(
-    ("environ", "count"),
-    [({"PMI_FD": "11"}, 1), ({"PMI_FD": "11", "PMIX_RANK": "0"}, 0), ({"PMIX_RANK": "0"}, 0)],
-)
-def test_pmi2_under_open_mpi_is_warned_of(
-    caplog: pytest.LogCaptureFixture, environ: dict[str, str], count: int
-) -> None:
-    library: Any = SimpleNamespace(Get_library_version=lambda: "Open MPI v4.1.4, package: X, ident: 4.1.4")
-    mpi._warn_of_pmi2(library, environ)
-    assert len(caplog.records) == count
-    for record in caplog.records:
-        assert "Open MPI v4.1.4 through PMI2" in record.getMessage()
-        assert "srun --mpi=pmix" in record.getMessage()
+def test_open_mpi_does_without_pmi2() -> None:
+    library = SimpleNamespace(Get_library_version=lambda: "Open MPI v4.1.4, package: Debian")
+    with pytest.raises(RuntimeError, match=r"Open MPI v4.1.4 through PMI2, .* srun --mpi=pmix"):
+        mpi._refuse_pmi2(library, {"PMI_FD": "11"})
+    for fine in ({"PMI_FD": "11", "PMIX_RANK": "0"}, {"PMIX_RANK": "0"}):
+        mpi._refuse_pmi2(library, fine)
