@@ -1,13 +1,15 @@
-"""What ties a module to the controller that changes its layers, and lets it go again."""
+"""What ties a model and its optimizer to the controller that changes its layers, and lets them go again."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 _MARK = "_oialr_attachment"
 
@@ -18,17 +20,27 @@ class Attached(Protocol):
     def before_forward(self) -> None:
         """Its model is about to be called."""
 
+    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
+        """``state`` is about to be loaded into ``module``, whose names in it begin with ``prefix``."""
+
+    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """``state`` is about to be loaded into one of its optimizers."""
+
+    def after_optimizer_load(self, optimizer: Optimizer) -> None:
+        """That has been done."""
+
 
 class Attachment:
-    """Hooks of one controller on its model and on the owners of its layers.
+    """Hooks of one controller on its model, on the owners of its layers and on its optimizers.
 
     They hold the controller weakly. Copies and pickles of the model are tied to nothing.
     """
 
-    __slots__ = ("__weakref__", "_controller")
+    __slots__ = ("__weakref__", "_controller", "_handles")
 
     def __init__(self, controller: Attached | None = None) -> None:
         self._controller = None if controller is None else weakref.ref(controller)
+        self._handles: list[RemovableHandle] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         return Attachment()
@@ -41,12 +53,24 @@ class Attachment:
         """The controller; None in copies of the model, and when it is gone."""
         return None if self._controller is None else self._controller()
 
-    def tie(self, model: nn.Module, owners: list[nn.Module]) -> None:
+    def tie(self, model: nn.Module, owners: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
         """Put the hooks on; those of a controller that is gone are taken off."""
         untie(model)
-        model.register_forward_pre_hook(self.before_forward)
+        self._handles = [model.register_forward_pre_hook(self.before_forward)]
         for module in {id(m): m for m in [model, *owners]}.values():
+            self._handles.append(module.register_load_state_dict_pre_hook(self.before_load))
             setattr(module, _MARK, self)
+        for optimizer in optimizers:
+            self._handles += [
+                optimizer.register_load_state_dict_pre_hook(self.before_optimizer_load),
+                optimizer.register_load_state_dict_post_hook(self.after_optimizer_load),
+            ]
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def before_forward(self, module: nn.Module, inputs: Any) -> None:
         """A forward pre-hook; not there for compiled code."""
@@ -55,6 +79,26 @@ class Attachment:
         controller = self.controller
         if controller is not None:
             controller.before_forward()
+
+    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A pre-hook of a module's ``load_state_dict``."""
+        controller, metadata = self.controller, rest[0]
+        if controller is not None:
+            controller.before_load(
+                module, state, prefix, assign=bool(metadata.get("assign_to_params_buffers"))
+            )
+
+    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """A pre-hook of an optimizer's ``load_state_dict``."""
+        controller = self.controller
+        if controller is not None:
+            controller.before_optimizer_load(optimizer, state)
+
+    def after_optimizer_load(self, optimizer: Optimizer) -> None:
+        """A post-hook of an optimizer's ``load_state_dict``."""
+        controller = self.controller
+        if controller is not None:
+            controller.after_optimizer_load(optimizer)
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
@@ -65,10 +109,24 @@ def attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
             yield name, mark.controller
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether a controller is tied to this very module."""
+    mark = module.__dict__.get(_MARK)
+    return mark is not None and mark.controller is not None
+
+
 def untie(model: nn.Module) -> None:
-    """Take every attachment off the model and its modules."""
+    """Take every attachment off the model and its modules, and off their optimizers."""
     for module in model.modules():
-        if module.__dict__.pop(_MARK, None) is not None:
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), Attachment):
-                    del module._forward_pre_hooks[key]
+        mark = module.__dict__.pop(_MARK, None)
+        if mark is not None:
+            mark.release()
+            for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+                _drop(hooks)
+
+
+def _drop(hooks: dict[int, Any]) -> None:
+    """Of a copy's hooks, which no handle belongs to, those that are an attachment's."""
+    for key, hook in list(hooks.items()):
+        if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), Attachment):
+            del hooks[key]

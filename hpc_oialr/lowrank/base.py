@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.lowrank.attachment import is_attached
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
 from hpc_oialr.lowrank.execution import prefer_factored
@@ -251,12 +252,26 @@ class LowRankWeight(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept another r: parameters take the stored shape before torch copies the values."""
+        """Accept another r, or the dense weight: the layer takes the stored form before torch copies the values.
+
+        A layer of a controller leaves that to the controller, which takes the optimizer along.
+        """
+        if all(isinstance(state_dict.get(prefix + name), Tensor) for name in ("U", "S", "Vh")):
+            self.written = None
+        if not is_attached(self):
+            self._take_form(state_dict, prefix)
+        # The layer may have its dense class again, now or in a hook.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+        if isinstance(self, LowRankWeight):
+            self._refresh_copies()
+
+    def _take_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         stored = [state_dict.get(prefix + name) for name in ("U", "S", "Vh")]
         if all(isinstance(x, Tensor) for x in stored):
             U, S, Vh = (torch.empty_like(cast(Tensor, x), device=self.S.device) for x in stored)
             if S.shape != self.S.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
                 self.set_factors(U, S, Vh)
-            self.written = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._refresh_copies()
+        elif prefix + "weight" in state_dict:
+            from hpc_oialr.lowrank.merge import merge_layer
+
+            merge_layer(self)

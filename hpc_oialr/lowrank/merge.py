@@ -39,7 +39,7 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankWeight)}
     _warn_of_written_bases(layers)
     for layer in layers.values():
-        _merge_layer(layer)
+        merge_layer(layer)
     for module in list(model.modules()):
         if isinstance(module, FactorisedMultiheadAttention):
             repack(module)
@@ -48,7 +48,9 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
     return model
 
 
-def _merge_layer(layer: LowRankWeight) -> None:
+@exact_arithmetic()
+def merge_layer(layer: LowRankWeight) -> None:
+    """Give one layer its dense class and a weight of its own back, in place."""
     weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
     pass_on_attributes(layer.S, weight)
     for attribute in ("bases_trained", "written"):

@@ -17,10 +17,12 @@ from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import crossover_by_dtype
+from hpc_oialr.lowrank.merge import merge_layer
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
+from hpc_oialr.optim.groups import GroupPlaces
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.optim.state import order_cores, replace_parameter, transform_average, transform_state
+from hpc_oialr.optim.state import order_cores, transform_average, transform_state
 
 
 class BasisChanges:
@@ -44,6 +46,7 @@ class BasisChanges:
     ) -> None:
         self.optimizer, self.config = optimizer, config
         self.engine, self.layout = engine, engine.layout
+        self._groups = GroupPlaces(optimizer)
         self.core_lr = CoreLearningRate(optimizer.leaves)
         engine.scale_steps(self.core_lr.factors)
         self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
@@ -76,7 +79,7 @@ class BasisChanges:
         stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
         layer = self._convert(site, *stored)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
-        replace_parameter(self.optimizer, weight, layer.S)
+        self._groups.replace(weight, layer.S)
         self._set_step(layer)
         self.engine.follow(layer)
         for average in self._averages:
@@ -87,18 +90,97 @@ class BasisChanges:
     def _convert(self, site: Site, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
         return convert_site(site, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
 
-    def shell(self, site: Site, r: int) -> None:
-        """Convert to zero factors of inner dimension ``r``; a checkpoint fills them."""
+    @exact_arithmetic()
+    def shell(self, site: Site, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
+        """Convert to zero factors of inner dimension ``r``; a checkpoint fills them.
+
+        Parameters
+        ----------
+        U, Vh
+            The bases that are to come, if they are known: moments and averages go over to them. Otherwise the
+            optimizer begins anew for this layer.
+        """
         weight = site.weight
-        options: dict[str, Any] = {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
-        layer = make_shell(site, r, layout=self.layout, **options)
+        self._transform(weight, U, Vh, core=False)
+        layer = make_shell(site, r, layout=self.layout, **self._options)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
-        replace_parameter(self.optimizer, weight, layer.S)
+        self._groups.replace(weight, layer.S)
+        if U is not None and Vh is not None:
+            layer.set_factors(U, layer.S.detach(), Vh)
         self._set_step(layer)
         self.engine.follow(layer)
         for average in self._averages:
-            twin = make_shell(average[site.name], r, **options)
+            value = average[site.name].weight.detach()
+            twin = make_shell(average[site.name], r, **self._options)
             twin.S.requires_grad_(False)
+            if U is not None and Vh is not None:
+                twin.set_factors(U, transform_average(value, U, Vh), Vh)
+
+    @exact_arithmetic()
+    def reshape(self, site: Site, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
+        """Zero factors of another inner dimension ``r``, or of other bases to come; as :meth:`shell`."""
+        layer = site.low_rank
+        assert layer is not None
+        core, dtype = layer.S, compute_dtype(layer.S.dtype)
+        left = right = None
+        if U is not None and Vh is not None:
+            U, Vh = U.to(core.device, dtype), Vh.to(core.device, dtype)
+            left, right = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
+        self._transform(core, left, right, core=True)
+        for average in self._averages:
+            twin = average[site.name].low_rank
+            assert twin is not None
+            if left is not None and right is not None and U is not None and Vh is not None:
+                twin.set_factors(U, transform_average(twin.S, left, right), Vh)
+            else:
+                twin.set_factors(*_zeros(twin, r))
+        empty = _zeros(layer, r)
+        if layer.set_factors(empty[0] if U is None else U, empty[1], empty[2] if Vh is None else Vh):
+            self._groups.replace(core, layer.S)
+            self._set_step(layer, replaces=core)
+        self.engine.follow(layer)
+
+    @exact_arithmetic()
+    def restore(self, site: Site) -> None:
+        """Back to a dense weight ``U S Vh``, for a checkpoint of the dense phase, which fills it."""
+        layer = site.low_rank
+        assert layer is not None
+        core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
+        matrix = (layer.m, layer.n)
+        self._transform(core, layer.U.to(dtype).mT, layer.Vh.to(dtype).mT, core=True)
+        merge_layer(layer)
+        for _, states in self.optimizer.states():
+            state = states.get(core, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == matrix:
+                    state[key] = value.reshape(shape)
+        self.core_lr.factors.pop(core, None)
+        self._groups.take_back(core, site.weight)
+        for average in self._averages:
+            twin = average[site.name].low_rank
+            assert twin is not None
+            merge_layer(twin)
+
+    def _transform(
+        self, parameter: nn.Parameter, left: Tensor | None, right: Tensor | None, *, core: bool
+    ) -> None:
+        """Moments into the basis of ``left`` and ``right``; dropped where that is unknown."""
+        if left is None or right is None:
+            for _, states in self.optimizer.states():
+                states.pop(parameter, None)
+            return
+        dtype = compute_dtype(parameter.dtype)
+        left, right = left.to(parameter.device, dtype), right.to(parameter.device, dtype)
+        reset = not self.config.carry_moments
+        transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
+
+    def twins(self, site: Site) -> list[Site]:
+        """The same layer in every average."""
+        return [average[site.name] for average in self._averages]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
 
     def order(self, sites: Sequence[Site]) -> None:
         """Sort what conversions in any order, on any number of processes, have put into the optimizer."""
@@ -131,7 +213,7 @@ class BasisChanges:
             twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
         reshaped = layer.set_factors(U, S, Vh)
         if reshaped:
-            replace_parameter(self.optimizer, core, layer.S)
+            self._groups.replace(core, layer.S)
             self._set_step(layer, replaces=core)
         self.engine.follow(layer)
         return reshaped
@@ -139,6 +221,10 @@ class BasisChanges:
     def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
         factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
         self.core_lr.set(layer.S, factor, replaces=replaces)
+
+
+def _zeros(layer: LowRankWeight, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.U.new_zeros(layer.m, r), layer.S.new_zeros(r, r), layer.Vh.new_zeros(r, layer.n)
 
 
 def reorthogonalise(

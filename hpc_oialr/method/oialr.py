@@ -31,6 +31,7 @@ from hpc_oialr.method.checks import (
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
+from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.method.watch import StabilityWatch
@@ -107,12 +108,13 @@ class OIALR:
         self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
+        self._loader = Loader(self.module, self.sites, self._changes, self.engine)
         self._tie()
 
     def _tie(self) -> None:
         self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
         self._attachment = Attachment(self)
-        self._attachment.tie(self.module, [site.owner for site in self.sites])
+        self._attachment.tie(self.module, [site.owner for site in self.sites], self._optimizers.leaves)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""
@@ -166,6 +168,7 @@ class OIALR:
     def before_forward(self) -> None:
         """Called before every forward pass of the model: refuse what would go wrong without a word."""
         self.engine.check_caller(self.module)
+        self._loader.check_values()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -184,6 +187,7 @@ class OIALR:
         """
         self.engine.check_step()
         self._foreign.check(self.sites)
+        self._loader.optimizer_loaded = False
         self.t += 1
         report = self._advance()
         self._frozen.remember(self.sites)
@@ -202,7 +206,7 @@ class OIALR:
     def _fit(self, sites: list[Site]) -> list[Site]:
         """Without those that the user has made unfit since the start; they take part no more, and are named."""
         unfit = drop_unfit(self.module, sites) if sites else set()
-        self.sites = [site for site in self.sites if site.name not in unfit]
+        self.sites = self._loader.sites = [site for site in self.sites if site.name not in unfit]
         return [site for site in sites if site.name not in unfit]
 
     def _stability_due(self) -> bool:
@@ -326,38 +330,37 @@ class OIALR:
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Take the structure of a checkpoint: counters, and low-rank layers of the stored r, still empty.
+        """Take the structure of a checkpoint: counters, and layers of the stored r, still empty.
 
-        Call it on a fresh, dense model; load the model's and the optimizer's state after it.
+        The model's state may be loaded before or after it, the optimizer's after one of them: its state belongs to the
+        structure. A forward pass before the model's state is there is refused.
 
         Raises
         ------
         ModelError
-            If a stored layer is not among this model's.
+            If a stored layer is not among this model's, or the optimizer's state was loaded before its structure.
         """
-        sites = {site.name: site for site in self.sites}
-        missing = [name for name in state["r"] if name not in sites]
-        if missing:
-            raise ModelError(
-                f"the checkpoint has a low-rank layer {missing[0]!r} that this model and selection do not have; "
-                "it belongs to another model or to another oialr.selection."
-            )
-        for name, r in state["r"].items():
-            self._take_shape(sites[name], int(r))
-        self._changes.order(self.sites)
+        changed = self._loader.take(state["r"])
+        self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._watch.restore(tensors or {}, state["streaks"])
         if state["r"]:
             self.rewrap()
 
-    def _take_shape(self, site: Site, r: int) -> None:
-        layer = site.low_rank
-        if layer is None:
-            self._changes.shell(site, r)
-        elif layer.r != r:
-            raise ModelError(
-                f"{site.name} is already low-rank with r = {layer.r}; load into a fresh, dense model."
-            )
+    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
+        """Called before every ``load_state_dict`` of the model: its layers take the structure of what is loaded."""
+        changed = self._loader.before_load(module, state, prefix, assign=assign)
+        self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
+        if changed:
+            self.rewrap()
+
+    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Called before every ``load_state_dict`` of the optimizer: groups of another structure are refused."""
+        require_same_groups(optimizer, state)
+
+    def after_optimizer_load(self, optimizer: Optimizer) -> None:
+        """Called after it: so is state of another structure."""
+        self._loader.after_optimizer_load(optimizer)
 
 
 def _in_order(layers: dict[int, LayerUpdate]) -> tuple[LayerUpdate, ...]:

@@ -1,0 +1,306 @@
+"""A stored state of another structure: layers take the stored r, or become dense again, before values are loaded.
+
+The structure of what is loaded wins, as the user asked for that model: its outputs are then those of the model that
+was saved, which no projection of a dense weight onto other bases could give. The controller's own count is not
+part of the model: it goes on from where it is, unless its state is loaded as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpc_oialr.engines import Engine
+from hpc_oialr.errors import ModelError
+from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
+from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
+from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.method.basis import BasisChanges
+
+ORDER = "load the model's state (or call oialr.load_state_dict) first, then the optimizer's"
+
+
+class Stored(NamedTuple):
+    """What a state dict holds of one layer: its factors; or None of them, then it is dense."""
+
+    U: Tensor | None
+    Vh: Tensor | None
+
+    @property
+    def r(self) -> int | None:
+        """Inner dimension; None: dense."""
+        return None if self.U is None else int(self.U.shape[1])
+
+
+def stored_layers(
+    sites: Sequence[Site], module: nn.Module, root: nn.Module, state: Mapping[str, Any], prefix: str
+) -> dict[str, Stored]:
+    """The layers of ``sites`` that are in a state dict, which is about to be loaded into ``module``.
+
+    Parameters
+    ----------
+    module, prefix
+        Part of ``root`` or all of it, and how its names in ``state`` begin.
+
+    Raises
+    ------
+    ModelError
+        If a layer is there twice, dense and low-rank, or of another shape.
+    """
+    found = {}
+    for site in sites:
+        if module is not root and module is not site.owner:
+            continue
+        path, packed = _paths(site, prefix, whole=module is root)
+        dense = [key for key in (path + "weight", packed) if key in state]
+        factors = [state.get(path + name) for name in ("U", "S", "Vh")]
+        held = [factor for factor in factors if isinstance(factor, Tensor)]
+        if dense and held:
+            raise ModelError(f"the state dict holds layer {site.name} twice: {dense[0]} and {path}S.")
+        if len(held) == 3:
+            U, S, Vh = held
+            if (U.shape[0], Vh.shape[1]) != site.shape or S.shape != (U.shape[1], Vh.shape[0]):
+                raise ModelError(
+                    f"the state dict's layer {site.name} is {U.shape[0]} x {Vh.shape[1]} with a core of "
+                    f"{tuple(S.shape)}; here it is {site.shape[0]} x {site.shape[1]}. It belongs to another model."
+                )
+            found[site.name] = Stored(U, Vh)
+        elif dense:
+            found[site.name] = Stored(None, None)
+    return found
+
+
+def _paths(site: Site, prefix: str, *, whole: bool) -> tuple[str, str]:
+    """How the layer's names in a state dict begin, and the whole name of a weight in its owner."""
+    layer = site.name.split(".") if site.name else []
+    inside = layer[-1:] if site.kind == "MultiheadAttention" else []
+    owner = layer[: len(layer) - len(inside)] if whole else []
+    joined = prefix + "".join(f"{part}." for part in owner)
+    return joined + "".join(f"{part}." for part in inside), joined + site.parameter
+
+
+class Loader:
+    """Keeps the layers of one controller in the structure of what is loaded into them.
+
+    Attributes
+    ----------
+    sites
+        The layers.
+    empty
+        Names of layers whose values are yet to be loaded.
+    optimizer_loaded
+        Whether the optimizer's state was loaded since the last step.
+    """
+
+    def __init__(self, root: nn.Module, sites: Sequence[Site], basis: BasisChanges, engine: Engine) -> None:
+        self._root, self.sites, self._basis, self._engine = root, sites, basis, engine
+        self.empty: set[str] = set()
+        self.optimizer_loaded = False
+
+    def take(self, r: Mapping[str, int]) -> list[str]:
+        """Give every layer its r, or make it dense if it has none; names of the layers changed."""
+        missing = set(r) - {site.name for site in self.sites}
+        if missing:
+            raise ModelError(
+                f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
+                "it belongs to another model or to another oialr.selection."
+            )
+        changed = self._restructure(
+            {site.name: int(r[site.name]) if site.name in r else None for site in self.sites}
+        )
+        self.empty |= set(changed) & set(r)
+        return changed
+
+    def before_load(
+        self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool
+    ) -> list[str]:
+        """Give the layers that ``state`` holds its structure; names of the layers changed.
+
+        Parameters
+        ----------
+        module, prefix
+            Into what it is loaded, and how the names of that begin in ``state``.
+        assign
+            Whether parameters are to be replaced.
+        """
+        if assign:
+            raise ModelError(
+                "load_state_dict(assign=True) replaces every parameter, of which the optimizer and OIALR hold the old "
+                "ones; load without assign."
+            )
+        stored = stored_layers(self.sites, module, self._root, state, prefix)
+        changed = self._restructure(stored)
+        for site in match_attention(self.sites, state, prefix, module, self._root):
+            for twin in self._basis.twins(site):
+                match = unpack if isinstance(site.owner, FactorisedMultiheadAttention) else None
+                pack(twin) if match is None else match(twin.owner)  # type: ignore[arg-type]
+        self.empty -= stored.keys()
+        return changed
+
+    def _restructure(self, wanted: Mapping[str, Stored | int | None]) -> list[str]:
+        changes = differences(
+            self.sites, wanted, turn=self._engine.whole_factors and not self.optimizer_loaded
+        )
+        reshaped = [change.site.name for change in changes if change.reshaped]
+        if reshaped:
+            require_changeable(reshaped, changes, self._engine, optimizer_loaded=self.optimizer_loaded)
+        apply_changes(self._basis, changes)
+        if reshaped:
+            self._basis.order(self.sites)
+        return reshaped
+
+    def after_optimizer_load(self, optimizer: Optimizer) -> None:
+        """Remember it, and refuse state of another structure."""
+        self.optimizer_loaded = True
+        require_same_shapes(self.sites, optimizer)
+
+    def check_values(self) -> None:
+        """Raise :class:`ModelError` if a layer that is about to be used has no values yet."""
+        if self.empty and self._engine.whole_factors:
+            layers = low_rank_layers(self._root)
+            require_values({name: layer.U for name, layer in layers.items() if name in self.empty})
+            self.empty.clear()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be done to one layer.
+
+    Attributes
+    ----------
+    r
+        The new inner dimension; None: dense.
+    U, Vh
+        The bases that are to come, if they are known.
+    reshaped
+        Whether the trained parameter becomes another one; otherwise only the moments go over to other bases.
+    """
+
+    site: Site
+    r: int | None
+    U: Tensor | None
+    Vh: Tensor | None
+    reshaped: bool
+
+
+def differences(
+    sites: Sequence[Site], wanted: Mapping[str, Stored | int | None], *, turn: bool
+) -> list[Change]:
+    """Where layers are not as they are ``wanted``.
+
+    Parameters
+    ----------
+    wanted
+        For each layer its stored form; or only r, or None for dense: its values are yet to come then.
+    turn
+        Whether other bases of the same r count too.
+    """
+    changes = []
+    for site in (site for site in sites if site.name in wanted):
+        form, layer = wanted[site.name], site.low_rank
+        stored = form if isinstance(form, Stored) else Stored(None, None)
+        r = stored.r if isinstance(form, Stored) else form
+        reshaped = r != (None if layer is None else layer.r)
+        if reshaped or (turn and layer is not None and stored.U is not None and _turned(layer, stored)):
+            changes.append(Change(site, r, stored.U, stored.Vh, reshaped))
+    return changes
+
+
+def _turned(layer: LowRankWeight, stored: Stored) -> bool:
+    pairs = ((layer.U, stored.U), (layer.Vh, stored.Vh))
+    return any(new is not None and not torch.equal(old, new.to(old)) for old, new in pairs)
+
+
+def require_changeable(
+    names: Sequence[str], changes: Sequence[Change], engine: Engine, *, optimizer_loaded: bool
+) -> None:
+    """Raise :class:`ModelError` unless these layers may take another structure now, with the call to make."""
+    if optimizer_loaded:
+        raise ModelError(
+            f"layer {names[0]} changes its structure after the optimizer's state was loaded, which belongs to one "
+            f"structure only: {ORDER}."
+        )
+    fresh = all(change.site.low_rank is None and change.U is None for change in changes)
+    if not (engine.whole_factors or fresh):
+        raise ModelError(
+            f"layer {names[0]} is stored with another r, which {type(engine).__name__} cannot take on in a model that "
+            "is in use: make a fresh, dense model, call oialr.load_state_dict, then load the model's state."
+        )
+
+
+def apply_changes(basis: BasisChanges, changes: Sequence[Change]) -> None:
+    """Give layers their new structure, with optimizer, averages and step sizes; their values are yet to be loaded."""
+    for change in changes:
+        if change.r is None:
+            basis.restore(change.site)
+        elif change.site.low_rank is None:
+            basis.shell(change.site, change.r, change.U, change.Vh)
+        else:
+            basis.reshape(change.site, change.r, change.U, change.Vh)
+
+
+def require_values(bases: Mapping[str, Tensor]) -> None:
+    """Raise :class:`ModelError` if a basis is still empty."""
+    empty = [name for name, U in bases.items() if not bool(U.any())]
+    if empty:
+        raise ModelError(
+            f"layer {empty[0]} has no values: oialr.load_state_dict has only given it its r. Load the model's state of "
+            "the same checkpoint before the next forward pass: model.load_state_dict(...)."
+        )
+
+
+def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` if the stored groups are of as many parameters, but dealt otherwise."""
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    there = [len(group["params"]) for group in state["param_groups"]]
+    if here != there and len(here) == len(there) and sum(here) == sum(there):
+        raise ModelError(
+            f"the optimizer's groups hold {here} parameters, those of the state {there}: cores and dense weights are in "
+            f"groups of their own. {ORDER[0].upper()}{ORDER[1:]}."
+        )
+
+
+def require_same_shapes(sites: Sequence[Site], optimizer: Optimizer) -> None:
+    """Raise :class:`ModelError` if the optimizer was given state of another structure than a layer has."""
+    for site in sites:
+        shape = whole_shape(site.trained)
+        for key, value in optimizer.state.get(site.trained, {}).items():
+            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape != shape:
+                form = "dense" if site.low_rank is None else f"of r = {site.low_rank.r}"
+                raise ModelError(
+                    f"the optimizer's state {key!r} of layer {site.name} has shape {tuple(value.shape)}, but the "
+                    f"layer is {form} here ({tuple(shape)}): {ORDER}."
+                )
+
+
+def match_attention(
+    sites: Iterable[Site], state: Mapping[str, Any], prefix: str, module: nn.Module, root: nn.Module
+) -> list[Site]:
+    """Pack or unpack the dense projections of attentions, as the names in a state dict say; the sites concerned."""
+    concerned = []
+    for site in sites:
+        if site.kind != "MultiheadAttention" or not (module is root or module is site.owner):
+            continue
+        path, packed = _paths(site, prefix, whole=module is root)
+        if packed in state:
+            pack(site)
+        elif path + "weight" in state:
+            unpack(site.owner)  # type: ignore[arg-type]
+        else:
+            continue
+        concerned.append(site)
+    return concerned
+
+
+def pack(site: Site) -> None:
+    """Give an attention its own class back, once none of its projections is low-rank."""
+    attention = site.owner
+    if isinstance(attention, FactorisedMultiheadAttention):
+        projections = [m for name, m in attention.named_children() if name != "out_proj"]
+        if not any(isinstance(m, LowRankWeight) for m in projections):
+            repack(attention)
