@@ -13,17 +13,23 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Autocast off, and products of fp32 matrices in IEEE fp32: no TF32, no bf16.
-
-    Gradients are recorded as before. Also a decorator; may be nested; everything is restored at the end.
-    """
+def without_autocast() -> Iterator[None]:
+    """Autocast off on every device. Also a decorator; may be nested."""
     with ExitStack() as stack:
         for device in AUTOCAST_DEVICES:
             # Only where it is on: torch warns of a disabled autocast too, on a machine without that device.
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_ieee_products())
+        yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast off, and products of fp32 matrices in IEEE fp32: no TF32, no bf16.
+
+    Gradients are recorded as before. Also a decorator; may be nested; everything is restored at the end.
+    """
+    with without_autocast(), _ieee_products():
         yield
 
 

@@ -7,12 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hpc_oialr.linalg.arithmetic import without_autocast
+
 # Quintic coefficients with the steepest slope at zero, K. Jordan, "Muon: an optimizer for hidden layers
 # in neural networks" (2024): five steps bring singular values from [1e-3, 1] into about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
 
 
+@without_autocast()
 def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate ``U Vh`` of ``G = U S Vh``; commutes with rotations, ``NS(P^T G Q^T) = P^T NS(G) Q^T``.
 
@@ -23,7 +26,7 @@ def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None
     steps
         Iterations; 5 is Muon's choice.
     dtype
-        Arithmetic; default float64 for float64, otherwise bfloat16 where the hardware multiplies it,
+        Arithmetic, inside autocast too; default float64 for float64, otherwise bfloat16 where the hardware has it,
         else float32.
 
     Returns

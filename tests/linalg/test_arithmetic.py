@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, merge
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, merge, muon_adamw
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.lowrank import convert, low_rank_layers
 from hpc_oialr.processes import World
@@ -155,6 +155,20 @@ def test_a_model_made_in_inference_mode_gets_factors_that_can_be_trained() -> No
     assert layers["2"].S.grad is not None
     with torch.inference_mode():
         assert not merge(model)[2].weight.is_inference()
+
+
+def test_a_step_of_muon_inside_autocast_is_the_same() -> None:
+    def stepped(surrounding: AbstractContextManager[object]) -> list[Tensor]:
+        model = network()
+        optimizer = muon_adamw(model, lr=0.1, newton_schulz_dtype=torch.float32)
+        for _ in range(3):
+            model(torch.ones(4, 48)).square().sum().backward()
+            with surrounding:
+                optimizer.step()
+        return list(model.parameters())
+
+    for a, b in zip(stepped(torch.no_grad()), stepped(torch.autocast("cpu", torch.bfloat16)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_products_are_ieee_inside_and_the_precision_of_all_comes_back() -> None:

@@ -77,15 +77,21 @@ def test_a_shared_matrix_has_its_svd(together: list[Results]) -> None:
         torch.testing.assert_close((U.view(m, n) * s) @ Vh.view(n, n), A, atol=1e-4, rtol=0)
 
 
-def with_nan(rank: int, size: int) -> str:
+def with_nan(rank: int, size: int) -> tuple[str, list[int]]:
     jobs = [job(i) for i in range(len(SHAPES))]
     jobs[3].prepare()[0, 0] = torch.nan
+    world = World.from_environment(device="cpu", timeout_s=60)
     with pytest.raises(NonFiniteError) as caught:
-        list(deal(jobs, World.from_environment(device="cpu", timeout_s=60)))
-    return str(caught.value)
+        list(deal(jobs, world))
+    failed = [
+        found.index for found in deal(jobs, world, careful=False) if not bool(found.values.isfinite().all())
+    ]
+    return str(caught.value), failed
 
 
 def test_a_failure_stops_every_process() -> None:
-    texts = spawn(with_nan, 2)
+    found = spawn(with_nan, 2)
+    texts = [text for text, _ in found]
+    assert [failed for _, failed in found] == [[3], [3]], "where nobody waits, it is NaN on every process"
     assert any(text.startswith("layer 3 holds 1 NaN or Inf among 81 values") for text in texts)
     assert all("layer " in text for text in texts)
