@@ -140,8 +140,10 @@ class LowRankWeight(nn.Module):
 
     def keep_bases_frozen(self) -> None:
         """Undo what ``requires_grad_(True)`` of a whole model did to ``U`` and ``Vh``, unless they are trained."""
+        if self.bases_trained or torch.compiler.is_compiling():
+            return
         for basis in (self.U, self.Vh):
-            if basis.requires_grad and not self.bases_trained and isinstance(basis, nn.Parameter):
+            if basis.requires_grad and isinstance(basis, nn.Parameter):
                 basis.requires_grad_(False)
 
     def check_use(self) -> None:
@@ -222,15 +224,20 @@ class LowRankWeight(nn.Module):
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are or as copies, autocast casts the rest."""
         self.check_use()
-        U, Vh = self.U, self.Vh
+        U: Tensor = self.U
+        Vh: Tensor = self.Vh
         device = U.device.type
-        if self.autocast_copies is not None and torch.is_autocast_enabled(device) and not is_transformed():
-            U, Vh = cast(Any, self.autocast_copies.of(U, Vh, torch.get_autocast_dtype(device)))
+        if U.requires_grad and not self.bases_trained and torch.compiler.is_compiling():
+            # Compiled code cannot switch requires_grad.
+            U, Vh = U.detach(), Vh.detach()
+        copies = None if U.is_meta or U.requires_grad or is_transformed() else self.autocast_copies
+        if copies is not None and torch.is_autocast_enabled(device):
+            U, Vh = cast(Any, copies.of(U, Vh, torch.get_autocast_dtype(device)))
         return self.in_dtype(dtype, U, self.S, Vh)
 
     def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``U``, ``S``, ``Vh`` or parts of them in one dtype; under autocast as they are."""
-        if torch.is_autocast_enabled(S.device.type):
+        if not S.is_meta and torch.is_autocast_enabled(S.device.type):
             return U, S, Vh
         return U.to(dtype), S.to(dtype), Vh.to(dtype)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from hpc_oialr.lowrank.transforms import is_transformed
 from hpc_oialr.torch_compat import onednn_enabled, onednn_linear
@@ -62,6 +64,15 @@ def _thin_on_cpu(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
         and onednn_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Operations of :func:`onednn_linear`, for ``torch.utils.flop_counter``, which does not know it."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if torch.backends.mkldnn.is_available():
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 class _Chain(torch.autograd.Function):

@@ -80,7 +80,7 @@ def _warn_of_written_bases(layers: Mapping[str, LowRankWeight]) -> None:
 
 def _is_written(layer: LowRankWeight) -> bool:
     # Factors that are still to be filled from a checkpoint are zero.
-    if layer.bases_trained or isinstance(layer.U, DTensor) or not bool(layer.S.any()):
+    if layer.bases_trained or isinstance(layer.U, DTensor) or layer.S.is_meta or not bool(layer.S.any()):
         return False
     bound = rounding_bound(layer.U.dtype)
     return max(orthogonality_error(layer.U), orthogonality_error(layer.Vh.mT)) > bound

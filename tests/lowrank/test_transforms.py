@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from hpc_oialr.lowrank import Selection, convert, low_rank_layers
@@ -206,3 +207,22 @@ def test_input_by_its_name_and_nested() -> None:
     nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
     for got, part in zip(low(nested).unbind(), parts, strict=True):
         torch.testing.assert_close(got, dense(part))
+
+
+def test_compiled_whole_after_requires_grad_of_all_parameters() -> None:
+    dense, low, x = twins("linear", torch.float32, "factored")
+    low.requires_grad_(True)
+    y = torch.compile(low, fullgraph=True, backend="eager")(x.float())
+    torch.testing.assert_close(y.double(), dense(x), rtol=0, atol=1e-5)
+    y.sum().backward()
+    layer = low_rank_layers(low)[""]
+    assert layer.U.grad is None
+    assert layer.S.grad is not None
+
+
+def test_operations_are_counted_and_shapes_need_no_values() -> None:
+    _, low, x = twins("linear", torch.float32, "factored")
+    with FlopCounterMode(display=False) as counter:
+        low(x.float())
+    assert counter.get_total_flops() == 2 * 3 * (12 * 8 + 8 * 8 + 8 * 8)
+    assert low.to("meta")(torch.empty(3, 12, device="meta")).shape == (3, 8)
