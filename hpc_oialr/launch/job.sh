@@ -10,7 +10,12 @@ trap 'sh "$oialr_launch/requeue.sh" "$?"' EXIT
 oialr_run='' oialr_signal=''
 oialr_forward() {
   oialr_signal=$1
-  [[ -z $oialr_run || $1 == TERM ]] || kill -s "$1" "$oialr_run" 2>/dev/null || true
+  # srun hands on USR1 and USR2, but kills its tasks upon HUP.
+  case $1 in
+    TERM) ;;
+    HUP) [[ -z $oialr_run ]] || kill -s USR2 "$oialr_run" 2>/dev/null || true ;;
+    *) [[ -z $oialr_run ]] || kill -s "$1" "$oialr_run" 2>/dev/null || true ;;
+  esac
 }
 for oialr_each in USR2 USR1 HUP TERM; do
   # shellcheck disable=SC2064

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError
+from hpc_oialr.masking import mask_tree
 from hpc_oialr.train.config_tree import flat
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,17 @@ def fixed_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of them."""
-    return {"sha256": _sha256(settings), "values": dict(settings)}
+    """What a checkpoint keeps of them; it may be passed on, so secrets are masked."""
+    return {"sha256": _sha256(settings), "values": _shareable(settings)}
+
+
+def _shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without secrets, and still different where they are."""
+    masked = {name: mask_tree(value, name) for name, value in settings.items()}
+    return {
+        name: value if value == settings[name] else f"{value} #{_sha256({name: settings[name]})[:8]}"
+        for name, value in masked.items()
+    }
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -91,7 +101,7 @@ def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], wher
     elif known["sha256"] == _sha256(settings):
         return
     else:
-        then, now = known["values"], settings
+        then, now = known["values"], _shareable(settings)
     names = differing(then, now)
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -100,8 +110,7 @@ def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], wher
             f"{_shown(now, names[0])} now{more}. Put the value in config.yaml back, or take the checkpoint out of "
             "this folder."
         )
-    if known is not None:
-        only = sorted(set(then) ^ set(now))
+    if only := sorted(set(then) ^ set(now)) if known is not None else []:
         log.warning(
             "%s was written by another version of the program, without or with: %s", where, ", ".join(only)
         )

@@ -19,7 +19,7 @@ from hpc_oialr.record.owner import Claim, FolderInUseError
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train, train_or_resume
-from hpc_oialr.train.same_run import differing, fixed_settings
+from hpc_oialr.train.same_run import differing, fixed_settings, stored
 from hpc_oialr.train.stopping import StopRequest
 
 WORLD = World.single("cpu")
@@ -63,6 +63,7 @@ def edit(folder: Path, **over: object) -> None:
     [
         ({"train__seed": 1}, r"train\.seed was 0 then and is 1 now\. Put the value in config\.yaml back"),
         ({"optimizer__init_args__lr": 0.5}, r"optimizer\.lr was 0\.02 then and is 0\.5 now"),
+        ({"model__init_args__dim": 32}, r"model\.dim was 16 then and is 32 now"),
         ({"oialr": None}, r"oialr\..* was .* then and is not set now \(and \d+ more\)"),
     ],
 )
@@ -99,7 +100,11 @@ def test_checkpoints_of_older_versions_tell_their_seed_only(stopped):
     edit(stopped, train__seed=3)
     with pytest.raises(CheckpointError, match=r"train\.seed was 0 then and is 3 now"):
         resume(stopped, world=WORLD)
-    edit(stopped, train__seed=0)
+    edit(stopped, train__seed=0, model__init_args__dim=32)
+    tensors = r"transformer.wte.weight is 256 x 16 torch.float32 there, 256 x 32 torch.float32 here"
+    with pytest.raises(CheckpointError, match=f"is of another model: {tensors}"):
+        resume(stopped, world=WORLD)
+    edit(stopped, model__init_args__dim=16)
     assert resume(stopped, world=WORLD).summary["steps"] == 10
 
 
@@ -108,6 +113,9 @@ def test_settings_that_came_with_a_version_do_not_count(recipe):
     then = {name: value for name, value in now.items() if name != "train.early_stopping"}
     assert differing(then, now) == []
     assert differing({**then, "train.seed": 4}, now) == ["train.seed"]
+    kept = [stored({**now, "data.token": secret})["values"] for secret in ("hush", "whist")]
+    assert "hush" not in str(kept)
+    assert differing(*kept) == ["data.token"]
     assert "engine.class_path" not in now
     assert "checkpoint.every" not in now
 
