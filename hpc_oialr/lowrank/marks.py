@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # Those who hang hooks of their own onto parameters, and take care of them when a parameter is replaced.
 ENGINES = ("torch", "deepspeed", "hpc_oialr")
-_OF_TORCH = ("_ddp", "_acc_grad", "_in_backward_optimizers", "_fsdp")
+_OF_TORCH = ("_ddp", "_acc_grad", "_in_backward_optimizers", "_fsdp", "_mp_param", "_fp_param")
 _OF_DEEPSPEED = ("ds_id", "_hp_mapping")
 
 

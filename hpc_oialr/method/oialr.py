@@ -265,7 +265,8 @@ class OIALR:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
         check_structure(self.module, sites, self._given)
-        check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
+        low_rank = [site for site in self.sites if site.low_rank is not None]
+        check_change(low_rank, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
         layers: dict[int, LayerUpdate] = {}
         for rotation in core_rotations(sites, self.engine):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.optim.state_kinds import INSTEAD, refusal
+from hpc_oialr.optim.state_kinds import INSTEAD, Kind, kind_of, kinds_of, refusal
 
 Group = dict[str, Any]
 State = MutableMapping[Any, dict[str, Any]]
@@ -84,6 +84,11 @@ class OptimizerStack:
             if isinstance(state, MutableMapping):
                 found.setdefault(id(state), (node, state))
         return list(found.values())
+
+    def kind(self, node: Any, key: str) -> Kind | None:
+        """Meaning of a key in the state of ``node``, into which those around it may write too; or None."""
+        of_outer = (kinds_of(other)[key] for other in self.nodes if key in kinds_of(other))
+        return kinds_of(node).get(key) or next(of_outer, None) or kind_of(node, key)
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of all groups, each once."""

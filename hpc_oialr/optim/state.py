@@ -15,7 +15,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.layout import WHOLE, Whole
 from hpc_oialr.optim.stack import Group, OptimizerStack
-from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind, kind_of
+from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind
 
 NEVER_ZEROED = ("weight", "step size")
 
@@ -39,10 +39,12 @@ def check_state(stack: OptimizerStack, parameters: Sequence[tuple[str, nn.Parame
             factored = {key for pair in _factored(found, shape) for key in pair}
             for key, value in found.items():
                 if key not in factored:
-                    _check_value(node, key, value, name, shape)
+                    _check_value(stack, node, key, value, name, shape)
 
 
-def _check_value(node: Any, key: str, value: Any, name: str, shape: torch.Size) -> None:
+def _check_value(
+    stack: OptimizerStack, node: Any, key: str, value: Any, name: str, shape: torch.Size
+) -> None:
     optimizer = type(node).__name__
     if not isinstance(value, Tensor):
         if any(True for _ in _inner_tensors(value)):
@@ -64,7 +66,10 @@ def _check_value(node: Any, key: str, value: Any, name: str, shape: torch.Size) 
             f"{optimizer}'s state {key!r} of {name} has shape {tuple(value.shape)} and dtype {value.dtype} where the "
             f"weight has {tuple(shape)}: state that is {what} cannot follow the weight through W = U S Vh. {INSTEAD}."
         )
-    if kind_of(node, key) is None:
+    if stack.kind(node, key) is None:
+        # Where wrappers write into the state of what they wrap, the outermost has probably written it.
+        outer = (other for other in stack.nodes if getattr(other, "state", None) is node.state)
+        optimizer = type(next(outer, node)).__name__
         raise ModelError(
             f"{optimizer}'s state {key!r} of {name} has the weight's shape and an unknown meaning, so that it cannot "
             f"follow W = U S Vh. Say what it is before OIALR(...): hpc_oialr.register_optimizer_state({optimizer}, "
@@ -171,7 +176,7 @@ def transform_state(
             continue
         state = states.get(parameter, {})
         moved = {
-            key: move(kind_of(node, key), value, state)
+            key: move(stack.kind(node, key), value, state)
             for key, value in state.items()
             if isinstance(value, Tensor) and value.dim() >= 2 and value.shape == parameter.shape
         }

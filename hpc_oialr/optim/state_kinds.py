@@ -47,6 +47,7 @@ COMMON_KEYS: dict[str, Kind] = {
             "base_momentum",
             "old_g",
             "e_w",
+            "sharpness",
             "kahan_comp",
         ],
         "gradient",

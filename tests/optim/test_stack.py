@@ -20,7 +20,7 @@ from support.small_training import (
 from support.spawn import spawn
 from torch import nn
 
-from hpc_oialr import OIALR, low_rank_layers, muon_adamw
+from hpc_oialr import OIALR, low_rank_layers, muon_adamw, register_optimizer_state
 from hpc_oialr.errors import ModelError
 from hpc_oialr.processes import World
 
@@ -77,6 +77,27 @@ def test_sharpness_aware_and_chained() -> None:
     assert any(p is core for p in optimizer.optimizers[0].param_groups[0]["params"])
     assert not torch.equal(core, start)
     assert before[-1] < before[0]
+
+
+class Noting(Accelerated):
+    """Writes into the state of what it wraps."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["note"] = p.grad.clone()
+        return loss
+
+
+def test_state_that_a_wrapper_writes_is_named_by_the_wrapper() -> None:
+    oialr, optimizer = controlled(lambda m: Noting(adamw(m)))
+    with pytest.raises(ModelError, match=r"Noting's state 'note' of 0 .*register_optimizer_state\(Noting, "):
+        train(oialr, optimizer, 4)
+    register_optimizer_state(Noting, {"note": "gradient"})
+    oialr, optimizer = controlled(lambda m: Noting(adamw(m)))
+    train(oialr, optimizer, 8)
+    core = low_rank_layers(oialr.module)["0"].S
+    assert optimizer.state[core]["note"].shape == core.shape
 
 
 def test_lbfgs_goes_on_with_a_new_history() -> None:
