@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # Those who hang hooks of their own onto parameters, and take care of them when a parameter is replaced.
 ENGINES = ("torch", "deepspeed", "hpc_oialr")
-_OF_TORCH = ("_ddp", "_acc_grad", "_in_backward_optimizers", "_fsdp", "_mp_param", "_fp_param")
+_OF_TORCH = ("_ddp", "_mp_", "_fp_", "_fsdp", "_acc_grad", "_in_backward_optimizers")
 _OF_DEEPSPEED = ("ds_id", "_hp_mapping")
 
 
@@ -34,10 +34,15 @@ def _origin(hook: Any) -> str:
 
 
 def pass_on_attributes(old: Tensor, new: Tensor) -> None:
-    """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``."""
+    """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``.
+
+    Tensors are left out: they are of the old shape, and mostly a wrapper's.
+    """
     if type(old) is not nn.Parameter or any(hasattr(old, name) for name in _OF_DEEPSPEED):
         return
-    new.__dict__.update({key: x for key, x in vars(old).items() if not key.startswith(_OF_TORCH)})
+    for name, value in vars(old).items():
+        if not (name.startswith(_OF_TORCH) or isinstance(value, Tensor)):
+            setattr(new, name, value)
 
 
 def pass_on_hooks(old: Tensor, new: Tensor) -> None:
