@@ -17,7 +17,7 @@ from hpc_oialr.linalg.torch_communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import Site
-from hpc_oialr.method import basis, dealing, factorising
+from hpc_oialr.method import basis, dealing, factorising, oialr
 
 
 @contextmanager
@@ -34,6 +34,8 @@ def lonely_linalg() -> Iterator[None]:
         _replaced(factorising, "split_svd", _made_up_svd),
         _replaced(basis, "tsqr", _made_up_qr),
         _replaced(dealing, "run_task", _by_the_first),
+        # Bases that another process would have sent are zero here.
+        _replaced(oialr, "require_own_bases", lambda *_: None),
     ):
         yield
 

@@ -24,7 +24,9 @@ def two_layers(width: int, batch: int) -> Subject:
         return nn.Sequential(first, nn.ReLU(), second)
 
     model: Any = SimpleNamespace(build=build, pairs=(), float64=True)
-    task: Any = SimpleNamespace(loss=lambda module, batch, _: module(batch["x"]).sum(), count=lambda batch: 1)
+    task: Any = SimpleNamespace(
+        loss=lambda module, batch, _: module(batch["x"]).sum(), count=lambda batch: 1, check=lambda *_: None
+    )
     config = RunConfig(
         data=SimpleNamespace(),  # type: ignore[arg-type]
         model=model,
