@@ -21,6 +21,7 @@ from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.optim.state_kinds import FACTORED
 
 ORDER = "load the model's state (or call oialr.load_state_dict) first, then the optimizer's"
 
@@ -270,12 +271,19 @@ def require_same_shapes(sites: Sequence[Site], optimizer: Optimizer) -> None:
     for site in sites:
         shape = whole_shape(site.trained)
         for key, value in optimizer.state.get(site.trained, {}).items():
-            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape != shape:
+            if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
                 form = "dense" if site.low_rank is None else f"of r = {site.low_rank.r}"
                 raise ModelError(
                     f"the optimizer's state {key!r} of layer {site.name} has shape {tuple(value.shape)}, but the "
                     f"layer is {form} here ({tuple(shape)}): {ORDER}."
                 )
+
+
+def _has_shape(key: str, value: Tensor, shape: Sequence[int]) -> bool:
+    """Whether state is of a parameter's shape; means over rows or columns have an axis of one."""
+    if key in FACTORED.keys() | FACTORED.values():
+        return value.dim() != len(shape) or all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
+    return tuple(value.shape) == tuple(shape)
 
 
 def match_attention(
