@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_oialr.method import loading
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
@@ -25,15 +26,20 @@ def valueless_tensors() -> Iterator[None]:
 
 @contextmanager
 def _taken_for_real() -> Iterator[None]:
-    """Let transformers do as with ordinary tensors: on others it makes masks that attention does not need."""
+    """Let others do as with ordinary tensors.
+
+    On others transformers makes masks that attention does not need, and the controller misses loaded values.
+    """
     from transformers.utils import import_utils
 
-    before = import_utils.is_fake_tensor
+    before, values = import_utils.is_fake_tensor, loading.require_values
     import_utils.is_fake_tensor = lambda _: False
+    loading.require_values = lambda bases: None
     try:
         yield
     finally:
         import_utils.is_fake_tensor = before
+        loading.require_values = values
 
 
 class _MadeUpValues(TorchDispatchMode):
