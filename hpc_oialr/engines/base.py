@@ -116,6 +116,10 @@ class Engine(ABC):
         """What this process stores of a parameter between steps."""
         return self.layout.local(parameter.detach())
 
+    def basis_dtype(self, layer: LowRankWeight) -> torch.dtype:
+        """In which dtype ``U`` and ``Vh`` are kept between steps, whatever :meth:`open` shows them in."""
+        return layer.U.dtype
+
     def seen_by_any(self, flags: Tensor) -> Tensor:
         """Findings about what is :meth:`stored`, above 0 where any process has made one; in place."""
         return self.layout.add(flags)

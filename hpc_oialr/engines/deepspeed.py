@@ -229,6 +229,10 @@ class DeepSpeedEngine(Engine):
         """One all-reduce."""
         return self.world.all_reduce(flags, op="max")
 
+    def basis_dtype(self, layer: LowRankWeight) -> torch.dtype:
+        """The module's, in which DeepSpeed keeps all parameters."""
+        return layer.U.dtype if self._precision == "fp32" else self._dtype
+
     def held(self) -> Iterable[Tensor]:
         """What DeepSpeed holds beside the module."""
         return () if self._live is None else self._live.held()

@@ -165,7 +165,7 @@ def require_finite(sites: Sequence[Site], engine: Engine) -> None:
         )
 
 
-def require_own_bases(layer: LowRankWeight, name: str, error: float) -> None:
+def require_own_bases(layer: LowRankWeight, name: str, error: float, stored: torch.dtype) -> None:
     """Raise :class:`ModelError` if rounding cannot explain that the frozen bases are no longer orthonormal.
 
     Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well.
@@ -174,8 +174,10 @@ def require_own_bases(layer: LowRankWeight, name: str, error: float) -> None:
     ----------
     error
         ``||U^T U - I||_F / sqrt(r)`` or that of Vh, the larger one.
+    stored
+        Dtype in which the bases are kept between steps.
     """
-    if error > rounding_bound(layer.U.dtype) and not layer.bases_trained:
+    if error > rounding_bound(stored) and not layer.bases_trained:
         raise ModelError(
             f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these "
             "frozen bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip "

@@ -288,8 +288,9 @@ class OIALR:
         P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
         wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
         keep = self.config.limits.apply(wanted, r, layer.k)
-        drifted = max(rotation.errors) > self.config.bound_on_errors(layer.U.dtype)
-        require_own_bases(layer, site.name, max(rotation.errors))
+        stored = self.engine.basis_dtype(layer)
+        drifted = max(rotation.errors) > self.config.bound_on_errors(stored)
+        require_own_bases(layer, site.name, max(rotation.errors), stored)
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
         update = _layer_update(
             site, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
