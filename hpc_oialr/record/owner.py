@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 BEAT_S, SILENT_S, SILENT_JOB_S = 20.0, 300.0, 50.0
 # The command that submits a run holds its folder until the job does (s).
 _HANDOVER_S = 60.0
+# A process that died while it removed a dead owner's file.
+_REMOVAL_S = 30.0
 _SUBMIT = "oialr submit"
 
 
@@ -152,7 +154,7 @@ class Claim:
             silent_s = max(0.0, draft.stat().st_mtime - beat)
             wait = self._life(holder, mine, silent_s)
             if not wait:
-                _remove(folder.owner, holder, mine)
+                _remove(folder.owner, holder, draft.stat().st_mtime)
             elif wait > 0 and time.monotonic() < end:
                 time.sleep(min(wait, 1.0))
             else:
@@ -282,17 +284,29 @@ def _read(path: Path) -> tuple[Owner, float] | None:
         return Owner(command="unknown", host="unknown", pid=-1, space="", since="unknown", token=""), beat
 
 
-def _remove(path: Path, dead: Owner, mine: Owner) -> None:
-    """Take a dead owner's file away, and not that of one who has come meanwhile."""
-    aside = path.with_name(f".owner.{mine.token}.dead")
+def _remove(path: Path, dead: Owner, now: float) -> None:
+    """Take a dead owner's file away, unless another process is at it or has come meanwhile.
+
+    One process at a time may remove: else the second would take away the file of one who came after the first.
+
+    Parameters
+    ----------
+    now
+        Time of the file server (s).
+    """
+    lock = path.with_name(".owner.removal")
     try:
-        path.replace(aside)
-    except FileNotFoundError:
+        os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if now - lock.stat().st_mtime > _REMOVAL_S:
+                lock.unlink()
+        time.sleep(0.01)
         return
-    found = _read(aside)
-    if found is not None and found[0].token != dead.token:
-        with contextlib.suppress(OSError):
-            path.hardlink_to(aside)
-    else:
-        log.warning("%s: taken over from %s, which is gone", path.parent, dead)
-    aside.unlink(missing_ok=True)
+    try:
+        found = _read(path)
+        if found is not None and found[0].token == dead.token:
+            path.unlink()
+            log.warning("%s: taken over from %s, which is gone", path.parent, dead)
+    finally:
+        lock.unlink(missing_ok=True)
