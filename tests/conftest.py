@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 # Set by the readline library, which pytest imports; a user's environment does not have it.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+# Whoever starts the tests behind nohup hands the ignored signal on, which no child could trap then.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A machine at work on something else makes no test wrong. GPU machines may lack hypothesis.
 with suppress(ImportError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,10 @@ def test_torch_alone_trains_converts_and_cuts(tmp_path: Path) -> None:
     script = tmp_path / "bare.py"
     script.write_text(BARE)
     words = [sys.executable, "-W", "error", str(script), ",".join(HIDDEN)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, cwd=PACKAGE.parent)
+    # Not installed: they lie beside the package.
+    environ = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=300, check=False, cwd=PACKAGE.parent, env=environ
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["conversion", "update", "update"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from hpc_oialr.lowrank.transforms import is_transformed
-from hpc_oialr.torch_compat import onednn_enabled, onednn_linear
+from hpc_oialr.torch_compat import onednn_enabled, onednn_linear, register_onednn_flops
 
 # oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
 # 2.13): with an r for every number, a process would grow by that at each update.
@@ -66,13 +64,7 @@ def _thin_on_cpu(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     )
 
 
-def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Operations of :func:`onednn_linear`, for ``torch.utils.flop_counter``, which does not know it."""
-    return 2 * math.prod(x) * weight[0]
-
-
-if torch.backends.mkldnn.is_available():
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
+register_onednn_flops()
 
 
 class _Chain(torch.autograd.Function):

@@ -40,12 +40,12 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def choices(family: type) -> dict[str, type]:
-    """The concrete types of a family by name."""
+    """The package's concrete types of a family by name; others are chosen by their full path."""
     found: dict[str, type] = {}
     cls: type
     for cls in family.__subclasses__():
         found |= choices(cls)
-        if not inspect.isabstract(cls):
+        if not inspect.isabstract(cls) and cls.__module__.startswith("hpc_oialr."):
             found[cls.__name__] = cls
     return found
 
@@ -129,9 +129,10 @@ class Normaliser:
             rule = f"needs a class_path, one of {', '.join(sorted(choices(family)))}"
             raise ConfigError(name, dict(raw), rule, origin=self.origin)
         cls = find_choice(family, path, name, self.origin)
-        settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | (
-            raw.get("init_args") or {}
-        )
+        given = raw.get("init_args") or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{name}.init_args", given, "must be a mapping of settings", origin=self.origin)
+        settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | dict(given)
         inner = base.get("init_args") if base.get("class_path") == short_path(cls) else {}
         return {"class_path": short_path(cls), "init_args": self.section(settings, cls, inner, name)}
 

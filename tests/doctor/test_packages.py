@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 from hpc_oialr.doctor import packages
 from hpc_oialr.doctor.programs import Answer
@@ -39,10 +41,16 @@ def test_all_is_there(patient, installed):
     assert (found.name, found.state) == ("packages", "ok")
 
 
+def required_torch() -> str:
+    """As the installed package says."""
+    requirements = (Requirement(text) for text in importlib.metadata.requires("hpc_oialr") or ())
+    return next(str(each.specifier) for each in requirements if each.name == "torch" and each.marker is None)
+
+
 def test_an_old_torch(patient, installed):
     installed(torch="2.1.0")
     (found,) = packages.check_packages(patient())
-    assert (found.state, found.found) == ("problem", "torch is 2.1.0; must be >=2.9")
+    assert (found.state, found.found) == ("problem", f"torch is 2.1.0; must be {required_torch()}")
     assert found.fix == 'pip install --upgrade "hpc_oialr"'
 
 

@@ -238,7 +238,8 @@ def test_export(run: Path, tmp_path: Path) -> None:
     pandas = importlib.import_module("pandas")
     written = export(run, "csv", tmp_path / "csv")
     assert [path.name for path in written] == ["events.csv", "steps.csv", "singular_values.csv"]
-    assert sorted(path.name for path in (tmp_path / "csv").iterdir()) == sorted(path.name for path in written)
+    files = sorted(path.name for path in (tmp_path / "csv").iterdir())
+    assert files == sorted([*(path.name for path in written), "written_by_oialr.json"])
     events, steps, values = (pandas.read_csv(path, keep_default_na=False) for path in written)
     with spectra.open(run) as opened:
         assert len(events) == len(opened.events)
