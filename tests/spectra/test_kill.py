@@ -12,9 +12,14 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from benchmarks.kill_spectra import moments
-for row in moments(Path(sys.argv[1]), 8, seed=3):
+met = []
+for row in moments(Path(sys.argv[1]), 40, seed=3):
     assert row["nothing_lost"] and row["equal"] and not row["damaged_files"], row
+    met.append(row["confirmed"])
     print(row["confirmed"])
+    # On a busy machine many kills come before the first update or after the last one.
+    if len(met) >= 8 and len(set(met)) > 2:
+        break
 """
 
 
@@ -25,5 +30,5 @@ def test_kill_at_any_moment_loses_nothing_that_was_confirmed(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     confirmed = [int(line) for line in done.stdout.split()]
-    assert len(confirmed) == 8
+    assert len(confirmed) >= 8
     assert len(set(confirmed)) > 2, "all kills met the same moment"
