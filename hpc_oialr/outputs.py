@@ -155,7 +155,7 @@ def new_folder(
         draft.mkdir()
         yield draft
         names = sorted(each.name for each in draft.iterdir())
-        marker = {"written_by": command, "files": {name: _sha256(draft / name) for name in names}}
+        marker = {"written_by": command, "files": {name: sha256_of(draft / name) for name in names}}
         (draft / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         if not target.exists():
             draft.replace(target)
@@ -176,7 +176,7 @@ def _check_folder(
         raise OutputError(f"{path} is a file, and the output is a folder. Name a new folder.")
     listed = _marker(target, command)
     own = [
-        name for name, sha in listed.items() if (target / name).is_file() and _sha256(target / name) == sha
+        name for name, sha in listed.items() if (target / name).is_file() and sha256_of(target / name) == sha
     ]
     others = sorted({each.name for each in target.iterdir()} - {*own, *((MARKER,) if listed else ())})
     if not others:
@@ -231,7 +231,8 @@ def _resolved(path: Path | str) -> Path:
         raise OutputError(f"{path} cannot be followed ({error}). Name another output.") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Checksum of a file of any size, read piece by piece."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -6,7 +6,6 @@ its share), ``state.json`` and ``manifest.json`` with the sha256 of all others. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hpc_oialr.errors import CheckpointError, FolderLostError
+from hpc_oialr.outputs import sha256_of
 from hpc_oialr.processes import World
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class CheckpointStore:
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
         """sha256 of this process's share of some files."""
-        return {name: _sha256(folder / name) for name in names[self.world.rank :: self.world.size]}
+        return {name: sha256_of(folder / name) for name in names[self.world.rank :: self.world.size]}
 
     def _of_all(self, mine: dict[str, str]) -> dict[str, str]:
         """All processes' checksums, by name."""
@@ -263,11 +263,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
