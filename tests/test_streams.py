@@ -41,3 +41,30 @@ def test_output_that_fails_ends_nothing(tmp_path, shell, variables):
     )
     assert (ended.returncode, ended.stderr.strip()) in ((0, ""), (0, "an error"))
     assert done.read_text() == "went on"
+
+
+# Filters standard error, as a run does around steps; writes past sys.stderr, as compiled libraries do.
+FILTERED = """
+import os, sys
+from pathlib import Path
+from hpc_oialr.stderr_filter import without_lines
+with without_lines([b"chatter"]):
+    try:
+        os.write(2, b"chatter 1\\nan error\\nchatter 2\\n")
+    except OSError:
+        pass  # closed
+Path(sys.argv[1]).write_text("went on")
+"""
+
+
+@pytest.mark.parametrize("redirected", ["", "2> /dev/full", "2>&-", "2> >(exit)"])
+def test_a_filtered_standard_error_that_fails_ends_nothing(tmp_path, redirected):
+    done = tmp_path / "done"
+    script = tmp_path / "program.py"
+    script.write_text(FILTERED)
+    ended = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {script} {done} {redirected}"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0
+    assert done.read_text() == "went on"
+    assert ended.stderr == ("" if redirected else "an error\n")
