@@ -1,0 +1,124 @@
+"""The paper's algorithm, slow and obvious: one process, linear layers, plain torch.
+
+Read it beside arXiv 2401.08505, algorithm 1. :class:`hpc_oialr.OIALR` does the same thing fast, on many processes, for
+more layers and optimizers; tests hold it against this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
+
+# Optimizer state by what it holds: the gradient's average, or the average of its square.
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+SECOND_MOMENTS = ("exp_avg_sq",)
+
+
+class ReferenceLinear(nn.Module):
+    """``y = x (U S Vh)^T + bias``; ``S`` is trained, ``U`` and ``Vh`` are not.
+
+    Parameters
+    ----------
+    U, S, Vh
+        m x r with orthonormal columns, r x r, r x n with orthonormal rows.
+    bias
+        The dense layer's, of m numbers; it is trained on.
+    """
+
+    def __init__(self, U: Tensor, S: Tensor, Vh: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.U, self.Vh, self.S, self.bias = U, Vh, nn.Parameter(S), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of shape (..., n) gives (..., m)."""
+        return nn.functional.linear(x, self.U @ self.S @ self.Vh, self.bias)
+
+
+class ReferenceOIALR:
+    """Call :meth:`step` after every ``optimizer.step()``.
+
+    Parameters
+    ----------
+    model, optimizer
+        A model, and an optimizer of torch made from its parameters.
+    layers
+        Names of the linear layers that become low-rank, in the model's order.
+    delay, frequency
+        d and nu: steps before the conversion, and between two updates.
+    rule, limits
+        Choose r from the singular values.
+    layer_share_step
+        The u-th update reaches this share times u of the layers, the last ones first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        layers: list[str],
+        *,
+        delay: int,
+        frequency: int,
+        rule: RankRule | None = None,
+        limits: RankLimits | None = None,
+        layer_share_step: float = 0.1,
+    ) -> None:
+        self.model, self.optimizer, self.layers = model, optimizer, layers
+        self.delay, self.frequency, self.layer_share_step = delay, frequency, layer_share_step
+        self.rule, self.limits = rule or RelativeCutoff(), limits or RankLimits()
+        self.t = self.updates = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Convert at step d; every nu steps from then on, update the layers whose turn it is."""
+        self.t += 1
+        since = self.t - self.delay
+        if since == 0:
+            for name in self.layers:
+                self._convert(name)
+        elif since > 0 and since % self.frequency == 0:
+            self.updates += 1
+            share = min(1.0, self.layer_share_step * self.updates)
+            for name in self.layers[-max(1, round(share * len(self.layers))) :]:
+                self._update(name)
+
+    def _convert(self, name: str) -> None:
+        """``W = U diag(s) Vh``: freeze ``U`` and ``Vh``, train ``S = diag(s)``."""
+        dense = self.model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        U, s, Vh = torch.linalg.svd(dense.weight, full_matrices=False)
+        r = self.limits.initial(len(s))
+        U, s, Vh = U[:, :r], s[:r], Vh[:r]
+        layer = ReferenceLinear(U, torch.diag(s), Vh, dense.bias)
+        self.model.set_submodule(name, layer)
+        self._replace(dense.weight, layer.S, U.mT, Vh.mT)
+
+    def _update(self, name: str) -> None:
+        """``S = P diag(s) Qh``: ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, ReferenceLinear)
+        old, m, n = layer.S, layer.U.shape[0], layer.Vh.shape[1]
+        P, s, Qh = torch.linalg.svd(old)
+        r = self.limits.apply(self.rule.choose(s, m, n), len(s), min(m, n))
+        P, s, Qh = P[:, :r], s[:r], Qh[:r]
+        layer.U, layer.S, layer.Vh = layer.U @ P, nn.Parameter(torch.diag(s)), Qh @ layer.Vh
+        self._replace(old, layer.S, P.mT, Qh.mT)
+
+    def _replace(self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor) -> None:
+        """``new`` takes the place of ``old`` in the optimizer; ``new = left old right``, and so do gradients.
+
+        Averages of gradients follow exactly. Averages of squares follow as if entries were uncorrelated. Step
+        counters stay.
+        """
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        state = self.optimizer.state.pop(old, {})
+        for key in state.keys() & FIRST_MOMENTS:
+            state[key] = left @ state[key] @ right
+        for key in state.keys() & SECOND_MOMENTS:
+            state[key] = left.square() @ state[key] @ right.square()
+        if state:
+            self.optimizer.state[new] = state
