@@ -8,7 +8,7 @@
 #   sbatch --array=0-2 slurm/vit_b16.sh                                    one run for each seed
 #
 # Settings (environment):
-#   SITE              name of a file in env/sites, or a path               generic
+#   SITE              name of a file in hpc_oialr/launch/sites, or a path  generic
 #   VARIANT=dense     the dense twin of the recipe
 #   OIALR_OUT         run folder; one that holds a run is gone on with     OIALR_RUNS/RECIPE-JOB
 #   OIALR_RUNS        where run folders go                                 runs
@@ -18,15 +18,29 @@
 #   OIALR_MAX_REQUEUES                                                     20
 set -eo pipefail
 root=$(cd "$root" && pwd)
+venv=${OIALR_VENV:-$root/.venv}
 
+# The package: beside this folder, or where pip has installed it.
+package=$root/hpc_oialr
+if [[ ! -d $package ]]; then
+  python=python3
+  [[ ! -x $venv/bin/python ]] || python=$venv/bin/python
+  where='import importlib.util as u; print(u.find_spec("hpc_oialr").submodule_search_locations[0])'
+  if ! package=$("$python" -c "$where" 2>/dev/null); then
+    echo "oialr: error: $python has no hpc_oialr; activate its environment, or set OIALR_VENV" >&2
+    exit 2
+  fi
+fi
+
+sites=$package/launch/sites
 site=${SITE:-generic}
-[[ $site == */* ]] || site=$root/env/sites/$site.sh
+[[ $site == */* ]] || site=$sites/$site.sh
 if [[ ! -f $site ]]; then
-  echo "oialr: error: SITE is '${SITE:-}', but there is no $site; there are: $(cd "$root/env/sites" && echo *.sh)" >&2
+  echo "oialr: error: SITE is '${SITE:-}', but there is no $site; there are: $(cd "$sites" && echo *.sh)" >&2
   exit 2
 fi
 SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
-# shellcheck source=../env/sites/generic.sh
+# shellcheck source=../hpc_oialr/launch/sites/generic.sh
 source "$site"
 
 # On a login node: what stands before -- goes to sbatch, after the site's options; the rest are settings.
@@ -40,18 +54,17 @@ fi
 
 # The requeue at the end, signals, variables, and srun's own options.
 # shellcheck source=../hpc_oialr/launch/job.sh
-source "$root/hpc_oialr/launch/job.sh"
+source "$package/launch/job.sh"
 
 [[ ${1:-} != -- ]] || shift
 if [[ -n ${OIALR_IMAGE:-} ]]; then
   oialr=(apptainer exec --nv --bind "$root,$PWD" "$OIALR_IMAGE" python -m hpc_oialr)
 else
-  venv=${OIALR_VENV:-$root/.venv}
   # shellcheck source=/dev/null
   [[ ! -f $venv/bin/activate ]] || source "$venv/bin/activate"
   oialr=(python -m hpc_oialr)
 fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[[ $package != "$root"/* ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # Address and port of the rendezvous: oialr takes them from the job's nodes and number, unless the site sets them.
 

@@ -12,7 +12,7 @@ from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
 from hpc_oialr.launch.request import Request
 from hpc_oialr.processes.slurm_lists import gpu_count
 
-_FOLDER = Path(__file__).resolve().parents[2] / "env" / "sites"
+_FOLDER = Path(__file__).parent / "sites"
 # Outside a job a site file stops before what is for the job.
 _READ = """set -eo pipefail
 unset SLURM_JOB_ID

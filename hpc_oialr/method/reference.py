@@ -107,7 +107,7 @@ class ReferenceOIALR:
         layer.U, layer.S, layer.Vh = layer.U @ P, nn.Parameter(torch.diag(s)), Qh @ layer.Vh
         self._replace(old, layer.S, P.mT, Qh.mT)
 
-    def _replace(self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor) -> None:
+    def _replace(self, old: Tensor, new: nn.Parameter, left: Tensor, right: Tensor) -> None:
         """``new`` takes the place of ``old`` in the optimizer; ``new = left old right``, and so do gradients.
 
         Averages of gradients follow exactly. Averages of squares follow as if entries were uncorrelated. Step

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
-from hpc_oialr.errors import UnknownNameError
+from hpc_oialr.errors import OIALRError, UnknownNameError
 
 FOLDER = Path(__file__).parent
 
@@ -35,6 +36,24 @@ def find_recipe(recipe: str | Path) -> Path:
     if str(recipe) not in recipes():
         raise UnknownNameError("recipe", str(recipe), recipes())
     return FOLDER / f"{recipe}.yaml"
+
+
+def batch_scripts() -> list[Path]:
+    """The batch scripts for sbatch, from the repository or from where pip puts a package's data.
+
+    Raises
+    ------
+    OIALRError
+        If they were not installed.
+    """
+    places = (FOLDER.parents[1] / "slurm", Path(sysconfig.get_path("data")) / "share" / "hpc_oialr" / "slurm")
+    found = next((scripts for place in places if (scripts := sorted(place.glob("*.sh")))), [])
+    if not found:
+        raise OIALRError(
+            f"there are no batch scripts in {' or '.join(map(str, places))}. Install hpc_oialr into a virtual "
+            "environment, or take them from its source archive; oialr submit needs none."
+        )
+    return found
 
 
 def _comments(path: Path) -> tuple[str, str]:

@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_site(tmp_path, text, error):
 @pytest.mark.parametrize("name", ["generic", "horeka", "juwels_booster", "lumi", "perlmutter"])
 def test_sites_of_this_project(slurm, recipe, name):
     script = submit(recipe, dry_run=True, site=name)
-    assert f"env/sites/{name}.sh\n" in script
+    assert f"launch/sites/{name}.sh\n" in script
 
 
 def test_submission(slurm, recipe, tmp_path):

@@ -240,7 +240,7 @@ def test_headers(path: Path) -> None:
 def test_shellcheck() -> None:
     files = [
         str(path)
-        for folder in ("slurm", "env", "env/sites", "hpc_oialr/launch")
+        for folder in ("slurm", "env", "hpc_oialr/launch/sites", "hpc_oialr/launch")
         for path in sorted((HERE / folder).glob("*.sh"))
     ]
     assert len(files) >= 15

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Any cluster. A site file is sourced twice: where a job is submitted, for SITE_SBATCH, and in the job.
-# Copy this one to env/sites/NAME.sh and take it by SITE=NAME; SITE=/any/path/site.sh does too.
+# Copy this one to any place and take it by SITE=/path/NAME.sh or --site /path/NAME.sh.
 
 # Options of sbatch that every job needs here: partition, constraint, GPUs. The account is yours:
 # export SBATCH_ACCOUNT=... once, or --account=... on the command line.
