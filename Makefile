@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs beside packages, data beside style and types.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test tests tests-gpu check setup setup-test programs data clean
+.PHONY: demo test test-fast tests tests-gpu docs check setup setup-test programs data clean
 
 demo: setup data ## Train a vision transformer at low rank beside its dense twin (about 7 minutes on 2 cores).
 	$(BIN)/oialr compare fashion_mnist_vit --own --out $(OUT)
@@ -28,6 +28,14 @@ tests: setup-test programs data
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) tests-gpu; fi
 
+test-fast: setup-test data ## The inner loop: what needs no processes, no Slurm, no MPI (about 90 s on 2 cores).
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) \
+	  -m "not slow and not slurm and not mpi and not gpu"
+
+docs: setup-test ## The documentation, into build/docs; a warning is an error.
+	$(BIN)/python -c "import sphinx, myst_parser, furo, sphinxcontrib.mermaid" 2>/dev/null || $(PIP) --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 tests-gpu: setup-test ## Tests that need a GPU; DEVICE=cpu runs their bodies without one.
 	OIALR_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -m gpu -rs tests/gpu
 
@@ -37,7 +45,7 @@ check: setup-test ## Style and types only.
 	$(BIN)/mypy
 
 # The demo needs little; for tests everything is installed in one go.
-setup: $(VENV)/installed-$(if $(filter test tests tests-gpu check setup-test,$(MAKECMDGOALS)),test,plot)
+setup: $(VENV)/installed-$(if $(filter test test-fast tests tests-gpu docs check setup-test,$(MAKECMDGOALS)),test,plot)
 setup-test: $(VENV)/installed-test
 
 $(VENV)/installed-%: $(VENV)/torch-installed setup.cfg pyproject.toml

@@ -61,3 +61,13 @@ def test_files_that_others_name_exist():
     sources = [word for line in copied.splitlines()[1:] for word in line.split()[:-1]]
     assert sources
     assert all((ROOT / source).exists() for source in sources)
+
+
+def test_versions_stand_in_one_place():
+    """The package's in hpc_oialr/__init__.py, ruff's in setup.cfg; other files repeat them."""
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "hpc_oialr/__init__.py").read_text())[1]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    ruff = next(repo["rev"] for repo in hooks if "ruff" in repo["repo"])
+    assert f"ruff=={ruff.removeprefix('v')}\n" in (ROOT / "setup.cfg").read_text()
