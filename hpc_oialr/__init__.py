@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from hpc_oialr.lazy import offer
 
 if TYPE_CHECKING:
-    from hpc_oialr.lowrank import Selection, dense_parameters, low_rank_layers, merge, trainable_parameters
+    from hpc_oialr.lowrank import (
+        Selection,
+        dense_parameters,
+        low_rank_layers,
+        match_structure,
+        merge,
+        trainable_parameters,
+    )
     from hpc_oialr.method.config import OIALRConfig
     from hpc_oialr.method.oialr import OIALR
     from hpc_oialr.method.report import LayerUpdate, UpdateReport
@@ -47,6 +54,7 @@ __all__ = [
     "UpdateReport",
     "dense_parameters",
     "low_rank_layers",
+    "match_structure",
     "merge",
     "muon_adamw",
     "register_optimizer_state",
@@ -60,6 +68,7 @@ offer(
             "Selection",
             "dense_parameters",
             "low_rank_layers",
+            "match_structure",
             "merge",
             "trainable_parameters",
         ),

@@ -10,6 +10,7 @@ from hpc_oialr.lowrank.conversion import (
 )
 from hpc_oialr.lowrank.merge import merge
 from hpc_oialr.lowrank.selection import Selection, Site, select
+from hpc_oialr.lowrank.stored import match_structure
 
 __all__ = [
     "LowRankWeight",
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "dense_parameters",
     "low_rank_layers",
+    "match_structure",
     "merge",
     "select",
     "trainable_parameters",

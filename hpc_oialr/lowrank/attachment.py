@@ -58,13 +58,17 @@ class Attachment:
         untie(model)
         self._handles = [model.register_forward_pre_hook(self.before_forward)]
         for module in {id(m): m for m in [model, *owners]}.values():
-            self._handles.append(module.register_load_state_dict_pre_hook(self.before_load))
-            setattr(module, _MARK, self)
+            self.cover(module)
         for optimizer in optimizers:
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(self.before_optimizer_load),
                 optimizer.register_load_state_dict_post_hook(self.after_optimizer_load),
             ]
+
+    def cover(self, module: nn.Module) -> None:
+        """Let the controller know of what is loaded into ``module``."""
+        self._handles.append(module.register_load_state_dict_pre_hook(self.before_load))
+        setattr(module, _MARK, self)
 
     def release(self) -> None:
         """Take the hooks off."""
@@ -101,18 +105,25 @@ class Attachment:
             controller.after_optimizer_load(optimizer)
 
 
-def attached(model: nn.Module) -> Iterator[tuple[str, Attached]]:
-    """The controllers that are tied to modules of ``model``, with those modules' names."""
+def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached]]:
+    """The controllers that are tied to modules of ``model``, with those modules and their names."""
     for name, module in model.named_modules():
-        mark = module.__dict__.get(_MARK)
-        if mark is not None and mark.controller is not None:
-            yield name, mark.controller
+        controller = controller_of(module)
+        if controller is not None:
+            yield name, module, controller
 
 
-def is_attached(module: nn.Module) -> bool:
-    """Whether a controller is tied to this very module."""
+def controller_of(module: nn.Module) -> Attached | None:
+    """The controller that is tied to this very module."""
     mark = module.__dict__.get(_MARK)
-    return mark is not None and mark.controller is not None
+    controller: Attached | None = None if mark is None else mark.controller
+    return controller
+
+
+def cover_child(parent: nn.Module, child: nn.Module) -> None:
+    """Tie the controller of ``parent``, if it has one, to a new child that takes over one of its weights."""
+    if controller_of(parent) is not None:
+        parent.__dict__[_MARK].cover(child)
 
 
 def untie(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpc_oialr.lowrank.attachment import cover_child
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.linear import LowRankLinear
 from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
@@ -150,6 +151,7 @@ def unpack(attention: nn.MultiheadAttention) -> FactorisedMultiheadAttention:
         if weight is not None:
             _remove_slot(attention, parameter)
             attention.add_module(module, _linear_around(weight))
+            cover_child(attention, attention.get_submodule(module))
     attention.__class__ = FactorisedMultiheadAttention
     # torch's fused inference kernels read in_proj_weight; this flag keeps them off this layer.
     attention._qkv_same_embed_dim = False

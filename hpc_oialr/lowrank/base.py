@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.svd import compute_dtype
-from hpc_oialr.lowrank.attachment import is_attached
+from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
 from hpc_oialr.lowrank.execution import prefer_factored
@@ -265,7 +265,7 @@ class LowRankWeight(nn.Module):
         """
         if all(isinstance(state_dict.get(prefix + name), Tensor) for name in ("U", "S", "Vh")):
             self.written = None
-        if not is_attached(self):
+        if controller_of(self) is None:
             self._take_form(state_dict, prefix)
         # The layer may have its dense class again, now or in a hook.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)

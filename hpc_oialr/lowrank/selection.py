@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -26,13 +26,17 @@ KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Conv1D")
 
 def kind_of(module: nn.Module) -> str | None:
     """Name of the layer kind, or None if it is not one of :data:`KINDS` (subclasses are unknown kinds)."""
-    if isinstance(module, SplitDense):
-        return module.kind
-    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):
+    return _kind_of_class(type(module))
+
+
+def _kind_of_class(layer: type[nn.Module]) -> str | None:
+    if issubclass(layer, SplitDense):
+        return layer.kind
+    if layer in (nn.Linear, NonDynamicallyQuantizableLinear):
         return "Linear"
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention):
-        return type(module).__name__
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention):
+        return layer.__name__
+    if layer.__name__ == "Conv1D" and layer.__module__ == "transformers.pytorch_utils":
         return "Conv1D"
     return None
 
@@ -157,7 +161,9 @@ class Site:
         return min(self.shape)
 
 
-def select(model: nn.Module, selection: Selection | None = None, *, frozen: bool = False) -> list[Site]:
+def select(
+    model: nn.Module, selection: Selection | None = None, *, frozen: bool = False, low_rank: bool = False
+) -> list[Site]:
     """The sites that become low-rank, in the order of the model's layers.
 
     Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin, of unknown
@@ -168,25 +174,43 @@ def select(model: nn.Module, selection: Selection | None = None, *, frozen: bool
     ----------
     frozen
         Take weights that are frozen at the moment as well.
+    low_rank
+        Take layers that are low-rank already as well.
     """
-    return examine(model, selection, frozen=frozen)[0]
+    return examine(model, selection, frozen=frozen, low_rank=low_rank)[0]
 
 
 def examine(
-    model: nn.Module, selection: Selection | None = None, *, frozen: bool = False
+    model: nn.Module, selection: Selection | None = None, *, frozen: bool = False, low_rank: bool = False
 ) -> tuple[list[Site], dict[str, Refusal]]:
-    """As :func:`select`, and why each of the others stays dense."""
+    """As :func:`select`, and why each of the others stays dense.
+
+    Raises
+    ------
+    ModelError
+        If a layer is low-rank that ``selection`` leaves out, and ``low_rank`` is set.
+    """
     selection = selection or Selection()
-    sites = list(_candidates(model))
+    every = every_site(model)
+    sites = [site for site in every if low_rank or site.low_rank is None]
     shared = Shared.of(model)
     refused = {}
     for site in sites:
-        refusal = _refusal(site, sites, selection, shared, frozen=frozen)
+        refusal = _refusal(site, every, selection, shared, frozen=frozen)
         if refusal is not None:
             refused[site.name] = refusal
+            _require_dense(site, refusal)
     unknown, share = _unknown_kinds(model, sites)
     _log_dense(model, sites, refused | unknown, share)
     return [site for site in sites if site.name not in refused], refused | unknown
+
+
+def _require_dense(site: Site, refusal: Refusal) -> None:
+    if site.low_rank is not None:
+        raise ModelError(
+            f"layer {site.name} is low-rank already, but oialr.selection leaves it dense ({refusal.reason}). Give the "
+            "selection it was made with; or make it dense by hpc_oialr.merge(model, inplace=True), then the optimizer."
+        )
 
 
 def _log_dense(model: nn.Module, sites: Sequence[Site], refused: Mapping[str, Refusal], share: float) -> None:
@@ -207,7 +231,7 @@ def _log_dense(model: nn.Module, sites: Sequence[Site], refused: Mapping[str, Re
 
 def replaceable(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """Every site whose weight may be stored in another way, and the reason for each that must stay whole."""
-    sites, shared = list(_candidates(model)), Shared.of(model)
+    sites, shared = [site for site in every_site(model) if site.low_rank is None], Shared.of(model)
     refused = {site.name: unfit(site, shared) for site in sites}
     left = {name: refusal for name, refusal in refused.items() if refusal} | _unknown_kinds(model, sites)[0]
     return [site for site in sites if site.name not in left], {
@@ -237,15 +261,25 @@ class Shared:
         return cls(uses, shared_memory(model))
 
 
-def _candidates(model: nn.Module) -> Iterator[Site]:
+def every_site(model: nn.Module) -> list[Site]:
+    """Every weight of a known kind, dense or low-rank, in the order of the dense model."""
+    sites: list[Site] = []
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        unpacked = isinstance(module, FactorisedMultiheadAttention)
+        kind = "MultiheadAttention" if unpacked else kind_of(module)
+        if module in inside:
+            continue
         if kind == "MultiheadAttention":
             for parameter, child in PROJECTIONS.items():
-                if module._parameters.get(parameter) is not None:
-                    yield Site(f"{name}.{child}" if name else child, module, parameter, kind)
+                if module._parameters.get(parameter) is not None or (unpacked and child in module._modules):
+                    sites.append(Site(f"{name}.{child}" if name else child, module, parameter, kind))
+                    inside |= {module._modules[child]} if unpacked else set()
+        elif isinstance(module, LowRankWeight):
+            sites.append(Site(name, module, "weight", _kind_of_class(module.dense_class) or "Linear"))
         elif kind is not None and isinstance(getattr(module, "weight", None), Tensor):
-            yield Site(name, module, "weight", kind)
+            sites.append(Site(name, module, "weight", kind))
+    return sites
 
 
 def _refusal(
@@ -256,7 +290,7 @@ def _refusal(
         return Refusal("not selected")
     if (selection.keep_last and site is sites[-1]) or (selection.keep_first and site is sites[0]):
         return Refusal("first or last layer")
-    refusal = unfit(site, shared, frozen=frozen)
+    refusal = unfit(site, shared, frozen=frozen) if site.low_rank is None else None
     if refusal is not None:
         return refusal
     m, n = site.shape
@@ -286,7 +320,7 @@ def _unknown_kinds(model: nn.Module, sites: Sequence[Site]) -> tuple[dict[str, R
 
     Embeddings and norms are no surprise.
     """
-    known = {id(p) for site in sites if (p := site.owner._parameters.get(site.parameter)) is not None}
+    known = {id(p) for site in sites if (p := site.stored) is not None}
     total = max(1, sum(_numbers(p) for p in model.parameters()))
     refused: dict[str, Refusal] = {}
     held = 0

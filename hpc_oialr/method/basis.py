@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_oialr.engines import Engine
+from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
@@ -46,7 +47,7 @@ class BasisChanges:
     ) -> None:
         self.optimizer, self.config = optimizer, config
         self.engine, self.layout = engine, engine.layout
-        self._groups = GroupPlaces(optimizer)
+        self._groups = GroupPlaces(optimizer, model)
         self.core_lr = CoreLearningRate(optimizer.leaves)
         engine.scale_steps(self.core_lr.factors)
         self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
@@ -61,7 +62,38 @@ class BasisChanges:
     def _sites_by_name(self, average: nn.Module) -> dict[str, Site]:
         leave_fused_inference(average)
         inner = getattr(average, "module", average)
-        return {site.name: site for site in select(inner, self.config.selection, frozen=True)}
+        sites = select(inner, self.config.selection, frozen=True, low_rank=True)
+        return {site.name: site for site in sites}
+
+    def adopt(self, sites: Sequence[Site]) -> list[Site]:
+        """Take over those of ``sites`` that are low-rank already; which they are.
+
+        Raises
+        ------
+        ModelError
+            If the engine has them in parts, or a running average has another r.
+        """
+        found = [site for site in sites if site.low_rank is not None]
+        for site in found:
+            layer = site.low_rank
+            assert layer is not None
+            if not self.engine.whole_factors:
+                raise ModelError(
+                    f"layer {site.name} is low-rank already, which {type(self.engine).__name__} cannot take over. Make "
+                    "a dense model and its optimizer, then OIALR(...), oialr.load_state_dict(...), and load the model's "
+                    "state."
+                )
+            for twin in self.twins(site):
+                if twin.low_rank is None or twin.low_rank.r != layer.r:
+                    raise ModelError(
+                        f"layer {site.name} is low-rank with r = {layer.r}, but not so in a running average. Make "
+                        "averages from the model as it is, or give them its structure by hpc_oialr.match_structure."
+                    )
+            layer.crossover, layer.autocast_copies = self.crossover, AutocastCopies()
+            self._set_step(layer)
+        if found:
+            self.order(sites)
+        return found
 
     @exact_arithmetic()
     def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:

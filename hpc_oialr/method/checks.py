@@ -50,9 +50,9 @@ def _check_state_device(name: str, p: nn.Parameter, optimizer: OptimizerStack) -
 
 
 def trained_sites(sites: Sequence[Site], optimizer: OptimizerStack) -> list[Site]:
-    """The sites whose weight the optimizer trains; the others stay dense."""
+    """The sites whose weight or core the optimizer trains; the others stay as they are."""
     held = {id(p) for p in optimizer.parameters()}
-    return [site for site in sites if id(site.weight) in held]
+    return [site for site in sites if id(site.trained) in held]
 
 
 def check_change(
@@ -89,7 +89,7 @@ def check_change(
 
 def require_unattached(model: nn.Module) -> None:
     """Raise :class:`ModelError` if another controller changes layers of this model."""
-    for name, first in attached(model):
+    for name, _, first in attached(model):
         raise ModelError(
             f"{name or 'the model'} belongs to {first!r} already; two controllers would change its layers behind each "
             "other's back. Go on with the first one, or call its detach() before making another."
@@ -142,10 +142,10 @@ def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, n
 
 def shared_sites(sites: Sequence[Site], ignored: Collection[int]) -> list[Site]:
     """The sites whose weight all processes share; the log names the others, which a wrapper leaves out."""
-    left = [site.name for site in sites if id(site.weight) in ignored]
+    left = [site.name for site in sites if id(site.trained) in ignored]
     if left:
         log.info("left dense: %s (DistributedDataParallel ignores their weights)", ", ".join(left))
-    return [site for site in sites if id(site.weight) not in ignored]
+    return [site for site in sites if id(site.trained) not in ignored]
 
 
 def require_finite(sites: Sequence[Site], engine: Engine) -> None:

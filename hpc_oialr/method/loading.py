@@ -7,9 +7,9 @@ part of the model: it goes on from where it is, unless its state is loaded as we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,71 +18,13 @@ from torch.optim import Optimizer
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
-from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
+from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
 from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.optim.state_kinds import FACTORED
 
 ORDER = "load the model's state (or call oialr.load_state_dict) first, then the optimizer's"
-
-
-class Stored(NamedTuple):
-    """What a state dict holds of one layer: its factors; or None of them, then it is dense."""
-
-    U: Tensor | None
-    Vh: Tensor | None
-
-    @property
-    def r(self) -> int | None:
-        """Inner dimension; None: dense."""
-        return None if self.U is None else int(self.U.shape[1])
-
-
-def stored_layers(
-    sites: Sequence[Site], module: nn.Module, root: nn.Module, state: Mapping[str, Any], prefix: str
-) -> dict[str, Stored]:
-    """The layers of ``sites`` that are in a state dict, which is about to be loaded into ``module``.
-
-    Parameters
-    ----------
-    module, prefix
-        Part of ``root`` or all of it, and how its names in ``state`` begin.
-
-    Raises
-    ------
-    ModelError
-        If a layer is there twice, dense and low-rank, or of another shape.
-    """
-    found = {}
-    for site in sites:
-        if module is not root and module is not site.owner:
-            continue
-        path, packed = _paths(site, prefix, whole=module is root)
-        dense = [key for key in (path + "weight", packed) if key in state]
-        factors = [state.get(path + name) for name in ("U", "S", "Vh")]
-        held = [factor for factor in factors if isinstance(factor, Tensor)]
-        if dense and held:
-            raise ModelError(f"the state dict holds layer {site.name} twice: {dense[0]} and {path}S.")
-        if len(held) == 3:
-            U, S, Vh = held
-            if (U.shape[0], Vh.shape[1]) != site.shape or S.shape != (U.shape[1], Vh.shape[0]):
-                raise ModelError(
-                    f"the state dict's layer {site.name} is {U.shape[0]} x {Vh.shape[1]} with a core of "
-                    f"{tuple(S.shape)}; here it is {site.shape[0]} x {site.shape[1]}. It belongs to another model."
-                )
-            found[site.name] = Stored(U, Vh)
-        elif dense:
-            found[site.name] = Stored(None, None)
-    return found
-
-
-def _paths(site: Site, prefix: str, *, whole: bool) -> tuple[str, str]:
-    """How the layer's names in a state dict begin, and the whole name of a weight in its owner."""
-    layer = site.name.split(".") if site.name else []
-    inside = layer[-1:] if site.kind == "MultiheadAttention" else []
-    owner = layer[: len(layer) - len(inside)] if whole else []
-    joined = prefix + "".join(f"{part}." for part in owner)
-    return joined + "".join(f"{part}." for part in inside), joined + site.parameter
 
 
 class Loader:
@@ -284,31 +226,3 @@ def _has_shape(key: str, value: Tensor, shape: Sequence[int]) -> bool:
     if key in FACTORED.keys() | FACTORED.values():
         return value.dim() != len(shape) or all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
     return tuple(value.shape) == tuple(shape)
-
-
-def match_attention(
-    sites: Iterable[Site], state: Mapping[str, Any], prefix: str, module: nn.Module, root: nn.Module
-) -> list[Site]:
-    """Pack or unpack the dense projections of attentions, as the names in a state dict say; the sites concerned."""
-    concerned = []
-    for site in sites:
-        if site.kind != "MultiheadAttention" or not (module is root or module is site.owner):
-            continue
-        path, packed = _paths(site, prefix, whole=module is root)
-        if packed in state:
-            pack(site)
-        elif path + "weight" in state:
-            unpack(site.owner)  # type: ignore[arg-type]
-        else:
-            continue
-        concerned.append(site)
-    return concerned
-
-
-def pack(site: Site) -> None:
-    """Give an attention its own class back, once none of its projections is low-rank."""
-    attention = site.owner
-    if isinstance(attention, FactorisedMultiheadAttention):
-        projections = [m for name, m in attention.named_children() if name != "out_proj"]
-        if not any(isinstance(m, LowRankWeight) for m in projections):
-            repack(attention)

@@ -48,8 +48,8 @@ class OIALR:
     Parameters
     ----------
     model
-        Any dense module, in its final place; plain or wrapped in ``DistributedDataParallel``. Its
-        layers are converted in place.
+        Any module, in its final place; plain or wrapped in ``DistributedDataParallel``. Its layers are converted
+        in place; those that are low-rank already, of a run before or by ``match_structure``, go on from their r.
     optimizer
         Made from ``model.parameters()``. Groups and schedulers stay as they are; a core takes the
         place of its weight.
@@ -105,16 +105,22 @@ class OIALR:
             )
         check_change(self.sites, self._optimizers, self.engine, self.config.core_lr_scale)
         self._changes = BasisChanges(self.module, self._optimizers, self.config, averages, self.engine)
+        adopted = self._changes.adopt(self.sites)
         self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.sites, self._changes, self.engine)
+        if adopted:
+            # Values may be yet to come, and a wrapper may have been made before the layers were.
+            self._loader.empty = {site.name for site in adopted}
+            self.rewrap()
         self._tie()
 
     def _tie(self) -> None:
         self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
         self._attachment = Attachment(self)
-        self._attachment.tie(self.module, [site.owner for site in self.sites], self._optimizers.leaves)
+        holders = [module for site in self.sites for module in (site.owner, site.holder)]
+        self._attachment.tie(self.module, holders, self._optimizers.leaves)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""

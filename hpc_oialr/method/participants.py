@@ -22,7 +22,7 @@ from hpc_oialr.optim.stack import OptimizerStack
 def find_participants(
     model: nn.Module, selection: Selection, optimizer: OptimizerStack, engine: Engine
 ) -> list[Site]:
-    """The sites that are to become low-rank, those that are frozen at the moment included.
+    """The sites that are to become low-rank or are it already, those that are frozen at the moment included.
 
     Warns of layers that stay dense although no setting says so.
 
@@ -31,7 +31,7 @@ def find_participants(
     ModelError
         If the settings leave no layer.
     """
-    sites, refused = examine(model, selection, frozen=True)
+    sites, refused = examine(model, selection, frozen=True, low_rank=True)
     sites = shared_sites(trained_sites(sites, optimizer), engine.ignored)
     refused |= {site.name: r for site in sites if (r := _layout_refusal(site, engine)) is not None}
     sites = [site for site in sites if site.name not in refused]
@@ -68,7 +68,9 @@ class FrozenByUser:
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._versions: dict[str, tuple[int, int]] = {}
-        self._waiting = {site.name for site in sites if not site.weight.requires_grad}
+        self._waiting = {
+            site.name for site in sites if site.low_rank is None and not site.weight.requires_grad
+        }
 
     def __getstate__(self) -> dict[str, object]:
         # Identities and versions are of this process's objects.
@@ -102,8 +104,8 @@ def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
 
 def _layout_refusal(site: Site, engine: Engine) -> Refusal | None:
     """A DTensor that is not split as the engine splits."""
-    weight, layout = site.weight, engine.layout
-    if not isinstance(weight, DTensor):
+    weight, layout = site.trained, engine.layout
+    if site.low_rank is not None or not isinstance(weight, DTensor):
         return None
     if isinstance(layout, Split) and list(weight.placements) == list(layout.placements(0)):
         return None

@@ -46,6 +46,10 @@ class CoreLearningRate:
         self.factors: dict[nn.Parameter, float] = {}
         self.steps = 0
         self._optimizers = list(optimizers)
+        for optimizer in self._optimizers:
+            # Of a controller that is gone: two factors would be multiplied.
+            if (earlier := vars(optimizer).get(_ATTRIBUTE)) is not None:
+                earlier.remove()
         self._attach()
 
     def _attach(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.optim import Optimizer
 
+from hpc_oialr.lowrank import LowRankWeight, low_rank_layers
+from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import replace_parameter
 
@@ -15,14 +18,27 @@ class GroupPlaces:
     weight that comes back finds its place again, so that the order is that of a model which never was low-rank.
     """
 
-    def __init__(self, stack: OptimizerStack) -> None:
+    def __init__(self, stack: OptimizerStack, model: nn.Module) -> None:
         self._stack = stack
+        order = _dense_places(model)
+        if low_rank_layers(model):
+            _leave_out_bases(stack, model, order)
         self._places: dict[nn.Parameter, tuple[int, int]] = {
             p: (index, place)
             for leaf in stack.leaves
             for index, group in enumerate(leaf.param_groups)
             for place, p in enumerate(group["params"])
         }
+        for leaf in stack.leaves:
+            self._expect_back(leaf, order)
+
+    def _expect_back(self, leaf: Optimizer, order: dict[nn.Parameter, int]) -> None:
+        """Where weights will stand whose cores are in the group for cores already: in the first of the others."""
+        cores = [p for group in leaf.param_groups if group.get("cores") for p in group["params"]]
+        homes = [i for i, group in enumerate(leaf.param_groups) if not group.get("cores")]
+        if cores and homes:
+            both = sorted([*leaf.param_groups[homes[0]]["params"], *cores], key=lambda p: order[p])
+            self._places |= {p: (homes[0], place) for place, p in enumerate(both)}
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Put ``new`` in the place of ``old``."""
@@ -43,3 +59,42 @@ class GroupPlaces:
         if home["algorithm"] != now["algorithm"]:
             for _, states in self._stack.states():
                 states.pop(weight, None)
+
+
+def _leave_out_bases(stack: OptimizerStack, model: nn.Module, order: dict[nn.Parameter, int]) -> None:
+    """Take frozen ``U`` and ``Vh`` out of groups, and order these as if the model had been dense when they were made.
+
+    So the state of an optimizer that was there before the conversion fits one made from the low-rank model.
+    """
+    if stack.partitioned:
+        return
+    layers = low_rank_layers(model).values()
+    bases = {id(p) for layer in layers if not layer.bases_trained for p in (layer.U, layer.Vh)}
+    here = {p: place for place, p in enumerate(model.parameters())}
+    for group in stack.groups():
+        params = [p for p in group["params"] if id(p) not in bases]
+        if len(params) < len(group["params"]):
+            places = [here[p] for p in params]
+            group["params"][:] = (
+                sorted(params, key=lambda p: order[p]) if places == sorted(places) else params
+            )
+
+
+def _dense_places(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The place of each parameter in the dense model; a core's is its weight's."""
+    found: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for p in _dense_order(module):
+            if p is not None:
+                found.setdefault(p, len(found))
+    return found
+
+
+def _dense_order(module: nn.Module) -> list[nn.Parameter | None]:
+    own = list(module._parameters.values())
+    if isinstance(module, LowRankWeight):
+        return [module.S, *own]
+    if isinstance(module, FactorisedMultiheadAttention):
+        inside = [child for name in PROJECTIONS.values() if (child := module._modules.get(name)) is not None]
+        return [p for child in inside for p in _dense_order(child)[:1]] + own
+    return own
