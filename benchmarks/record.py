@@ -26,6 +26,7 @@ from hpc_oialr.record import RunFolder
 from hpc_oialr.spectra import open as open_spectra
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
+from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.session import make_session
 from hpc_oialr.train.trainer import Trainer
@@ -87,10 +88,11 @@ class Demo:
 @contextlib.contextmanager
 def demo_in(folder: Path, steps: int) -> Iterator[Demo]:
     """A demo whose files are closed at the end."""
-    demo = Demo(folder, steps)
-    yield demo
-    demo.recorder.spectra.writer = demo.writer
-    demo.recorder.close()
+    with process_settings(World.single("cpu")):
+        demo = Demo(folder, steps)
+        yield demo
+        demo.recorder.spectra.writer = demo.writer
+        demo.recorder.close()
 
 
 def pairs(demo: Demo, steps: int, count: int, budget_s: float) -> Iterator[tuple[float, float]]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -179,6 +181,13 @@ def graphs_compiled() -> int:
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
-def allow_recompiling(times: int) -> None:
-    """Let torch.compile make so many graphs of one function; past its own limit of 8 it gives up."""
-    torch._dynamo.config.recompile_limit = times
+@contextmanager
+def recompile_limit(times: int) -> Iterator[None]:
+    """Let torch.compile make so many graphs of one function meanwhile; past its own limit of 8 it gives up."""
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    config.recompile_limit = times
+    try:
+        yield
+    finally:
+        config.recompile_limit = before

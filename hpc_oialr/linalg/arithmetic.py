@@ -55,17 +55,30 @@ def exact_arithmetic() -> Iterator[None]:
         yield
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Let CUDA multiply fp32 matrices in TF32, or not: training steps, Newton-Schulz of cores, convolutions.
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Let CUDA multiply fp32 matrices in TF32 meanwhile, or not: training steps, Newton-Schulz of cores, convolutions.
 
     What runs in :func:`exact_arithmetic` never does.
     """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # torch refuses to read the older switch of products while only the newer one is set.
+    before, convolutions = matmul.fp32_precision, cudnn.allow_tf32
+    _allow_tf32(allowed, allowed)
+    try:
+        yield
+    finally:
+        _allow_tf32(before == "tf32", convolutions)
+        matmul.fp32_precision = before
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
     with warnings.catch_warnings():
         # Some versions of torch name the newer settings here, but torch.compile and cuBLASLt still read the older ones,
         # and these set both.
         warnings.simplefilter("ignore")
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        torch.backends.cudnn.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

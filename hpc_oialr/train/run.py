@@ -20,6 +20,7 @@ from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.record.owner import Claim, Ownership
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
+from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.same_run import RESUMABLE, differing, fixed_settings, may_change
 from hpc_oialr.train.session import make_session
@@ -245,7 +246,9 @@ def _run(
     on_main(world, functools.partial(claim.check, folder))
     if loaded.config.train.health_check:
         check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
-    with world.reported("the run's communication", only_communication=True):
+    config = loaded.config
+    settings = process_settings(world, tf32=config.train.tf32, compiled=config.compile)
+    with settings, world.reported("the run's communication", only_communication=True):
         channel = open_channel(world)
         result = _train(loaded, folder, channel, world, stop or StopRequest(), claim)
     channel.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +15,8 @@ from torch.optim import Optimizer
 from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.linalg.arithmetic import allow_tf32
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
-from hpc_oialr.torch_compat import allow_recompiling
 from hpc_oialr.train.batch_norm import synchronise_batch_norm
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import in_section
@@ -99,7 +96,6 @@ def make_session(config: RunConfig, world: World) -> Session:
         If settings, data, world and model do not fit each other.
     """
     train = config.train
-    prepare_torch(world, tf32=train.tf32)
     with _section("data"):
         splits = config.data.build()
         if splits.validation is None and splits.test is None:
@@ -149,20 +145,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-def prepare_torch(world: World, *, tf32: bool = True) -> None:
-    """On the CPU reproducible kernels, and cores shared among the processes of a node; on CUDA TF32 or not."""
-    if world.device.type != "cpu":
-        allow_tf32(tf32)
-        return
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling fresh memory only helps to find reads of it, and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A launcher or OMP_NUM_THREADS that gives a process less than the whole node is left alone.
-    if world.local_size > 1 and torch.get_num_threads() >= cores:
-        torch.set_num_threads(max(1, cores // world.local_size))
-
-
 def _batches(config: RunConfig, world: World, splits: Splits) -> GlobalBatches:
     train = config.train
     with _section("train"):
@@ -190,8 +172,6 @@ def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str
     if train.activation_checkpointing:
         _checkpoint_activations(module)
     if config.compile:
-        # Every set of shapes is compiled once.
-        allow_recompiling(64)
         module.compile()
     return fingerprint(module)
 

@@ -7,7 +7,7 @@ import torch
 from support.gpu_loop import OPTIMIZERS, Network, batch, make, train
 from torch import nn
 
-from hpc_oialr.torch_compat import allow_recompiling
+from hpc_oialr.torch_compat import recompile_limit
 
 pytestmark = pytest.mark.gpu
 
@@ -50,9 +50,9 @@ def test_compiled_forward_through_conversion_and_cut(device: torch.device) -> No
     torch._dynamo.reset()
     eager, compiled = make(device), make(device)
     assert isinstance(compiled.module, Network)
-    allow_recompiling(64)
     # Compiling for a CPU takes a minute, and is tested by tests/method/test_compile.py.
     compiled.module.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
-    expected, losses = (train(oialr, 6, dtype=torch.bfloat16) for oialr in (eager, compiled))
+    with recompile_limit(64):
+        expected, losses = (train(oialr, 6, dtype=torch.bfloat16) for oialr in (eager, compiled))
     assert losses == pytest.approx(expected, rel=2e-2)
     assert compiled.r == eager.r == {"layers.0": 16, "layers.1": 32, "layers.2": 16}

@@ -16,7 +16,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.lowrank import convert, low_rank_layers
 from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
-from hpc_oialr.train.session import prepare_torch
+from hpc_oialr.train.process_settings import process_settings
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -207,18 +207,15 @@ def test_a_run_on_cuda_allows_tf32_unless_told_otherwise(setting: str | None) ->
     train = load_config("text_gpt", given).config.train
     allowed = "tf32" if setting != "false" else "ieee"
     on_cuda = cast(World, SimpleNamespace(device=torch.device("cuda")))
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        prepare_torch(on_cuda, tf32=train.tf32)
+    before = CUDA.fp32_precision, torch.backends.cudnn.allow_tf32
+    with process_settings(on_cuda, tf32=train.tf32):
         assert CUDA.fp32_precision in (allowed, "none" if allowed == "ieee" else allowed)
         assert CUDA.allow_tf32 is torch.backends.cudnn.allow_tf32 is (allowed == "tf32")
         with exact_arithmetic():
             assert CUDA.fp32_precision != "tf32"
             assert not CUDA.allow_tf32
         assert CUDA.allow_tf32 is (allowed == "tf32")
-    finally:
-        CUDA.allow_tf32, torch.backends.cudnn.allow_tf32 = False, before
-        CUDA.fp32_precision = "none"
+    assert (CUDA.fp32_precision, torch.backends.cudnn.allow_tf32) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
