@@ -99,7 +99,8 @@ class Loader:
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
         """Remember it, and refuse state of another structure."""
-        self.optimizer_loaded = True
+        # Accelerate's prepare() loads an optimizer's state into itself, with nothing in it yet.
+        self.optimizer_loaded |= any(optimizer.state.get(site.trained) for site in self.sites)
         require_same_shapes(self.sites, optimizer)
 
     def check_values(self) -> None:

@@ -55,6 +55,13 @@ def _check_value(
         return
     if value.dim() == 0 or (value.numel() == 1 and value.shape != shape):
         return
+    if value.shape != shape and value.dim() == 2 and len({*value.shape}) == 1 and len(value) <= min(shape):
+        raise ModelError(
+            f"{optimizer}'s state {key!r} of {name} has shape {tuple(value.shape)}, as of a core with r = {len(value)}, "
+            f"but the weight is {tuple(shape)}: the optimizer's state is of another structure than the model. Call "
+            "hpc_oialr.match_structure(model, state_dict) and model.load_state_dict(state_dict) with the model's state "
+            "of the same checkpoint, then make the optimizer and load its state."
+        )
     # A subclass from elsewhere stores something else than its values.
     ordinary = type(value).__module__.startswith("torch.") or type(value) is Tensor
     ordinary = ordinary and value.is_floating_point()

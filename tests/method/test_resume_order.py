@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.saved_runs import Run, X, attention, groups, in_step, linear, separate
+from support.saved_runs import Run, X, Y, attention, groups, in_step, linear, separate
+from support.spawn import spawn
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers, match_structure
 from hpc_oialr.errors import ModelError
+from hpc_oialr.processes import World
 
 MAKE = {"attention": attention, "separate": separate, "linear": linear}
 
@@ -97,6 +101,62 @@ def test_what_cannot_be_taken_over_is_refused_with_the_call_to_make() -> None:
         OIALR(twin := copy.deepcopy(model), torch.optim.SGD(twin.parameters(), 0.1), averages=[average])
     with pytest.raises(ModelError, match=r"low-rank layer 'module.1' that this model does not have"):
         match_structure(linear(), {f"module.{key}": value for key, value in state.items()})
+
+
+def test_an_optimizer_state_of_another_structure_names_the_call() -> None:
+    """As when the model's low-rank state was ignored, by ``strict=False`` before there was a controller."""
+    state = Run(linear, "AdamW").train(6).state()
+    model = linear()
+    assert model.load_state_dict(state["model"], strict=False).unexpected_keys
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer.load_state_dict(state["optimizer"])
+    with pytest.raises(
+        ModelError, match=r"as of a core with r = .*match_structure\(model, state_dict\) and model.load"
+    ):
+        OIALR(model, optimizer)
+
+
+def test_an_empty_optimizer_state_belongs_to_no_structure() -> None:
+    """Accelerate's ``prepare`` loads an optimizer's state into itself, then ``load_state`` the model's and its."""
+    first = Run(linear, "AdamW").train(6)
+    state, second = first.state(), Run(linear, "AdamW")
+    second.optimizer.load_state_dict(second.optimizer.state_dict())
+    second.load(state, ("model", "optimizer", "oialr"))
+    assert torch.equal(first.train(5).output(), second.train(5).output())
+
+
+def wrapped(rank: int, size: int, state: dict[str, Any]) -> tuple[bool, torch.Tensor]:
+    """As Lightning does it; and with a wrapper that was made before the structure, around the module inside."""
+    World.from_environment(timeout_s=60)
+    outputs = []
+    for late in (False, True):
+        net = attention()
+        if late:
+            model = DistributedDataParallel(net)
+        match_structure(net, state["model"])
+        net.load_state_dict(state["model"])
+        if not late:
+            model = DistributedDataParallel(net)
+            with pytest.raises(ModelError, match="would keep the old ones: call it for the model before"):
+                match_structure(model, {f"module.{key}": x for key, x in attention().state_dict().items()})
+        run = Run(attention, "AdamW", model)
+        run.load({**state, "model": {}}, ("optimizer", "oialr"))
+        assert run.oialr.model is model
+        for _ in range(4):
+            F.cross_entropy(model(X[rank::size]), Y[rank::size]).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.oialr.step()
+        outputs.append(net(X).detach())
+    return torch.equal(*outputs), outputs[0]
+
+
+def test_lightnings_order_on_two_processes() -> None:
+    first = Run(attention, "AdamW").train(6)
+    (same, output), (_, other) = spawn(wrapped, 2, first.state())
+    assert same
+    assert torch.equal(output, other)
+    torch.testing.assert_close(output, first.train(4).output(), rtol=1e-3, atol=1e-4)
 
 
 def test_one_projection_of_an_attention_loads_with_its_optimizer() -> None:
