@@ -17,9 +17,10 @@ from torch import Tensor
 
 from benchmarks.common import Row
 from hpc_oialr.linalg.blocks import frobenius_norm
-from hpc_oialr.linalg.communicator import Communicator, communicator
+from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.gather import gathered_svd
 from hpc_oialr.linalg.gaussian import gaussian_rows
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
 from hpc_oialr.linalg.layout import block_of
 from hpc_oialr.linalg.plan_execution import run_plan

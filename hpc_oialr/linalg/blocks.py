@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Communicator, Group, communicator
+from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.gaussian import gaussian_rows
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.svd import compute_dtype, row_pieces
 from hpc_oialr.linalg.tsqr import Columns
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Op = Literal["sum", "max", "min"]
@@ -163,43 +162,6 @@ class Team(Communicator):
 
     def _swap(self, tensor: Tensor, to: int, out: Tensor, source: int) -> None:
         self.whole.swap(tensor, self.members[to], out, self.members[source])
-
-
-def communicator(group: Group) -> Communicator:
-    """The communicator for whatever names a group.
-
-    Parameters
-    ----------
-    group
-        None (one process), a :class:`Communicator`, a ``torch.distributed`` process group, or an mpi4py
-        communicator.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-
-    Examples
-    --------
-    >>> communicator(None).size
-    1
-    """
-    if isinstance(group, Communicator):
-        return group
-    if group is None:
-        return Alone()
-    if isinstance(group, dist.ProcessGroup):
-        from hpc_oialr.linalg.torch_communicator import TorchCommunicator
-
-        return TorchCommunicator(group)
-    if type(group).__module__.split(".")[0] == "mpi4py":
-        from hpc_oialr.linalg.mpi_communicator import MPICommunicator
-
-        return MPICommunicator(group)
-    raise TypeError(
-        f"group is a {type(group).__name__}; must be None, a torch.distributed.ProcessGroup, an mpi4py "
-        "communicator or a Communicator. For one process pass None."
-    )
 
 
 # -- the binary tree -------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Communicator, Group, communicator
+from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.gather import gathered_svd
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import check_target, fewest, hierarchical_svd
 from hpc_oialr.linalg.layout import Layout, agree
 from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr, check_method

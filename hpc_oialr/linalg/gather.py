@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Group, communicator
+from hpc_oialr.linalg.communicator import Group
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.layout import agree
 from hpc_oialr.linalg.local_qr import Apply
 from hpc_oialr.linalg.svd import svd

@@ -10,7 +10,8 @@ from torch import Tensor
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import squared_norm
-from hpc_oialr.linalg.communicator import Group, communicator
+from hpc_oialr.linalg.communicator import Group
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.layout import agree
 from hpc_oialr.linalg.local_qr import Apply, blocked_qr
 from hpc_oialr.linalg.svd import svd

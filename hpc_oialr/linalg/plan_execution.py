@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.communicator import Communicator, Group, Team, communicator
+from hpc_oialr.linalg.communicator import Communicator, Group, Team
 from hpc_oialr.linalg.distributed_svd import distributed_svd
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.layout import block_of, even_blocks
 from hpc_oialr.linalg.svd import SVD, compute_dtype, svd
 from hpc_oialr.linalg.work_plan import Task, WorkPlan

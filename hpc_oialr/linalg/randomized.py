@@ -9,8 +9,9 @@ from torch import Tensor
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import frobenius_norm, squared_norm
-from hpc_oialr.linalg.communicator import Communicator, Group, communicator
+from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.gaussian import gaussian_rows
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.layout import agree, even_blocks
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, gathered, tsqr, tsqr_svd
 

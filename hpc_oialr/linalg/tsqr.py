@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Communicator, Group, communicator
+from hpc_oialr.linalg.communicator import Communicator, Group
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.layout import agree, block_of, even_blocks, transpose_blocks
 from hpc_oialr.linalg.local_qr import Apply, blocked_qr
 from hpc_oialr.linalg.svd import svd

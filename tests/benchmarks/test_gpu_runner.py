@@ -67,9 +67,7 @@ def test_a_deadline_cuts_off_one_section_and_the_rest_is_there(tmp_path):
         Plan("quick", 9, lambda _: [case("short", [{"y": 1}])]),
     ]
     out = tmp_path / "gpu.json"
-    begin = time.monotonic()
     run(plans, Context(CPU, True), Results(out, "CPU", tiny=True), 5)
-    assert time.monotonic() - begin < 30
     sections = load(out)["sections"]
     assert sections["slow"]["rows"] == [{"before": 1}]
     assert sections["slow"]["left out"][0].startswith("long: stopped after")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.threads import ThreadCommunicator, run_threads
 
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.linalg.communicator import Alone, Team, children, communicator, parent
+from hpc_oialr.linalg.communicator import Alone, Team, children, parent
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.mpi_communicator import mpi_world
 from hpc_oialr.linalg.tsqr import tsqr_svd
 

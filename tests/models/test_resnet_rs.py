@@ -80,8 +80,9 @@ def test_timm_is_asked_for_resnetrs101_and_keeps_its_own_initial_weights(monkeyp
             self.drawn = zero_init_last
 
     monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
-    monkeypatch.setattr(transformers, "TimmWrapperConfig", dict, raising=False)
-    monkeypatch.setattr(transformers, "TimmWrapperForImageClassification", Wrapper, raising=False)
+    # Not setattr, which would first import the real ones, and with them what is left of timm.
+    monkeypatch.setitem(vars(transformers), "TimmWrapperConfig", dict)
+    monkeypatch.setitem(vars(transformers), "TimmWrapperForImageClassification", Wrapper)
     model = ResNetRS(classes=7).build(IMAGES)
     assert model.config == {
         "architecture": "resnetrs101",

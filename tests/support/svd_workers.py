@@ -16,8 +16,9 @@ from support.svd_cases import Case, block, few_cases
 
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.linalg.blocks import basis_stability, frobenius_norm, orthogonality_error, spectral_norm
-from hpc_oialr.linalg.communicator import Communicator, communicator
+from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.gather import gathered_svd
+from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
 from hpc_oialr.linalg.mpi_communicator import mpi_world
 from hpc_oialr.linalg.plan_execution import run_plan
