@@ -254,6 +254,21 @@ class LowRankWeight(nn.Module):
         """Shape and inner dimension, as ``print(model)`` shows them."""
         return f"m={self.m}, n={self.n}, r={self.r}, bias={self.bias is not None}"
 
+    @exact_arithmetic()
+    def become_dense(self) -> None:
+        """Take the dense class and a weight of its own back, in place."""
+        weight = nn.Parameter(self.merged_weight(), requires_grad=self.S.requires_grad)
+        pass_on_attributes(self.S, weight)
+        rest = {name: p for name, p in self._parameters.items() if name not in ("U", "S", "Vh")}
+        self.__class__ = self.dense_class  # type: ignore[assignment]
+        for attribute in ("bases_trained", "written", "autocast_copies"):
+            self.__dict__.pop(attribute, None)
+        for attribute in ("dense_class", "dense_shape", "crossover"):
+            delattr(self, attribute)
+        # The kinds this project knows register their weight before their bias.
+        self._parameters.clear()
+        self._parameters.update({"weight": weight, **rest})
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self.refuse_lost_write()
         super()._save_to_state_dict(*args)
@@ -279,6 +294,4 @@ class LowRankWeight(nn.Module):
             if S.shape != self.S.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
                 self.set_factors(U, S, Vh)
         elif prefix + "weight" in state_dict:
-            from hpc_oialr.lowrank.merge import merge_layer
-
-            merge_layer(self)
+            self.become_dense()

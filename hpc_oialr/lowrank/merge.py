@@ -15,7 +15,6 @@ from hpc_oialr.linalg.blocks import orthogonality_error
 from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack
 from hpc_oialr.lowrank.base import LowRankWeight, rounding_bound
-from hpc_oialr.lowrank.marks import pass_on_attributes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,30 +38,13 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankWeight)}
     _warn_of_written_bases(layers)
     for layer in layers.values():
-        merge_layer(layer)
+        layer.become_dense()
     for module in list(model.modules()):
         if isinstance(module, FactorisedMultiheadAttention):
             repack(module)
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "dense_use_nested_tensor"):
             module.use_nested_tensor = module.__dict__.pop("dense_use_nested_tensor")
     return model
-
-
-@exact_arithmetic()
-def merge_layer(layer: LowRankWeight) -> None:
-    """Give one layer its dense class and a weight of its own back, in place."""
-    weight = nn.Parameter(layer.merged_weight(), requires_grad=layer.S.requires_grad)
-    pass_on_attributes(layer.S, weight)
-    for attribute in ("bases_trained", "written"):
-        layer.__dict__.pop(attribute, None)
-    rest = {name: p for name, p in layer._parameters.items() if name not in ("U", "S", "Vh")}
-    layer.__class__ = layer.dense_class  # type: ignore[assignment]
-    layer.__dict__.pop("autocast_copies", None)
-    for attribute in ("dense_class", "dense_shape", "crossover"):
-        delattr(layer, attribute)
-    # The kinds this project knows register their weight before their bias.
-    layer._parameters.clear()
-    layer._parameters.update({"weight": weight, **rest})
 
 
 def _warn_of_written_bases(layers: Mapping[str, LowRankWeight]) -> None:

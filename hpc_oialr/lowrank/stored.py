@@ -14,7 +14,6 @@ from hpc_oialr.lowrank.attachment import attached, controller_of
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conversion import leave_fused_inference, low_rank_layers, make_shell
-from hpc_oialr.lowrank.merge import merge_layer
 from hpc_oialr.lowrank.selection import Site, every_site
 
 
@@ -146,7 +145,7 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     for site, form in changes:
         layer = site.low_rank
         if layer is not None:
-            merge_layer(layer)
+            layer.become_dense()
         if form.U is not None and form.r is not None:
             make_shell(site, form.r, factor_dtype=form.U.dtype)
     match_attention(sites, state, "", model, model)

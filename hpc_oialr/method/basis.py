@@ -18,7 +18,6 @@ from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import crossover_by_dtype
-from hpc_oialr.lowrank.merge import merge_layer
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces
@@ -180,7 +179,7 @@ class BasisChanges:
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
         self._transform(core, layer.U.to(dtype).mT, layer.Vh.to(dtype).mT, core=True)
-        merge_layer(layer)
+        layer.become_dense()
         for _, states in self.optimizer.states():
             state = states.get(core, {})
             for key, value in state.items():
@@ -191,7 +190,7 @@ class BasisChanges:
         for average in self._averages:
             twin = average[site.name].low_rank
             assert twin is not None
-            merge_layer(twin)
+            twin.become_dense()
 
     def _transform(
         self, parameter: nn.Parameter, left: Tensor | None, right: Tensor | None, *, core: bool
