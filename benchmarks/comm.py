@@ -1,8 +1,8 @@
 """Collectives between processes of this machine, and how processes slow each other down; what `oialr plan` needs.
 
 All-reduce, all-gather, reduce-scatter and broadcast over sizes, on 2 and 4 processes, by gloo, by NCCL where there
-are as many GPUs, and MPI's Allreduce where mpi4py and mpirun are there. `alpha_s` and `beta_s_per_byte` are fitted
-to each by the cost of the algorithm in `hpc_oialr/plan/collectives.py`; `mean_error` is what is left.
+are as many GPUs, and MPI's Allreduce where mpi4py and mpirun are there. Latency and bandwidth, as in
+`hpc_oialr/plan/timing.py`, are fitted to each and printed; `mean_error` is what is left.
 
 `sharing`: time of a training step of one transformer layer, in P processes at once, over its time in one of them
 alone, each with its share of the cores as threads, in turn in one run. With 4 processes on 2 cores it holds what the
@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import on_processes
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.plan.calibration import measure_compute, memory_gib
-from hpc_oialr.plan.collectives import FITTED, Sample, fit, mean_error
+from hpc_oialr.plan.timing import Link, measured_speeds
 from hpc_oialr.processes import World
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -168,19 +167,20 @@ def fits_of(rows: Sequence[Row]) -> list[Row]:
     """A link for each backend, collective and number of processes."""
     found = []
     for key in dict.fromkeys((row["backend"], row["collective"], row["processes"]) for row in rows):
-        mine = [r for r in rows if (r["backend"], r["collective"], r["processes"]) == key]
-        samples = [Sample(r["processes"], r["bytes"], r["seconds"]) for r in mine]
-        link = fit(key[1], samples, FITTED[key[1]])
+        backend, collective, processes = key
+        measured = [
+            (r["bytes"], r["seconds"]) for r in rows if (r["backend"], r["collective"], r["processes"]) == key
+        ]
+        link = Link.fit(collective, processes, measured)
+        errors = [abs(link.seconds(collective, size, processes) / s - 1) for size, s in measured]
         found.append(
             {
-                "backend": key[0],
-                "collective": key[1],
-                "processes": key[2],
-                "algorithm": FITTED[key[1]],
-                "alpha_s": link.alpha_s,
-                "beta_s_per_byte": link.beta_s_per_byte,
-                "gb_per_s": link.gb_per_s,
-                "mean_error": mean_error(key[1], link, samples, FITTED[key[1]]),
+                "backend": backend,
+                "collective": collective,
+                "processes": processes,
+                "latency_s": link.latency_s,
+                "gb_per_s": link.bytes_per_s / 1e9,
+                "mean_error": statistics.mean(errors),
             }
         )
     return found
@@ -198,8 +198,7 @@ def measure(backend: str, repeats: int, *, with_mpi: bool = True) -> dict[str, A
     for processes in PROCESSES:
         slowdowns[str(processes)] = on_processes(processes, sharing, cores, repeats)[0]["slowdown"]
     torch.set_num_threads(cores)
-    device = measure_compute() | {"cores": cores, "memory_gib": memory_gib()}
-    return {"rows": rows, "backend": backend, "fits": fits_of(rows), "sharing": slowdowns, "device": device}
+    return {"rows": rows, "backend": backend, "sharing": slowdowns, "device": measured_speeds()}
 
 
 def slowest(found: Sequence[Row]) -> Row:
@@ -220,7 +219,7 @@ def main() -> None:
         return
     found = measure(options.backend, options.repeats)
     rows = found.pop("rows")
-    finish(found["fits"], None)
+    finish(fits_of(rows), None)
     print("sharing:", found["sharing"])
     finish(rows, options.out, **found)
 

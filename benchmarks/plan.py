@@ -27,13 +27,11 @@ from benchmarks.comm import layer_step, measure, seconds
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import ENGINES, free_port
 from hpc_oialr.engines import SingleEngine
-from hpc_oialr.plan.calibration import machine_at_hand, machine_of
-from hpc_oialr.plan.forecast import Forecast
-from hpc_oialr.plan.planner import Planner
-from hpc_oialr.plan.sequence import foreseeable
-from hpc_oialr.plan.subject import Subject
-from hpc_oialr.plan.timing import Machine
-from hpc_oialr.plan.walk import Walk, walking_session
+from hpc_oialr.plan.planner import Forecast, Planner
+from hpc_oialr.plan.schedule import predictable_rule
+from hpc_oialr.plan.scripted_run import ScriptedRun
+from hpc_oialr.plan.timing import Machine, machine_of, this_machine
+from hpc_oialr.plan.workload import Workload
 from hpc_oialr.processes import World
 from hpc_oialr.record import MemoryMeter
 from hpc_oialr.train.load_config import load_config
@@ -48,23 +46,24 @@ GIB = 1024**3
 
 
 class Worker:
-    """What runs in a process: a walk through a recipe's phases, step by step as it is told."""
+    """What runs in a process: a recipe's phases, step by step as it is told."""
 
     def __init__(self, recipe: str, engine: str, batch: int) -> None:
-        subject = Subject.of(load_config(recipe).config)
+        workload = Workload.of(load_config(recipe).config)
         world = World.from_environment(device="cpu", timeout_s=600)
         made = ENGINES[engine]().build(world, "fp32") if world.size > 1 else SingleEngine(world)
-        method = subject.config.oialr
+        method = workload.config.oialr
         assert method is not None
-        rule = foreseeable(method.rule, 0.25)[0]
-        self.walk = Walk(walking_session(subject, made, batch=batch, rule=rule))
-        self.session, self.size = self.walk.session, world.size
+        rule = predictable_rule(method.rule, 0.25)[0]
+        session = workload.session(made, batch=batch, rule=rule, fake_data=False)
+        self.run = ScriptedRun(session)
+        self.session, self.size = self.run.session, world.size
         self.share = layer_step()
 
     def steps(self, batch: int, threads: int, count: int) -> list[float]:
         """Times of some steps."""
         torch.set_num_threads(threads)
-        return [self.walk.step(batch) for _ in range(count)]
+        return [self.run.step(batch) for _ in range(count)]
 
     def slowdown(self, threads: int) -> float:
         """A step of the layer with all processes at once over one with this process alone; on process 0."""
@@ -80,18 +79,18 @@ class Worker:
 
     def memory(self, batch: int) -> float:
         """Most bytes in a step."""
-        samples = self.walk.samples(batch)
+        samples = self.run.samples(batch)
         with self.meter().probe():
-            self.walk.learn(samples)
+            self.run.train(samples)
         return float(self._meter.peak_bytes)
 
     def event(self, stage: str, batch: int) -> float:
         """Go on to the next stage; most bytes in the step with its first event."""
-        samples = self.walk.samples(batch)
+        samples = self.run.samples(batch)
         with self.meter().probe():
-            self.walk.convert(samples) if stage == "converted" else self.walk.update(samples)
+            self.run.convert(samples) if stage == "converted" else self.run.update(samples)
         if stage == "end":
-            self.walk.settle(samples)
+            self.run.settle(samples)
         return float(self._meter.peak_bytes)
 
     def meter(self) -> MemoryMeter:
@@ -163,10 +162,10 @@ class Team:
 
 def compare(recipe: str, engine: str, sizes: Sequence[int], machine: Machine, rounds: int) -> list[Row]:
     """All rows of a recipe under an engine."""
-    planner, cores = Planner(Subject.of(load_config(recipe).config), machine), machine.device.cores
+    planner, cores = Planner(Workload.of(load_config(recipe).config), machine), machine.cores
     settings = ENGINES[engine]()
     forecasts = {size: planner.forecast([1], size, settings)[0] for size in sizes}
-    batches = {size: forecasts[size].place.batch for size in sizes}
+    batches = {size: forecasts[size].deployment.batch for size in sizes}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         teams = {size: Team(size, folder, recipe, engine, batches[size]) for size in sizes}
@@ -228,7 +227,7 @@ def rows_of(key: Row, stage: str, forecast: Forecast, peaks: dict[str, float], t
 
 def of_times(forecast: Forecast, stage: str, times: list[Row]) -> Row:
     """Predicted and measured time of a step."""
-    waiting = forecast.stages[stage].time.waiting_s
+    waiting = forecast.stages[stage].waiting_s
     predicted = [t["alone"] * t["slowdown"] + waiting for t in times]
     return {
         "predicted_ms": 1e3 * statistics.median(predicted),
@@ -248,7 +247,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=5, help="0: memory only")
     options = parser.parse_args()
-    machine = machine_of(measure("gloo", 7, with_mpi=False), "now") if options.rounds else machine_at_hand()
+    machine = machine_of(measure("gloo", 7, with_mpi=False), "now") if options.rounds else this_machine()
     rows: list[Row] = []
     for recipe in options.recipes:
         for engine in options.engines:

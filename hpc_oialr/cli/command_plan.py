@@ -16,7 +16,7 @@ from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 from hpc_oialr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hpc_oialr.plan.request import Answer, Request
+    from hpc_oialr.plan.request import Plan, Request
     from hpc_oialr.train.config import RunConfig
 
 EXAMPLES = """  oialr plan vit_b16 --nodes 1,2,4,8,16,32,64,128,256 --site horeka
@@ -30,7 +30,7 @@ GIB = 1024**3
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    summary = "foresee memory, messages and time of a recipe on any number of nodes"
+    summary = "predict memory, traffic and time of a recipe on any number of nodes"
     parser = add_command(commands, "plan", summary=summary, examples=EXAMPLES, takes_settings=True)
     parser.add_argument(
         "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
@@ -74,14 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.settings).config
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
-    from hpc_oialr.plan.request import answer
+    from hpc_oialr.plan.request import prepare
     from hpc_oialr.plan.rows import claim_plan, write
 
     if arguments.out is not None:
         inputs = [arguments.recipe, *([arguments.calibration] if arguments.calibration else [])]
         claim_plan(arguments.out, inputs, force=arguments.force)
     request = _request(arguments)
-    found = answer(config, request)
+    found = prepare(config, request)
     rows = _rows(found, request)
     _show(arguments.recipe, found, rows)
     if arguments.out is not None:
@@ -118,9 +118,8 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError("--nodes", text, "must be whole numbers with commas between, e.g. 1,2,4") from None
 
 
-def _rows(found: Answer, request: Request) -> list[dict[str, Any]]:
-    from hpc_oialr.plan.advice import advice, fits
-    from hpc_oialr.plan.places import label
+def _rows(found: Plan, request: Request) -> list[dict[str, Any]]:
+    from hpc_oialr.plan.deployment import label
     from hpc_oialr.plan.rows import row
 
     planner, rows = found.planner, []
@@ -129,18 +128,18 @@ def _rows(found: Answer, request: Request) -> list[dict[str, Any]]:
         for engine in found.engines:
             status.update(f"{label(engine)}: the run's code on tensors without data")
             for forecast in planner.forecast(request.nodes, request.processes_per_node, engine):
-                too_large = forecast.misfit is None and not fits(forecast, found.memory_gib)
-                text = advice(planner, forecast, request.nodes, found.memory_gib) if too_large else ""
-                rows.append(row(forecast, found.memory_gib, text))
+                too_large = forecast.incompatibility is None and not forecast.fits(found.memory_gib)
+                advice = planner.advice(forecast, request.nodes, found.memory_gib) if too_large else ""
+                rows.append(row(forecast, found.memory_gib, basis=planner.basis, advice=advice))
     return rows
 
 
 # -- what is shown -------------------------------------------------------------------------------------
 
 
-def _show(recipe: str, found: Answer, rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(recipe: str, found: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     out, shapes = console(), found.planner.shapes
-    samples = found.planner.subject.samples
+    samples = found.planner.workload.samples
     out.print(f"{recipe}: {samples:,} training samples, {len(shapes)} layers become low-rank", markup=False)
     possible = [row for row in rows if "dense_s" in row]
     out.print(memory_table(rows, found.memory_gib))
@@ -172,9 +171,9 @@ STAGES = {"dense": "dense", "low-rank": "converted", "end": "end"}
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Time and messages of a step."""
-    table = _table(
-        "a step: time (ms), and what a process sends (MB)", *STAGES, *(f"MB {name}" for name in STAGES)
-    )
+    basis = rows[0]["time_from"] if rows else "nothing"
+    title = f"a step: time (ms) from {basis}, and what a process sends (MB)"
+    table = _table(title, *STAGES, *(f"MB {name}" for name in STAGES))
     for found in rows:
         times = [_number(_times(found.get(f"{stage}_step_s"), 1e3), 1) for stage in STAGES.values()]
         sent = [_number(found.get(f"{stage}_sent_mb"), 1) for stage in STAGES.values()]
@@ -185,7 +184,7 @@ def step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Time of a run, dense and with the method."""
     names = ("steps", "GFLOP dense", "GFLOP end", "dense", "OIALR", "updates", "ratio")
-    table = _table("a run: work of a process's step, and time to the end", *names)
+    table = _table("a run: work of a process in a step, and estimated time to the end", *names)
     for found in rows:
         cells = [f"{found['steps']:,}", _number(found["dense_gflop"], 0), _number(found.get("end_gflop"), 0)]
         cells.append(_duration(found["dense_s"]))
@@ -233,18 +232,18 @@ def _duration(seconds: float) -> str:
 
 
 def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
+    from hpc_oialr.plan.deployment import label
     from hpc_oialr.plan.dry_run import dry_run
-    from hpc_oialr.plan.places import label
-    from hpc_oialr.plan.sequence import foreseeable
-    from hpc_oialr.plan.subject import Subject
+    from hpc_oialr.plan.schedule import predictable_rule
+    from hpc_oialr.plan.workload import Workload
 
     if arguments.dry_run < 2:
         raise ConfigError("--dry-run", arguments.dry_run, "must be at least 2 processes")
     start, out = time.perf_counter(), console()
-    rule = foreseeable(config.oialr.rule, arguments.r_fraction)[0] if config.oialr else None
+    rule = predictable_rule(config.oialr.rule, arguments.r_fraction)[0] if config.oialr else None
     title = f"{arguments.recipe} under {label(config.engine)} as one of {arguments.dry_run:,} processes"
     table = _figures(title, "rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over")
-    for done in dry_run(Subject.of(config, arguments.samples), arguments.dry_run, rule=rule):
+    for done in dry_run(Workload.of(config, arguments.samples), arguments.dry_run, rule=rule):
         span = f"{done.r[0]} to {done.r[1]}"
         held = f"{done.resident_bytes / 1024**2:,.1f}"
         table.add_row(f"{done.rank:,}", f"{done.seconds:.1f}", str(done.svds), span, held, done.channel)

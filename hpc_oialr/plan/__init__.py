@@ -1,1 +1,1 @@
-"""What a run will need, before it begins: memory, messages and time on any number of nodes."""
+"""Memory, traffic and time of a run on any number of nodes, before it starts."""

@@ -1,112 +1,56 @@
-"""GPUs, networks and clusters by name, from what their makers and operators publish.
+"""GPUs, networks and clusters by name, as their makers and operators state them.
 
-Peaks are those of dense matrix products (without sparsity). fp32 is plain fp32: torch multiplies in TF32 only
-where it is told to. What share of them a model reaches, and of a link's bandwidth a collective, is assumed: see
-``EFFICIENCY``, ``SVD_SHARE`` and ``LINK_EFFICIENCY``.
+FLOP/s are those of dense matrix products (without sparsity), and fp32 is plain fp32: torch multiplies in TF32 only
+where it is told to. What a run reaches of each is an assumption, named in every plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from hpc_oialr.errors import UnknownNameError
-from hpc_oialr.plan.collectives import Link
-from hpc_oialr.plan.device import Device
-from hpc_oialr.plan.network import Network
+from hpc_oialr.plan.timing import Link, Machine
 
-# Assumed: what transformers and convolutional nets of common sizes reach without torch.compile.
+# Assumed: what transformers and convolutional nets of common sizes reach of the peak without torch.compile.
 EFFICIENCY = 0.4
 # Assumed: cuSOLVER's gesvdj works on one small matrix at a time, bound by latency rather than arithmetic.
 SVD_SHARE = 0.01
-# Assumed: share of a link's bandwidth that large collectives reach.
+# Assumed: share of a link's bandwidth that large collectives reach, and of the memory's that kernels reach.
 LINK_EFFICIENCY = 0.8
 # Assumed: eager kernels, launched one by one from Python.
 LAUNCH_S = 6e-6
-# Assumed: gradients travel beside the backward pass, but for the last bucket.
+# Assumed: gradients are sent during the backward pass, except for the last bucket.
 OVERLAP = 0.8
-
-# NCCL's own estimates, src/graph/tuning.cc (baseLat and hwLat, ring, protocol Simple): 8.4 us a collective,
-# 3.4 us a hop over NVLink, 9.6 us over the network. RCCL has the same table.
-START_S, NVLINK_HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
-
-
-def _link(hop_s: float, gb_per_s: float) -> Link:
-    return Link(hop_s, 1e-9 / (gb_per_s * LINK_EFFICIENCY))
-
-
-def _gpu(
-    name: str, source: str, memory_gib: float, tflops: dict[str, float], tb_per_s: float, peer: float
-) -> Device:
-    """``peer``: GB/s to the other GPUs of a node, one direction."""
-    return Device(
-        name=name,
-        origin="preset",
-        source=source,
-        memory_gib=memory_gib,
-        peak={dtype: value * 1e12 for dtype, value in tflops.items()},
-        efficiency=EFFICIENCY,
-        bandwidth=tb_per_s * 1e12,
-        launch_s=LAUNCH_S,
-        svd_flops=SVD_SHARE * tflops["float32"] * 1e12,
-        inside=_link(NVLINK_HOP_S, peer),
-        overlap=OVERLAP,
-    )
-
-
-_A100 = {"bfloat16": 312.0, "float16": 312.0, "float32": 19.5, "float64": 19.5}
-# Memory is what CUDA shows of it, in GiB.
-GPUS = {
-    device.name: device
-    for device in (
-        # NVIDIA A100 data sheet (SXM4): 40 GB HBM2 1.555 TB/s, 80 GB HBM2e 2.039 TB/s, NVLink 600 GB/s both ways.
-        _gpu("a100-40", "NVIDIA A100 SXM4 data sheet", 39.4, _A100, 1.555, 300),
-        _gpu("a100-80", "NVIDIA A100 SXM4 data sheet", 79.2, _A100, 2.039, 300),
-        # NVIDIA H100 data sheet (SXM5): 989 bf16, 67 fp32 and fp64 tensor, HBM3 3.35 TB/s, NVLink 900 GB/s both ways.
-        _gpu(
-            "h100",
-            "NVIDIA H100 SXM5 data sheet",
-            79.1,
-            {"bfloat16": 989.0, "float16": 989.0, "float32": 67.0, "float64": 67.0},
-            3.35,
-            450,
-        ),
-        # AMD Instinct MI250X data sheet, one of its two dies, which is one device: half of 383 bf16, 95.7 fp32 and
-        # fp64 matrix, 128 GB, 3.2 TB/s; Infinity Fabric 50 GB/s a link and direction between packages.
-        _gpu(
-            "mi250x",
-            "AMD Instinct MI250X data sheet, one die",
-            63.9,
-            {"bfloat16": 191.5, "float16": 191.5, "float32": 47.9, "float64": 47.9},
-            1.6,
-            50,
-        ),
-    )
-}
-
-# Line rate of one adapter, one direction.
-NETWORKS = {
-    # NVIDIA ConnectX-6: InfiniBand HDR, 200 Gb/s.
-    "hdr200": ("NVIDIA ConnectX-6 data sheet", 25.0),
-    # NVIDIA ConnectX-7: InfiniBand NDR, 400 Gb/s.
-    "ndr": ("NVIDIA ConnectX-7 data sheet", 50.0),
-    # HPE Slingshot 11 (Cassini): 200 Gb/s.
-    "slingshot11": ("HPE Slingshot interconnect data sheet", 25.0),
-}
+# NCCL's own estimates, src/graph/tuning.cc (hwLat, ring, protocol Simple): 3.4 us a hop over NVLink, 9.6 us over
+# the network. RCCL has the same table.
+NVLINK_HOP_S, NETWORK_HOP_S = 3.4e-6, 9.6e-6
 
 
 @dataclass(frozen=True)
-class Site:
-    """A cluster's GPU nodes.
+class GPUPreset:
+    """A data sheet: memory as CUDA shows it, TFLOP/s in bf16 and fp32, memory's TB/s, GB/s to a GPU of the node."""
 
-    Attributes
-    ----------
-    gpu, network
-        Names of presets.
-    gpus_per_node, adapters
-        Of a node; an MI250X counts as two GPUs, as it does for Slurm and torch.
-    source
-        Where its operator says so.
-    """
+    source: str
+    memory_gib: float
+    bf16: float
+    fp32: float
+    tb_per_s: float
+    peer_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class NetworkPreset:
+    """One adapter: its line rate in GB/s, one direction."""
+
+    source: str
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class ClusterPreset:
+    """A cluster's GPU nodes; GPUs and adapters per node, and where its operator says so."""
 
     gpu: str
     network: str
@@ -115,58 +59,69 @@ class Site:
     source: str
 
 
-SITES = {
-    "horeka": Site("a100-40", "hdr200", 4, 2, "NHR@KIT user documentation, HoreKa hardware overview"),
-    "juwels_booster": Site("a100-40", "hdr200", 4, 4, "JSC, JUWELS configuration"),
-    "perlmutter": Site("a100-40", "slingshot11", 4, 4, "NERSC documentation, Perlmutter architecture"),
-    "lumi": Site("mi250x", "slingshot11", 8, 4, "LUMI documentation, LUMI-G"),
+GPUS = {
+    "a100-40": GPUPreset("NVIDIA A100 SXM4 data sheet", 39.4, 312.0, 19.5, 1.555, 300.0),
+    "a100-80": GPUPreset("NVIDIA A100 SXM4 data sheet", 79.2, 312.0, 19.5, 2.039, 300.0),
+    "h100": GPUPreset("NVIDIA H100 SXM5 data sheet", 79.1, 989.0, 67.0, 3.35, 450.0),
+    # One of its two dies, which is one device for Slurm and torch.
+    "mi250x": GPUPreset("AMD Instinct MI250X data sheet, one die", 63.9, 191.5, 47.9, 1.6, 50.0),
+}
+NETWORKS = {
+    "hdr200": NetworkPreset("NVIDIA ConnectX-6 data sheet", 25.0),
+    "ndr": NetworkPreset("NVIDIA ConnectX-7 data sheet", 50.0),
+    "slingshot11": NetworkPreset("HPE Slingshot interconnect data sheet", 25.0),
+}
+CLUSTERS = {
+    "horeka": ClusterPreset("a100-40", "hdr200", 4, 2, "NHR@KIT documentation, HoreKa hardware overview"),
+    "juwels_booster": ClusterPreset("a100-40", "hdr200", 4, 4, "JSC, JUWELS configuration"),
+    "perlmutter": ClusterPreset("a100-40", "slingshot11", 4, 4, "NERSC documentation, Perlmutter"),
+    "lumi": ClusterPreset("mi250x", "slingshot11", 8, 4, "LUMI documentation, LUMI-G"),
 }
 
-
-def gpu(name: str) -> Device:
-    """A GPU's preset.
-
-    Raises
-    ------
-    UnknownNameError
-        Listing the valid names.
-    """
-    if name not in GPUS:
-        raise UnknownNameError("GPU", name, GPUS)
-    return GPUS[name]
+_Preset = TypeVar("_Preset")
 
 
-def network(name: str, device: Device, *, adapters: int) -> Network:
-    """A network's preset between nodes of ``device``.
-
-    Raises
-    ------
-    UnknownNameError
-        Listing the valid names.
-    """
-    if name not in NETWORKS:
-        raise UnknownNameError("network", name, NETWORKS)
-    source, gb_per_s = NETWORKS[name]
-    return Network(
-        name=name,
-        origin="preset",
-        source=f"{source}; latencies: NCCL src/graph/tuning.cc",
-        inside=device.inside,
-        between=_link(NETWORK_HOP_S, gb_per_s),
-        adapters=adapters,
-        start_s=START_S,
-    )
+def _named(kind: str, name: str, presets: Mapping[str, _Preset]) -> _Preset:
+    if name not in presets:
+        raise UnknownNameError(kind, name, presets)
+    return presets[name]
 
 
-def site(name: str) -> Site:
+def cluster(name: str) -> ClusterPreset:
     """A cluster's preset.
 
     Raises
     ------
     UnknownNameError
-        Listing the valid names.
+        Listing the valid names; so do the other functions.
     """
-    key = name.replace("-", "_")
-    if key not in SITES:
-        raise UnknownNameError("site", name, SITES)
-    return replace(SITES[key])
+    return _named("site", name.replace("-", "_"), CLUSTERS)
+
+
+def network_link(name: str) -> tuple[Link, str]:
+    """One adapter of a network, and where its figures are from."""
+    preset = _named("network", name, NETWORKS)
+    link = Link(NETWORK_HOP_S, LINK_EFFICIENCY * preset.gb_per_s * 1e9)
+    return link, f"{name} ({preset.source}; latency: NCCL src/graph/tuning.cc)"
+
+
+def gpu_machine(gpu: str, network: str, adapters: int) -> Machine:
+    """Nodes of GPUs, connected by a network; every figure stated, none measured."""
+    preset = _named("GPU", gpu, GPUS)
+    between, source = network_link(network)
+    half, full = EFFICIENCY * preset.bf16 * 1e12, EFFICIENCY * preset.fp32 * 1e12
+    return Machine(
+        speeds=f"stated: {gpu} ({preset.source})",
+        links=f"stated: {source}",
+        assumed=f"a run reaches {EFFICIENCY:.0%} of the GPU's FLOP/s, an SVD {SVD_SHARE:.0%} of those in fp32, "
+        f"collectives {LINK_EFFICIENCY:.0%} of the bandwidth; {OVERLAP:.0%} of the backward pass hides messages",
+        memory_gib=preset.memory_gib,
+        flops={"bfloat16": half, "float16": half, "float32": full, "float64": full},
+        bytes_per_s=LINK_EFFICIENCY * preset.tb_per_s * 1e12,
+        launch_s=LAUNCH_S,
+        svd_flops=SVD_SHARE * preset.fp32 * 1e12,
+        overlap=OVERLAP,
+        inside=Link(NVLINK_HOP_S, LINK_EFFICIENCY * preset.peer_gb_per_s * 1e9),
+        between=between,
+        adapters=adapters,
+    )

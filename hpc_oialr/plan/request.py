@@ -1,8 +1,7 @@
-"""What a plan is asked for, in the words of the command line, and everything it needs to answer."""
+"""The options of ``oialr plan``, and the planner and engines they stand for, and what the figures rest on."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +9,11 @@ from pathlib import Path
 from hpc_oialr.engines import EngineConfig
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.plan import presets
-from hpc_oialr.plan.advice import all_engines
-from hpc_oialr.plan.calibration import machine_at_hand
-from hpc_oialr.plan.planner import Assumptions, Planner
-from hpc_oialr.plan.probe import Probe, probe
-from hpc_oialr.plan.sequence import foreseeable
-from hpc_oialr.plan.subject import Subject
-from hpc_oialr.plan.timing import Machine, with_measured_event
+from hpc_oialr.plan.deployment import all_engines
+from hpc_oialr.plan.planner import Planner
+from hpc_oialr.plan.scripted_run import Probe, probe
+from hpc_oialr.plan.timing import Machine, svd_seconds, this_machine
+from hpc_oialr.plan.workload import Workload
 from hpc_oialr.train.config import RunConfig
 
 DEFAULT_NETWORK = "hdr200"
@@ -24,31 +21,7 @@ DEFAULT_NETWORK = "hdr200"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Settings of a plan.
-
-    Attributes
-    ----------
-    nodes
-        Numbers of nodes.
-    per_node
-        GPUs, or processes, of a node; default the site's, or 1.
-    site, gpu, network
-        Names of presets; without any the machine at hand.
-    adapters
-        Network adapters of a node, shared by its GPUs; default the site's, or 1.
-    memory_gib
-        Of a process; default the GPU's, or its share of this machine's.
-    engines
-        Names; "all"; default the recipe's.
-    r_fraction, weak
-        See :class:`hpc_oialr.plan.planner.Assumptions`.
-    samples
-        Of the training data, where they are not here.
-    calibration
-        Result file of ``python -m benchmarks.comm``.
-    probe
-        Train for some steps on this machine, to measure what they take.
-    """
+    """Options of a plan, as ``oialr plan --help`` explains them; None and () stand for the defaults."""
 
     nodes: Sequence[int]
     per_node: int | None = None
@@ -77,39 +50,30 @@ class Request:
             raise ConfigError("--probe", True, rule, fix="Leave out --site and --gpu, or --probe.")
 
     @property
-    def of_site(self) -> presets.Site | None:
-        """The site's preset."""
-        return None if self.site is None else presets.site(self.site)
-
-    @property
     def processes_per_node(self) -> int:
         """As given, the site's, or 1."""
-        site = self.of_site
-        return self.per_node or (site.gpus_per_node if site else 1)
+        return self.per_node or (presets.cluster(self.site).gpus_per_node if self.site else 1)
 
     def machine(self) -> Machine:
         """Presets where any is named; otherwise the machine at hand, measured."""
-        site = self.of_site
-        gpu = self.gpu or (site.gpu if site else None)
-        if gpu is None:
-            machine = machine_at_hand(self.calibration)
-            if self.network is None:
-                return machine
-            adapters = self.adapters or 1
-            return replace(machine, network=presets.network(self.network, machine.device, adapters=adapters))
-        device = presets.gpu(gpu)
-        network = self.network or (site.network if site else DEFAULT_NETWORK)
+        site = presets.cluster(self.site) if self.site else None
+        gpu, network = (
+            self.gpu or (site.gpu if site else None),
+            self.network or (site.network if site else None),
+        )
         adapters = self.adapters or (site.adapters if site else 1)
-        return Machine(device, presets.network(network, device, adapters=adapters))
-
-    def of_process_gib(self, machine: Machine) -> float:
-        """Memory that a process may use."""
-        return self.memory_gib or machine.device.memory_of_process_gib(self.processes_per_node)
+        if gpu is not None:
+            return presets.gpu_machine(gpu, network or DEFAULT_NETWORK, adapters)
+        machine = this_machine(self.calibration)
+        if network is None:
+            return machine
+        link, source = presets.network_link(network)
+        return replace(machine, between=link, adapters=adapters, fitted={}, links=f"stated: {source}")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A planner, the engines it is to plan with, and what its figures rest on."""
+class Plan:
+    """A planner, the engines to plan with, the memory of a process, and what the figures rest on."""
 
     planner: Planner
     engines: Sequence[EngineConfig]
@@ -117,28 +81,29 @@ class Answer:
     grounds: Sequence[str]
 
 
-def answer(config: RunConfig, request: Request) -> Answer:
-    """Everything but the forecasts.
+def prepare(config: RunConfig, request: Request) -> Plan:
+    """All but the forecasts.
 
     Raises
     ------
     ConfigError, UnknownNameError, DataError
-        If names are unknown, or the data are needed and not here.
+        If names are unknown, or the data are needed and not on this machine.
     """
-    # What stays dense was said when the recipe was last trained; a plan makes the model again and again.
-    logging.getLogger("hpc_oialr.lowrank").setLevel(logging.WARNING)
-    subject = Subject.of(config, request.samples)
-    machine = request.machine()
+    workload, machine = Workload.of(config, request.samples), request.machine()
     engines = chosen_engines(request.engines, config.engine, request.processes_per_node)
-    how = Assumptions(r_fraction=request.r_fraction, weak=request.weak)
-    planner = Planner(subject, machine, how)
-    found = _probed(planner, request, engines) if request.probe else None
-    if found is not None:
-        if "conversion" in found.events:
+    planner = Planner(workload, machine, r_fraction=request.r_fraction, weak=request.weak)
+    probed = _probe(planner, request, engines) if request.probe else None
+    if probed is not None:
+        if probed.conversion_s:
+            alone = planner.deployment(1, 1, engines[0])
             conversion = planner.first_events["conversion"]
-            machine = with_measured_event(machine, conversion, planner.shapes, found.events["conversion"])
-        planner = Planner(subject, machine, replace(how, measured=found.seconds))
-    return Answer(planner, engines, request.of_process_gib(machine), _grounds(planner, request, found))
+            expected_s = svd_seconds(conversion, planner.shapes, alone, machine, sharded=False)
+            machine = replace(machine, svd_flops=machine.svd_flops * expected_s / probed.conversion_s)
+        planner = Planner(
+            workload, machine, r_fraction=request.r_fraction, weak=request.weak, measured=probed.seconds
+        )
+    memory_gib = request.memory_gib or machine.memory_of_process_gib(request.processes_per_node)
+    return Plan(planner, engines, memory_gib, _grounds(planner, probed))
 
 
 def chosen_engines(names: Sequence[str], of_recipe: EngineConfig, per_node: int) -> list[EngineConfig]:
@@ -161,43 +126,33 @@ def chosen_engines(names: Sequence[str], of_recipe: EngineConfig, per_node: int)
     return [engine for engine in known if type(engine).__name__ in names]
 
 
-def _probed(planner: Planner, request: Request, engines: Sequence[EngineConfig]) -> Probe:
-    """Steps with the smallest, the middle and the largest share of the batch that the plan is about."""
+def _probe(planner: Planner, request: Request, engines: Sequence[EngineConfig]) -> Probe:
+    """Steps with the smallest, the middle and the largest batch per process of the plan."""
     per_node = request.processes_per_node
-    threads = planner.machine.device.threads(per_node)
-    batches = sorted({planner.place(n, per_node, engine).batch for n in request.nodes for engine in engines})
-    picked = {batches[0], batches[len(batches) // 2], batches[-1]}
-    method = planner.subject.config.oialr
-    rule = foreseeable(method.rule, request.r_fraction)[0] if method else None
-    return probe(planner.subject, rule, [(batch, threads) for batch in picked])
+    threads = planner.machine.threads(per_node)
+    batches = sorted(
+        {planner.deployment(n, per_node, engine).batch for n in request.nodes for engine in engines}
+    )
+    loads = {(batches[i], threads) for i in (0, len(batches) // 2, -1)}
+    return probe(planner.workload, planner.rule, loads)
 
 
-def _grounds(planner: Planner, request: Request, found: Probe | None) -> list[str]:
-    """One line for each thing that is measured, preset or assumed."""
-    device, network = planner.machine.device, planner.machine.network
+def _grounds(planner: Planner, probed: Probe | None) -> list[str]:
+    """One line for everything that was counted, measured, stated or assumed."""
+    machine, workload = planner.machine, planner.workload
     lines = [
-        "counted: memory, operations and messages, by the run's own code on tensors without data; formulas for "
-        "DDP's buckets, DeepSpeed, and SVDs of split matrices",
-        f"{device.origin}: {device.name} ({device.source})",
-        f"{network.origin}: {network.name} ({network.source})",
+        "counted: memory, operations and messages, by the run's own code on tensors without data; by formula: DDP's "
+        "buckets, DeepSpeed, and SVDs of sharded matrices",
+        machine.speeds,
+        machine.links,
     ]
-    if found is not None:
-        lines.append("measured: steps and conversion on one process of this machine")
-    elif device.origin == "preset":
-        lines.append(
-            f"assumed: products reach {device.efficiency:.0%} of the peak, SVDs {presets.SVD_SHARE:.0%} of fp32's, "
-            f"collectives {presets.LINK_EFFICIENCY:.0%} of the links, {device.overlap:.0%} of the backward pass hides "
-            "messages"
-        )
+    if probed is None:
+        lines.append(f"assumed: {machine.assumed}")
     else:
-        lines.append(
-            f"assumed: products reach {device.efficiency:.0%} of large ones (--probe measures steps)"
-        )
-    if planner.subject.assumption:
-        lines.append(f"assumed: {planner.subject.assumption}")
-    method = planner.subject.config.oialr
-    rule = foreseeable(method.rule, request.r_fraction)[1] if method else None
-    if rule:
-        lines.append(f"assumed: {rule}")
-    lines.append("left out: evaluations, checkpoints, data loading, stragglers")
+        lines.append("measured: steps and conversion of one process on this machine")
+    if workload.assumption:
+        lines.append(f"assumed: {workload.assumption}")
+    if planner.assumption:
+        lines.append(f"assumed: {planner.assumption}")
+    lines.append("left out: evaluations, checkpoints, data loading, stragglers, new bases of an event")
     return lines

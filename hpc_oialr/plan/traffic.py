@@ -1,48 +1,51 @@
-"""What a process sends in a step, by engine; counted where it was rehearsed, by formula where it was not."""
+"""What a process sends in a step, by engine: traced, or by formula for engines that work on real tensors only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig
 from hpc_oialr.engines.ddp import bucket_mb
-from hpc_oialr.plan.places import Place
-from hpc_oialr.plan.recorder import Message
-from hpc_oialr.plan.rehearsal import Step
+from hpc_oialr.plan.schedule import LayerShape, Phase
+from hpc_oialr.plan.trace_step import Step
+from hpc_oialr.plan.tracer import Message
 
 
-def messages(step: Step, engine: EngineConfig, place: Place) -> list[Message]:
+def messages(step: Step, engine: EngineConfig, processes: int) -> list[Message]:
     """All messages of a step.
 
-    DDP: every gradient once, in buckets, and the model's buffers. ZeRO 1 and 2: every gradient reduced and
+    DDP: every gradient once, in buckets, and the model's buffers. ZeRO 1 and 2: every gradient is reduced and
     scattered, every trained parameter gathered; ZeRO 3 gathers every parameter twice.
     """
-    if place.processes == 1:
+    if processes == 1:
         return []
+    resident = step.resident
     if isinstance(engine, DDP):
-        return list(_ddp(step, engine, place.processes))
+        sent = [Message("broadcast", resident.buffers, processes)] if resident.buffers else []
+        left = resident.trained
+        cap = (engine.bucket_cap_mb or bucket_mb(left)) * 1024**2
+        while left > 0:
+            sent.append(Message("all_reduce", min(left, cap), processes))
+            left -= cap
+        return sent
     if isinstance(engine, DeepSpeed):
-        return list(_zero(step, engine, place.processes))
-    return [*step.forward_backward.messages, *step.update.messages]
+        scattered = Message("reduce_scatter", resident.trained, processes)
+        if engine.stage < 3:
+            return [scattered, Message("all_gather", resident.trained, processes)]
+        return [scattered, *[Message("all_gather", resident.trained + resident.frozen, processes)] * 2]
+    return [*step.passes.messages, *step.update.messages]
 
 
-def _ddp(step: Step, engine: DDP, processes: int) -> Iterator[Message]:
-    if step.tensors.buffers:
-        yield Message("broadcast", step.tensors.buffers, processes)
-    left = step.tensors.trained
-    cap = (engine.bucket_cap_mb or bucket_mb(left)) * 1024**2
-    while left > 0:
-        yield Message("all_reduce", min(left, cap), processes)
-        left -= cap
-
-
-def _zero(step: Step, engine: DeepSpeed, processes: int) -> Iterator[Message]:
-    tensors = step.tensors
-    yield Message("reduce_scatter", tensors.trained, processes)
-    if engine.stage < 3:
-        yield Message("all_gather", tensors.trained, processes)
-        return
-    yield from [Message("all_gather", tensors.trained + tensors.frozen, processes)] * 2
+def event_messages(phase: Phase, shapes: dict[str, LayerShape], processes: int) -> list[Message]:
+    """Factors of every layer that an event works on, in fp32: values and new bases, or both rotations of a core."""
+    if processes == 1:
+        return []
+    sent = []
+    for name, r in phase.before.items():
+        numbers = 2 * r * r + r + 2
+        if phase.event == "conversion":
+            shape = shapes[name]
+            numbers = shape.k + phase.r[name] * (shape.m + shape.n)
+        sent.append(Message("broadcast", 4.0 * numbers, processes))
+    return sent
 
 
 def total_bytes(sent: list[Message]) -> float:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from support.tiny_runs import write_recipe
 
-from hpc_oialr.plan.subject import Subject
+from hpc_oialr.plan.workload import Workload
 from hpc_oialr.train.load_config import load_config
 
 
@@ -16,5 +16,5 @@ def recipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def subject(recipe):
-    return Subject.of(load_config(recipe).config)
+def workload(recipe):
+    return Workload.of(load_config(recipe).config)

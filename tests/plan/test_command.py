@@ -29,12 +29,14 @@ def test_tables_and_files(recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 layers become low-rank" in shown
     assert "memory of a process (GiB), of 39.4" in shown
-    assert "DDP, 3 nodes: 8 samples cannot be dealt to 3 processes" in shown
-    assert "preset: a100-40 (NVIDIA A100 SXM4 data sheet)" in shown
-    assert "preset: hdr200 (" in shown
+    assert "DDP, 3 nodes: 8 samples cannot be distributed over 3 processes" in shown
+    assert "stated: a100-40 (NVIDIA A100 SXM4 data sheet)" in shown
+    assert "stated: hdr200 (" in shown
     content = json.loads(out.read_text())
     assert [(row["nodes"], row["fits"]) for row in content["rows"]] == [(1, True), (2, True), (3, False)]
     first, second = content["rows"][:2]
+    assert "time (ms) from stated speeds" in shown
+    assert first["time_from"] == "stated speeds"
     assert first["dense_sent_mb"] == 0.0 < second["dense_sent_mb"]
     assert second["dense_gradients_gib"] > 0
     assert first["peak_gib"] == max(value for key, value in first.items() if key.endswith("_peak_gib"))
@@ -54,11 +56,9 @@ def test_csv_and_too_little_memory(recipe, tmp_path, capsys):
 def test_probe_and_machine_at_hand(recipe, capsys):
     assert main(["plan", str(recipe), "--probe"]) == 0
     shown = capsys.readouterr().out
-    assert "measured: steps and conversion on one process of this machine" in shown
-    assert (
-        "assumed: gloo (gloo between processes of one machine; python -m benchmarks.comm measures it)"
-        in shown
-    )
+    assert "time (ms) from measured steps" in shown
+    assert "measured: steps and conversion of one process on this machine" in shown
+    assert "assumed: gloo between processes of one machine (python -m benchmarks.comm measures it)" in shown
 
 
 def test_dry_run(recipe, capsys):

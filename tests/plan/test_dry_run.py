@@ -12,9 +12,9 @@ from hpc_oialr.plan.dry_run import dry_run
 
 
 @pytest.mark.parametrize("engine", [DDP(), FSDP(), TensorParallel(size=4)], ids=lambda e: type(e).__name__)
-def test_some_of_1024_processes(subject, engine):
+def test_some_of_1024_processes(workload, engine):
     ranks = None if isinstance(engine, DDP) else [0, 1023]
-    found = list(dry_run(subject, 1024, engine=engine, rule=FixedFraction(0.25), ranks=ranks))
+    found = list(dry_run(workload, 1024, engine=engine, rule=FixedFraction(0.25), ranks=ranks))
     assert [(run.rank, run.size) for run in found] == [(rank, 1024) for rank in ranks or [0, 512, 1023]]
     assert {run.channel for run in found} == {"fake"}
     # Three quarters at the conversion, three tenths of it cut by the update.
@@ -27,8 +27,8 @@ def test_some_of_1024_processes(subject, engine):
         assert found[0].resident_bytes > found[-1].resident_bytes, "the last ones have empty shards"
 
 
-def test_deepspeed_cannot(subject):
+def test_deepspeed_cannot(workload):
     with pytest.raises(
         ConfigError, match="engine is 'DeepSpeed'; cannot be run without its processes; .*Take DDP, FSDP"
     ):
-        list(dry_run(subject, 8, engine=DeepSpeed()))
+        list(dry_run(workload, 8, engine=DeepSpeed()))

@@ -1,4 +1,4 @@
-"""A subject whose bytes can be counted by hand: two square layers without biases and a function between them."""
+"""A workload whose bytes can be counted by hand: two square layers without biases and a function between them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from hpc_oialr.engines import DDP
-from hpc_oialr.plan.subject import Form, Subject
+from hpc_oialr.plan.workload import TensorSpec, Workload
 from hpc_oialr.train.config import RunConfig, TrainConfig
 from hpc_oialr.train.optimizers import AdamW
 
 MIB = 1 << 20
 
 
-def two_layers(width: int, batch: int) -> Subject:
+def two_layers(width: int, batch: int) -> Workload:
     """``sum(W2 relu(W1 x))`` under AdamW."""
 
     def build(_: object) -> nn.Module:
@@ -35,4 +35,4 @@ def two_layers(width: int, batch: int) -> Subject:
         train=TrainConfig(steps=1, global_batch=batch),
         engine=DDP(),
     )
-    return Subject(config, {"x": Form((width,), torch.float32)}, samples=10 * batch)
+    return Workload(config, {"x": TensorSpec((width,), torch.float32)}, samples=10 * batch)

@@ -1,4 +1,4 @@
-"""r as it is foreseen against r as the method makes it."""
+"""Predicted r against r as the method makes it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, RelativeCutoff
-from hpc_oialr.plan.sequence import Shape, foreseeable, phases
+from hpc_oialr.plan.schedule import LayerShape, phases, predictable_rule
 
 
-def run(config: OIALRConfig, steps: int) -> tuple[list[Shape], list[dict[str, int]]]:
+def run(config: OIALRConfig, steps: int) -> tuple[list[LayerShape], list[dict[str, int]]]:
     """Shapes of the layers, and r after every step of a real run."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)), nn.Linear(24, 10), nn.Linear(10, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     oialr = OIALR(model, optimizer, config)
-    shapes, seen = [Shape.of(site) for site in oialr.sites], []
+    shapes, seen = [LayerShape(site.name, *site.shape) for site in oialr.sites], []
     for _ in range(steps):
         oialr.model(torch.randn(4, 24)).square().mean().backward()
         optimizer.step()
@@ -40,19 +40,19 @@ def test_the_sequence_is_the_methods(config):
     limits = RankLimits(at_conversion=0.7, max_drop=0.3, min_fraction=0.2, round_to=2)
     settings = OIALRConfig(rule=FixedFraction(0.25), limits=limits, **config)
     shapes, seen = run(settings, 20)
-    foreseen: list[dict[str, int]] = []
+    predicted: list[dict[str, int]] = []
     for phase in phases(settings, shapes, 20):
-        if foreseen:
+        if predicted:
             # The event is at the end of the step before.
-            foreseen[-1] = dict(phase.r)
-        foreseen += [dict(phase.r)] * phase.steps
-    assert foreseen == seen
+            predicted[-1] = dict(phase.r)
+        predicted += [dict(phase.r)] * phase.steps
+    assert predicted == seen
     assert sum(phase.steps for phase in phases(settings, shapes, 20)) == 20
 
 
 def test_what_events_work_on():
     config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.5), layer_share_step=0.5)
-    shapes = [Shape("a", 8, 8), Shape("b", 8, 4)]
+    shapes = [LayerShape("a", 8, 8), LayerShape("b", 8, 4)]
     found = [(p.event, dict(p.before), dict(p.r)) for p in phases(config, shapes, 6)]
     assert found == [
         ("start", {}, {}),
@@ -68,10 +68,10 @@ def test_a_dense_run_has_one_phase():
 
 
 def test_rules_that_look_at_values_are_replaced_and_it_is_said():
-    assert foreseeable(FixedFraction(0.3), 0.25) == (FixedFraction(0.3), None)
-    rule, assumption = foreseeable(RelativeCutoff(0.2), 0.125)
+    assert predictable_rule(FixedFraction(0.3), 0.25) == (FixedFraction(0.3), None)
+    rule, assumption = predictable_rule(RelativeCutoff(0.2), 0.125)
     assert rule == FixedFraction(0.125)
     assert assumption == (
-        "RelativeCutoff(beta=0.2) looks at singular values, which nobody knows beforehand: r falls to 0.125 k, within "
-        "the recipe's limits (--r-fraction)"
+        "RelativeCutoff(beta=0.2) depends on singular values, which are not known before the run: r falls to 0.125 k, "
+        "within the recipe's limits (--r-fraction)"
     )

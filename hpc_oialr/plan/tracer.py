@@ -1,4 +1,4 @@
-"""Watches operations on tensors without data: what is alive after each, what they compute, move and send."""
+"""Records every torch operation: bytes alive after it, its FLOPs, the bytes it moves, the messages it sends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.plan.device import Work
 from hpc_oialr.torch_compat import CollectiveOp, TorchDispatchMode, collective_ops, sync_ops, tree_leaves
 
 aten = torch.ops.aten
@@ -26,6 +25,7 @@ _FLOPS = flop_registry | {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
+# By how the names of torch's operators begin.
 _COLLECTIVES = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
@@ -45,9 +45,9 @@ class Message:
     Attributes
     ----------
     collective
-        Its kind, as in :data:`hpc_oialr.plan.collectives.ALGORITHMS`.
+        "all_reduce", "all_gather", "reduce_scatter", "all_to_all" or "broadcast".
     size
-        Bytes of the whole tensor.
+        Bytes of the whole tensor: before an all-reduce, a reduce-scatter or an all-to-all, after an all-gather.
     processes, stride
         How many take part, and how far apart they are in rank.
     """
@@ -59,21 +59,19 @@ class Message:
 
 
 @dataclass
-class Record:
-    """What was seen.
+class Trace:
+    """What was recorded.
 
     Attributes
     ----------
     live
-        After each operation the bytes of all tensors made since the beginning.
+        After each operation, the bytes of all tensors made since the beginning.
     gradients
-        Those of them that are gradients of parameters, in place.
+        Those of ``live`` that are gradients of parameters.
     flops
         Of matrix products and convolutions, by dtype.
     moved
         Bytes that all other operations read and write.
-    messages
-        What was sent.
     """
 
     live: list[float] = field(default_factory=list)
@@ -82,30 +80,23 @@ class Record:
     moved: float = 0.0
     messages: list[Message] = field(default_factory=list)
 
-    @property
-    def work(self) -> Work:
-        """All but what was sent."""
-        return Work(dict(self.flops), self.moved, len(self.live))
 
-
-class Recorder(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """Records every operation while it is active.
 
     Parameters
     ----------
     resident
-        Tensors that are there before; not recorded unless ``counted``.
-    counted
-        See ``resident``.
+        Tensors that exist before; not in ``live`` unless ``counted``.
     resizing
-        Whether storages may change their size, as FSDP2's do; takes longer.
+        Whether storages may change their size, as FSDP2's do; slower.
     """
 
     def __init__(
         self, resident: Iterable[Tensor] = (), *, counted: bool = False, resizing: bool = False
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.record = Record()
+        self.trace = Trace()
         self._resizing = resizing
         self._known: dict[int, weakref.ref[Any]] = {}
         self._sizes: dict[int, int] = {}
@@ -118,18 +109,33 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and record it."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return result
-        given, made = _tensors((args, kwargs)), _tensors(result)
+        trace, made = self.trace, _tensors(result)
         for tensor in made:
             self._watch(tensor)
-        self._count(func, args, kwargs or {}, result, given, made)
-        self.record.live.append(self._live_bytes())
-        self.record.gradients.append(self._gradients)
+        if func in collective_ops:
+            if func not in sync_ops:
+                self._note_message(func, args, kwargs, result)
+        elif func.overloadpacket in _FLOPS:
+            dtype = str(made[0].dtype).removeprefix("torch.")
+            trace.flops[dtype] += _FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
+        elif not func.is_view:
+            trace.moved += sum(local(tensor).nbytes for tensor in (*_tensors((args, kwargs)), *made))
+        trace.live.append(self._live_bytes())
+        trace.gradients.append(self._gradients)
         return result
 
-    # -- memory ----------------------------------------------------------------------------------
+    def note_gradient(self, parameter: Tensor) -> None:
+        """Count a parameter's gradient as such; fit for ``register_post_accumulate_grad_hook``."""
+        assert parameter.grad is not None
+        self._watch(parameter.grad)
+        key = local(parameter.grad).untyped_storage()._cdata
+        if key not in self._of_gradients:
+            self._of_gradients.add(key)
+            self._gradients += self._sizes[key]
 
     def _watch(self, tensor: Tensor, size: int | None = None) -> None:
         storage = local(tensor).untyped_storage()
@@ -154,29 +160,6 @@ class Recorder(TorchDispatchMode):
         storages = [(key, reference()) for key, reference in list(self._known.items())]
         return sum(s.nbytes() for key, s in storages if s is not None and self._sizes[key])
 
-    def note_gradient(self, parameter: Tensor) -> None:
-        """A parameter's gradient is in place; fit for ``register_post_accumulate_grad_hook``."""
-        assert parameter.grad is not None
-        self._watch(parameter.grad)
-        storage = local(parameter.grad).untyped_storage()
-        if storage._cdata not in self._of_gradients:
-            self._of_gradients.add(storage._cdata)
-            self._gradients += self._sizes[storage._cdata]
-
-    # -- work ------------------------------------------------------------------------------------
-
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]
-    ) -> None:
-        if func in collective_ops:
-            if func not in sync_ops:
-                self._note_message(func, args, kwargs, result)
-        elif func.overloadpacket in _FLOPS:
-            flops = _FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
-            self.record.flops[_dtype_name(made[0])] += flops
-        elif not func.is_view:
-            self.record.moved += sum(local(tensor).nbytes for tensor in (*given, *made))
-
     def _note_message(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func.overloadpacket.__name__.strip("_")
         collective = next((kind for key, kind in _COLLECTIVES.items() if name.startswith(key)), None)
@@ -185,12 +168,8 @@ class Recorder(TorchDispatchMode):
         size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
         ranks = dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
         stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
-        self.record.messages.append(Message(collective, size, len(ranks), stride))
+        self.trace.messages.append(Message(collective, size, len(ranks), stride))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

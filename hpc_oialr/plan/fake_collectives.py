@@ -1,4 +1,4 @@
-"""Messages that torch's fake process group cannot stand in for, left out or made up in the right shapes."""
+"""Results for the messages that torch's fake process group cannot stand in for."""
 
 from __future__ import annotations
 
@@ -18,43 +18,30 @@ from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import Site
 from hpc_oialr.method import basis, dealing, factorising, oialr
+from hpc_oialr.plan.fake_tensors import replaced
 
 
 @contextmanager
-def lonely_linalg() -> Iterator[None]:
-    """Context in which nobody waits for other processes.
+def fake_collectives() -> Iterator[None]:
+    """Context in which no call waits for another process.
 
-    The messages of TSQR carry sizes, so that nothing can stand in for them: its result is made up, and a matrix
-    that several processes would share is factorised whole by the first of them. What comes in other messages
-    from one process to another is zero.
+    Messages of TSQR carry sizes, so its results are made up in the right shapes, and a matrix that several
+    processes would share is factorised by the first of them alone. Other messages between two processes are zero.
     """
-    with (
-        _replaced(dist, "all_to_all_single", _nothing_is_exchanged),
-        _replaced(TorchCommunicator, "_receive", _nothing_comes),
-        _replaced(factorising, "split_svd", _made_up_svd),
-        _replaced(basis, "tsqr", _made_up_qr),
-        _replaced(dealing, "run_task", _by_the_first),
+    with replaced(
+        (dist, "all_to_all_single", _exchange_zeros),
+        (TorchCommunicator, "_receive", lambda self, out, source: out.zero_()),
+        (factorising, "split_svd", _fake_svd),
+        # As if the columns were orthonormal.
+        (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
+        (dealing, "run_task", _run_on_first),
         # Bases that another process would have sent are zero here.
-        _replaced(oialr, "require_own_bases", lambda *_: None),
+        (oialr, "require_own_bases", lambda *_: None),
     ):
         yield
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _nothing_comes(_: TorchCommunicator, out: Tensor, source: int) -> None:
-    out.zero_()
-
-
-def _nothing_is_exchanged(
+def _exchange_zeros(
     out: Tensor, given: Tensor, out_sizes: Sequence[int], given_sizes: Sequence[int], group: Any = None
 ) -> None:
     size = dist.get_world_size(group)
@@ -63,7 +50,7 @@ def _nothing_is_exchanged(
     out.zero_()
 
 
-def _made_up_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """This process's rows and columns of two identities, and singular values from 2 down to 1."""
     engine.open(site)
     (m, n), k, layout = site.shape, site.k, engine.layout
@@ -71,12 +58,7 @@ def _made_up_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     return U, torch.linspace(2.0, 1.0, k), Vh
 
 
-def _made_up_qr(A: Tensor, group: Any = None) -> BlockQR:
-    """As if the columns were orthonormal."""
-    return BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))
-
-
-def _by_the_first(
+def _run_on_first(
     task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Any = None, *, careful: bool = True
 ) -> Iterator[Factorised]:
     if len(task.processes) > 1 and dist.get_rank(group) != task.processes[0]:

@@ -1,0 +1,146 @@
+"""One training step by the run's own code on tensors without data: what it holds, computes and sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, TensorEngine
+from hpc_oialr.engines.base import Engine
+from hpc_oialr.lowrank.layout import local
+from hpc_oialr.method.oialr import OIALR
+from hpc_oialr.plan.fake_tensors import fake_tensors
+from hpc_oialr.plan.fake_world import fake_world
+from hpc_oialr.plan.tracer import Trace, Tracer
+from hpc_oialr.plan.workload import Workload
+from hpc_oialr.record.memory import resident_tensors
+from hpc_oialr.train.one_step import forward_backward
+from hpc_oialr.train.session import Session
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes that live between steps on one process.
+
+    Attributes
+    ----------
+    trained, frozen
+        Parameters with and without gradients; the bases have none.
+    buffers
+        Of the model.
+    state
+        The optimizer's.
+    """
+
+    trained: float
+    frozen: float
+    buffers: float
+    state: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one process: forward and backward pass, then the optimizer's update."""
+
+    resident: Resident
+    passes: Trace
+    update: Trace
+
+    @property
+    def flops(self) -> float:
+        """Of all dtypes."""
+        return float(sum(self.passes.flops.values()) + sum(self.update.flops.values()))
+
+
+def trace_step(
+    workload: Workload, engine: EngineConfig, *, processes: int, batch: int, r: Mapping[str, int]
+) -> Step:
+    """One step of process 0, which has the most of everything.
+
+    ``DDP`` and ``DeepSpeed`` work on real tensors only; for them it is the step of the bare module.
+
+    Parameters
+    ----------
+    batch
+        Samples per process and step.
+    r
+        Inner dimension of every low-rank layer; empty: all layers are dense.
+    """
+    bare = isinstance(engine, (DDP, DeepSpeed))
+    with fake_world(0, 1 if bare else processes) as world:
+        built = engine.build(world, workload.config.train.precision)
+        with fake_tensors():
+            session = traced_session(workload, built, batch=batch, r=r)
+            session.module.train()
+            resizing = isinstance(session.engine, FSDPEngine)
+            forward = Tracer(resident_tensors(session.module, session.optimizer), resizing=resizing)
+            with _gradients_noted(session, forward), forward:
+                # Made here, so that it counts: on a GPU it is copied there in each step.
+                samples = workload.batch(batch)
+                forward_backward(session, samples, 0)
+            # The optimizer makes its state in its first update; the second one is like all others.
+            _update(session)
+            update = Tracer(resident_tensors(session.module, session.optimizer), resizing=resizing)
+            for parameter in trained_parameters(session):
+                parameter.grad = torch.empty_like(parameter)
+                update.note_gradient(parameter)
+            with update:
+                _update(session)
+            return Step(_resident(session), forward.trace, update.trace)
+
+
+def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> Session:
+    """A session of tensors without data, dense or with given r."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
+    try:
+        # Its messages carry no gradients, and its layers are for GPUs.
+        session = workload.with_train(sync_batch_norm=False).session(engine, batch=batch)
+    finally:
+        torch.set_default_dtype(before)
+    # Selects by values.
+    session.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    if r:
+        assert isinstance(session.controller, OIALR)
+        session.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
+    return session
+
+
+def trained_parameters(session: Session) -> list[torch.nn.Parameter]:
+    """Parameters with gradients."""
+    return [p for p in session.module.parameters() if p.requires_grad]
+
+
+@contextmanager
+def _gradients_noted(session: Session, tracer: Tracer) -> Iterator[None]:
+    """FSDP2 sets gradients of its parameters itself, later; there all memory is counted together."""
+    if isinstance(session.engine, FSDPEngine):
+        yield
+        return
+    handles = [
+        p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained_parameters(session)
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _update(session: Session) -> None:
+    clip = session.config.train.gradient_clip
+    if isinstance(session.engine, TensorEngine):
+        # Selects by values; what it holds is a number per parameter.
+        clip = None
+    session.engine.update(session.optimizer, session.scaler, trained_parameters(session), clip)
+
+
+def _resident(session: Session) -> Resident:
+    parameters = list(session.module.parameters())
+    return Resident(
+        trained=sum(local(p).nbytes for p in parameters if p.requires_grad),
+        frozen=sum(local(p).nbytes for p in parameters if not p.requires_grad),
+        buffers=sum(b.nbytes for b in session.module.buffers()),
+        state=sum(local(t).nbytes for t in resident_tensors(session.optimizer)),
+    )

@@ -1,0 +1,186 @@
+"""What is planned: a recipe, shapes and dtypes of its data, and the number of training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hpc_oialr.data import ArrayDataset, Batch, DataConfig, Splits
+from hpc_oialr.data.draws import Draw
+from hpc_oialr.engines import Engine, EngineConfig
+from hpc_oialr.errors import ConfigError, DataError
+from hpc_oialr.method.rules import RankRule
+from hpc_oialr.processes import World
+from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.session import Session, make_session
+
+# Training samples of data sets that are seldom on the machine a plan is made on.
+KNOWN_SAMPLES = {"ImageFolder": 1_281_167, "CIFAR10": 50_000, "FashionMNIST": 60_000}
+# Later than any step: the method's events come when they are asked for.
+NEVER = 10**8
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a batch: its shape without the batch dim, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def fake(self, size: int, *, double: bool) -> Tensor:
+        """Noise, or zeros for integers (labels, tokens)."""
+        if not self.dtype.is_floating_point:
+            return torch.zeros(size, *self.shape, dtype=self.dtype)
+        return torch.randn(size, *self.shape, dtype=torch.float64 if double else self.dtype)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A recipe and the shapes of its data.
+
+    Attributes
+    ----------
+    config
+        The recipe's settings.
+    specs
+        Of every tensor of a batch.
+    samples
+        Of the training data.
+    assumption
+        What was assumed of the data, if they are not on this machine.
+    """
+
+    config: RunConfig
+    specs: Mapping[str, TensorSpec]
+    samples: int
+    assumption: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, samples: int | None = None) -> Workload:
+        """Read the shapes from the data or, where they are not on this machine, from the recipe.
+
+        Parameters
+        ----------
+        samples
+            Training samples; default those found, or ``KNOWN_SAMPLES``.
+
+        Raises
+        ------
+        DataError
+            If the data are missing, and neither the recipe nor ``samples`` says enough.
+        """
+        try:
+            train = config.data.build().train
+        except DataError as missing:
+            return cls._without_data(config, samples, missing)
+        batch = train.gather(torch.arange(1))
+        specs = {key: TensorSpec(tuple(value.shape[1:]), value.dtype) for key, value in batch.items()}
+        return cls(config, specs, samples or len(train))
+
+    @classmethod
+    def _without_data(cls, config: RunConfig, samples: int | None, missing: DataError) -> Workload:
+        data = config.data
+        count = samples or KNOWN_SAMPLES.get(type(data).__name__)
+        length, side = (
+            getattr(data, "sequence_length", None),
+            getattr(data, "size", getattr(data, "image_size", None)),
+        )
+        if length is not None:
+            tokens = TensorSpec((length,), torch.int64)
+            specs = {"input_ids": tokens, "labels": tokens}
+        elif side is not None:
+            pixels = TensorSpec((getattr(data, "num_channels", 3), side, side), torch.float32)
+            specs = {"pixel_values": pixels, "labels": TensorSpec((), torch.int64)}
+        else:
+            raise missing
+        if count is None:
+            raise DataError(f"{missing} Or say how many training samples there are: --samples N")
+        if data.limit is not None:
+            count = min(count, data.limit)
+        return cls(config, specs, count, f"the data are not here: {count:,} training samples")
+
+    def with_train(self, **changes: Any) -> Workload:
+        """The same with other settings of the recipe's section ``train``."""
+        return replace(self, config=replace(self.config, train=replace(self.config.train, **changes)))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run.
+
+        Raises
+        ------
+        ConfigError
+            If there are fewer samples than a global batch holds.
+        """
+        train = self.config.train
+        if self.samples < train.global_batch:
+            rule = f"must not exceed the {self.samples} samples of the data set"
+            raise ConfigError("train.global_batch", train.global_batch, rule)
+        return train.total_steps(self.samples // train.global_batch)
+
+    def batch(self, size: int) -> Batch:
+        """A batch of these shapes with made-up values."""
+        double = self.config.train.precision == "float64"
+        return {key: spec.fake(size, double=double) for key, spec in self.specs.items()}
+
+    def session(
+        self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
+    ) -> Session:
+        """A session under a built engine, in which conversion and updates wait until they are asked for.
+
+        Parameters
+        ----------
+        batch
+            Samples per process and step.
+        rule
+            Chooses r, instead of the recipe's.
+        fake_data
+            Made-up values instead of the recipe's data.
+        """
+        config, method = self.config, self.config.oialr
+        if method is not None:
+            method = replace(
+                method,
+                delay=NEVER,
+                frequency=NEVER,
+                rule=rule or method.rule,
+                stability_frequency=None,
+                stability_threshold=None,
+            )
+        global_batch = batch * engine.data.size
+        data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
+        built = cast(EngineConfig, _BuiltEngine(engine))
+        train = replace(config.train, global_batch=global_batch, steps=10**9, workers=0)
+        config = replace(config, oialr=method, train=train, data=data, engine=built, compile=False)
+        return make_session(config, engine.world)
+
+
+@dataclass(frozen=True)
+class _BuiltEngine:
+    """Stands where settings of an engine are expected."""
+
+    engine: Engine
+
+    def build(self, world: World, precision: str) -> Engine:
+        return self.engine
+
+
+@dataclass(frozen=True)
+class _FakeData(ArrayDataset):
+    """Stands where settings of the data are expected; training and validation samples at once."""
+
+    workload: Workload
+    count: int
+
+    def build(self) -> Splits:
+        return Splits(self, self, None)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+        return self.workload.batch(len(indices))
