@@ -53,13 +53,21 @@ class Attachment:
         """The controller; None in copies of the model, and when it is gone."""
         return None if self._controller is None else self._controller()
 
-    def tie(self, model: nn.Module, owners: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None:
-        """Put the hooks on; those of a controller that is gone are taken off."""
+    def tie(self, model: nn.Module, owners: Iterable[nn.Module], optimizers: Iterable[Any]) -> None:
+        """Put the hooks on; those of a controller that is gone are taken off.
+
+        Parameters
+        ----------
+        optimizers
+            Those inside a wrapper and the wrapper too: ZeroRedundancyOptimizer loads without calling the inner one's.
+        """
         untie(model)
         self._handles = [model.register_forward_pre_hook(self.before_forward)]
         for module in {id(m): m for m in [model, *owners]}.values():
             self.cover(module)
         for optimizer in optimizers:
+            if "_optimizer_load_state_dict_post_hooks" not in vars(optimizer):
+                continue  # no optimizer of torch's, or, as Accelerate's, never initialised as one
             self._handles += [
                 optimizer.register_load_state_dict_pre_hook(self.before_optimizer_load),
                 optimizer.register_load_state_dict_post_hook(self.after_optimizer_load),

@@ -213,7 +213,7 @@ def require_same_shapes(sites: Sequence[Site], optimizer: Optimizer) -> None:
     """Raise :class:`ModelError` if the optimizer was given state of another structure than a layer has."""
     for site in sites:
         shape = whole_shape(site.trained)
-        for key, value in optimizer.state.get(site.trained, {}).items():
+        for key, value in (optimizer.state.get(site.trained) or {}).items():
             if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
                 form = "dense" if site.low_rank is None else f"of r = {site.low_rank.r}"
                 raise ModelError(

@@ -120,7 +120,7 @@ class OIALR:
         self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
         self._attachment = Attachment(self)
         holders = [module for site in self.sites for module in (site.owner, site.holder)]
-        self._attachment.tie(self.module, holders, self._optimizers.leaves)
+        self._attachment.tie(self.module, holders, self._optimizers.nodes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""
@@ -346,13 +346,19 @@ class OIALR:
         Raises
         ------
         ModelError
-            If a stored layer is not among this model's, or the optimizer's state was loaded before its structure.
+            If a stored layer is not among this model's, the optimizer's state was loaded before its structure, or the
+            bases are missing on which the moment of conversion depends.
         """
+        if tensors is None and state["streaks"] and self.config.stability_threshold is not None:
+            raise ModelError(
+                "the moment of conversion depends on bases that were kept for measuring stability. Store "
+                "oialr.tensor_state() beside oialr.state_dict(), and load both: oialr.load_state_dict(state, tensors)."
+            )
         changed = self._loader.take(state["r"])
         self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._watch.restore(tensors or {}, state["streaks"])
-        if state["r"]:
+        if changed or state["r"]:
             self.rewrap()
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:

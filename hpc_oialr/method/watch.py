@@ -146,8 +146,9 @@ class StabilityWatch:
         return SVD(*(part.cpu() for part in sent))
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
-        """Take back what :meth:`bases` gave, whole; each process keeps its own only."""
+        """Take back what :meth:`bases` gave, whole, in place of what is kept; each process keeps its own only."""
         self.streaks = dict(streaks)
+        self._bases.clear()
         layout, split = self.engine.layout, self.engine.layout.group is not None
         mine = [
             name

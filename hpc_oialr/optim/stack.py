@@ -82,6 +82,9 @@ class OptimizerStack:
         for node in reversed(self.nodes):
             state = getattr(node, "state", None)
             if isinstance(state, MutableMapping):
+                # ZeroRedundancyOptimizer loads None for what other processes step.
+                for key in [key for key, value in state.items() if value is None]:
+                    del state[key]
                 found.setdefault(id(state), (node, state))
         return list(found.values())
 

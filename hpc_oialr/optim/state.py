@@ -99,7 +99,7 @@ def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]
         for rows, columns in FACTORED.items()
         if rows in state
         and columns in state
-        and tuple(state[rows].squeeze(-1).shape) == tuple(shape[:-1])
+        and tuple(state[rows].shape) in (tuple(shape[:-1]), (*shape[:-1], 1))
         and tuple(state[columns].reshape(-1).shape) == (shape.numel() // shape[-2],)
         and not isinstance(state[rows], DTensor)
     ]

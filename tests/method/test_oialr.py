@@ -261,6 +261,21 @@ def test_resume_into_a_fresh_model_is_bitwise() -> None:
         assert resumed.state_dict() == oialr.state_dict()
 
 
+def test_measured_bases_belong_to_the_checkpoint() -> None:
+    """Those of the run it is loaded into are forgotten, and a checkpoint without its own is refused."""
+    config = OIALRConfig(delay=2, stability_frequency=2, stability_threshold=0.5, stability_patience=1)
+    oialr, other = (
+        OIALR(m, torch.optim.SGD(m.parameters(), lr=0.01), config) for m in (network(), network())
+    )
+    start = oialr.state_dict(), oialr.tensor_state()
+    train(oialr, 3)
+    oialr.load_state_dict(*start)
+    (train(oialr, 2), train(other, 2))
+    assert oialr.r == other.r == {}, "nothing to compare the first measurement with"
+    with pytest.raises(ModelError, match=r"Store oialr.tensor_state\(\) beside oialr.state_dict\(\)"):
+        other.load_state_dict(oialr.state_dict())
+
+
 def test_nan_is_caught_before_anything_changes() -> None:
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), OIALRConfig(delay=1))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.small_training import (
     CUT_NOTHING,
     Accelerated,
     Chained,
     Lookahead,
+    MakeOptimizer,
     SharpnessAware,
     controlled,
     small_model,
@@ -188,6 +191,7 @@ def on_two_processes(rank: int, size: int) -> dict[str, Any]:
         oialr, optimizer = controlled(make)
         losses = train(oialr, optimizer, 14)
         results[name] = (losses, oialr.r, [p.detach().clone() for p in oialr.module.parameters()])
+    results["resumed"] = [resumed(makers["zero"], order) for order in ("mpo", "omp", "opm")]
     oialr, optimizer = controlled(makers["zero"])
     train(oialr, optimizer, 3)
     for state in optimizer.optim.state.values():
@@ -206,6 +210,22 @@ def on_two_processes(rank: int, size: int) -> dict[str, Any]:
     return results
 
 
+def resumed(make: MakeOptimizer, order: str) -> list[float]:
+    """Losses of a run whose model, optimizer and controller (m, p, o) are loaded into one that has trained on."""
+    oialr, optimizer = controlled(make)
+    losses = train(oialr, optimizer, 8)
+    optimizer.consolidate_state_dict(0)
+    moments = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(moments)
+    parts = copy.deepcopy({"m": oialr.module.state_dict(), "o": oialr.state_dict(), "p": moments[0]})
+    oialr, optimizer = controlled(make)
+    train(oialr, optimizer, 5)
+    own = {"m": oialr.module, "o": oialr, "p": optimizer}
+    for part in order:
+        own[part].load_state_dict(parts[part])
+    return losses + train(oialr, optimizer, 6)
+
+
 def test_optimizers_of_several_processes() -> None:
     first, second = spawn(on_two_processes, 2)
     for name in ("zero", "post local"):
@@ -213,6 +233,7 @@ def test_optimizers_of_several_processes() -> None:
         for p, q, s in zip(first[name][2], first["plain"][2], second[name][2], strict=True):
             assert torch.equal(p, q)
             assert torch.equal(p, s)
+    assert first["resumed"] == second["resumed"] == [first["plain"][0]] * 3
     assert "another process found optimizer state" in first["error"]
     assert "AdamW's state 'extra' of " in second["error"]
     assert first["r"] == second["r"] == {}

@@ -125,6 +125,28 @@ def test_factored_second_moments_are_those_of_the_turned_product() -> None:
         torch.testing.assert_close(a * b / a.mean(), (U * U).mT @ (R * C / R.mean()) @ (Vh * Vh).mT)
 
 
+@pytest.mark.parametrize("axis", [True, False])
+@pytest.mark.parametrize("shape", [(8, 1, 3), (8, 2, 3), (8, 1, 3, 3)])
+def test_factored_second_moments_of_convolutions(shape: tuple[int, ...], axis: bool) -> None:
+    """One matrix of means for each position of the kernel; with one input channel an axis of 1 is no mean's."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    n = weight.numel() // 8
+    U, Vh = orthonormal(8, 3), orthonormal(n, 3).mT
+    optimizer = torch.optim.Adafactor([weight])
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    R, C = state["row_var"].clone(), state["col_var"].clone()
+    V = (R * C / R.mean(-2, keepdim=True)).reshape(8, n)
+    if not axis:
+        state["row_var"], state["col_var"] = R.squeeze(-1), C.squeeze(-2)
+    transform_state(optimizer, weight, U, Vh)
+    want = (U * U).mT @ V @ (Vh * Vh).mT
+    torch.testing.assert_close(state["row_var"], want.mean(-1, keepdim=axis))
+    torch.testing.assert_close(state["col_var"], want.mean(-2, keepdim=axis))
+
+
 def test_centred_second_moment_stays_above_the_square_of_the_mean() -> None:
     torch.manual_seed(0)
     U, Vh = orthonormal(8, 3), orthonormal(6, 3).mT

@@ -45,7 +45,7 @@ def make_optimizer(name: str, model: nn.Module) -> Any:
     """The optimizer ``"package.Class"`` for all parameters of a model, or for its matrices."""
     if name == "hpc_oialr.MuonAdamW":
         return muon_adamw(model, lr=0.02)
-    parameters = [p for p in model.parameters() if p.dim() > 1 or name not in MATRICES_ONLY]
+    parameters = [p for p in model.parameters() if p.dim() == 2 or name not in MATRICES_ONLY]
     options = OPTIONS.get(name, {"lr": 1e-2})
     return find_class(name)(parameters, **options)
 
