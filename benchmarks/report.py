@@ -14,14 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.common import arguments, finish
 from hpc_oialr.report.page.build import write_report
 from hpc_oialr.report.runs import find_runs
-from hpc_oialr.spectra.layout import describe
+from hpc_oialr.spectra.hdf5_io import write_record
+from hpc_oialr.spectra.rows import LayerRows
 from hpc_oialr.spectra.schema import EVENT, KINDS, MEASURES
 
 
@@ -56,16 +56,16 @@ def main() -> None:
 def make_record(path: Path, layers: int, updates: int, k: int) -> None:
     """A record of the schema's form: r falls from k to k/4, every quantity is there."""
     generator = np.random.default_rng(0)
-    with h5py.File(path, "w") as file:
-        describe(file, {"config": {}, "environment": {}, "seed": 0, "world_size": 1})
-        for number in range(layers):
-            name = f"model.layers.{number // 4}.{('q_proj', 'k_proj', 'fc1', 'fc2')[number % 4]}"
-            group = file["layers"].create_group(name)
-            group.attrs.update({"name": name, "index": number, "m": 4 * k, "n": k, "k": k})
-            group["events"] = events = _events(generator, updates, k)
-            values = np.sort(generator.random((updates, k), dtype=np.float32))[:, ::-1].copy()
-            values[np.arange(k) >= events["r_before"][:, None]] = np.nan
-            group["singular_values"] = values
+    made = (_layer(generator, number, updates, k) for number in range(layers))
+    write_record(path, {"config": {}, "environment": {}, "seed": 0, "world_size": 1}, made)
+
+
+def _layer(generator: np.random.Generator, number: int, updates: int, k: int) -> LayerRows:
+    name = f"model.layers.{number // 4}.{('q_proj', 'k_proj', 'fc1', 'fc2')[number % 4]}"
+    events = _events(generator, updates, k)
+    values = np.sort(generator.random((updates, k), dtype=np.float32))[:, ::-1].copy()
+    values[np.arange(k) >= events["r_before"][:, None]] = np.nan
+    return LayerRows(name, number, 4 * k, k, events, values)
 
 
 def load_seconds(page: Path, repeats: int) -> list[float]:

@@ -19,7 +19,7 @@ from hpc_oialr.method.watch import measured
 from hpc_oialr.outputs import claim
 from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report
-from hpc_oialr.spectra.join import write_rows, written_by
+from hpc_oialr.spectra.hdf5_io import write_record, written_by
 from hpc_oialr.spectra.rows import Event, LayerRows, Rows, together
 
 
@@ -83,7 +83,7 @@ def analyze(
     target.parent.mkdir(parents=True, exist_ok=True)
     rows = _gathered(layers, checkpoints, world, progress)
     if world.is_main:
-        write_rows(Rows(rows, events=len(numbered)), _attributes(numbered, selection, world), target)
+        write_record(target, _attributes(numbered, selection, world), rows)
     world.barrier()
     return out
 
@@ -145,7 +145,7 @@ def _measure(
 
 def _event(update: LayerUpdate, step: int, index: int) -> Rows:
     report = UpdateReport(t=step, kind="stability", layers=(update,), seconds=update.seconds, bytes_sent=0)
-    return Event.of(report, lambda _: True).rows({update.name: index})
+    return Event.of(report).rows({update.name: index})
 
 
 def _attributes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 from hpc_oialr.cli.spectra_plot import add_plot
 from hpc_oialr.errors import DataError, OIALRError
+from hpc_oialr.record import RunFolder
 
 EXAMPLES = """  oialr spectra show runs/first
   oialr spectra watch runs/first --layers "encoder.*"
@@ -74,10 +76,9 @@ def _add_export(actions: Any) -> None:
 
 
 def _add_merge(actions: Any) -> None:
-    parser = _action(actions, "merge", "join segments and side files of a run that was stopped")
-    parser.add_argument(
-        "--copy", action="store_true", help="join the files of all processes too, instead of pointing to them"
-    )
+    parser = _action(actions, "merge", "join all files of a record whose run was stopped")
+    # What it always does now.
+    parser.add_argument("--copy", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=merge)
 
 
@@ -152,12 +153,23 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    """Join, then print the path."""
-    from hpc_oialr.spectra.merge import merge as join
+    """Join, then print the path.
+
+    Raises
+    ------
+    FolderInUseError
+        If the run goes on: it joins its record itself, at its end.
+    """
+    from hpc_oialr.launch.states import job_over
+    from hpc_oialr.record.owner import Claim
+    from hpc_oialr.spectra.join import merge as join
 
     show_warnings()
+    folder = RunFolder(arguments.path if arguments.path.is_dir() else arguments.path.parent)
+    claim = Claim("oialr spectra merge", job_over)
     try:
-        joined = join(arguments.path, copy=arguments.copy)
+        with closing(claim.take(folder)) if folder.holds_run else nullcontext():
+            joined = join(arguments.path)
     except OSError as error:
         if isinstance(error, OIALRError):
             raise
@@ -170,9 +182,9 @@ def repair(arguments: argparse.Namespace) -> int:
     """Save, then tell what was lost."""
     from hpc_oialr.spectra.repair import repair as save
 
-    salvage = save(arguments.path, arguments.out, force=arguments.force)
-    for sentence in salvage.lost:
+    result = save(arguments.path, arguments.out, force=arguments.force)
+    for sentence in result.lost:
         console().print(f"lost: {sentence}", markup=False)
-    saved = f"saved: {salvage.events} rows of events of {salvage.layers} layers, in {salvage.target}"
+    saved = f"saved: {result.events} rows of events of {result.layers} layers, in {result.target}"
     console().print(saved, markup=False)
     return 0

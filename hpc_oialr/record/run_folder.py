@@ -113,6 +113,7 @@ class RunFolder:
                 self.spectra,
                 self.checkpoints,
                 self.summary,
+                *self.path.glob("spectra.h5.???*"),
             )
             require_absent(self.path, [path.name for path in written], "a run")
 

@@ -18,6 +18,7 @@ from hpc_oialr.masking import mask_tree
 from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.spectra import Spectra
+from hpc_oialr.spectra.files import record_files
 from hpc_oialr.system_errors import read_json, read_text
 
 Numbers = NDArray[np.float64]
@@ -68,7 +69,7 @@ class Run:
         self.folder = RunFolder(path if path.is_dir() else path.parent)
         self.name = name or self.folder.path.resolve().name
         self._record = path if path.is_file() else self.folder.spectra
-        if not (self.folder.holds_run or self._record.exists()):
+        if not (self.folder.holds_run or record_files(self._record)):
             raise DataError(
                 f"{path} holds no run; must be the folder of a run, of oialr compare, or a spectra.h5."
             )
@@ -79,7 +80,7 @@ class Run:
     @functools.cached_property
     def spectra(self) -> Spectra | None:
         """The record of spectra, None for a run that kept none; close it by :meth:`close`."""
-        return spectra.open(self._record) if self._record.exists() else None
+        return spectra.open(self._record) if record_files(self._record) else None
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, Any]]:

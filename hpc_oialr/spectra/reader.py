@@ -4,118 +4,98 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
-from hpc_oialr.spectra.pieces import Piece, open_pieces
-from hpc_oialr.spectra.schema import EVENT, STEP, as_table, kind_words
+from hpc_oialr.spectra.files import gaps_in, head_of, is_flush, record_files, side_files, side_path
+from hpc_oialr.spectra.flush_io import FlushFile
+from hpc_oialr.spectra.hdf5_io import RecordFile
+from hpc_oialr.spectra.layer import File, Layer, first_of_each
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
-Rows = NDArray[np.void]
 Path_ = str | Path
+# While files are joined, one that was there may be gone at the next look.
+_TRIES, _PAUSE_S = 10, 0.05
+TABLES = ("events", "steps")
 
 
-class Layer:
-    """One layer's events, in the order of steps; read when they are asked for.
+def open_file(path: Path) -> File:
+    """One file of a record.
 
-    Attributes
-    ----------
-    name
-        The layer.
-    m, n, k
-        Shape of its weight, and the shorter side.
-    index
-        Its place in the model.
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing.
+    DataError
+        If it is damaged, no record of spectra, or of a newer schema.
     """
+    return FlushFile(path) if is_flush(path) else RecordFile(path)
 
-    def __init__(self, name: str, parts: list[tuple[Piece, str]]) -> None:
-        self.name, self._parts = name, parts
-        attributes = parts[0][0].layer_attributes(parts[0][1])
-        self.m, self.n, self.k = (int(attributes[key]) for key in ("m", "n", "k"))
-        self.index = int(attributes.get("index", -1))
 
-    def __repr__(self) -> str:
-        return f"<Layer {self.name!r}: {self.m} x {self.n}, {len(self)} events>"
+def open_files(path: Path) -> list[File]:
+    """All files of a record, seen at one moment, the eldest rows first.
 
-    def __len__(self) -> int:
-        return len(self.events)
+    Parameters
+    ----------
+    path
+        A run's folder, its ``spectra.h5``, or one segment alone.
 
-    @functools.cached_property
-    def events(self) -> Rows:
-        """One row per event, of dtype :data:`hpc_oialr.spectra.schema.EVENT`; shape (rows,)."""
-        return self._stored_events[self._order]
+    Raises
+    ------
+    DataError
+        If there is nothing, or a file is damaged or missing.
+    """
+    head = head_of(path)
+    if path != head and not path.is_dir():
+        return [open_file(path)]
+    missing: list[Path] = []
+    for _ in range(_TRIES):
+        files: list[File] = []
+        try:
+            files += [open_file(each) for each in record_files(head)]
+            files += [open_file(each) for side in _sides(head, files) for each in side_files(side)]
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            missing = [Path(error.filename or head)]
+        else:
+            missing = gaps_in([file.path for file in files], _counted(files))
+            if not missing:
+                break
+        for file in files:
+            file.close()
+        time.sleep(_PAUSE_S)
+    if missing:
+        raise DataError(
+            f"{missing[0]} does not exist; it is a part of {head}. Save what can be read with: "
+            f"oialr spectra repair {head}"
+        )
+    if not files:
+        raise DataError(f"{head} does not exist; must be the spectra.h5 of a run.")
+    return files
 
-    def __getitem__(self, field: str) -> NDArray[Any]:
-        """A field of ``events``, e.g. ``layer["stable_rank"]``; shape (rows,)."""
-        if field not in (EVENT.names or ()):
-            raise UnknownNameError("field of events", field, EVENT.names or ())
-        values: NDArray[Any] = self.events[field]
-        return values
 
-    @property
-    def t(self) -> NDArray[np.int64]:
-        """Step of each event; shape (rows,)."""
-        return self["t"]
+def _sides(head: Path, files: Sequence[File]) -> list[Path]:
+    """Where a record may have gone on: in the usual folder, and in ``record.side_folder`` of its settings."""
+    config = json.loads(files[-1].attributes.get("config", "{}")) if files else {}
+    named = (config.get("record") or {}).get("side_folder")
+    return list(dict.fromkeys(side_path(head, folder) for folder in (None, named)))
 
-    @property
-    def kinds(self) -> list[str]:
-        """Each event in words: stability, conversion, update."""
-        return kind_words(self["kind"])
 
-    @property
-    def r(self) -> NDArray[np.int64]:
-        """Inner dimension after each event; shape (rows,)."""
-        return self["r"]
-
-    @property
-    def stability(self) -> NDArray[np.float64]:
-        """Agreement with the basis before; shape (rows,)."""
-        return self["stability"]
-
-    @property
-    def singular_values(self) -> NDArray[np.float32]:
-        """Before each event's cut, descending, padded with NaN; shape (rows, k). Read anew at each call."""
-        parts = [piece.read(f"layers/{group}/singular_values") for piece, group in self._parts]
-        values: NDArray[np.float32] = np.concatenate(parts)[self._order]
-        return values
-
-    def spectrum(self, row: int) -> NDArray[np.float32]:
-        """The singular values of one event, without padding; reads that row only."""
-        stored, last = int(self._order[row]), 0
-        for (piece, group), count in zip(self._parts, self._counts, strict=True):
-            if stored < last + count:
-                values: NDArray[np.float32] = piece.read(f"layers/{group}/singular_values", stored - last)
-                return values[: np.count_nonzero(~np.isnan(values))]
-            last += count
-        raise AssertionError(row)
-
-    @functools.cached_property
-    def _tables(self) -> list[Rows]:
-        return [as_table(piece.read(f"layers/{group}/events"), EVENT) for piece, group in self._parts]
-
-    @property
-    def _counts(self) -> list[int]:
-        return [len(table) for table in self._tables]
-
-    @property
-    def _stored_events(self) -> Rows:
-        return np.concatenate(self._tables)
-
-    @functools.cached_property
-    def _order(self) -> NDArray[np.int64]:
-        """Stored rows by step, each event once: an interrupted merge leaves rows in two files."""
-        stored = self._stored_events
-        return _first_of_each(np.stack([stored["t"], stored["kind"].astype(np.int64)]))
+def _counted(files: Sequence[File]) -> int:
+    """How many segments the head of an earlier version says there are."""
+    return int(files[0].attributes.get("segments", 0)) if files else 0
 
 
 class Spectra(Mapping[str, Layer]):
@@ -128,7 +108,7 @@ class Spectra(Mapping[str, Layer]):
     ----------
     path
         See :func:`open`.
-    pieces
+    files
         Files that are open already; default those of ``path``.
 
     Attributes
@@ -137,7 +117,7 @@ class Spectra(Mapping[str, Layer]):
         What was opened.
     attributes
         The root's, as they are stored; see :attr:`config` and :attr:`environment`.
-    pieces
+    files
         The files.
 
     Examples
@@ -149,10 +129,10 @@ class Spectra(Mapping[str, Layer]):
             run.to_pandas()                       # one row per layer and event
     """
 
-    def __init__(self, path: Path_, pieces: Sequence[Piece] = ()) -> None:
+    def __init__(self, path: Path_, files: Sequence[File] = ()) -> None:
         self.path = Path(path)
-        self.pieces = list(pieces) or open_pieces(self.path)
-        self.attributes = self.pieces[0].attributes
+        self.files = list(files) or open_files(self.path)
+        self.attributes = self.files[0].attributes
 
     def __enter__(self) -> Spectra:
         return self
@@ -180,7 +160,7 @@ class Spectra(Mapping[str, Layer]):
         return tuple(self._layers)
 
     @functools.cached_property
-    def events(self) -> Rows:
+    def events(self) -> NDArray[np.void]:
         """All layers' events, each row with ``layer``, its place in :attr:`layers`, before the other fields."""
         table = np.dtype([("layer", np.int64), *((name, EVENT[name]) for name in EVENT.names or ())])
         rows = np.zeros(sum(len(layer) for layer in self.values()), dtype=table)
@@ -190,11 +170,10 @@ class Spectra(Mapping[str, Layer]):
         return rows
 
     @functools.cached_property
-    def steps(self) -> Rows:
+    def steps(self) -> NDArray[np.void]:
         """One row per step range, of dtype :data:`hpc_oialr.spectra.schema.STEP`."""
-        tables_ = [as_table(piece.read("steps"), STEP) for piece in self.pieces if piece.rows("steps")]
-        stored = np.concatenate(tables_) if tables_ else np.zeros(0, dtype=STEP)
-        return stored[_first_of_each(stored["step"][None])]
+        stored = np.concatenate([NO_STEPS, *(file.steps for file in self.files)])
+        return stored[first_of_each(stored["step"][None])]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -219,7 +198,11 @@ class Spectra(Mapping[str, Layer]):
         MissingExtraError
             Without pandas.
         """
-        return tables.to_pandas(self, table, singular_values=singular_values)
+        if table not in TABLES:
+            raise UnknownNameError("table", table, TABLES)
+        if table == "steps":
+            return tables.steps_to_pandas(self.steps)
+        return tables.events_to_pandas(self, singular_values=singular_values)
 
     def to_xarray(self, layers: str = "*") -> xarray.Dataset:
         """Fields of events over (layer, t), singular values over (layer, t, index), steps over (step).
@@ -236,20 +219,20 @@ class Spectra(Mapping[str, Layer]):
         MissingExtraError
             Without xarray.
         """
-        return tables.to_xarray(self, layers)
+        return tables.to_xarray(self, self.steps, str(self.path), layers)
 
     def close(self) -> None:
         """Let go of all files."""
-        for piece in self.pieces:
-            piece.close()
+        for file in self.files:
+            file.close()
 
     @functools.cached_property
     def _layers(self) -> dict[str, Layer]:
-        parts: dict[str, list[tuple[Piece, str]]] = {}
-        for piece in self.pieces:
-            for group in piece.layers:
-                parts.setdefault("" if group == "%" else unquote(group), []).append((piece, group))
-        layers = [Layer(name, found) for name, found in parts.items()]
+        found: dict[str, list[File]] = {}
+        for file in self.files:
+            for name in file.layers:
+                found.setdefault(name, []).append(file)
+        layers = [Layer(name, files) for name, files in found.items()]
         if all(layer.index >= 0 for layer in layers):
             layers.sort(key=lambda layer: layer.index)
         return {layer.name: layer for layer in layers}
@@ -292,11 +275,13 @@ class Runs(Mapping[str, Spectra]):
 
     def to_pandas(self, table: str = "events", *, singular_values: bool = False) -> pandas.DataFrame:
         """As :meth:`Spectra.to_pandas`, with a first column ``run``."""
-        return tables.runs_to_pandas(self, table, singular_values=singular_values)
+        return tables.runs_to_pandas(
+            {name: run.to_pandas(table, singular_values=singular_values) for name, run in self.items()}
+        )
 
     def to_xarray(self, layers: str = "*") -> xarray.Dataset:
         """As :meth:`Spectra.to_xarray`, with a first dimension ``run``."""
-        return tables.runs_to_xarray(self, layers)
+        return tables.runs_to_xarray({name: run.to_xarray(layers) for name, run in self.items()})
 
     def close(self) -> None:
         """Let go of all files."""
@@ -332,12 +317,3 @@ def _labels(paths: list[Path]) -> list[str]:
     folders = [path.parent if path.suffix == ".h5" else path for path in paths]
     names = [folder.resolve().name for folder in folders]
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-
-
-def _first_of_each(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the columns in order, the first one of equals only; ``keys`` of shape (keys, rows)."""
-    order = np.lexsort(keys[::-1])
-    ordered = keys[:, order]
-    fresh = np.ones(len(order), dtype=bool)
-    fresh[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
-    return order[fresh]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.spectra.quantities import spectral_quantities
-from hpc_oialr.spectra.schema import EVENT, KINDS, STEP
+from hpc_oialr.spectra.schema import EVENT, KINDS, NO_STEPS, STEP
 
 if TYPE_CHECKING:
     from hpc_oialr.method.report import LayerUpdate, UpdateReport
@@ -68,7 +68,7 @@ class Rows:
     """
 
     layers: tuple[LayerRows, ...] = ()
-    steps: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, dtype=STEP))
+    steps: NDArray[np.void] = field(default_factory=lambda: NO_STEPS)
     events: int = 0
 
     def __bool__(self) -> bool:
@@ -89,20 +89,18 @@ class Event:
     ----------
     report
         The event.
-    layers
-        Those of its layers that are to be written, each with a copy of its singular values.
+    singular_values
+        A copy for each of its layers.
     """
 
     report: UpdateReport
-    layers: tuple[tuple[LayerUpdate, NDArray[np.float32]], ...]
+    singular_values: tuple[NDArray[np.float32], ...]
 
     @classmethod
-    def of(cls, report: UpdateReport, wanted: Callable[[str], bool]) -> Event:
-        """Take the layers that are ``wanted``; ~3 us a layer."""
-        layers = [layer for layer in report.layers if wanted(layer.name)]
-        # Their values are views into what an SVD gave, many times as large.
+    def of(cls, report: UpdateReport) -> Event:
+        """Copy the values, which may be views into what an SVD gave, many times as large; ~3 us a layer."""
         return cls(
-            report, tuple((layer, np.asarray(layer.singular_values).astype(np.float32)) for layer in layers)
+            report, tuple(np.asarray(each.singular_values).astype(np.float32) for each in report.layers)
         )
 
     def rows(self, places: Mapping[str, int]) -> Rows:
@@ -113,7 +111,8 @@ class Event:
         places
             Each layer's place in the model.
         """
-        made = (_layer_rows(self.report, layer, s, places[layer.name]) for layer, s in self.layers)
+        layers = zip(self.report.layers, self.singular_values, strict=True)
+        made = (_layer_rows(self.report, layer, s, places[layer.name]) for layer, s in layers)
         return Rows(tuple(made), events=1)
 
 
@@ -125,16 +124,16 @@ def together(batch: Sequence[Rows]) -> Rows:
     for rows in batch:
         for layer in rows.layers:
             grouped.setdefault(layer.name, []).append(layer)
-    steps = np.concatenate([rows.steps for rows in batch]) if batch else np.zeros(0, dtype=STEP)
+    steps = np.concatenate([NO_STEPS, *(rows.steps for rows in batch)])
     return Rows(tuple(_joined(same) for same in grouped.values()), steps, sum(rows.events for rows in batch))
 
 
 def steps_of(rows: Sequence[Mapping[str, float]]) -> Rows:
     """Rows of the table of steps; a missing figure is NaN."""
-    table = np.array(
-        [tuple(row.get(name, math.nan) for name in STEP.names or ()) for row in rows], dtype=STEP
+    names = STEP.names or ()
+    return Rows(
+        steps=np.array([tuple(row.get(name, math.nan) for name in names) for row in rows], dtype=STEP)
     )
-    return Rows(steps=table)
 
 
 def _joined(same: Sequence[LayerRows]) -> LayerRows:

@@ -2,8 +2,7 @@
 
 ::
 
-    /                       attributes: schema_version, segments, config, environment, world (JSON), git_commit, seed,
-                            world_size
+    /                       attributes: schema_version, config, environment, world (JSON), git_commit, seed, world_size
     /layers/NAME            attributes: name, index (its place in the model), m, n, k. NAME is escaped as in URLs
         events              one row per event, of the fields of EVENT
         singular_values     float32  the same rows, of width k: descending, padded with NaN
@@ -95,6 +94,9 @@ STEP = np.dtype(
         ("energy_J", np.float64),
     ]
 )
+
+
+NO_STEPS = np.zeros(0, dtype=STEP)
 
 
 def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.void]:

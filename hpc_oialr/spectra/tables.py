@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
+from hpc_oialr.errors import DataError, MissingExtraError
+from hpc_oialr.spectra.layer import Layer
 from hpc_oialr.spectra.schema import EVENT, KINDS, STEP, kind_words
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
-    from hpc_oialr.spectra.reader import Layer, Spectra
-
-TABLES = ("events", "steps")
 # An event that a layer does not have.
 NO_KIND = -1
 
@@ -37,23 +35,24 @@ def need(package: str, purpose: str) -> Any:
         raise MissingExtraError(package, "spectra", purpose=purpose) from error
 
 
-def to_pandas(run: Spectra, table: str, *, singular_values: bool) -> pandas.DataFrame:
-    """See :meth:`hpc_oialr.spectra.Spectra.to_pandas`."""
+def events_to_pandas(layers: Mapping[str, Layer], *, singular_values: bool) -> pandas.DataFrame:
+    """A row per layer and event; see :meth:`hpc_oialr.spectra.Spectra.to_pandas`."""
     pandas = need("pandas", "a table of spectra")
-    if table not in TABLES:
-        raise UnknownNameError("table", table, TABLES)
-    if table == "steps":
-        return pandas.DataFrame(run.steps)
-    events = run.events
+    events = np.concatenate([np.zeros(0, dtype=EVENT), *(layer.events for layer in layers.values())])
     frame = pandas.DataFrame({name: events[name] for name in EVENT.names or ()})
     frame["kind"] = pandas.Categorical(kind_words(events["kind"]), categories=list(KINDS))
-    names = pandas.Categorical.from_codes(events["layer"], categories=list(run.layers))
-    frame.insert(0, "layer", names)
+    places = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers.values()])
+    frame.insert(0, "layer", pandas.Categorical.from_codes(places, categories=list(layers)))
     if singular_values:
         frame["singular_values"] = [
-            row[~np.isnan(row)] for layer in run.values() for row in layer.singular_values
+            row[~np.isnan(row)] for layer in layers.values() for row in layer.singular_values
         ]
     return frame
+
+
+def steps_to_pandas(steps: np.ndarray[Any, Any]) -> pandas.DataFrame:
+    """A row per step range."""
+    return need("pandas", "a table of spectra").DataFrame(steps)
 
 
 def values_to_pandas(layer: Layer) -> pandas.DataFrame:
@@ -73,49 +72,46 @@ def values_to_pandas(layer: Layer) -> pandas.DataFrame:
     )
 
 
-def runs_to_pandas(runs: Mapping[str, Spectra], table: str, *, singular_values: bool) -> pandas.DataFrame:
-    """See :meth:`hpc_oialr.spectra.Runs.to_pandas`."""
+def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
+    """Tables of several runs in one, with a first column ``run``."""
     pandas = need("pandas", "a table of spectra")
-    frames = []
-    for name, run in runs.items():
-        frame = to_pandas(run, table, singular_values=singular_values)
+    for name, frame in frames.items():
         if "layer" in frame:
             # Categories differ between models.
             frame["layer"] = frame["layer"].astype(str)
         frame.insert(0, "run", name)
-        frames.append(frame)
-    return pandas.concat(frames, ignore_index=True)
+    return pandas.concat(frames.values(), ignore_index=True)
 
 
-def to_xarray(run: Spectra, layers: str) -> xarray.Dataset:
+def to_xarray(
+    layers: Mapping[str, Layer], steps: np.ndarray[Any, Any], path: str, pattern: str
+) -> xarray.Dataset:
     """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`."""
     xarray = need("xarray", "an array of spectra")
-    chosen = [layer for name, layer in run.items() if fnmatchcase(name, layers)]
+    chosen = [layer for name, layer in layers.items() if fnmatchcase(name, pattern)]
     if not chosen:
-        raise DataError(f"{run.path} has no layer like {layers!r}; it has {', '.join(run) or 'none'}.")
+        raise DataError(f"{path} has no layer like {pattern!r}; it has {', '.join(layers) or 'none'}.")
     t = np.unique(np.concatenate([layer.t for layer in chosen]))
     fields = [name for name in EVENT.names or () if name != "t"]
     data: dict[str, Any] = {name: (("layer", "t"), _spread(chosen, t, name)) for name in fields}
     data["singular_values"] = (("layer", "t", "index"), _spread_values(chosen, t))
-    steps = {f"step_{n}" if n in data else n: ("step", run.steps[n]) for n in STEP.names or () if n != "step"}
+    of_steps = {f"step_{n}" if n in data else n: ("step", steps[n]) for n in STEP.names or () if n != "step"}
     coordinates = {
         "layer": [layer.name for layer in chosen],
         "t": t,
         "m": ("layer", [layer.m for layer in chosen]),
         "n": ("layer", [layer.n for layer in chosen]),
-        "step": run.steps["step"],
+        "step": steps["step"],
     }
-    attributes = {"path": str(run.path), "kinds": ", ".join(f"{n} = {word}" for word, n in KINDS.items())}
-    return xarray.Dataset({**data, **steps}, coords=coordinates, attrs=attributes)
+    attributes = {"path": path, "kinds": ", ".join(f"{n} = {word}" for word, n in KINDS.items())}
+    return xarray.Dataset({**data, **of_steps}, coords=coordinates, attrs=attributes)
 
 
-def runs_to_xarray(runs: Mapping[str, Spectra], layers: str) -> xarray.Dataset:
-    """See :meth:`hpc_oialr.spectra.Runs.to_xarray`."""
+def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
+    """Arrays of several runs in one, with a first dimension ``run``."""
     xarray = need("xarray", "an array of spectra")
-    sets = [to_xarray(run, layers).drop_attrs() for run in runs.values()]
-    index = xarray.Variable("run", list(runs))
     joined = xarray.concat(
-        sets,
+        [each.drop_attrs() for each in sets.values()],
         dim="run",
         join="outer",
         data_vars="all",
@@ -123,7 +119,7 @@ def runs_to_xarray(runs: Mapping[str, Spectra], layers: str) -> xarray.Dataset:
         compat="override",
         combine_attrs="drop",
     )
-    return joined.assign_coords(run=index)
+    return joined.assign_coords(run=xarray.Variable("run", list(sets)))
 
 
 def _spread(layers: list[Layer], t: np.ndarray[Any, Any], field: str) -> np.ndarray[Any, Any]:

@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpc_oialr.spectra.background import Background, InTurn
-from hpc_oialr.spectra.resilient import ResilientStore
+from hpc_oialr.spectra.async_writer import AsyncWriter
 from hpc_oialr.spectra.rows import Event, Rows, steps_of, together
+from hpc_oialr.spectra.store import ResilientStore
 
 if TYPE_CHECKING:
     from hpc_oialr.method.report import UpdateReport
 
 # Rows of steps ride along with events; without any they are written by so many.
 _STEPS = 256
-# Events that all processes write at once, where they write one file.
-_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,10 @@ class SpectraWriter:
         Where rows go.
     layers
         The model's layers, in order: their places in it. Others are added behind them.
-    mine
-        This process's number and the count of processes that share the layers: those at places ``i`` with
-        ``i % count == number`` are written here.
     queue
         How many events may wait.
     patience_s
-        See :class:`Background`.
+        See :class:`AsyncWriter`.
     """
 
     def __init__(
@@ -53,18 +48,13 @@ class SpectraWriter:
         store: ResilientStore,
         layers: Sequence[str] = (),
         *,
-        mine: tuple[int, int] = (0, 1),
         queue: int = 64,
         patience_s: float = 60.0,
     ) -> None:
-        self.store, self._mine = store, mine
+        self.store = store
         self._places = {name: place for place, name in enumerate(layers)}
         self._steps: list[Mapping[str, float]] = []
-        self._queue: Background[_Job] | InTurn[_Job] = (
-            InTurn(self._do, _TOGETHER, lambda job: job.event is not None)
-            if store.main.collective
-            else Background(self._do, queue, name=str(store.main.path), patience_s=patience_s)
-        )
+        self._queue = AsyncWriter(self._do, queue, name=str(store.head), patience_s=patience_s)
 
     @property
     def written(self) -> int:
@@ -79,18 +69,20 @@ class SpectraWriter:
         wait
             Return only once it is on the disk, or in memory if no disk can take it.
         """
-        self._put(Event.of(report, self._is_mine))
+        for layer in report.layers:
+            self._places.setdefault(layer.name, len(self._places))
+        self._put(Event.of(report))
         if wait:
             self._queue.drain()
 
     def add_steps(self, row: Mapping[str, float]) -> None:
         """Hand over one row of the table of steps; it is written with the next event, or by :meth:`flush`."""
         self._steps.append(row)
-        if len(self._steps) >= _STEPS and isinstance(self._queue, Background):
+        if len(self._steps) >= _STEPS:
             self._put(None)
 
     def flush(self) -> bool:
-        """Return once all that was handed over is on the disk; a collective call where all write one file.
+        """Return once all that was handed over is on the disk.
 
         Returns
         -------
@@ -109,7 +101,7 @@ class SpectraWriter:
             self.store.cut_after(t)
 
     def finish(self) -> None:
-        """Make the record of a run that has come to its end as few files as can be."""
+        """Make the record of a run that has come to its end one file."""
         if self.flush():
             self.store.finish()
 
@@ -120,17 +112,13 @@ class SpectraWriter:
         if self._queue.close():
             self.store.close()
 
-    def _is_mine(self, layer: str) -> bool:
-        number, count = self._mine
-        return self._places.setdefault(layer, len(self._places)) % count == number
-
     def _put(self, event: Event | None) -> None:
         steps, self._steps = tuple(self._steps), []
         self._queue.put(_Job(event, steps))
 
     def _do(self, jobs: Sequence[_Job]) -> None:
         rows = together([self._rows(job) for job in jobs])
-        if rows or self.store.main.collective:
+        if rows:
             self.store.append(rows)
 
     def _rows(self, job: _Job) -> Rows:

@@ -11,7 +11,6 @@ from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
 from hpc_oialr.processes.signals import check_name
-from hpc_oialr.spectra.modes import Mode
 from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
@@ -159,8 +158,7 @@ class RecordConfig:
         Steps between two measurements of dense matrices, where ``spectra`` is true and the method has no
         ``stability_frequency`` of its own. Each costs an SVD of every matrix.
     spectra_writer
-        "single": the main process writes; "per_process": each writes a file of the layers dealt to it, with one
-        that points to them all; "parallel": all write one file, by an h5py that was built with MPI.
+        "single": rank 0 writes. The only way that is left; the key is kept for recipes that name it.
     spectra_queue
         How many events may wait to be written beside the training.
     side_folder
@@ -172,7 +170,7 @@ class RecordConfig:
     every: int = 20
     spectra: bool | None = None
     frequency: int = 100
-    spectra_writer: Mode = "single"
+    spectra_writer: str = "single"
     spectra_queue: int = 64
     side_folder: str | None = None
     tensorboard: bool = False
@@ -181,6 +179,11 @@ class RecordConfig:
         for name, unit in (("every", "step"), ("frequency", "step"), ("spectra_queue", "event")):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), f"must be at least 1 {unit}")
+        if self.spectra_writer != "single":
+            fix = "Leave record.spectra_writer out, or write: spectra_writer: single."
+            if self.spectra_writer in ("per_process", "parallel"):
+                fix = f"Other processes write no spectra any more, and the record is the same. {fix}"
+            raise ConfigError("spectra_writer", self.spectra_writer, "must be single: rank 0 writes", fix=fix)
 
 
 @dataclass(kw_only=True)

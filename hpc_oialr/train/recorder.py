@@ -58,7 +58,7 @@ class Recorder:
         self.exchange = UpdateExchange(channel, session.world)
         self.metrics = MetricsWriter(folder.metrics) if main else None
         self.updates = MetricsWriter(folder.updates) if main else None
-        self.spectra = SpectraRecord(folder, session, channel, attributes)
+        self.spectra = SpectraRecord(folder, session, attributes)
         self.energy = EnergyMeter(session.world.device, first_of_node=session.world.local_rank == 0)
         self.progress, self.pace = make_progress(show=main), Pace()
         self.meter = MemoryMeter(
@@ -183,7 +183,7 @@ class Recorder:
         return max(before, self.meter.peak_bytes / GIB)
 
     def finish(self) -> None:
-        """Make the record of a run that has come to its end as few files as can be; a collective call."""
+        """Make the record of a run that has come to its end one file."""
         self.spectra.finish()
 
     def close(self) -> None:

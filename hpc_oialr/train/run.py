@@ -24,7 +24,6 @@ from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.same_run import RESUMABLE, differing, fixed_settings, may_change
 from hpc_oialr.train.session import make_session
-from hpc_oialr.train.spectra_record import check_record
 from hpc_oialr.train.stopping import StopRequest
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
@@ -265,7 +264,6 @@ def _train(
 ) -> Result:
     # What cannot run at all fails here, before there is a folder.
     session = make_session(loaded.config, world)
-    check_record(loaded.config.record, channel)
     with owned(folder, world, claim) as held, _logged(folder, world):
         _begin(folder, loaded, world)
         asked = stop.asked

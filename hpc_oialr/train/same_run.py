@@ -27,6 +27,7 @@ RESUMABLE = (
     "data.path",
     "data.data_dir",
     "record.side_folder",
+    "record.spectra_writer",
     "dense",
 )
 

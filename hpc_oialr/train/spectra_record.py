@@ -6,23 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_oialr.method.report import UpdateReport
-from hpc_oialr.processes import MetricsChannel
 from hpc_oialr.record import RunFolder
-from hpc_oialr.spectra.modes import finish_record, make_writer
-from hpc_oialr.spectra.parallel import check_parallel
+from hpc_oialr.spectra.files import side_path
+from hpc_oialr.spectra.store import Chain, ResilientStore
+from hpc_oialr.spectra.writer import SpectraWriter
 from hpc_oialr.train.clocks import Clocks
-from hpc_oialr.train.config import RecordConfig
 from hpc_oialr.train.session import Session
 
 
-def check_record(config: RecordConfig, channel: MetricsChannel) -> None:
-    """Raise :class:`ConfigError` if the record cannot be written in the way that the settings ask for."""
-    if config.spectra is not False and config.spectra_writer == "parallel":
-        check_parallel(getattr(channel, "comm", None))
-
-
 class SpectraRecord:
-    """Writes ``spectra.h5`` with all other processes, or leaves it be; the same calls on each of them.
+    """Writes ``spectra.h5`` on rank 0, which holds all values anyway; the same calls on each process.
 
     Parameters
     ----------
@@ -30,36 +23,20 @@ class SpectraRecord:
         The run's.
     session
         What is run.
-    channel
-        Its MPI communicator serves parallel HDF5.
     attributes
         Of the root.
     """
 
-    def __init__(
-        self, folder: RunFolder, session: Session, channel: MetricsChannel, attributes: Mapping[str, Any]
-    ) -> None:
-        config, self.session = session.config.record, session
-        self.mode, self.path = config.spectra_writer, folder.spectra
-        self.wanted = config.spectra is not False
-        comm = getattr(channel, "comm", None) if self.mode == "parallel" else None
-        self.writer = (
-            make_writer(
-                self.mode,
-                self.path,
-                session.world,
-                layers=session.controller.layers,
-                attributes=attributes,
-                side_folder=config.side_folder,
-                queue=config.spectra_queue,
-                comm=None if comm is None else comm.Dup(),
-            )
-            if self.wanted
-            else None
-        )
+    def __init__(self, folder: RunFolder, session: Session, attributes: Mapping[str, Any]) -> None:
+        config = session.config.record
+        self.writer: SpectraWriter | None = None
+        if config.spectra is not False and session.world.is_main:
+            side = side_path(folder.spectra, config.side_folder)
+            store = ResilientStore(Chain(folder.spectra, attributes), Chain(side, attributes))
+            self.writer = SpectraWriter(store, session.controller.layers, queue=config.spectra_queue)
 
     def begin(self, step: int) -> None:
-        """Go on after ``step`` steps; a collective call in "parallel" mode."""
+        """Go on after ``step`` steps."""
         if self.writer is not None:
             self.writer.truncate_after(step)
 
@@ -69,7 +46,7 @@ class SpectraRecord:
             self.writer.write(report)
 
     def add_steps(self, row: Mapping[str, Any], clocks: Clocks, **own: float) -> None:
-        """A row of ``metrics.jsonl``, on the main process, with some more fields of the table of steps."""
+        """A row of ``metrics.jsonl``, with some more fields of the table of steps."""
         if self.writer is None:
             return
         phases = {f"{name}_s": clocks.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")}
@@ -81,9 +58,9 @@ class SpectraRecord:
             self.writer.flush()
 
     def finish(self) -> None:
-        """At the run's end, one file; a collective call."""
-        if self.wanted:
-            finish_record(self.mode, self.writer, self.path, self.session.world)
+        """At the run's end: one file."""
+        if self.writer is not None:
+            self.writer.finish()
 
     def close(self) -> None:
         """Write what is left, also after an error."""

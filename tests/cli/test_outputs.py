@@ -15,8 +15,6 @@ from hpc_oialr.compare import compare
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.outputs import MARKER, OutputError, claim, marked, new_folder
 from hpc_oialr.plan.rows import write
-from hpc_oialr.spectra import Spectra
-from hpc_oialr.spectra.join import write_record
 from hpc_oialr.train.load_config import load_config
 
 TEXT = marked("a text", b"text", mark=b"by us")
@@ -29,8 +27,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = make_run(tmp_path / "run")
-    with Spectra(folder) as record:
-        write_record(record, folder / "spectra.h5")
     (folder / "checkpoints").mkdir()
     torch.save({"a.weight": torch.eye(9)}, folder / "checkpoints" / "step_1.pt")
     return folder

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support.spectra_reports import report, step_row, steps_in, writer_of
+from support.spectra_reports import SEGMENTS, report, step_row, steps_in, writer_of
 
 from hpc_oialr.cli import command_spectra
 from hpc_oialr.cli.main import main
 from hpc_oialr.record import MetricsWriter, RunFolder
+from hpc_oialr.record.owner import Claim
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    writer = writer_of(tmp_path / "run" / "spectra.h5", head_bytes=1)
-    writer.store.main.path.parent.mkdir()
+    writer = writer_of(tmp_path / "run" / "spectra.h5", join=SEGMENTS)
+    writer.store.head.parent.mkdir()
     for t in (10, 20):
         writer.write(report(t), wait=True)
         writer.add_steps(step_row(t))
@@ -51,7 +53,7 @@ def test_merge(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr("hpc_oialr.spectra.merge.write_record", full)
+        context.setattr("hpc_oialr.spectra.join.write_record", full)
         assert main(["spectra", "merge", str(run)]) == 2
     error = capsys.readouterr().err
     assert f"{run} cannot be merged ([Errno 28] No space left on device); all files are as before." in error
@@ -61,18 +63,30 @@ def test_merge(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert [file.name for file in run.iterdir()] == ["spectra.h5"]
 
 
+def test_a_run_that_goes_on_is_not_merged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(run)
+    folder.write_config("seed: 0\n")
+    files = sorted(run.iterdir())
+    with closing(Claim("oialr train").take(folder)):
+        assert main(["spectra", "merge", str(run)]) == 2
+    assert f"{run} is in use by process" in capsys.readouterr().err
+    assert sorted(run.iterdir()) == files
+    assert main(["spectra", "merge", str(run), "--copy"]) == 0
+    assert [file.name for file in run.glob("spectra*")] == ["spectra.h5"]
+
+
 def test_damage_and_repair(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     segment = run / "spectra.h5.001"
     segment.write_bytes(segment.read_bytes()[:-500])
     assert main(["spectra", "show", str(run)]) == 2
     error = capsys.readouterr().err
     assert f"oialr: error: {segment} is damaged" in error
-    assert f"oialr spectra repair {segment}" in error
+    assert f"oialr spectra repair {run / 'spectra.h5'}" in error
     assert main(["spectra", "repair", str(run), "--out", str(run / "saved.h5")]) == 0
     said = capsys.readouterr().out
-    assert "lost: spectra.h5.001: " in said
+    assert "lost: spectra.h5.001: all of it (" in said
     assert f"rows of events of 5 layers, in {run / 'saved.h5'}" in said
-    assert steps_in(run / "saved.h5")[-1] == 20
+    assert steps_in(run / "saved.h5") == [10]
 
 
 def test_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import importlib
-import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
-from support.spectra_reports import NAMES, content, report, step_row, writer_of
+from support.mpirun import HERE
+from support.spectra_reports import NAMES, SEGMENTS, content, report, step_row, writer_of
 
 import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
+from hpc_oialr.spectra import reader
 from hpc_oialr.spectra.export import export
-from hpc_oialr.spectra.merge import merge
-from hpc_oialr.spectra.pieces import Piece
-from hpc_oialr.spectra.schema import EVENT, KINDS, SCHEMA_VERSION
-
-VERSION_1 = np.dtype([(name, EVENT[name]) for name in (EVENT.names or ())[:9]])
+from hpc_oialr.spectra.files import record_files
+from hpc_oialr.spectra.hdf5_io import RecordFile
+from hpc_oialr.spectra.join import merge
+from hpc_oialr.spectra.schema import EVENT, KINDS
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
-    writer = writer_of(folder / "spectra.h5", head_bytes=1)
+    writer = writer_of(folder / "spectra.h5", join=SEGMENTS)
     for t, kind in ((10, "stability"), (20, "conversion"), (30, "update")):
         writer.write(report(t, kind))
         writer.add_steps(step_row(t))
@@ -37,13 +37,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_only_what_is_asked_for_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original = Piece.read
+    original = RecordFile._read
 
-    def counted(piece: Piece, dataset: str, rows: Any = ()) -> Any:
+    def counted(file: RecordFile, dataset: str, rows: Any = ()) -> Any:
         read.append(dataset.rsplit("/", 1)[-1])
-        return original(piece, dataset, rows)
+        return original(file, dataset, rows)
 
-    monkeypatch.setattr(Piece, "read", counted)
+    monkeypatch.setattr(RecordFile, "_read", counted)
     with spectra.open(run) as opened:
         assert opened.layers == NAMES
         assert read == []
@@ -141,94 +141,40 @@ def test_unknown_names(run: Path) -> None:
             opened["encoder.0"]["stable rank"]
 
 
-def version_1(path: Path) -> None:
-    """A file as the first version of the schema had it."""
-    with h5py.File(path, "w", libver="v110") as file:
-        file.attrs.update(
-            {"schema_version": 1, "config": json.dumps({"beta": 0.2}), "seed": 7, "world_size": 1}
-        )
-        group = file.create_group("layers", track_order=True).create_group("encoder.0")
-        group.attrs.update({"name": "encoder.0", "m": 6, "n": 5, "k": 5})
-        rows = np.zeros(2, dtype=VERSION_1)
-        rows["t"], rows["r"], rows["stability"] = [10, 20], 3, 0.5
-        events = {"maxshape": (None,), "chunks": (32,), "fletcher32": True}
-        group.create_dataset("events", data=rows, **events)
-        values = np.float32([[4, 2, 1, np.nan, np.nan], [4, 1, 1, 1, np.nan]])
-        group.create_dataset(
-            "singular_values", data=values, maxshape=(None, 5), chunks=(1, 5), compression="gzip"
-        )
-
-
-def test_version_1_stays_readable_and_is_gone_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "spectra.h5"
-    version_1(path)
-    with spectra.open(path) as run:
-        layer = run["encoder.0"]
-        assert layer.t.tolist() == [10, 20]
-        assert layer["r"].tolist() == [3, 3]
-        assert np.isnan(layer["stable_rank"]).all()
-        assert len(run.steps) == 0
-        assert run.config == {"beta": 0.2}
-    writer = writer_of(path)
-    writer.truncate_after(10)
-    writer.write(report(20, names=NAMES[:1]))
-    writer.finish()
-    writer.close()
-    with spectra.open(path) as run:
-        assert run.attributes["schema_version"] == SCHEMA_VERSION
-        layer = run["encoder.0"]
-        assert layer.t.tolist() == [10, 20]
-        assert layer["stable_rank"][0] == pytest.approx(21 / 16), (
-            "told from the singular values when files are joined"
-        )
-        assert layer["condition_number"][0] == 4
-
-
-def test_missing_and_newer_files(tmp_path: Path) -> None:
+def test_no_record(tmp_path: Path) -> None:
+    for path in (tmp_path / "spectra.h5", tmp_path):
+        with pytest.raises(DataError, match=r"spectra.h5 does not exist; must be the spectra.h5 of a run"):
+            spectra.open(path)
     with pytest.raises(DataError, match=r"nothing.h5 does not exist; must be the spectra.h5 of a run"):
         spectra.open(tmp_path / "nothing.h5")
-    with pytest.raises(DataError, match=r"spectra.h5 does not exist; must be the spectra.h5 of a run"):
-        spectra.open(tmp_path)
-    path = tmp_path / "spectra.h5"
-    version_1(path)
-    with h5py.File(path, "a") as file:
-        file.attrs["schema_version"] = SCHEMA_VERSION + 1
-    with pytest.raises(
-        DataError, match=rf"schema version {SCHEMA_VERSION + 1}; must be at most {SCHEMA_VERSION}"
-    ):
-        spectra.open(path)
 
 
-def test_a_merge_is_not_disturbed_by_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written while files are joined is in the joined file."""
-    path = tmp_path / "spectra.h5"
-    writer = writer_of(path, head_bytes=1)
+def test_a_reader_whose_files_are_joined_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were there when it looked are gone when it opens them: it looks again."""
+    writer = writer_of(tmp_path / "spectra.h5")
     for t in (1, 2, 3):
         writer.write(report(t), wait=True)
-    module = importlib.import_module("hpc_oialr.spectra.merge")
-    write_record, late = module.write_record, iter([4, 5])
+    looks: list[list[Path]] = []
 
-    def meanwhile(*arguments: Any, **options: Any) -> bool:
-        for t in late:
-            writer.write(report(t), wait=True)
-            break
-        return bool(write_record(*arguments, **options))
+    def look(head: Path) -> list[Path]:
+        looks.append(record_files(head))
+        if len(looks) == 1:
+            merge(tmp_path)
+        return looks[-1]
 
-    monkeypatch.setattr(module, "write_record", meanwhile)
-    merge(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["spectra.h5"]
+    monkeypatch.setattr(reader, "record_files", look)
+    monkeypatch.setattr("hpc_oialr.spectra.join.Spectra", lambda head: spectra.Spectra(head, files))
+    files = [reader.open_file(path) for path in record_files(tmp_path / "spectra.h5")]
     with spectra.open(tmp_path) as run:
-        assert run["encoder.0"].t.tolist() == [1, 2, 3, 4, 5]
-    writer.write(report(6), wait=True)
-    with spectra.open(tmp_path) as run:
-        assert run["encoder.0"].t.tolist() == [1, 2, 3, 4, 5, 6]
+        assert run["encoder.0"].t.tolist() == [1, 2, 3]
+    assert [len(look) for look in looks] == [3, 1]
 
 
 def test_merging_a_whole_record_changes_nothing(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "spectra.h5"
     writer = writer_of(path)
     writer.write(report(1))
-    writer.close()
+    writer.finish()
     before = path.read_bytes()
     merge(tmp_path)
     assert path.read_bytes() == before
@@ -256,3 +202,11 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 def test_opening_twice_gives_the_same(run: Path) -> None:
     assert content(run) == content(run / "spectra.h5")
+
+
+def test_reading_takes_no_torch(run: Path) -> None:
+    """On a login node, where importing torch takes half a minute."""
+    script = "import sys, hpc_oialr.spectra as s; print(len(s.open(sys.argv[1])), 'torch' in sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", script, str(run)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["5", "False"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from support.small_disk import fill, small_disk
 from support.spectra_reports import content, report, step_row, steps_in, writer_of
 
 from hpc_oialr.errors import DataError
-from hpc_oialr.spectra import names, open, segments
-from hpc_oialr.spectra.merge import merge
-from hpc_oialr.spectra.names import side_path
+from hpc_oialr.spectra import files, open, store
+from hpc_oialr.spectra import join as joining
+from hpc_oialr.spectra.files import side_files, side_path
+from hpc_oialr.spectra.join import merge
 from hpc_oialr.spectra.writer import SpectraWriter
 
 
@@ -23,7 +25,7 @@ from hpc_oialr.spectra.writer import SpectraWriter
 def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tmp"
     folder.mkdir()
-    monkeypatch.setattr(names.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(folder))
     return folder
 
 
@@ -32,14 +34,16 @@ class Disks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full: list[Path] = []
-        write = segments.write_atomically
+        for module, name in ((store, "write_flush"), (store, "write_record"), (joining, "write_record")):
+            monkeypatch.setattr(module, name, self._checked(getattr(module, name)))
 
-        def checked(path: Path, data: bytes) -> None:
+    def _checked(self, write: Callable[..., None]) -> Callable[..., None]:
+        def checked(path: Path, *arguments: Any) -> None:
             if any(path.is_relative_to(folder) for folder in self.full):
                 raise OSError(errno.ENOSPC, "No space left on device")
-            write(path, data)
+            write(path, *arguments)
 
-        monkeypatch.setattr(segments, "write_atomically", checked)
+        return checked
 
 
 @pytest.fixture
@@ -91,10 +95,10 @@ def test_a_full_disk(
         f"{run / 'spectra.h5'} cannot be written ([Errno 28] No space left on device); the training goes on, and "
         f"the record continues in {side}. Once there is room: oialr spectra merge {run}"
     )
-    assert [f"{side} holds a part of" in text for text in warnings[1:]] == [True], "at the end once more"
+    assert [f"{side} holds a part of it" in text for text in warnings[1:]] == [True], "at the end once more"
     disks.full.clear()
     assert merge(run) == run / "spectra.h5"
-    assert not side.exists()
+    assert not list(side.parent.iterdir())
     assert [path.name for path in run.iterdir()] == ["spectra.h5"]
     assert content(run) == content(whole)
 
@@ -105,7 +109,7 @@ def test_room_again_at_the_end(run: Path, disks: Disks, whole: Path) -> None:
     write(writer, range(4, 9))
     disks.full.clear()
     writer.finish()
-    assert not side_path(run / "spectra.h5").exists()
+    assert not side_files(side_path(run / "spectra.h5"))
     assert content(run) == content(whole)
 
 
@@ -117,7 +121,7 @@ def test_a_resumed_run_takes_its_side_file_home(run: Path, disks: Disks, whole: 
     again = make(run)
     again.truncate_after(5)
     assert steps_in(run) == [1, 2, 3, 4, 5]
-    assert not side_path(run / "spectra.h5").exists()
+    assert not side_files(side_path(run / "spectra.h5"))
     write(again, range(6, 9)).close()
     assert content(run) == content(whole)
 
@@ -172,8 +176,8 @@ def test_a_side_folder_of_somebody_else(
 ) -> None:
     side = side_path(run / "spectra.h5")
     side.parent.mkdir()
-    monkeypatch.setattr(names.os, "getuid", lambda: os.geteuid() + 1)
-    monkeypatch.setattr(names, "_side_folder", lambda _: side.parent)
+    monkeypatch.setattr(files.os, "getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr(store, "make_side_folder", lambda _: files.make_side_folder(side))
     disks.full.append(run)
     with caplog.at_level(logging.INFO):
         write(make(run), range(1, 2))
@@ -186,7 +190,7 @@ def test_the_side_folder_of_the_settings(tmp_path: Path, run: Path) -> None:
     side = side_path(run / "spectra.h5", tmp_path / "scratch")
     main, elsewhere = writer_of(run / "spectra.h5"), writer_of(side)
     for writer in (main, elsewhere):
-        writer.store.main._attributes = {"config": {"record": {"side_folder": str(tmp_path / "scratch")}}}
+        writer.store.main.attributes = {"config": {"record": {"side_folder": str(tmp_path / "scratch")}}}
     write(main, range(1, 3))
     side.parent.mkdir(parents=True)
     write(elsewhere, range(3, 5))
@@ -210,7 +214,10 @@ def test_a_real_disk_that_fills_up(tmp_path: Path, whole: Path, caplog: pytest.L
         write(writer, range(3, 9)).close()
         assert writer.written == 8
         assert caplog.text.count("[Errno 28] No space left on device") == 1
-        assert side_path(run / "spectra.h5").exists()
+        assert side_files(side_path(run / "spectra.h5"))
+        assert content(run) == content(whole)
+        with pytest.raises(OSError, match="No space left on device"):
+            merge(run)
         assert content(run) == content(whole)
         other.unlink()
         merge(run)

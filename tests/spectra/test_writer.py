@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from support.spectra_reports import NAMES, content, report, step_row, steps_in, writer_of
+from support.spectra_reports import NAMES, SEGMENTS, content, report, step_row, steps_in, writer_of
 
 from hpc_oialr.spectra import open
-from hpc_oialr.spectra.background import Background, InTurn
+from hpc_oialr.spectra.async_writer import AsyncWriter
 from hpc_oialr.spectra.schema import SCHEMA_VERSION, group_name
 
 
@@ -73,10 +73,11 @@ def test_values_of_a_tensor_that_changes_afterwards(tmp_path: Path) -> None:
         assert run["encoder.0"].spectrum(0).tolist() == [3.0, 2.0, 1.0, 0.5]
 
 
-def test_any_hdf5_reader_understands_it(tmp_path: Path) -> None:
-    path = tmp_path / "spectra.h5"
-    writer_of(path).write(report(5, "conversion"), wait=True)
-    with h5py.File(path, "r") as file:
+def test_any_hdf5_reader_understands_it_at_the_end(tmp_path: Path) -> None:
+    writer = writer_of(tmp_path / "spectra.h5")
+    writer.write(report(5, "conversion"))
+    writer.finish()
+    with h5py.File(tmp_path / "spectra.h5", "r") as file:
         events = file[f"layers/{group_name('head/out')}/events"]
         assert h5py.check_enum_dtype(events.dtype["kind"]) == {"stability": 0, "conversion": 1, "update": 2}
         assert events["r"].tolist() == [3]
@@ -87,12 +88,12 @@ def test_layers_may_come_later(tmp_path: Path) -> None:
     writer = writer_of(tmp_path / "spectra.h5")
     writer.write(report(1, names=("late",)))
     writer.write(report(2, names=("late", "later")), wait=True)
-    assert steps_in(writer.store.main.path, "late") == [1, 2]
-    assert steps_in(writer.store.main.path, "later") == [2]
+    assert steps_in(tmp_path, "late") == [1, 2]
+    assert steps_in(tmp_path, "later") == [2]
 
 
 def test_resume_doubles_nothing(tmp_path: Path) -> None:
-    straight, resumed = writer_of(tmp_path / "a.h5"), writer_of(tmp_path / "b.h5", head_bytes=1)
+    straight, resumed = writer_of(tmp_path / "a.h5"), writer_of(tmp_path / "b.h5", join=SEGMENTS)
     for t in (5, 10, 15, 20):
         straight.write(report(t))
         straight.add_steps(step_row(t))
@@ -101,7 +102,7 @@ def test_resume_doubles_nothing(tmp_path: Path) -> None:
         resumed.add_steps(step_row(t))
     straight.close()
     resumed.close()
-    again = writer_of(tmp_path / "b.h5", head_bytes=1)
+    again = writer_of(tmp_path / "b.h5", join=SEGMENTS)
     again.truncate_after(12)
     assert steps_in(tmp_path / "b.h5") == [5, 10]
     for t in (15, 20):
@@ -147,7 +148,7 @@ class Gate:
 
 def test_jobs_that_wait_are_done_together() -> None:
     gate = Gate()
-    queue = Background(gate, 64, name="the file")
+    queue = AsyncWriter(gate, 64, name="the file")
     queue.put(0)
     assert gate.begun.wait(60)
     for job in range(1, 6):
@@ -160,7 +161,7 @@ def test_jobs_that_wait_are_done_together() -> None:
 
 def test_waiting_for_the_disk_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
-    queue = Background(gate, 2, name="the file")
+    queue = AsyncWriter(gate, 2, name="the file")
     threading.Timer(0.2, gate.open.set).start()
     with caplog.at_level(logging.INFO):
         for job in range(20):
@@ -175,7 +176,7 @@ def test_waiting_for_the_disk_is_told_once(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_disk_that_hangs_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
-    queue = Background(gate, 2, name="the file", patience_s=0.05)
+    queue = AsyncWriter(gate, 2, name="the file", patience_s=0.05)
     for job in range(10):
         queue.put(job)
         assert gate.begun.wait(60)
@@ -196,26 +197,13 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
         done.extend(jobs)
 
     done: list[int] = []
-    queue = Background(work, 8, name="the file")
+    queue = AsyncWriter(work, 8, name="the file")
     for job in (1, 2):
         queue.put(job)
         assert queue.drain()
     assert done == [2]
     assert "the file: 1 events could not be written" in caplog.text
     assert "a fault of ours" in caplog.text
-
-
-def test_in_turn_counts_what_all_processes_have() -> None:
-    done: list[list[int]] = []
-    queue = InTurn(done.append, 2, lambda job: job > 0)
-    for job in (1, 0, 0, 2, 3, 0):
-        queue.put(job)
-    assert done == [[1, 0, 0, 2]]
-    queue.drain()
-    assert done[1:] == [[3, 0]]
-    queue.put(4)
-    assert queue.close()
-    assert done[2:] == [], "after an error nobody waits for the others"
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import yaml
 
-from hpc_oialr.spectra.layout import describe
-from hpc_oialr.spectra.schema import EVENT, KINDS, group_name
+from hpc_oialr.spectra.hdf5_io import write_record
+from hpc_oialr.spectra.rows import LayerRows
+from hpc_oialr.spectra.schema import EVENT, KINDS
 
 EVIL = "<script>window.hacked = 1</script>"
 NAMES = ("encoder.0.fc1", "encoder.0.fc2", EVIL)
@@ -37,15 +37,10 @@ def make_run(folder: Path, *, dense: bool = False, names: Sequence[str] = NAMES,
 
 def make_record(path: Path, names: Sequence[str] = NAMES) -> None:
     """Stability of layer i: 0.5, 0.96, NaN at the conversion, 0.97 + i / 1000, 0.99."""
-    with h5py.File(path, "w") as file:
-        describe(file, {"config": {}, "environment": {}, "seed": 0})
-        for index, name in enumerate(names):
-            group = file["layers"].create_group(group_name(name))
-            group.attrs.update({"name": name, "index": index, "m": 2 * K, "n": K, "k": K})
-            group["events"] = _events(index)
-            values = np.tile(np.linspace(2.0, 0.25, K, dtype=np.float32), (len(STEPS), 1))
-            values[np.arange(K) >= np.array([8, 8, 8, 6, 4])[:, None]] = np.nan
-            group["singular_values"] = values
+    values = np.tile(np.linspace(2.0, 0.25, K, dtype=np.float32), (len(STEPS), 1))
+    values[np.arange(K) >= np.array([8, 8, 8, 6, 4])[:, None]] = np.nan
+    layers = [LayerRows(name, index, 2 * K, K, _events(index), values) for index, name in enumerate(names)]
+    write_record(path, {"config": {}, "environment": {}, "seed": 0}, layers)
 
 
 def _events(index: int) -> np.ndarray:

@@ -9,12 +9,15 @@ import numpy as np
 
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.spectra import Spectra, open
-from hpc_oialr.spectra.resilient import ResilientStore
-from hpc_oialr.spectra.segments import SegmentedFile
+from hpc_oialr.spectra.store import Chain, ResilientStore
 from hpc_oialr.spectra.writer import SpectraWriter
 
 NAMES = ("encoder.0", "head/out", ".", "", "größe %")
 ATTRIBUTES = {"config": {"beta": 0.1}, "seed": 3, "world_size": 2}
+
+
+# Every flush becomes an HDF5 segment of its own.
+SEGMENTS = {"join_flushes": 1, "join_bytes": 1}
 
 
 def report(t: int, kind: Kind = "update", names: tuple[str, ...] = NAMES, k: int = 5) -> UpdateReport:
@@ -57,15 +60,15 @@ def step_row(step: int) -> dict[str, float]:
 def writer_of(
     path: Path,
     *,
-    head_bytes: int = 2**23,
+    join: dict[str, int] | None = None,
     side: Path | None = None,
     memory_bytes: int = 2**20,
     **options: object,
 ) -> SpectraWriter:
     """A writer of one process; its side file lies beside the record's folder."""
-    main = SegmentedFile(path, ATTRIBUTES, head_bytes=head_bytes)
+    main = Chain(path, ATTRIBUTES, **join or {})
     side = side or path.parent.parent / "side" / "side.h5"
-    store = ResilientStore(main, SegmentedFile(side, ATTRIBUTES), memory_bytes=memory_bytes)
+    store = ResilientStore(main, Chain(side, ATTRIBUTES), memory_bytes=memory_bytes)
     return SpectraWriter(store, NAMES, **options)  # type: ignore[arg-type]
 
 

@@ -7,14 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from support.small_disk import fill, small_disk
-from support.spawn import spawn
 from support.tiny_runs import merged, write_recipe
-from support.train_workers import stop_at_step, train_worker
+from support.train_workers import stop_at_step
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.blocks import basis_stability
@@ -198,36 +196,17 @@ def test_a_run_goes_on_without_room_for_a_checkpoint(
         assert names == ["step_00000020", "step_00000024"]
 
 
-def test_a_file_for_each_process(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, record={"spectra_writer": "per_process"}, train={"steps": 12})
-    summary, _ = spawn(train_worker, 2, str(recipe), str(tmp_path / "run"))
-    names = sorted(path.name for path in (tmp_path / "run").glob("*spectra*"))
-    assert names == ["spectra.h5", "spectra.p0000.h5", "spectra.p0001.h5"]
-    with open(tmp_path / "run") as spectra:
-        assert spectra.layers == tuple(summary["r"])
-        assert [layer.t.tolist() for layer in spectra.values()] == [[6, 10]] * len(spectra)
-        assert [layer.r[-1] for layer in spectra.values()] == list(summary["r"].values())
-        assert len(spectra.steps) == 12
-        for place, name in enumerate(spectra):
-            with open(tmp_path / "run" / f"spectra.p000{place % 2}.h5") as part:
-                assert name in part
-    with h5py.File(tmp_path / "run" / "spectra.h5") as file:
-        assert len(file["layers"]) == len(summary["r"])
-        assert len(file["steps"]) == 12
-
-
-def test_parallel_without_mpi_ends_before_there_is_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"record.spectra_writer is 'parallel'; .*MPI"):
-        run(tmp_path, record={"spectra_writer": "parallel"})
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("setting", "value", "rule"),
     [
         ("frequency", "0", "must be at least 1 step"),
         ("spectra_queue", "0", "must be at least 1 event"),
-        ("spectra_writer", "both", "must be Literal"),
+        ("spectra_writer", "both", "must be single: rank 0 writes. Leave record.spectra_writer out"),
+        (
+            "spectra_writer",
+            "per_process",
+            "must be single: rank 0 writes. Other processes write no spectra any more",
+        ),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: str) -> None:
@@ -236,6 +215,11 @@ def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: s
         ConfigError, match=rf"record.{setting} is '?{value}'? \(from the command line\); {rule}"
     ):
         load_config(recipe, [f"--record.{setting}", value])
+
+
+def test_the_key_of_earlier_versions_is_kept(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, record={"spectra_writer": "single"})
+    assert load_config(recipe).config.record.spectra_writer == "single"
 
 
 def test_both_stabilities_are_the_same_measure() -> None:

@@ -1,4 +1,4 @@
-"""Work done in order, beside the training or in its pauses."""
+"""Jobs done in order by a thread, beside the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
+class AsyncWriter(Generic[T]):
     """A thread that does jobs in order, all that wait at once.
 
     A thread is enough: gzip, ``write`` and ``fsync`` let the interpreter go, and what is left is measured by
@@ -115,40 +115,3 @@ class Background(Generic[T]):
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-
-
-class InTurn(Generic[T]):
-    """Does jobs in the giver's thread, always so many at once: what all processes must do alike.
-
-    Parameters
-    ----------
-    work
-        Does some jobs, the eldest first; a collective call.
-    batch
-        How many are done at once.
-    counts
-        Which jobs count: those that all processes have.
-    """
-
-    def __init__(
-        self, work: Callable[[list[T]], None], batch: int, counts: Callable[[T], bool] = lambda _: True
-    ) -> None:
-        self.batch, self._work, self._counts = batch, work, counts
-        self._waiting: list[T] = []
-
-    def put(self, job: T) -> None:
-        """Keep a job, or do the batch that it completes."""
-        self._waiting.append(job)
-        if self._counts(job) and sum(map(self._counts, self._waiting)) >= self.batch:
-            self.drain()
-
-    def drain(self) -> bool:
-        """Do what is left."""
-        jobs, self._waiting = self._waiting, []
-        self._work(jobs)
-        return True
-
-    def close(self) -> bool:
-        """Drop what is left: after an error the others may be anywhere, and nobody is to wait for them."""
-        self._waiting.clear()
-        return True
