@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
@@ -84,6 +85,20 @@ class BuiltWeight(Tensor):
             return _follow(result, [*args, *kwargs.values()])
 
 
+class BuiltShards(DTensor):
+    """The same for a layer whose factors are split over processes: a write into it is refused."""
+
+    __slots__ = ()
+    _source: _Source
+
+    __torch_function__ = BuiltWeight.__dict__["__torch_function__"]
+
+    def to_local(self, **options: Any) -> Tensor:
+        """This process's part, whose writes are refused too."""
+        part: Tensor = _follow(super().to_local(**options), [self])
+        return part
+
+
 @dataclass
 class _Source:
     """Where a built weight comes from: its layer, all its values, and the state of the factors at that time."""
@@ -125,8 +140,14 @@ def write_weight(layer: LowRankWeight, values: Tensor) -> None:
     Raises
     ------
     ModelError
-        If the shape is another.
+        If the shape is another, or the factors are split over processes.
     """
+    if isinstance(layer.U, DTensor):
+        raise ModelError(
+            f"the weight of {layer} was written in place ({_place()}), which cannot reach its factors, as these are "
+            "split over processes. Clip, constrain or initialise layer.S instead; or leave the layer out by "
+            "oialr.selection.exclude."
+        )
     if values.shape != layer.dense_shape:
         raise ModelError(
             f"a weight of shape {tuple(values.shape)} is written into {layer}, whose weight is "
@@ -175,7 +196,7 @@ def refuse_assignment(layer: LowRankWeight) -> ModelError:
 def _set(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Assignment to an attribute of a built weight, or ``requires_grad_``."""
     target = args[0]
-    assert isinstance(target, BuiltWeight)
+    assert isinstance(target, (BuiltWeight, BuiltShards))
     layer = target._source.layer()
     attribute = "requires_grad" if func.__name__ == "requires_grad_" else func.__self__.__name__
     value = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
@@ -192,7 +213,9 @@ def _set(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
-def _targets(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[BuiltWeight]:
+def _targets(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[BuiltWeight | BuiltShards]:
     """The built weights into which a function writes."""
     in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
     written = [kwargs.get("out")]
@@ -201,14 +224,14 @@ def _targets(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
         written.append(args[0] if args else next(iter(kwargs.values()), None))
     for each in written:
         for tensor in each if isinstance(each, (list, tuple)) else [each]:
-            if isinstance(tensor, BuiltWeight):
+            if isinstance(tensor, (BuiltWeight, BuiltShards)):
                 yield tensor
 
 
 def _follow(result: Any, arguments: Sequence[Any]) -> Any:
     """Mark those of the results that share memory with a built weight."""
-    sources = [each._source for each in arguments if isinstance(each, BuiltWeight)]
-    if not sources or isinstance(result, BuiltWeight):
+    sources = [each._source for each in arguments if isinstance(each, (BuiltWeight, BuiltShards))]
+    if not sources or isinstance(result, (BuiltWeight, BuiltShards)):
         return result
     if isinstance(result, Tensor):
         for source in sources:
@@ -223,12 +246,17 @@ def _follow(result: Any, arguments: Sequence[Any]) -> Any:
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
+    a, b = (x._local_tensor if isinstance(x, DTensor) else x for x in (a, b))
     if a.layout is not torch.strided or a.device != b.device or a.is_meta:
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _tracked(tensor: Tensor, source: _Source) -> Tensor:
+    if isinstance(tensor, DTensor):
+        tensor.__class__ = BuiltShards
+        vars(tensor)["_source"] = source
+        return tensor
     tracked = tensor.as_subclass(BuiltWeight)
     tracked._source = source
     return tracked
@@ -249,5 +277,5 @@ def _place() -> str:
 
 
 def trackable(core: nn.Parameter) -> bool:
-    """Whether writes to a weight with this core can be followed: not to one that is split over processes."""
-    return type(core) is nn.Parameter and not core.is_meta
+    """Whether writes to a weight with this core can be noticed."""
+    return type(core) in (nn.Parameter, DTensor) and not core.is_meta

@@ -17,7 +17,7 @@ from hpc_oialr.errors import ConfigError, ModelError, UnknownNameError
 from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.refusals import Refusal, bare_matrices, shared_memory, use_refusal, value_refusal
-from hpc_oialr.lowrank.split_layers import SplitDense
+from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def every_site(model: nn.Module) -> list[Site]:
     sites: list[Site] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        unpacked = isinstance(module, FactorisedMultiheadAttention)
+        unpacked = isinstance(module, FactorisedMultiheadAttention) and _projects_at_low_rank(module)
         kind = "MultiheadAttention" if unpacked else kind_of(module)
         if module in inside:
             continue
@@ -280,6 +280,12 @@ def every_site(model: nn.Module) -> list[Site]:
         elif kind is not None and isinstance(getattr(module, "weight", None), Tensor):
             sites.append(Site(name, module, "weight", kind))
     return sites
+
+
+def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
+    # TensorEngine splits projections as linear layers of their own.
+    inside = [attention._modules.get(child) for child in PROJECTIONS.values()]
+    return any(isinstance(m, LowRankWeight) and not isinstance(m, SplitFactors) for m in inside)
 
 
 def _refusal(

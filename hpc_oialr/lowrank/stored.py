@@ -54,7 +54,11 @@ def stored_layers(
         factors = [state.get(path + name) for name in ("U", "S", "Vh")]
         held = [factor for factor in factors if isinstance(factor, Tensor)]
         if dense and held:
-            raise ModelError(f"the state dict holds layer {site.name} twice: {dense[0]} and {path}S.")
+            raise ModelError(
+                f"the state dict holds layer {site.name} twice: {dense[0]} and {path}S. set_model_state_dict with "
+                "full_state_dict adds what a state of another structure lacks: call oialr.load_state_dict(...) first, "
+                "which gives the model the stored structure."
+            )
         if len(held) == 3:
             U, S, Vh = held
             if (U.shape[0], Vh.shape[1]) != site.shape or S.shape != (U.shape[1], Vh.shape[0]):

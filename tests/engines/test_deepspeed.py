@@ -61,7 +61,17 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     results["outputs"] = evaluated(3)
     results["bytes"] = {stage: bytes_after(stage, [2, 6]) for stage in (2, 3)}
     results["muon"] = muon_refused()
+    results["load"] = load_refused()
     return results
+
+
+def load_refused() -> str:
+    """A state of another r, into a model in training."""
+    run = Run(zero(2)).train(CONVERTED)
+    cut = Run(SingleEngine()).train(CUTS[0]).module.state_dict()
+    with pytest.raises(ModelError) as caught:
+        run.module.load_state_dict(cut)
+    return str(caught.value)
 
 
 def muon_refused() -> str:
@@ -109,6 +119,12 @@ def test_a_rebuild_keeps_every_bit(two: list[dict[str, Any]], kind: tuple[int, s
 def test_one_copy_of_fp32_values_trains_as_two_do(two: list[dict[str, Any]]) -> None:
     for of_process in two:
         assert of_process["with copies"] == of_process[str((3, "fp32", "AdamW"))]["losses"]
+
+
+@installed
+def test_another_r_is_not_loaded_into_a_model_in_training(two: list[dict[str, Any]]) -> None:
+    for of_process in two:
+        assert "DeepSpeedEngine cannot take on in a model that is in use: make a fresh" in of_process["load"]
 
 
 @installed
