@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
+from hpc_oialr.linalg.blocks import orthogonality_error
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
@@ -33,6 +34,16 @@ def _owned(factor: Tensor) -> Tensor:
     if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
         return factor.clone()
     return factor
+
+
+def written_bases(name: str, error: float) -> ModelError:
+    """The error for bases into which something has written, by ``||U^T U - I||_F / sqrt(r)`` or that of Vh."""
+    return ModelError(
+        f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these frozen "
+        "bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip parameters "
+        "that do not require a gradient, give averages to OIALR(..., averages=[...]), and begin again from the last "
+        "good checkpoint."
+    )
 
 
 def rounding_bound(dtype: torch.dtype) -> float:
@@ -71,6 +82,7 @@ class LowRankWeight(nn.Module):
 
     bases_trained: bool = False
     written: Written | None = None
+    known_bases: tuple[int, ...] = ()
 
     U: nn.Parameter
     S: nn.Parameter
@@ -101,6 +113,7 @@ class LowRankWeight(nn.Module):
         self.register_parameter("U", nn.Parameter(_owned(U), requires_grad=False))
         self.register_parameter("S", nn.Parameter(_owned(S)))
         self.register_parameter("Vh", nn.Parameter(_owned(Vh), requires_grad=False))
+        self.known_bases = self._stamp_of_bases()
 
     def set_factors(self, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
         """Take new factors; returns whether r changed and the parameters are therefore new objects.
@@ -113,6 +126,7 @@ class LowRankWeight(nn.Module):
                 self.U.copy_(U)
                 self.S.copy_(S)
                 self.Vh.copy_(Vh)
+            self.known_bases = self._stamp_of_bases()
             self._refresh_copies()
             return False
         dtypes = (self.U.dtype, self.S.dtype, self.Vh.dtype)
@@ -136,6 +150,7 @@ class LowRankWeight(nn.Module):
         """Move or cast; what was copied is made again from the result."""
         self._clear_copies()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.known_bases = self._stamp_of_bases()
         return self
 
     def keep_bases_frozen(self) -> None:
@@ -147,9 +162,29 @@ class LowRankWeight(nn.Module):
                 basis.requires_grad_(False)
 
     def check_use(self) -> None:
-        """What every forward pass begins with: no write is lost, and frozen bases are frozen."""
+        """What every forward pass begins with: no write is lost, and frozen bases are frozen and orthonormal."""
         self.refuse_lost_write()
         self.keep_bases_frozen()
+        if not (self.bases_trained or is_transformed()) and self.known_bases != self._stamp_of_bases():
+            self._check_bases()
+
+    def _stamp_of_bases(self) -> tuple[int, ...]:
+        """Changes with every write to ``U`` or ``Vh`` but one through ``.data``, which the next update finds."""
+        bases = (self.U, self.Vh)
+        if any(type(p) is not nn.Parameter or p.is_meta or p.is_inference() for p in bases):
+            return ()
+        return (*(p.data_ptr() for p in bases), *(p._version for p in bases))
+
+    @exact_arithmetic()
+    def _check_bases(self) -> None:
+        """Raise :class:`ModelError` if what has been written into ``U`` and ``Vh`` is no basis."""
+        stamp = self._stamp_of_bases()
+        whole = (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.n) and bool(self.S.any())
+        if stamp and whole and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
+            error = max(orthogonality_error(self.U), orthogonality_error(self.Vh.mT))
+            if not error <= rounding_bound(self.U.dtype):
+                raise written_bases(str(self), error)
+        self.known_bases = stamp
 
     @property
     def m(self) -> int:
@@ -200,6 +235,12 @@ class LowRankWeight(nn.Module):
         if name == "weight":
             raise refuse_assignment(self)
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; pruning, which would register the built weight, is refused."""
+        if isinstance(param, BuiltWeight):
+            raise refuse_assignment(self)
+        super().register_parameter(name, param)
 
     def refuse_lost_write(self) -> None:
         """Raise :class:`ModelError` if ``weight`` was written with what the bases cannot express."""
@@ -285,6 +326,7 @@ class LowRankWeight(nn.Module):
         # The layer may have its dense class again, now or in a hook.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
         if isinstance(self, LowRankWeight):
+            self.known_bases = self._stamp_of_bases()
             self._refresh_copies()
 
     def _take_form(self, state_dict: dict[str, Any], prefix: str) -> None:

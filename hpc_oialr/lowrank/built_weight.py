@@ -170,7 +170,11 @@ def write_weight(layer: LowRankWeight, values: Tensor) -> None:
 
 def refusal(layer: LowRankWeight, written: Written) -> ModelError:
     """The error for a use of a layer whose weight holds what its bases cannot express."""
-    share = f"{written.lost:.0%} of it lies" if written.lost == written.lost else "it is not finite, or lies"
+    share = (
+        f"{100 * written.lost:.2g}% of it lies"
+        if written.lost == written.lost
+        else "it is not finite, or lies"
+    )
     return ModelError(
         f"the weight of {layer} was written in place ({written.place}), and {share} outside the frozen bases U and Vh, "
         "so that its core cannot hold it. Clip, constrain or initialise layer.S instead; or leave the layer out by "

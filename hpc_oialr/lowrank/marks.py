@@ -36,13 +36,18 @@ def _origin(hook: Any) -> str:
 def pass_on_attributes(old: Tensor, new: Tensor) -> None:
     """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``.
 
-    Tensors are left out: they are of the old shape, and mostly a wrapper's.
+    Tensors are left out: they are of the old shape.
     """
-    if type(old) is not nn.Parameter or any(hasattr(old, name) for name in _OF_DEEPSPEED):
-        return
-    for name, value in vars(old).items():
-        if not (name.startswith(_OF_TORCH) or isinstance(value, Tensor)):
+    for name, value in own_attributes(old).items():
+        if not isinstance(value, Tensor):
             setattr(new, name, value)
+
+
+def own_attributes(parameter: Tensor) -> dict[str, Any]:
+    """What users have set on a parameter."""
+    if type(parameter) is not nn.Parameter or any(hasattr(parameter, name) for name in _OF_DEEPSPEED):
+        return {}
+    return {name: value for name, value in vars(parameter).items() if not name.startswith(_OF_TORCH)}
 
 
 def pass_on_hooks(old: Tensor, new: Tensor) -> None:

@@ -12,10 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.lowrank.marks import gradient_hooks
+from hpc_oialr.lowrank.marks import gradient_hooks, own_attributes
 from hpc_oialr.lowrank.split_layers import SplitDense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# Whose classes low-rank layers can take the place of.
+FORWARDS = ("torch", "transformers", "hpc_oialr")
 
 
 class Refusal(NamedTuple):
@@ -40,6 +44,11 @@ def value_refusal(weight: Tensor) -> Refusal | None:
 
 def use_refusal(holder: nn.Module, weight: nn.Parameter) -> Refusal | None:
     """Why a weight's layer cannot change its class without a loss, or None: hooks, attributes, a patched forward."""
+    tensors = [name for name, value in own_attributes(weight).items() if isinstance(value, Tensor)]
+    if tensors:
+        return Refusal(
+            f"its weight has tensors of its own, which a core cannot take: {', '.join(tensors)}", warn=True
+        )
     if gradient_hooks(weight):
         return Refusal("its weight has a gradient hook, which would not be called for a core", warn=True)
     taken = taken_names(holder)
@@ -47,6 +56,9 @@ def use_refusal(holder: nn.Module, weight: nn.Parameter) -> Refusal | None:
         return Refusal(
             f"it has attributes of its own that a low-rank layer needs: {', '.join(taken)}", warn=True
         )
+    forward = type(holder).forward
+    if str(getattr(forward, "__module__", "")).partition(".")[0] not in FORWARDS:
+        return Refusal(f"the forward of {type(holder).__name__} was replaced for all its layers", warn=True)
     if "forward" in holder.__dict__:
         return Refusal("its forward was replaced on this object", warn=True)
     return None

@@ -108,11 +108,13 @@ class BasisChanges:
         self.engine.open_state(weight)
         transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
         stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
+        gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
         layer = self._convert(site, *stored)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         self._groups.replace(weight, layer.S)
         self._set_step(layer)
         self.engine.follow(layer)
+        layer.S.grad = gradient
         for average in self._averages:
             twin = average[site.name]
             average_core = transform_average(twin.weight, U, Vh)
@@ -237,6 +239,7 @@ class BasisChanges:
         reset = not self.config.carry_moments and len(s) < layer.r
         self.engine.open_state(core)
         transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
+        gradient = self._gradient(core, P, Qh, core=True)
         U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
         for average in self._averages:
             twin = average[name].low_rank
@@ -247,7 +250,19 @@ class BasisChanges:
             self._groups.replace(core, layer.S)
             self._set_step(layer, replaces=core)
         self.engine.follow(layer)
+        if gradient is not None and layer.S.grad is not None:
+            layer.S.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
+        else:
+            layer.S.grad = gradient
         return reshaped
+
+    def _gradient(self, parameter: nn.Parameter, left: Tensor, right: Tensor, *, core: bool) -> Tensor | None:
+        """What has been accumulated so far, in the new basis."""
+        gradient = parameter.grad
+        if gradient is None or gradient.layout is not torch.strided:
+            return None
+        project = self.layout.project_core if core else self.layout.project
+        return self.layout.put_core(project(gradient, left, right).to(gradient.dtype).contiguous())
 
     def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
         factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)

@@ -14,7 +14,7 @@ from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
 from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
-from hpc_oialr.lowrank.base import rounding_bound
+from hpc_oialr.lowrank.base import rounding_bound, written_bases
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
@@ -178,8 +178,4 @@ def require_own_bases(layer: LowRankWeight, name: str, error: float, stored: tor
         Dtype in which the bases are kept between steps.
     """
     if error > rounding_bound(stored) and not layer.bases_trained:
-        raise ModelError(
-            f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these "
-            "frozen bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip "
-            "parameters that do not require a gradient, and begin again from the last good checkpoint."
-        )
+        raise written_bases(name, error)

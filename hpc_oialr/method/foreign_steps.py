@@ -1,10 +1,11 @@
-"""Notices that another optimizer trains what the given one should."""
+"""Notices that another optimizer trains what the given one should, and that none trains the cores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
@@ -19,7 +20,8 @@ class ForeignSteps:
     """Compares who wrote into the trained weights and cores with who has stepped.
 
     An optimizer made anew in the middle of a run, or one for each parameter in backward hooks, trains with the
-    rates of dense weights, and keeps the old parameters when shapes change.
+    rates of dense weights, and keeps the old parameters when shapes change. One that finds its parameters in a place
+    where nobody can look, such as a closure, goes on with the dense weights and leaves the cores as they are.
 
     Parameters
     ----------
@@ -30,20 +32,25 @@ class ForeignSteps:
     """
 
     def __init__(self, core_lr: CoreLearningRate, engine: Engine) -> None:
-        self._core_lr, self._off = core_lr, engine.steps_itself
+        self._core_lr, self._off, self._stored = core_lr, engine.steps_itself, engine.stored
         self._steps = core_lr.steps
         self._versions: dict[int, int] = {}
         self._foreign = 0
+        self._rest: dict[int, int] = {}
+        self._idle = 0
+        self._values: dict[nn.Parameter, Tensor] = {}
 
     def __getstate__(self) -> dict[str, object]:
         # Identities and versions are of this process's objects.
-        return {**vars(self), "_versions": {}}
+        return {**vars(self), "_versions": {}, "_rest": {}, "_idle": 0, "_values": {}}
 
     def check(self, sites: Iterable[Site]) -> None:
         """Raise :class:`ModelError` after :data:`PATIENCE` calls in a row before which only others have stepped."""
         if self._off:
             return
+        sites = list(sites)
         versions = _versions(sites)
+        self._check_idle(sites, versions)
         written = any(self._versions.get(key, version) != version for key, version in versions.items())
         if self._core_lr.steps != self._steps:
             self._foreign = 0
@@ -57,9 +64,34 @@ class ForeignSteps:
             )
         self._steps, self._versions = self._core_lr.steps, versions
 
+    def _check_idle(self, sites: Iterable[Site], versions: dict[int, int]) -> None:
+        held = [site.low_rank._parameters.get("S") for site in sites if site.low_rank is not None]
+        cores = {S for S in held if isinstance(S, nn.Parameter)}
+        due = {S for S in cores if S.requires_grad and (S.grad is not None or S in self._core_lr.due)}
+        self._core_lr.due.clear()
+        rest = {id(p): p._version for p in self._core_lr.parameters() if p not in cores}
+        others = any(self._rest.get(key, version) != version for key, version in rest.items())
+        self._rest = rest
+        if any(self._versions.get(id(S)) != versions.get(id(S)) for S in cores):
+            self._idle = 0
+        elif due and others:
+            # Versions do not tell of what is written through ``.data``.
+            values = {S: self._stored(S) for S in due}
+            if not all(S in values and torch.equal(values[S], old) for S, old in self._values.items()):
+                self._idle = 0
+            if self._idle == 0 or not self._values:
+                self._values = {S: value.clone() for S, value in values.items()}
+            self._idle += 1
+        if self._idle >= PATIENCE and not self._core_lr.at_rest(due):
+            raise ModelError(
+                f"the cores of the low-rank layers had gradients and stayed as they are in {PATIENCE} steps, in which "
+                "other parameters were trained: the optimizer, or the loop, keeps a list of the dense parameters that "
+                "OIALR has replaced. Let it read optimizer.param_groups or model.parameters() anew in each step."
+            )
+
     def remember(self, sites: Iterable[Site]) -> None:
         """To be called when the method itself has written."""
-        self._versions = _versions(sites)
+        self._versions, self._values = _versions(sites), {}
 
 
 def _versions(sites: Iterable[Site]) -> dict[int, int]:

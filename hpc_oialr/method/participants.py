@@ -32,13 +32,19 @@ def find_participants(
         If the settings leave no layer.
     """
     sites, refused = examine(model, selection, frozen=True, low_rank=True)
-    sites = shared_sites(trained_sites(sites, optimizer), engine.ignored)
+    trained = trained_sites(sites, optimizer)
+    refused |= {
+        site.name: Refusal("its weight is not in the optimizer") for site in sites if site not in trained
+    }
+    sites = shared_sites(trained, engine.ignored)
     refused |= {site.name: r for site in sites if (r := _layout_refusal(site, engine)) is not None}
     sites = [site for site in sites if site.name not in refused]
     unforeseen = {name: refusal.reason for name, refusal in refused.items() if refusal.warn}
     if not sites and not unforeseen:
+        some = "; ".join(f"{name or 'the model'} ({each.reason})" for name, each in list(refused.items())[:5])
         raise ModelError(
-            "no layer of the model can be converted; the log names the reason for each (level INFO)."
+            f"no layer of the model can be converted: {some or 'it has none'}{', ...' if len(refused) > 5 else ''}. The "
+            "log names the reason for each (level INFO)."
         )
     _warn_dense(unforeseen)
     _warn_hooks(sites)

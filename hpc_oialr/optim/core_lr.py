@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -40,11 +40,14 @@ class CoreLearningRate:
         Of each core.
     steps
         How often one of the optimizers has stepped.
+    due
+        Cores that had a gradient in such a step; emptied by whoever looks.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.factors: dict[nn.Parameter, float] = {}
         self.steps = 0
+        self.due: set[nn.Parameter] = set()
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
             # Of a controller that is gone: two factors would be multiplied.
@@ -65,10 +68,11 @@ class CoreLearningRate:
             copyreg.pickle(type(optimizer), _reduce_with_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_before", "_handles")}
+        return {key: value for key, value in vars(self).items() if key not in ("_before", "_handles", "due")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.due = set()
         self._attach()
 
     def set(self, core: nn.Parameter, factor: float, *, replaces: nn.Parameter | None = None) -> None:
@@ -76,6 +80,16 @@ class CoreLearningRate:
         if replaces is not None:
             self.factors.pop(replaces, None)
         self.factors[core] = factor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of these optimizers."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return (p for group in groups for p in group["params"])
+
+    def at_rest(self, cores: Set[nn.Parameter]) -> bool:
+        """Whether one of these has a learning rate of 0."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return any(float(g.get("lr", 1.0)) == 0 and not cores.isdisjoint(g["params"]) for g in groups)
 
     def remove(self) -> None:
         """Leave the optimizer's steps alone from now on."""
@@ -99,6 +113,7 @@ class CoreLearningRate:
     @torch.no_grad()
     def _stretch(self, optimizer: Optimizer, *_: Any) -> None:
         self.steps += 1
+        self.due |= {p for p in self.factors if p.grad is not None}
         before = self._before.pop(id(optimizer), [])
         if not before:
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,6 @@ from hpc_oialr.optim.state_kinds import INSTEAD, Kind, kind_of, kinds_of, refusa
 Group = dict[str, Any]
 State = MutableMapping[Any, dict[str, Any]]
 
-# Where wrappers keep what they wrap: Accelerate and Lookahead, SAM, timm's Lookahead, torch.distributed, schedule-free.
-INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim", "base", "inner_optimizer", "_optimizer")
 OWN_LISTS = ("LBFGS", "ZeroRedundancyOptimizer")
 _DEPTH = 4
 
@@ -26,8 +25,7 @@ class OptimizerStack:
     Parameters
     ----------
     optimizer
-        An optimizer, or a wrapper that keeps one or several in an attribute named as in :data:`INNER`, or a
-        list of them in ``optimizers``.
+        An optimizer, a list of them, or a wrapper that keeps one, or a list or dictionary of them, in an attribute.
 
     Attributes
     ----------
@@ -46,7 +44,8 @@ class OptimizerStack:
         self.given = optimizer
         self.nodes: list[Any] = []
         self.leaves: list[Optimizer] = []
-        self._descend(optimizer)
+        for each in optimizer if isinstance(optimizer, (list, tuple)) and optimizer else [optimizer]:
+            self._descend(each)
         for node in self.nodes:
             _check_class(node)
         for leaf in self.leaves:
@@ -141,7 +140,7 @@ class OptimizerStack:
             if any(_is(node, known) for known in OWN_LISTS):
                 continue
             for place, value in _places(node, names):
-                for found in _tensors(value, _DEPTH):
+                for found in tensors_in(value):
                     name = names.get(id(found)) or shapes.get(tuple(found.shape))
                     if name is not None:
                         what = "the weight" if id(found) in names else "a tensor of the shape"
@@ -153,15 +152,15 @@ class OptimizerStack:
 
 
 def _inside(node: Any) -> Iterator[Any]:
-    for name in INNER:
-        inner = vars(node).get(name) if hasattr(node, "__dict__") else None
-        if inner is not None and inner is not node and _steps(inner):
-            yield inner
-    several = vars(node).get("optimizers") if hasattr(node, "__dict__") else None
-    if isinstance(several, dict):
-        several = list(several.values())
-    if isinstance(several, (list, tuple)):
-        yield from (inner for inner in several if _steps(inner))
+    for key, value in list(vars(node).items()) if hasattr(node, "__dict__") else ():
+        if key not in ("param_groups", "state", "defaults"):
+            yield from (each for each in _members(value) if each is not node and _steps(each))
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _steps(value: Any) -> bool:
@@ -205,15 +204,16 @@ def _check_steps(leaf: Any) -> None:
     if not hooked or not getattr(type(leaf).step, "hooked", False):
         raise ModelError(
             f"the optimizer {type(leaf).__name__} does not behave as a torch.optim.Optimizer (no step hooks): it is a "
-            f"wrapper whose inner optimizer was not found, or does not call super().__init__(). Pass the optimizer "
-            f"itself, the one made from model.parameters(); inner optimizers are looked for in {', '.join(INNER)}."
+            "wrapper whose inner optimizer was not found, or does not call super().__init__(). Pass the optimizer "
+            "itself, the one made from model.parameters(); inner optimizers are looked for in a wrapper's attributes, "
+            "and in lists and dictionaries there."
         )
 
 
 def _places(node: Any, names: dict[int, str]) -> Iterator[tuple[str, Any]]:
     """Attributes, options of groups and global state: where lists of parameters would be."""
     for key, value in vars(node).items():
-        if key not in ("param_groups", "state", "defaults", *INNER, "optimizers"):
+        if key not in ("param_groups", "state", "defaults") and not any(map(_steps, _members(value))):
             yield f"its attribute {key!r}", value
     for group in node.param_groups:
         for key, value in group.items():
@@ -224,16 +224,20 @@ def _places(node: Any, names: dict[int, str]) -> Iterator[tuple[str, Any]]:
             yield f"its state[{key!r}]", value
 
 
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = _DEPTH, *, objects: bool = False) -> Iterator[Tensor]:
+    """Tensors in nested containers, and in the attributes of ``objects``."""
     if isinstance(value, Tensor):
         yield value
-    elif depth and isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(key, depth - 1)
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from _tensors(item, depth - 1)
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        items = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, Set, deque)):
+        items = list(value)
+    elif objects and hasattr(value, "__dict__"):
+        items = list(vars(value).values())
+    for item in items if depth else ():
+        yield from tensors_in(item, depth - 1, objects=objects)
 
 
 def _swap(value: Any, old: nn.Parameter, new: nn.Parameter, depth: int) -> None:

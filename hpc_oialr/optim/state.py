@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.layout import WHOLE, Whole
-from hpc_oialr.optim.stack import Group, OptimizerStack
+from hpc_oialr.optim.stack import Group, OptimizerStack, tensors_in
 from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind
 
 NEVER_ZEROED = ("weight", "step size")
@@ -47,7 +47,7 @@ def _check_value(
 ) -> None:
     optimizer = type(node).__name__
     if not isinstance(value, Tensor):
-        if any(True for _ in _inner_tensors(value)):
+        if any(tensor.numel() > 1 for tensor in tensors_in(value, objects=True)):
             raise ModelError(
                 f"{optimizer}'s state {key!r} of {name} is a {type(value).__name__} of tensors, which cannot follow the "
                 f"weight through W = U S Vh. {INSTEAD}."
@@ -84,12 +84,6 @@ def _check_value(
             'gradients, "magnitude" for their absolute values, "weight" for a copy or average of the weight, "reset" '
             "for what may be set to zero."
         )
-
-
-def _inner_tensors(value: Any) -> Iterator[Tensor]:
-    items = value.values() if isinstance(value, dict) else value
-    if isinstance(value, Sequence | dict) and not isinstance(value, str):
-        yield from (item for item in items if isinstance(item, Tensor) and item.numel() > 1)
 
 
 def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def patch(model: nn.Sequential) -> None:
     model[1].forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
 
 
+def keep_momentum(model: nn.Sequential) -> None:
+    model[1].weight.momentum = torch.zeros(12, 12)  # type: ignore[attr-defined]
+
+
 DEEDS: dict[str, tuple[Callable[[nn.Sequential], None], str]] = {
     "attribute U": (tag("U"), "attributes of its own that a low-rank layer needs: U"),
     "attribute n": (tag("n"), "needs: n"),
@@ -86,6 +91,7 @@ DEEDS: dict[str, tuple[Callable[[nn.Sequential], None], str]] = {
     "float8": (replace(lambda w: w.to(torch.float8_e4m3fn)), "dtype float8_e4m3fn"),
     "int8": (replace(lambda w: w.to(torch.int8)), "dtype int8"),
     "sparse": (replace(lambda w: w.to_sparse()), "stored as sparse_coo"),
+    "tensor on the parameter": (keep_momentum, "tensors of its own, which a core cannot take: momentum"),
     "parameter of another class": (subclass, "its weight is a Marked"),
 }
 
@@ -101,6 +107,16 @@ def test_a_layer_that_conversion_would_harm_stays_dense(deed: str) -> None:
     assert refused["1"].warn, "no setting says so, therefore the user is warned"
     convert(model, EVERY)
     assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+def test_a_kind_whose_forward_was_replaced_stays_dense(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * plain(self, x))
+    model = nn.Sequential(nn.Linear(8, 12), nn.Conv1d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    _, refused = examine(model, EVERY)
+    (reason,) = (each.reason for each in refused.values())
+    assert reason == f"the forward of {kind.__name__} was replaced for all its layers"
 
 
 def test_parameters_side_by_side_in_one_buffer_are_not_tied() -> None:

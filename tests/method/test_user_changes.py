@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
-from hpc_oialr import OIALR, FixedFraction, OIALRConfig, Selection, merge
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RelativeCutoff, Selection, merge
 from hpc_oialr.errors import ModelError
 from hpc_oialr.method.report import UpdateReport
 
@@ -180,7 +181,7 @@ def test_nothing_to_convert() -> None:
 
 
 @pytest.mark.parametrize("act", ["clamp", "decay"])
-def test_a_write_to_the_bases_is_an_error_at_the_next_update(act: str) -> None:
+def test_a_write_to_the_bases_is_an_error(act: str) -> None:
     model = model_of(20, 12)
     oialr = controller(model, frequency=3)
     train(oialr, 4)
@@ -192,8 +193,78 @@ def test_a_write_to_the_bases_is_an_error_at_the_next_update(act: str) -> None:
                 p.data.mul_(0.999)
     with pytest.warns(UserWarning, match="U or Vh of 0, 2 is not orthonormal"):
         merge(model)
-    with pytest.raises(ModelError, match=r"U or Vh of [02] is not orthonormal any more .*model.parameters"):
+    with pytest.raises(
+        ModelError, match=r"U or Vh of (0|2|LowRank.*) is not orthonormal any more .*model.parameters"
+    ):
         train(oialr, 2)
+
+
+@pytest.mark.parametrize("made", ["averaged", "copied", "flattened"])
+def test_bases_written_in_the_loop_are_an_error_in_the_next_forward_pass(made: str) -> None:
+    """A copy of a low-rank model whose parameters are averaged one by one, and parameters set from a vector."""
+    model = model_of(20, 12)
+    oialr = controller(model, frequency=1)
+    train(oialr, 4)
+    if made == "averaged":
+        other: nn.Module = torch.optim.swa_utils.AveragedModel(model)
+    else:
+        other = copy.deepcopy(model)
+    other(X)
+    oialr.config.rule = FixedFraction(1.0)
+    train(oialr, 1)
+    if made == "averaged":
+        other.update_parameters(model)  # type: ignore[operator]
+        other(X)
+        train(oialr, 1)
+        other.update_parameters(model)  # type: ignore[operator]
+    elif made == "copied":
+        with torch.no_grad():
+            for p, q in zip(other.parameters(), model.parameters(), strict=True):
+                p.lerp_(q, 0.5)
+    else:
+        vector = nn.utils.parameters_to_vector(other.parameters())
+        nn.utils.vector_to_parameters(vector, other.parameters())
+        other(X)
+        nn.utils.vector_to_parameters(1.1 * vector, other.parameters())
+    with pytest.raises(ModelError, match=r"LowRankLinear.* not orthonormal any more .*averages=\[...\]"):
+        other(X)
+    other.load_state_dict(
+        copy.deepcopy(oialr.module).state_dict() if made != "averaged" else other.state_dict()
+    )
+    other(X)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("micro", [2, 3])
+def test_gradients_accumulated_across_a_change_of_basis_follow(momentum: float, micro: int) -> None:
+    """oialr.step() after every part of a batch: nothing is cut, so the loop goes on as without it."""
+    losses: list[list[float]] = []
+    for frequency in (1, 1000):
+        model = model_of(16, 16).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        config = OIALRConfig(delay=1, frequency=frequency, rule=RelativeCutoff(1e-12), layer_share_step=1.0)
+        oialr = OIALR(model, optimizer, config)
+        losses.append([])
+        for _ in range(4):
+            for x, y in zip(X.double().chunk(micro), Y.chunk(micro), strict=True):
+                loss = F.cross_entropy(oialr.model(x), y) / micro
+                loss.backward()
+                losses[-1].append(float(loss.detach()))
+                oialr.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-9, atol=0)
+
+
+def test_what_is_left_to_do_is_said_where_nothing_can_be_converted() -> None:
+    model = model_of(20, 12)
+    rest = torch.optim.AdamW([*model[4].parameters(), model[0].bias])
+    with pytest.raises(ModelError, match=r"0 \(its weight is not in the optimizer\); 2 \(its"):
+        OIALR(model, rest)
+    oialr = controller(model)
+    train(oialr, 4)
+    with pytest.raises(ModelError, match=r"weight to assign to"):
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
 
 
 def test_a_failed_conversion_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from support.small_training import (
     MakeOptimizer,
     SharpnessAware,
     controlled,
+    settings,
     small_model,
     train,
 )
@@ -161,8 +163,91 @@ def test_what_is_no_optimizer_is_refused() -> None:
         ModelError, match=r"Duck does not behave as a torch.optim.Optimizer.*Pass the optimizer itself"
     ):
         OIALR(model, Duck(model.parameters()))  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="is a list, which has no param_groups"):
-        OIALR(model, [adamw(model)])  # type: ignore[arg-type]
+    for nothing in ([], [model]):
+        with pytest.raises(ModelError, match="has no param_groups"):
+            OIALR(model, nothing)  # type: ignore[arg-type]
+
+
+class Around:
+    """Hands on to an optimizer, or several, that it keeps in an attribute of any name."""
+
+    def __init__(self, inside: Any) -> None:
+        self.wrapped = inside
+        self.all = inside if isinstance(inside, list) else [inside]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for each in self.all for group in each.param_groups]
+
+    def zero_grad(self) -> None:
+        for each in self.all:
+            each.zero_grad()
+
+    def step(self) -> None:
+        for each in self.all:
+            each.step()
+
+
+def test_several_in_a_list_and_wrappers_with_attributes_of_any_name() -> None:
+    losses = []
+    for wrap in (lambda both: both.optimizers, Around, lambda both: Around(both.optimizers)):
+        model = small_model()
+        both = chained(model)
+        oialr = OIALR(model, wrap(both), settings())
+        losses.append(train(oialr, both, 14))
+        assert oialr.r == {"0": 6, "2": 8}
+    assert losses[0] == losses[1] == losses[2]
+
+
+class Hidden(torch.optim.Optimizer):
+    """Keeps its parameters where nobody can look; writes in place, or through ``.data``."""
+
+    def __init__(self, params: Any, where: str) -> None:
+        weights = list(params)
+        super().__init__(weights, {"lr": 0.1})
+        self.where = where
+        self.held = SimpleNamespace(weights=weights) if where == "object" else lambda: weights
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.held.weights if self.where == "object" else self.held():
+            if p.grad is not None:
+                (p.data if self.where == "data" and p.dim() > 1 else p).sub_(0.1 * p.grad)
+
+
+@pytest.mark.parametrize("where", ["object", "closure", "data"])
+def test_cores_that_nobody_steps_are_an_error(where: str) -> None:
+    oialr, optimizer = controlled(lambda m: Hidden(m.parameters(), where), small_model())
+    with pytest.raises(ModelError, match="had gradients and stayed as they are in 3 steps.*param_groups"):
+        train(oialr, optimizer, 9)
+    assert oialr.t < 9
+
+
+def test_cores_stepped_through_data_at_a_rate_of_zero_or_not_at_all_are_no_error() -> None:
+    class Data(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    (p.data if p.dim() > 1 else p).sub_(group["lr"] * p.grad)
+
+    def grouped(m: nn.Module) -> Data:
+        by_axes = [
+            {"params": [p for p in m.parameters() if p.dim() == d], "lr": 0.1 * (d == 1)} for d in (1, 2)
+        ]
+        return Data(by_axes, {})
+
+    for make in (lambda m: Data(m.parameters(), {"lr": 0.1}), grouped):
+        oialr, optimizer = controlled(make)
+        train(oialr, optimizer, 14)
+        assert oialr.r == {"0": 6, "2": 8}
+    oialr, optimizer = controlled(adamw)
+    train(oialr, optimizer, 5)
+    for _ in range(8):  # gradients for the last layer only
+        nn.functional.linear(torch.ones(2, 16), oialr.module[4].weight).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oialr.step()
 
 
 def test_a_core_that_left_the_groups_is_an_error() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +253,9 @@ def test_unknown_state_changes_nothing_and_the_line_of_the_message_helps() -> No
         (torch.ones(20, 12, dtype=torch.uint8), "quantised or not of real numbers"),
         ([torch.ones(20, 12)], "a list of tensors"),
         ({"a": torch.ones(20, 12)}, "a dict of tensors"),
+        ({"a": ([torch.ones(20, 12)], 3)}, "a dict of tensors"),
+        (deque([torch.ones(20, 12)]), "a deque of tensors"),
+        (SimpleNamespace(a=torch.ones(20, 12)), "a SimpleNamespace of tensors"),
     ],
 )
 def test_state_of_another_form_is_refused(value: Any, text: str) -> None:
