@@ -34,6 +34,7 @@ _OTHER = "tests/engines/test_ddp_wrapper.py::test_compiled_around_python_reducer
 _SEVERAL = "tests/optim/test_stack.py::test_optimizers_of_several_processes"
 _HANDED_ON = "tests/optim/test_stack.py::test_handing_on_changes_nothing"
 _COPIES = "tests/method/test_copies.py"
+_AROUND, _RESUME = "tests/method/test_surroundings.py", "tests/method/test_resume_order.py"
 
 # What wraps a model or an optimizer, or goes round a loop: how it behaves, and the tests that say so.
 WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,6 +45,18 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DistributedDataParallel, static_graph or find_unused_parameters": ("works", (_DDP,)),
     "DistributedDataParallel, communication hooks (fp16, PowerSGD)": ("works; PowerSGD begins anew", (_DDP,)),
     "DistributedDataParallel, mixed_precision": ("works", (_OTHER,)),
+    "DistributedDataParallel made after OIALR(...), or around the model inside a wrapper of oialr's": (
+        "an error in its first forward pass",
+        (f"{_AROUND}::test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_errors",),
+    ),
+    "DistributedDataParallel.join()": (
+        "an error in oialr.step()",
+        (f"{_AROUND}::test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_errors",),
+    ),
+    "parameters that DistributedDataParallel ignores": (
+        "stay dense, the rest works",
+        (f"{_AROUND}::test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_errors",),
+    ),
     "fully_shard (FSDP2)": ("works", ("tests/engines/test_fsdp.py::test_a_model_its_user_has_sharded",)),
     "DataParallel, FullyShardedDataParallel (FSDP1)": (
         "refused at OIALR(...)",
@@ -60,6 +73,37 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "AveragedModel (EMA, SWA)": (
         "works, given as averages=",
         ("tests/method/test_oialr.py::test_averages_follow",),
+    ),
+    "AveragedModel as the model": (
+        "refused at OIALR(...)",
+        (f"{_AROUND}::test_other_wrappers_are_refused_with_what_to_do",),
+    ),
+    "two controllers on one model": (
+        "refused at OIALR(...); after detach() of the first, or once it is gone, the second goes on from its layers",
+        (
+            f"{_AROUND}::test_a_second_controller_is_refused_naming_the_first",
+            f"{_RESUME}::test_a_low_rank_model_goes_on_under_a_new_controller",
+        ),
+    ),
+    "load_state_dict of another r, or of the dense phase, in any order and of any part": (
+        "works; into live FSDP, TensorParallel and DeepSpeed models refused with the call to make",
+        (
+            "tests/method/test_loading.py::test_a_model_of_any_phase_loads_into_one_of_any_other",
+            "tests/method/test_loading.py::test_parts_of_a_model_load_too",
+            f"{_RESUME}::test_one_projection_of_an_attention_loads_with_its_optimizer",
+            "tests/engines/test_live_loads.py::test_split_models_say_what_to_call",
+        ),
+    ),
+    "a low-rank state loaded before OIALR(...) (Lightning, Trainer)": (
+        "works after match_structure(model, state_dict)",
+        (
+            f"{_RESUME}::test_a_state_loaded_before_the_controller_is_made_is_the_same_run",
+            f"{_RESUME}::test_lightnings_order_on_two_processes",
+        ),
+    ),
+    "Accelerate's prepare() before or after OIALR(...)": (
+        "works on one process; on several prepare() first, OIALR(...) with its results",
+        (f"{_RESUME}::test_an_empty_optimizer_state_belongs_to_no_structure", _HANDED_ON, _DDP),
     ),
     "autocast, GradScaler, accumulation, clipping, activation checkpointing": (
         "works",
