@@ -27,7 +27,7 @@ from benchmarks.comm import layer_step, measure, seconds
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import ENGINES, free_port
 from hpc_oialr.engines import SingleEngine
-from hpc_oialr.plan.planner import Forecast, Planner
+from hpc_oialr.plan.planner import BEFORE, Planner
 from hpc_oialr.plan.schedule import predictable_rule
 from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.timing import Machine, machine_of, this_machine
@@ -162,10 +162,10 @@ class Team:
 
 def compare(recipe: str, engine: str, sizes: Sequence[int], machine: Machine, rounds: int) -> list[Row]:
     """All rows of a recipe under an engine."""
-    planner, cores = Planner(Workload.of(load_config(recipe).config), machine), machine.cores
-    settings = ENGINES[engine]()
-    forecasts = {size: planner.forecast([1], size, settings)[0] for size in sizes}
-    batches = {size: forecasts[size].deployment.batch for size in sizes}
+    planner = Planner(Workload.of(load_config(recipe).config), machine, machine.memory_gib)
+    cores, settings = machine.cores, ENGINES[engine]()
+    plans = {size: planner.rows([1], size, settings, advise=False)[0] for size in sizes}
+    batches = {size: plans[size]["batch"] for size in sizes}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         teams = {size: Team(size, folder, recipe, engine, batches[size]) for size in sizes}
@@ -184,7 +184,7 @@ def compare(recipe: str, engine: str, sizes: Sequence[int], machine: Machine, ro
             for size in sizes:
                 peaks[size][stage] = max(teams[size].ask("memory", batches[size]))
                 key = {"recipe": recipe, "engine": engine, "processes": size}
-                rows += rows_of(key, stage, forecasts[size], peaks[size], [found[size] for found in times])
+                rows += rows_of(key, stage, plans[size], peaks[size], [found[size] for found in times])
         for team in (*teams.values(), probe):
             team.end()
     return rows
@@ -208,26 +208,23 @@ def round_of(
     return found
 
 
-def rows_of(key: Row, stage: str, forecast: Forecast, peaks: dict[str, float], times: list[Row]) -> list[Row]:
+def rows_of(key: Row, stage: str, plan: Row, peaks: dict[str, float], times: list[Row]) -> list[Row]:
     """One row for the stage, and one for the event before it."""
     rows = []
     for name, measured in peaks.items():
         event = name != stage
-        predicted = forecast.events[name].peak if event else forecast.stages[name].memory.peak
+        predicted = plan[f"{name}_peak_gib"]
         if event:
             # Measured together with the step before it.
-            predicted = max(
-                predicted, forecast.stages["dense" if name == "conversion" else "converted"].memory.peak
-            )
-        row = {**key, "stage": name, "predicted_gib": predicted / GIB, "measured_gib": measured / GIB}
-        timed = of_times(forecast, name, times) if times and not event else {}
-        rows.append({**row, "memory_ratio": predicted / measured, **timed})
+            predicted = max(predicted, plan[f"{BEFORE[name]}_peak_gib"])
+        row = {**key, "stage": name, "predicted_gib": predicted, "measured_gib": measured / GIB}
+        timed = of_times(plan[f"{name}_waiting_s"], times) if times and not event else {}
+        rows.append({**row, "memory_ratio": predicted * GIB / measured, **timed})
     return rows
 
 
-def of_times(forecast: Forecast, stage: str, times: list[Row]) -> Row:
+def of_times(waiting: float, times: list[Row]) -> Row:
     """Predicted and measured time of a step."""
-    waiting = forecast.stages[stage].waiting_s
     predicted = [t["alone"] * t["slowdown"] + waiting for t in times]
     return {
         "predicted_ms": 1e3 * statistics.median(predicted),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
 from hpc_oialr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hpc_oialr.plan.request import Plan, Request
+    from hpc_oialr.plan.planner import Planner
     from hpc_oialr.train.config import RunConfig
 
 EXAMPLES = """  oialr plan vit_b16 --nodes 1,2,4,8,16,32,64,128,256 --site horeka
@@ -74,41 +75,35 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.settings).config
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
-    from hpc_oialr.plan.request import prepare
+    from hpc_oialr.plan.deployment import label
+    from hpc_oialr.plan.request import Request, prepare
     from hpc_oialr.plan.rows import claim_plan, write
 
     if arguments.out is not None:
         inputs = [arguments.recipe, *([arguments.calibration] if arguments.calibration else [])]
         claim_plan(arguments.out, inputs, force=arguments.force)
-    request = _request(arguments)
-    found = prepare(config, request)
-    rows = _rows(found, request)
-    _show(arguments.recipe, found, rows)
+    given = vars(arguments) | {
+        "nodes": _numbers(arguments.nodes),
+        "engines": [name for name in arguments.engines.split(",") if name],
+    }
+    request = Request(**{field.name: given[field.name] for field in fields(Request)})
+    planner, engines = prepare(config, request)
+    rows: list[dict[str, Any]] = []
+    # Some engines take a minute; only terminals show it.
+    with Console(stderr=True).status("") as status:
+        for engine in engines:
+            status.update(f"{label(engine)}: the run's code on tensors without data")
+            rows += planner.rows(request.nodes, request.per_node, engine)
+    _show(arguments.recipe, planner, rows)
     if arguments.out is not None:
-        about = {"recipe": arguments.recipe, "memory_gib": found.memory_gib, "grounds": list(found.grounds)}
+        about = {
+            "recipe": arguments.recipe,
+            "memory_gib": planner.memory_gib,
+            "grounds": planner.grounds(),
+        }
         write(rows, about, arguments.out, force=arguments.force)
         console().print(str(arguments.out), markup=False)
     return 0
-
-
-def _request(arguments: argparse.Namespace) -> Request:
-    from hpc_oialr.plan.request import Request
-
-    return Request(
-        nodes=_numbers(arguments.nodes),
-        per_node=arguments.gpus_per_node,
-        site=arguments.site,
-        gpu=arguments.gpu,
-        network=arguments.network,
-        adapters=arguments.adapters,
-        memory_gib=arguments.memory_gib,
-        engines=[name for name in arguments.engines.split(",") if name],
-        r_fraction=arguments.r_fraction,
-        weak=arguments.weak,
-        samples=arguments.samples,
-        calibration=arguments.calibration,
-        probe=arguments.probe,
-    )
 
 
 def _numbers(text: str) -> list[int]:
@@ -118,37 +113,20 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError("--nodes", text, "must be whole numbers with commas between, e.g. 1,2,4") from None
 
 
-def _rows(found: Plan, request: Request) -> list[dict[str, Any]]:
-    from hpc_oialr.plan.deployment import label
-    from hpc_oialr.plan.rows import row
-
-    planner, rows = found.planner, []
-    # Some engines take a minute; only terminals show it.
-    with Console(stderr=True).status("") as status:
-        for engine in found.engines:
-            status.update(f"{label(engine)}: the run's code on tensors without data")
-            for forecast in planner.forecast(request.nodes, request.processes_per_node, engine):
-                too_large = forecast.incompatibility is None and not forecast.fits(found.memory_gib)
-                advice = planner.advice(forecast, request.nodes, found.memory_gib) if too_large else ""
-                rows.append(row(forecast, found.memory_gib, basis=planner.basis, advice=advice))
-    return rows
-
-
 # -- what is shown -------------------------------------------------------------------------------------
 
 
-def _show(recipe: str, found: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
-    out, shapes = console(), found.planner.shapes
-    samples = found.planner.workload.samples
+def _show(recipe: str, planner: Planner, rows: Sequence[Mapping[str, Any]]) -> None:
+    out, shapes, samples = console(), planner.shapes, planner.workload.samples
     out.print(f"{recipe}: {samples:,} training samples, {len(shapes)} layers become low-rank", markup=False)
     possible = [row for row in rows if "dense_s" in row]
-    out.print(memory_table(rows, found.memory_gib))
+    out.print(memory_table(rows, planner.memory_gib))
     out.print(step_table(possible))
     out.print(run_table(possible))
     for row in rows:
         if row["advice"]:
             out.print(f"{row['engine']}, {row['nodes']:,} nodes: {row['advice']}", markup=False)
-    for line in found.grounds:
+    for line in planner.grounds():
         out.print(line, markup=False)
 
 

@@ -32,7 +32,7 @@ def is_sharded(engine: EngineConfig, processes: int) -> bool:
 
 
 def incompatibility(
-    engine: EngineConfig, processes: int, *, global_batch: int, accumulation: int, optimizer: str
+    engine: EngineConfig, processes: int, global_batch: int, *, accumulation: int, optimizer: str
 ) -> str | None:
     """Why an engine cannot work with so many processes and this batch, or None."""
     if processes == 1:

@@ -18,8 +18,7 @@ from hpc_oialr.engines import DeepSpeed, EngineConfig
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.rules import RankRule
-from hpc_oialr.plan.fake_collectives import fake_collectives
-from hpc_oialr.plan.fake_world import fake_world
+from hpc_oialr.plan.fake_world import fake_collectives, fake_world
 from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.processes import World, open_channel

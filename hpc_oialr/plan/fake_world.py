@@ -1,9 +1,11 @@
-"""One process of a large world whose other processes do not exist: torch's fake process group."""
+"""One process of a large world whose other processes do not exist, and tensors without data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_oialr import torch_compat
+from hpc_oialr.engines import Engine
 from hpc_oialr.errors import WorldError
+from hpc_oialr.linalg.plan_execution import Factorised, run_task
+from hpc_oialr.linalg.torch_communicator import TorchCommunicator
+from hpc_oialr.linalg.tsqr import BlockQR
+from hpc_oialr.linalg.work_plan import Task, WorkPlan
+from hpc_oialr.lowrank import Site
+from hpc_oialr.method import basis, dealing, factorising, loading, oialr
 from hpc_oialr.processes import World
 from hpc_oialr.processes.world import Op, Pending
+from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
 class FakeWorld(World):
-    """The world of a process whose messages nobody answers.
+    """The world of a process whose messages nobody answers, over torch's fake process group.
 
     What another process would have sent is zero; values that are equal on all processes from the start stay.
     """
@@ -66,3 +76,96 @@ def fake_world(rank: int, size: int) -> Iterator[World]:
         dist.destroy_process_group()
         # DTensor caches operations with the groups of this world.
         torch_compat.forget_groups()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Context in which tensors have shapes, dtypes and lifetimes, but no data.
+
+    A value that code reads says that all is well: ``all`` gives True, every other flag False; integers are 0,
+    other numbers 1. Code that depends on values in another way comes out wrong.
+    """
+    from transformers.utils import import_utils
+
+    patches = _replaced(
+        # For fake tensors transformers makes masks that attention does not need.
+        (import_utils, "is_fake_tensor", lambda _: False),
+        (loading, "require_values", lambda _: None),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), _MadeUpValues(), patches, warnings.catch_warnings():  # type: ignore[no-untyped-call]
+        # Cached casts of bases are looked up by their address; fake ones all have address 0.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
+
+
+class _MadeUpValues(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            tensor = args[0]
+            if tensor.dtype == torch.bool:
+                return getattr(tensor, "all_is_well", False)
+            return 1.0 if tensor.is_floating_point() else 0
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.all, torch.ops.aten._is_all_true):
+            result.all_is_well = True
+        return result
+
+
+@contextmanager
+def fake_collectives() -> Iterator[None]:
+    """Context with results for the messages that torch's fake process group cannot stand in for.
+
+    Messages of TSQR carry sizes, so its results are made up in the right shapes, and a matrix that several
+    processes would share is factorised by the first of them alone. Other messages between two processes are zero.
+    """
+    with _replaced(
+        (dist, "all_to_all_single", _exchange_zeros),
+        (TorchCommunicator, "_receive", lambda self, out, source: out.zero_()),
+        (factorising, "split_svd", _fake_svd),
+        # As if the columns were orthonormal.
+        (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
+        (dealing, "run_task", _run_on_first),
+        # Bases that another process would have sent are zero here.
+        (oialr, "require_own_bases", lambda *_: None),
+    ):
+        yield
+
+
+def _exchange_zeros(
+    out: Tensor, given: Tensor, out_sizes: Sequence[int], given_sizes: Sequence[int], group: Any = None
+) -> None:
+    size = dist.get_world_size(group)
+    assert len(out_sizes) == len(given_sizes) == size
+    assert (sum(out_sizes), sum(given_sizes)) == (out.numel(), given.numel())
+    out.zero_()
+
+
+def _fake_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's rows and columns of two identities, and singular values from 2 down to 1."""
+    engine.open(site)
+    (m, n), k, layout = site.shape, site.k, engine.layout
+    U, Vh = torch.eye(m, k)[layout.own_rows(m)], torch.eye(k, n)[:, layout.own_columns(n)]
+    return U, torch.linspace(2.0, 1.0, k), Vh
+
+
+def _run_on_first(
+    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Any = None, *, careful: bool = True
+) -> Iterator[Factorised]:
+    if len(task.processes) > 1 and dist.get_rank(group) != task.processes[0]:
+        return iter(())
+    return run_task(replace(task, processes=task.processes[:1]), plan, matrix, careful=careful)
+
+
+@contextmanager
+def _replaced(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Context in which attributes have other values: (owner, name, value)."""
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)

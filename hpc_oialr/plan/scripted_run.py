@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterable
@@ -41,6 +40,13 @@ class ScriptedRun:
         self.event_s = 0.0
         session.module.train()
 
+    @property
+    def method(self) -> OIALR:
+        """The session's controller."""
+        controller = self.session.controller
+        assert isinstance(controller, OIALR)
+        return controller
+
     def samples(self, batch: int) -> Batch:
         """So many samples of the training data, for this process."""
         return self.session.splits.train.gather(torch.arange(batch))
@@ -49,8 +55,6 @@ class ScriptedRun:
         """One step with ``batch`` samples; its wall time, data included, without the method's part."""
         start = time.perf_counter()
         self.train(self.samples(batch))
-        if self.session.world.device.type == "cuda":
-            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         self.session.controller.step()
         return seconds
@@ -65,21 +69,19 @@ class ScriptedRun:
 
     def convert(self, samples: Batch) -> UpdateReport:
         """A step with the conversion after it."""
-        method = self._method()
-        method.config.delay = method.t + 1
+        self.method.config.delay = self.method.t + 1
         return self._event(samples)
 
     def update(self, samples: Batch) -> UpdateReport:
         """A step with an update after it."""
-        config = self._method().config
-        config.frequency = 1
+        self.method.config.frequency = 1
         report = self._event(samples)
-        config.frequency = NEVER
+        self.method.config.frequency = NEVER
         return report
 
     def settle(self, samples: Batch) -> None:
         """Updates until r stays."""
-        method = self._method()
+        method = self.method
         for _ in range(_MAX_UPDATES):
             before = method.r
             self.update(samples)
@@ -89,49 +91,33 @@ class ScriptedRun:
     def _event(self, samples: Batch) -> UpdateReport:
         self.train(samples)
         start = time.perf_counter()
-        report = self.session.controller.step()
+        report = self.method.step()
         self.event_s = time.perf_counter() - start
         assert report is not None
         return report
 
-    def _method(self) -> OIALR:
-        controller = self.session.controller
-        assert isinstance(controller, OIALR)
-        return controller
-
 
 @dataclass
-class Probe:
-    """Measured times: of a step by stage, batch and threads, and of the conversion (s)."""
+class Measured:
+    """Times on one process: of a step, by stage and batch, and of the conversion (s)."""
 
-    steps: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    steps: dict[tuple[str, int], float] = field(default_factory=dict)
     conversion_s: float | None = None
-
-    def seconds(self, stage: str, batch: int, threads: int) -> float:
-        """Of a step; linear between measured batches, beyond the last two on their line, and in proportion to one.
-
-        A number of threads that was not measured counts as the nearest one that was.
-        """
-        threads = min({t for name, _, t in self.steps if name == stage}, key=lambda t: abs(t - threads))
-        points = sorted((b, s) for (name, b, t), s in self.steps.items() if (name, t) == (stage, threads))
-        if len(points) == 1:
-            return points[0][1] * batch / points[0][0]
-        pairs = list(itertools.pairwise(points))
-        low, high = next((pair for pair in pairs if batch <= pair[1][0]), pairs[-1])
-        return max(0.0, low[1] + (high[1] - low[1]) * (batch - low[0]) / (high[0] - low[0]))
 
 
 def probe(
-    workload: Workload, rule: RankRule | None, loads: Iterable[tuple[int, int]], *, steps: int = 3
-) -> Probe:
-    """Measure on one process: dense steps, the conversion, steps, updates until r stays, steps.
+    workload: Workload, rule: RankRule | None, batches: Iterable[int], threads: int, *, steps: int = 3
+) -> Measured:
+    """Measure dense steps, the conversion, steps, updates until r stays, steps; on one process.
 
     Parameters
     ----------
     rule
         Chooses r, instead of the recipe's.
-    loads
-        Batch and threads of the steps to be timed, each ``steps`` times after one that does not count.
+    batches
+        Of the steps to be timed, each ``steps`` times after one that does not count.
+    threads
+        Of the steps; the conversion takes all of this process.
 
     Raises
     ------
@@ -142,12 +128,10 @@ def probe(
         raise DataError(
             f"--probe trains for some steps, but {workload.assumption}. Fetch the data, or leave out --probe."
         )
-    found, loads, threads_before = Probe(), sorted(set(loads)), torch.get_num_threads()
-    session = workload.session(
-        SingleEngine(World()), batch=max(batch for batch, _ in loads), rule=rule, fake_data=False
-    )
+    found, batches, threads_before = Measured(), sorted(set(batches)), torch.get_num_threads()
+    session = workload.session(SingleEngine(World()), batch=batches[-1], rule=rule, fake_data=False)
     run = ScriptedRun(session)
-    small = run.samples(min(batch for batch, _ in loads))
+    small = run.samples(batches[0])
     for stage in STAGES if workload.config.oialr is not None else STAGES[:1]:
         torch.set_num_threads(threads_before)
         if stage == "converted":
@@ -155,9 +139,9 @@ def probe(
             found.conversion_s = run.event_s
         elif stage == "end":
             run.settle(small)
-        for batch, threads in loads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+        for batch in batches:
             times = [run.step(batch) for _ in range(steps + 1)]
-            found.steps[stage, batch, threads] = statistics.median(times[1:])
+            found.steps[stage, batch] = statistics.median(times[1:])
     torch.set_num_threads(threads_before)
     return found

@@ -140,27 +140,17 @@ class Machine:
         return sum(self.link(m, d).seconds(m.collective, m.size, m.processes) for m in messages)
 
     def link(self, message: Message, d: Deployment) -> Link:
-        """The slowest link a message goes over: between nodes all members of a node use its adapters together."""
+        """The slowest link a message goes over; between nodes the members on a node use its adapters together."""
         measured = [p for collective, p in self.fitted if collective == message.collective]
         if measured:
             nearest = min(measured, key=lambda p: abs(math.log(p / message.processes)))
             return self.fitted[message.collective, nearest]
-        nodes, groups = _spread(message, d)
-        if nodes == 1:
+        if (message.processes - 1) * message.stride < d.per_node:
             return self.inside
-        wire = self.between.bytes_per_s * self.adapters / groups
-        return Link(self.between.latency_s, wire if d.per_node == 1 else min(self.inside.bytes_per_s, wire))
-
-
-def _spread(message: Message, d: Deployment) -> tuple[int, int]:
-    """Nodes that have members of a message's group, and groups that share those nodes' adapters."""
-    if message.processes >= d.processes:
-        return d.nodes, 1
-    if message.stride == 1:
-        inside = min(message.processes, d.per_node)
-        return message.processes // inside, d.per_node // inside
-    inside = max(1, d.per_node // message.stride)
-    return max(1, message.processes // inside), min(message.stride, d.per_node)
+        # As many groups have members on the same nodes, and share their adapters.
+        wire = self.between.bytes_per_s * self.adapters / min(message.stride, d.per_node)
+        alone = message.stride >= d.per_node
+        return Link(self.between.latency_s, wire if alone else min(self.inside.bytes_per_s, wire))
 
 
 def step_time(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig
 from hpc_oialr.engines.ddp import bucket_mb
 from hpc_oialr.plan.schedule import LayerShape, Phase
@@ -34,7 +36,7 @@ def messages(step: Step, engine: EngineConfig, processes: int) -> list[Message]:
     return [*step.passes.messages, *step.update.messages]
 
 
-def event_messages(phase: Phase, shapes: dict[str, LayerShape], processes: int) -> list[Message]:
+def event_messages(phase: Phase, shapes: Mapping[str, LayerShape], processes: int) -> list[Message]:
     """Factors of every layer that an event works on, in fp32: values and new bases, or both rotations of a core."""
     if processes == 1:
         return []
@@ -46,8 +48,3 @@ def event_messages(phase: Phase, shapes: dict[str, LayerShape], processes: int) 
             numbers = shape.k + phase.r[name] * (shape.m + shape.n)
         sent.append(Message("broadcast", 4.0 * numbers, processes))
     return sent
-
-
-def total_bytes(sent: list[Message]) -> float:
-    """Bytes of the whole tensors that one process's messages are about."""
-    return sum(message.size for message in sent)

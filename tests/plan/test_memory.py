@@ -8,8 +8,7 @@ from support.two_layers import MIB, two_layers
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed
 from hpc_oialr.plan.footprint import footprint
 from hpc_oialr.plan.schedule import LayerShape, Phase
-from hpc_oialr.plan.trace_event import sharded_event_bytes
-from hpc_oialr.plan.trace_step import Resident, Step, trace_step
+from hpc_oialr.plan.trace_step import Resident, Step, sharded_event_bytes, trace_step
 from hpc_oialr.plan.tracer import Trace
 
 

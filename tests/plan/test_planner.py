@@ -7,15 +7,13 @@ from dataclasses import replace
 import pytest
 
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
-from hpc_oialr.plan import presets, request
+from hpc_oialr.plan import presets
 from hpc_oialr.plan.deployment import Deployment, all_engines, data_processes, incompatibility
 from hpc_oialr.plan.planner import Planner
-from hpc_oialr.plan.scripted_run import Probe
+from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_traces import StepTraces
 from hpc_oialr.plan.trace_step import trace_step
-from hpc_oialr.plan.traffic import messages, total_bytes
-
-GIB = 1024**3
+from hpc_oialr.plan.traffic import messages
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +23,12 @@ def machine():
 
 @pytest.fixture(scope="module")
 def planner(workload, machine):
-    return Planner(workload, machine)
+    return Planner(workload, machine, memory_gib=40.0)
 
 
 @pytest.fixture(scope="module")
-def forecasts(planner):
-    return planner.forecast([1, 2, 4, 3], 1, DDP())
+def rows(planner):
+    return planner.rows([1, 2, 4, 3], 1, DDP())
 
 
 def test_an_interpolated_step_is_as_if_traced(workload):
@@ -50,20 +48,20 @@ def test_an_interpolated_step_is_as_if_traced(workload):
         assert [m.size for m in found.passes.messages] == pytest.approx(sizes, rel=0.1)
 
 
-def test_a_step_sends_every_gradient_once(forecasts):
+def test_a_step_sends_every_gradient_once(planner, rows):
     """768 + 256 + 1024 + 1024 weights of four layers become 4 x 4 numbers each, in fp32."""
-    dense, end = (forecasts[1].stages[name] for name in ("dense", "end"))
-    assert set(end.phase.r.values()) == {4}
-    assert dense.sent - end.sent == 4 * (3072 - 4 * 16)
-    assert forecasts[0].stages["dense"].sent == 0
+    assert set(planner.stages["end"].r.values()) == {4}
+    saved = rows[1]["dense_sent_mb"] - rows[1]["end_sent_mb"]
+    assert 1e6 * saved == pytest.approx(4 * (3072 - 4 * 16))
+    assert rows[0]["dense_sent_mb"] == 0
 
 
-def test_an_event_sends_its_factors(forecasts):
+def test_an_event_sends_its_factors(rows):
     """At r = 12 of k = 16: k values and two bases of each layer; at the first update two rotations and values."""
     sides = (48 + 16) + (16 + 16) + (16 + 64) + (64 + 16)
-    assert forecasts[1].events["conversion"].sent == 4 * (4 * 16 + 12 * sides)
-    assert forecasts[1].events["update"].sent == 4 * 4 * (2 * 12 * 12 + 12 + 2)
-    assert forecasts[0].events["conversion"].sent == 0
+    assert 1e6 * rows[1]["conversion_sent_mb"] == pytest.approx(4 * (4 * 16 + 12 * sides))
+    assert 1e6 * rows[1]["update_sent_mb"] == pytest.approx(4 * 4 * (2 * 12 * 12 + 12 + 2))
+    assert rows[0]["conversion_sent_mb"] == 0
 
 
 def test_buckets_of_ddp(workload):
@@ -79,74 +77,71 @@ def test_fsdp_gathers_twice_and_scatters_once(workload):
     step = trace_step(workload, FSDP(), processes=2, batch=1, r={})
     sent = messages(step, FSDP(), 2)
     model = 2 * step.resident.trained
-    gathered = total_bytes([m for m in sent if m.collective == "all_gather"])
-    scattered = total_bytes([m for m in sent if m.collective == "reduce_scatter"])
+    gathered = sum(m.size for m in sent if m.collective == "all_gather")
+    scattered = sum(m.size for m in sent if m.collective == "reduce_scatter")
     assert scattered == pytest.approx(model, rel=0.01)
     # The parameters outside the blocks stay gathered until the backward pass is over.
     assert model <= gathered <= 2 * model
 
 
-def test_batches_that_cannot_be_distributed_are_said(forecasts):
-    assert forecasts[3].incompatibility == (
-        "8 samples cannot be distributed over 3 processes; 9 can, or take --weak"
-    )
-    assert [f.deployment.batch for f in forecasts[:3]] == [8, 4, 2]
+def test_batches_that_cannot_be_distributed_are_said(rows):
+    assert rows[3]["advice"] == "8 samples cannot be distributed over 3 processes; 9 can, or take --weak"
+    assert [row["batch"] for row in rows[:3]] == [8, 4, 2]
 
 
 def test_what_cannot_be():
-    how = {"global_batch": 16, "accumulation": 1, "optimizer": "AdamW"}
-    assert incompatibility(DDP(), 16, **how) is None
-    assert "12 can, or take --weak" in incompatibility(DDP(), 12, **how)
-    assert "over 32 processes; 32 can" in incompatibility(FSDP(), 32, **how)
+    how = {"accumulation": 1, "optimizer": "AdamW"}
+    assert incompatibility(DDP(), 16, 16, **how) is None
+    assert "12 can, or take --weak" in incompatibility(DDP(), 12, 16, **how)
+    assert "over 32 processes; 32 can" in incompatibility(FSDP(), 32, 16, **how)
     assert (
-        incompatibility(TensorParallel(size=4), 6, **how) == "TensorParallel needs a multiple of 4 processes"
+        incompatibility(TensorParallel(size=4), 6, 16, **how)
+        == "TensorParallel needs a multiple of 4 processes"
     )
-    assert incompatibility(TensorParallel(size=4), 64, **how) is None
+    assert incompatibility(TensorParallel(size=4), 64, 16, **how) is None
     assert data_processes(TensorParallel(size=4), 64) == 16
-    assert "which Muon cannot step" in incompatibility(DeepSpeed(), 2, **{**how, "optimizer": "MuonAdamW"})
+    assert "which Muon cannot step" in incompatibility(
+        DeepSpeed(), 2, 16, **{**how, "optimizer": "MuonAdamW"}
+    )
 
 
 def test_weak_scaling_keeps_the_batch_of_a_process(workload, machine):
-    planner = Planner(workload, machine, weak=True)
-    found = planner.forecast([1, 2], 1, DDP())
-    assert [(f.deployment.batch, f.global_batch) for f in found] == [(8, 8), (8, 16)]
+    found = Planner(workload, machine, memory_gib=40.0, weak=True).rows([1, 2], 1, DDP())
+    assert [(row["batch"], row["global_batch"]) for row in found] == [(8, 8), (8, 16)]
 
 
 def test_a_run_is_the_sum_of_its_phases(workload, machine):
     """Of 24 steps 6 are dense; r falls from 12 to 4 in the others, and no SVD takes time."""
-    seconds = {"dense": 1.0, "converted": 0.8, "end": 0.2}
-    no_svd = replace(machine, svd_flops=float("inf"))
-    found = Planner(workload, no_svd, measured=lambda stage, *_: seconds[stage]).forecast([1], 1, DDP())[0]
-    assert (found.steps, found.dense_s) == (24, 24.0)
+    planner = Planner(workload, replace(machine, svd_flops=float("inf")), memory_gib=40.0)
+    planner.use(Measured({("dense", 8): 1.0, ("converted", 8): 0.8, ("end", 8): 0.2}))
+    (row,) = planner.rows([1], 1, DDP())
+    assert (row["steps"], row["dense_s"], row["events_s"]) == (24, 24.0, 0.0)
+    assert row["time_from"] == "measured steps"
     # 4 steps at r = 12, 2 at 4; the other 12 lie between.
-    between = found.oialr_s - 6 * 1.0 - 4 * 0.8 - 2 * 0.2
-    assert 12 * 0.2 < between < 12 * 0.8
-    assert found.events_s == 0.0
-    same = Planner(workload, no_svd, measured=lambda *_: 0.5).forecast([1], 1, DDP())[0]
-    assert same.oialr_s == pytest.approx(12.0)
+    assert 12 * 0.2 < row["oialr_s"] - 6 * 1.0 - 4 * 0.8 - 2 * 0.2 < 12 * 0.8
+    planner.use(Measured({(stage, 8): 0.5 for stage in ("dense", "converted", "end")}))
+    assert planner.rows([1], 1, DDP())[0]["oialr_s"] == pytest.approx(12.0)
 
 
-def test_a_measured_conversion_sets_the_speed_of_svds(workload, monkeypatch):
-    steps = {(stage, 8, 1): 0.5 for stage in ("dense", "converted", "end")}
-    monkeypatch.setattr(request, "probe", lambda *_: Probe(steps, conversion_s=3.0))
-    plan = request.prepare(workload.config, request.Request(nodes=[1], probe=True))
-    (found,) = plan.planner.forecast([1], 1, DDP())
-    assert found.events["conversion"].seconds == pytest.approx(3.0)
-    assert found.stages["end"].seconds == 0.5
-    assert plan.planner.basis == "measured steps"
+def test_a_measured_conversion_sets_the_speed_of_svds(workload, machine):
+    planner = Planner(workload, machine, memory_gib=40.0)
+    planner.use(Measured(conversion_s=3.0))
+    (row,) = planner.rows([1], 1, DDP())
+    assert row["conversion_s"] == pytest.approx(3.0)
 
 
-def test_too_little_memory_names_the_engines_that_fit(planner, forecasts):
-    found = forecasts[2]
-    enough, less = found.peak / GIB, 0.9 * found.peak / GIB
-    assert found.fits(enough * 1.001)
-    assert not found.fits(less)
-    text = planner.advice(found, [4], less)
-    assert text.startswith("fits with FSDP (")
-    assert "DDP (" not in text
-    sharded = planner.forecast([4], 1, FSDP())[0]
-    assert sharded.peak <= less * GIB, "what is named does fit"
-    assert planner.advice(found, [4], 1e-9) == (
+def test_too_little_memory_names_the_engines_that_fit(workload, machine, rows):
+    peak = rows[2]["peak_gib"]
+    planner = Planner(workload, machine, memory_gib=1.001 * peak)
+    assert planner.rows([4], 1, DDP())[0]["fits"]
+    planner.memory_gib = 0.9 * peak
+    (row,) = planner.rows([4], 1, DDP())
+    assert not row["fits"]
+    assert row["advice"].startswith("fits with FSDP (")
+    assert "DDP (" not in row["advice"]
+    assert planner.rows([4], 1, FSDP())[0]["peak_gib"] <= 0.9 * peak, "what is named does fit"
+    planner.memory_gib = 1e-9
+    assert planner.rows([4], 1, DDP())[0]["advice"] == (
         "no engine fits; try --train.activation_checkpointing true, or a smaller --train.global_batch"
     )
 

@@ -15,7 +15,6 @@ from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.plan import presets
 from hpc_oialr.plan.deployment import Deployment
 from hpc_oialr.plan.schedule import LayerShape, Phase
-from hpc_oialr.plan.scripted_run import Probe
 from hpc_oialr.plan.timing import Link, Machine, step_time, svd_seconds, this_machine
 from hpc_oialr.plan.trace_step import Resident, Step
 from hpc_oialr.plan.tracer import Message, Trace
@@ -80,7 +79,7 @@ def test_neither_part_of_a_fit_is_negative():
     ("message", "expected"),
     [
         (Message("all_reduce", 1, 4), Link(1e-5, 1e9)),
-        # Both adapters, or the link inside a node if it is slower; two or four groups share the adapters.
+        # Both adapters, or the link inside a node if it is slower; two, four or eight groups share the adapters.
         (Message("all_reduce", 1, 32), Link(1e-4, 1e9)),
         (Message("all_reduce", 1, 16), Link(1e-4, 1e9)),
         (Message("all_reduce", 1, 16, stride=2), Link(1e-4, 0.5e9)),
@@ -140,12 +139,6 @@ def test_svds_are_distributed():
     # Both together on all eight: an eighth of 6 k^3, and 20 k^3 twice (three levels of a tree).
     together = svd_seconds(conversion, shapes, Deployment(8, 1, 1), gpu, sharded=True)
     assert together == pytest.approx(2 * (6e6 / 8 + 40e6) / 1e10)
-
-
-def test_a_probe_between_measured_batches():
-    probe = Probe({("dense", 4, 1): 0.4, ("dense", 8, 1): 0.6, ("end", 4, 1): 0.1})
-    assert [probe.seconds("dense", b, 1) for b in (4, 6, 8, 16)] == pytest.approx([0.4, 0.5, 0.6, 1.0])
-    assert probe.seconds("end", 8, 2) == pytest.approx(0.2), "in proportion, with the nearest threads"
 
 
 def test_presets_by_name():
