@@ -20,6 +20,7 @@ from hpc_oialr.linalg.torch_communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.method import basis, dealing, factorising, loading, oialr
 from hpc_oialr.processes import World
 from hpc_oialr.processes.world import Op, Pending
@@ -127,8 +128,9 @@ def fake_collectives() -> Iterator[None]:
         # As if the columns were orthonormal.
         (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
         (dealing, "run_task", _run_on_first),
-        # Bases that another process would have sent are zero here.
+        # Bases, or shards of them, that another process would have sent are zero here.
         (oialr, "require_own_bases", lambda *_: None),
+        (LowRankWeight, "_check_bases", lambda _: None),
     ):
         yield
 
