@@ -7,7 +7,7 @@ from hpc_oialr.engines.factory import adopt, make_engine
 from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel
 from hpc_oialr.engines.single import SingleEngine
-from hpc_oialr.engines.tensor import TensorEngine
+from hpc_oialr.engines.tensor.engine import TensorEngine
 
 __all__ = [
     "DDP",

@@ -12,11 +12,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.ddp_wrapper import active_wrapper
+from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Whole
-from hpc_oialr.lowrank.pairs import Pair
+from hpc_oialr.lowrank.layout import Replicated
 from hpc_oialr.processes import World
 
 
@@ -47,9 +47,9 @@ class Engine(ABC):
     """
 
     world: World
-    layout: Whole
+    layout: Replicated
     whole_factors: bool = False
-    pairs: Sequence[Pair] = ()
+    pairs: Sequence[ColumnRowPair] = ()
     steps_itself: bool = False
 
     @property

@@ -25,7 +25,7 @@ from hpc_oialr.engines.ddp_wrapper import (
 )
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site
-from hpc_oialr.lowrank.layout import WHOLE
+from hpc_oialr.lowrank.layout import REPLICATED
 from hpc_oialr.processes import World
 from hpc_oialr.stderr_filter import without_lines
 
@@ -73,7 +73,7 @@ class DDPEngine(Engine):
     takes 1 to 2 ms a step for 150 parameters.
     """
 
-    layout = WHOLE
+    layout = REPLICATED
     whole_factors = True
 
     def __init__(

@@ -30,7 +30,7 @@ from hpc_oialr.engines.zero_partitions import MASTER, Part, frozen_part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.lowrank.layout import WHOLE, Split
+from hpc_oialr.lowrank.layout import REPLICATED, Sharded
 from hpc_oialr.processes import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
     parameters that stay. DeepSpeed's constructor broadcasts the module's parameters once more.
     """
 
-    layout = WHOLE
+    layout = REPLICATED
     steps_itself = True
 
     def __init__(
@@ -280,9 +280,9 @@ class DeepSpeedEngine(Engine):
     # -- checkpoints -----------------------------------------------------------------------------
 
     @cached_property
-    def _rows(self) -> Split:
+    def _rows(self) -> Sharded:
         """How a tensor that all hold for a moment is cut, for checkpoints that no process could hold alone."""
-        return Split(init_device_mesh(self.world.device.type, (self.world.size,)))
+        return Sharded(init_device_mesh(self.world.device.type, (self.world.size,)))
 
     def _row_block(self, whole: Tensor) -> Tensor:
         """This process's rows; a tensor without axes stays whole."""

@@ -16,7 +16,7 @@ from hpc_oialr.engines.base import Engine
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import kind_of
 from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import forget_shapes, require_fsdp
@@ -59,7 +59,7 @@ class FSDPEngine(Engine):
         require_fsdp("FSDPEngine")
         self.world = world
         self.mesh = _mesh(world, replicas) if mesh is None else mesh
-        self.layout: Split = Split(self.mesh)
+        self.layout: Sharded = Sharded(self.mesh)
         self._reshard = reshard_after_forward
         self._root: nn.Module | None = None
         summed = None if gather_dtype is None else torch.float32

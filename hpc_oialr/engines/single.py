@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import Engine
-from hpc_oialr.lowrank.layout import WHOLE
+from hpc_oialr.lowrank.layout import REPLICATED
 from hpc_oialr.processes import World
 
 
 class SingleEngine(Engine):
     """The module itself, without a process group."""
 
-    layout = WHOLE
+    layout = REPLICATED
     whole_factors = True
 
     def __init__(self, world: World | None = None) -> None:

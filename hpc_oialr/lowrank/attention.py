@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from hpc_oialr.lowrank.attachment import cover_child
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.linear import LowRankLinear
-from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 
 
 class FactorisedMultiheadAttention(nn.MultiheadAttention):
@@ -120,12 +119,13 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
 def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     """Apply the ``part``-th block of ``rows`` rows of a packed projection."""
     block = slice(part * rows, (part + 1) * rows)
-    if isinstance(layer, (SplitDense, SplitFactors)):
-        return cast(Tensor, layer(x))[..., block]
-    if isinstance(layer, LowRankLinear):
+    if type(layer) is LowRankLinear:
         U, S, Vh = layer.matched_factors(layer.S.dtype)
         return F.linear(F.linear(F.linear(x, Vh), S), U[block])
-    return F.linear(x, cast(Tensor, layer.weight)[block])
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight[block])
+    # Whatever an engine has made of it, e.g. a layer in blocks over processes.
+    return cast(Tensor, layer(x))[..., block]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import Crossover, LowRankWeight, whole_shape
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from hpc_oialr.lowrank.layout import WHOLE, Whole
+from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.selection import Selection, Site, select
 
@@ -94,7 +94,7 @@ def make_shell(
     site: Site,
     r: int,
     *,
-    layout: Whole = WHOLE,
+    layout: Replicated = REPLICATED,
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 
-class Whole:
+class Replicated:
     """Every process holds every matrix whole.
 
     The method asks a layout for blocks and gives blocks back, so that it is the same code for whole and
@@ -86,10 +86,10 @@ class Whole:
         return tensor
 
 
-WHOLE = Whole()
+REPLICATED = Replicated()
 
 
-class Split(Whole):
+class Sharded(Replicated):
     """Matrices as DTensors: weights and ``U`` in row blocks, ``Vh`` in column blocks where they fit.
 
     A core is split too where ``split_cores``, otherwise every process holds it whole. Blocks are those
@@ -116,7 +116,7 @@ class Split(Whole):
         self.size, self.place = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def placements(self, dim: int) -> Sequence[Placement]:
-        """Split along ``dim`` over the last axis of the mesh, equal along the others."""
+        """Sharded along ``dim`` over the last axis of the mesh, equal along the others."""
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(dim)]
 
     def rows(self, weight: Tensor) -> Tensor:

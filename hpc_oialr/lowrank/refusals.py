@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from torch.nn.parameter import UninitializedParameter
 
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.marks import gradient_hooks, own_attributes
-from hpc_oialr.lowrank.split_layers import SplitDense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,10 +65,9 @@ def use_refusal(holder: nn.Module, weight: nn.Parameter) -> Refusal | None:
 def taken_names(layer: nn.Module) -> list[str]:
     """Attributes of a dense layer that would get lost in its low-rank form, or get in its way."""
     own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
-    return sorted((own & _reserved_names()) - ({"ports"} if isinstance(layer, SplitDense) else set()))
+    return sorted((own & _reserved_names()) - set(getattr(layer, "low_rank_attributes", ())))
 
 
-@functools.cache
 def _reserved_names() -> frozenset[str]:
     classes, names = [LowRankWeight], set(LowRankWeight.__annotations__)
     while classes:

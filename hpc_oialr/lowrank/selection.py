@@ -17,7 +17,6 @@ from hpc_oialr.errors import ConfigError, ModelError, UnknownNameError
 from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.refusals import Refusal, bare_matrices, shared_memory, use_refusal, value_refusal
-from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +29,9 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def _kind_of_class(layer: type[nn.Module]) -> str | None:
-    if issubclass(layer, SplitDense):
-        return layer.kind
+    sharded = layer.__dict__.get("low_rank_kind")  # an engine's class, put on a layer of this kind
+    if sharded is not None:
+        return str(sharded)
     if layer in (nn.Linear, NonDynamicallyQuantizableLinear):
         return "Linear"
     if layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention):
@@ -285,7 +285,7 @@ def every_site(model: nn.Module) -> list[Site]:
 def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
     # TensorEngine splits projections as linear layers of their own.
     inside = [attention._modules.get(child) for child in PROJECTIONS.values()]
-    return any(isinstance(m, LowRankWeight) and not isinstance(m, SplitFactors) for m in inside)
+    return any(isinstance(m, LowRankWeight) and not hasattr(m, "shard_spec") for m in inside)
 
 
 def _refusal(

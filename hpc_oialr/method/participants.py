@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Selection, Site
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.marks import accumulation_hooks
 from hpc_oialr.lowrank.refusals import Refusal
 from hpc_oialr.lowrank.selection import Shared, examine, unfit
@@ -113,7 +113,7 @@ def _layout_refusal(site: Site, engine: Engine) -> Refusal | None:
     weight, layout = site.trained, engine.layout
     if site.low_rank is not None or not isinstance(weight, DTensor):
         return None
-    if isinstance(layout, Split) and list(weight.placements) == list(layout.placements(0)):
+    if isinstance(layout, Sharded) and list(weight.placements) == list(layout.placements(0)):
         return None
     return Refusal(
         f"its weight is a DTensor placed as {weight.placements}, which no engine has made", warn=True

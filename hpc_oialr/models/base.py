@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.lowrank.pairs import Pair
 
 Batch = Mapping[str, Tensor]
 
@@ -26,7 +26,7 @@ class ModelConfig(ABC):
     """
 
     float64: ClassVar[bool] = True
-    pairs: ClassVar[tuple[Pair, ...]] = ()
+    pairs: ClassVar[tuple[ColumnRowPair, ...]] = ()
 
     @abstractmethod
     def build(self, example: Batch) -> nn.Module:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import check_interval
-from hpc_oialr.lowrank.pairs import Pair
 from hpc_oialr.models.base import (
     Batch,
     ModelConfig,
@@ -33,7 +33,7 @@ class GPT2(ModelConfig):
     """
 
     # The attention's q, k and v are one packed layer, whose blocks are not whole heads.
-    pairs = (Pair("*.mlp", ("c_fc",), "c_proj"),)
+    pairs = (ColumnRowPair("*.mlp", ("c_fc",), "c_proj"),)
 
     dim: int = 768
     depth: int = 12

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError, check_interval
-from hpc_oialr.lowrank.pairs import Pair
 from hpc_oialr.models.base import (
     Batch,
     ModelConfig,
@@ -39,8 +39,8 @@ class ViT(ModelConfig):
     """
 
     pairs = (
-        Pair("*.attention", ("q_proj", "k_proj", "v_proj"), "o_proj", heads="num_attention_heads"),
-        Pair("*.mlp", ("fc1",), "fc2"),
+        ColumnRowPair("*.attention", ("q_proj", "k_proj", "v_proj"), "o_proj", heads="num_attention_heads"),
+        ColumnRowPair("*.mlp", ("fc1",), "fc2"),
     )
 
     image_size: int = 224

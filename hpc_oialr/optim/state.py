@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.base import whole_shape
-from hpc_oialr.lowrank.layout import WHOLE, Whole
+from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.optim.stack import Group, OptimizerStack, tensors_in
 from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind
 
@@ -142,7 +142,7 @@ def transform_state(
     left: Tensor,
     right: Tensor,
     *,
-    layout: Whole = WHOLE,
+    layout: Replicated = REPLICATED,
     core: bool = False,
     reset: bool = False,
 ) -> None:
@@ -193,7 +193,7 @@ def transform_state(
 class _Move:
     """How one tensor of the weight's shape moves."""
 
-    def __init__(self, left: Tensor, right: Tensor, layout: Whole, core: bool, reset: bool) -> None:
+    def __init__(self, left: Tensor, right: Tensor, layout: Replicated, core: bool, reset: bool) -> None:
         self.left, self.right, self.reset = left, right, reset
         self.project = layout.project_core if core else layout.project
 

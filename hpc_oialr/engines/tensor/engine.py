@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines.averaging import average_gradients
 from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.tensor.layers import ShardedDense, ShardedFactors
+from hpc_oialr.engines.tensor.pairs import bridges
+from hpc_oialr.engines.tensor.sharding import LINEAR, shard_dense, shard_low_rank
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Split, local
-from hpc_oialr.lowrank.pairs import bridges
+from hpc_oialr.lowrank.layout import Sharded, local
 from hpc_oialr.lowrank.selection import replaceable
-from hpc_oialr.lowrank.split_layers import SplitDense, SplitFactors
-from hpc_oialr.lowrank.splitting import LINEAR, split_dense, split_low_rank
 from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import forget_shapes, require_dtensors
 
@@ -53,7 +53,7 @@ class TensorEngine(Engine):
     Weights that are tied, frozen, parametrized or of unknown kind stay whole, and are named in the log.
     """
 
-    layout: Split
+    layout: Sharded
 
     def __init__(self, world: World, *, size: int, bucket_mb: float = 25.0) -> None:
         assert world.size % size == 0
@@ -61,7 +61,7 @@ class TensorEngine(Engine):
         self.world, self._bucket_mb = world, bucket_mb
         shape, names = (world.size // size, size), ("data", "tensor")
         self.mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-        self.layout = Split(self.mesh, split_cores=False, even_columns=False)
+        self.layout = Sharded(self.mesh, split_cores=False, even_columns=False)
         self._data = world.within(self.mesh.get_group("data"))
         self._trained: list[nn.Parameter] = []
         self._averaging = True
@@ -87,7 +87,7 @@ class TensorEngine(Engine):
         takes = {bridge.second for bridge in found}
         gives = {name for bridge in found for name in bridge.first}
         for site in sites:
-            split_dense(site, self.layout, input_block=site.name in takes, output_block=site.name in gives)
+            shard_dense(site, self.layout, input_block=site.name in takes, output_block=site.name in gives)
         log.info("features stay split before: %s", ", ".join(sorted(takes)) or "no layer")
         if left:
             log.info("left whole: %s", "; ".join(f"{name} ({reason})" for name, reason in left.items()))
@@ -100,7 +100,7 @@ class TensorEngine(Engine):
         ModelError
             If :meth:`place` has not split it.
         """
-        if not any(isinstance(m, (SplitDense, SplitFactors)) for m in module.modules()):
+        if not any(isinstance(m, (ShardedDense, ShardedFactors)) for m in module.modules()):
             raise ModelError(
                 f"{type(module).__name__} has no layer that is split over processes; call engine.place(model) "
                 "before the optimizer is made."
@@ -115,7 +115,7 @@ class TensorEngine(Engine):
 
     def follow(self, layer: LowRankWeight) -> None:
         """See that a layer that has become low-rank computes in blocks."""
-        split_low_rank(layer)
+        shard_low_rank(layer)
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Gradients are averaged after the next backward pass outside."""

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpc_oialr.engines.tensor.collectives import copy_to, gather_from, reduce_from, scatter_to
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layout import Split, local
-from hpc_oialr.lowrank.layout import whole as all_of
+from hpc_oialr.lowrank.layout import Sharded, local, whole
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
-from hpc_oialr.lowrank.split_exchange import block, shared, total, whole
 
 
 @dataclass(frozen=True)
-class Ports:
-    """How a split layer meets its neighbours.
+class ShardSpec:
+    """How a sharded layer is split, and what its neighbours give and take.
 
     Attributes
     ----------
@@ -37,61 +36,64 @@ class Ports:
         The layer's class when it is neither split nor low-rank.
     """
 
-    layout: Split
+    layout: Sharded
     input_block: bool
     output_block: bool
     dense_class: type[nn.Module]
 
-    def __deepcopy__(self, memo: Any) -> Ports:
+    def __deepcopy__(self, memo: Any) -> ShardSpec:
         return self
 
-    def block(self, x: Tensor) -> Tensor:
-        """The input's block."""
-        return x if self.input_block else block(x, self.layout)
+    def input_part(self, x: Tensor) -> Tensor:
+        """This process's block of the input."""
+        return x if self.input_block else scatter_to(x, self.layout)
 
-    def whole(self, x: Tensor, n: int) -> Tensor:
+    def whole_input(self, x: Tensor, n: int) -> Tensor:
         """The whole input (..., n), of which this process uses all for a part of the work."""
-        return shared(whole(x, n, self.layout) if self.input_block else x, self.layout)
+        return copy_to(gather_from(x, n, self.layout) if self.input_block else x, self.layout)
 
-    def close(self, y: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    def output(self, y: Tensor, n: int, bias: Tensor | None) -> Tensor:
         """The output from its block, biased; the bias is stored as the output is."""
         if not self.output_block:
-            y = whole(y, n, self.layout)
+            y = gather_from(y, n, self.layout)
         return y if bias is None else y + local(bias).to(y.dtype)
 
 
-class SplitDense(nn.Module):
-    """A dense layer with its weight in row blocks."""
+class ShardedDense(nn.Module):
+    """A dense layer with its weight in row blocks; subclasses name the kind of the ordinary layer."""
 
-    kind: ClassVar[str]
-    ports: Ports
+    low_rank_attributes: ClassVar[tuple[str, ...]] = ("shard_spec",)
+    low_rank_kind: ClassVar[str]
+    shard_spec: ShardSpec
 
 
-class SplitLinear(SplitDense, nn.Linear):
+class ShardedLinear(ShardedDense, nn.Linear):
     """``y_p = x W_p^T``: each process computes a block of the outputs from all inputs.
 
     Forward, an all-gather of the input if it is in blocks, and of the output if it must be whole. Backward,
     an all-reduce of ``dx`` (tokens x n).
     """
 
-    kind = "Linear"
+    low_rank_kind = "Linear"
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
-        ports = self.ports
-        return ports.close(
-            F.linear(ports.whole(input, self.in_features), local(self.weight)), self.out_features, self.bias
+        spec = self.shard_spec
+        return spec.output(
+            F.linear(spec.whole_input(input, self.in_features), local(self.weight)),
+            self.out_features,
+            self.bias,
         )
 
 
-class SplitConv1D(SplitDense):
+class ShardedConv1D(ShardedDense):
     """transformers' ``Conv1D``: ``y = sum_p x_p W_p``, from a block of the inputs.
 
     Forward, an all-reduce of the output. Backward, an all-gather of ``dx`` if the input was whole, of ``dy`` if
     the output is in blocks.
     """
 
-    kind = "Conv1D"
+    low_rank_kind = "Conv1D"
     nf: int
     nx: int
     weight: Tensor
@@ -99,21 +101,21 @@ class SplitConv1D(SplitDense):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m or m_p), output (..., n or n_p)."""
-        ports = self.ports
-        y = total(F.linear(ports.block(x), local(self.weight).mT), ports.layout)
-        y = block(y, ports.layout) if ports.output_block else y
+        spec = self.shard_spec
+        y = reduce_from(F.linear(spec.input_part(x), local(self.weight).mT), spec.layout)
+        y = scatter_to(y, spec.layout) if spec.output_block else y
         return y + local(self.bias).to(y.dtype)
 
 
-class SplitFactors(LowRankWeight):
+class ShardedFactors(LowRankWeight):
     """A low-rank layer with ``U`` in row blocks, ``Vh`` in column blocks and the core whole."""
 
-    ports: Ports
+    shard_spec: ShardSpec
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Whole factors; a collective call, an all-gather of r (m + n) numbers."""
+        """Replicated factors; a collective call, an all-gather of r (m + n) numbers."""
         self.check_use()
-        return self.in_dtype(dtype, all_of(self.U), self.S, all_of(self.Vh))
+        return self.in_dtype(dtype, whole(self.U), self.S, whole(self.Vh))
 
     def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in one dtype; under autocast as they are."""
@@ -121,7 +123,7 @@ class SplitFactors(LowRankWeight):
         return self.in_dtype(dtype, local(self.U), self.S, local(self.Vh))
 
 
-def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Split) -> Tensor:
+def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Sharded) -> Tensor:
     """``up core (sum_p down_p x_p)``: a block of the outputs from a block of the inputs.
 
     Parameters
@@ -136,25 +138,27 @@ def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Spli
     Two all-reduces of tokens x r: of ``z = sum_p down_p x_p`` forward, and of the gradient of ``core z``
     backward. Both are whole afterwards, and so ``dS`` is the same on every process without more traffic.
     """
-    z = total(F.linear(x, down), layout)
-    return F.linear(shared(F.linear(z, core), layout), up)
+    z = reduce_from(F.linear(x, down), layout)
+    return F.linear(copy_to(F.linear(z, core), layout), up)
 
 
-class SplitLowRankLinear(SplitFactors, LowRankLinear):  # type: ignore[misc, override]
+class ShardedLowRankLinear(ShardedFactors, LowRankLinear):  # type: ignore[misc, override]
     """Low-rank ``nn.Linear`` in blocks; always factored."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
-        ports = self.ports
+        spec = self.shard_spec
         U, S, Vh = self.blocks(self.S.dtype)
-        return ports.close(through_core(ports.block(input), Vh, S, U, ports.layout), self.m, self.bias)
+        return spec.output(through_core(spec.input_part(input), Vh, S, U, spec.layout), self.m, self.bias)
 
 
-class SplitLowRankConv1D(SplitFactors, LowRankConv1D):
+class ShardedLowRankConv1D(ShardedFactors, LowRankConv1D):
     """Low-rank ``Conv1D`` in blocks; always factored."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m or m_p), output (..., n or n_p)."""
-        ports = self.ports
+        spec = self.shard_spec
         U, S, Vh = self.blocks(self.S.dtype)
-        return ports.close(through_core(ports.block(x), U.mT, S.mT, Vh.mT, ports.layout), self.n, self.bias)
+        return spec.output(
+            through_core(spec.input_part(x), U.mT, S.mT, Vh.mT, spec.layout), self.n, self.bias
+        )

@@ -7,46 +7,47 @@ from typing import cast
 import torch
 from torch import nn
 
+from hpc_oialr.engines.tensor.convs import (
+    ShardedConv1d,
+    ShardedConv2d,
+    ShardedConv3d,
+    ShardedLowRankConv1d,
+    ShardedLowRankConv2d,
+    ShardedLowRankConv3d,
+)
+from hpc_oialr.engines.tensor.layers import (
+    ShardedConv1D,
+    ShardedDense,
+    ShardedFactors,
+    ShardedLinear,
+    ShardedLowRankConv1D,
+    ShardedLowRankLinear,
+    ShardSpec,
+)
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.selection import Site
-from hpc_oialr.lowrank.split_conv import (
-    SplitConv1d,
-    SplitConv2d,
-    SplitConv3d,
-    SplitLowRankConv1d,
-    SplitLowRankConv2d,
-    SplitLowRankConv3d,
-)
-from hpc_oialr.lowrank.split_layers import (
-    Ports,
-    SplitConv1D,
-    SplitDense,
-    SplitFactors,
-    SplitLinear,
-    SplitLowRankConv1D,
-    SplitLowRankLinear,
-)
 
 LINEAR = ("Linear", "Conv1D")
 
-DENSE: dict[str, type[SplitDense]] = {
-    kind.kind: kind for kind in (SplitLinear, SplitConv1D, SplitConv1d, SplitConv2d, SplitConv3d)
+DENSE: dict[str, type[ShardedDense]] = {
+    kind.low_rank_kind: kind
+    for kind in (ShardedLinear, ShardedConv1D, ShardedConv1d, ShardedConv2d, ShardedConv3d)
 }
 
-LOW_RANK: dict[type[LowRankWeight], type[SplitFactors]] = {
-    LowRankLinear: SplitLowRankLinear,
-    LowRankConv1D: SplitLowRankConv1D,
-    LowRankConv1d: SplitLowRankConv1d,
-    LowRankConv2d: SplitLowRankConv2d,
-    LowRankConv3d: SplitLowRankConv3d,
+LOW_RANK: dict[type[LowRankWeight], type[ShardedFactors]] = {
+    LowRankLinear: ShardedLowRankLinear,
+    LowRankConv1D: ShardedLowRankConv1D,
+    LowRankConv1d: ShardedLowRankConv1d,
+    LowRankConv2d: ShardedLowRankConv2d,
+    LowRankConv3d: ShardedLowRankConv3d,
 }
 
 
 @torch.no_grad()
-def split_dense(site: Site, layout: Split, *, input_block: bool, output_block: bool) -> None:
+def shard_dense(site: Site, layout: Sharded, *, input_block: bool, output_block: bool) -> None:
     """Keep this process's rows of a dense weight, and of its bias if it gives a block of its outputs.
 
     Parameters
@@ -54,18 +55,18 @@ def split_dense(site: Site, layout: Split, *, input_block: bool, output_block: b
     site
         A layer that holds the whole weight, equal on all processes.
     input_block, output_block
-        As in :class:`Ports`.
+        As in :class:`ShardSpec`.
     """
     layer = site.holder
-    ports = Ports(layout, input_block, output_block, type(layer))
+    shard_spec = ShardSpec(layout, input_block, output_block, type(layer))
     layer.__class__ = DENSE[site.kind]
-    cast(SplitDense, layer).ports = ports
+    cast(ShardedDense, layer).shard_spec = shard_spec
     _keep_rows(layer, "weight", layout)
     if output_block and layer._parameters.get("bias") is not None:
         _keep_rows(layer, "bias", layout)
 
 
-def _keep_rows(layer: nn.Module, name: str, layout: Split) -> None:
+def _keep_rows(layer: nn.Module, name: str, layout: Sharded) -> None:
     parameter = layer._parameters[name]
     assert parameter is not None
     rows = layout.own_rows(parameter.shape[0])
@@ -73,9 +74,9 @@ def _keep_rows(layer: nn.Module, name: str, layout: Split) -> None:
     layer._parameters[name] = nn.Parameter(stored, requires_grad=parameter.requires_grad)
 
 
-def split_low_rank(layer: LowRankWeight) -> None:
+def shard_low_rank(layer: LowRankWeight) -> None:
     """Let a split layer that was just converted compute in blocks."""
     twin = LOW_RANK.get(type(layer))
     if twin is not None:
         layer.__class__ = twin
-        layer.dense_class = cast(SplitFactors, layer).ports.dense_class
+        layer.dense_class = cast(ShardedFactors, layer).shard_spec.dense_class

@@ -1,4 +1,4 @@
-"""Split layers against whole ones, value by value, and what they send, byte by byte."""
+"""Sharded layers against whole ones, value by value, and what they send, byte by byte."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hpc_oialr.engines.tensor.collectives import gather_from, scatter_to
+from hpc_oialr.engines.tensor.sharding import shard_dense, shard_low_rank
 from hpc_oialr.lowrank import LowRankWeight, Site
 from hpc_oialr.lowrank.conversion import convert_site
-from hpc_oialr.lowrank.layout import Split
+from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import replaceable
-from hpc_oialr.lowrank.split_exchange import block, whole
-from hpc_oialr.lowrank.splitting import split_dense, split_low_rank
 from hpc_oialr.processes import World
 
 TOLERANCE = 1e-10
@@ -32,10 +32,10 @@ TOKENS = 6
 WIDTHS = [(8, 12), (7, 10), (5, 3)]
 
 
-def layout_of(size: int) -> Split:
+def layout_of(size: int) -> Sharded:
     World.from_environment(device="cpu")
     mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data", "tensor"))
-    return Split(mesh, split_cores=False, even_columns=False)
+    return Sharded(mesh, split_cores=False, even_columns=False)
 
 
 def site_of(layer: nn.Module) -> Site:
@@ -44,7 +44,7 @@ def site_of(layer: nn.Module) -> Site:
     return sites[0]
 
 
-def lower(site: Site, r: int, layout: Split | None = None) -> LowRankWeight:
+def lower(site: Site, r: int, layout: Sharded | None = None) -> LowRankWeight:
     """Convert with given factors, whole or in blocks; the core is a full matrix."""
     (m, n), generator = site.shape, torch.Generator().manual_seed(1)
     U, S, Vh = (torch.randn(*shape, generator=generator).double() for shape in ((m, r), (r, r), (r, n)))
@@ -52,7 +52,7 @@ def lower(site: Site, r: int, layout: Split | None = None) -> LowRankWeight:
         U, Vh = layout.put_rows(U[layout.own_rows(m)], m), layout.put_columns(Vh[:, layout.own_columns(n)], n)
     layer = convert_site(site, U, S, Vh)
     if layout is not None:
-        split_low_rank(layer)
+        shard_low_rank(layer)
     return layer
 
 
@@ -61,11 +61,11 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
-def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None, layout: Split) -> None:
+def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None, layout: Sharded) -> None:
     """Output, gradients of the input and of every parameter, and those of a gradient penalty: split against whole."""
     reference, split = copy.deepcopy(layer), copy.deepcopy(layer)
     site, other = site_of(reference), site_of(split)
-    split_dense(other, layout, input_block=ports[0], output_block=ports[1])
+    shard_dense(other, layout, input_block=ports[0], output_block=ports[1])
     if r is not None:
         lower(site, r)
         lower(other, r, layout)
@@ -73,8 +73,8 @@ def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None
     expected = reference(x_whole)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).double()
     (expected * weights).sum().backward()
-    y = split(block(x_split, layout) if ports[0] else x_split)
-    y = whole(y, expected.shape[-1], layout) if ports[1] else y
+    y = split(scatter_to(x_split, layout) if ports[0] else x_split)
+    y = gather_from(y, expected.shape[-1], layout) if ports[1] else y
     (y * weights).sum().backward()
     torch.testing.assert_close(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(x_split.grad, x_whole.grad, rtol=TOLERANCE, atol=TOLERANCE)
@@ -88,8 +88,8 @@ def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None
     for model, of in ((reference, x_whole), (split, x_split)):
         model.zero_grad()
         z = of.detach().requires_grad_()
-        y = model(block(z, layout) if ports[0] and model is split else z)
-        y = whole(y, expected.shape[-1], layout) if ports[1] and model is split else y
+        y = model(scatter_to(z, layout) if ports[0] and model is split else z)
+        y = gather_from(y, expected.shape[-1], layout) if ports[1] and model is split else y
         (g,) = torch.autograd.grad((y.tanh() * weights).sum(), z, create_graph=True)
         (g.square().sum() + y.square().mean()).backward()
         of.grad = z.grad
@@ -99,7 +99,7 @@ def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None
         torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def same_everywhere(tensor: Tensor, layout: Split) -> None:
+def same_everywhere(tensor: Tensor, layout: Sharded) -> None:
     copies = [torch.empty_like(tensor) for _ in range(layout.size)]
     dist.all_gather(copies, tensor.contiguous())
     assert all(torch.equal(copy, tensor) for copy in copies)
@@ -159,7 +159,7 @@ def count_traffic(rank: int, size: int) -> list[tuple[Counter[str], Counter[str]
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
     sites = replaceable(model)[0]
     for site, (into, out) in zip(sites, ((False, True), (True, True), (True, False)), strict=True):
-        split_dense(site, layout, input_block=into, output_block=out)
+        shard_dense(site, layout, input_block=into, output_block=out)
     for phase in ("dense", "low-rank"):
         if phase == "low-rank":
             for site, r in zip(sites, (2, 3, 1), strict=True):

@@ -17,7 +17,7 @@ ELEMENTWISE = (
 
 
 @dataclass(frozen=True)
-class Pair:
+class ColumnRowPair:
     """Children of one module, with an element-wise function or attention between them.
 
     Parameters
@@ -51,7 +51,9 @@ class Bridge:
     heads: int | None = None
 
 
-def bridges(model: nn.Module, pairs: Sequence[Pair], sites: Mapping[str, Site], size: int) -> list[Bridge]:
+def bridges(
+    model: nn.Module, pairs: Sequence[ColumnRowPair], sites: Mapping[str, Site], size: int
+) -> list[Bridge]:
     """Where features can stay split into ``size`` equal blocks between layers of ``sites``.
 
     Parameters
@@ -65,7 +67,7 @@ def bridges(model: nn.Module, pairs: Sequence[Pair], sites: Mapping[str, Site], 
     return [bridge for bridge in found if _holds(bridge, sites, size)]
 
 
-def _named(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Bridge]:
+def _named(model: nn.Module, pairs: Sequence[ColumnRowPair]) -> Iterator[Bridge]:
     for pair in pairs:
         for name, module in model.named_modules():
             if fnmatchcase(name, pair.parent):
