@@ -14,6 +14,8 @@ from hpc_oialr.optim.core_lr import CoreLearningRate
 
 # One such step may be a weight clipped in a step that a GradScaler skipped.
 PATIENCE = 3
+# Steps in a row in which no core has moved though all have gradients.
+IDLE = 4
 
 
 class ForeignSteps:
@@ -82,9 +84,9 @@ class ForeignSteps:
             if self._idle == 0 or not self._values:
                 self._values = {S: value.clone() for S, value in values.items()}
             self._idle += 1
-        if self._idle >= PATIENCE and not self._core_lr.at_rest(due):
+        if self._idle >= IDLE and not self._core_lr.at_rest(due):
             raise ModelError(
-                f"the cores of the low-rank layers had gradients and stayed as they are in {PATIENCE} steps, in which "
+                f"the cores of the low-rank layers had gradients and stayed as they are in {IDLE} steps, in which "
                 "other parameters were trained: the optimizer, or the loop, keeps a list of the dense parameters that "
                 "OIALR has replaced. Let it read optimizer.param_groups or model.parameters() anew in each step."
             )
