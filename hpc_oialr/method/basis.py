@@ -18,6 +18,8 @@ from hpc_oialr.lowrank import LowRankWeight, Site, select
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
 from hpc_oialr.lowrank.execution import crossover_by_dtype
+from hpc_oialr.lowrank.stored import Stored
+from hpc_oialr.method.average_guard import AverageGuard, turned
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces
@@ -55,13 +57,14 @@ class BasisChanges:
             if not isinstance(config.crossover, str)
             else crossover_by_dtype(config.crossover)
         )
-        self._averages = [self._sites_by_name(average) for average in averages]
+        inside = [getattr(average, "module", average) for average in averages]
+        self._averages = [self._sites_by_name(average) for average in inside]
+        self.guards = [AverageGuard(model, *pair) for pair in zip(inside, self._averages, strict=True)]
         leave_fused_inference(model)
 
     def _sites_by_name(self, average: nn.Module) -> dict[str, Site]:
         leave_fused_inference(average)
-        inner = getattr(average, "module", average)
-        sites = select(inner, self.config.selection, frozen=True, low_rank=True)
+        sites = select(average, self.config.selection, frozen=True, low_rank=True)
         return {site.name: site for site in sites}
 
     def adopt(self, sites: Sequence[Site]) -> list[Site]:
@@ -83,10 +86,11 @@ class BasisChanges:
                     "state."
                 )
             for twin in self.twins(site):
-                if twin.low_rank is None or twin.low_rank.r != layer.r:
+                other = twin.low_rank
+                if other is None or other.r != layer.r or turned(other, Stored(layer.U, layer.Vh)):
                     raise ModelError(
-                        f"layer {site.name} is low-rank with r = {layer.r}, but not so in a running average. Make "
-                        "averages from the model as it is, or give them its structure by hpc_oialr.match_structure."
+                        f"layer {site.name} is low-rank with r = {layer.r}, but not so, or in other bases, in a running "
+                        "average. Make averages from the model as it is, then load their state."
                     )
             layer.crossover, layer.autocast_copies = self.crossover, AutocastCopies()
             self._set_step(layer)

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
+from hpc_oialr.lowrank import Site, low_rank_layers
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
+from hpc_oialr.method.average_guard import turned
 from hpc_oialr.method.basis import BasisChanges
 from hpc_oialr.optim.state_kinds import FACTORED
 
@@ -150,14 +150,9 @@ def differences(
         stored = form if isinstance(form, Stored) else Stored(None, None)
         r = stored.r if isinstance(form, Stored) else form
         reshaped = r != (None if layer is None else layer.r)
-        if reshaped or (turn and layer is not None and stored.U is not None and _turned(layer, stored)):
+        if reshaped or (turn and layer is not None and stored.U is not None and turned(layer, stored)):
             changes.append(Change(site, r, stored.U, stored.Vh, reshaped))
     return changes
-
-
-def _turned(layer: LowRankWeight, stored: Stored) -> bool:
-    pairs = ((layer.U, stored.U), (layer.Vh, stored.Vh))
-    return any(new is not None and not torch.equal(old, new.to(old)) for old, new in pairs)
 
 
 def require_changeable(

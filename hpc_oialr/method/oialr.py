@@ -121,6 +121,8 @@ class OIALR:
         self._attachment = Attachment(self)
         holders = [module for site in self.sites for module in (site.owner, site.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
+        for guard in self._changes.guards:
+            guard.tie()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""
@@ -169,6 +171,8 @@ class OIALR:
     def detach(self) -> None:
         """Let go of model and optimizer: layers stay as they are, and cores get the step their optimizer gives them."""
         untie(self.module)
+        for guard in self._changes.guards:
+            guard.release()
         self._changes.core_lr.remove()
 
     def before_forward(self) -> None:

@@ -142,6 +142,47 @@ def test_averages_follow_a_load() -> None:
         assert not any(p.requires_grad for n, p in average.named_parameters() if n.endswith(".S"))
 
 
+@pytest.mark.parametrize(
+    "order", [("oialr", "model", "average"), ("model", "average", "oialr"), ("average", "model")]
+)
+def test_an_average_is_loaded_after_its_model(order: tuple[str, ...]) -> None:
+    """Its cores are in the model's bases; a state of others would be averaged with them."""
+    runs = []
+    for _ in range(2):
+        run = Run(attention, "SGD")
+        run.oialr.detach()
+        average = AveragedModel(run.model)
+        run.oialr = OIALR(run.model, run.optimizer, run.oialr.config, averages=[average])
+        runs.append((run, average))
+    (first, average), (second, other) = runs
+    for _ in range(8):
+        first.train(1)
+        average.update_parameters(first.model)
+    stored = copy.deepcopy(first.state() | {"average": average.state_dict()})
+    if order[0] == "average":
+        for phase in (1, 4):
+            second.train(phase)
+            with pytest.raises(ModelError, match="running average holds layer .* Load the model's state"):
+                other.load_state_dict(stored["average"], strict=False)
+        second.oialr.detach()
+        other.load_state_dict(stored["average"])
+        assert torch.equal(other(X), average(X))
+        return
+    second.train(6)
+    for name in order:
+        if name == "average":
+            other.load_state_dict(stored["average"])
+        else:
+            second.load(stored, (name,))
+    second.optimizer.load_state_dict(stored["optimizer"])
+    for run, mean in ((first, average), (second, other)):
+        for _ in range(4):
+            run.train(1)
+            mean.update_parameters(run.model)
+    assert torch.equal(average(X), other(X))
+    assert torch.equal(first.output(), second.output())
+
+
 def test_parts_of_a_model_load_too() -> None:
     first, second = Run(attention, "AdamW").train(8), Run(attention, "AdamW").train(1)
     for name in ("inner", "attention", "conv"):
