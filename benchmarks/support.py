@@ -135,8 +135,11 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "one optimizer a parameter, in backward hooks": (
-        "a warning at OIALR(...), an error after three steps",
-        (f"{_COPIES}::test_optimizers_in_backward_hooks_are_noticed_before_the_conversion",),
+        "refused at OIALR(...), or at the conversion if they come later",
+        (
+            f"{_COPIES}::test_optimizers_in_backward_hooks_are_refused",
+            f"{_COPIES}::test_optimizers_that_no_inspection_finds_train_no_step_after_the_conversion",
+        ),
     ),
     "a second optimizer, made in the middle of a run": (
         "an error after three steps",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +23,47 @@ def gradient_hooks(parameter: Tensor) -> list[Any]:
 def accumulation_hooks(parameter: Tensor) -> list[Any]:
     """Hooks that a user has given to ``register_post_accumulate_grad_hook`` of a parameter."""
     return _of_users(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def optimizer_in_hooks(parameter: Tensor, without: Sequence[Any] = ()) -> Any:
+    """An optimizer of ``parameter`` that one of its hooks can reach; or None.
+
+    Looked for in what a hook is bound to, in its closure, its arguments and the globals that it names, and in lists and
+    dictionaries there; and where ``torch.distributed.optim._apply_optimizer_in_backward`` puts it.
+    """
+    places = [*getattr(parameter, "_in_backward_optimizers", [])]
+    for hook in accumulation_hooks(parameter):
+        places += _reach(hook)
+    for value in _nested(places, depth=3):
+        groups = getattr(value, "param_groups", None)
+        if isinstance(groups, list) and callable(getattr(value, "step", None)):
+            held = any(p is parameter for group in groups for p in group["params"])
+            if held and not any(value is other for other in without):
+                return value
+    return None
+
+
+def _reach(hook: Any) -> list[Any]:
+    """What a hook can use."""
+    if isinstance(hook, functools.partial):
+        return [*hook.args, *hook.keywords.values(), *_reach(hook.func)]
+    if inspect.ismethod(hook):
+        return [hook.__self__, *vars(hook.__self__).values(), *_reach(hook.__func__)]
+    if not inspect.isfunction(hook):
+        return list(vars(hook).values()) if hasattr(hook, "__dict__") else []
+    used = inspect.getclosurevars(hook)
+    values = [*used.nonlocals.values(), *used.globals.values(), *(hook.__defaults__ or ())]
+    owners = [value for value in used.nonlocals.values() if type(value).__module__ != "builtins"]
+    return values + [item for owner in owners if hasattr(owner, "__dict__") for item in vars(owner).values()]
+
+
+def _nested(values: Iterable[Any], depth: int) -> Iterator[Any]:
+    for value in values:
+        yield value
+        if depth and isinstance(value, (list, tuple, set)):
+            yield from _nested(value, depth - 1)
+        elif depth and isinstance(value, dict):
+            yield from _nested(value.values(), depth - 1)
 
 
 def _of_users(hooks: dict[int, Any] | None) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,11 @@ class ForeignSteps:
         self._core_lr, self._off, self._stored = core_lr, engine.steps_itself, engine.stored
         self._steps = core_lr.steps
         self._versions: dict[int, int] = {}
-        self._foreign = 0
         self._rest: dict[int, int] = {}
         self._idle = 0
         self._values: dict[nn.Parameter, Tensor] = {}
+        # Calls in all, those in a row before which only others had stepped, and those before which they wrote everything.
+        self._calls = self._foreign = self._wholly = 0
 
     def __getstate__(self) -> dict[str, object]:
         # Identities and versions are of this process's objects.
@@ -53,18 +55,33 @@ class ForeignSteps:
         sites = list(sites)
         versions = _versions(sites)
         self._check_idle(sites, versions)
-        written = any(self._versions.get(key, version) != version for key, version in versions.items())
+        written = [self._versions.get(key, version) != version for key, version in versions.items()]
+        self._calls += 1
         if self._core_lr.steps != self._steps:
             self._foreign = 0
-        elif written:
+        elif any(written):
             self._foreign += 1
+            self._wholly += all(written)
         if self._foreign >= PATIENCE:
-            raise ModelError(
-                f"the weights were changed {PATIENCE} times while the optimizer given to OIALR(...) did not step: "
-                "another optimizer trains them (one made anew, or one in backward hooks), which would go on with dense "
-                "weights and rates. Step the given optimizer, or make a new OIALR(...) with the one that is stepped."
-            )
+            self._refuse()
         self._steps, self._versions = self._core_lr.steps, versions
+
+    def check_conversion(self) -> None:
+        """Raise :class:`ModelError` if only others have trained since the start: no core shall miss a step."""
+        if self._core_lr.steps == 0 and 0 < self._wholly == self._calls:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        times = "time" if self._foreign == 1 else "times"
+        raise ModelError(
+            f"the weights were changed {self._foreign} {times} while the optimizer given to OIALR(...) did not step: "
+            "another optimizer trains them (one made anew, or one in backward hooks), which would go on with dense "
+            "weights and rates. Step the given optimizer, or make a new OIALR(...) with the one that is stepped."
+        )
+
+    def forget(self) -> None:
+        """To be called when values are loaded."""
+        self._versions = {}
 
     def _check_idle(self, sites: Iterable[Site], versions: dict[int, int]) -> None:
         held = [site.low_rank._parameters.get("S") for site in sites if site.low_rank is not None]

@@ -33,7 +33,7 @@ from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weig
 from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
-from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
+from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport, layer_update
 from hpc_oialr.method.watch import StabilityWatch
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.processes.replicas import check_equal
@@ -106,7 +106,6 @@ class OIALR:
         check_change(self.sites, self._optimizers, self.engine, self.config.core_lr_scale)
         self._changes = BasisChanges(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._changes.adopt(self.sites)
-        self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
         self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.sites, self._changes, self.engine)
@@ -115,6 +114,8 @@ class OIALR:
             self._loader.empty = {site.name for site in adopted}
             self.rewrap()
         self._tie()
+        self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
+        self._foreign.remember(self.sites)
 
     def _tie(self) -> None:
         self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
@@ -215,7 +216,7 @@ class OIALR:
 
     def _fit(self, sites: list[Site]) -> list[Site]:
         """Without those that the user has made unfit since the start; they take part no more, and are named."""
-        unfit = drop_unfit(self.module, sites) if sites else set()
+        unfit = drop_unfit(self.module, sites, self._optimizers) if sites else set()
         self.sites = self._loader.sites = [site for site in self.sites if site.name not in unfit]
         return [site for site in sites if site.name not in unfit]
 
@@ -255,6 +256,7 @@ class OIALR:
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
+        self._foreign.check_conversion()
         check_structure(self.module, sites, self._given)
         check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)
@@ -290,7 +292,7 @@ class OIALR:
     def _freeze_basis(self, site: Site, factors: Factors, r: int) -> LayerUpdate:
         self._changes.convert(site, factors.U, factors.s[:r], factors.Vh)
         self._watch.forget(site.name)
-        return _layer_update(site, site.k, factors.s, None, (0.0, 0.0), factors.seconds)
+        return layer_update(site, site.k, factors.s, None, (0.0, 0.0), factors.seconds)
 
     def _rotate_and_cut(self, site: Site, rotation: Rotation) -> LayerUpdate:
         layer = site.low_rank
@@ -302,7 +304,7 @@ class OIALR:
         drifted = max(rotation.errors) > self.config.bound_on_errors(stored)
         require_own_bases(layer, site.name, max(rotation.errors), stored)
         self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
-        update = _layer_update(
+        update = layer_update(
             site, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
         )
         angle_U, angle_Vh = rotation.angles
@@ -353,11 +355,7 @@ class OIALR:
             If a stored layer is not among this model's, the optimizer's state was loaded before its structure, or the
             bases are missing on which the moment of conversion depends.
         """
-        if tensors is None and state["streaks"] and self.config.stability_threshold is not None:
-            raise ModelError(
-                "the moment of conversion depends on bases that were kept for measuring stability. Store "
-                "oialr.tensor_state() beside oialr.state_dict(), and load both: oialr.load_state_dict(state, tensors)."
-            )
+        self._watch.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"])
         self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
         self.t, self.updates = int(state["t"]), int(state["updates"])
@@ -367,6 +365,7 @@ class OIALR:
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
         """Called before every ``load_state_dict`` of the model: its layers take the structure of what is loaded."""
+        self._foreign.forget()
         changed = self._loader.before_load(module, state, prefix, assign=assign)
         self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
         if changed:
@@ -383,28 +382,3 @@ class OIALR:
 
 def _in_order(layers: dict[int, LayerUpdate]) -> tuple[LayerUpdate, ...]:
     return tuple(layers[i] for i in sorted(layers))
-
-
-def _layer_update(
-    site: Site,
-    r_before: int,
-    s: Tensor,
-    stability: float | None,
-    errors: tuple[float, float],
-    seconds: float,
-) -> LayerUpdate:
-    layer = site.low_rank
-    assert layer is not None
-    return LayerUpdate(
-        name=site.name,
-        m=layer.m,
-        n=layer.n,
-        r_before=r_before,
-        r=layer.r,
-        # Not a view: that would keep all factors alive for as long as someone keeps the report.
-        singular_values=s.float().cpu().clone(),
-        stability=stability,
-        orthogonality_error_U=errors[0],
-        orthogonality_error_Vh=errors[1],
-        seconds=seconds,
-    )

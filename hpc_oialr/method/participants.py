@@ -12,7 +12,7 @@ from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Selection, Site
 from hpc_oialr.lowrank.layout import Sharded
-from hpc_oialr.lowrank.marks import accumulation_hooks
+from hpc_oialr.lowrank.marks import accumulation_hooks, optimizer_in_hooks
 from hpc_oialr.lowrank.refusals import Refusal
 from hpc_oialr.lowrank.selection import Shared, examine, unfit
 from hpc_oialr.method.checks import shared_sites, trained_sites
@@ -46,22 +46,27 @@ def find_participants(
             f"no layer of the model can be converted: {some or 'it has none'}{', ...' if len(refused) > 5 else ''}. The "
             "log names the reason for each (level INFO)."
         )
+    _check_hooks(sites, optimizer)
     _warn_dense(unforeseen)
-    _warn_hooks(sites)
     return sites
 
 
-def drop_unfit(model: nn.Module, sites: Sequence[Site]) -> set[str]:
+def drop_unfit(model: nn.Module, sites: Sequence[Site], optimizer: OptimizerStack) -> set[str]:
     """Names of those dense sites that the user has made unfit for a conversion since the start, with a warning.
 
     Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
     for :func:`~hpc_oialr.method.checks.check_structure`.
+
+    Raises
+    ------
+    ModelError
+        For a weight that another optimizer steps in a hook.
     """
     shared = Shared.of(model)
     found = {site.name: unfit(site, shared, frozen=True) for site in sites if site.stored is not None}
     _warn_dense({name: refusal.reason for name, refusal in found.items() if refusal})
     unfit_names = {name for name, refusal in found.items() if refusal}
-    _warn_hooks([site for site in sites if site.name not in unfit_names])
+    _check_hooks([site for site in sites if site.name not in unfit_names], optimizer)
     return unfit_names
 
 
@@ -130,9 +135,18 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
         )
 
 
-def _warn_hooks(sites: Iterable[Site]) -> None:
-    weights = ((site.name, site.stored) for site in sites if site.low_rank is None)
-    hooked = [name for name, weight in weights if weight is not None and accumulation_hooks(weight)]
+def _check_hooks(sites: Iterable[Site], optimizer: OptimizerStack) -> None:
+    """Warn of hooks that a core will not have; an optimizer that steps a weight in one of them is an error."""
+    weights = {site.name: site.stored for site in sites if site.low_rank is None and site.stored is not None}
+    for name, weight in weights.items():
+        stepping = optimizer_in_hooks(weight, optimizer.nodes)
+        if stepping is not None:
+            raise ModelError(
+                f"a hook on the weight of {name} steps a {type(stepping).__name__} of its own in the backward pass; it "
+                "would go on with the dense weight, and leave the core that takes its place untrained. Remove the hooks "
+                "and step one optimizer, made from model.parameters() and given to OIALR(...), after backward()."
+            )
+    hooked = [name for name, weight in weights.items() if accumulation_hooks(weight)]
     if hooked:
         warnings.warn(
             f"post-accumulate-grad hooks on the weights of {', '.join(hooked)} are not called any more once these "

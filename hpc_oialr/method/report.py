@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hpc_oialr.lowrank import Site
+
 Kind = Literal["stability", "conversion", "update"]
 
 
@@ -83,3 +85,29 @@ class UpdateReport:
     def reshaped(self) -> bool:
         """Whether any parameter is a new object, so that shapes and memory have changed."""
         return self.kind == "conversion" or any(layer.cut_values for layer in self.layers)
+
+
+def layer_update(
+    site: Site,
+    r_before: int,
+    s: Tensor,
+    stability: float | None,
+    errors: tuple[float, float],
+    seconds: float,
+) -> LayerUpdate:
+    """The report of a low-rank layer, as it is now."""
+    layer = site.low_rank
+    assert layer is not None
+    return LayerUpdate(
+        name=site.name,
+        m=layer.m,
+        n=layer.n,
+        r_before=r_before,
+        r=layer.r,
+        # Not a view: that would keep all factors alive for as long as someone keeps the report.
+        singular_values=s.float().cpu().clone(),
+        stability=stability,
+        orthogonality_error_U=errors[0],
+        orthogonality_error_Vh=errors[1],
+        seconds=seconds,
+    )

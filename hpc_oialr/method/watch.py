@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.engines import Engine
+from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, compute_dtype
@@ -144,6 +145,14 @@ class StabilityWatch:
             return SVD(layout.put_rows(sent.U, m), sent.s, layout.put_columns(sent.Vh, n))
         self.world.share(sent, src=self.owners[site.name])
         return SVD(*(part.cpu() for part in sent))
+
+    def require(self, bases: dict[str, Tensor] | None, streaks: dict[str, int]) -> None:
+        """Raise :class:`ModelError` where the moment of conversion depends on bases that were not given."""
+        if bases is None and streaks and self.threshold is not None:
+            raise ModelError(
+                "the moment of conversion depends on bases that were kept for measuring stability. Store "
+                "oialr.tensor_state() beside oialr.state_dict(), and load both: oialr.load_state_dict(state, tensors)."
+            )
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
         """Take back what :meth:`bases` gave, whole, in place of what is kept; each process keeps its own only."""

@@ -1,4 +1,7 @@
-"""Random settings and command lines give a run or one line that says what to put right, never a traceback."""
+"""Random settings and command lines give a run or one line that says what to put right, never a traceback.
+
+For many more than these: ``OIALR_CASES=1500@1000 pytest tests/cli/test_fuzz.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import random
 import shutil
 
 import pytest
+from support.cases import seeds
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
@@ -55,10 +59,10 @@ def recipe(tmp_path_factory):
     return write_recipe(folder, train={"steps": 2, "evaluations": 1}, oialr={"delay": 1, "frequency": 1})
 
 
-def command_lines(recipe, seed, count):
-    rng = random.Random(seed)
+def command_lines(recipe, few):
     names = [*flat(load_config(recipe).tree), *CHOICES]
-    for _ in range(count):
+    for seed in seeds(few):
+        rng = random.Random(seed)
         pairs = [
             (rng.choice(names).removesuffix(".class_path"), rng.choice(VALUES))
             for _ in range(rng.randint(1, 3))
@@ -80,13 +84,14 @@ def ends_well(capsys, arguments):
 
 
 def test_settings_are_a_recipe_or_an_error(recipe, capsys):
-    for settings in command_lines(recipe, 0, 250):
+    for settings in command_lines(recipe, 250):
         ends_well(capsys, ["train", str(recipe), *settings, "--print_config"])
 
 
 def test_settings_run_or_are_an_error(recipe, capsys, tmp_path):
-    light = (line for line in command_lines(recipe, 1, 1000) if not any(name in str(line) for name in HEAVY))
-    for settings in itertools.islice(light, 40):
+    for settings in command_lines(recipe, 50):
+        if any(name in str(settings) for name in HEAVY):
+            continue
         out = tmp_path / "run"
         ends_well(capsys, ["train", str(recipe), *settings, "--out", str(out)])
         shutil.rmtree(out, ignore_errors=True)
@@ -138,8 +143,8 @@ WORDS = (
 
 def test_any_words_end_well(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rng = random.Random(2)
-    for _ in range(60):
+    for seed in seeds(200):
+        rng = random.Random(seed)
         words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
         if words[0] in ("data", "compare", "plan"):
             continue  # fetching, training and planning have tests of their own

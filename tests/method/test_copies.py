@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from support.small_training import Accelerated, batch, controlled, small_model, train
+from support.small_training import Accelerated, batch, controlled, settings, small_model, train
 from torch import nn
 
 from hpc_oialr import OIALR, low_rank_layers, muon_adamw
@@ -84,31 +85,82 @@ def test_an_optimizer_made_anew_is_noticed() -> None:
         train(oialr, new, 1)
 
 
-def test_optimizers_in_backward_hooks_are_noticed_before_the_conversion() -> None:
-    model = small_model()
-    each = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+EACH: dict[nn.Parameter, torch.optim.Optimizer] = {}
 
-    def hook(p: nn.Parameter) -> None:
-        each[p].step()
-        each[p].zero_grad()
 
+class Holder:
+    """As a training framework would keep them."""
+
+    def __init__(self, each: dict[nn.Parameter, torch.optim.Optimizer]) -> None:
+        self.each = each
+
+    def hook(self, p: nn.Parameter) -> None:
+        step_of(self.each, p)
+
+    def __call__(self, p: nn.Parameter) -> None:
+        step_of(self.each, p)
+
+
+def step_of(each: dict[nn.Parameter, torch.optim.Optimizer], p: nn.Parameter) -> None:
+    each[p].step()
+    each[p].zero_grad()
+
+
+def from_globals(p: nn.Parameter) -> None:
+    EACH[p].step()
+    EACH[p].zero_grad()
+
+
+HOOKS: dict[str, Any] = {
+    "closure": lambda each: lambda p: step_of(each, p),
+    "globals": lambda each: from_globals,
+    "method": lambda each: Holder(each).hook,
+    "object": lambda each: Holder(each),
+    "partial": lambda each: functools.partial(step_of, each),
+    "closure over an object": lambda each: (lambda holder: lambda p: holder.hook(p))(Holder(each)),
+}
+
+
+def with_optimizers_in_hooks(model: nn.Module, make_hook: Any) -> None:
+    EACH.clear()
+    EACH.update({p: torch.optim.SGD([p], 0.1) for p in model.parameters()})
+    hook = make_hook(EACH)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(hook)
-    with pytest.warns(
-        UserWarning, match="an optimizer that steps inside such hooks does not train the cores"
-    ):
-        oialr = OIALR(model, torch.optim.SGD(model.parameters(), 0.1))
 
-    def forward_and_backward(t: int) -> None:
-        x, y = batch(t)
-        nn.functional.cross_entropy(oialr.model(x), y).backward()
 
-    for t in range(3):
-        forward_and_backward(t)
-        oialr.step()
-    forward_and_backward(3)
+@pytest.mark.parametrize("place", HOOKS)
+def test_optimizers_in_backward_hooks_are_refused(place: str) -> None:
+    """At ``OIALR(...)``; and at the conversion, if they come later."""
+    model = small_model()
+    with_optimizers_in_hooks(model, HOOKS[place])
+    with pytest.raises(ModelError, match="a hook on the weight of 0 steps a SGD of its own in the backward"):
+        OIALR(model, torch.optim.SGD(model.parameters(), 0.1))
+    oialr, optimizer = controlled(MAKE["AdamW"])
+    train(oialr, optimizer, 3)
+    with_optimizers_in_hooks(oialr.module, HOOKS[place])
+    with pytest.raises(ModelError, match="a hook on the weight of 0 steps a SGD of its own in the backward"):
+        train(oialr, optimizer, 1)
+    assert oialr.r == {}
+
+
+@pytest.mark.filterwarnings("ignore:post-accumulate-grad hooks")
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 9])
+def test_optimizers_that_no_inspection_finds_train_no_step_after_the_conversion(delay: int) -> None:
+    hidden = [[[[EACH]]]]
+    model = small_model()
+    with_optimizers_in_hooks(model, lambda each: lambda p: step_of(hidden[0][0][0][0], p))
+    oialr = OIALR(model, torch.optim.SGD(model.parameters(), 0.1), settings(delay=delay))
+
+    def loop() -> None:
+        for t in range(4):
+            x, y = batch(t)
+            nn.functional.cross_entropy(oialr.model(x), y).backward()
+            oialr.step()
+
     with pytest.raises(ModelError, match="another optimizer trains them .* backward hooks"):
-        oialr.step()
+        loop()
+    assert oialr.r == {}
 
 
 def test_steps_that_were_skipped_and_writes_of_the_users_are_no_other_optimizer() -> None:
