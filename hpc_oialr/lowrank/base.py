@@ -302,10 +302,8 @@ class LowRankWeight(nn.Module):
         pass_on_attributes(self.S, weight)
         rest = {name: p for name, p in self._parameters.items() if name not in ("U", "S", "Vh")}
         self.__class__ = self.dense_class  # type: ignore[assignment]
-        for attribute in ("bases_trained", "written", "known_bases", "autocast_copies"):
+        for attribute in LowRankWeight.__annotations__:  # one that stayed would keep the layer dense for good
             self.__dict__.pop(attribute, None)
-        for attribute in ("dense_class", "dense_shape", "crossover"):
-            delattr(self, attribute)
         # The kinds this project knows register their weight before their bias.
         self._parameters.clear()
         self._parameters.update({"weight": weight, **rest})
