@@ -36,6 +36,9 @@ def of_system(error: Exception) -> HostError | None:
         return HostError(
             f"there is not enough memory for this{reason}. Take a smaller model or batch, or ask for more."
         )
+    if "Symlink loop" in str(error):
+        # pathlib's own error, before Python 3.13.
+        return HostError(f"{error}. Correct or remove the link.")
     return _of_os(error) if isinstance(error, OSError) else None
 
 

@@ -64,6 +64,7 @@ class Autoformer(ModelConfig):
             heads=self.heads,
             mlp_dim=self.mlp_dim,
             moving_average=self.moving_average,
+            label_length=self.label_length,
         )
         check_divides("dim", self.dim, "heads", self.heads)
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
@@ -76,7 +77,7 @@ class Autoformer(ModelConfig):
         """The model for series and windows like those of ``example``."""
         past = require_input(example, "past_values", "Autoformer", "time series")
         context = past.shape[1] - max(self.lags)
-        if context < max(self.label_length, 1):
+        if context < self.label_length:
             rule = f"must be at most {context}, the data's past of {past.shape[1]} time steps less the largest lag"
             raise ConfigError("label_length", self.label_length, rule)
         quiet_transformers()

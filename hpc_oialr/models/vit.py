@@ -59,6 +59,7 @@ class ViT(ModelConfig):
             dim=self.dim,
             depth=self.depth,
             heads=self.heads,
+            image_size=self.image_size,
             patch_size=self.patch_size,
             classes=self.classes,
             channels=self.channels,

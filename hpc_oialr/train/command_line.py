@@ -11,9 +11,23 @@ import yaml
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.train.config_tree import Tree
 
+_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_NUMBERS = (
+    (_INT, re.compile(r"^[-+]?(\d[\d_]*|0x[\da-fA-F_]*[\da-fA-F]|0o[0-7_]*[0-7]|0b[01_]*[01])$")),
+    (
+        _FLOAT,
+        re.compile(
+            r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+        ),
+    ),
+)
+
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers, no dates, and no key twice: PyYAML takes 1e-3 for a word, and the last of two keys."""
+    """YAML 1.2's numbers, no dates, and no key twice.
+
+    PyYAML takes 1e-3 for a word, 010 for 8, 1:30 for 90, and the last of two keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML's; raises for a key that is given twice."""
@@ -26,21 +40,47 @@ class Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """Decimal unless it says otherwise."""
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that :class:`Loader` or PyYAML would take for something else."""
+
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+0123456789."),
-)
+for _tag, _pattern in _NUMBERS:
+    for _each in (Loader, _Dumper):
+        _each.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
+Loader.add_constructor(_INT, Loader.construct_whole_number)
+# No setting is of these; a set, for one, has no order.
+for _name in ("set", "omap", "pairs", "binary", "timestamp"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_name}", Loader.construct_undefined)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text; safe types only."""
-    return yaml.load(text, Loader=Loader)
+    """The value of a YAML text; safe types only.
+
+    Raises
+    ------
+    yaml.YAMLError
+        For whatever is wrong with it.
+    """
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        # PyYAML's constructors let these out: `!!int x`, a number of 5,000 digits, brackets without end.
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def write_yaml(tree: Tree) -> str:
+    """A text from which :func:`read_yaml` makes the same tree."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
 
 
 def parse_settings(arguments: Sequence[str]) -> Tree:

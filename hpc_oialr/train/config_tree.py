@@ -62,9 +62,14 @@ def find_choice(family: type, path: Any, name: str, origin: str | None = None) -
     module, _, short = str(path).rpartition(".")
     if module and not module.startswith("hpc_oialr."):
         try:
-            found = getattr(importlib.import_module(module), short)
-        except (ImportError, AttributeError):
+            found = getattr(importlib.import_module(module), short, None)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise ConfigError(name, path, f"cannot be imported ({error})", origin=origin) from None
             found = None
+        except Exception as error:
+            rule = f"cannot be imported ({type(error).__name__}: {error})"
+            raise ConfigError(name, path, rule, origin=origin) from error
         if inspect.isclass(found) and issubclass(found, family):
             return found
     elif short in valid:
@@ -124,7 +129,7 @@ class Normaliser:
                 name, raw, f"must be one of {', '.join(sorted(choices(family)))}", origin=self.origin
             )
         base = base if isinstance(base, Mapping) else {}
-        path = raw.get("class_path") or base.get("class_path") or (default and default.__name__)
+        path = raw.get("class_path", base.get("class_path", default and default.__name__))
         if path is None:
             rule = f"needs a class_path, one of {', '.join(sorted(choices(family)))}"
             raise ConfigError(name, dict(raw), rule, origin=self.origin)

@@ -18,7 +18,7 @@ import yaml
 from hpc_oialr.errors import ConfigError, OIALRError
 from hpc_oialr.recipes import find_recipe
 from hpc_oialr.system_errors import read_text
-from hpc_oialr.train.command_line import parse_settings, read_yaml
+from hpc_oialr.train.command_line import parse_settings, read_yaml, write_yaml
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import (
     Normaliser,
@@ -62,7 +62,7 @@ class LoadedConfig:
     @property
     def text(self) -> str:
         """The effective settings as YAML."""
-        return str(yaml.safe_dump(self.tree, sort_keys=False))
+        return write_yaml(self.tree)
 
 
 def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConfig:
@@ -94,6 +94,11 @@ def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
         own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
         merged = merge_trees(merged, normaliser.section(own, RunConfig, merged))
         twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
+        for name in ("oialr", "dense"):
+            if isinstance(twin, Mapping) and twin.get(name) is not None:
+                raise ConfigError(
+                    f"dense.{name}", twin[name], "has no effect: the dense twin has none", origin=origin
+                )
         dense = merge_trees(dense, normaliser.section(twin, RunConfig, merge_trees(merged, dense), "dense"))
     _require(merged)
     typed = _typed(merged, origins)
@@ -164,7 +169,11 @@ def _leaf(hint: Any, value: Any, name: str, origin: str | None) -> Any:
     except (ArgumentError, OverflowError):
         raise misfit from None
     converted = list(converted) if isinstance(converted, tuple) else converted
-    for number in converted if isinstance(converted, list) else [converted]:
+    given, found = (each if isinstance(each, list) else [each] for each in (value, converted))
+    if any(isinstance(a, str) and not isinstance(b, str) for a, b in zip(given, found, strict=False)):
+        # jsonargparse reads words again, by YAML 1.1, where 1:30 is 90.
+        raise misfit
+    for number in found:
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(name, value, "must be a finite number", origin=origin)
         if isinstance(number, int) and abs(number) > LARGEST:

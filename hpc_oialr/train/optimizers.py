@@ -47,9 +47,8 @@ class AdamW(OptimizerConfig):
     fused: bool = False
 
     def __post_init__(self) -> None:
-        _check_rates(lr=self.lr, weight_decay=self.weight_decay)
-        for beta in self.betas:
-            check_interval("betas", beta, 0, 1, closed=(True, False))
+        _check_rates(lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
+        _check_betas(self.betas)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW over two groups, with and without weight decay."""
@@ -131,6 +130,7 @@ class MuonAdamW(OptimizerConfig):
         _check_rates(
             lr=self.lr, adamw_lr=self.adamw_lr, core_lr=self.core_lr or 0.0, weight_decay=self.weight_decay
         )
+        _check_betas(self.betas)
         check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
         if self.newton_schulz_steps < 1:
             raise ConfigError("newton_schulz_steps", self.newton_schulz_steps, "must be at least 1")
@@ -166,3 +166,8 @@ def _check_rates(**rates: float) -> None:
     for name, value in rates.items():
         if not value >= 0:
             raise ConfigError(name, value, "must not be negative")
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    for beta in betas:
+        check_interval("betas", beta, 0, 1, closed=(True, False))

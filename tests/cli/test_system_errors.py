@@ -32,6 +32,9 @@ def test_paths_that_cannot_be_used_are_told(capsys, tmp_path):
     assert "recipe.yaml is no UTF-8 text (byte 7" in one_error(capsys, "train", undecodable)
     assert str(tmp_path) in one_error(capsys, "spectra", "show", dangling)
     assert "gone" in one_error(capsys, "spectra", "watch", tmp_path / "gone")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert str(loop) in one_error(capsys, "data", "sample", "imagenet", loop)
 
 
 def test_a_dangling_link_names_its_target(tmp_path):

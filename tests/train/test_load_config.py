@@ -57,7 +57,9 @@ def test_null_switches_the_method_off(recipe):
 
 
 def test_effective_text_is_a_recipe(recipe, tmp_path):
-    loaded = load_config(recipe, ["--oialr.delay", "7", "--dense.train.steps", "9"])
+    # Words that YAML 1.1 or 1.2 takes for numbers stay words.
+    words = ["--data.patterns", "['1e3', '0o7', '010', '1:30', '.NaN']", "--record.side_folder", "'1e3'"]
+    loaded = load_config(recipe, ["--oialr.delay", "7", "--dense.train.steps", "9", *words])
     path = tmp_path / "effective.yaml"
     path.write_text(loaded.text)
     again = load_config(path)
@@ -166,11 +168,30 @@ def test_no_length(tmp_path):
         load_config(recipe)
 
 
-def test_broken_yaml(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: [1",
+        "train: " + "[" * 5000 + "]" * 5000,
+        "train: {seed: 1" + "0" * 5000 + "}",
+        "train: {steps: !!int x}",
+        "train: {steps: !!bool x}",
+        'train: {steps: "\\UFFFFFFFF"}',
+        "data: {patterns: !!set {a, b}}",
+    ],
+)
+def test_broken_yaml(tmp_path, text):
     path = tmp_path / "broken.yaml"
-    path.write_text("train: [1")
+    path.write_text(text)
     with pytest.raises(OIALRError, match="broken.yaml is no valid YAML"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)]
+)
+def test_numbers_are_those_of_yaml_1_2(recipe, text, seed):
+    assert load_config(recipe, ["--train.seed", text]).config.train.seed == seed
 
 
 def test_parse_settings():
@@ -192,6 +213,14 @@ def test_parse_settings():
         (["--optimizer.betas", "[.inf, 0.9]"], "must be a finite number"),
         (["--train.workers", "1000000000000"], "train.workers is 1000000000000"),
         (["--model.dim", "0"], "model.dim is 0"),
+        (["--train.seed", "1:30"], "train.seed is '1:30' (from the command line); must be int"),
+        (["--train.steps", "'24'"], "train.steps is '24' (from the command line); must be int | null"),
+        (["--optimizer.betas", "[0.9, 1.0]"], "optimizer.betas is 1.0"),
+        (["--optimizer", "AdamW", "--optimizer.eps", "-1"], "optimizer.eps is -1.0"),
+        (["--model", "Autoformer", "--model.label_length", "-1"], "model.label_length is -1"),
+        (["--engine", "''"], "unknown engine type ''"),
+        (["--model", "..x.y"], "model is '..x.y' (from the command line); cannot be imported"),
+        (["--dense.oialr.delay", "3"], "dense.oialr is {'delay': 3} (from the command line); has no effect"),
     ],
 )
 def test_every_value_has_its_type_and_is_finite(recipe, arguments, text):
