@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import shlex
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,8 @@ def _link(draft: Path, path: Path) -> bool:
 def _read(path: Path) -> tuple[Owner, float] | None:
     """The holder and the time of its last sign of life; None for nobody. Damage is a holder that nobody knows."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError("it is there as a link, a folder or a pipe")
         # Opened, not only looked at: then NFS asks its server.
         with path.open("rb") as file:
             content, beat = file.read(), os.fstat(file.fileno()).st_mtime
@@ -279,8 +283,10 @@ def _read(path: Path) -> tuple[Owner, float] | None:
     try:
         fields: dict[str, Any] = json.loads(content)
         fields.pop("version")
+        if missing := {each.name for each in dataclass_fields(Owner)} - set(fields):
+            raise KeyError(*missing)
         return Owner(**fields), beat
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Owner(command="unknown", host="unknown", pid=-1, space="", since="unknown", token=""), beat
 
 

@@ -57,10 +57,13 @@ Loader.yaml_implicit_resolvers = {
 for _tag, _pattern in _NUMBERS:
     for _each in (Loader, _Dumper):
         _each.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
+# No setting is of these types; a set, for one, has no order.
+Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] not in ("set", "omap", "pairs", "binary", "timestamp")
+}
 Loader.add_constructor(_INT, Loader.construct_whole_number)
-# No setting is of these; a set, for one, has no order.
-for _name in ("set", "omap", "pairs", "binary", "timestamp"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{_name}", Loader.construct_undefined)
 
 
 def read_yaml(text: str) -> Any:

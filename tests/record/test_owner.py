@@ -120,13 +120,31 @@ def test_a_job_waits_for_the_command_that_submits_it(folder):
     ending.join()
 
 
-def test_a_damaged_file_is_a_holder_that_nobody_knows(folder):
+@pytest.mark.parametrize(
+    "content",
+    [b"\0" * 300, b"[" * 100_000, b'{"version": 1, "command": "c", "pid": 5, "space": "another host\'s"}'],
+)
+def test_a_damaged_file_is_a_holder_that_nobody_knows(folder, content):
     folder.path.mkdir()
-    folder.owner.write_bytes(b"\0" * 300)
+    folder.owner.write_bytes(content)
     with pytest.raises(FolderInUseError, match=r"in use by process -1 on unknown"):
         take(folder)
     os.utime(folder.owner, (time.time() - 400,) * 2)
     take(folder)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: path.symlink_to("gone"), os.mkfifo, Path.mkdir],
+    ids=["dangling link", "pipe", "folder"],
+)
+def test_what_is_no_file_is_an_error_and_no_endless_wait(folder, make):
+    folder.path.mkdir()
+    make(folder.owner)
+    with pytest.raises(
+        OIALRError, match=r"owner\.json cannot be written \(it is there as a link, a folder or a pipe"
+    ):
+        take(folder)
 
 
 @pytest.mark.parametrize("links", [True, False])
