@@ -116,7 +116,7 @@ class BasisChanges:
         layer = self._convert(site, *stored)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         self._groups.replace(weight, layer.S)
-        self._set_step(layer)
+        self._set_step(layer, replaces=weight)
         self.engine.follow(layer)
         layer.S.grad = gradient
         for average in self._averages:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class ForeignSteps:
         """Raise :class:`ModelError` after :data:`PATIENCE` calls in a row before which only others have stepped."""
         if self._off:
             return
+        self._warn_of_lists()
         sites = list(sites)
         versions = _versions(sites)
         self._check_idle(sites, versions)
@@ -83,6 +86,25 @@ class ForeignSteps:
         """To be called when values are loaded."""
         self._versions = {}
 
+    def _warn_of_lists(self) -> None:
+        """A list of parameters that was made before a change, for clipping or decay say, has no cores in it."""
+        held = [p for each in self._core_lr.replaced if (p := each()) is not None]
+        self._core_lr.replaced.clear()
+        if not held:
+            return
+        ids = {id(p) for p in held}
+        kinds = (list, tuple, dict)
+        holders = [each for each in gc.get_referrers(*held) if type(each) in kinds and each is not held]
+        found = {id(p): p for each in holders for p in _values(each) if id(p) in ids}
+        if found:
+            first = tuple(next(iter(found.values())).shape)
+            warnings.warn(
+                f"{len(found)} parameters that OIALR has replaced, the first of shape {first}, are still in a "
+                f"{type(holders[0]).__name__} of the program: what goes over it, such as clipping, weight decay or an "
+                "average, misses the cores, and the memory is not freed. Make it anew from model.parameters().",
+                stacklevel=4,
+            )
+
     def _check_idle(self, sites: Iterable[Site], versions: dict[int, int]) -> None:
         held = [site.low_rank._parameters.get("S") for site in sites if site.low_rank is not None]
         cores = {S for S in held if isinstance(S, nn.Parameter)}
@@ -111,6 +133,10 @@ class ForeignSteps:
     def remember(self, sites: Iterable[Site]) -> None:
         """To be called when the method itself has written."""
         self._versions, self._values = _versions(sites), {}
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else container
 
 
 def _versions(sites: Iterable[Site]) -> dict[int, int]:

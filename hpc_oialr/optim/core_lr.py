@@ -6,6 +6,7 @@ import copyreg
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,15 @@ class CoreLearningRate:
         How often one of the optimizers has stepped.
     due
         Cores that had a gradient in such a step; emptied by whoever looks.
+    replaced
+        Parameters that cores have taken the place of; emptied likewise.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.factors: dict[nn.Parameter, float] = {}
         self.steps = 0
         self.due: set[nn.Parameter] = set()
+        self.replaced: list[ReferenceType[nn.Parameter]] = []
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
             # Of a controller that is gone: two factors would be multiplied.
@@ -68,17 +72,22 @@ class CoreLearningRate:
             copyreg.pickle(type(optimizer), _reduce_with_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_before", "_handles", "due")}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("_before", "_handles", "due", "replaced")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.due = set()
+        self.due, self.replaced = set(), []
         self._attach()
 
     def set(self, core: nn.Parameter, factor: float, *, replaces: nn.Parameter | None = None) -> None:
-        """Use ``factor`` for ``core`` from the next step on, and forget the core it ``replaces``."""
+        """Use ``factor`` for ``core`` from the next step on, and forget the weight or core it ``replaces``."""
         if replaces is not None:
             self.factors.pop(replaces, None)
+            self.replaced.append(ref(replaces))
         self.factors[core] = factor
 
     def parameters(self) -> Iterator[nn.Parameter]:

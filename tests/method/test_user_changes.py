@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +233,23 @@ def test_bases_written_in_the_loop_are_an_error_in_the_next_forward_pass(made: s
         copy.deepcopy(oialr.module).state_dict() if made != "averaged" else other.state_dict()
     )
     other(X)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+@pytest.mark.parametrize("keep", [list, lambda p: {"decayed": tuple(p)}, lambda p: dict.fromkeys(p, 1)])
+def test_lists_of_parameters_made_before_a_change_are_named(keep: Any, after: int) -> None:
+    model = model_of(20, 12)
+    oialr = controller(model)
+    train(oialr, after)
+    kept = keep(model.parameters())
+    shape = (20, 16) if after == 0 else (16, 16)
+    with pytest.warns(
+        UserWarning, match=re.escape(f"2 parameters that OIALR has replaced, the first of shape {shape}")
+    ):
+        train(oialr, 4 if after == 0 else 2)
+    del kept
+    train(oialr, 4)
+    assert oialr.r == {"0": 8, "2": 6}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

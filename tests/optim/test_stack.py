@@ -215,6 +215,7 @@ class Hidden(torch.optim.Optimizer):
                 (p.data if self.where == "data" and p.dim() > 1 else p).sub_(0.1 * p.grad)
 
 
+@pytest.mark.filterwarnings("ignore:2 parameters that OIALR has replaced")
 @pytest.mark.parametrize("where", ["object", "closure", "data"])
 def test_cores_that_nobody_steps_are_an_error(where: str) -> None:
     oialr, optimizer = controlled(lambda m: Hidden(m.parameters(), where), small_model())
