@@ -59,31 +59,40 @@ def open_files(path: Path) -> list[File]:
     head = head_of(path)
     if path != head and not path.is_dir():
         return [open_file(path)]
-    missing: list[Path] = []
+    problem = ""
     for _ in range(_TRIES):
         files: list[File] = []
         try:
-            files += [open_file(each) for each in record_files(head)]
+            paths = record_files(head)
+            before = [_identity(each) for each in paths]
+            files += [open_file(each) for each in paths]
             files += [open_file(each) for side in _sides(head, files) for each in side_files(side)]
+            # A join meanwhile may have given a number to newer rows.
+            same = before == [_identity(each) for each in paths]
+            missing = gaps_in([file.path for file in files], _counted(files))
         except DataError:
             raise
         except FileNotFoundError as error:
-            missing = [Path(error.filename or head)]
-        else:
-            missing = gaps_in([file.path for file in files], _counted(files))
-            if not missing:
-                break
+            same, missing = True, [Path(error.filename or head)]
+        if same and not missing:
+            break
+        problem = (
+            f"{missing[0]} does not exist; it is a part of {head}" if missing else f"{head} is being joined"
+        )
         for file in files:
             file.close()
         time.sleep(_PAUSE_S)
-    if missing:
-        raise DataError(
-            f"{missing[0]} does not exist; it is a part of {head}. Save what can be read with: "
-            f"oialr spectra repair {head}"
-        )
+    else:
+        raise DataError(f"{problem}. Save what can be read with: oialr spectra repair {head}")
     if not files:
         raise DataError(f"{head} does not exist; must be the spectra.h5 of a run.")
     return files
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _sides(head: Path, files: Sequence[File]) -> list[Path]:

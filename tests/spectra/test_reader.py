@@ -17,7 +17,6 @@ import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.spectra import reader
 from hpc_oialr.spectra.export import export
-from hpc_oialr.spectra.files import record_files
 from hpc_oialr.spectra.hdf5_io import RecordFile
 from hpc_oialr.spectra.join import merge
 from hpc_oialr.spectra.schema import EVENT, KINDS
@@ -149,25 +148,30 @@ def test_no_record(tmp_path: Path) -> None:
         spectra.open(tmp_path / "nothing.h5")
 
 
-def test_a_reader_whose_files_are_joined_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were there when it looked are gone when it opens them: it looks again."""
-    writer = writer_of(tmp_path / "spectra.h5")
-    for t in (1, 2, 3):
+@pytest.mark.parametrize("joined_before", [0, 2])
+def test_files_are_joined_while_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined_before: int
+) -> None:
+    """Those that it has listed are gone, or hold newer rows: it looks again."""
+    writer = writer_of(tmp_path / "spectra.h5", join={"join_flushes": 4})
+    for t in range(1, 4 * joined_before + 2):
         writer.write(report(t), wait=True)
-    looks: list[list[Path]] = []
+    opened: list[Path] = []
 
-    def look(head: Path) -> list[Path]:
-        looks.append(record_files(head))
-        if len(looks) == 1:
-            merge(tmp_path)
-        return looks[-1]
+    def slow(path: Path) -> Any:
+        file = open_file(path)
+        if not opened:
+            last = 4 * joined_before + 1
+            for t in range(last + 1, last + 5):
+                writer.write(report(t), wait=True)
+        opened.append(path)
+        return file
 
-    monkeypatch.setattr(reader, "record_files", look)
-    monkeypatch.setattr("hpc_oialr.spectra.join.Spectra", lambda head: spectra.Spectra(head, files))
-    files = [reader.open_file(path) for path in record_files(tmp_path / "spectra.h5")]
+    open_file = reader.open_file
+    monkeypatch.setattr(reader, "open_file", slow)
     with spectra.open(tmp_path) as run:
-        assert run["encoder.0"].t.tolist() == [1, 2, 3]
-    assert [len(look) for look in looks] == [3, 1]
+        assert run["encoder.0"].t.tolist() == list(range(1, 4 * joined_before + 6))
+    assert len(opened) > 2
 
 
 def test_merging_a_whole_record_changes_nothing(run: Path, tmp_path: Path) -> None:
