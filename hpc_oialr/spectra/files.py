@@ -67,26 +67,19 @@ def chain_of(head: Path) -> list[Path]:
 
 def record_files(head: Path) -> list[Path]:
     """All files of a record that lie beside its head: its chain, then those of processes."""
+    names = sorted({_parts(path)[0] for path in _listed(head.parent)})
     part = re.compile(rf"{re.escape(head.stem)}\.p\d{{4,}}{re.escape(head.suffix)}")
-    names = {_parts(path)[0] for path in _listed(head.parent)}
-    parts = sorted(head.with_name(name) for name in names if part.fullmatch(name))
-    return [path for each in (head, *parts) for path in chain_of(each)]
+    heads = [head, *(head.with_name(name) for name in names if part.fullmatch(name))]
+    return [path for each in heads for path in chain_of(each)]
 
 
 def gaps_in(paths: Sequence[Path], least: int = 0) -> list[Path]:
-    """Files that must have been there, for each chain of which a file is.
-
-    Parameters
-    ----------
-    least
-        The highest number that the first chain has at least: heads of earlier versions say it.
-    """
-    heads = list(dict.fromkeys(map(head_of, paths)))
+    """Files that must have been there, for each chain of which one is; the first chain has number ``least`` too."""
     missing = []
-    for place, head in enumerate(heads):
+    for head in dict.fromkeys(map(head_of, paths)):
         numbers = {number_of(path) for path in paths if head_of(path) == head}
-        last = max(numbers) if place else max(*numbers, least)
-        missing += [segment_path(head, number) for number in range(last + 1) if number not in numbers]
+        missing += [segment_path(head, n) for n in range(max(*numbers, least) + 1) if n not in numbers]
+        least = 0
     return missing
 
 

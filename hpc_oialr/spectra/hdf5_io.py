@@ -1,41 +1,24 @@
-"""One HDF5 file of a record: written at once, read lazily."""
+"""One HDF5 file of a record, written at once."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import Kind
-from hpc_oialr.record.files import to_json
-from hpc_oialr.spectra.files import head_of
 from hpc_oialr.spectra.rows import LayerRows
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS, SCHEMA_VERSION, STEP, as_table, group_name
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, group_name, root_attributes
 
 # As much is read at once, and lost to one damaged byte.
 _ROWS_PER_CHUNK, _CHUNK_BYTES = 32, 1 << 14
-# Up to this size a file is read whole, for it may be replaced while it is open; larger ones are not while a run goes on.
-WHOLE_BYTES = 16 * 2**20
-# What h5py and NumPy raise for a damaged file.
-DAMAGE = (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipFile)
-# Attributes that describe a file, not the record; the last two are of earlier versions.
-_OF_FILE = ("schema_version", "segments", "virtual")
-
-
-def plain_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of the root as they are stored: mappings as JSON."""
-    kept = {name: value for name, value in attributes.items() if name not in _OF_FILE}
-    return {name: to_json(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def write_record(
@@ -56,13 +39,13 @@ def write_record(
         with _Sink(draft, "w+b") as sink:
             try:
                 with h5py.File(sink, "w", libver="v110") as file:
-                    file.attrs.update({"schema_version": SCHEMA_VERSION, **plain_attributes(attributes)})
+                    file.attrs.update(root_attributes(attributes))
                     file.create_group("layers", track_order=True)
                     for rows in layers:
                         _write_layer(file, rows)
                     if len(steps):
                         file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
-            except DAMAGE:
+            except (OSError, RuntimeError, ValueError):
                 # It could not read back what it believes to have written.
                 if sink.failure is None:
                     raise
@@ -115,104 +98,6 @@ def _chunked(rows: int, per_chunk: int, *width: int) -> dict[str, Any]:
         "shuffle": True,
         "fletcher32": True,
     }
-
-
-class RecordFile:
-    """One HDF5 file of a record, open for reading.
-
-    Attributes
-    ----------
-    path
-        The file.
-    attributes
-        Of the root.
-    layers
-        Names of the layers that it has rows of.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing.
-    DataError
-        If it is damaged, no record of spectra, or of a newer schema.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            whole = {"driver": "core", "backing_store": False} if path.stat().st_size <= WHOLE_BYTES else {}
-            self.file = h5py.File(path, "r", locking=False, **whole)
-            self.attributes: dict[str, Any] = dict(self.file.attrs)
-            check_version(path, int(self.attributes["schema_version"]))
-            # A master of earlier versions shows files that lie beside it, and HDF5 shows zeros for a damaged one.
-            groups = [] if self.attributes.get("virtual") else list(self.file.get("layers", ()))
-        except FileNotFoundError:
-            raise
-        except DAMAGE as error:
-            raise damaged(path, error) from error
-        self._groups = {"" if group == "%" else unquote(group): group for group in groups}
-        self.layers = tuple(self._groups)
-
-    def shape(self, layer: str) -> tuple[int, int, int]:
-        """A layer's place in the model, or -1, and its weight's m and n."""
-        with self._reading(f"attributes of layers/{self._groups[layer]}"):
-            found = self.group(layer).attrs
-            return int(found.get("index", -1)), int(found["m"]), int(found["n"])
-
-    def group(self, layer: str) -> h5py.Group:
-        """Where a layer's tables are."""
-        return self.file["layers"][self._groups[layer]]
-
-    def events(self, layer: str) -> NDArray[np.void]:
-        """A layer's events, of dtype EVENT."""
-        return as_table(self._read(f"layers/{self._groups[layer]}/events"), EVENT)
-
-    def singular_values(self, layer: str, rows: Any = ()) -> NDArray[np.float32]:
-        """A layer's singular values, or some rows of them."""
-        return self._read(f"layers/{self._groups[layer]}/singular_values", rows)
-
-    @property
-    def steps(self) -> NDArray[np.void]:
-        """The table of steps, of dtype STEP."""
-        if self.attributes.get("virtual"):
-            return NO_STEPS
-        with self._reading("data set steps"):
-            return as_table(self.file["steps"][()], STEP) if "steps" in self.file else NO_STEPS
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def _read(self, dataset: str, rows: Any = ()) -> NDArray[Any]:
-        with self._reading(f"data set {dataset}"):
-            values: NDArray[Any] = np.asarray(self.file[dataset][rows])
-            return values
-
-    @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except DAMAGE as error:
-            raise DataError(
-                f"{self.path}: {what} cannot be read; it is damaged ({error}). Save the rest with: "
-                f"oialr spectra repair {head_of(self.path)}"
-            ) from error
-
-
-def damaged(path: Path, error: Exception) -> DataError:
-    """The error that says so, and what to do."""
-    return DataError(
-        f"{path} is damaged or no spectra file ({error}). Save what can be read with: "
-        f"oialr spectra repair {head_of(path)}"
-    )
-
-
-def check_version(path: Path, version: int) -> None:
-    """Raise :class:`DataError` for a newer schema."""
-    if version > SCHEMA_VERSION:
-        raise DataError(
-            f"{path} has schema version {version}; must be at most {SCHEMA_VERSION}. Update hpc_oialr."
-        )
 
 
 def written_by(command: str) -> Kind:

@@ -9,11 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.errors import UnknownNameError
-from hpc_oialr.spectra.flush_io import FlushFile
-from hpc_oialr.spectra.hdf5_io import RecordFile
+from hpc_oialr.spectra.record_file import RecordFile
 from hpc_oialr.spectra.schema import EVENT, kind_words
-
-File = RecordFile | FlushFile
 
 
 class Layer:
@@ -29,7 +26,7 @@ class Layer:
         Its place in the model; -1 in files of an early version.
     """
 
-    def __init__(self, name: str, files: list[File]) -> None:
+    def __init__(self, name: str, files: list[RecordFile]) -> None:
         self.name, self._files = name, files
         self.index, self.m, self.n = files[0].shape(name)
         self.k = min(self.m, self.n)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
-from hpc_oialr.spectra.files import gaps_in, head_of, is_flush, record_files, side_files, side_path
-from hpc_oialr.spectra.flush_io import FlushFile
-from hpc_oialr.spectra.hdf5_io import RecordFile
-from hpc_oialr.spectra.layer import File, Layer, first_of_each
+from hpc_oialr.spectra.files import gaps_in, head_of, record_files, side_files, side_path
+from hpc_oialr.spectra.layer import Layer, first_of_each
+from hpc_oialr.spectra.record_file import RecordFile
 from hpc_oialr.spectra.schema import EVENT, NO_STEPS
 
 if TYPE_CHECKING:
@@ -30,20 +29,7 @@ _TRIES, _PAUSE_S = 10, 0.05
 TABLES = ("events", "steps")
 
 
-def open_file(path: Path) -> File:
-    """One file of a record.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing.
-    DataError
-        If it is damaged, no record of spectra, or of a newer schema.
-    """
-    return FlushFile(path) if is_flush(path) else RecordFile(path)
-
-
-def open_files(path: Path) -> list[File]:
+def open_files(path: Path) -> list[RecordFile]:
     """All files of a record, seen at one moment, the eldest rows first.
 
     Parameters
@@ -58,15 +44,15 @@ def open_files(path: Path) -> list[File]:
     """
     head = head_of(path)
     if path != head and not path.is_dir():
-        return [open_file(path)]
+        return [RecordFile(path)]
     problem = ""
     for _ in range(_TRIES):
-        files: list[File] = []
+        files: list[RecordFile] = []
         try:
             paths = record_files(head)
             before = [_identity(each) for each in paths]
-            files += [open_file(each) for each in paths]
-            files += [open_file(each) for side in _sides(head, files) for each in side_files(side)]
+            files += [RecordFile(each) for each in paths]
+            files += [RecordFile(each) for side in _sides(head, files) for each in side_files(side)]
             # A join meanwhile may have given a number to newer rows.
             same = before == [_identity(each) for each in paths]
             missing = gaps_in([file.path for file in files], _counted(files))
@@ -95,14 +81,14 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _sides(head: Path, files: Sequence[File]) -> list[Path]:
+def _sides(head: Path, files: Sequence[RecordFile]) -> list[Path]:
     """Where a record may have gone on: in the usual folder, and in ``record.side_folder`` of its settings."""
     config = json.loads(files[-1].attributes.get("config", "{}")) if files else {}
     named = (config.get("record") or {}).get("side_folder")
     return list(dict.fromkeys(side_path(head, folder) for folder in (None, named)))
 
 
-def _counted(files: Sequence[File]) -> int:
+def _counted(files: Sequence[RecordFile]) -> int:
     """How many segments the head of an earlier version says there are."""
     return int(files[0].attributes.get("segments", 0)) if files else 0
 
@@ -138,7 +124,7 @@ class Spectra(Mapping[str, Layer]):
             run.to_pandas()                       # one row per layer and event
     """
 
-    def __init__(self, path: Path_, files: Sequence[File] = ()) -> None:
+    def __init__(self, path: Path_, files: Sequence[RecordFile] = ()) -> None:
         self.path = Path(path)
         self.files = list(files) or open_files(self.path)
         self.attributes = self.files[0].attributes
@@ -237,7 +223,7 @@ class Spectra(Mapping[str, Layer]):
 
     @functools.cached_property
     def _layers(self) -> dict[str, Layer]:
-        found: dict[str, list[File]] = {}
+        found: dict[str, list[RecordFile]] = {}
         for file in self.files:
             for name in file.layers:
                 found.setdefault(name, []).append(file)

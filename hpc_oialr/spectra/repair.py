@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import claim
 from hpc_oialr.spectra.files import gaps_in, head_of, record_files, side_files, side_path
-from hpc_oialr.spectra.hdf5_io import DAMAGE, RecordFile, write_record, written_by
-from hpc_oialr.spectra.layer import File
-from hpc_oialr.spectra.reader import Spectra, open_file
+from hpc_oialr.spectra.hdf5_io import write_record, written_by
+from hpc_oialr.spectra.reader import Spectra
+from hpc_oialr.spectra.record_file import DAMAGE, RecordFile
 from hpc_oialr.spectra.rows import LayerRows, Rows, together
 from hpc_oialr.spectra.schema import EVENT, NO_STEPS, STEP, as_table
 
@@ -103,15 +102,13 @@ class DamagedFile:
     def rows(self) -> Rows:
         """All rows that can be read."""
         try:
-            file = open_file(self.path)
+            file = RecordFile(self.path)
         except DataError as error:
             self.lost.append(f"{self.path.name}: all of it ({error.__cause__}).")
             return Rows()
         with contextlib.closing(file):
             self.attributes = file.attributes
-            if isinstance(file, RecordFile):
-                return Rows(tuple(self._layers(file)), self._steps(file))
-            return Rows(tuple(_whole(file, name) for name in file.layers), file.steps)
+            return Rows(tuple(self._layers(file)), self._steps(file))
 
     def _layers(self, file: RecordFile) -> Iterator[LayerRows]:
         for name in file.layers:
@@ -133,9 +130,9 @@ class DamagedFile:
 
     def _steps(self, file: RecordFile) -> NDArray[np.void]:
         try:
-            if file.attributes.get("virtual") or "steps" not in file.file:
+            if file.attributes.get("virtual") or "steps" not in file.tree:
                 return NO_STEPS
-            steps, read = _chunks(file.file["steps"])
+            steps, read = _chunks(file.tree["steps"])
         except DAMAGE:
             self.lost.append(f"{self.path.name}: the table of steps, all of it.")
             return NO_STEPS
@@ -148,15 +145,12 @@ class DamagedFile:
             self.lost.append(f"{self.path.name}: {of}{count} of {len(lost)} {what}.")
 
 
-def _whole(file: File, name: str) -> LayerRows:
-    return LayerRows(name, *file.shape(name), file.events(name), file.singular_values(name))
-
-
-def _chunks(dataset: h5py.Dataset) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _chunks(dataset: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Rows chunk by chunk, and which of them could be read."""
     values = np.zeros(dataset.shape, dtype=dataset.dtype)
     read = np.zeros(len(values), dtype=bool)
-    step = dataset.chunks[0] if dataset.chunks else max(1, len(values))
+    chunks = getattr(dataset, "chunks", None)
+    step = chunks[0] if chunks else max(1, len(values))
     for start in range(0, len(values), step):
         with contextlib.suppress(*DAMAGE):
             values[start : start + step] = dataset[start : start + step]

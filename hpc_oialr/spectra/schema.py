@@ -44,11 +44,15 @@ fields up to ``seconds``, and no steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from hpc_oialr.record.files import to_json
 
 SCHEMA_VERSION = 2
 KINDS = {"stability": 0, "conversion": 1, "update": 2}
@@ -97,6 +101,17 @@ STEP = np.dtype(
 
 
 NO_STEPS = np.zeros(0, dtype=STEP)
+
+
+def root_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The root's attributes as a file of this version stores them: mappings as JSON."""
+    stored = {
+        name: to_json(value) if isinstance(value, Mapping) else value for name, value in attributes.items()
+    }
+    # These describe a file, not the record; the last two are of earlier versions.
+    for name in ("schema_version", "segments", "virtual"):
+        stored.pop(name, None)
+    return {"schema_version": SCHEMA_VERSION, **stored}
 
 
 def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.void]:

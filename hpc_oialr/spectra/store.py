@@ -20,10 +20,10 @@ from hpc_oialr.spectra.files import (
     side_files,
 )
 from hpc_oialr.spectra.flush_io import write_flush
-from hpc_oialr.spectra.hdf5_io import DAMAGE, WHOLE_BYTES, write_record
+from hpc_oialr.spectra.hdf5_io import write_record
 from hpc_oialr.spectra.join import join, merge, rows_of
-from hpc_oialr.spectra.layer import File
-from hpc_oialr.spectra.reader import Spectra, open_file
+from hpc_oialr.spectra.reader import Spectra
+from hpc_oialr.spectra.record_file import DAMAGE, WHOLE_BYTES, RecordFile
 from hpc_oialr.spectra.rows import Rows, together
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Chain:
         """Drop rows of later steps, as a run does that goes on from an older checkpoint: the newest first."""
         for path in reversed(record_files(self.head)):
             try:
-                file = open_file(path)
+                file = RecordFile(path)
                 if _last_step(file) > t:
                     self._cut(file, t)
                 file.close()
@@ -95,7 +95,7 @@ class Chain:
                 # The run goes on, and readers tell it again.
                 log.warning("%s", error)
 
-    def _cut(self, file: File, t: int) -> None:
+    def _cut(self, file: RecordFile, t: int) -> None:
         with Spectra(self.head, [file]) as run:
             kept = Rows(tuple(rows_of(run, t)), run.steps[run.steps["step"] <= t])
         if not kept and file.path == chain_of(head_of(file.path))[-1]:
@@ -119,11 +119,11 @@ class Chain:
         # A join that was killed may have left flushes of the last joined file's number.
         free = max(number_of(flushes[0]), number_of(joined[-1]) + 1) if joined else number_of(flushes[0])
         target = small[0] if small else segment_path(self.head, free)
-        with Spectra(self.head, [open_file(path) for path in small + flushes]) as run:
+        with Spectra(self.head, [RecordFile(path) for path in small + flushes]) as run:
             join(run, target)
 
 
-def _last_step(file: File) -> int:
+def _last_step(file: RecordFile) -> int:
     """The latest step of any row; -1 for a file without rows."""
     tables = [file.events(layer)["t"] for layer in file.layers] + [file.steps["step"]]
     return max((int(steps.max()) for steps in tables if len(steps)), default=-1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpc_oialr.spectra.async_writer import AsyncWriter
-from hpc_oialr.spectra.rows import Event, Rows, steps_of, together
+from hpc_oialr.spectra.rows import Event, steps_of, together
 from hpc_oialr.spectra.store import ResilientStore
 
 if TYPE_CHECKING:
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
 _STEPS = 256
 
 
-@dataclass(frozen=True)
-class _Job:
-    event: Event | None
-    steps: tuple[Mapping[str, float], ...]
+# An event, if there is one, and the rows of steps that came before it.
+_Job = tuple[Event | None, Sequence[Mapping[str, float]]]
 
 
 class SpectraWriter:
@@ -44,12 +41,7 @@ class SpectraWriter:
     """
 
     def __init__(
-        self,
-        store: ResilientStore,
-        layers: Sequence[str] = (),
-        *,
-        queue: int = 64,
-        patience_s: float = 60.0,
+        self, store: ResilientStore, layers: Sequence[str] = (), *, queue: int = 64, patience_s: float = 60.0
     ) -> None:
         self.store = store
         self._places = {name: place for place, name in enumerate(layers)}
@@ -113,14 +105,10 @@ class SpectraWriter:
             self.store.close()
 
     def _put(self, event: Event | None) -> None:
-        steps, self._steps = tuple(self._steps), []
-        self._queue.put(_Job(event, steps))
+        steps, self._steps = self._steps, []
+        self._queue.put((event, steps))
 
     def _do(self, jobs: Sequence[_Job]) -> None:
-        rows = together([self._rows(job) for job in jobs])
-        if rows:
+        events = [event.rows(self._places) for event, _ in jobs if event is not None]
+        if rows := together([*events, steps_of([row for _, steps in jobs for row in steps])]):
             self.store.append(rows)
-
-    def _rows(self, job: _Job) -> Rows:
-        steps = [steps_of(job.steps)] if job.steps else []
-        return together([*([job.event.rows(self._places)] if job.event else []), *steps])

@@ -17,8 +17,8 @@ import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.spectra import reader
 from hpc_oialr.spectra.export import export
-from hpc_oialr.spectra.hdf5_io import RecordFile
 from hpc_oialr.spectra.join import merge
+from hpc_oialr.spectra.record_file import RecordFile
 from hpc_oialr.spectra.schema import EVENT, KINDS
 
 
@@ -38,9 +38,9 @@ def test_only_what_is_asked_for_is_read(run: Path, monkeypatch: pytest.MonkeyPat
     read: list[str] = []
     original = RecordFile._read
 
-    def counted(file: RecordFile, dataset: str, rows: Any = ()) -> Any:
-        read.append(dataset.rsplit("/", 1)[-1])
-        return original(file, dataset, rows)
+    def counted(file: RecordFile, layer: str, table: str, rows: Any = ()) -> Any:
+        read.append(table)
+        return original(file, layer, table, rows)
 
     monkeypatch.setattr(RecordFile, "_read", counted)
     with spectra.open(run) as opened:
@@ -159,7 +159,7 @@ def test_files_are_joined_while_they_are_opened(
     opened: list[Path] = []
 
     def slow(path: Path) -> Any:
-        file = open_file(path)
+        file = RecordFile(path)
         if not opened:
             last = 4 * joined_before + 1
             for t in range(last + 1, last + 5):
@@ -167,8 +167,7 @@ def test_files_are_joined_while_they_are_opened(
         opened.append(path)
         return file
 
-    open_file = reader.open_file
-    monkeypatch.setattr(reader, "open_file", slow)
+    monkeypatch.setattr(reader, "RecordFile", slow)
     with spectra.open(tmp_path) as run:
         assert run["encoder.0"].t.tolist() == list(range(1, 4 * joined_before + 6))
     assert len(opened) > 2

@@ -45,7 +45,7 @@ def damaged(whole: Path, folder: Path, content: bytes) -> Path:
 def address(whole: Path, dataset: str, row: int) -> int:
     """A byte in the middle of the chunk that holds a row."""
     with open(whole) as run:
-        table = run.files[0].file[dataset]
+        table = run.files[0].tree[dataset]
         chunk = table.id.get_chunk_info_by_coord((row,) + (0,) * (table.ndim - 1))
         return int(chunk.byte_offset + chunk.size // 2)
 

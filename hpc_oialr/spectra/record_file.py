@@ -1,0 +1,117 @@
+"""One file of a record, open for reading: HDF5, or a flush."""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_oialr.errors import DataError
+from hpc_oialr.spectra.files import head_of, is_flush
+from hpc_oialr.spectra.flush_io import read_flush
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, SCHEMA_VERSION, STEP, as_table
+
+# Up to this size a file is read whole, for it may be replaced while it is open; larger ones are not while a run goes on.
+WHOLE_BYTES = 16 * 2**20
+# What h5py and NumPy raise for a damaged file.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipFile)
+
+
+class RecordFile:
+    """One file of a record; tables are read when they are asked for.
+
+    Attributes
+    ----------
+    path
+        The file.
+    tree
+        What is in it, as h5py shows it.
+    attributes
+        Of the root.
+    layers
+        Names of the layers that it has rows of.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing.
+    DataError
+        If it is damaged, no record of spectra, or of a newer schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.tree: Any = read_flush(path) if is_flush(path) else _open_hdf5(path)
+            self.attributes: dict[str, Any] = dict(self.tree.attrs)
+            version = int(self.attributes["schema_version"])
+            # A master of earlier versions shows files that lie beside it, and HDF5 shows zeros for a damaged one.
+            groups = [] if self.attributes.get("virtual") else list(self.tree.get("layers", ()))
+        except FileNotFoundError:
+            raise
+        except DAMAGE as error:
+            raise DataError(
+                f"{path} is damaged or no spectra file ({error}). Save what can be read with: "
+                f"oialr spectra repair {head_of(path)}"
+            ) from error
+        if version > SCHEMA_VERSION:
+            raise DataError(
+                f"{path} has schema version {version}; must be at most {SCHEMA_VERSION}. Update hpc_oialr."
+            )
+        self._groups = {"" if group == "%" else unquote(group): group for group in groups}
+        self.layers = tuple(self._groups)
+
+    def shape(self, layer: str) -> tuple[int, int, int]:
+        """A layer's place in the model, or -1, and its weight's m and n."""
+        with self._reading(f"attributes of layers/{self._groups[layer]}"):
+            found = self.group(layer).attrs
+            return int(found.get("index", -1)), int(found["m"]), int(found["n"])
+
+    def group(self, layer: str) -> Any:
+        """Where a layer's tables are."""
+        return self.tree["layers"][self._groups[layer]]
+
+    def events(self, layer: str) -> NDArray[np.void]:
+        """A layer's events, of dtype EVENT."""
+        return as_table(self._read(layer, "events"), EVENT)
+
+    def singular_values(self, layer: str, rows: Any = ()) -> NDArray[np.float32]:
+        """A layer's singular values, or some rows of them."""
+        return self._read(layer, "singular_values", rows)
+
+    @property
+    def steps(self) -> NDArray[np.void]:
+        """The table of steps, of dtype STEP."""
+        with self._reading("data set steps"):
+            there = "steps" in self.tree and not self.attributes.get("virtual")
+            return as_table(self.tree["steps"][()], STEP) if there else NO_STEPS
+
+    def close(self) -> None:
+        """Close the file."""
+        self.tree.close()
+
+    def _read(self, layer: str, table: str, rows: Any = ()) -> NDArray[Any]:
+        with self._reading(f"data set layers/{self._groups[layer]}/{table}"):
+            return np.asarray(self.group(layer)[table][rows])
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except DAMAGE as error:
+            raise DataError(
+                f"{self.path}: {what} cannot be read; it is damaged ({error}). Save the rest with: "
+                f"oialr spectra repair {head_of(self.path)}"
+            ) from error
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    whole = {"driver": "core", "backing_store": False} if path.stat().st_size <= WHOLE_BYTES else {}
+    return h5py.File(path, "r", locking=False, **whole)
