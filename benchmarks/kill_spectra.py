@@ -27,7 +27,7 @@ from hpc_oialr.spectra.writer import SpectraWriter
 
 LAYERS = tuple(f"encoder.{i}/dense" for i in range(4))
 RESUMED_AT, LAST, CHECKPOINT = 40, 90, 10
-JOIN_FLUSHES, JOIN_BYTES = 6, 60_000
+JOIN_FLUSHES, JOIN_BYTES = 6, 30_000
 
 Confirm = Callable[[int], None]
 

@@ -45,40 +45,31 @@ def open_files(path: Path) -> list[RecordFile]:
     head = head_of(path)
     if path != head and not path.is_dir():
         return [RecordFile(path)]
-    problem = ""
     for _ in range(_TRIES):
         files: list[RecordFile] = []
         try:
-            paths = record_files(head)
-            before = [_identity(each) for each in paths]
-            files += [RecordFile(each) for each in paths]
+            files += [RecordFile(each) for each in record_files(head)]
             files += [RecordFile(each) for side in _sides(head, files) for each in side_files(side)]
-            # A join meanwhile may have given a number to newer rows.
-            same = before == [_identity(each) for each in paths]
             missing = gaps_in([file.path for file in files], _counted(files))
+            # A join meanwhile may have given a number to newer rows.
+            missing += [file.path for file in files if file.replaced]
         except DataError:
             raise
         except FileNotFoundError as error:
-            same, missing = True, [Path(error.filename or head)]
-        if same and not missing:
+            missing = [Path(error.filename or head)]
+        if not missing:
             break
-        problem = (
-            f"{missing[0]} does not exist; it is a part of {head}" if missing else f"{head} is being joined"
-        )
         for file in files:
             file.close()
         time.sleep(_PAUSE_S)
     else:
-        raise DataError(f"{problem}. Save what can be read with: oialr spectra repair {head}")
+        raise DataError(
+            f"{missing[0]} does not exist, or changes; it is a part of {head}. Save what can be read with: "
+            f"oialr spectra repair {head}"
+        )
     if not files:
         raise DataError(f"{head} does not exist; must be the spectra.h5 of a run.")
     return files
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _sides(head: Path, files: Sequence[RecordFile]) -> list[Path]:

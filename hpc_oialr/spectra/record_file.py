@@ -48,6 +48,7 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity = _identity(path)
         try:
             self.tree: Any = read_flush(path) if is_flush(path) else _open_hdf5(path)
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
@@ -93,6 +94,11 @@ class RecordFile:
             there = "steps" in self.tree and not self.attributes.get("virtual")
             return as_table(self.tree["steps"][()], STEP) if there else NO_STEPS
 
+    @property
+    def replaced(self) -> bool:
+        """Whether another file has taken its place since."""
+        return _identity(self.path) != self._identity
+
     def close(self) -> None:
         """Close the file."""
         self.tree.close()
@@ -110,6 +116,11 @@ class RecordFile:
                 f"{self.path}: {what} cannot be read; it is damaged ({error}). Save the rest with: "
                 f"oialr spectra repair {head_of(self.path)}"
             ) from error
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open_hdf5(path: Path) -> h5py.File:
