@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -315,12 +317,21 @@ class LowRankWeight(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept another r, or the dense weight: the layer takes the stored form before torch copies the values.
 
-        A layer of a controller leaves that to the controller, which takes the optimizer along.
+        A layer of a controller leaves that to the controller, which takes the optimizer along. Without one a warning
+        says so if anything still holds the core that is replaced.
         """
         if all(isinstance(state_dict.get(prefix + name), Tensor) for name in ("U", "S", "Vh")):
             self.written = None
         if controller_of(self) is None:
+            core = weakref.ref(self.S)
             self._take_form(state_dict, prefix)
+            if core() is not None and core() is not self._parameters.get("S"):
+                warnings.warn(
+                    f"layer {prefix.rstrip('.')} takes the form of the loaded state, but something, perhaps an optimizer,"
+                    " still holds the core it had, which is trained no more. Make the optimizer from model.parameters() "
+                    "after the load; or load while OIALR(...) is attached, which takes the optimizer along.",
+                    stacklevel=2,
+                )
         # The layer may have its dense class again, now or in a hook.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
         if isinstance(self, LowRankWeight):

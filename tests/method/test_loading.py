@@ -204,6 +204,15 @@ def test_layers_without_a_controller_take_the_stored_form() -> None:
     assert type(free[1]) is nn.Linear
 
 
+def test_an_optimizer_that_nobody_takes_along_is_named() -> None:
+    run, states = Run(linear, "SGD").train(8), [Run(linear, "SGD").train(phase).state() for phase in (6, 1)]
+    run.oialr.detach()
+    for state in states:
+        with pytest.warns(UserWarning, match="takes the form .* Make the optimizer from model.parameters"):
+            run.load(state, ("model",))
+        run.optimizer = torch.optim.SGD(run.model.parameters(), 0.1)
+
+
 def test_what_cannot_be_loaded_is_refused_with_the_call_to_make() -> None:
     saved = Run(linear, "AdamW").train(6)
     state = saved.state()
