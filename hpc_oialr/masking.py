@@ -9,21 +9,28 @@ from typing import Any
 
 MASK = "***"
 
-_NAME = re.compile(r"TOKEN|KEY|PASSW|SECRET|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
-# Names of numbers that are secrets too, which max_tokens is not.
-_PLAIN_SECRET = re.compile(r"PASSW|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
-# https://user:password@host; a path of it has one slash
-_ADDRESS = re.compile(r"(\b[a-z][\w+.-]*:/{1,2})[^/\s@'\"]+@", re.IGNORECASE)
-# api_key=..., "password": "...", Authorization: Bearer ...
-_PAIR = re.compile(
-    r"(\b[\w-]*(?:token|api[_-]?key|access[_-]?key|passw(?:or)?d|secret|authorization)\w*['\"]?(?:\s*[=:]\s*|\s+is\s+(?=['\"])))"
-    r"(?:Bearer\s+)?(?:'[^']*'|\"[^\"]*\"|[^\s,;&'\"]+)",
-    re.IGNORECASE,
+_NAME = re.compile(
+    r"TOKEN|KEY|PASSW|PASSPHRASE|PWD|SECRET|CREDENTIAL|JWT|AUTH|SIGNATURE|COOKIE|BEARER", re.IGNORECASE
 )
-# Tokens that are known by their form: Hugging Face, GitHub, GitLab, OpenAI, AWS, JSON web tokens.
+# Names of numbers that are secrets too, which max_tokens is not.
+_PLAIN_SECRET = re.compile(r"PASSW|PWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+# https://user:password@host, where a password may hold another @; a path of it has one slash
+_ADDRESS = re.compile(r"(\b[a-z][\w+.-]*:/{1,2})[^/\s'\"]+@", re.IGNORECASE)
+_WORD = (
+    r"(?:token|(?:api|access|private|account)[_-]?key|passw(?:or)?d|passphrase|pwd|secret|credential|cookie|jwt|signature"
+    r"|authorization|auth(?!or)|(?<=[?&])sig)\w*"
+)
+_VALUE = r"(?:(?:Bearer|Basic)\s+)?(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|(?:-\s+\S+\s*)+|[^\s,;&'\"]+)"
+# api_key=..., "password": "...", token is [...], Authorization: Bearer ...; as options, --data.token ...
+_PAIR = re.compile(
+    rf"(\b[\w-]*{_WORD}['\"]?(?:\s*[=:]\s*|\s+is\s+(?=['\"\[]))|--[\w.-]*{_WORD}\s+){_VALUE}", re.IGNORECASE
+)
+_BEARER = re.compile(r"(\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+_PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
+# Tokens that are known by their form: Hugging Face, GitHub, GitLab, OpenAI, AWS, Slack, JSON web tokens.
 _FORM = re.compile(
     r"\b(?:hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+    r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
 
 
@@ -51,7 +58,9 @@ def mask_text(text: str) -> str:
     'data.token is *** (from the command line); must be int.'
     """
     masked = _ADDRESS.sub(rf"\1{MASK}@", text)
-    return _FORM.sub(MASK, _PAIR.sub(rf"\1{MASK}", masked))
+    for pattern in (_PAIR, _BEARER, _PEM):
+        masked = pattern.sub(rf"\1{MASK}", masked)
+    return _FORM.sub(MASK, masked)
 
 
 def mask_tree(value: Any, name: str = "") -> Any:
@@ -63,7 +72,8 @@ def mask_tree(value: Any, name: str = "") -> Any:
     {'data': {'path': 's3://***@host', 'api_key': '***'}, 'steps': 3}
     """
     if isinstance(value, Mapping):
-        return {key: mask_tree(item, str(key)) for key, item in value.items()}
+        # What lies under a secret's name is secret, whatever its own name.
+        return {key: mask_tree(item, name if is_secret(name) else str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [mask_tree(item, name) for item in value]
     if isinstance(value, str):

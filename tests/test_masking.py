@@ -8,7 +8,7 @@ import pytest
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.masking import MaskingFormatter, mask_text
+from hpc_oialr.masking import MaskingFormatter, mask_text, mask_tree
 
 # Put together here, so that no scanner takes them for real ones.
 TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "a1" * 10, "AKIA" + "A1" * 8]
@@ -23,11 +23,26 @@ TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "
         ("Authorization: Bearer abc.def", "Authorization: ***"),
         ("HF_TOKEN=abc", "HF_TOKEN=***"),
         ("12 tokens/s, key 3, mail me@host, a/b://c", "12 tokens/s, key 3, mail me@host, a/b://c"),
+        ("passphrase=a pwd: b", "passphrase=*** pwd: ***"),
+        ("--data.token abc --train.steps 3", "--data.token *** --train.steps 3"),
+        ("https://me:p@w@host/x?sig=ab&n=1", "https://***@host/x?sig=***&n=1"),
+        ("Authorization: Basic YWJj\nbearer abcdefgh.ij", "Authorization: ***\nbearer ***"),
+        ("{'tokens': ['a', 'b'], 'n': 1}", "{'tokens': ***, 'n': 1}"),
+        ("token:\n  - a\n  - b\nn: 1", "token:\n  ***n: 1"),
+        ("private_key=a AccountKey=b==;c", "private_key=*** AccountKey=***;c"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END", "-----BEGIN RSA PRIVATE KEY-----***-----END"),
+        ("the author: me, --author me", "the author: me, --author me"),
         *((f"found {token}.", "found ***.") for token in TOKENS),
     ],
 )
 def test_texts(text: str, masked: str) -> None:
     assert mask_text(text) == masked
+
+
+def test_what_lies_under_a_secret_name() -> None:
+    tree = {"auth": {"user": "me", "parts": [{"a": "b"}], "n": 1}, "passphrase": "x", "path": "y"}
+    masked = {"auth": {"user": "***", "parts": [{"a": "***"}], "n": 1}, "passphrase": "***", "path": "y"}
+    assert mask_tree(tree) == masked
 
 
 def test_logs_and_their_tracebacks() -> None:

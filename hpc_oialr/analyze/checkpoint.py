@@ -24,9 +24,9 @@ from hpc_oialr.system_errors import read_json
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
 PLAIN = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-# Names by which GPTQ, AWQ and compressed-tensors store packed matrices, and by which scales lie beside 8-bit ones
+# Names by which GPTQ, AWQ, compressed-tensors, MXFP4 and HQQ store packed matrices, and by which scales lie beside 8-bit ones
 # (DeepSeek's weight_scale_inv, bitsandbytes' SCB and weight.absmax).
-PACKED = ("qweight", "weight_packed")
+PACKED = ("qweight", "weight_packed", "weight_blocks", "W_q")
 SCALES = re.compile(r"scale|SCB|absmax")
 # Where training programs put the state dict among other things.
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -63,13 +63,14 @@ class SafetensorsFile(Checkpoint):
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 dtypes = {name: each.get_dtype() for name, each in slices.items()}
-                refuse_quantised(path, dtypes)
                 self.names = frozenset(dtypes)
                 self.shapes = {
                     name: tuple(each.get_shape()) for name, each in slices.items() if "F" in dtypes[name]
                 }
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is no whole safetensors file ({error}); copy it again.") from error
+        # Not above: a DataError is an OSError too.
+        refuse_quantised(path, dtypes)
 
     def tensor(self, name: str) -> Tensor:
         """Read one, on the CPU."""
@@ -118,7 +119,11 @@ class RunCheckpoint(Checkpoint):
 
         self.path, self._step = path, int(path.name.removeprefix("step_"))
         self._store = CheckpointStore(path.parent, World.single("cpu"))
-        if low_rank := self._store.read_state(self._step)["controller"]["r"]:
+        try:
+            low_rank = self._store.read_state(self._step)["controller"]["r"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path} is damaged (state.json: {error!r}); copy it again.") from error
+        if low_rank:
             raise DataError(
                 f"{path} is of a low-rank run ({len(low_rank)} layers); must be dense. Its spectra are in the "
                 f"run's spectra.h5; for the merged weights: oialr export {path.parent.parent} --format dense "
