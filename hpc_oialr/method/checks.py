@@ -155,6 +155,12 @@ def require_finite(sites: Sequence[Site], engine: Engine) -> None:
     """
     if not sites:
         return
+    meta = [site.name for site in sites if site.trained.is_meta]
+    if meta:
+        raise ModelError(
+            f"the weights of {', '.join(meta[:5])} are on the meta device and have no values. Materialise and initialise "
+            "the model, make the optimizer from its parameters, then OIALR(...)."
+        )
     finite = torch.stack([torch.isfinite(engine.stored(site.trained)).all() for site in sites])
     found = (engine.seen_by_any(1 - finite.float()) > 0).cpu().tolist()
     bad = [site.name for site, is_bad in zip(sites, found, strict=True) if is_bad]

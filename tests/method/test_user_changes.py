@@ -285,6 +285,14 @@ def test_what_is_left_to_do_is_said_where_nothing_can_be_converted() -> None:
         prune.l1_unstructured(model[0], "weight", amount=0.5)
 
 
+def test_a_model_without_values_is_named() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 20), nn.Linear(20, 6))
+    oialr = controller(model, delay=1)
+    with pytest.raises(ModelError, match="weights of 0 are on the meta device and have no values"):
+        oialr.step()
+
+
 def test_a_failed_conversion_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(20, 24, 12)
     oialr = controller(model)
