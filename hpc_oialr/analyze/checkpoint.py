@@ -24,8 +24,8 @@ from hpc_oialr.system_errors import read_json
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
 PLAIN = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-# Names by which GPTQ, AWQ, compressed-tensors, MXFP4 and HQQ store packed matrices, and by which scales lie beside 8-bit ones
-# (DeepSeek's weight_scale_inv, bitsandbytes' SCB and weight.absmax).
+# Names by which GPTQ, AWQ, compressed-tensors, MXFP4 and HQQ store packed matrices, and by which scales lie beside
+# 8-bit ones (DeepSeek's weight_scale_inv, bitsandbytes' SCB and weight.absmax).
 PACKED = ("qweight", "weight_packed", "weight_blocks", "W_q")
 SCALES = re.compile(r"scale|SCB|absmax")
 # Where training programs put the state dict among other things.
@@ -84,7 +84,11 @@ class TorchFile(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors = {n: t for n, t in _state_dict(_load(path), path).items() if isinstance(t, Tensor)}
+        tensors = {str(n): t for n, t in _state_dict(_load(path), path).items() if isinstance(t, Tensor)}
+        for name, tensor in tensors.items():
+            if tensor.layout != torch.strided or tensor.is_meta:
+                kind = "no values" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+                raise DataError(f"{path} holds {kind} as {name}; save a dense tensor with its values.")
         self.names = frozenset(tensors)
         refuse_quantised(path, {name: str(tensor.dtype) for name, tensor in tensors.items()})
         self._tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -156,7 +160,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _of_file(path)
     if not path.is_dir():
         raise DataError(f"{path} does not exist; must be a checkpoint's file or folder.")
-    if (path / "manifest.json").is_file() and path.name.startswith("step_"):
+    if (path / "manifest.json").is_file() and re.fullmatch(r"step_\d+", path.name):
         return RunCheckpoint(path)
     for name in INDICES:
         if (path / name).is_file():
@@ -259,7 +263,7 @@ def _first_line(error: Exception) -> str:
 def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
     if isinstance(loaded, Mapping):
         for key in NESTED:
-            if isinstance(loaded.get(key), Mapping):
+            if isinstance(loaded.get(key), Mapping) and loaded[key] is not loaded:
                 return _state_dict(loaded[key], path)
         if any(isinstance(value, Tensor) for value in loaded.values()):
             return loaded

@@ -35,19 +35,52 @@ FP8 = MATRIX.to(torch.float8_e4m3fn)
             {"a.qweight": MATRIX.int(), "a.scales": torch.ones(1, 8)},
             "a.qweight holds I32, with a.scales beside it",
         ),
+        (
+            {"a.weight_blocks": MATRIX.to(torch.uint8), "a.weight_scales": torch.ones(8)},
+            "a.weight_blocks holds U8",
+        ),
+        (
+            {"a.W_q": MATRIX.to(torch.uint8), "a.scale": torch.ones(8)},
+            "a.W_q holds U8, with a.scale beside it",
+        ),
         ({"a.weight": MATRIX.to(torch.int8)}, "a.weight holds I8, and its spectrum would be wrong"),
     ],
 )
 def test_quantised_matrices_are_refused_by_name(tmp_path, state, text):
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match=f"is quantised: .*{text}"):
+    with pytest.raises(DataError, match=f"model.safetensors is quantised: .*{text}") as raised:
         open_checkpoint(tmp_path)
+    assert "is no whole" not in str(raised.value)
 
 
 def test_quantised_torch_file(tmp_path):
     torch.save({"a.weight": FP8, "a.weight_scale": torch.ones(1)}, tmp_path / "model.pt")
     with pytest.raises(DataError, match="a.weight holds torch.float8_e4m3fn, with a.weight_scale beside it"):
         open_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (MATRIX.to_sparse(), "layout torch.sparse_coo as a.weight"),
+        (MATRIX.to("meta"), "no values as a.weight"),
+    ],
+)
+def test_tensors_without_a_matrix_in_them(tmp_path, tensor, text):
+    torch.save({"a.weight": tensor, 0: MATRIX}, tmp_path / "model.pt")
+    with pytest.raises(DataError, match=text):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("state", [None, "{", "[]", "{}"])
+def test_a_damaged_checkpoint_of_a_run(tmp_path, state):
+    folder = tmp_path / "step_00000005"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    if state is not None:
+        (folder / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"step_00000005 is damaged \(state\.json: "):
+        open_checkpoint(folder)
 
 
 def test_eight_bits_without_scales_are_the_matrix(tmp_path):
