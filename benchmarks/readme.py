@@ -344,6 +344,14 @@ def stability() -> str:
     return table(header, rows) + "\n" + origins(results)
 
 
+def support() -> str:
+    """What works with what."""
+    from benchmarks.support import summary  # which writes the README, too
+
+    result = load("support")
+    return summary(result) + "\n" + origin("support", result["environment"])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "budgets": budgets,
@@ -357,6 +365,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "life": life,
     "record": record,
     "stability": stability,
+    "support": support,
 }
 
 
@@ -370,7 +379,7 @@ def rendered(text: str) -> str:
     return text
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write, or check."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -381,7 +390,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = rendered(before)
-    if parser.parse_args().check:
+    if parser.parse_args(arguments).check:
         sys.exit(before != after)
     readme.write_text(after)
 

@@ -1,8 +1,8 @@
 """What works together: every optimizer of the registry and every wrapper, as their tests come out here.
 
-``python -m benchmarks.support`` runs the tests of each row, writes ``benchmarks/results/support.json`` and from it
-``docs/support.md``; with names of optimizers behind it, the tests of these only. Optimizers of packages that are not
-installed keep an earlier result.
+``python -m benchmarks.support`` runs the tests of each row, writes ``benchmarks/results/support.json``, and from it
+``docs/support.md`` and the README's tables; with names of optimizers behind it, the tests of these only. Optimizers of
+packages that are not installed keep an earlier result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks import readme
 from benchmarks.common import Row
 from hpc_oialr.optim.state_kinds import INSTEAD, OPTIMIZERS, REFUSED
 from hpc_oialr.record.environment_report import environment_report
@@ -34,17 +35,22 @@ _OTHER = "tests/engines/test_ddp_wrapper.py::test_compiled_around_python_reducer
 _SEVERAL = "tests/optim/test_stack.py::test_optimizers_of_several_processes"
 _HANDED_ON = "tests/optim/test_stack.py::test_handing_on_changes_nothing"
 _COPIES = "tests/method/test_copies.py"
+_TRANSFORMS = "tests/lowrank/test_transforms.py"
 _AROUND, _RESUME = "tests/method/test_surroundings.py", "tests/method/test_resume_order.py"
 
 # What wraps a model or an optimizer, or goes round a loop: how it behaves, and the tests that say so.
 WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "DistributedDataParallel": (
-        "works; the wrapper stays the user's own object, with all its options",
-        (_DDP,),
+        "works; the wrapper stays the user's own object, with its options; refused: delay_all_reduce_named_params, one "
+        "axis of a larger device_mesh, hooks that step",
+        (_DDP, _OTHER),
     ),
     "DistributedDataParallel, static_graph or find_unused_parameters": ("works", (_DDP,)),
     "DistributedDataParallel, communication hooks (fp16, PowerSGD)": ("works; PowerSGD begins anew", (_DDP,)),
-    "DistributedDataParallel, mixed_precision": ("works", (_OTHER,)),
+    "DistributedDataParallel, mixed_precision": (
+        "kept; its forward pass needs a GPU and was not run",
+        (_OTHER,),
+    ),
     "DistributedDataParallel made after OIALR(...), or around the model inside a wrapper of oialr's": (
         "an error in its first forward pass",
         (f"{_AROUND}::test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_errors",),
@@ -66,9 +72,22 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "works, inside or around DistributedDataParallel",
         ("tests/method/test_compile.py", _OTHER),
     ),
-    "torch.func, double backward, forward-mode AD, torch.export": (
+    "torch.func (grad, vmap, jvp, vjp, jacrev, jacfwd, hessian, functional_call), forward-mode AD": (
         "works",
-        ("tests/lowrank/test_transforms.py::test_as_the_dense_layer",),
+        (f"{_TRANSFORMS}::test_as_the_dense_layer",),
+    ),
+    "double and third backward, gradient penalties": (
+        "works",
+        (
+            f"{_TRANSFORMS}::test_as_the_dense_layer",
+            f"{_TRANSFORMS}::test_gradient_penalty_trains_the_core_as_the_weight",
+        ),
+    ),
+    "torch.export": ("works, with dynamic shapes", (f"{_TRANSFORMS}::test_export_with_any_batch",)),
+    "torch.jit.trace": ("works", (f"{_TRANSFORMS}::test_as_the_dense_layer",)),
+    "torch.jit.script, torch.fx.symbolic_trace": (
+        "an error; merge(model) can be scripted and traced",
+        (f"{_TRANSFORMS}::test_script_and_symbolic_trace_are_errors_until_merged",),
     ),
     "AveragedModel (EMA, SWA)": (
         "works, given as averages=",
@@ -83,6 +102,13 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             f"{_AROUND}::test_a_second_controller_is_refused_naming_the_first",
             f"{_RESUME}::test_a_low_rank_model_goes_on_under_a_new_controller",
+        ),
+    ),
+    "stopping and loading at any step, with any of these optimizers, wrappers and options together": (
+        "the bits of the undisturbed run; structure (model or controller) before the optimizer",
+        (
+            "tests/optim/test_properties.py::test_on_one_process",
+            "tests/optim/test_properties.py::test_on_two_processes",
         ),
     ),
     "load_state_dict of another r, or of the dense phase, in any order and of any part": (
@@ -236,6 +262,27 @@ def measured(earlier: Mapping[str, Row]) -> list[Row]:
     return rows
 
 
+def summary(content: Mapping[str, Any]) -> str:
+    """The README's tables: optimizers by library, and wrappers."""
+    tested: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        if "optimizer" in row and row["result"] == "passed":
+            library, _, name = row["optimizer"].partition(".")
+            tested.setdefault(f"{library} {row['version']}", []).append(name)
+    lines = ["| optimizers of | tested | which |", "| --- | --- | --- |"]
+    lines += [f"| {library} | {len(names)} | {', '.join(names)} |" for library, names in tested.items()]
+    lines += [f"| any library | refused: {len(REFUSED)} | {', '.join(REFUSED)} |"]
+    return "\n".join([*lines, "", *_wrapper_lines(content["rows"])])
+
+
+def _wrapper_lines(rows: Iterable[Row]) -> list[str]:
+    lines = ["| what | support |", "| --- | --- |"]
+    for row in (row for row in rows if "wrapper" in row):
+        support = row["how"] if row["result"] == "passed" else row["result"].upper()
+        lines.append(f"| {row['wrapper']} | {support} |")
+    return lines
+
+
 def page(content: Mapping[str, Any]) -> str:
     """``docs/support.md``."""
     rows = content["rows"]
@@ -259,11 +306,7 @@ def page(content: Mapping[str, Any]) -> str:
     for name, reason in REFUSED.items():
         reasons.setdefault(reason, []).append(f"`{name}`")
     lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
-    lines += ["", "## Wrappers and loops", "", "| what | support |", "| --- | --- |"]
-    for row in (row for row in rows if "wrapper" in row):
-        lines.append(
-            f"| {row['wrapper']} | {row['how'] if row['result'] == 'passed' else row['result'].upper()} |"
-        )
+    lines += ["", "## Wrappers and loops", "", *_wrapper_lines(rows)]
     return "\n".join([*lines, "", f"*torch {content['environment']['packages']['torch']}.*", ""])
 
 
@@ -282,6 +325,7 @@ def main() -> None:
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(content))
+    readme.main([])
     failed = [row.get("optimizer") or row["wrapper"] for row in rows if row["result"] == "failed"]
     print(f"{RESULT}\n{PAGE}\nfailed: {', '.join(failed) or 'none'}")
     sys.exit(bool(failed))

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hpc_oialr.lowrank import Selection, convert, low_rank_layers
+from hpc_oialr.errors import ModelError
+from hpc_oialr.lowrank import Selection, convert, low_rank_layers, merge
 
 
 class SelfAttention(nn.Module):
@@ -173,6 +174,21 @@ def test_export_with_any_batch(kind: str, crossover: float) -> None:
         layer.crossover = crossover
     got, expected = exported(low, x.float()), dense(torch.cat([x, x.cos(), x]))
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_script_and_symbolic_trace_are_errors_until_merged() -> None:
+    _, low, x = twins("linear", torch.float32, "factored")
+    with pytest.raises(
+        ModelError, match=r"torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge"
+    ):
+        torch.jit.script(low)
+    model = nn.Sequential(low)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+    y, dense = model(x.float()), merge(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(dense)(x.float()), y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.jit.script(dense)(x.float()), y, rtol=0, atol=1e-5)
 
 
 def test_derivatives_by_the_core_and_the_bases() -> None:
