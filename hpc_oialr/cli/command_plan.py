@@ -52,12 +52,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--memory-gib", metavar="X", type=float, help="of a process; default the GPU's")
     parser.add_argument("--weak", action="store_true", help="keep the batch of a process, not the global one")
     parser.add_argument("--r-fraction", metavar="F", type=float, default=0.25,
-                        help="share of k that r falls to, under rules that look at singular values")  # fmt: skip
-    parser.add_argument("--samples", metavar="N", type=int, help="of the training data, if they are not here")
+                        help="share of k that r falls to, under rules that depend on singular values")  # fmt: skip
+    parser.add_argument("--samples", metavar="N", type=int, help="of the training data, if it is not here")
     parser.add_argument(
         "--calibration", metavar="FILE", type=Path, help="result of python -m benchmarks.comm"
     )
-    parser.add_argument("--probe", action="store_true", help="time some real steps on this machine first")
+    parser.add_argument("--probe", action="store_true", help="measure some real steps on this machine first")
     parser.add_argument("--dry-run", metavar="P", type=int,
                         help="instead: run the code as the first, middle and last of P processes")  # fmt: skip
     parser.add_argument(

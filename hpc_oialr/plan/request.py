@@ -38,16 +38,25 @@ class Request:
     probe: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in (("--nodes", self.nodes), ("--gpus-per-node", [self.per_node])):
+        for name, values in (
+            ("--nodes", self.nodes),
+            ("--gpus-per-node", [self.per_node]),
+            ("--adapters", [1 if self.adapters is None else self.adapters]),
+        ):
             if not values or min(values) < 1:
                 raise ConfigError(name, list(values), "must be at least 1")
         if not 0 < self.r_fraction <= 1:
             raise ConfigError("--r-fraction", self.r_fraction, "must lie in (0, 1]")
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ConfigError("--memory-gib", self.memory_gib, "must be positive")
-        if self.probe and (self.site or self.gpu):
-            rule = f"measures the machine at hand, and the plan is for {self.site or self.gpu}"
-            raise ConfigError("--probe", True, rule, fix="Leave out --site and --gpu, or --probe.")
+        other = self.site or self.gpu
+        for name, value in (("--probe", self.probe), ("--calibration", str(self.calibration or ""))):
+            if value and other:
+                rule = f"is of the machine at hand, and the plan is for {other}"
+                raise ConfigError(name, value, rule, fix=f"Leave out --site and --gpu, or {name}.")
+        if self.adapters is not None and not (other or self.network):
+            rule = "needs a network whose adapters they are"
+            raise ConfigError("--adapters", self.adapters, rule, fix="Name it: --network, --gpu or --site.")
 
     @property
     def cluster(self) -> presets.ClusterPreset | None:

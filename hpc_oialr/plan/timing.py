@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from hpc_oialr.engines import EngineConfig, TensorParallel
 from hpc_oialr.errors import DataError
@@ -269,28 +268,21 @@ def machine_of(content: Mapping[str, Any], source: str) -> Machine:
 
 def measured_speeds() -> dict[str, Any]:
     """Cores and memory of this machine; FLOP/s of products and SVDs, bytes/s of additions with all threads."""
+
+    def seconds(statement: str, **tensors: torch.Tensor) -> float:
+        # By itself it takes one thread.
+        timer = Timer(statement, globals={"torch": torch, **tensors}, num_threads=torch.get_num_threads())
+        return float(timer.blocked_autorange(min_run_time=0.1).median)
+
     n = 768
-    a, b, matrix = torch.randn(n, n), torch.randn(n, n), torch.randn(384, 384)
-    half_a, half_b, long = a.bfloat16(), b.bfloat16(), torch.randn(1 << 22)
-    out = torch.empty_like(long)
+    a, matrix, long = torch.randn(n, n), torch.randn(384, 384), torch.randn(1 << 22)
     return {
         "peak": {
-            "float32": 2.0 * n**3 / _median_s(lambda: a @ b),
-            "bfloat16": 2.0 * n**3 / _median_s(lambda: half_a @ half_b),
+            "float32": 2.0 * n**3 / seconds("a @ a", a=a),
+            "bfloat16": 2.0 * n**3 / seconds("a @ a", a=a.bfloat16()),
         },
-        "bandwidth": 3.0 * long.nbytes / _median_s(lambda: torch.add(long, long, out=out)),
-        "svd_flops": svd_cost(384, 384) / _median_s(lambda: torch.linalg.svd(matrix)),
+        "bandwidth": 3.0 * long.nbytes / seconds("torch.add(a, a, out=b)", a=long, b=torch.empty_like(long)),
+        "svd_flops": svd_cost(384, 384) / seconds("torch.linalg.svd(a)", a=matrix),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
     }
-
-
-def _median_s(function: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call, after one that does not count."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

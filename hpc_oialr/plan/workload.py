@@ -83,20 +83,18 @@ class Workload:
 
     @classmethod
     def _without_data(cls, config: RunConfig, samples: int | None, missing: DataError) -> Workload:
-        data = config.data
-        count = samples or KNOWN_SAMPLES.get(type(data).__name__)
-        length, side = (
-            getattr(data, "sequence_length", None),
-            getattr(data, "size", getattr(data, "image_size", None)),
-        )
+        data, labels = config.data, TensorSpec((), torch.int64)
+        length = getattr(data, "sequence_length", None)
+        side = getattr(data, "size", getattr(data, "image_size", None))
         if length is not None:
             tokens = TensorSpec((length,), torch.int64)
             specs = {"input_ids": tokens, "labels": tokens}
         elif side is not None:
-            pixels = TensorSpec((getattr(data, "num_channels", 3), side, side), torch.float32)
-            specs = {"pixel_values": pixels, "labels": TensorSpec((), torch.int64)}
+            shape = getattr(data, "num_channels", 3), side, side
+            specs = {"pixel_values": TensorSpec(shape, torch.float32), "labels": labels}
         else:
             raise missing
+        count = samples or KNOWN_SAMPLES.get(type(data).__name__)
         if count is None:
             raise DataError(f"{missing} Or say how many training samples there are: --samples N")
         if data.limit is not None:
