@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,9 +120,12 @@ class RunFolder:
 
     def create(self) -> RunFolder:
         """Make the folder and those inside, readable by their owner only; what exists is kept."""
-        for folder in (self.path, self.checkpoints, self.logs):
+        for folder in (self.path, self.checkpoints):
             # parents=True would give the mode to the last one only, which is meant: parents are shared.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            # A file in its place costs the logs, not the run.
+            self.logs.mkdir(mode=0o700, exist_ok=True)
         return self
 
     def write_config(self, text: str) -> None:

@@ -58,3 +58,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_file_in_place_of_the_logs_stops_nothing(tmp_path):
+    (tmp_path / "logs").touch()
+    RunFolder(tmp_path).create()
+    assert (tmp_path / "checkpoints").is_dir()
