@@ -170,6 +170,12 @@ def transforms_active() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 or told is None or told()
 
 
+def active_ddp_module() -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` whose forward pass is under way."""
+    active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
+    return active
+
+
 def is_allocation(kind: object) -> bool:
     """Whether an event of the profiler's tree is one of the allocator."""
     return bool(kind == torch._C._profiler._EventType.Allocation)

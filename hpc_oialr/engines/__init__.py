@@ -1,13 +1,12 @@
 """Engines: how a model's processes share its gradients, behind one interface."""
 
-from hpc_oialr.engines.base import Engine
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine
 from hpc_oialr.engines.factory import adopt, make_engine
 from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel
-from hpc_oialr.engines.single import SingleEngine
 from hpc_oialr.engines.tensor.engine import TensorEngine
+from hpc_oialr.method.engine import Engine, SingleEngine
 
 __all__ = [
     "DDP",

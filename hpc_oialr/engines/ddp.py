@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.ddp_wrapper import (
     MIB,
     full_precision,
@@ -49,7 +49,7 @@ def bucket_mb(trained_bytes: float) -> float:
     return min(_BUCKET_MB, max(_FIRST_BUCKET_MB, trained_bytes / _BUCKETS / MIB))
 
 
-class DDPEngine(Engine):
+class DDPEngine(GroupEngine):
     """Averages the gradients of what is trained, and of nothing else, while they are computed.
 
     Parameters

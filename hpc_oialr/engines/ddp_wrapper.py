@@ -69,12 +69,6 @@ def _refuse(option: str, reason: str) -> None:
     )
 
 
-def active_wrapper() -> DistributedDataParallel | None:
-    """The wrapper whose forward pass is under way."""
-    active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
-    return active
-
-
 def joining(wrapper: DistributedDataParallel) -> bool:
     """Whether processes may run out of samples one by one, as in ``with wrapper.join()``."""
     return bool(wrapper._join_config.enable)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.deepspeed_json import (
     Recipe,
     check_precision,
@@ -42,7 +42,7 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(GroupEngine):
     """ZeRO 1, 2 and 3: optimizer state, gradients and parameters dealt over the processes.
 
     The optimizer given to :meth:`wrap` stays the one that the method, schedulers and checkpoints see.

@@ -8,11 +8,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc_oialr.engines.base import Engine
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.fsdp import FSDPEngine
-from hpc_oialr.engines.single import SingleEngine
 from hpc_oialr.errors import ModelError
+from hpc_oialr.method.engine import Engine, SingleEngine
 from hpc_oialr.processes import World
 
 _OTHER_WRAPPERS = {

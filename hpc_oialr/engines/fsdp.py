@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
-from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import Site
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -22,7 +22,7 @@ from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import forget_shapes, require_fsdp
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(GroupEngine):
     """Shards every parameter over processes, with its gradient and its optimizer state.
 
     ``U`` and ``Vh`` are sharded and gathered like the others, but have no gradient and no reduce-scatter.

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
@@ -21,6 +20,7 @@ from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.average_guard import AverageGuard, turned
 from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces
 from hpc_oialr.optim.stack import OptimizerStack

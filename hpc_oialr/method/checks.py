@@ -10,11 +10,11 @@ from weakref import ReferenceType as Ref
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
 from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
 from hpc_oialr.lowrank.base import rounding_bound, written_bases
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state

@@ -13,7 +13,7 @@ from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.plan_execution import run_task
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.work_plan import BATCH_NUMBERS, LayerWork, Task, WorkPlan
-from hpc_oialr.processes import World
+from hpc_oialr.method.engine import Peers
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Result:
 
 
 def deal(
-    jobs: Sequence[Job], world: World, *, owners: Sequence[int] | None = None, careful: bool = True
+    jobs: Sequence[Job], world: Peers, *, owners: Sequence[int] | None = None, careful: bool = True
 ) -> Iterator[Result]:
     """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.
 
@@ -91,7 +91,7 @@ def deal(
                 yield Result(i, part, seconds / len(task.layers) if task is mine else 0.0)
 
 
-def _plan(jobs: Sequence[Job], world: World, owners: Sequence[int] | None) -> WorkPlan:
+def _plan(jobs: Sequence[Job], world: Peers, owners: Sequence[int] | None) -> WorkPlan:
     works = [job.work for job in jobs]
     # On a CPU a batch would be a loop, and only hold more at a time.
     batch_numbers = BATCH_NUMBERS if jobs and jobs[0].like.is_cuda else 0
@@ -101,7 +101,7 @@ def _plan(jobs: Sequence[Job], world: World, owners: Sequence[int] | None) -> Wo
 
 
 def _compute_agreed(
-    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: World
+    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: Peers
 ) -> tuple[Tensor | None, float]:
     """Do this process's task; every process raises if one failed, so that none waits for ever."""
     start, values, failure = time.perf_counter(), None, None
@@ -124,7 +124,7 @@ def _compute_agreed(
 
 
 def _compute_or_nan(
-    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: World
+    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: Peers
 ) -> tuple[Tensor | None, float]:
     """Do this process's task; NaN if it failed."""
     if mine is None:
@@ -142,7 +142,7 @@ def _compute(
     task: Task,
     plan: WorkPlan,
     matrices: dict[int, Tensor],
-    world: World,
+    world: Peers,
     *,
     careful: bool = True,
 ) -> Tensor | None:

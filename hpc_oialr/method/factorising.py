@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.linalg.basis_change import angles_of
 from hpc_oialr.linalg.blocks import gram_error
 from hpc_oialr.linalg.svd import SVD, compute_dtype
@@ -18,6 +17,7 @@ from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, Site
 from hpc_oialr.method.dealing import Job, Result, deal
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.stability import rotation_cosines, rotation_stability
 
 # Of the results that wait on a GPU to be read back together, with what an engine may bring to hand a core out:

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate
 
 # One such step may be a weight clipped in a step that a GradScaler skipped.

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site, low_rank_layers
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
@@ -22,6 +21,7 @@ from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
 from hpc_oialr.method.average_guard import turned
 from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.state_kinds import FACTORED
 
 ORDER = "load the model's state (or call oialr.load_state_dict) first, then the optimizer's"

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.engines import Engine, adopt
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
@@ -29,6 +28,7 @@ from hpc_oialr.method.checks import (
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.engine import Engine, adopt
 from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.loading import Loader, require_same_groups
@@ -36,7 +36,6 @@ from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_partici
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport, layer_update
 from hpc_oialr.method.watch import StabilityWatch
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.processes.replicas import check_equal
 
 
 class OIALR:
@@ -321,7 +320,7 @@ class OIALR:
         factors = {name: [local(p) for p in layers[name].factors] for name in names}
         plain = plain_parameters(self.module, self.engine.ignored)
         rest = {name: [self.engine.stored(p)] for name, p in plain.items()}
-        check_equal(factors | rest, self.engine.replicas)
+        self.engine.check_replicas(factors | rest)
 
     def _report(
         self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Selection, Site
 from hpc_oialr.lowrank.layout import Sharded
@@ -16,6 +15,7 @@ from hpc_oialr.lowrank.marks import accumulation_hooks, optimizer_in_hooks
 from hpc_oialr.lowrank.refusals import Refusal
 from hpc_oialr.lowrank.selection import Shared, examine, unfit
 from hpc_oialr.method.checks import shared_sites, trained_sites
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.stack import OptimizerStack
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
@@ -19,6 +18,7 @@ from hpc_oialr.linalg.work_plan import LayerWork, longest_processing_time, svd_c
 from hpc_oialr.lowrank import Site
 from hpc_oialr.method.checks import require_finite
 from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.factorising import split_svd
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, SingleEngine, TensorEngine
-from hpc_oialr.engines.base import Engine
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.factorising import core_rotations, weight_factors
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.optim.stack import OptimizerStack

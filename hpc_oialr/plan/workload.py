@@ -154,7 +154,7 @@ class Workload:
         built = cast(EngineConfig, _BuiltEngine(engine))
         train = replace(config.train, global_batch=global_batch, steps=10**9, workers=0)
         config = replace(config, oialr=method, train=train, data=data, engine=built, compile=False)
-        return make_session(config, engine.world)
+        return make_session(config, cast(World, engine.world))
 
 
 @dataclass(frozen=True)

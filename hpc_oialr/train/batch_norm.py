@@ -6,12 +6,12 @@ import logging
 
 from torch import nn
 
-from hpc_oialr.processes import World
+from hpc_oialr.method.engine import Peers
 
 log = logging.getLogger(__name__)
 
 
-def synchronise_batch_norm(module: nn.Module, world: World) -> None:
+def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:
     """Let every batch norm below ``module`` take its statistics from the batches of all processes, in place.
 
     Only on GPUs: torch's ``SyncBatchNorm`` has no other kernels. Elsewhere each process keeps to its own

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch, GlobalBatches, Splits
-from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.method.engine import Engine, Peers
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.processes import World
 from hpc_oialr.train.batch_norm import synchronise_batch_norm
@@ -145,7 +145,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-def _batches(config: RunConfig, world: World, splits: Splits) -> GlobalBatches:
+def _batches(config: RunConfig, world: Peers, splits: Splits) -> GlobalBatches:
     train = config.train
     with _section("train"):
         train.check_accumulation(world.size)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hpc_oialr.engines.averaging import average_gradients
-from hpc_oialr.engines.base import Engine
+from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.tensor.layers import ShardedDense, ShardedFactors
 from hpc_oialr.engines.tensor.pairs import bridges
 from hpc_oialr.engines.tensor.sharding import LINEAR, shard_dense, shard_low_rank
@@ -28,7 +28,7 @@ from hpc_oialr.torch_compat import forget_shapes, require_dtensors
 log = logging.getLogger(__name__)
 
 
-class TensorEngine(Engine):
+class TensorEngine(GroupEngine):
     """Splits every layer over ``size`` processes, and deals the batch to groups of that many.
 
     Dense weights, ``U`` and ``Vh`` live in blocks as DTensors, with their gradients and their optimizer
