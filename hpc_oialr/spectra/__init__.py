@@ -1,4 +1,4 @@
-"""Spectra of a run: written beside the training, read at any time.
+"""Singular values of every layer at every update: written while a run trains, read at any time.
 
 ``hpc_oialr.spectra.open("runs/first")`` gives every layer's singular values and figures.
 """

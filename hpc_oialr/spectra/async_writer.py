@@ -1,4 +1,4 @@
-"""Jobs done in order by a thread, beside the training."""
+"""A background thread with a bounded queue."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ T = TypeVar("T")
 
 
 class AsyncWriter(Generic[T]):
-    """A thread that does jobs in order, all that wait at once.
+    """Runs jobs in order in a background thread, all queued ones at once.
 
-    A thread is enough: gzip, ``write`` and ``fsync`` let the interpreter go, and what is left is measured by
-    ``python -m benchmarks.record``. A process would cost a second import of everything and its memory.
+    A thread is enough: gzip, ``write`` and ``fsync`` release the GIL, and ``python -m benchmarks.record`` measures
+    the rest. A process would import everything a second time and hold its memory.
 
     Parameters
     ----------
     work
-        Does some jobs, the eldest first.
+        Does the queued jobs, oldest first.
     length
-        How many jobs may wait. The next one makes its giver wait, which is told once.
+        Size of the queue. :meth:`put` blocks while it is full; the first time is logged as a warning.
     name
-        What the work is for, in messages.
+        Used in messages.
     patience_s
-        Longest time that :meth:`put` and :meth:`drain` wait; after it jobs are dropped and counted until there is
-        room again. A file system that hangs must not hold up a training.
+        Longest time that :meth:`put` and :meth:`drain` block (s). After it jobs are dropped and counted until the
+        queue has room again: a file system that hangs must not stop a training.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AsyncWriter(Generic[T]):
         self._thread: threading.Thread | None = None
 
     def put(self, job: T) -> None:
-        """Hand over a job; waits only while the queue is full."""
+        """Queue a job; blocks only while the queue is full."""
         with self._changed:
             if len(self._waiting) >= self.length:
                 self._wait_for_room()
@@ -58,17 +58,12 @@ class AsyncWriter(Generic[T]):
             self._thread.start()
 
     def drain(self) -> bool:
-        """Wait until all jobs have been done; False if that takes longer than the patience."""
+        """Wait until all jobs are done; False after ``patience_s``."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._waiting or self._busy), self.patience_s)
 
     def close(self) -> bool:
-        """Do what is left, and end the thread; tell what was waited for and dropped.
-
-        Returns
-        -------
-        False if what is left is not done within the patience.
-        """
+        """Finish queued jobs and end the thread; False if that takes longer than ``patience_s``."""
         done = self.drain()
         if not done:
             log.warning(
@@ -110,7 +105,7 @@ class AsyncWriter(Generic[T]):
             try:
                 self._work(jobs)
             except Exception:
-                # A record must not end the thread that later ones wait for, nor the training; the log has it whole.
+                # One bad job must end neither the thread, on which later jobs depend, nor the training.
                 log.exception("%s: %d events could not be written.", self.name, len(jobs))
             with self._changed:
                 self._busy = False

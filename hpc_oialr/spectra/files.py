@@ -1,14 +1,14 @@
 """Which files make up a record, and what they are called.
 
-The record of ``runs/first`` is ``runs/first/spectra.h5`` once the run has ended. Until then it is a chain of files,
-numbered without a gap, each of which holds the rows that came after those of the one before::
+The record of ``runs/first`` is ``runs/first/spectra.h5`` once the run has ended. Until then it is a chain of files
+with consecutive numbers, each of which holds the rows written after those of the one before::
 
     spectra.h5, spectra.h5.001, spectra.h5.002        HDF5, number 0, 1, 2: many flushes joined
     spectra.h5.003.npz, spectra.h5.004.npz, ...       one flush each, not joined yet
 
-A file is written under a temporary name, then renamed, and never changed in place. Where files were joined and a
-kill kept the old ones from being removed, rows are there twice; readers count them once. Files of processes
-(``spectra.p0003.h5``), which earlier versions could write, are read as further chains of the same record.
+A file is written under a temporary name, then renamed, and never changed in place. A kill between the join of some
+files and their removal leaves rows twice; readers take each row once. Files of processes (``spectra.p0003.h5``), which
+earlier versions could write, are read as further chains of the same record.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def head_of(path: Path) -> Path:
 
 
 def number_of(path: Path) -> int:
-    """A file's place in its chain; 0 for the head."""
+    """A file's number in its chain; 0 for the head."""
     return int(_parts(path)[1])
 
 
@@ -60,7 +60,7 @@ def segment_path(head: Path, number: int, *, flush: bool = False) -> Path:
 
 
 def chain_of(head: Path) -> list[Path]:
-    """All files of one chain, the eldest rows first; what was joined comes before what it was joined from."""
+    """All files of one chain, oldest rows first; a joined file comes before the flush of its number."""
     found = [path for path in _listed(head.parent) if _parts(path)[0] == head.name and path.is_file()]
     return sorted(found, key=lambda path: (number_of(path), is_flush(path)))
 
@@ -93,7 +93,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def side_path(head: Path, folder: Path | str | None = None) -> Path:
-    """The head of the chain in which a record goes on when its own folder cannot be written any more.
+    """The head of the chain that continues a record whose own folder cannot be written.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def side_path(head: Path, folder: Path | str | None = None) -> Path:
 
 
 def side_files(side: Path) -> list[Path]:
-    """Files of a chain in a side folder, as far as they are this user's own."""
+    """Files of a chain in a side folder that this user owns."""
     return [path for path in chain_of(side) if own(path)] if own(side.parent) else []
 
 

@@ -46,7 +46,7 @@ def write_record(
                     if len(steps):
                         file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
             except (OSError, RuntimeError, ValueError):
-                # It could not read back what it believes to have written.
+                # A failed write makes HDF5 fail later too, where it reads back.
                 if sink.failure is None:
                     raise
             if sink.failure is not None:
@@ -60,9 +60,9 @@ def write_record(
 
 
 class _Sink(io.FileIO):
-    """What HDF5 writes to; the first failure is kept and told afterwards.
+    """A file that HDF5 writes to, which keeps the first error for later.
 
-    HDF5 cannot close a file that it cannot write, and then holds it, and its space, until the process ends.
+    HDF5 cannot close a file whose writes fail: it would hold the file, and its space, until the process ends.
     """
 
     failure: OSError | None = None
@@ -82,7 +82,7 @@ def _write_layer(file: h5py.File, rows: LayerRows) -> None:
     k, count = min(rows.m, rows.n), len(rows.events)
     group = file["layers"].create_group(group_name(rows.name))
     group.attrs.update({"name": rows.name, "index": rows.index, "m": rows.m, "n": rows.n, "k": k})
-    # NumPy drops an enumeration's words when it joins tables; the view has them again.
+    # np.concatenate drops the names of the enumeration; the view restores them.
     events = np.ascontiguousarray(rows.events).view(EVENT)
     group.create_dataset("events", data=events, dtype=EVENT, **_chunked(count, _ROWS_PER_CHUNK))
     per_chunk = max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * k)))

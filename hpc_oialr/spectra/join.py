@@ -16,9 +16,9 @@ from hpc_oialr.spectra.rows import LayerRows
 
 
 def merge(path: Path | str) -> Path:
-    """Join all files of a record, also those that earlier versions wrote and what went on elsewhere; its path.
+    """Join all files of a record, side files and those of earlier versions too; returns its path.
 
-    What a run does at its end, for one that was stopped, or whose disk was full. No run may be writing there.
+    What a run does at its end, for one that was stopped or whose disk was full. No run may be writing there.
 
     Parameters
     ----------
@@ -34,28 +34,23 @@ def merge(path: Path | str) -> Path:
     """
     head = head_of(Path(path))
     with Spectra(head) as run:
-        if [file.path for file in run.files] != [head]:
-            join(run, head)
+        join(run, head)
     return head
 
 
-def join(run: Spectra, target: Path, *, until: int | None = None) -> None:
+def join(run: Spectra, target: Path) -> None:
     """Write an open record, or some files of it, as one HDF5 file, and remove the others.
 
-    A kill leaves rows twice, or nothing but a draft: the target takes its place in one rename, then the others are
-    removed, the newest first. Rows of an early version get the figures that follow from their singular values.
-
-    Parameters
-    ----------
-    until
-        Leave out rows of later steps.
+    The target is renamed into its place, then the others are removed, newest first: a kill in between leaves rows
+    twice. Rows of version 1 get the quantities that follow from their singular values.
     """
-    steps = run.steps if until is None else run.steps[run.steps["step"] <= until]
-    write_record(target, run.attributes, rows_of(run, until), steps)
-    for file in reversed(run.files):
-        if file.path != target:
-            file.path.unlink(missing_ok=True)
-    # Of writes that were killed.
+    others = [file.path for file in run.files if file.path != target]
+    if not others:
+        return
+    write_record(target, run.attributes, rows_of(run), run.steps)
+    for path in reversed(others):
+        path.unlink(missing_ok=True)
+    # Left by writes that were killed.
     for draft in target.parent.glob(f".{head_of(target).name}*.tmp"):
         draft.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ class Layer:
     m, n, k
         Shape of its weight, and the shorter side.
     index
-        Its place in the model; -1 in files of an early version.
+        Its position in the model; -1 in files of version 1.
     """
 
     def __init__(self, name: str, files: list[RecordFile]) -> None:
@@ -88,7 +88,7 @@ class Layer:
 
     @functools.cached_property
     def _order(self) -> NDArray[np.int64]:
-        """Stored rows by step, each event once: an interrupted join leaves rows in two files."""
+        """Stored rows by step, each event once: a killed join leaves rows in two files."""
         stored = np.concatenate(self._tables)
         return first_of_each(np.stack([stored["t"], stored["kind"].astype(np.int64)]))
 

@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     import xarray
 
 Path_ = str | Path
-# While files are joined, one that was there may be gone at the next look.
+# A file that was listed may be gone when it is opened, since a run joins files.
 _TRIES, _PAUSE_S = 10, 0.05
 TABLES = ("events", "steps")
 
 
-def open_files(path: Path) -> list[RecordFile]:
-    """All files of a record, seen at one moment, the eldest rows first.
+def open_files(path: Path, side: Path | None = None) -> list[RecordFile]:
+    """All files of a record, as they are at one moment, oldest rows first.
 
     Parameters
     ----------
     path
         A run's folder, its ``spectra.h5``, or one segment alone.
+    side
+        Its continuation; default the folders in which it may be.
 
     Raises
     ------
@@ -49,9 +51,11 @@ def open_files(path: Path) -> list[RecordFile]:
         files: list[RecordFile] = []
         try:
             files += [RecordFile(each) for each in record_files(head)]
-            files += [RecordFile(each) for side in _sides(head, files) for each in side_files(side)]
-            missing = gaps_in([file.path for file in files], _counted(files))
-            # A join meanwhile may have given a number to newer rows.
+            files += [RecordFile(each) for there in _sides(head, files, side) for each in side_files(there)]
+            # The head of an earlier version counts its segments.
+            counted = int(files[0].attributes.get("segments", 0)) if files else 0
+            missing = gaps_in([file.path for file in files], counted)
+            # After a join a number may be that of newer rows.
             missing += [file.path for file in files if file.replaced]
         except DataError:
             raise
@@ -72,23 +76,20 @@ def open_files(path: Path) -> list[RecordFile]:
     return files
 
 
-def _sides(head: Path, files: Sequence[RecordFile]) -> list[Path]:
-    """Where a record may have gone on: in the usual folder, and in ``record.side_folder`` of its settings."""
+def _sides(head: Path, files: Sequence[RecordFile], side: Path | None) -> list[Path]:
+    """Possible continuations: in the default folder, and in ``record.side_folder`` of its settings."""
+    if side is not None:
+        return [side]
     config = json.loads(files[-1].attributes.get("config", "{}")) if files else {}
     named = (config.get("record") or {}).get("side_folder")
     return list(dict.fromkeys(side_path(head, folder) for folder in (None, named)))
 
 
-def _counted(files: Sequence[RecordFile]) -> int:
-    """How many segments the head of an earlier version says there are."""
-    return int(files[0].attributes.get("segments", 0)) if files else 0
-
-
 class Spectra(Mapping[str, Layer]):
     """The record of one run: layers by name, in the model's order.
 
-    A picture of the moment at which it was opened: a run that goes on does not change it. Use it in a ``with``
-    statement, or call :meth:`close`.
+    A snapshot of the moment at which it was opened, also while the run continues. Use it in a ``with`` statement, or
+    call :meth:`close`.
 
     Parameters
     ----------
@@ -208,7 +209,7 @@ class Spectra(Mapping[str, Layer]):
         return tables.to_xarray(self, self.steps, str(self.path), layers)
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for file in self.files:
             file.close()
 
@@ -270,7 +271,7 @@ class Runs(Mapping[str, Spectra]):
         return tables.runs_to_xarray({name: run.to_xarray(layers) for name, run in self.items()})
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for run in self.values():
             run.close()
 

@@ -42,7 +42,7 @@ class RepairResult:
 
 
 def repair(path: Path | str, target: Path | None = None, *, force: bool = False) -> RepairResult:
-    """Write all rows that can be read into a new file; what is there stays as it is.
+    """Write all rows that can be read into a new file; existing files stay as they are.
 
     Each chunk of a table has a checksum, and so has each of HDF5's own blocks: what is read is right. A chunk of
     singular values that is lost leaves its events, with NaN. A file that cannot be opened is lost as a whole.

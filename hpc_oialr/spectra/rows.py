@@ -16,7 +16,7 @@ from hpc_oialr.spectra.schema import EVENT, KINDS, NO_STEPS, STEP
 if TYPE_CHECKING:
     from hpc_oialr.method.report import LayerUpdate, UpdateReport
 
-# What the event itself knows; the rest follows from the singular values.
+# Fields that the event has; the others follow from the singular values.
 _OF_LAYER = (
     "r_before",
     "r",
@@ -38,7 +38,7 @@ class LayerRows:
     Attributes
     ----------
     name, index, m, n
-        The layer, its place in the model, and its weight's shape.
+        The layer, its position in the model, and its weight's shape.
     events
         Of dtype EVENT; shape (rows,).
     singular_values
@@ -55,7 +55,7 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is added to a record at once.
+    """Rows that are added to a record in one write.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Event:
-    """An event as it waits to be written: small, and shared with nobody.
+    """An event in the queue: small, and independent of the training's tensors.
 
     Attributes
     ----------
@@ -98,18 +98,18 @@ class Event:
 
     @classmethod
     def of(cls, report: UpdateReport) -> Event:
-        """Copy the values, which may be views into what an SVD gave, many times as large; ~3 us a layer."""
+        """Copy the values, which may be views of an SVD's much larger result; about 3 us a layer."""
         return cls(
             report, tuple(np.asarray(each.singular_values).astype(np.float32) for each in report.layers)
         )
 
     def rows(self, places: Mapping[str, int]) -> Rows:
-        """As rows, with all figures that follow from the singular values.
+        """As rows, with all quantities that follow from the singular values.
 
         Parameters
         ----------
         places
-            Each layer's place in the model.
+            Position of each layer in the model.
         """
         layers = zip(self.report.layers, self.singular_values, strict=True)
         made = (_layer_rows(self.report, layer, s, places[layer.name]) for layer, s in layers)
@@ -117,7 +117,7 @@ class Event:
 
 
 def together(batch: Sequence[Rows]) -> Rows:
-    """Several events as one."""
+    """Concatenate rows, layer by layer."""
     if len(batch) == 1:
         return batch[0]
     grouped: dict[str, list[LayerRows]] = {}
@@ -129,7 +129,7 @@ def together(batch: Sequence[Rows]) -> Rows:
 
 
 def steps_of(rows: Sequence[Mapping[str, float]]) -> Rows:
-    """Rows of the table of steps; a missing figure is NaN."""
+    """Rows of the table of steps; a missing number is NaN."""
     names = STEP.names or ()
     return Rows(
         steps=np.array([tuple(row.get(name, math.nan) for name in names) for row in rows], dtype=STEP)

@@ -1,4 +1,4 @@
-"""Where a run's rows go: a chain of files that is whole at any moment, and goes on elsewhere when it must."""
+"""Writes rows to a chain of files that is complete after a kill at any moment, and to another folder if it must."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra.files import (
@@ -21,8 +23,8 @@ from hpc_oialr.spectra.files import (
 )
 from hpc_oialr.spectra.flush_io import write_flush
 from hpc_oialr.spectra.hdf5_io import write_record
-from hpc_oialr.spectra.join import join, merge, rows_of
-from hpc_oialr.spectra.reader import Spectra
+from hpc_oialr.spectra.join import join, rows_of
+from hpc_oialr.spectra.reader import Spectra, open_files
 from hpc_oialr.spectra.record_file import DAMAGE, WHOLE_BYTES, RecordFile
 from hpc_oialr.spectra.rows import Rows, together
 
@@ -47,12 +49,12 @@ class Chain:
     Parameters
     ----------
     head
-        ``spectra.h5``. What lies there is gone on with; a damaged file stays, and is named.
+        ``spectra.h5``. Existing files are continued; a damaged one stays, and is named in a warning.
     attributes
         Of the root of every file.
     join_flushes, join_bytes
-        So many flushes, or so many bytes of them, are joined: readers need not open thousands of files, and each row
-        is written few times, however long the run. A joined file takes more rows until it has as many bytes.
+        So many flushes, or so many bytes of them, are joined, so that readers need not open thousands of files. A
+        joined file takes more rows until it has as many bytes: each row is written few times, however long the run.
     """
 
     def __init__(
@@ -84,26 +86,27 @@ class Chain:
             log.info("flushes of %s stay apart for now (%s)", self.head, error)
 
     def cut_after(self, t: int) -> None:
-        """Drop rows of later steps, as a run does that goes on from an older checkpoint: the newest first."""
+        """Drop rows of later steps, newest files first: a resumed run writes them again."""
         for path in reversed(record_files(self.head)):
             try:
-                file = RecordFile(path)
-                if _last_step(file) > t:
-                    self._cut(file, t)
-                file.close()
+                with Spectra(path, [RecordFile(path)]) as run:
+                    self._cut(run, t)
             except DataError as error:
-                # The run goes on, and readers tell it again.
+                # The run continues; readers report it again.
                 log.warning("%s", error)
 
-    def _cut(self, file: RecordFile, t: int) -> None:
-        with Spectra(self.head, [file]) as run:
-            kept = Rows(tuple(rows_of(run, t)), run.steps[run.steps["step"] <= t])
-        if not kept and file.path == chain_of(head_of(file.path))[-1]:
-            file.path.unlink()
-        elif is_flush(file.path):
-            write_flush(file.path, file.attributes, kept)
+    def _cut(self, run: Spectra, t: int) -> None:
+        t_of_rows = np.concatenate([run.events["t"], run.steps["step"]])
+        steps = run.steps[run.steps["step"] <= t]
+        if not (t_of_rows > t).any():
+            return
+        # Only the last file can go without a gap.
+        if (t_of_rows > t).all() and run.path == chain_of(head_of(run.path))[-1]:
+            run.path.unlink()
+        elif is_flush(run.path):
+            write_flush(run.path, run.attributes, Rows(tuple(rows_of(run, t)), steps))
         else:
-            write_record(file.path, file.attributes, kept.layers, kept.steps)
+            write_record(run.path, run.attributes, rows_of(run, t), steps)
 
     def _join_flushed(self) -> None:
         """Join the flushes at the end of the chain once they are many, and the file before them while it is small."""
@@ -123,16 +126,10 @@ class Chain:
             join(run, target)
 
 
-def _last_step(file: RecordFile) -> int:
-    """The latest step of any row; -1 for a file without rows."""
-    tables = [file.events(layer)["t"] for layer in file.layers] + [file.steps["step"]]
-    return max((int(steps.max()) for steps in tables if len(steps)), default=-1)
-
-
 class ResilientStore:
     """Writes to the record's files while that can be done, then to side files, then keeps rows in memory.
 
-    Nothing here raises: a record never ends a training. Rows that are kept in memory are written at the next
+    Nothing here raises: a failing record must not end a training. Rows that are kept in memory are written at the next
     :meth:`settle` that finds room; beyond ``memory_bytes`` the newest are dropped and counted.
 
     Parameters
@@ -140,14 +137,14 @@ class ResilientStore:
     main
         The record.
     side
-        Where it goes on, in a folder of this user's only.
+        Its continuation, in a folder that only this user can write.
 
     Attributes
     ----------
     head
         ``spectra.h5``.
     written
-        Events that are in one of the files.
+        Events in files of either.
     """
 
     def __init__(self, main: Chain, side: Chain, *, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -157,7 +154,7 @@ class ResilientStore:
         self._kept: list[Rows] = []
 
     def append(self, rows: Rows) -> None:
-        """Add rows where it can be done."""
+        """Write rows to the first place that takes them."""
         if self._kept or not ((not self._lost and self._to_main(rows)) or self._to_side(rows)):
             self._keep(rows)
 
@@ -181,13 +178,13 @@ class ResilientStore:
                 log.warning("%s cannot be cut after step %d (%s).", chain.head, t, error)
 
     def finish(self) -> None:
-        """At a run's end: make everything one file."""
+        """Join all files into one."""
         self.settle()
         if record_files(self.head) or side_files(self.side.head):
             self._join_all()
 
     def close(self) -> None:
-        """Tell what was lost."""
+        """Try once more to write what is in memory; warn of what was lost."""
         self.settle()
         lost = self.dropped + sum(rows.events for rows in self._kept)
         if lost:
@@ -236,7 +233,8 @@ class ResilientStore:
 
     def _join_all(self) -> None:
         try:
-            merge(self.head)
+            with Spectra(self.head, open_files(self.head, self.side.head)) as run:
+                join(run, self.head)
         except DAMAGE as error:
             elsewhere = f", and {self.side.head} holds a part of it" if side_files(self.side.head) else ""
             log.warning(

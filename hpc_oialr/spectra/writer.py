@@ -1,4 +1,4 @@
-"""What a run hands its events to."""
+"""Takes the events of a run and writes them in the background."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ _Job = tuple[Event | None, Sequence[Mapping[str, float]]]
 
 
 class SpectraWriter:
-    """Takes events, and writes them beside the training.
+    """Writes events in a background thread.
 
-    :meth:`write` copies the singular values and returns. An event is on the disk once :attr:`written` has counted
-    it, and all are when :meth:`flush` has returned, as it has before a checkpoint: so a run that is killed and
-    goes on from its checkpoint has lost nothing. Nothing here raises for what a file system does; see
-    :class:`ResilientStore`.
+    :meth:`write` copies the singular values and returns. An event is on the disk once :attr:`written` counts it;
+    all are once :meth:`flush` has returned, which a run calls before each checkpoint. So a run that is killed and
+    resumed has lost nothing. File system errors do not raise; see :class:`ResilientStore`.
 
     Parameters
     ----------
     store
         Where rows go.
     layers
-        The model's layers, in order: their places in it. Others are added behind them.
+        Names of the model's layers, in its order. Others are numbered after them.
     queue
-        How many events may wait.
+        How many events may wait to be written.
     patience_s
         See :class:`AsyncWriter`.
     """
@@ -50,11 +49,11 @@ class SpectraWriter:
 
     @property
     def written(self) -> int:
-        """Events that are on the disk, of those since this writer was made."""
+        """Events on the disk, of those given to this writer."""
         return self.store.written
 
     def write(self, report: UpdateReport, *, wait: bool = False) -> None:
-        """Hand over an event.
+        """Queue an event.
 
         Parameters
         ----------
@@ -68,17 +67,17 @@ class SpectraWriter:
             self._queue.drain()
 
     def add_steps(self, row: Mapping[str, float]) -> None:
-        """Hand over one row of the table of steps; it is written with the next event, or by :meth:`flush`."""
+        """Keep a row of the table of steps; it is written with the next event, or by :meth:`flush`."""
         self._steps.append(row)
         if len(self._steps) >= _STEPS:
             self._put(None)
 
     def flush(self) -> bool:
-        """Return once all that was handed over is on the disk.
+        """Return once everything is on the disk.
 
         Returns
         -------
-        False if the file system hangs: what is left is written when it goes on.
+        False if the file system hangs: the rest is written once it responds again.
         """
         if self._steps:
             self._put(None)
@@ -88,17 +87,17 @@ class SpectraWriter:
         return True
 
     def truncate_after(self, t: int) -> None:
-        """Drop rows of later steps, as a run does that goes on from an older checkpoint."""
+        """Drop rows of later steps: a resumed run writes them again."""
         if self.flush():
             self.store.cut_after(t)
 
     def finish(self) -> None:
-        """Make the record of a run that has come to its end one file."""
+        """Join all files into one, at the end of a run."""
         if self.flush():
             self.store.finish()
 
     def close(self) -> None:
-        """Write what is left, and let go of the files."""
+        """Write what is left and end the thread."""
         if self._steps:
             self._put(None)
         if self._queue.close():

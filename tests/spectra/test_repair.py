@@ -26,13 +26,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write(path: Path, **join: int) -> SpectraWriter:
-    writer = writer_of(path, join=join)
+def write(path: Path) -> SpectraWriter:
+    writer = writer_of(path)
     for t in range(1, LAST + 1):
         writer.write(report(t, k=K))
         writer.add_steps(step_row(t))
-        if t % 5 == 0:
-            writer.flush()
     return writer
 
 
@@ -151,10 +149,10 @@ def test_any_flipped_bit_is_seen_and_never_read_as_a_number(whole: Path, tmp_pat
 
 
 def test_a_chain_with_a_gap_and_a_damaged_flush(tmp_path: Path) -> None:
-    write(tmp_path / "spectra.h5", join_flushes=6).close()
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) > 3, files
-    gap, flush = tmp_path / files[-2], tmp_path / files[-1]
+    writer = writer_of(tmp_path / "spectra.h5", join={"join_flushes": 3})
+    for t in range(1, 9):
+        writer.write(report(t, k=K), wait=True)
+    gap, flush = tmp_path / "spectra.h5.001.npz", tmp_path / "spectra.h5.002.npz"
     gap.unlink()
     flush.write_bytes(flush.read_bytes()[:200])
     result = repair(tmp_path)
@@ -164,9 +162,7 @@ def test_a_chain_with_a_gap_and_a_damaged_flush(tmp_path: Path) -> None:
         f"{flush.name}: all of it (File is not a zip file).",
     )
     with open(result.target) as run:
-        steps = run["encoder.0"].t.tolist()
-        assert steps == list(range(1, steps[-1] + 1))
-        assert 5 < steps[-1] < LAST
+        assert run["encoder.0"].t.tolist() == [1, 2, 3, 4, 5, 6]
     with pytest.raises(DataError, match=r"nothing of .*spectra.h5 can be saved: .*npz: all of it"):
         repair(flush)
 

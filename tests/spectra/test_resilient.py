@@ -113,6 +113,17 @@ def test_room_again_at_the_end(run: Path, disks: Disks, whole: Path) -> None:
     assert content(run) == content(whole)
 
 
+def test_a_disk_that_was_full_from_the_start(tmp_path: Path, run: Path, disks: Disks, whole: Path) -> None:
+    """Then no file in the run's folder names the side folder of the settings."""
+    disks.full.append(run)
+    side = side_path(run / "spectra.h5", tmp_path / "scratch")
+    writer = write(writer_of(run / "spectra.h5", side=side), range(1, 9))
+    disks.full.clear()
+    writer.finish()
+    assert not side_files(side)
+    assert content(run) == content(whole)
+
+
 def test_a_resumed_run_takes_its_side_file_home(run: Path, disks: Disks, whole: Path) -> None:
     writer = write(make(run), range(1, 4))
     disks.full.append(run)
