@@ -161,9 +161,9 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "one optimizer a parameter, in backward hooks": (
-        "refused at OIALR(...), or at the conversion if they come later",
+        "named in a warning at OIALR(...), an error after four steps in which cores stay as they are",
         (
-            f"{_COPIES}::test_optimizers_in_backward_hooks_are_refused",
+            f"{_COPIES}::test_cores_that_only_hooks_would_train_are_an_error",
             f"{_COPIES}::test_optimizers_that_no_inspection_finds_train_no_step_after_the_conversion",
         ),
     ),

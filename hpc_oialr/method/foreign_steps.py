@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank.marks import optimizer_in_hooks
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate
 
@@ -69,10 +70,15 @@ class ForeignSteps:
             self._refuse()
         self._steps, self._versions = self._core_lr.steps, versions
 
-    def check_conversion(self) -> None:
-        """Raise :class:`ModelError` if only others have trained since the start: no core shall miss a step."""
+    def check_conversion(self, sites: Iterable[Site], optimizers: Sequence[Any]) -> None:
+        """Raise :class:`ModelError` if only others have trained since the start: no core shall miss a step.
+
+        Those that step a weight in a hook have been named in a warning; they are stopped by :meth:`check`.
+        """
         if self._core_lr.steps == 0 and 0 < self._wholly == self._calls:
-            self._refuse()
+            weights = [site.stored for site in sites]
+            if not any(w is not None and optimizer_in_hooks(w, optimizers) is not None for w in weights):
+                self._refuse()
 
     def _refuse(self) -> NoReturn:
         times = "time" if self._foreign == 1 else "times"

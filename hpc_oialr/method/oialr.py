@@ -255,7 +255,7 @@ class OIALR:
     def _convert(self, sites: list[Site]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
-        self._foreign.check_conversion()
+        self._foreign.check_conversion(sites, self._optimizers.nodes)
         check_structure(self.module, sites, self._given)
         check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(sites, self.engine)

@@ -56,11 +56,6 @@ def drop_unfit(model: nn.Module, sites: Sequence[Site], optimizer: OptimizerStac
 
     Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
     for :func:`~hpc_oialr.method.checks.check_structure`.
-
-    Raises
-    ------
-    ModelError
-        For a weight that another optimizer steps in a hook.
     """
     shared = Shared.of(model)
     found = {site.name: unfit(site, shared, frozen=True) for site in sites if site.stored is not None}
@@ -136,16 +131,23 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
 
 
 def _check_hooks(sites: Iterable[Site], optimizer: OptimizerStack) -> None:
-    """Warn of hooks that a core will not have; an optimizer that steps a weight in one of them is an error."""
+    """Warn of hooks that a core will not have, and of optimizers that step a weight in one of them.
+
+    The latter are an error as soon as cores have been left untrained in steps in which other parameters were trained, see
+    :mod:`~hpc_oialr.method.foreign_steps`.
+    """
     weights = {site.name: site.stored for site in sites if site.low_rank is None and site.stored is not None}
     for name, weight in weights.items():
         stepping = optimizer_in_hooks(weight, optimizer.nodes)
         if stepping is not None:
-            raise ModelError(
-                f"a hook on the weight of {name} steps a {type(stepping).__name__} of its own in the backward pass; it "
-                "would go on with the dense weight, and leave the core that takes its place untrained. Remove the hooks "
-                "and step one optimizer, made from model.parameters() and given to OIALR(...), after backward()."
+            warnings.warn(
+                f"a hook on the weight of {name} steps a {type(stepping).__name__} of its own in the backward pass: it "
+                "goes on with the dense weight, and the core that takes its place will not be trained, which ends the run "
+                "soon after the conversion. Remove the hooks and step one optimizer, made from model.parameters() and "
+                "given to OIALR(...), after backward().",
+                stacklevel=4,
             )
+            return
     hooked = [name for name, weight in weights.items() if accumulation_hooks(weight)]
     if hooked:
         warnings.warn(

@@ -130,18 +130,31 @@ def with_optimizers_in_hooks(model: nn.Module, make_hook: Any) -> None:
 
 
 @pytest.mark.parametrize("place", HOOKS)
-def test_optimizers_in_backward_hooks_are_refused(place: str) -> None:
-    """At ``OIALR(...)``; and at the conversion, if they come later."""
+def test_optimizers_in_backward_hooks_are_named_and_refused(place: str) -> None:
+    """Named at ``OIALR(...)``, and at the conversion if they come later; refused while cores are left as they are."""
     model = small_model()
     with_optimizers_in_hooks(model, HOOKS[place])
-    with pytest.raises(ModelError, match="a hook on the weight of 0 steps a SGD of its own in the backward"):
+    named = "a hook on the weight of 0 steps a SGD of its own in the backward"
+    with pytest.warns(UserWarning, match=named):
         OIALR(model, torch.optim.SGD(model.parameters(), 0.1))
     oialr, optimizer = controlled(MAKE["AdamW"])
     train(oialr, optimizer, 3)
     with_optimizers_in_hooks(oialr.module, HOOKS[place])
-    with pytest.raises(ModelError, match="a hook on the weight of 0 steps a SGD of its own in the backward"):
+    with pytest.warns(UserWarning, match=named):
         train(oialr, optimizer, 1)
-    assert oialr.r == {}
+
+
+def test_cores_that_only_hooks_would_train_are_an_error() -> None:
+    model = small_model()
+    with_optimizers_in_hooks(model, HOOKS["globals"])
+    with pytest.warns(UserWarning, match="the core that takes its place will not be trained"):
+        oialr = OIALR(model, torch.optim.SGD(model.parameters(), 0.1), settings(delay=2, frequency=100))
+    with pytest.warns(UserWarning), pytest.raises(ModelError, match="stayed as they are|did not step"):
+        for t in range(8):
+            x, y = batch(t)
+            nn.functional.cross_entropy(oialr.model(x), y).backward()
+            oialr.step()
+    assert oialr.t <= 2 + 5
 
 
 @pytest.mark.filterwarnings("ignore:post-accumulate-grad hooks")
