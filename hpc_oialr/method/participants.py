@@ -143,8 +143,8 @@ def _check_hooks(sites: Iterable[Site], optimizer: OptimizerStack) -> None:
             warnings.warn(
                 f"a hook on the weight of {name} steps a {type(stepping).__name__} of its own in the backward pass: it "
                 "goes on with the dense weight, and the core that takes its place will not be trained, which ends the "
-                "run soon after the conversion. Remove the hooks and step one optimizer, made from model.parameters() and "
-                "given to OIALR(...), after backward().",
+                "run soon after the conversion. Remove the hooks and step one optimizer, made from model.parameters() "
+                "and given to OIALR(...), after backward().",
                 stacklevel=4,
             )
             return
