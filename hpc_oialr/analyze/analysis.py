@@ -20,7 +20,7 @@ from hpc_oialr.outputs import claim
 from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report
 from hpc_oialr.spectra.hdf5_io import write_record, written_by
-from hpc_oialr.spectra.rows import Event, LayerRows, Rows, together
+from hpc_oialr.spectra.rows import LayerRows, Rows, rows_of_update, together
 
 
 def analyze(
@@ -145,7 +145,7 @@ def _measure(
 
 def _event(update: LayerUpdate, step: int, index: int) -> Rows:
     report = UpdateReport(t=step, kind="stability", layers=(update,), seconds=update.seconds, bytes_sent=0)
-    return Event.of(report).rows({update.name: index})
+    return rows_of_update(report, {update.name: index})
 
 
 def _attributes(

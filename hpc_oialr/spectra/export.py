@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
 
 from hpc_oialr.errors import UnknownNameError
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.spectra import tables
 from hpc_oialr.spectra.reader import Spectra
 
-Format = Literal["csv", "parquet"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS = ("csv", "parquet")
 
 
 def export(path: Path | str, form: str, out: Path | None = None, *, force: bool = False) -> list[Path]:

@@ -1,11 +1,11 @@
-"""Events as rows of the record's tables."""
+"""Updates of the method as rows of the record's tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,39 +81,22 @@ class Rows:
         return of_layers + self.steps.nbytes
 
 
-@dataclass(frozen=True)
-class Event:
-    """An event in the queue: small, and independent of the training's tensors.
+def copied(report: UpdateReport) -> UpdateReport:
+    """With a copy of the singular values, which may be views of an SVD's much larger result; about 5 us a layer."""
+    values: list[Any] = [np.asarray(each.singular_values).astype(np.float32) for each in report.layers]
+    layers = zip(report.layers, values, strict=True)
+    return replace(report, layers=tuple(replace(each, singular_values=own) for each, own in layers))
 
-    Attributes
+
+def rows_of_update(report: UpdateReport, places: Mapping[str, int]) -> Rows:
+    """An update as rows, with all quantities that follow from the singular values.
+
+    Parameters
     ----------
-    report
-        The event.
-    singular_values
-        A copy for each of its layers.
+    places
+        Position of each layer in the model.
     """
-
-    report: UpdateReport
-    singular_values: tuple[NDArray[np.float32], ...]
-
-    @classmethod
-    def of(cls, report: UpdateReport) -> Event:
-        """Copy the values, which may be views of an SVD's much larger result; about 3 us a layer."""
-        return cls(
-            report, tuple(np.asarray(each.singular_values).astype(np.float32) for each in report.layers)
-        )
-
-    def rows(self, places: Mapping[str, int]) -> Rows:
-        """As rows, with all quantities that follow from the singular values.
-
-        Parameters
-        ----------
-        places
-            Position of each layer in the model.
-        """
-        layers = zip(self.report.layers, self.singular_values, strict=True)
-        made = (_layer_rows(self.report, layer, s, places[layer.name]) for layer, s in layers)
-        return Rows(tuple(made), events=1)
+    return Rows(tuple(_layer_rows(report, layer, places[layer.name]) for layer in report.layers), events=1)
 
 
 def together(batch: Sequence[Rows]) -> Rows:
@@ -143,7 +126,8 @@ def _joined(same: Sequence[LayerRows]) -> LayerRows:
     return LayerRows(first.name, first.index, first.m, first.n, events, values)
 
 
-def _layer_rows(report: UpdateReport, layer: LayerUpdate, s: NDArray[np.float32], index: int) -> LayerRows:
+def _layer_rows(report: UpdateReport, layer: LayerUpdate, index: int) -> LayerRows:
+    s = np.asarray(layer.singular_values).astype(np.float32, copy=False)
     values = np.full((1, min(layer.m, layer.n)), np.nan, dtype=np.float32)
     values[0, : len(s)] = s
     figures: dict[str, float | None] = {name: getattr(layer, name) for name in _OF_LAYER}

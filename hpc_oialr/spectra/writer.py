@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hpc_oialr.spectra.async_writer import AsyncWriter
-from hpc_oialr.spectra.rows import Event, steps_of, together
+from hpc_oialr.spectra.rows import copied, rows_of_update, steps_of, together
 from hpc_oialr.spectra.store import ResilientStore
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _STEPS = 256
 
 
-# An event, if there is one, and the rows of steps that came before it.
-_Job = tuple[Event | None, Sequence[Mapping[str, float]]]
+# An update, if there is one, and the rows of steps that came before it.
+_Job = tuple["UpdateReport | None", Sequence[Mapping[str, float]]]
 
 
 class SpectraWriter:
@@ -62,7 +62,7 @@ class SpectraWriter:
         """
         for layer in report.layers:
             self._places.setdefault(layer.name, len(self._places))
-        self._put(Event.of(report))
+        self._put(copied(report))
         if wait:
             self._queue.drain()
 
@@ -103,11 +103,11 @@ class SpectraWriter:
         if self._queue.close():
             self.store.close()
 
-    def _put(self, event: Event | None) -> None:
+    def _put(self, report: UpdateReport | None) -> None:
         steps, self._steps = self._steps, []
-        self._queue.put((event, steps))
+        self._queue.put((report, steps))
 
     def _do(self, jobs: Sequence[_Job]) -> None:
-        events = [event.rows(self._places) for event, _ in jobs if event is not None]
-        if rows := together([*events, steps_of([row for _, steps in jobs for row in steps])]):
+        updates = [rows_of_update(report, self._places) for report, _ in jobs if report is not None]
+        if rows := together([*updates, steps_of([row for _, steps in jobs for row in steps])]):
             self.store.append(rows)

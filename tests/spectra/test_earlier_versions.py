@@ -15,7 +15,7 @@ from hpc_oialr.errors import DataError
 from hpc_oialr.spectra import open
 from hpc_oialr.spectra.hdf5_io import write_record
 from hpc_oialr.spectra.join import merge
-from hpc_oialr.spectra.rows import Event, steps_of, together
+from hpc_oialr.spectra.rows import rows_of_update, steps_of, together
 from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION
 from hpc_oialr.spectra.store import Chain
 
@@ -23,7 +23,7 @@ PLACES = {name: place for place, name in enumerate(NAMES)}
 
 
 def make_file(path: Path, steps: Sequence[int], names: tuple[str, ...] = NAMES, **attributes: object) -> None:
-    rows = together([Event.of(report(t)).rows(PLACES) for t in steps])
+    rows = together([rows_of_update(report(t), PLACES) for t in steps])
     layers = [layer for layer in rows.layers if layer.name in names]
     write_record(path, ATTRIBUTES, layers, steps_of([step_row(t) for t in steps]).steps)
     with h5py.File(path, "a") as file:
@@ -83,7 +83,7 @@ def test_a_record_is_read_and_gone_on_with(tmp_path: Path, whole: Path, make) ->
     chain.cut_after(4)
     assert [steps_in(tmp_path, name) for name in NAMES] == [[1, 2, 3, 4]] * len(NAMES)
     for t in range(5, 9):
-        chain.append(together([Event.of(report(t)).rows(PLACES), steps_of([step_row(t)])]))
+        chain.append(together([rows_of_update(report(t), PLACES), steps_of([step_row(t)])]))
     assert content(tmp_path) == content(whole)
     merge(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["spectra.h5"]

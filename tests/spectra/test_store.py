@@ -17,7 +17,7 @@ from support.spectra_reports import ATTRIBUTES, NAMES, SEGMENTS, content, report
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra import hdf5_io, open, store
 from hpc_oialr.spectra.join import merge
-from hpc_oialr.spectra.rows import Event, Rows, steps_of, together
+from hpc_oialr.spectra.rows import Rows, rows_of_update, steps_of, together
 from hpc_oialr.spectra.store import Chain
 
 LAST = 12
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def rows(t: int) -> Rows:
-    event = Event.of(report(t, names=NAMES[:2])).rows(PLACES)
+    event = rows_of_update(report(t, names=NAMES[:2]), PLACES)
     return together([event, steps_of([step_row(t)])])
 
 
