@@ -71,7 +71,8 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     written = claim(target, written_by("oialr spectra repair"), inputs=[*paths, head.parent], force=force)
     found = [DamagedFile(each) for each in paths]
     rows = together([file.rows() for file in found])
-    lost = [f"{gap.name}: it is missing." for gap in ([] if alone else gaps_in(paths))]
+    counted = int(found[0].attributes.get("segments", 0)) if found else 0
+    lost = [f"{gap.name}: it is missing." for gap in ([] if alone else gaps_in(paths, counted))]
     lost += [sentence for file in found for sentence in file.lost]
     if not rows:
         raise DataError(f"nothing of {head} can be saved: {' '.join(lost) or 'there is no such file.'}")
@@ -104,7 +105,7 @@ class DamagedFile:
         try:
             file = RecordFile(self.path)
         except DataError as error:
-            self.lost.append(f"{self.path.name}: all of it ({error.__cause__}).")
+            self.lost.append(f"{self.path.name}: all of it ({error.__cause__ or error}).")
             return Rows()
         with contextlib.closing(file):
             self.attributes = file.attributes

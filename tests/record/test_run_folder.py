@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_oialr.outputs import OutputError
 from hpc_oialr.record import RunFolder
 from hpc_oialr.record.files import write_atomically
 
@@ -45,6 +46,17 @@ def test_files_come_back(tmp_path: Path) -> None:
     assert json.loads(folder.environment.read_text()) == {"python": "3"}
     assert folder.read_summary() == {"metric": None, "r": {"a": 3}, "path": str(tmp_path)}
     assert not list(folder.path.glob(".*")), "no temporary files stay"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "spectra.h5", "spectra.h5.000.npz"])
+def test_a_folder_with_a_file_that_a_run_writes_is_refused(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.require_new()
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(OutputError, match=f"{name} exists already, and a run would write over it"):
+        folder.require_new()
+    folder.write_config("a: 1")
+    folder.require_new()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.made_runs import NAMES, make_record, make_run
+from support.spectra_reports import report, writer_of
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.report.costs import ratios_to_dense
@@ -33,6 +34,14 @@ def test_a_record_alone_is_enough(tmp_path):
     [run] = find_runs([tmp_path / "spectra.h5"])
     assert run.last_step == 50
     assert (len(run.evaluations), run.summary, run.config) == (0, {}, {})
+    run.close()
+
+
+def test_the_record_of_a_run_that_has_not_ended(tmp_path):
+    writer_of(tmp_path / "spectra.h5").write(report(10), wait=True)
+    assert not (tmp_path / "spectra.h5").exists(), "it is not joined yet"
+    [run] = find_runs([tmp_path])
+    assert run.last_step == 10
     run.close()
 
 
