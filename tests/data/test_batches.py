@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Iterable
@@ -15,7 +16,9 @@ from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import ArrayDataset, Batch
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.draws import Draw
-from hpc_oialr.data.image_arrays import ImageArrays
+from hpc_oialr.data.image_arrays import ImageArrays, split_off
+from hpc_oialr.data.resized_crop import ResizedCrop
+from hpc_oialr.data.text import split_documents
 from hpc_oialr.errors import ConfigError
 
 
@@ -198,3 +201,21 @@ def test_bad_settings_are_named(n: int, options: dict[str, int], message: str) -
     with pytest.raises(ConfigError) as caught:
         GlobalBatches(Numbers(n), **({"seed": 0, "shuffle": True, "drop_last": True} | options))
     assert message in str(caught.value)
+
+
+def test_batches_are_the_bits_they_always_were() -> None:
+    """A change of the order or the augmentation would make every resumed run another one."""
+    pixels = (torch.arange(40 * 3 * 6 * 5) * 2654435761 >> 8).to(torch.uint8).view(40, 3, 6, 5)
+    images = ImageArrays(
+        pixels, torch.arange(40), mean=0.5, std=0.25, augment=FlipAndCrop(flip=True, padding=2)
+    )
+    splits = split_off(images, 9, images)
+    digest = hashlib.sha256()
+    batches = GlobalBatches(splits.train, 10, seed=2**64 - 5, shuffle=True, drop_last=True)
+    for batch in batches.epoch(3, start=1):
+        digest.update(batch["pixel_values"].numpy().tobytes() + batch["labels"].numpy().tobytes())
+    assert splits.validation is not None
+    digest.update(splits.validation.gather(torch.arange(9))["labels"].numpy().tobytes())
+    digest.update(ResizedCrop().numbers(torch.arange(50), Draw(7, 2)).tobytes())
+    digest.update(str(split_documents([3 * i % 11 + 1 for i in range(50)], 0.1, 0.2)).encode())
+    assert digest.hexdigest() == "cf7471b0e797acf4874678b581e475e10a5343f97abfbce3249e118d9f660a6d"
