@@ -28,7 +28,7 @@ from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.session import make_session
+from hpc_oialr.train.run_context import make_run_context
 from hpc_oialr.train.trainer import Trainer
 
 RECIPE = "fashion_mnist_vit"
@@ -47,7 +47,7 @@ class Demo:
     def __init__(self, folder: Path, steps: int) -> None:
         world = World.single("cpu")
         loaded = load_config(RECIPE, ["--train.steps", str(steps)])
-        session = make_session(loaded.config, world)
+        session = make_run_context(loaded.config, world)
         run = RunFolder(folder).create()
         self.recorder = Recorder(run, session, open_channel(world), {"config": loaded.tree})
         self.trainer = Trainer(session, CheckpointStore(run.checkpoints, world), self.recorder, settings={})

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError
 
-_FLIP, _ROW, _COLUMN = 1, 2, 3  # streams of the draw; 0 is the order of the samples
+_FLIP, _ROW, _COLUMN = 1, 2, 3  # streams of random numbers; 0 is the order of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class FlipAndCrop:
         """Whether anything is done."""
         return self.flip or self.padding > 0
 
-    def __call__(self, images: Tensor, samples: Tensor, draw: Draw) -> Tensor:
-        """Augment a batch, each image by its own draw.
+    def __call__(self, images: Tensor, samples: Tensor, rng: CounterRNG) -> Tensor:
+        """Augment a batch, each image by its own random numbers.
 
         Parameters
         ----------
@@ -47,22 +47,22 @@ class FlipAndCrop:
             Any dtype [B, C, H, W].
         samples
             Positions of the images in the data set, int64 [B].
-        draw
+        rng
             Seed and epoch.
         """
         batch, channels, height, width = images.shape
-        rows, columns = self._pick(samples, height, width, draw)
+        rows, columns = self._pick(samples, height, width, rng)
         padded = F.pad(images, (self.padding,) * 4)
         picked = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
         flat = picked.reshape(batch, 1, height * width).expand(-1, channels, -1)
         return padded.flatten(2).gather(2, flat).view(images.shape)
 
-    def _pick(self, samples: Tensor, height: int, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _pick(self, samples: Tensor, height: int, width: int, rng: CounterRNG) -> tuple[Tensor, Tensor]:
         """Rows [B, H] and columns [B, W] of the padded image that make up each result."""
         index, span = samples.numpy(), 2 * self.padding + 1
-        rows = torch.arange(height) + torch.from_numpy(draw.integers(index, span, stream=_ROW))[:, None]
+        rows = torch.arange(height) + torch.from_numpy(rng.integers(index, span, stream=_ROW))[:, None]
         columns = torch.arange(width).expand(len(samples), -1)
         if self.flip:
-            flipped = torch.from_numpy(draw.integers(index, 2, stream=_FLIP))[:, None].bool()
+            flipped = torch.from_numpy(rng.integers(index, 2, stream=_FLIP))[:, None].bool()
             columns = torch.where(flipped, columns.flip(1), columns)
-        return rows, columns + torch.from_numpy(draw.integers(index, span, stream=_COLUMN))[:, None]
+        return rows, columns + torch.from_numpy(rng.integers(index, span, stream=_COLUMN))[:, None]

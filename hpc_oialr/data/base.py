@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError
 
 Batch = dict[str, Tensor]
@@ -22,14 +22,14 @@ class ArrayDataset(ABC):
         """Number of samples."""
 
     @abstractmethod
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """The samples at ``indices``, stacked.
 
         Parameters
         ----------
         indices
             Positions, int64 [B].
-        draw
+        rng
             Source of the random augmentation; None for none.
         """
 
@@ -55,9 +55,9 @@ class SubsetView(ArrayDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """The samples at ``indices`` of the view, stacked."""
-        return self.whole.gather(self.indices[indices], draw)
+        return self.whole.gather(self.indices[indices], rng)
 
     def subset(self, indices: Tensor) -> ArrayDataset:
         """A view of this view, one level deep."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hpc_oialr.data.base import ArrayDataset, Batch
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError, SampleError
 
 
@@ -76,7 +76,7 @@ class GlobalBatches:
     def order(self, epoch: int) -> Tensor:
         """Positions in the order of an epoch, int64 [len(dataset)]."""
         n = len(self.dataset)
-        return Draw(self.seed, epoch).permutation(n) if self.shuffle else torch.arange(n)
+        return CounterRNG(self.seed, epoch).permutation(n) if self.shuffle else torch.arange(n)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's part of the batches of one epoch.
@@ -93,9 +93,9 @@ class GlobalBatches:
         dict of str to Tensor
             Batches of ``global_batch / world_size`` samples. Torch's global generator is not touched.
         """
-        draw = Draw(self.seed, epoch) if self.shuffle else None
+        rng = CounterRNG(self.seed, epoch) if self.shuffle else None
         loader = DataLoader(
-            _ByBatch(self.dataset, draw),
+            _ByBatch(self.dataset, rng),
             batch_size=None,
             sampler=self._slices(epoch, start),
             num_workers=self.num_workers,
@@ -143,12 +143,12 @@ def check_shares(global_batch: int, size: int) -> None:
 class _ByBatch(Dataset[Batch | SampleError]):
     """Lets the DataLoader ask for a whole slice at once."""
 
-    def __init__(self, dataset: ArrayDataset, draw: Draw | None) -> None:
-        self.dataset, self.draw = dataset, draw
+    def __init__(self, dataset: ArrayDataset, rng: CounterRNG | None) -> None:
+        self.dataset, self.rng = dataset, rng
 
     def __getitem__(self, indices: Any) -> Batch | SampleError:
         try:
-            return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.draw)
+            return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.rng)
         except SampleError as error:
             # Raised by a loader process, it would come with a traceback for a message.
             return error

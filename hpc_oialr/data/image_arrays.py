@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import ArrayDataset, Batch, Splits
-from hpc_oialr.data.draws import SPLIT_SEED, Draw
+from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
 
 Values = float | Sequence[float]
 
@@ -50,7 +50,7 @@ class ImageArrays(ArrayDataset):
     mean, std
         Of the pixels, scaled to [0, 1]: one number, or one for each channel.
     augment
-        What to do to training images; needs the draw of an epoch.
+        What to do to training images; needs the random numbers of an epoch.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class ImageArrays(ArrayDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}``."""
         images = self.images.index_select(0, indices)
-        if self.augment is not None and draw is not None:
-            images = self.augment(images, indices, draw)
+        if self.augment is not None and rng is not None:
+            images = self.augment(images, indices, rng)
         return {"pixel_values": self.normalise(images), "labels": self.labels.index_select(0, indices)}
 
 
@@ -81,6 +81,6 @@ def split_off(train: ImageArrays, validation: int, test: ImageArrays) -> Splits:
     """Set aside the last ``validation`` training images of a fixed permutation: the same for every seed."""
     if not validation:
         return Splits(train, None, test)
-    order = Draw(SPLIT_SEED).permutation(len(train))
+    order = CounterRNG(SPLIT_SEED).permutation(len(train))
     plain = ImageArrays(train.images, train.labels, mean=train.normalise.mean, std=train.normalise.std)
     return Splits(train.subset(order[:-validation]), plain.subset(order[-validation:]), test)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
 from hpc_oialr.data.cache import cache_root
-from hpc_oialr.data.draws import SPLIT_SEED, Draw
+from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
 from hpc_oialr.data.image_arrays import Normalisation
 from hpc_oialr.data.jpeg import read_view, require_pillow
 from hpc_oialr.data.resized_crop import ResizedCrop, View, centred
@@ -61,7 +61,7 @@ class ImageFiles(ArrayDataset):
     normalise
         What makes floats of the pixels.
     augment
-        What to do to training images; needs the draw of an epoch.
+        What to do to training images; needs the random numbers of an epoch.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImageFiles(ArrayDataset):
         """The file of a sample."""
         return self.listing.root / os.fsdecode(bytes(self.listing.names[index]))
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"pixel_values": float32 [B, 3, size, size], "labels": int64 [B]}``.
 
         Raises
@@ -92,18 +92,18 @@ class ImageFiles(ArrayDataset):
             A file is damaged; names it.
         """
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
-        for image, index, view in zip(images, indices.tolist(), self._views(indices, draw), strict=True):
+        for image, index, view in zip(images, indices.tolist(), self._views(indices, rng), strict=True):
             image.copy_(read_view(self.path(index), self.size, view))
         return {
             "pixel_values": self.normalise(images),
             "labels": self.listing.labels.index_select(0, indices),
         }
 
-    def _views(self, indices: Tensor, draw: Draw | None) -> list[Callable[[int, int], View]]:
+    def _views(self, indices: Tensor, rng: CounterRNG | None) -> list[Callable[[int, int], View]]:
         augment = self.augment
-        if augment is None or draw is None:
+        if augment is None or rng is None:
             return [self._middle] * len(indices)
-        return [partial(augment.view, numbers=row) for row in augment.numbers(indices, draw)]
+        return [partial(augment.view, numbers=row) for row in augment.numbers(indices, rng)]
 
     def _middle(self, width: int, height: int) -> View:
         side = self.share * min(width, height)
@@ -162,7 +162,7 @@ class ImageFolder(DataConfig):
         train: ArrayDataset = self._part("train", classes)
         if self.limit is not None:
             # The first files are all of one class.
-            train = train.subset(Draw(SPLIT_SEED).permutation(len(train)))
+            train = train.subset(CounterRNG(SPLIT_SEED).permutation(len(train)))
         has_test = (self.folder() / "test").is_dir()
         test = self._part("test", classes) if has_test else None
         return Splits(train, self._part("val", classes), test, classes=len(classes))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError, check_interval
 
 _ATTEMPTS = 10
@@ -63,10 +63,10 @@ class ResizedCrop:
                 raise ConfigError(f"data.augment.{name}", (low, high), rule)
         check_interval("data.augment.scale", self.scale[1], 0, 1, closed=(False, True))
 
-    def numbers(self, samples: Tensor, draw: Draw) -> NDArray[np.float64]:
+    def numbers(self, samples: Tensor, rng: CounterRNG) -> NDArray[np.float64]:
         """Random numbers in [0, 1) that :meth:`view` takes, a row for each of ``samples`` (int64 [B])."""
         index = samples.numpy()
-        return np.stack([draw.uniform(index, stream=stream) for stream in _STREAMS], axis=1)
+        return np.stack([rng.uniform(index, stream=stream) for stream in _STREAMS], axis=1)
 
     def view(self, width: int, height: int, numbers: NDArray[np.float64]) -> View:
         """The view of one image, from its row of random numbers.

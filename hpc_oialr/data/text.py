@@ -14,7 +14,7 @@ from torch import Tensor
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
 from hpc_oialr.data.cache import cache_root
 from hpc_oialr.data.catalog import describe
-from hpc_oialr.data.draws import SPLIT_SEED, Draw
+from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
 from hpc_oialr.errors import ConfigError, DataError
 
 SEPARATOR = b"\0"
@@ -40,7 +40,7 @@ class ByteSequences(ArrayDataset):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"input_ids": int64 [B, T], "labels": int64 [B, T]}``, equal: the model shifts them."""
         tokens = self.sequences.index_select(0, indices).to(torch.int64)
         return {"input_ids": tokens, "labels": tokens.clone()}
@@ -144,7 +144,7 @@ def split_documents(
     three lists of int
         Indices of the documents, ascending.
     """
-    waiting = Draw(SPLIT_SEED).permutation(len(sizes)).tolist()
+    waiting = CounterRNG(SPLIT_SEED).permutation(len(sizes)).tolist()
     total, parts = sum(sizes), []
     for fraction in (test_fraction, validation_fraction):
         part: list[int] = []

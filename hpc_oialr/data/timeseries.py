@@ -15,8 +15,8 @@ from torch import Tensor
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
 from hpc_oialr.data.cache import cache_root
 from hpc_oialr.data.catalog import describe
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.data.csv_series import SeriesTable, read_series
-from hpc_oialr.data.draws import Draw
 from hpc_oialr.errors import ConfigError, DataError
 
 _CALENDAR_FEATURES = 4
@@ -79,7 +79,7 @@ class SeriesWindows(ArrayDataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """Windows as float32 tensors with the names of transformers' ``AutoformerForPrediction``.
 
         ``past_values``, ``past_observed_mask`` [B, past]; ``past_time_features`` [B, past, features];

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.models.base import (
-    Batch,
     ModelConfig,
     check_at_least,
     check_divides,

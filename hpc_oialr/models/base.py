@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError
-
-Batch = Mapping[str, Tensor]
 
 
 class ModelConfig(ABC):

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.models.base import Batch, ModelConfig, check_at_least, quiet_transformers, require_input
+from hpc_oialr.models.base import ModelConfig, check_at_least, quiet_transformers, require_input
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, MissingExtraError, check_interval
-from hpc_oialr.models.base import Batch, ModelConfig, check_at_least, quiet_transformers, require_input
+from hpc_oialr.models.base import ModelConfig, check_at_least, quiet_transformers, require_input
 from hpc_oialr.models.resnet import ResNet
 
 log = logging.getLogger(__name__)

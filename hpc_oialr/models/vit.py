@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.models.base import (
-    Batch,
     ModelConfig,
     check_at_least,
     check_divides,

@@ -19,7 +19,7 @@ from hpc_oialr.plan.trace_step import trained_parameters
 from hpc_oialr.plan.workload import NEVER, Workload
 from hpc_oialr.processes import World
 from hpc_oialr.train.one_step import forward_backward
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
 
 STAGES = ("dense", "converted", "end")
 _MAX_UPDATES = 200
@@ -34,7 +34,7 @@ class ScriptedRun:
         Wall time of the last event.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: RunContext) -> None:
         self.session = session
         self.steps = 0
         self.event_s = 0.0

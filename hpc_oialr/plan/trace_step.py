@@ -22,7 +22,7 @@ from hpc_oialr.plan.tracer import Trace, Tracer
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.record.memory import resident_tensors
 from hpc_oialr.train.one_step import forward_backward
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def trace_step(
             return Step(_resident(session), forward.trace, update.trace)
 
 
-def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> Session:
+def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> RunContext:
     """A session of tensors without data, dense or with given r."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
@@ -113,13 +113,13 @@ def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping
     return session
 
 
-def trained_parameters(session: Session) -> list[torch.nn.Parameter]:
+def trained_parameters(session: RunContext) -> list[torch.nn.Parameter]:
     """Parameters with gradients."""
     return [p for p in session.module.parameters() if p.requires_grad]
 
 
 @contextmanager
-def _gradients_noted(session: Session, tracer: Tracer) -> Iterator[None]:
+def _gradients_noted(session: RunContext, tracer: Tracer) -> Iterator[None]:
     """FSDP2 sets gradients of its parameters itself, later; there all memory is counted together."""
     if isinstance(session.engine, FSDPEngine):
         yield
@@ -132,7 +132,7 @@ def _gradients_noted(session: Session, tracer: Tracer) -> Iterator[None]:
         handle.remove()
 
 
-def _update(session: Session) -> None:
+def _update(session: RunContext) -> None:
     clip = session.config.train.gradient_clip
     if isinstance(session.engine, TensorEngine):
         # Selects by values; what it holds is a number per parameter.
@@ -140,7 +140,7 @@ def _update(session: Session) -> None:
     session.engine.update(session.optimizer, session.scaler, trained_parameters(session), clip)
 
 
-def _resident(session: Session) -> Resident:
+def _resident(session: RunContext) -> Resident:
     parameters = list(session.module.parameters())
     return Resident(
         trained=sum(local(p).nbytes for p in parameters if p.requires_grad),

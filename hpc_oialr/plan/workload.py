@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data import ArrayDataset, Batch, DataConfig, Splits
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.engines import Engine, EngineConfig
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.processes import World
 from hpc_oialr.train.config import RunConfig
-from hpc_oialr.train.session import Session, make_session
+from hpc_oialr.train.run_context import RunContext, make_run_context
 
 # Training samples of data sets that are seldom on the machine a plan is made on.
 KNOWN_SAMPLES = {"ImageFolder": 1_281_167, "CIFAR10": 50_000, "FashionMNIST": 60_000}
@@ -127,7 +127,7 @@ class Workload:
 
     def session(
         self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
-    ) -> Session:
+    ) -> RunContext:
         """A session under a built engine, in which conversion and updates wait until they are asked for.
 
         Parameters
@@ -154,7 +154,7 @@ class Workload:
         built = cast(EngineConfig, _BuiltEngine(engine))
         train = replace(config.train, global_batch=global_batch, steps=10**9, workers=0)
         config = replace(config, oialr=method, train=train, data=data, engine=built, compile=False)
-        return make_session(config, cast(World, engine.world))
+        return make_run_context(config, cast(World, engine.world))
 
 
 @dataclass(frozen=True)
@@ -180,5 +180,5 @@ class _FakeData(ArrayDataset):
     def __len__(self) -> int:
         return self.count
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         return self.workload.batch(len(indices))

@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from hpc_oialr.record.environment_report import environment_report
     from hpc_oialr.record.memory import MemoryMeter, peak_rss_bytes, resident_bytes
     from hpc_oialr.record.metrics import MetricsWriter, read_metrics
-    from hpc_oialr.record.pace import Pace
     from hpc_oialr.record.progress import Progress, Status, make_progress
     from hpc_oialr.record.run_folder import RunFolder
+    from hpc_oialr.record.throughput import Throughput
 
 __all__ = [
     "MemoryMeter",
     "MetricsWriter",
-    "Pace",
     "Progress",
     "RunFolder",
     "Status",
+    "Throughput",
     "environment_report",
     "make_progress",
     "peak_rss_bytes",
@@ -32,7 +32,7 @@ offer(
         "hpc_oialr.record.environment_report": ("environment_report",),
         "hpc_oialr.record.memory": ("MemoryMeter", "peak_rss_bytes", "resident_bytes"),
         "hpc_oialr.record.metrics": ("MetricsWriter", "read_metrics"),
-        "hpc_oialr.record.pace": ("Pace",),
+        "hpc_oialr.record.throughput": ("Throughput",),
         "hpc_oialr.record.progress": ("Progress", "Status", "make_progress"),
         "hpc_oialr.record.run_folder": ("RunFolder",),
     },

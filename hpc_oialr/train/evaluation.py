@@ -8,34 +8,34 @@ from contextlib import nullcontext
 import torch
 
 from hpc_oialr.data import ArrayDataset, Batch, GlobalBatches
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.snapshot import share_buffers
 
 
 @torch.no_grad()
-def evaluate(session: Session, dataset: ArrayDataset) -> dict[str, float]:
+def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     """Loss and metrics of the model over ``dataset``, equal on all processes; a collective call.
 
     Leaves no trace in the run: no random numbers are drawn, and compiled code is not compiled anew.
     """
-    share_buffers(session)
-    module, engine, task = session.module, session.engine, session.config.task
+    share_buffers(context)
+    module, engine, task = context.module, context.engine, context.config.task
     batches = GlobalBatches(
         dataset,
-        session.config.train.evaluation_batch * engine.data.size,
+        context.config.train.evaluation_batch * engine.data.size,
         world_rank=engine.data.rank,
         world_size=engine.data.size,
-        seed=session.config.train.seed,
+        seed=context.config.train.seed,
         shuffle=False,
         drop_last=False,
-        num_workers=session.config.train.workers,
+        num_workers=context.config.train.workers,
     )
     parts = []
     module.eval()
-    with torch.compiler.set_stance("force_eager") if session.config.compile else nullcontext():
+    with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
         for batch, counts in _in_step(batches, dataset):
-            with session.autocast():
-                part = task.totals(module, session.place(batch))
+            with context.autocast():
+                part = task.totals(module, context.place(batch))
             parts.append(part if counts else torch.zeros_like(part))
     module.train()
     shared = engine.data.all_gather_object(torch.stack(parts).sum(0).tolist())

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data import Batch
-from hpc_oialr.train.session import Session
-from hpc_oialr.train.tasks import Moment
+from hpc_oialr.train.run_context import RunContext
+from hpc_oialr.train.tasks import StepRNG
 
 
-def forward_backward(session: Session, batch: Batch, step: int) -> Tensor:
+def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
     """Gradients of the mean loss over the global batch; this process's mean loss, on the device.
 
     Parameters
@@ -22,15 +22,15 @@ def forward_backward(session: Session, batch: Batch, step: int) -> Tensor:
     step
         Steps done.
     """
-    controller, train = session.controller, session.config.train
+    controller, train = context.controller, context.config.train
     losses = []
     for part, piece in enumerate(pieces(batch, train.accumulation)):
         last = part == train.accumulation - 1
         with nullcontext() if last else controller.no_sync():
-            with session.autocast():
-                moment = Moment(train.seed, step, part)
-                loss = session.config.task.loss(controller.model, piece, moment) / train.accumulation
-            session.engine.backward(loss, session.scaler)
+            with context.autocast():
+                rng = StepRNG(train.seed, step, part)
+                loss = context.config.task.loss(controller.model, piece, rng) / train.accumulation
+            context.engine.backward(loss, context.scaler)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.processes import MetricsChannel
-from hpc_oialr.record import MemoryMeter, MetricsWriter, Pace, RunFolder, Status, make_progress
+from hpc_oialr.record import MemoryMeter, MetricsWriter, RunFolder, Status, Throughput, make_progress
 from hpc_oialr.record.energy import EnergyMeter
 from hpc_oialr.record.update_metrics import SharedUpdate
-from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.exchange import UpdateExchange
 from hpc_oialr.train.probes import Probes
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.spectra_record import SpectraRecord
 from hpc_oialr.train.tensorboard import TensorBoard
+from hpc_oialr.train.timers import Timers
 
 GIB = 1024**3
 
@@ -32,7 +32,7 @@ class Recorder:
     ----------
     folder
         The run's.
-    session
+    context
         What is run.
     channel
         What carries the numbers of an update to the main process.
@@ -45,26 +45,26 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder,
-        session: Session,
+        context: RunContext,
         channel: MetricsChannel,
         attributes: dict[str, Any],
         *,
         deadline: float | None = None,
     ) -> None:
         self.deadline = deadline
-        self.session, self.every = session, session.config.record.every
+        self.context, self.every = context, context.config.record.every
         self.folder = folder
-        main = session.world.is_main
-        self.exchange = UpdateExchange(channel, session.world)
+        main = context.world.is_main
+        self.exchange = UpdateExchange(channel, context.world)
         self.metrics = MetricsWriter(folder.metrics) if main else None
         self.updates = MetricsWriter(folder.updates) if main else None
-        self.spectra = SpectraRecord(folder, session, attributes)
-        self.energy = EnergyMeter(session.world.device, first_of_node=session.world.local_rank == 0)
-        self.progress, self.pace = make_progress(show=main), Pace()
+        self.spectra = SpectraRecord(folder, context, attributes)
+        self.energy = EnergyMeter(context.world.device, first_of_node=context.world.local_rank == 0)
+        self.progress, self.throughput = make_progress(show=main), Throughput()
         self.meter = MemoryMeter(
-            lambda: (session.controller.model, session.optimizer, *session.engine.held()),
-            session.world.device,
-            processes=session.world.size,
+            lambda: (context.controller.model, context.optimizer, *context.engine.held()),
+            context.world.device,
+            processes=context.world.size,
         )
         self.board: TensorBoard | None = None
         self._evaluation: dict[str, Any] = {}
@@ -75,56 +75,56 @@ class Recorder:
             if writer is not None:
                 writer.truncate_after(step)
         self.spectra.begin(step)
-        if self.metrics is not None and self.session.config.record.tensorboard:
+        if self.metrics is not None and self.context.config.record.tensorboard:
             self.board = TensorBoard(self.folder.logs, step)
-        self.probes = Probes(self.session.config.oialr, step)
+        self.probes = Probes(self.context.config.oialr, step)
         with self.meter.probe():
             # The profiler takes a second to load: not in the first step.
-            self.pace.restart()
+            self.throughput.restart()
 
     def probe(self, step: int) -> AbstractContextManager[None]:
         """Around the step after ``step`` steps: measure its memory if it may reach a new height."""
         return self.meter.probe() if self.probes.due(step) else nullcontext()
 
-    def step(self, step: int, loss: Tensor, waited_s: float, clocks: Clocks) -> None:
+    def step(self, step: int, loss: Tensor, waited_s: float, timers: Timers) -> None:
         """After step number ``step``; a collective call at those that are written down."""
-        self.pace.tick(self.session.units_per_step, waited_s)
-        if step % self.every == 0 or step == self.session.total_steps:
+        self.throughput.tick(self.context.units_per_step, waited_s)
+        if step % self.every == 0 or step == self.context.total_steps:
             own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
-            total, joules = self.session.world.all_reduce(own).tolist()
-            self._write_step(step, total / self.session.world.size, joules, clocks)
+            total, joules = self.context.world.all_reduce(own).tolist()
+            self._write_step(step, total / self.context.world.size, joules, timers)
 
-    def _write_step(self, step: int, loss: float, joules: float, clocks: Clocks) -> None:
+    def _write_step(self, step: int, loss: float, joules: float, timers: Timers) -> None:
         if self.metrics is None:
             return
-        session, module = self.session, self.session.module
+        context, module = self.context, self.context.module
         trained = trainable_parameters(module)
         share = trained / dense_parameters(module)
-        unit = session.config.task.unit
+        unit = context.config.task.unit
         row = {
             "step": step,
-            "total_steps": session.total_steps,
+            "total_steps": context.total_steps,
             "loss": loss,
-            "lr": session.rates.current,
-            "wall_s": clocks.wall,
-            "data_wait_s": clocks.seconds["data_wait"],
+            "lr": context.rates.current,
+            "wall_s": timers.wall,
+            "data_wait_s": timers.seconds["data_wait"],
             "trained_share": share,
-            f"{unit}_per_s": self.pace.items_per_s,
+            f"{unit}_per_s": self.throughput.items_per_s,
         }
         self._write(row)
         own = {"trained_parameters": trained, "memory_bytes": self.meter.peak_bytes, "energy_J": joules}
-        self.spectra.add_steps(row, clocks, **own)
+        self.spectra.add_steps(row, timers, **own)
         status = Status(
             step=step,
-            total_steps=session.total_steps,
-            phase="low-rank" if session.controller.r else "full-rank",
+            total_steps=context.total_steps,
+            phase="low-rank" if context.controller.r else "full-rank",
             loss=loss,
             trained_share=share,
-            rate=self.pace.items_per_s,
+            rate=self.throughput.items_per_s,
             unit=unit,
-            data_wait_share=self.pace.data_wait_share,
+            data_wait_share=self.throughput.data_wait_share,
             memory_bytes=self.meter.peak_bytes,
-            eta_s=self.pace.eta_s(session.total_steps - step),
+            eta_s=self.throughput.eta_s(context.total_steps - step),
             left_s=None if self.deadline is None else self.deadline - time.time(),
             **self._evaluation,
         )
@@ -165,7 +165,7 @@ class Recorder:
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""
-        self.pace.restart()
+        self.throughput.restart()
         if self.metrics is None:
             return
         self._write({"step": step, "wall_s": wall_s, **row})

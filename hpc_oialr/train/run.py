@@ -22,8 +22,8 @@ from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
+from hpc_oialr.train.run_context import make_run_context
 from hpc_oialr.train.same_run import RESUMABLE, differing, fixed_settings, may_change
-from hpc_oialr.train.session import make_session
 from hpc_oialr.train.stopping import StopRequest
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
@@ -263,7 +263,7 @@ def _train(
     claim: Claim,
 ) -> Result:
     # What cannot run at all fails here, before there is a folder.
-    session = make_session(loaded.config, world)
+    context = make_run_context(loaded.config, world)
     with owned(folder, world, claim) as held, _logged(folder, world):
         _begin(folder, loaded, world)
         asked = stop.asked
@@ -275,8 +275,8 @@ def _train(
             lost=lambda: _lost(folder, held),
         )
         log.info("metrics go over %s", channel.name)
-        recorder = Recorder(folder, session, channel, _attributes(loaded, world), deadline=stop.deadline)
-        trainer = Trainer(session, store, recorder, settings=fixed_settings(loaded.tree), stop=stop)
+        recorder = Recorder(folder, context, channel, _attributes(loaded, world), deadline=stop.deadline)
+        trainer = Trainer(context, store, recorder, settings=fixed_settings(loaded.tree), stop=stop)
         try:
             trainer.resume()
             summary = summarise(trainer) if trainer.fit() else None
@@ -287,7 +287,7 @@ def _train(
         if summary is not None:
             on_main(world, functools.partial(_write_summary, folder, summary, held))
         world.barrier()
-        session.engine.end()
+        context.engine.end()
     return Result(folder.path, summary)
 
 

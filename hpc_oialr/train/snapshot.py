@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hpc_oialr.train import optimizer_state
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.fingerprint import require_same
+from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.same_run import require_same_data, require_settings, stored
 from hpc_oialr.train.seeds import generator_state, restore_generators, seed_process
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.timers import Timers
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Progress:
 
 def save(
     store: CheckpointStore,
-    session: Session,
+    context: RunContext,
     progress: Progress,
-    clocks: Clocks,
+    timers: Timers,
     settings: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint with the settings it is of; a collective call.
@@ -58,46 +58,46 @@ def save(
     Wrapper and buffers are left as a resumed run finds them, so that both go on with the same bits, as far as
     the device allows: on GPUs DDP orders its buckets anew in the step after it was made.
     """
-    share_buffers(session)
-    session.engine.gather_state(session.module, session.optimizer)
-    named, rest = optimizer_state.collect(session.module, session.optimizer)
+    share_buffers(context)
+    context.engine.gather_state(context.module, context.optimizer)
+    named, rest = optimizer_state.collect(context.module, context.optimizer)
     tensors: dict[str, Tensor] = {
-        f"model.{name}": t for name, t in session.engine.model_tensors(session.module).items()
+        f"model.{name}": t for name, t in context.engine.model_tensors(context.module).items()
     }
     tensors |= {f"optimizer.{name}": t for name, t in named.items()}
-    tensors |= {f"oialr.{name}": t for name, t in session.controller.tensor_state().items()}
+    tensors |= {f"oialr.{name}": t for name, t in context.controller.tensor_state().items()}
     tensors |= {
-        f"rng.{name}": t for name, t in generator_state(session.world.rank, session.world.device).items()
+        f"rng.{name}": t for name, t in generator_state(context.world.rank, context.world.device).items()
     }
     state = {
         "version": 1,
         "progress": vars(progress),
-        "world_size": session.world.size,
-        "seed": session.config.train.seed,
+        "world_size": context.world.size,
+        "seed": context.config.train.seed,
         "settings": stored(settings),
-        "samples": _samples(session),
-        "model": session.identity,
-        "example": session.example,
-        "controller": session.controller.state_dict(),
+        "samples": _samples(context),
+        "model": context.identity,
+        "example": context.example,
+        "controller": context.controller.state_dict(),
         "optimizer": rest,
-        "rates": session.rates.state_dict(),
-        "scaler": session.scaler.state_dict(),
-        "clocks": clocks.state_dict(),
+        "rates": context.rates.state_dict(),
+        "scaler": context.scaler.state_dict(),
+        "clocks": timers.state_dict(),
     }
     store.save(progress.step, {name: t.detach() for name, t in tensors.items()}, state)
-    session.controller.rewrap()
+    context.controller.rewrap()
 
 
-def _samples(session: Session) -> dict[str, int]:
-    splits = session.splits
+def _samples(context: RunContext) -> dict[str, int]:
+    splits = context.splits
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: len(part) for name, part in parts.items() if part is not None}
 
 
 def load(
-    store: CheckpointStore, step: int, session: Session, clocks: Clocks, settings: Mapping[str, Any]
+    store: CheckpointStore, step: int, context: RunContext, timers: Timers, settings: Mapping[str, Any]
 ) -> Progress:
-    """Put the checkpoint of ``step`` into a fresh session; where the run stands then.
+    """Put the checkpoint of ``step`` into a fresh run; where the run stands then.
 
     Raises
     ------
@@ -109,41 +109,43 @@ def load(
     state = store.read_state(step)
     where = str(store.path(step))
     require_settings(state, settings, where)
-    require_same_data(state, _samples(session), where)
-    require_same(session.identity, state["model"], where)
-    session.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
+    require_same_data(state, _samples(context), where)
+    require_same(context.identity, state["model"], where)
+    context.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
     with torch.no_grad():
-        here = session.engine.model_tensors(session.module)
+        here = context.engine.model_tensors(context.module)
         store.read_into(step, {f"model.{name}": t for name, t in here.items()})
-    _restore_optimizer(store, step, session, state["optimizer"])
-    session.engine.scatter_state(session.module, session.optimizer)
-    session.rates.load_state_dict(state["rates"])
-    session.scaler.load_state_dict(state["scaler"])
-    clocks.load_state_dict(state["clocks"])
-    _restore_random(session, store.read(step, "rng."), state, step)
+    _restore_optimizer(store, step, context, state["optimizer"])
+    context.engine.scatter_state(context.module, context.optimizer)
+    context.rates.load_state_dict(state["rates"])
+    context.scaler.load_state_dict(state["scaler"])
+    timers.load_state_dict(state["clocks"])
+    _restore_random(context, store.read(step, "rng."), state, step)
     return Progress(**state["progress"])
 
 
-def _restore_optimizer(store: CheckpointStore, step: int, session: Session, rest: Mapping[str, Any]) -> None:
+def _restore_optimizer(
+    store: CheckpointStore, step: int, context: RunContext, rest: Mapping[str, Any]
+) -> None:
     """Each process reads what it stores: moments are split as their parameters are."""
     prefix = "optimizer."
     held = {k.removeprefix(prefix): v for k, v in store.metadata(step).items() if k.startswith(prefix)}
-    tensors = optimizer_state.empty_like(session.module, held)
+    tensors = optimizer_state.empty_like(context.module, held)
     store.read_into(step, {f"{prefix}{name}": t for name, t in tensors.items()})
-    optimizer_state.restore(session.module, session.optimizer, tensors, rest)
+    optimizer_state.restore(context.module, context.optimizer, tensors, rest)
 
 
 def _restore_random(
-    session: Session, states: Mapping[str, Tensor], state: Mapping[str, Any], step: int
+    context: RunContext, states: Mapping[str, Tensor], state: Mapping[str, Any], step: int
 ) -> None:
     """The stored generators for the same number of processes; streams of their own otherwise."""
-    world, seed = session.world, session.config.train.seed
+    world, seed = context.world, context.config.train.seed
     same = state["world_size"] == world.size
     if not (same and restore_generators(states, world.rank, world.device)):
         seed_process(seed, step, world.rank)
 
 
 @torch.no_grad()
-def share_buffers(session: Session) -> None:
+def share_buffers(context: RunContext) -> None:
     """Process 0's buffers on every process, as ``DistributedDataParallel`` does before each forward."""
-    session.world.share(session.module.buffers())
+    context.world.share(context.module.buffers())

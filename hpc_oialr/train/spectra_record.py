@@ -10,8 +10,8 @@ from hpc_oialr.record import RunFolder
 from hpc_oialr.spectra.files import side_path
 from hpc_oialr.spectra.store import Chain, ResilientStore
 from hpc_oialr.spectra.writer import SpectraWriter
-from hpc_oialr.train.clocks import Clocks
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
+from hpc_oialr.train.timers import Timers
 
 
 class SpectraRecord:
@@ -21,19 +21,19 @@ class SpectraRecord:
     ----------
     folder
         The run's.
-    session
+    context
         What is run.
     attributes
         Of the root.
     """
 
-    def __init__(self, folder: RunFolder, session: Session, attributes: Mapping[str, Any]) -> None:
-        config = session.config.record
+    def __init__(self, folder: RunFolder, context: RunContext, attributes: Mapping[str, Any]) -> None:
+        config = context.config.record
         self.writer: SpectraWriter | None = None
-        if config.spectra is not False and session.world.is_main:
+        if config.spectra is not False and context.world.is_main:
             side = side_path(folder.spectra, config.side_folder)
             store = ResilientStore(Chain(folder.spectra, attributes), Chain(side, attributes))
-            self.writer = SpectraWriter(store, session.controller.layers, queue=config.spectra_queue)
+            self.writer = SpectraWriter(store, context.controller.layers, queue=config.spectra_queue)
 
     def begin(self, step: int) -> None:
         """Go on after ``step`` steps."""
@@ -45,11 +45,11 @@ class SpectraRecord:
         if self.writer is not None:
             self.writer.write(report)
 
-    def add_steps(self, row: Mapping[str, Any], clocks: Clocks, **own: float) -> None:
+    def add_steps(self, row: Mapping[str, Any], timers: Timers, **own: float) -> None:
         """A row of ``metrics.jsonl``, with some more fields of the table of steps."""
         if self.writer is None:
             return
-        phases = {f"{name}_s": clocks.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")}
+        phases = {f"{name}_s": timers.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")}
         self.writer.add_steps({name: row[name] for name in ("step", "loss", "lr", "wall_s")} | phases | own)
 
     def flush(self) -> None:

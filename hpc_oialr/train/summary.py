@@ -18,13 +18,13 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
     A collective call; the same on all processes but for times and memory. ``trainable_params`` is the
     count at the end, ``dense_trainable_params`` the dense twin's.
     """
-    session, progress = trainer.session, trainer.progress
+    context, progress = trainer.context, trainer.progress
     final = _final_metrics(trainer)
-    module, seconds = session.module, trainer.clocks.state_dict()
-    units = progress.step * session.units_per_step
+    module, seconds = context.module, trainer.timers.state_dict()
+    units = progress.step * context.units_per_step
     first = trainer.first_graphs
     return {
-        "model": session.identity["class"],
+        "model": context.identity["class"],
         "metric": final["metric"],
         "metric_name": final["metric_name"],
         "best_metric": progress.best_metric,
@@ -33,24 +33,24 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "data_wait_s": seconds["data_wait"],
         "eval_wall_s": seconds["eval"],
         "checkpoint_wall_s": seconds["checkpoint"],
-        f"{session.config.task.unit}_per_s": units / seconds["wall"] if seconds["wall"] else 0.0,
+        f"{context.config.task.unit}_per_s": units / seconds["wall"] if seconds["wall"] else 0.0,
         "steps": progress.step,
         "trainable_params": trainable_parameters(module),
         "dense_trainable_params": dense_parameters(module),
         "total_params": sum(whole_shape(p).numel() for p in module.parameters()),
         "peak_memory_gib": trainer.recorder.peak_memory_gib(progress.peak_memory_gib),
         "peak_rss_gib": peak_rss_bytes() / 1024**3,
-        "r": session.controller.r,
+        "r": context.controller.r,
         "recompilations": 0 if first is None else graphs_compiled() - first,
-        "world_size": session.world.size,
-        "seed": session.config.train.seed,
-        "weights_sha256": weights_sha256(session.engine.model_tensors(module)),
+        "world_size": context.world.size,
+        "seed": context.config.train.seed,
+        "weights_sha256": weights_sha256(context.engine.model_tensors(module)),
     }
 
 
 def _final_metrics(trainer: Trainer) -> dict[str, Any]:
     """On the test set; the last evaluation's if it was just that."""
-    split = "test" if trainer.session.splits.test is not None else "validation"
+    split = "test" if trainer.context.splits.test is not None else "validation"
     last = trainer.progress.last
     if last.get("split") == split and last["step"] == trainer.progress.step:
         return last

@@ -15,23 +15,23 @@ from hpc_oialr.processes.agreement import Agreement
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.evaluation import evaluate
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.session import Session
+from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.snapshot import Progress
 from hpc_oialr.train.stopping import Stopping, StopRequest
+from hpc_oialr.train.timers import Timers
 
 log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs a session from where it stands to its end.
+    """Takes a run from where it stands to its end.
 
     Parameters
     ----------
-    session
+    context
         Model, data and optimizer.
     store
         Where checkpoints go.
@@ -46,23 +46,23 @@ class Trainer:
 
     def __init__(
         self,
-        session: Session,
+        context: RunContext,
         store: CheckpointStore,
         recorder: Recorder,
         *,
         settings: Mapping[str, Any],
         stop: StopRequest | None = None,
     ) -> None:
-        self.session, self.store, self.recorder = session, store, recorder
+        self.context, self.store, self.recorder = context, store, recorder
         self.settings = settings
         self.stopping = Stopping(stop or StopRequest())
-        self._agreement = Agreement(session.world)
-        self.config = session.config
-        self.clocks = Clocks(session.world.device)
+        self._agreement = Agreement(context.world)
+        self.config = context.config
+        self.timers = Timers(context.world.device)
         self.progress = Progress()
         self.first_graphs: int | None = None
         self._trained: list[nn.Parameter] | None = None
-        self._evaluation_steps = _spread(self.config.train.evaluations, session.total_steps)
+        self._evaluation_steps = _spread(self.config.train.evaluations, context.total_steps)
         self._saved: int | None = None
         self._waited_s = 0.0
 
@@ -70,7 +70,7 @@ class Trainer:
         """Go on from the last whole checkpoint; from the start if there is none."""
         step = self.store.latest()
         if step is not None:
-            self.progress = snapshot.load(self.store, step, self.session, self.clocks, self.settings)
+            self.progress = snapshot.load(self.store, step, self.context, self.timers, self.settings)
             self._saved = step
             self.stopping.saved(self.progress.checkpoint_s)
 
@@ -85,9 +85,9 @@ class Trainer:
             If the last checkpoint cannot be written; without one on the way the training goes on.
         """
         self.recorder.begin(self.progress.step)
-        self.session.module.train()
+        self.context.module.train()
         self.stopping.restart()
-        with self.clocks.training():
+        with self.timers.training():
             for batch in self._batches():
                 self._step(batch)
                 self._evaluate_if_due()
@@ -115,36 +115,36 @@ class Trainer:
         self.progress.step = step + 1
         if self.first_graphs is None:
             self.first_graphs = graphs_compiled()
-        self.recorder.step(self.progress.step, loss, self._waited_s, self.clocks)
+        self.recorder.step(self.progress.step, loss, self._waited_s, self.timers)
 
     def _learn(self, batch: Batch, step: int) -> Tensor:
         """One step of the optimizer; the loss before it."""
-        session, clip = self.session, self.config.train.gradient_clip
-        session.rates.set(step)
-        loss = forward_backward(session, session.place(batch), step)
-        session.engine.update(session.optimizer, session.scaler, self._trained_parameters(), clip)
+        context, clip = self.context, self.config.train.gradient_clip
+        context.rates.set(step)
+        loss = forward_backward(context, context.place(batch), step)
+        context.engine.update(context.optimizer, context.scaler, self._trained_parameters(), clip)
         return loss
 
     def _update(self) -> None:
         """The method's step."""
         start = time.perf_counter()
-        report = self.session.controller.step()
+        report = self.context.controller.step()
         if report is None:
             return
-        self.clocks.add("update", time.perf_counter() - start)
+        self.timers.add("update", time.perf_counter() - start)
         self._trained = None
         self.recorder.update(report)
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         if self._trained is None:
-            self._trained = [p for p in self.session.module.parameters() if p.requires_grad]
+            self._trained = [p for p in self.context.module.parameters() if p.requires_grad]
         return self._trained
 
     def _batches(self) -> Iterator[Batch]:
         """This process's batches from the present step to the last one."""
-        batches, left = self.session.batches, self.session.total_steps - self.progress.step
+        batches, left = self.context.batches, self.context.total_steps - self.progress.step
         while left > 0:
-            epoch, start = divmod(self.session.total_steps - left, len(batches))
+            epoch, start = divmod(self.context.total_steps - left, len(batches))
             iterator = iter(batches.epoch(epoch, start))
             for _ in range(min(left, len(batches) - start)):
                 if self._settled():
@@ -152,7 +152,7 @@ class Trainer:
                 since = time.perf_counter()
                 batch = next(iterator)
                 self._waited_s = time.perf_counter() - since
-                self.clocks.add("data_wait", self._waited_s)
+                self.timers.add("data_wait", self._waited_s)
                 left -= 1
                 yield batch
 
@@ -160,7 +160,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         if self.progress.step in self._evaluation_steps:
-            splits = self.session.splits
+            splits = self.context.splits
             split = "validation" if splits.validation is not None else "test"
             self._count(self.evaluate(split)["metric"])
 
@@ -174,8 +174,8 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate on "validation" or "test" and write it down; a collective call."""
         task, progress = self.config.task, self.progress
-        with self.clocks.aside("eval"):
-            metrics = evaluate(self.session, getattr(self.session.splits, split))
+        with self.timers.aside("eval"):
+            metrics = evaluate(self.context, getattr(self.context.splits, split))
         row = {
             "split": split,
             "metric_name": f"{split}_{task.metric}",
@@ -183,7 +183,7 @@ class Trainer:
             **metrics,
         }
         progress.last = {"step": progress.step, **row}
-        self.recorder.evaluation(progress.step, self.clocks.wall, row)
+        self.recorder.evaluation(progress.step, self.timers.wall, row)
         return row
 
     def _settled(self) -> bool:
@@ -217,10 +217,10 @@ class Trainer:
         self.recorder.flush()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
         self.progress.checkpoint_s = self.stopping.checkpoint_s
-        before = self.clocks.seconds["checkpoint"]
-        with self.clocks.aside("checkpoint"):
-            snapshot.save(self.store, self.session, self.progress, self.clocks, self.settings)
-        self.stopping.saved(self.clocks.seconds["checkpoint"] - before)
+        before = self.timers.seconds["checkpoint"]
+        with self.timers.aside("checkpoint"):
+            snapshot.save(self.store, self.context, self.progress, self.timers, self.settings)
+        self.stopping.saved(self.timers.seconds["checkpoint"] - before)
         self._saved = self.progress.step
 
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_oialr.data.augment import _COLUMN, _FLIP, _ROW, FlipAndCrop
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError
 
 
-def one_at_a_time(augment: FlipAndCrop, images: Tensor, samples: Tensor, draw: Draw) -> Tensor:
+def one_at_a_time(augment: FlipAndCrop, images: Tensor, samples: Tensor, rng: CounterRNG) -> Tensor:
     """The slow one: crop the padded image, then flip the crop."""
     p, results = augment.padding, []
     for image, sample in zip(images, samples.tolist(), strict=True):
@@ -20,10 +20,10 @@ def one_at_a_time(augment: FlipAndCrop, images: Tensor, samples: Tensor, draw: D
         padded = torch.zeros(image.shape[0], height + 2 * p, width + 2 * p, dtype=image.dtype)
         padded[:, p : p + height, p : p + width] = image
         index = np.array([sample])
-        row = int(draw.integers(index, 2 * p + 1, stream=_ROW)[0])
-        column = int(draw.integers(index, 2 * p + 1, stream=_COLUMN)[0])
+        row = int(rng.integers(index, 2 * p + 1, stream=_ROW)[0])
+        column = int(rng.integers(index, 2 * p + 1, stream=_COLUMN)[0])
         crop = padded[:, row : row + height, column : column + width]
-        flip = augment.flip and int(draw.integers(index, 2, stream=_FLIP)[0])
+        flip = augment.flip and int(rng.integers(index, 2, stream=_FLIP)[0])
         results.append(crop.flip(2) if flip else crop)
     return torch.stack(results)
 
@@ -44,14 +44,14 @@ def test_equals_one_image_at_a_time(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
     samples = torch.randint(0, 60_000, (batch,), generator=generator)
-    augment, draw = FlipAndCrop(flip=flip, padding=padding), Draw(seed, 3)
-    assert torch.equal(augment(images, samples, draw), one_at_a_time(augment, images, samples, draw))
+    augment, rng = FlipAndCrop(flip=flip, padding=padding), CounterRNG(seed, 3)
+    assert torch.equal(augment(images, samples, rng), one_at_a_time(augment, images, samples, rng))
 
 
 def test_off_by_default_and_both_halves_of_a_coin() -> None:
     assert not FlipAndCrop().active
     images = torch.tensor([[0, 1]], dtype=torch.uint8).expand(200, 1, 1, 2)
-    flipped = FlipAndCrop(flip=True)(images, torch.arange(200), Draw(0))[:, 0, 0, 0].sum()
+    flipped = FlipAndCrop(flip=True)(images, torch.arange(200), CounterRNG(0))[:, 0, 0, 0].sum()
     assert 50 < flipped < 150
 
 

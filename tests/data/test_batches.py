@@ -15,7 +15,7 @@ from torch import Tensor
 from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import ArrayDataset, Batch
 from hpc_oialr.data.batches import GlobalBatches
-from hpc_oialr.data.draws import Draw
+from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.data.image_arrays import ImageArrays, split_off
 from hpc_oialr.data.resized_crop import ResizedCrop
 from hpc_oialr.data.text import split_documents
@@ -31,10 +31,10 @@ class Numbers(ArrayDataset):
     def __len__(self) -> int:
         return self.n
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         noise = torch.zeros(len(indices), dtype=torch.float64)
-        if draw is not None:
-            noise = torch.from_numpy(draw.integers(indices.numpy(), 1 << 20, stream=1)) / (1 << 20)
+        if rng is not None:
+            noise = torch.from_numpy(rng.integers(indices.numpy(), 1 << 20, stream=1)) / (1 << 20)
         return {"x": indices.to(torch.float64) + noise}
 
 
@@ -131,10 +131,10 @@ def test_two_epochs_at_a_time_do_not_disturb_each_other() -> None:
 class Stubborn(Numbers):
     """Sends its own worker the signals that a job gets before its end."""
 
-    def gather(self, indices: Tensor, draw: Draw | None = None) -> Batch:
+    def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        return super().gather(indices, draw)
+        return super().gather(indices, rng)
 
 
 def test_workers_give_the_same_batches_and_survive_signals() -> None:
@@ -216,6 +216,6 @@ def test_batches_are_the_bits_they_always_were() -> None:
         digest.update(batch["pixel_values"].numpy().tobytes() + batch["labels"].numpy().tobytes())
     assert splits.validation is not None
     digest.update(splits.validation.gather(torch.arange(9))["labels"].numpy().tobytes())
-    digest.update(ResizedCrop().numbers(torch.arange(50), Draw(7, 2)).tobytes())
+    digest.update(ResizedCrop().numbers(torch.arange(50), CounterRNG(7, 2)).tobytes())
     digest.update(str(split_documents([3 * i % 11 + 1 for i in range(50)], 0.1, 0.2)).encode())
     assert digest.hexdigest() == "cf7471b0e797acf4874678b581e475e10a5343f97abfbce3249e118d9f660a6d"

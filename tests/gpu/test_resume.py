@@ -1,4 +1,4 @@
-"""Train, convert, cut, write a checkpoint, resume in a fresh session: the run goes on as if nothing had happened."""
+"""Train, convert, cut, write a checkpoint, resume in a fresh process: the run goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hpc_oialr.models import GPT2
 from hpc_oialr.processes import World
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.clocks import Clocks
 from hpc_oialr.train.config import Precision, RunConfig, TrainConfig
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW, OptimizerConfig
-from hpc_oialr.train.session import Session, make_session
+from hpc_oialr.train.run_context import RunContext, make_run_context
 from hpc_oialr.train.tasks import LanguageModelling
+from hpc_oialr.train.timers import Timers
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def text(tmp_path: Path) -> Path:
 
 def new_session(
     text: Path, device: torch.device, optimizer: OptimizerConfig, precision: Precision
-) -> Session:
+) -> RunContext:
     config = RunConfig(
         data=TextFolder(path=str(text), sequence_length=32, validation_fraction=0.2, test_fraction=0.2),
         model=GPT2(dim=64, depth=2, heads=4),
@@ -43,19 +43,19 @@ def new_session(
         oialr=settings(delay=3, frequency=2),
         train=TrainConfig(steps=STEPS, global_batch=8, precision=precision, gradient_clip=1.0),
     )
-    return make_session(config, World.single(device))
+    return make_run_context(config, World.single(device))
 
 
-def go_on(session: Session, first: int, last: int) -> Iterator[float]:
+def go_on(context: RunContext, first: int, last: int) -> Iterator[float]:
     """The loop of :class:`hpc_oialr.train.trainer.Trainer`, steps ``first`` to ``last``."""
-    step, epoch = first, first // len(session.batches)
+    step, epoch = first, first // len(context.batches)
     while step < last:
-        for batch in session.batches.epoch(epoch, step % len(session.batches)):
-            session.rates.set(step)
-            loss = forward_backward(session, session.place(batch), step)
-            trained = [p for p in session.module.parameters() if p.requires_grad]
-            session.engine.update(session.optimizer, session.scaler, trained, 1.0)
-            session.controller.step()
+        for batch in context.batches.epoch(epoch, step % len(context.batches)):
+            context.rates.set(step)
+            loss = forward_backward(context, context.place(batch), step)
+            trained = [p for p in context.module.parameters() if p.requires_grad]
+            context.engine.update(context.optimizer, context.scaler, trained, 1.0)
+            context.controller.step()
             yield float(loss)
             step += 1
             if step == last:
@@ -82,10 +82,10 @@ def test_a_resumed_run_goes_on(
     store = CheckpointStore(tmp_path / "checkpoints", World.single(device))
     first = new_session(text, device, optimizer, precision)
     list(go_on(first, 0, saved))
-    snapshot.save(store, first, snapshot.Progress(step=saved), Clocks(device), {"seed": 0})
+    snapshot.save(store, first, snapshot.Progress(step=saved), Timers(device), {"seed": 0})
     expected = list(go_on(first, saved, STEPS))
     second = new_session(text, device, optimizer, precision)
-    assert snapshot.load(store, saved, second, Clocks(device), {"seed": 0}).step == saved
+    assert snapshot.load(store, saved, second, Timers(device), {"seed": 0}).step == saved
     for p in second.module.parameters():
         assert p.device.type == device.type
     found = list(go_on(second, saved, STEPS))

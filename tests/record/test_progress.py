@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hpc_oialr.record import Pace, Status, make_progress
+from hpc_oialr.record import Status, Throughput, make_progress
 from hpc_oialr.record.progress import LiveProgress, PlainProgress, SilentProgress
 
 STATUS = {
@@ -111,24 +111,24 @@ def test_other_processes_show_nothing(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_pace() -> None:
     clock = Clock()
-    pace = Pace(clock=clock)
-    assert (pace.items_per_s, pace.data_wait_share, pace.eta_s(10)) == (0.0, 0.0, 0.0)
+    throughput = Throughput(clock=clock)
+    assert (throughput.items_per_s, throughput.data_wait_share, throughput.eta_s(10)) == (0.0, 0.0, 0.0)
     for _ in range(50):
         clock.now += 2.0
-        pace.tick(128, waited_s=0.5)
+        throughput.tick(128, waited_s=0.5)
     clock.now += 1000.0  # an evaluation
-    pace.restart()
+    throughput.restart()
     clock.now += 2.0
-    pace.tick(128, waited_s=0.5)
-    assert pace.items_per_s == pytest.approx(64.0)
-    assert pace.data_wait_share == pytest.approx(0.25)
-    assert pace.eta_s(10) == pytest.approx(20.0)
+    throughput.tick(128, waited_s=0.5)
+    assert throughput.items_per_s == pytest.approx(64.0)
+    assert throughput.data_wait_share == pytest.approx(0.25)
+    assert throughput.eta_s(10) == pytest.approx(20.0)
 
 
 def test_pace_follows_a_change() -> None:
     clock = Clock()
-    pace = Pace(memory=5, clock=clock)
+    throughput = Throughput(memory=5, clock=clock)
     for seconds in [4.0] * 30 + [1.0] * 30:
         clock.now += seconds
-        pace.tick(10)
-    assert pace.items_per_s == pytest.approx(10.0, rel=0.02)
+        throughput.tick(10)
+    assert throughput.items_per_s == pytest.approx(10.0, rel=0.02)

@@ -11,7 +11,7 @@ from hpc_oialr.recipes import recipes
 from hpc_oialr.train.command_line import parse_settings
 from hpc_oialr.train.load_config import dense_twin, load_config
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
-from hpc_oialr.train.session import make_session
+from hpc_oialr.train.run_context import make_run_context
 
 
 @pytest.fixture
@@ -273,5 +273,5 @@ def test_data_model_and_task_must_fit(recipe):
         (["--task", "Classification"], "task is 'Classification'; needs batches with 'pixel_values'"),
     ):
         with pytest.raises(ConfigError) as raised:
-            make_session(load_config(recipe, arguments).config, world)
+            make_run_context(load_config(recipe, arguments).config, world)
         assert text in str(raised.value)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepRNG:
     """Where a run stands: what random choices of a task are a function of, the same on every process.
 
     Attributes
@@ -30,7 +28,7 @@ class Moment:
     part: int = 0
 
     def generator(self) -> np.random.Generator:
-        """Random numbers of this moment."""
+        """A generator of its own for every moment."""
         return np.random.default_rng((self.seed, self.step, self.part))
 
 
@@ -58,7 +56,7 @@ class Task(ABC):
     unit: ClassVar[str]
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
         """Training loss, the mean over the samples of ``batch``; a scalar with a graph."""
 
     @abstractmethod

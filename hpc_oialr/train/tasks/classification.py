@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, check_interval
-from hpc_oialr.train.tasks.base import Batch, Moment, Task
+from hpc_oialr.train.tasks.base import StepRNG, Task
 from hpc_oialr.train.tasks.mixing import cutmix, mixup
 
 
@@ -42,12 +43,12 @@ class Classification(Task):
             if getattr(self, name) < 0:
                 raise ConfigError(name, getattr(self, name), "must not be negative")
 
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
         """Mean cross-entropy of a batch with ``pixel_values`` (B x C x H x W) and ``labels`` (B)."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         if not (self.mixup or self.cutmix):
             return self._cross_entropy(model(pixel_values=pixels).logits, labels)
-        generator = moment.generator()
+        generator = rng.generator()
         if self.cutmix and (not self.mixup or generator.random() < 0.5):
             pixels, own = cutmix(pixels, generator, self.cutmix)
         else:

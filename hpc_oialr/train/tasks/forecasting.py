@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr.train.tasks.base import Batch, Moment, Task
+from hpc_oialr.data.base import Batch
+from hpc_oialr.train.tasks.base import StepRNG, Task
 
 INPUTS = (
     "past_values",
@@ -33,7 +34,7 @@ class Forecasting(Task):
     higher_is_better = False
     unit = "windows"
 
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
         """Mean negative log-likelihood."""
         loss: Tensor = _forward(model, batch).loss
         return loss

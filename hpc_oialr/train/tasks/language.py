@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hpc_oialr.train.tasks.base import Batch, Moment, Task
+from hpc_oialr.data.base import Batch
+from hpc_oialr.train.tasks.base import StepRNG, Task
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class LanguageModelling(Task):
     higher_is_better = False
     unit = "tokens"
 
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
         """Mean cross-entropy of a batch with ``input_ids`` and ``labels`` (B x T), in nats."""
         logits, targets = _predictions(model, batch)
         return cross_entropy(logits, targets)

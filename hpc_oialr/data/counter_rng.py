@@ -24,7 +24,7 @@ def _finalise(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
-class Draw:
+class CounterRNG:
     """The random numbers of one epoch of one run.
 
     The same on every machine, for every number of processes, and after a resume; independent of
@@ -42,7 +42,7 @@ class Draw:
     epoch: int = 0
 
     def bits(self, samples: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:
-        """64 random bits for each sample, shape of ``samples``; another ``stream``, another draw."""
+        """64 random bits for each sample, shape of ``samples``; another ``stream``, other numbers."""
         key = 0
         for part in (self.seed, self.epoch, stream):
             word = np.array([(key + _GOLDEN * (part + 1)) & _MASK], dtype=np.uint64)
@@ -63,7 +63,7 @@ class Draw:
 
         Examples
         --------
-        >>> Draw(seed=0).permutation(5).sort().values.tolist()
+        >>> CounterRNG(seed=0).permutation(5).sort().values.tolist()
         [0, 1, 2, 3, 4]
         """
         keys = self.bits(np.arange(n, dtype=np.int64), stream=0)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-class Pace:
+class Throughput:
     """Exponential averages over the last steps.
 
     Parameters

@@ -31,7 +31,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Session:
+class RunContext:
     """The parts of a run.
 
     Attributes
@@ -87,7 +87,7 @@ class Session:
         return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
 
 
-def make_session(config: RunConfig, world: World) -> Session:
+def make_run_context(config: RunConfig, world: World) -> RunContext:
     """Load the data, then make model, optimizer and method from the run's seed.
 
     Raises
@@ -124,7 +124,7 @@ def make_session(config: RunConfig, world: World) -> Session:
     controller = _controller(config, engine, module, optimizer, total)
     seed_process(train.seed, 0, engine.data.rank)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
-    return Session(
+    return RunContext(
         config=config,
         world=world,
         splits=splits,

@@ -1,4 +1,4 @@
-"""Clocks of a run: training, evaluation and checkpoints apart."""
+"""Timers of a run: training, evaluation and checkpoints apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 NAMES = ("wall", "update", "data_wait", "eval", "checkpoint")
 
 
-class Clocks:
+class Timers:
     """Seconds of each part of a run; they go on after a resume.
 
     ``wall`` is the training clock: all of the loop but evaluation and checkpoints. ``update`` and

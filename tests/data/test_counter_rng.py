@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_oialr.data.draws import _GOLDEN, _MASK, Draw, _finalise
+from hpc_oialr.data.counter_rng import _GOLDEN, _MASK, CounterRNG, _finalise
 
 SEEDS = st.integers(-(2**70), 2**70)
 
@@ -34,33 +34,33 @@ def test_bits_equal_plain_integers(seed: int, epoch: int, stream: int, sample: i
     for part in (seed, epoch, stream):
         key = slow_finalise((key + _GOLDEN * (part + 1)) & _MASK)
     expected = slow_finalise((sample * _GOLDEN + key) & _MASK)
-    assert int(Draw(seed, epoch).bits(np.array([sample]), stream)[0]) == expected
+    assert int(CounterRNG(seed, epoch).bits(np.array([sample]), stream)[0]) == expected
 
 
 @settings(deadline=None)
 @given(n=st.integers(0, 300), seed=SEEDS, epoch=st.integers(0, 1000))
 def test_permutation_holds_each_index_once(n: int, seed: int, epoch: int) -> None:
-    order = Draw(seed, epoch).permutation(n)
+    order = CounterRNG(seed, epoch).permutation(n)
     assert order.dtype == torch.int64
     assert order.sort().values.tolist() == list(range(n))
 
 
 def test_seeds_epochs_and_streams_differ() -> None:
     orders = {
-        tuple(Draw(seed, epoch).permutation(50).tolist()) for seed in range(-3, 4) for epoch in range(4)
+        tuple(CounterRNG(seed, epoch).permutation(50).tolist()) for seed in range(-3, 4) for epoch in range(4)
     }
     assert len(orders) == 28
-    draw, samples = Draw(0), np.arange(100)
-    assert (draw.bits(samples, 1) != draw.bits(samples, 2)).all()
+    rng, samples = CounterRNG(0), np.arange(100)
+    assert (rng.bits(samples, 1) != rng.bits(samples, 2)).all()
 
 
 def test_first_places_of_an_order_are_uniform() -> None:
     # 6,000 orders of 6: each index comes first 1,000 times, standard deviation 29; 5 of them allowed.
-    first = torch.stack([Draw(seed).permutation(6)[0] for seed in range(6000)])
+    first = torch.stack([CounterRNG(seed).permutation(6)[0] for seed in range(6000)])
     assert (torch.bincount(first) - 1000).abs().max() < 5 * 29
 
 
 def test_integers_cover_the_range() -> None:
-    drawn = Draw(0).integers(np.arange(1000), 5, stream=1)
+    drawn = CounterRNG(0).integers(np.arange(1000), 5, stream=1)
     assert drawn.dtype == np.int64
     assert np.unique(drawn).tolist() == [0, 1, 2, 3, 4]
