@@ -22,9 +22,9 @@ from hpc_oialr.linalg.gather import gathered_svd
 from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.layout import block_of
 from hpc_oialr.linalg.plan_execution import run_plan
 from hpc_oialr.linalg.randomized import randomized_svd
+from hpc_oialr.linalg.row_partition import block_of
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
 

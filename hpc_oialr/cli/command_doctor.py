@@ -41,14 +41,14 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Examine, then print a table and a fix for each problem."""
-    from hpc_oialr.doctor.examination import examine
-    from hpc_oialr.doctor.gathering import gather
-    from hpc_oialr.doctor.patient import Patient
-    from hpc_oialr.doctor.site import surroundings
+    """Run all checks, then print a table and a fix for each problem."""
+    from hpc_oialr.doctor.aggregate import aggregate
+    from hpc_oialr.doctor.checks import run_checks
+    from hpc_oialr.doctor.context import CheckContext
+    from hpc_oialr.doctor.site import site_environment
 
-    around = surroundings(arguments.site)
-    patient = Patient(
+    around = site_environment(arguments.site)
+    context = CheckContext(
         environ=around.environ,
         folder=arguments.folder or Path(around.runs),
         partition=arguments.partition or around.partition,
@@ -56,46 +56,46 @@ def run(arguments: argparse.Namespace) -> int:
         need_gib=arguments.need_gib,
         timeout_s=arguments.timeout_s,
     )
-    examined = gather(patient, [*around.findings, *examine(patient)])
-    if not examined.shown:
+    aggregated = aggregate(context, [*around.findings, *run_checks(context)])
+    if not aggregated.shown:
         return 0
     # Where processes cannot meet, each prints.
     out = console(of_every_process=True)
     if arguments.json:
-        out.print(as_json(patient.node, examined), markup=False)
+        out.print(as_json(context.node, aggregated), markup=False)
     else:
-        show(out, patient.node, examined)
-    return 1 if examined.problems else 0
+        show(out, context.node, aggregated)
+    return 1 if aggregated.problems else 0
 
 
-def as_json(node: str, examined: Any) -> str:
+def as_json(node: str, aggregated: Any) -> str:
     """For machines."""
-    rows = [{**vars(row.finding), "nodes": list(row.nodes)} for row in examined.rows]
+    rows = [{**vars(row.finding), "nodes": list(row.nodes)} for row in aggregated.rows]
     return json.dumps(
         {
             "node": node,
-            "processes": examined.processes,
-            "problems": len(examined.problems),
+            "processes": aggregated.processes,
+            "problems": len(aggregated.problems),
             "findings": rows,
         },
         indent=2,
     )
 
 
-def show(out: Console, node: str, examined: Any) -> None:
+def show(out: Console, node: str, aggregated: Any) -> None:
     """The table, then one line for each problem."""
-    title = node if examined.processes == 1 else f"{examined.processes} processes, seen from {node}"
+    title = node if aggregated.processes == 1 else f"{aggregated.processes} processes, seen from {node}"
     table = Table(title=title, title_justify="left")
     for column in ("check", "", "found"):
         table.add_column(column)
-    for row in examined.rows:
+    for row in aggregated.rows:
         finding = row.finding
         state = Text(finding.state, style=_COLOURS[finding.state])
         table.add_row(finding.name, state, Text(f"{finding.found}{f' [{row.where}]' if row.nodes else ''}"))
     out.print(table)
     for wanted in ("problem", "note"):
-        for finding in (row.finding for row in examined.rows if row.finding.state == wanted):
+        for finding in (row.finding for row in aggregated.rows if row.finding.state == wanted):
             if finding.fix:
                 out.print(f"{wanted:8} {finding.name}: {finding.fix}", markup=False)
-    if not examined.problems:
+    if not aggregated.problems:
         out.print("no problems", markup=False)

@@ -1,7 +1,7 @@
 """Is this machine fit for a run: faults of Slurm, MPI, GPUs, files, threads and network, each with its fix."""
 
-from hpc_oialr.doctor.examination import examine
+from hpc_oialr.doctor.checks import run_checks
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding
-from hpc_oialr.doctor.patient import Patient
 
-__all__ = ["Finding", "Patient", "examine"]
+__all__ = ["CheckContext", "Finding", "run_checks"]

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.doctor.patient import Patient
 from hpc_oialr.doctor.programs import Answer, probe
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EIO, 524)
@@ -20,23 +20,23 @@ _WITHOUT_LOCKS = "export HDF5_USE_FILE_LOCKING=FALSE"
 _ELSEWHERE = "--folder DIR, and --out DIR for the run: a folder of your own on another file system"
 
 
-def check_folder(patient: Patient) -> list[Finding]:
+def check_folder(context: CheckContext) -> list[Finding]:
     """Use the run's folder, in a process of its own: a file server may hang whoever asks it."""
-    if not patient.first_of_node:
+    if not context.first_of_node:
         return []
-    report, answer = probe(patient, "try_folder", str(patient.folder.absolute()))
+    report, answer = probe(context, "try_folder", str(context.folder.absolute()))
     if answer.trouble == "hung" or not report:
-        found = f"the file system of {patient.folder} gives no answer: {answer.reason}"
+        found = f"the file system of {context.folder} gives no answer: {answer.reason}"
         return [
-            problem("run folder", found, f"{_ELSEWHERE}; tell the administrators of {mount(patient.folder)}")
+            problem("run folder", found, f"{_ELSEWHERE}; tell the administrators of {mount(context.folder)}")
         ]
-    return judge_folder(patient, report)
+    return judge_folder(context, report)
 
 
-def judge_folder(patient: Patient, report: dict[str, Any]) -> list[Finding]:
+def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
     """What the trial in the folder says."""
     there = Path(report["there"])
-    findings = [_usable(report), *_space(patient, report)]
+    findings = [_usable(report), *_space(context, report)]
     if report.get("holds_run"):
         findings += _ownership(report, there)
     return findings
@@ -56,14 +56,14 @@ def _usable(report: dict[str, Any]) -> Finding:
     return problem("run folder", found, _ELSEWHERE)
 
 
-def _space(patient: Patient, report: dict[str, Any]) -> list[Finding]:
+def _space(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
     """Space and numbers of files that are left; some file systems do not count files."""
     if "free_bytes" not in report:
         return []
     where, free = mount(Path(report["there"])), report["free_bytes"] / 2**30
     fix = f"delete old runs, or {_ELSEWHERE}"
-    findings = [ok("free space", f"{free:,.1f} GiB on {where}, {patient.need_gib:g} needed")]
-    if free < patient.need_gib:
+    findings = [ok("free space", f"{free:,.1f} GiB on {where}, {context.need_gib:g} needed")]
+    if free < context.need_gib:
         findings[0] = problem("free space", findings[0].found, f"{fix}; or state the need: --need-gib GIB")
     if report["inodes"] > 0 and report["free_inodes"] < _FEW_INODES:
         findings.append(problem("inodes", f"{report['free_inodes']} more files fit on {where}", fix))
@@ -80,29 +80,29 @@ def _ownership(report: dict[str, Any], there: Path) -> list[Finding]:
     return [ok("owner", f"this user, mode {report['mode']:04o}")]
 
 
-def check_hdf5(patient: Patient) -> list[Finding]:
+def check_hdf5(context: CheckContext) -> list[Finding]:
     """Locks in the run's folder: HDF5 takes one for each file, and some parallel file systems have none."""
-    if not patient.first_of_node:
+    if not context.first_of_node:
         return []
-    report, answer = probe(patient, "try_hdf5", str(patient.folder.absolute()))
-    return judge_hdf5(patient, report, answer)
+    report, answer = probe(context, "try_hdf5", str(context.folder.absolute()))
+    return judge_hdf5(context, report, answer)
 
 
-def judge_hdf5(patient: Patient, report: dict[str, Any], answer: Answer) -> list[Finding]:
+def judge_hdf5(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
     """What the trial with locks and HDF5 says."""
     if "unusable" in report:
         return []  # the folder's own line tells why
     if "lock" not in report:
-        found = f"a file lock in {patient.folder} fails: {answer.reason}"
+        found = f"a file lock in {context.folder} fails: {answer.reason}"
         return [problem("HDF5", found, _WITHOUT_LOCKS)]
-    return [_locking(patient, report, answer), *map(_held, report["locked"].items())]
+    return [_locking(context, report, answer), *map(_held, report["locked"].items())]
 
 
-def _locking(patient: Patient, report: dict[str, Any], answer: Answer) -> Finding:
-    unlocked = patient.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in _UNLOCKED
+def _locking(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
+    unlocked = context.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in _UNLOCKED
     failed = report.get("failed", answer.reason)
     if report["lock"] in _NO_LOCKS and not unlocked:
-        found = f"{mount(patient.folder)} has no file locks ({os.strerror(report['lock'])})"
+        found = f"{mount(context.folder)} has no file locks ({os.strerror(report['lock'])})"
         return problem("HDF5", found, _WITHOUT_LOCKS)
     if failed:
         fix = _WITHOUT_LOCKS if "lock" in failed else 'pip install --force-reinstall "h5py>=3.10"'
@@ -121,10 +121,10 @@ def _held(locked: tuple[str, int | None]) -> Finding:
     )
 
 
-def check_tmpdir(patient: Patient) -> list[Finding]:
+def check_tmpdir(context: CheckContext) -> list[Finding]:
     """Temporary files: torch, MPI and compilers put sockets and caches there."""
-    given = patient.environ.get("TMPDIR")
-    if given is None or not patient.first_of_node:
+    given = context.environ.get("TMPDIR")
+    if given is None or not context.first_of_node:
         return []
     try:
         with tempfile.NamedTemporaryFile(dir=given) as file:

@@ -6,8 +6,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.patient import Patient
 from hpc_oialr.doctor.programs import Answer, probe
 from hpc_oialr.processes.environment import gpus_per_node
 
@@ -17,11 +17,11 @@ _ASK = "srun --gpus-per-node=N   (on a partition with GPUs, see: sinfo -o '%P %G
 _FULL = 0.1
 
 
-def check_gpus(patient: Patient) -> list[Finding]:
+def check_gpus(context: CheckContext) -> list[Finding]:
     """Nothing is loaded where there is no driver or torch is built for CPUs."""
-    driver, asked = NVIDIA.exists() or AMD.exists(), patient.gpus_asked
+    driver, asked = NVIDIA.exists() or AMD.exists(), context.gpus_asked
     if not driver:
-        found = f"the job has GPUs by its variables, but {patient.node} has no GPU driver"
+        found = f"the job has GPUs by its variables, but {context.node} has no GPU driver"
         return [problem("GPU", found, _ASK) if asked else ok("GPU", "none here: runs compute on CPUs")]
     build = metadata.version("torch")
     if build.endswith("+cpu"):
@@ -30,27 +30,27 @@ def check_gpus(patient: Patient) -> list[Finding]:
             f"see {_BUILDS} for a build with CUDA",
         )
         return [problem("GPU", found, fix) if asked else note("GPU", found, fix)]
-    local_rank = 0 if patient.place is None else patient.place.local_rank
-    report, answer = probe(patient, "try_cuda", str(local_rank), slow=True)
-    return judge(patient, report, answer)
+    local_rank = 0 if context.place is None else context.place.local_rank
+    report, answer = probe(context, "try_cuda", str(local_rank), slow=True)
+    return judge(context, report, answer)
 
 
-def judge(patient: Patient, report: dict[str, Any], answer: Answer) -> list[Finding]:
+def judge(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
     """What the trial on the GPU says."""
     names = report.get("names")
     if names is None:
-        fix = f"nvidia-smi   (if that hangs too, leave the node out: --exclude={patient.node})"
+        fix = f"nvidia-smi   (if that hangs too, leave the node out: --exclude={context.node})"
         return [problem("GPU", f"CUDA does not start: {answer.reason}", fix)]
     if not names:
-        return [_no_gpu(patient, report)]
+        return [_no_gpu(context, report)]
     findings = [
         ok("GPU", f"{len(names)} x {names[0]}, torch {report['torch']}"),
-        *_own(patient, report, answer),
+        *_own(context, report, answer),
     ]
-    return findings + (_nccl(patient, report, answer) if "index" in report else [])
+    return findings + (_nccl(context, report, answer) if "index" in report else [])
 
 
-def _no_gpu(patient: Patient, report: dict[str, Any]) -> Finding:
+def _no_gpu(context: CheckContext, report: dict[str, Any]) -> Finding:
     driver, built = report.get("driver_cuda"), report.get("torch_cuda")
     if driver and built and driver // 1000 < int(built.partition(".")[0]):
         speaks = f"{driver // 1000}.{driver % 1000 // 10}"
@@ -59,22 +59,22 @@ def _no_gpu(patient: Patient, report: dict[str, Any]) -> Finding:
             "GPU", found, f"see {_BUILDS} for a build with CUDA {driver // 1000}, or renew the driver"
         )
     found = f"torch {report['torch']} sees no GPU: {report['error'] or 'none is visible'}"
-    return problem("GPU", found, _ASK) if patient.gpus_asked else note("GPU", found, _ASK)
+    return problem("GPU", found, _ASK) if context.gpus_asked else note("GPU", found, _ASK)
 
 
-def _own(patient: Patient, report: dict[str, Any], answer: Answer) -> list[Finding]:
+def _own(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
     """This process's GPU: there must be one, it must compute, and be free."""
-    visible, local_size = len(report["names"]), patient.local_size
-    given = gpus_per_node(patient.environ)
+    visible, local_size = len(report["names"]), context.local_size
+    given = gpus_per_node(context.environ)
     # One visible GPU may be this process's own; whether processes share it, the start of a run finds out.
     if (given is not None and given < local_size) or 1 < visible < local_size:
-        found = f"{local_size} processes share {visible if given is None else given} GPUs of {patient.node}"
+        found = f"{local_size} processes share {visible if given is None else given} GPUs of {context.node}"
         return [
             problem("own GPU", found, f"srun --gpus-per-node={local_size} --ntasks-per-node={local_size}")
         ]
     if not report.get("right"):
         found = f"GPU {report.get('index')} computes wrong or not at all: {answer.reason}"
-        return [problem("own GPU", found, f"sbatch --exclude={patient.node}")]
+        return [problem("own GPU", found, f"sbatch --exclude={context.node}")]
     if report["total"] - report["free"] > _FULL * report["total"]:
         used, total = (report["total"] - report["free"]) / 2**30, report["total"] / 2**30
         found = f"{used:.0f} of {total:.0f} GiB of GPU {report['index']} are taken by other programs"
@@ -82,7 +82,7 @@ def _own(patient: Patient, report: dict[str, Any], answer: Answer) -> list[Findi
     return [ok("own GPU", f"GPU {report['index']} of {visible} computes")]
 
 
-def _nccl(patient: Patient, report: dict[str, Any], answer: Answer) -> list[Finding]:
+def _nccl(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
     """An all-reduce over this process alone, and whether GPUs of the node reach each other."""
     if "nccl" in report and report["nccl"] is None:
         fix = f"see {_BUILDS} for a build with NCCL"

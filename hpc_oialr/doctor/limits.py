@@ -6,8 +6,8 @@ import os
 import resource
 from pathlib import Path
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.patient import Patient
 
 _INFINIBAND, _SHARED = Path("/sys/class/infiniband"), Path("/dev/shm")
 _FILES, _FILES_A_PROCESS = 256, 4
@@ -16,16 +16,16 @@ _LOCKED_GIB, _SHARED_GIB = 1.0, 0.25
 _GIB = 2**30
 
 
-def check_limits(patient: Patient) -> list[Finding]:
+def check_limits(context: CheckContext) -> list[Finding]:
     """All of them."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    findings = [judge_files(files, patient.size)]
+    findings = [judge_files(files, context.size)]
     if _INFINIBAND.exists() and any(_INFINIBAND.iterdir()):
         findings.append(judge_locked(locked))
-    if patient.first_of_node and _SHARED.exists():
+    if context.first_of_node and _SHARED.exists():
         space = os.statvfs(_SHARED)
-        findings.append(judge_shared(patient, space.f_blocks * space.f_frsize))
+        findings.append(judge_shared(context, space.f_blocks * space.f_frsize))
     return findings
 
 
@@ -45,11 +45,11 @@ def judge_locked(limit: int) -> Finding:
     return problem("locked memory", f"{limit // 1024:,} KiB; InfiniBand needs it unlimited", fix)
 
 
-def judge_shared(patient: Patient, size: int) -> Finding:
+def judge_shared(context: CheckContext, size: int) -> Finding:
     """Shared memory, in bytes: NCCL's and data loaders'."""
     if size >= _SHARED_GIB * _GIB:
         return ok("/dev/shm", f"{size / _GIB:,.1f} GiB")
     found = f"{size / 2**20:,.0f} MiB: too little for NCCL and the workers of data loaders"
     fix = "docker run --shm-size=8g, or NCCL_SHM_DISABLE=1"
-    needed = patient.local_size > 1 or patient.gpus_asked
+    needed = context.local_size > 1 or context.gpus_asked
     return problem("/dev/shm", found, fix) if needed else note("/dev/shm", found, fix)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.patient import Patient
-from hpc_oialr.doctor.programs import Answer, ask, find, probe
+from hpc_oialr.doctor.programs import Answer, find, probe, run_command
 
 _EXTRA = 'pip install "hpc_oialr[mpi]"'
 _WITHOUT = "runs do without, over gloo"
@@ -17,22 +17,22 @@ _SPOKEN = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cra
 _OTHERS = ("pmi2", "pmix")
 
 
-def check_mpi(patient: Patient) -> list[Finding]:
+def check_mpi(context: CheckContext) -> list[Finding]:
     """mpi4py and MPI in a process of their own; started there, except in a step without MPI."""
-    start = patient.under_mpi or not patient.in_step
-    report, answer = probe(patient, "try_mpi", "start" if start else "load", slow=True)
+    start = context.under_mpi or not context.in_step
+    report, answer = probe(context, "try_mpi", "start" if start else "load", slow=True)
     library = report.get("library")
     if library is None:
-        return [_not_loaded(patient, report, answer)]
+        return [_not_loaded(context, report, answer)]
     findings = [ok("MPI", f"mpi4py {report['mpi4py']}, {library}")]
-    if patient.under_mpi:
-        findings.append(judge_place(patient, report, answer))
+    if context.under_mpi:
+        findings.append(judge_place(context, report, answer))
     elif start and not report.get("ended"):
         findings[0] = note("MPI", f"{library} does not start here: {answer.reason}; {_WITHOUT}")
-    return findings + _check_plugin(patient, library)
+    return findings + _check_plugin(context, library)
 
 
-def _not_loaded(patient: Patient, report: dict[str, Any], answer: Answer) -> Finding:
+def _not_loaded(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
     """Runs use MPI only where it started them; elsewhere it is no fault to have none."""
     if report.get("missing") == "mpi4py":
         found, fix = f"no mpi4py ({report['error']})", _EXTRA
@@ -42,14 +42,14 @@ def _not_loaded(patient: Patient, report: dict[str, Any], answer: Answer) -> Fin
     else:
         found = f"mpi4py cannot be loaded: {answer.reason}"
         fix = f"pip uninstall mpi4py; {_EXTRA}"
-    if patient.under_mpi:
+    if context.under_mpi:
         return problem("MPI", f"{found}, and MPI started this process", fix)
     return note("MPI", f"{found}; {_WITHOUT}", fix)
 
 
-def judge_place(patient: Patient, report: dict[str, Any], answer: Answer) -> Finding:
+def judge_place(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
     """Whether MPI gives this process the launcher's rank and size."""
-    library, place = report["library"], patient.place
+    library, place = report["library"], context.place
     how = f"srun --mpi={spoken(library)[0]}   (or the library's own mpirun; --mpi=none does without MPI)"
     if "rank" not in report:
         return problem("MPI ranks", f"{library} does not start: {answer.reason}", how)
@@ -63,14 +63,14 @@ def judge_place(patient: Patient, report: dict[str, Any], answer: Answer) -> Fin
     return ok("MPI ranks", f"{found}, as {place.launcher} does")
 
 
-def _check_plugin(patient: Patient, library: str) -> list[Finding]:
+def _check_plugin(context: CheckContext, library: str) -> list[Finding]:
     """Whether srun can start programs of the library."""
-    if not patient.is_main or find(patient, "srun") is None:
+    if not context.is_main or find(context, "srun") is None:
         return []
-    answer = ask(patient, "srun", "--mpi=list")
+    answer = run_command(context, "srun", "--mpi=list")
     if answer.code != 0:
         return []  # the controller's own line tells why
-    wanted = patient.environ.get("OIALR_MPI") or patient.environ.get("SITE_MPI", "")
+    wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
     return [judge_plugin(library, parse_plugins(answer.out + answer.err), wanted)]
 
 

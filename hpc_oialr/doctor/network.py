@@ -6,8 +6,8 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.patient import Patient
 
 STARTING = (
     "RANK",
@@ -25,56 +25,56 @@ _FIRST_UNPRIVILEGED = 1024
 _BELOW = 20_000
 
 
-def check_launcher(patient: Patient) -> list[Finding]:
+def check_launcher(context: CheckContext) -> list[Finding]:
     """Who started this process, and whether its variables can be true."""
-    place = patient.place
+    place = context.place
     if place is None:
-        return [problem("launcher", patient.contradiction, unset(patient))]
+        return [problem("launcher", context.contradiction, unset(context))]
     where = (
-        f"process {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {patient.node}"
+        f"process {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {context.node}"
     )
-    if by_hand(patient):
+    if by_hand(context):
         found = f"{where}, by RANK and WORLD_SIZE alone: no torchrun, srun or mpirun started it"
-        return [note("launcher", found, unset(patient))]
+        return [note("launcher", found, unset(context))]
     return [ok("launcher", f"{place.launcher}: {where}" if place.size > 1 else "one process")]
 
 
-def by_hand(patient: Patient) -> bool:
+def by_hand(context: CheckContext) -> bool:
     """Whether RANK makes this one of several processes, and nothing else says so: maybe a leftover."""
-    launched = "TORCHELASTIC_RUN_ID" in patient.environ or patient.in_step or patient.under_mpi
-    return patient.size > 1 and "RANK" in patient.environ and not launched
+    launched = "TORCHELASTIC_RUN_ID" in context.environ or context.in_step or context.under_mpi
+    return context.size > 1 and "RANK" in context.environ and not launched
 
 
-def unset(patient: Patient) -> str:
+def unset(context: CheckContext) -> str:
     """The line that removes the variables of a launcher that is not there."""
-    names = [name for name in STARTING if name in patient.environ]
+    names = [name for name in STARTING if name in context.environ]
     return f"unset {' '.join(names)}" if names else "unset ${!SLURM_@} ${!OMPI_@} ${!PMI_@}"
 
 
-def check_address(patient: Patient) -> list[Finding]:
+def check_address(context: CheckContext) -> list[Finding]:
     """Whether the host of process 0 is known here, and whether the others can reach this one by its name."""
-    place = patient.place
-    if place is None or (place.size == 1 and "MASTER_ADDR" not in patient.environ):
+    place = context.place
+    if place is None or (place.size == 1 and "MASTER_ADDR" not in context.environ):
         return []
-    host = patient.environ.get("MASTER_ADDR", place.master_addr)
+    host = context.environ.get("MASTER_ADDR", place.master_addr)
     if unresolved([host]):
-        found = f"{host!r} cannot be resolved on {patient.node}"
-        return [problem("MASTER_ADDR", found, _other_address(patient))]
-    return [ok("MASTER_ADDR", f"{host} resolves"), *_own_name(patient)]
+        found = f"{host!r} cannot be resolved on {context.node}"
+        return [problem("MASTER_ADDR", found, _other_address(context))]
+    return [ok("MASTER_ADDR", f"{host} resolves"), *_own_name(context)]
 
 
-def _other_address(patient: Patient) -> str:
-    if "SLURM_JOB_NODELIST" in patient.environ:
+def _other_address(context: CheckContext) -> str:
+    if "SLURM_JOB_NODELIST" in context.environ:
         return 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    if patient.size == patient.local_size:
+    if context.size == context.local_size:
         return "export MASTER_ADDR=127.0.0.1"
     return "export MASTER_ADDR=HOST   (name or address of the node of process 0)"
 
 
-def _own_name(patient: Patient) -> list[Finding]:
+def _own_name(context: CheckContext) -> list[Finding]:
     """Gloo tells other nodes the address of this host's name; one of loopback leads them to themselves."""
-    several_nodes = patient.size > patient.local_size
-    if not several_nodes or "GLOO_SOCKET_IFNAME" in patient.environ:
+    several_nodes = context.size > context.local_size
+    if not several_nodes or "GLOO_SOCKET_IFNAME" in context.environ:
         return []
     addresses = _addresses(socket.gethostname())
     if addresses and not all(address.startswith("127.") or address == "::1" for address in addresses):
@@ -83,12 +83,12 @@ def _own_name(patient: Patient) -> list[Finding]:
     return [note("host name", found, f"export GLOO_SOCKET_IFNAME={_likely_interface()}")]
 
 
-def check_port(patient: Patient) -> list[Finding]:
+def check_port(context: CheckContext) -> list[Finding]:
     """Whether the port where process 0 listens is free, and not one that the system gives to anybody."""
-    place = patient.place
-    if place is None or "TORCHELASTIC_RUN_ID" in patient.environ:
+    place = context.place
+    if place is None or "TORCHELASTIC_RUN_ID" in context.environ:
         return []  # torchrun listens there already
-    given = "MASTER_PORT" in patient.environ
+    given = "MASTER_PORT" in context.environ
     if place.size == 1 and not given:
         return []
     port, (low, high) = place.master_port, ephemeral_range()
@@ -99,7 +99,7 @@ def check_port(patient: Patient) -> list[Finding]:
         found = f"{port} lies in {low}-{high}, from which the system gives ports to any program"
         return [problem("MASTER_PORT", found, fix)]
     if place.rank == 0 and in_use(port):
-        return [problem("MASTER_PORT", f"{port} is in use on {patient.node}", fix)]
+        return [problem("MASTER_PORT", f"{port} is in use on {context.node}", fix)]
     return [ok("MASTER_PORT", f"{port}, outside {low}-{high}" + (", is free" if place.rank == 0 else ""))]
 
 
@@ -124,15 +124,15 @@ def in_use(port: int) -> bool:
     return False
 
 
-def check_interfaces(patient: Patient) -> list[Finding]:
+def check_interfaces(context: CheckContext) -> list[Finding]:
     """Whether the interfaces that NCCL and gloo are told to use exist."""
-    if not patient.first_of_node:
+    if not context.first_of_node:
         return []
     there = interfaces()
     return [
-        _check_interface(name, patient.environ[name], there)
+        _check_interface(name, context.environ[name], there)
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-        if patient.environ.get(name)
+        if context.environ.get(name)
     ]
 
 

@@ -8,27 +8,27 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.patient import Patient
 from hpc_oialr.doctor.programs import probe
 from hpc_oialr.doctor.slurm import slurm_here
 
 _SELF = "hpc_oialr"
 
 
-def check_packages(patient: Patient) -> list[Finding]:
+def check_packages(context: CheckContext) -> list[Finding]:
     """What is needed, then what is optional."""
-    if not patient.first_of_node:
+    if not context.first_of_node:
         return []
     wrong = [text for requirement in required("") if (text := unfit(requirement))]
     if wrong:
         fix = f'pip install --upgrade "{_SELF}"'
-        return [problem("packages", "; ".join(wrong), fix), *_extras(patient)]
+        return [problem("packages", "; ".join(wrong), fix), *_extras(context)]
     found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
-    return [ok("packages", found), *_extras(patient)]
+    return [ok("packages", found), *_extras(context)]
 
 
-def _extras(patient: Patient) -> list[Finding]:
+def _extras(context: CheckContext) -> list[Finding]:
     """Extras that are installed must fit; submitit must be there where jobs are submitted."""
     absent, findings = [], []
     for extra in extras():
@@ -38,7 +38,7 @@ def _extras(patient: Patient) -> list[Finding]:
         elif any(states):
             fix = f'pip install --upgrade "{_SELF}[{extra}]"'
             findings.append(problem(f"[{extra}]", "; ".join(filter(None, states)), fix))
-    if "slurm" in absent and slurm_here(patient) and not patient.in_step:
+    if "slurm" in absent and slurm_here(context) and not context.in_step:
         absent.remove("slurm")
         fix = f'pip install "{_SELF}[slurm]"'
         findings.append(problem("submitit", "missing: oialr submit cannot submit jobs", fix))
@@ -76,11 +76,11 @@ def unfit(requirement: Requirement) -> str:
     return f"{requirement.name} is {version}; must be {requirement.specifier}"
 
 
-def check_deepspeed(patient: Patient) -> list[Finding]:
+def check_deepspeed(context: CheckContext) -> list[Finding]:
     """Whether DeepSpeed, if it is installed, can be imported beside this torch; nothing is compiled."""
-    if not patient.first_of_node or any("missing" in unfit(need) for need in required("deepspeed")):
+    if not context.first_of_node or any("missing" in unfit(need) for need in required("deepspeed")):
         return []
-    report, answer = probe(patient, "try_deepspeed", "cuda" if patient.gpus_asked else "cpu", slow=True)
+    report, answer = probe(context, "try_deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
     if "deepspeed" in report:
         return [ok("DeepSpeed", f"{report['deepspeed']} can be imported")]
     (need,) = required("deepspeed")

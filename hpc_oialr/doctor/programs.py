@@ -1,4 +1,4 @@
-"""Programs that a check asks: they may be missing, fail, or hang, and none of that holds the doctor up."""
+"""Programs that a check asks: each command runs with a timeout; it may be missing, fail, or hang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_oialr.doctor.patient import Patient
+from hpc_oialr.doctor.context import CheckContext
 
 _PROBES = Path(__file__).with_name("probes")
 _SLOW = 3
@@ -49,41 +49,41 @@ class Answer:
         return lines[-1].strip()[:_LONGEST] if lines else f"exit code {self.code}"
 
 
-def find(patient: Patient, name: str) -> str | None:
+def find(context: CheckContext, name: str) -> str | None:
     """Path of a program, if there is one."""
-    return shutil.which(name, path=patient.environ.get("PATH", os.defpath))
+    return shutil.which(name, path=context.environ.get("PATH", os.defpath))
 
 
-def ask(patient: Patient, *words: str, slow: bool = False) -> Answer:
-    """Run a program with the patient's variables, without a shell; it is ended, with its children, if it hangs.
+def run_command(context: CheckContext, *words: str, slow: bool = False) -> Answer:
+    """Run a program with the context's variables, without a shell; it is ended, with its children, if it hangs.
 
     Parameters
     ----------
     slow
-        Allow three times ``patient.timeout_s``.
+        Allow three times ``context.timeout_s``.
     """
     try:
         process = subprocess.Popen(
             words,
-            env=dict(patient.environ),
+            env=dict(context.environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,
-            pass_fds=_pmi(patient),
+            pass_fds=_pmi(context),
         )
     except OSError as error:
         return Answer(err=str(error), trouble="missing")
     try:
-        out, err = process.communicate(timeout=patient.timeout_s * (_SLOW if slow else 1))
+        out, err = process.communicate(timeout=context.timeout_s * (_SLOW if slow else 1))
     except subprocess.TimeoutExpired:
         return Answer(*_end(process), trouble="hung")
     return Answer(out, err, process.returncode)
 
 
-def probe(patient: Patient, name: str, *words: str, slow: bool = False) -> tuple[dict[str, Any], Answer]:
+def probe(context: CheckContext, name: str, *words: str, slow: bool = False) -> tuple[dict[str, Any], Answer]:
     """Run one of the scripts beside this file in a fresh interpreter.
 
     Returns
@@ -91,7 +91,7 @@ def probe(patient: Patient, name: str, *words: str, slow: bool = False) -> tuple
     tuple
         What it has found out, as far as it came, and how it ended.
     """
-    answer = ask(patient, sys.executable, str(_PROBES / f"{name}.py"), *words, slow=slow)
+    answer = run_command(context, sys.executable, str(_PROBES / f"{name}.py"), *words, slow=slow)
     report: dict[str, Any] = {}
     for line in answer.out.splitlines():
         # Libraries write on standard output, too.
@@ -101,9 +101,9 @@ def probe(patient: Patient, name: str, *words: str, slow: bool = False) -> tuple
     return report, answer
 
 
-def _pmi(patient: Patient) -> tuple[int, ...]:
+def _pmi(context: CheckContext) -> tuple[int, ...]:
     """PMI2 gives a process a connection to the launcher, not an address."""
-    number = patient.environ.get("PMI_FD", "")
+    number = context.environ.get("PMI_FD", "")
     if not number.isdigit():
         return ()
     try:

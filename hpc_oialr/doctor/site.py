@@ -24,7 +24,7 @@ env -0
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class SiteEnvironment:
     """Variables, and what they and the site ask of Slurm.
 
     Attributes
@@ -57,7 +57,7 @@ class Surroundings:
         return self.environ.get("OIALR_RUNS", "runs")
 
 
-def surroundings(site: str | None) -> Surroundings:
+def site_environment(site: str | None) -> SiteEnvironment:
     """This process's variables, or what batch scripts make of them by sourcing a site file.
 
     Raises
@@ -66,7 +66,7 @@ def surroundings(site: str | None) -> Surroundings:
         If there is no such site; lists those there are.
     """
     if site is None:
-        return Surroundings(all_variables())
+        return SiteEnvironment(all_variables())
     try:
         options = read_site(site).sbatch
         environ = _sourced(site)
@@ -74,8 +74,8 @@ def surroundings(site: str | None) -> Surroundings:
         raise
     except OIALRError as error:
         fix = f"module avail   (then correct {site_file(site)})"
-        return Surroundings(all_variables(), findings=(problem("site", str(error), fix),))
-    return Surroundings(environ, options, (ok("site", f"{site}: its file runs here"),))
+        return SiteEnvironment(all_variables(), findings=(problem("site", str(error), fix),))
+    return SiteEnvironment(environ, options, (ok("site", f"{site}: its file runs here"),))
 
 
 def _sourced(site: str) -> dict[str, str]:

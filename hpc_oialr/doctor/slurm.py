@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
 from hpc_oialr.doctor.network import unresolved
-from hpc_oialr.doctor.patient import Patient
-from hpc_oialr.doctor.programs import Answer, ask, find
+from hpc_oialr.doctor.programs import Answer, find, run_command
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.slurm_lists import expand_nodes
 
@@ -47,52 +47,52 @@ class Partition:
         return self.state == "up" and sum(self.counts[:2]) > 0
 
 
-def slurm_here(patient: Patient) -> bool:
+def slurm_here(context: CheckContext) -> bool:
     """Whether any of Slurm's programs is here."""
-    return any(find(patient, name) for name in PROGRAMS)
+    return any(find(context, name) for name in PROGRAMS)
 
 
-def asks_slurm(patient: Patient) -> bool:
+def asks_slurm(context: CheckContext) -> bool:
     """Whether this process asks Slurm: one of all, so that a thousand don't ask the controller at once."""
-    return patient.is_main and slurm_here(patient)
+    return context.is_main and slurm_here(context)
 
 
-def check_programs(patient: Patient) -> list[Finding]:
+def check_programs(context: CheckContext) -> list[Finding]:
     """Slurm's programs; without any of them nothing else of Slurm is looked at."""
-    if not patient.is_main:
+    if not context.is_main:
         return []
-    missing = [name for name in PROGRAMS if find(patient, name) is None]
+    missing = [name for name in PROGRAMS if find(context, name) is None]
     if not missing:
         return [ok("Slurm programs", ", ".join(PROGRAMS))]
     if len(missing) < len(PROGRAMS):
         fix = "module load slurm, or, as root: apt-get install slurm-client"
         return [problem("Slurm programs", f"missing: {', '.join(missing)}", fix)]
-    if "SLURM_JOB_ID" in patient.environ:
+    if "SLURM_JOB_ID" in context.environ:
         return [note("Slurm programs", "none inside this job, as in most containers")]
     return [note("Slurm", "no Slurm here")]
 
 
-def check_cluster(patient: Patient) -> list[Finding]:
+def check_cluster(context: CheckContext) -> list[Finding]:
     """Controller, credentials, partition and node names, by one request."""
-    if not asks_slurm(patient):
+    if not asks_slurm(context):
         return []
-    answer = ask(patient, "sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
+    answer = run_command(context, "sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
-        return [unreachable(patient, answer)]
+        return [unreachable(context, answer)]
     partitions = parse_partitions(answer.out)
     findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
-    if find(patient, "munge"):
+    if find(context, "munge"):
         findings.append(ok("munge", "the controller took this user's credential"))
-    return [*findings, *check_partition(patient, partitions), *check_nodes(patient, partitions)]
+    return [*findings, *check_partition(context, partitions), *check_nodes(context, partitions)]
 
 
-def unreachable(patient: Patient, answer: Answer) -> Finding:
+def unreachable(context: CheckContext, answer: Answer) -> Finding:
     """Why sinfo failed: no credential, no configuration, or no controller."""
     lines = [line for line in answer.err.splitlines() if _CREDENTIALS.search(line)]
     if lines:
         # sinfo begins with a hint for busy machines.
         said = next((line for line in lines if "failed" in line), lines[-1]).removeprefix("sinfo: error: ")
-        fix = f"systemctl start munge   (as root on {patient.node}; otherwise tell the administrators)"
+        fix = f"systemctl start munge   (as root on {context.node}; otherwise tell the administrators)"
         return problem("munge", f"this user gets no credential: {said}", fix)
     if "configuration source" in answer.err or "slurm.conf" in answer.err:
         fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
@@ -121,11 +121,11 @@ def parse_partitions(text: str) -> list[Partition]:
     ]
 
 
-def check_partition(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:
+def check_partition(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
     """The partition that is asked for, or the cluster's default one."""
     by_name = {partition.name: partition for partition in partitions}
     default = next((p.name for p in partitions if p.default), None)
-    names = patient.partition.split(",") if patient.partition else [default] if default else []
+    names = context.partition.split(",") if context.partition else [default] if default else []
     if not names:
         return [
             note("partition", "the cluster has no default one", f"--partition {next(iter(by_name), 'NAME')}")
@@ -142,7 +142,7 @@ def check_partition(patient: Patient, partitions: Sequence[Partition]) -> list[F
     idle = [by_name[name] for name in names if not by_name[name].works]
     if idle:
         return [_not_working(idle[0], partitions)]
-    return [ok("partition", f"{','.join(names)} is up" + ("" if patient.partition else " (the default)"))]
+    return [ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))]
 
 
 def _not_working(partition: Partition, partitions: Sequence[Partition]) -> Finding:
@@ -156,11 +156,11 @@ def _not_working(partition: Partition, partitions: Sequence[Partition]) -> Findi
     return problem("partition", f"{partition.name!r} {state}; jobs there do not start", fix)
 
 
-def check_nodes(patient: Patient, partitions: Sequence[Partition]) -> list[Finding]:
+def check_nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
     """Whether names of nodes resolve: all of the job, or the first few of the partition."""
-    inside = patient.environ.get("SLURM_JOB_NODELIST", "")
-    wanted = (patient.partition or "").split(",")
-    lists = [p.nodes for p in partitions if (p.name in wanted if patient.partition else p.default)]
+    inside = context.environ.get("SLURM_JOB_NODELIST", "")
+    wanted = (context.partition or "").split(",")
+    lists = [p.nodes for p in partitions if (p.name in wanted if context.partition else p.default)]
     try:
         names = [name for text in ([inside] if inside else lists) if text for name in expand_nodes(text)]
     except WorldError as error:
@@ -171,36 +171,36 @@ def check_nodes(patient: Patient, partitions: Sequence[Partition]) -> list[Findi
         return []
     if not lost:
         return [ok("nodes", f"{len(tried)} of {len(names)} names looked up, all resolve")]
-    found = f"{', '.join(lost[:4])} cannot be resolved on {patient.node}"
+    found = f"{', '.join(lost[:4])} cannot be resolved on {context.node}"
     fix = f"export MASTER_ADDR=$(scontrol show node {lost[0]} | grep -oP 'NodeAddr=\\K\\S+')"
     return [problem("nodes", found, fix) if inside else note("nodes", found, fix)]
 
 
-def check_account(patient: Patient) -> list[Finding]:
+def check_account(context: CheckContext) -> list[Finding]:
     """The account that is asked for, by this user's associations."""
-    if patient.account is None or not asks_slurm(patient):
+    if context.account is None or not asks_slurm(context):
         return []
     user = _user()
     what = ["show", "associations", f"user={user}", "format=account"]
-    answer = ask(patient, "sacctmgr", "--noheader", "--parsable2", *what)
+    answer = run_command(context, "sacctmgr", "--noheader", "--parsable2", *what)
     if answer.code != 0:
-        return [note("account", f"{patient.account!r} cannot be checked: {answer.reason}")]
+        return [note("account", f"{context.account!r} cannot be checked: {answer.reason}")]
     names = list(dict.fromkeys(line.strip() for line in answer.out.splitlines() if line.strip()))
-    if patient.account in names:
-        return [ok("account", f"{patient.account} is one of {user}'s")]
+    if context.account in names:
+        return [ok("account", f"{context.account} is one of {user}'s")]
     if names:
-        near = difflib.get_close_matches(patient.account, names, n=1) or names
-        found = f"{user} has no account {patient.account!r}; has: {', '.join(names)}"
+        near = difflib.get_close_matches(context.account, names, n=1) or names
+        found = f"{user} has no account {context.account!r}; has: {', '.join(names)}"
         return [problem("account", found, f"--account {near[0]}")]
-    fix = f"sacctmgr add user {user} account={patient.account}   (by the administrators)"
+    fix = f"sacctmgr add user {user} account={context.account}   (by the administrators)"
     return [problem("account", f"{user} has no account at all", fix)]
 
 
-def check_accounting(patient: Patient) -> list[Finding]:
+def check_accounting(context: CheckContext) -> list[Finding]:
     """Whether sacct knows of jobs of the past; runs do without."""
-    if not asks_slurm(patient):
+    if not asks_slurm(context):
         return []
-    answer = ask(patient, "sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
+    answer = run_command(context, "sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
     if answer.code == 0:
         return [ok("accounting", "sacct answers")]
     return [
@@ -208,12 +208,12 @@ def check_accounting(patient: Patient) -> list[Finding]:
     ]
 
 
-def check_job(patient: Patient) -> list[Finding]:
+def check_job(context: CheckContext) -> list[Finding]:
     """Whether the job that the variables name still runs: a shell may have outlived it."""
-    job = patient.environ.get("SLURM_JOB_ID")
-    if job is None or not asks_slurm(patient):
+    job = context.environ.get("SLURM_JOB_ID")
+    if job is None or not asks_slurm(context):
         return []
-    answer = ask(patient, "squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    answer = run_command(context, "squeue", "--noheader", f"--jobs={job}", "--format=%T")
     states = answer.out.split()
     if answer.code == 0 and states:
         return [ok("job", f"{job} is {states[0]}")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.doctor.patient import Patient
 
 
 def usable_cores() -> int:
@@ -15,15 +15,15 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_threads(patient: Patient) -> list[Finding]:
+def check_threads(context: CheckContext) -> list[Finding]:
     """OMP_NUM_THREADS against what one process, and all of its node, have."""
     return [
-        judge_threads(patient, usable_cores(), os.cpu_count() or 1),
-        *judge_binding(patient, usable_cores()),
+        judge_threads(context, usable_cores(), os.cpu_count() or 1),
+        *judge_binding(context, usable_cores()),
     ]
 
 
-def judge_threads(patient: Patient, cores: int, of_node: int) -> Finding:
+def judge_threads(context: CheckContext, cores: int, of_node: int) -> Finding:
     """Whether threads outnumber cores.
 
     Parameters
@@ -33,12 +33,12 @@ def judge_threads(patient: Patient, cores: int, of_node: int) -> Finding:
     of_node
         All of the node's.
     """
-    text, given = patient.environ.get("OMP_NUM_THREADS"), _cpus_per_task(patient)
+    text, given = context.environ.get("OMP_NUM_THREADS"), _cpus_per_task(context)
     # Processes that are not bound see the same cores, and share them.
-    share = max(1, min(cores, of_node // patient.local_size))
+    share = max(1, min(cores, of_node // context.local_size))
     fair = min(given, cores) if given else share
     if text is None:
-        return ok("threads", f"as many as cores: {cores}, {patient.local_size} on the node share {of_node}")
+        return ok("threads", f"as many as cores: {cores}, {context.local_size} on the node share {of_node}")
     number = text.partition(",")[0].strip()
     if not number.isdigit() or int(number) < 1:
         fix = f"export OMP_NUM_THREADS={fair}"
@@ -50,16 +50,16 @@ def judge_threads(patient: Patient, cores: int, of_node: int) -> Finding:
         )
     if given and threads > given:
         return problem("threads", f"OMP_NUM_THREADS is {threads}, but a task has {given} cores", fix)
-    if threads * patient.local_size > of_node:
-        found = f"{patient.local_size} processes with {threads} threads each share {of_node} cores of {patient.node}"
+    if threads * context.local_size > of_node:
+        found = f"{context.local_size} processes with {threads} threads each share {of_node} cores of {context.node}"
         return problem("threads", found, fix)
-    return ok("threads", f"{threads} on {cores} cores, {patient.local_size} on the node share {of_node}")
+    return ok("threads", f"{threads} on {cores} cores, {context.local_size} on the node share {of_node}")
 
 
-def judge_binding(patient: Patient, cores: int) -> list[Finding]:
+def judge_binding(context: CheckContext, cores: int) -> list[Finding]:
     """Whether srun bound a task to fewer cores than the job asked for; since Slurm 22.05 it does if not told."""
-    given = _cpus_per_task(patient)
-    if given is None or not patient.in_step:
+    given = _cpus_per_task(context)
+    if given is None or not context.in_step:
         return []
     if cores < given:
         found = f"SLURM_CPUS_PER_TASK is {given}, but srun bound this task to {cores}"
@@ -68,6 +68,6 @@ def judge_binding(patient: Patient, cores: int) -> list[Finding]:
     return [ok("binding", f"{cores} cores, {given} asked for")]
 
 
-def _cpus_per_task(patient: Patient) -> int | None:
-    text = patient.environ.get("SLURM_CPUS_PER_TASK", "")
+def _cpus_per_task(context: CheckContext) -> int | None:
+    text = context.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(text) if text.isdigit() and int(text) else None

@@ -8,14 +8,14 @@ from pathlib import Path
 from hpc_oialr.errors import DataError
 from hpc_oialr.launch.job_file import JobFile, read_job
 from hpc_oialr.launch.scontrol import show_job
-from hpc_oialr.processes.batch_job import batch_job, max_requeues
 from hpc_oialr.processes.environment import launch_info
+from hpc_oialr.processes.slurm_job import max_requeues, slurm_job
 from hpc_oialr.record.run_folder import RunFolder
 
 
 def note_job(folder: Path, recipe: str, environ: Mapping[str, str] | None = None) -> None:
     """Write down which job of Slurm works in a run's folder; the main process does, and only where there is one."""
-    job, info = batch_job(environ), launch_info(environ)
+    job, info = slurm_job(environ), launch_info(environ)
     if job is None or info.rank != 0:
         return
     run_folder = RunFolder(folder)

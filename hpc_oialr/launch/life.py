@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.scontrol import end_of
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.processes.batch_job import batch_job, max_requeues
 from hpc_oialr.processes.environment import launch_info
-from hpc_oialr.processes.signals import NAMES, heed
+from hpc_oialr.processes.signals import NAMES, catch_signals
+from hpc_oialr.processes.slurm_job import max_requeues, slurm_job
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
@@ -63,7 +63,7 @@ def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
     from hpc_oialr.train.stopping import StopRequest
 
     max_requeues()
-    with heed((loaded.config.train.stop_signal, *NAMES, "INT"), interrupted) as flag:
+    with catch_signals((loaded.config.train.stop_signal, *NAMES, "INT"), interrupted) as flag:
         yield StopRequest(lambda: _reason(flag.name), job_end())
 
 
@@ -94,7 +94,7 @@ def job_end(
     From the job's variables, or, where these do not tell or lie in the past, because the limit was extended,
     asked of Slurm: by the main process alone, since a thousand of them at once would hurt Slurm.
     """
-    job = batch_job(environ)
+    job = slurm_job(environ)
     if job is None:
         return None
     if job.end is not None and job.end > clock():

@@ -123,7 +123,7 @@ class Communicator(ABC):
         return whole
 
 
-class Alone(Communicator):
+class SingleCommunicator(Communicator):
     """One process."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Alone(Communicator):
         raise AssertionError("one process has nobody to talk to")
 
 
-class Team(Communicator):
+class SubCommunicator(Communicator):
     """Some processes of a group, renumbered 0, 1, ... in the given order; made without a message.
 
     Parameters

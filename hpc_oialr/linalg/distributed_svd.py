@@ -15,9 +15,9 @@ from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.gather import gathered_svd
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import check_target, fewest, hierarchical_svd
-from hpc_oialr.linalg.layout import Layout, agree
 from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr, check_method
 from hpc_oialr.linalg.randomized import randomized_svd
+from hpc_oialr.linalg.row_partition import RowPartition, agree
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, tsqr_svd
 
@@ -98,17 +98,19 @@ def distributed_svd(
         if r is not None or tolerance is not None:
             given = f"r = {r}, tolerance = {tolerance}"
             raise ConfigError("target", given, "must be None beside a method", fix="Set it in the method.")
-    A, layout = agree(A, comm, name)
+    A, partition = agree(A, comm, name)
     limit = _smallest(memory_limit_bytes, comm, A)
     if method is None:
-        method = choose(layout, A.dtype, r=r, tolerance=tolerance, memory_limit_bytes=limit, name=name).method
-    elif forecast_bytes(method, layout, A.dtype) > limit:
-        raise _too_large([method], layout, A.dtype, limit, name)
+        method = choose(
+            partition, A.dtype, r=r, tolerance=tolerance, memory_limit_bytes=limit, name=name
+        ).method
+    elif forecast_bytes(method, partition, A.dtype) > limit:
+        raise _too_large([method], partition, A.dtype, limit, name)
     return _run(method, A, comm, vh, name)
 
 
 def choose(
-    layout: Layout,
+    partition: RowPartition,
     dtype: torch.dtype,
     *,
     r: int | None = None,
@@ -129,25 +131,25 @@ def choose(
 
     Examples
     --------
-    >>> print(choose(Layout((32768, 32768), 512), torch.float32))
+    >>> print(choose(RowPartition((32768, 32768), 512), torch.float32))
     Tsqr(): all 512 triplets, 56 GFlop a process against 106 for Gather; 0.2 GiB on the fullest process
     """
     if r is not None or tolerance is not None:
         check_target(r, tolerance, 0)
     rejected: list[Method] = []
-    for method, reason in _preferences(layout, r, tolerance):
-        forecast = forecast_bytes(method, layout, dtype)
+    for method, reason in _preferences(partition, r, tolerance):
+        forecast = forecast_bytes(method, partition, dtype)
         if forecast <= memory_limit_bytes:
             skipped = [type(other).__name__ for other in rejected]
             return Choice(method, "; ".join([reason, *(f"{o} does not fit" for o in skipped)]), forecast)
         rejected.append(method)
-    raise _too_large(rejected, layout, dtype, memory_limit_bytes, name)
+    raise _too_large(rejected, partition, dtype, memory_limit_bytes, name)
 
 
-def forecast_bytes(method: Method, layout: Layout, dtype: torch.dtype) -> int:
+def forecast_bytes(method: Method, partition: RowPartition, dtype: torch.dtype) -> int:
     """Peak memory of the fullest process beside its input block (bytes)."""
-    cast = max(layout.rows) * layout.n if dtype != compute_dtype(dtype) else 0
-    return (method.numbers(layout) + cast) * compute_dtype(dtype).itemsize + WORKING_BYTES
+    cast = max(partition.rows) * partition.n if dtype != compute_dtype(dtype) else 0
+    return (method.numbers(partition) + cast) * compute_dtype(dtype).itemsize + WORKING_BYTES
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
@@ -157,27 +159,27 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _preferences(layout: Layout, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
-    exact = _exact(layout, r, tolerance)
+def _preferences(partition: RowPartition, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
+    exact = _exact(partition, r, tolerance)
     if tolerance is not None:
         reason = f"the relative error {tolerance:g} decides how many triplets stay"
         return [(Hierarchical(tolerance=tolerance), reason), *exact]
     if r is None:
         return exact
     sketch = Randomized(r=r)
-    if r + sketch.oversampling <= SKETCH_SHARE * layout.k:
-        return [(sketch, f"r = {r} with oversampling is at most a quarter of k = {layout.k}"), *exact]
-    return [*exact, (sketch, f"r = {r} of k = {layout.k}")]
+    if r + sketch.oversampling <= SKETCH_SHARE * partition.k:
+        return [(sketch, f"r = {r} with oversampling is at most a quarter of k = {partition.k}"), *exact]
+    return [*exact, (sketch, f"r = {r} of k = {partition.k}")]
 
 
-def _exact(layout: Layout, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
+def _exact(partition: RowPartition, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
     """Tsqr and Gather, the cheaper one first; with one process they are the same."""
     methods: list[Method] = [Tsqr(r=r, tolerance=tolerance)]
-    if len(layout.rows) > 1:
+    if len(partition.rows) > 1:
         methods.append(Gather(r=r, tolerance=tolerance))
-    methods.sort(key=lambda method: method.operations(layout))
-    gflop = [f"{method.operations(layout) / 1e9:.3g}" for method in methods]
-    what = f"all {layout.k} triplets"
+    methods.sort(key=lambda method: method.operations(partition))
+    gflop = [f"{method.operations(partition) / 1e9:.3g}" for method in methods]
+    what = f"all {partition.k} triplets"
     if len(methods) == 1:
         return [(methods[0], f"{what} on one process, {gflop[0]} GFlop")]
     names = [type(method).__name__ for method in methods]
@@ -219,12 +221,13 @@ def _smallest(limit: float | None, comm: Communicator, A: Tensor) -> float:
 
 
 def _too_large(
-    methods: list[Method], layout: Layout, dtype: torch.dtype, limit: float, name: str
+    methods: list[Method], partition: RowPartition, dtype: torch.dtype, limit: float, name: str
 ) -> ConfigError:
     needs = ", ".join(
-        f"{type(method).__name__} {forecast_bytes(method, layout, dtype) / GIB:.3g} GiB" for method in methods
+        f"{type(method).__name__} {forecast_bytes(method, partition, dtype) / GIB:.3g} GiB"
+        for method in methods
     )
-    size = f"{name} ({layout.m} x {layout.n}) on {len(layout.rows)} process(es)"
+    size = f"{name} ({partition.m} x {partition.n}) on {len(partition.rows)} process(es)"
     return ConfigError(
         "memory_limit_bytes",
         int(limit),

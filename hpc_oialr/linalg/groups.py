@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from hpc_oialr.linalg.communicator import Alone, Communicator, Group
+from hpc_oialr.linalg.communicator import Communicator, Group, SingleCommunicator
 from hpc_oialr.linalg.mpi_communicator import MPICommunicator
 from hpc_oialr.linalg.torch_communicator import TorchCommunicator
 
@@ -31,7 +31,7 @@ def communicator(group: Group) -> Communicator:
     if isinstance(group, Communicator):
         return group
     if group is None:
-        return Alone()
+        return SingleCommunicator()
     if isinstance(group, dist.ProcessGroup):
         return TorchCommunicator(group)
     if type(group).__module__.split(".")[0] == "mpi4py":

@@ -12,8 +12,8 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import squared_norm
 from hpc_oialr.linalg.communicator import Group
 from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.layout import agree
 from hpc_oialr.linalg.local_qr import Apply, blocked_qr
+from hpc_oialr.linalg.row_partition import agree
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.tree import Ledger, Top, up_and_down
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, my_columns

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.communicator import Communicator, Group, Team
+from hpc_oialr.linalg.communicator import Communicator, Group, SubCommunicator
 from hpc_oialr.linalg.distributed_svd import distributed_svd
 from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.layout import block_of, even_blocks
+from hpc_oialr.linalg.row_partition import block_of, even_blocks
 from hpc_oialr.linalg.svd import SVD, compute_dtype, svd
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
 
@@ -86,7 +86,7 @@ def _shared(
     task: Task, matrix: Callable[[int], Tensor], comm: Communicator, plan: WorkPlan
 ) -> Iterator[Factorised]:
     """The long side is cut into blocks, so that every member has rows of a tall matrix."""
-    team, name = Team(comm, task.processes), plan.layers[task.layers[0]].name
+    team, name = SubCommunicator(comm, task.processes), plan.layers[task.layers[0]].name
     A = matrix(task.layers[0])
     tall = A if A.shape[0] >= A.shape[1] else A.mT
     rows = even_blocks(tall.shape[0], team.size)

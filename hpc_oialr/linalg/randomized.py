@@ -12,7 +12,7 @@ from hpc_oialr.linalg.blocks import frobenius_norm, squared_norm
 from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.layout import agree, even_blocks
+from hpc_oialr.linalg.row_partition import agree, even_blocks
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, gathered, tsqr, tsqr_svd
 
 
@@ -74,16 +74,16 @@ def randomized_svd(
     """
     check_sketch(r, oversampling, power_iterations)
     comm = communicator(group)
-    A, layout = agree(A, comm, name)
-    width = min(r + oversampling, layout.k)
+    A, partition = agree(A, comm, name)
+    width = min(r + oversampling, partition.k)
     Q = tsqr(_sketch(A, width, seed), comm, name=name).Q
     for _ in range(power_iterations):
         Z = tsqr(_transposed_product(A, Q, comm), comm, name=name).Q
-        Q = tsqr(A @ comm.all_gather_rows(Z, even_blocks(layout.n, comm.size)), comm, name=name).Q
+        Q = tsqr(A @ comm.all_gather_rows(Z, even_blocks(partition.n, comm.size)), comm, name=name).Q
     V, s, Wh, _ = tsqr_svd(_transposed_product(A, Q, comm), comm, name=name)
     U, s, V = Q @ Wh[:r].mT, s[:r].contiguous(), V[:, :r]
     missed = frobenius_norm(A, comm) ** 2 - squared_norm(s)
-    return BlockSVD(U, s, gathered(V, comm, layout.n, vh), math.sqrt(max(0.0, missed)))
+    return BlockSVD(U, s, gathered(V, comm, partition.n, vh), math.sqrt(max(0.0, missed)))
 
 
 def _sketch(A: Tensor, width: int, seed: int) -> Tensor:

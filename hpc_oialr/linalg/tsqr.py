@@ -10,8 +10,8 @@ from torch import Tensor
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Communicator, Group
 from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.layout import agree, block_of, even_blocks, transpose_blocks
 from hpc_oialr.linalg.local_qr import Apply, blocked_qr
+from hpc_oialr.linalg.row_partition import agree, block_of, even_blocks, transpose_blocks
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.tree import Ledger, Top, up_and_down
 
@@ -121,13 +121,13 @@ def tsqr_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str
     J. Demmel et al. as above; the SVD: T. Chan, ACM Trans. Math. Softw. 8 (1982).
     """
     comm = communicator(group)
-    A, layout = agree(A, comm, name)
-    if layout.m >= layout.n:
+    A, partition = agree(A, comm, name)
+    if partition.m >= partition.n:
         U, s, Vh, _ = _tall(A, comm, name)
         return BlockSVD(U, s, Vh if vh == "whole" else my_columns(Vh, comm))
-    V, s, Uh, _ = _tall(transpose_blocks(A, comm, layout), comm, name)
-    U = Uh.mT[layout.span(comm.rank)].contiguous()
-    return BlockSVD(U, s, gathered(V, comm, layout.n, vh))
+    V, s, Uh, _ = _tall(transpose_blocks(A, comm, partition), comm, name)
+    U = Uh.mT[partition.span(comm.rank)].contiguous()
+    return BlockSVD(U, s, gathered(V, comm, partition.n, vh))
 
 
 def my_columns(Vh: Tensor, comm: Communicator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who factorises which layer: longest processing time first, equal shapes together, large ones shared."""
+"""Load-balanced assignment of SVDs to ranks: longest processing time first, equal shapes together, large ones shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that died or hangs, seen from another one: one error, one message."""
+"""Turn communication failures into ProcessLostError."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _SKIP = "To start without this check: --train.health_check false"
 
 
 @dataclass(frozen=True)
-class Vitals:
+class NodeInfo:
     """What one process says of itself.
 
     Attributes
@@ -50,14 +50,14 @@ def check_health(world: World, settings: str) -> None:
     settings
         Digest of the run's settings.
     """
-    everyone = world.all_gather_object(vitals(world, settings))
+    everyone = world.all_gather_object(node_info(world, settings))
     check_devices(everyone)
     check_versions(everyone)
     total = world.all_reduce(torch.full((256,), world.rank + 1.0, device=world.device))
-    check_sums([vital.node for vital in everyone], world.all_gather_object(_spread(total)))
+    check_sums([info.node for info in everyone], world.all_gather_object(_spread(total)))
 
 
-def vitals(world: World, settings: str) -> Vitals:
+def node_info(world: World, settings: str) -> NodeInfo:
     """This process's."""
     fault = _fault(world.device)
     versions = {
@@ -66,29 +66,29 @@ def vitals(world: World, settings: str) -> Vitals:
         "Python": platform.python_version(),
         "settings": settings,
     }
-    return Vitals(node_name(), fault, "" if fault else _device_name(world.device), versions)
+    return NodeInfo(node_name(), fault, "" if fault else _device_name(world.device), versions)
 
 
-def check_devices(everyone: Sequence[Vitals]) -> None:
+def check_devices(everyone: Sequence[NodeInfo]) -> None:
     """Raise :class:`HealthError` if a device does not compute or two processes share one."""
-    faulty = [rank for rank, vital in enumerate(everyone) if vital.fault]
+    faulty = [rank for rank, info in enumerate(everyone) if info.fault]
     if faulty:
         first = everyone[faulty[0]]
         raise _unfit(everyone, faulty, f"cannot compute on its device ({first.fault}); every process must")
     holders: dict[tuple[str, str], int] = {}
-    for rank, vital in enumerate(everyone):
-        other = holders.setdefault((vital.node, vital.device), rank)
-        if vital.device and other != rank:
+    for rank, info in enumerate(everyone):
+        other = holders.setdefault((info.node, info.device), rank)
+        if info.device and other != rank:
             raise HealthError(
-                f"processes {other} and {rank} on node {vital.node} both compute on {vital.device}; each must have "
+                f"processes {other} and {rank} on node {info.node} both compute on {info.device}; each must have "
                 f"its own. Ask for as many --gpus-per-node as --ntasks-per-node, and not for --gpus-per-task. {_SKIP}"
             )
 
 
-def check_versions(everyone: Sequence[Vitals]) -> None:
+def check_versions(everyone: Sequence[NodeInfo]) -> None:
     """Raise :class:`HealthError` that names the processes with another version than most."""
     for name in everyone[0].versions:
-        values = [vital.versions[name] for vital in everyone]
+        values = [info.versions[name] for info in everyone]
         usual = Counter(values).most_common(1)[0][0]
         others = [rank for rank, value in enumerate(values) if value != usual]
         if others:
@@ -114,8 +114,8 @@ def check_sums(nodes: Sequence[str], spreads: Sequence[tuple[float, float]]) -> 
         raise HealthError(_told(nodes, wrong, found))
 
 
-def _unfit(everyone: Sequence[Vitals], ranks: Sequence[int], found: str) -> HealthError:
-    return HealthError(_told([vital.node for vital in everyone], ranks, found))
+def _unfit(everyone: Sequence[NodeInfo], ranks: Sequence[int], found: str) -> HealthError:
+    return HealthError(_told([info.node for info in everyone], ranks, found))
 
 
 def _told(nodes: Sequence[str], ranks: Sequence[int], found: str) -> str:

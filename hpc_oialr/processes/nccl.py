@@ -10,7 +10,7 @@ _LEAVE_HARD = "3"
 _LEAST_HEARTBEAT_S = 60
 
 
-def leave_hard(environ: MutableMapping[str, str], timeout_s: float) -> None:
+def configure_nccl_watchdog(environ: MutableMapping[str, str], timeout_s: float) -> None:
     """Set what torch's NCCL watchdog reads when a group is made; settings of the user are kept.
 
     A collective that takes longer than the group's timeout ends the process by

@@ -44,8 +44,10 @@ class SignalFlag:
 
 
 @contextmanager
-def heed(names: Sequence[str], interrupted: Callable[[], object] = lambda: None) -> Iterator[SignalFlag]:
-    """Let signals set a flag meanwhile, instead of ending the process.
+def catch_signals(
+    names: Sequence[str], interrupted: Callable[[], object] = lambda: None
+) -> Iterator[SignalFlag]:
+    """While active, signals set a flag instead of terminating the process.
 
     One that the process was started to ignore, as nohup does HUP and a shell INT behind ``&``, is left ignored unless
     it is the first of the names. Outside the main thread, where Python allows no handlers, the flag is never set.
@@ -75,7 +77,7 @@ def heed(names: Sequence[str], interrupted: Callable[[], object] = lambda: None)
 
 
 def leave_upon_term(code: int) -> None:
-    """Leave with an exit code upon TERM, until :func:`heed` takes it over.
+    """Leave with an exit code upon TERM, until :func:`catch_signals` takes it over.
 
     A task of srun that another one's end ends must not die of the signal: srun would report that, and not the
     code of the one that had a reason.

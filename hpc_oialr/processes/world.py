@@ -18,8 +18,8 @@ from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.devices import choose_device, group_device
 from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
 from hpc_oialr.processes.failures import reported
-from hpc_oialr.processes.meeting import meeting_place
-from hpc_oialr.processes.nccl import leave_hard
+from hpc_oialr.processes.nccl import configure_nccl_watchdog
+from hpc_oialr.processes.rendezvous import rendezvous_store
 
 Op = Literal["sum", "max", "min"]
 T = TypeVar("T")
@@ -258,12 +258,12 @@ class World:
 def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s: float) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
-        leave_hard(os.environ, timeout_s)
+        configure_nccl_watchdog(os.environ, timeout_s)
     try:
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
-            store=meeting_place(info, limit),
+            store=rendezvous_store(info, limit),
             rank=info.rank,
             world_size=info.size,
             timeout=limit,

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes.batch_job import batch_job
 from hpc_oialr.processes.environment import node_name
 from hpc_oialr.processes.identity import process_space, started
+from hpc_oialr.processes.slurm_job import slurm_job
 from hpc_oialr.record.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Owner:
     @classmethod
     def here(cls, command: str) -> Owner:
         """This process."""
-        job = batch_job()
+        job = slurm_job()
         return (
             cls(command=command) if job is None else cls(command=command, job=job.id, restarts=job.restarts)
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
 from hpc_oialr.errors import CheckpointError, FolderLostError
-from hpc_oialr.processes.agreement import Agreement
+from hpc_oialr.processes.async_flag import AsyncFlagReduce
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
@@ -56,7 +56,7 @@ class Trainer:
         self.context, self.store, self.recorder = context, store, recorder
         self.settings = settings
         self.stopping = Stopping(stop or StopRequest())
-        self._agreement = Agreement(context.world)
+        self._stop_flag = AsyncFlagReduce(context.world)
         self.config = context.config
         self.timers = Timers(context.world.device)
         self.progress = Progress()
@@ -91,14 +91,14 @@ class Trainer:
             for batch in self._batches():
                 self._step(batch)
                 self._evaluate_if_due()
-                stop = self._agreement.exchange(self.stopping.wanted())
+                stop = self._stop_flag.exchange(self.stopping.wanted())
                 if stop:
                     break
                 if self._checkpoint_due():
                     self._save_if_possible()
             else:
                 stop = False
-        self._agreement.settle()
+        self._stop_flag.settle()
         self.save()
         if stop:
             self.recorder.note(f"stopped after step {self.progress.step}: {self.stopping.reason}")

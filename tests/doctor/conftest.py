@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from support.fake_programs import Programs
 
-from hpc_oialr.doctor import Patient
+from hpc_oialr.doctor import CheckContext
 
-Made = Callable[..., Patient]
+Made = Callable[..., CheckContext]
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def programs(tmp_path: Path) -> Programs:
 
 
 @pytest.fixture
-def patient(programs: Programs, tmp_path: Path) -> Made:
-    """Makes a patient: variables as a mapping, the rest by name."""
+def context(programs: Programs, tmp_path: Path) -> Made:
+    """Makes a context: variables as a mapping, the rest by name."""
 
-    def make(environ: dict[str, str] | None = None, **settings: Any) -> Patient:
+    def make(environ: dict[str, str] | None = None, **settings: Any) -> CheckContext:
         variables = {"PATH": str(programs.path), **(environ or {})}
-        return Patient(environ=variables, **{"folder": tmp_path / "runs", "timeout_s": 60.0, **settings})
+        return CheckContext(environ=variables, **{"folder": tmp_path / "runs", "timeout_s": 60.0, **settings})
 
     return make

@@ -55,8 +55,8 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", str(point)], check=True)
 
 
-def test_a_good_folder_that_is_not_there_yet(patient, tmp_path):
-    findings = files.check_folder(patient(folder=tmp_path / "a" / "b", need_gib=1e-6))
+def test_a_good_folder_that_is_not_there_yet(context, tmp_path):
+    findings = files.check_folder(context(folder=tmp_path / "a" / "b", need_gib=1e-6))
     assert [(finding.name, finding.state) for finding in findings] == [
         ("run folder", "ok"),
         ("free space", "ok"),
@@ -65,10 +65,10 @@ def test_a_good_folder_that_is_not_there_yet(patient, tmp_path):
     assert list(tmp_path.glob(".oialr*")) == []
 
 
-def test_a_full_disk(patient, mounted):
+def test_a_full_disk(context, mounted):
     disk = mounted("size=1m")
     (disk / "big").write_bytes(bytes(2**20 - 8192))
-    found = by_name(files.check_folder(patient(folder=disk, need_gib=5.0)))
+    found = by_name(files.check_folder(context(folder=disk, need_gib=5.0)))
     assert found["run folder"].state == found["free space"].state == "problem"
     assert found["run folder"].found == f"{disk}: cannot write: No space left on device"
     assert found["run folder"].fix.startswith(f"df -h {disk}; quota -s")
@@ -76,42 +76,42 @@ def test_a_full_disk(patient, mounted):
     assert "--need-gib GIB" in found["free space"].fix
 
 
-def test_a_disk_without_inodes(patient, mounted):
+def test_a_disk_without_inodes(context, mounted):
     disk = mounted("size=8m,nr_inodes=40")
-    inodes = by_name(files.check_folder(patient(folder=disk, need_gib=1e-6)))["inodes"]
+    inodes = by_name(files.check_folder(context(folder=disk, need_gib=1e-6)))["inodes"]
     assert inodes.state == "problem"
     assert f"more files fit on {disk} (tmpfs)" in inodes.found
 
 
-def test_little_space_as_the_system_tells_it(patient, monkeypatch, tmp_path):
+def test_little_space_as_the_system_tells_it(context, monkeypatch, tmp_path):
     space = SimpleNamespace(f_bavail=1, f_frsize=2**30, f_files=0, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda path: space)
     report = try_folder.look(tmp_path) | {"works": True}
-    found = by_name(files.judge_folder(patient(folder=tmp_path, need_gib=5.0), report))
+    found = by_name(files.judge_folder(context(folder=tmp_path, need_gib=5.0), report))
     assert found["free space"].state == "problem"
     assert found["free space"].found.startswith("1.0 GiB on ")
     assert "inodes" not in found, "some file systems do not count them"
 
 
-def test_a_read_only_disk(patient, mounted):
+def test_a_read_only_disk(context, mounted):
     disk = mounted("size=1m,ro")
-    found = by_name(files.check_folder(patient(folder=disk, need_gib=1e-6)))["run folder"]
+    found = by_name(files.check_folder(context(folder=disk, need_gib=1e-6)))["run folder"]
     assert found.state == "problem"
     assert found.found == f"{disk}: cannot make a folder: Read-only file system"
     assert found.fix.startswith("--folder DIR, and --out DIR")
 
 
-def test_a_folder_closed_to_its_owner(patient, tmp_path):
+def test_a_folder_closed_to_its_owner(context, tmp_path):
     report = {"there": str(tmp_path), "step": "write", "errno": errno.EACCES, "error": "Permission denied"}
-    (found,) = files.judge_folder(patient(), report | {"owner": os.geteuid()})
+    (found,) = files.judge_folder(context(), report | {"owner": os.geteuid()})
     assert (found.state, found.fix) == ("problem", f"chmod u+rwx {tmp_path}")
-    (found,) = files.judge_folder(patient(), report | {"owner": os.geteuid() + 1})
+    (found,) = files.judge_folder(context(), report | {"owner": os.geteuid() + 1})
     assert found.fix.startswith("--folder DIR")
 
 
-def test_a_file_in_the_folders_place(patient, tmp_path):
+def test_a_file_in_the_folders_place(context, tmp_path):
     (tmp_path / "runs").write_text("")
-    (found,) = files.check_folder(patient(folder=tmp_path / "runs"))
+    (found,) = files.check_folder(context(folder=tmp_path / "runs"))
     assert found.state == "problem"
     assert "is no folder" in found.found
 
@@ -122,9 +122,9 @@ def test_a_rename_that_leaves_the_old_file(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_server_that_does_not_answer(patient, monkeypatch):
+def test_a_file_server_that_does_not_answer(context, monkeypatch):
     monkeypatch.setattr(files, "probe", lambda *_: ({}, Answer(trouble="hung")))
-    (found,) = files.check_folder(patient())
+    (found,) = files.check_folder(context())
     assert found.state == "problem"
     assert found.found.endswith("gives no answer: no answer in time")
     assert "tell the administrators of " in found.fix
@@ -138,9 +138,9 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_that_others_may_change(patient, tmp_path):
+def test_a_run_that_others_may_change(context, tmp_path):
     folder = run_folder(tmp_path)
-    who = patient(folder=folder, need_gib=1e-6)
+    who = context(folder=folder, need_gib=1e-6)
     assert by_name(files.check_folder(who))["owner"] == Finding("owner", "ok", "this user, mode 0700")
     folder.chmod(0o770)
     owner = by_name(files.check_folder(who))["owner"]
@@ -149,17 +149,17 @@ def test_a_run_that_others_may_change(patient, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_run_of_somebody_else(patient, tmp_path):
+def test_a_run_of_somebody_else(context, tmp_path):
     folder = run_folder(tmp_path)
     os.chown(folder, 12345, -1)
-    owner = by_name(files.check_folder(patient(folder=folder, need_gib=1e-6)))["owner"]
+    owner = by_name(files.check_folder(context(folder=folder, need_gib=1e-6)))["owner"]
     assert owner.state == "problem"
     assert owner.found == f"the run in {folder} belongs to user 12345, this is user 0"
     assert owner.fix.startswith("--out DIR")
 
 
-def test_hdf5(patient, tmp_path):
-    (found,) = files.check_hdf5(patient(folder=tmp_path))
+def test_hdf5(context, tmp_path):
+    (found,) = files.check_hdf5(context(folder=tmp_path))
     assert (found.name, found.state) == ("HDF5", "ok")
     assert found.found.endswith(" writes, with locks")
     assert list(tmp_path.glob(".oialr*")) == []
@@ -184,13 +184,13 @@ def holder() -> Iterator[Callable[[Path], int]]:
 
 
 @pytest.mark.parametrize("name", ["spectra.h5", "spectra/head.h5"])
-def test_a_file_that_another_process_has_locked(patient, tmp_path, holder, name):
+def test_a_file_that_another_process_has_locked(context, tmp_path, holder, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
     (tmp_path / "free.h5").write_bytes(b"")
     pid = holder(path)
-    hdf5, locked = files.check_hdf5(patient(folder=tmp_path))
+    hdf5, locked = files.check_hdf5(context(folder=tmp_path))
     assert hdf5.state == "ok"
     assert (locked.name, locked.state) == ("HDF5 lock", "problem")
     assert locked.found == f"process {pid} has locked {path}: does a run go on there?"
@@ -198,38 +198,38 @@ def test_a_file_that_another_process_has_locked(patient, tmp_path, holder, name)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(patient, monkeypatch, tmp_path, capsys, number):
+def test_a_file_system_without_locks(context, monkeypatch, tmp_path, capsys, number):
     def no_locks(file: Any, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "x").touch()
     report = {"lock": try_hdf5.lock(tmp_path / "x"), "locked": {}, "hdf5": "2.0.0", "failed": ""}
-    (found,) = files.judge_hdf5(patient(folder=tmp_path), report, Answer(code=0))
+    (found,) = files.judge_hdf5(context(folder=tmp_path), report, Answer(code=0))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert f"has no file locks ({os.strerror(number)})" in found.found
-    heeded = patient({"HDF5_USE_FILE_LOCKING": "FALSE"}, folder=tmp_path)
+    heeded = context({"HDF5_USE_FILE_LOCKING": "FALSE"}, folder=tmp_path)
     (found,) = files.judge_hdf5(heeded, report, Answer(code=0))
     assert (found.state, found.found) == ("ok", "2.0.0 writes, without locks")
 
 
-def test_a_lock_that_hangs(patient):
-    (found,) = files.judge_hdf5(patient(), {}, Answer(trouble="hung"))
+def test_a_lock_that_hangs(context):
+    (found,) = files.judge_hdf5(context(), {}, Answer(trouble="hung"))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert found.found.endswith("fails: no answer in time")
 
 
-def test_hdf5_that_cannot_write(patient):
+def test_hdf5_that_cannot_write(context):
     report = {"lock": 0, "locked": {}, "hdf5": "2.0.0", "failed": "unable to lock file, errno = 524"}
-    (found,) = files.judge_hdf5(patient(), report, Answer(code=0))
+    (found,) = files.judge_hdf5(context(), report, Answer(code=0))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
-    (found,) = files.judge_hdf5(patient(), report | {"failed": "broken"}, Answer(code=0))
+    (found,) = files.judge_hdf5(context(), report | {"failed": "broken"}, Answer(code=0))
     assert "pip install --force-reinstall" in found.fix
 
 
-def test_no_folder_of_temporary_files(patient, tmp_path):
-    assert files.check_tmpdir(patient()) == []
-    assert [f.state for f in files.check_tmpdir(patient({"TMPDIR": str(tmp_path)}))] == ["ok"]
-    (found,) = files.check_tmpdir(patient({"TMPDIR": str(tmp_path / "none")}))
+def test_no_folder_of_temporary_files(context, tmp_path):
+    assert files.check_tmpdir(context()) == []
+    assert [f.state for f in files.check_tmpdir(context({"TMPDIR": str(tmp_path)}))] == ["ok"]
+    (found,) = files.check_tmpdir(context({"TMPDIR": str(tmp_path / "none")}))
     assert (found.state, found.found) == ("problem", f"{tmp_path / 'none'}: No such file or directory")
     assert found.fix == f"mkdir -p {tmp_path / 'none'}, or: unset TMPDIR"

@@ -38,16 +38,16 @@ def driver(monkeypatch, tmp_path):
     return there
 
 
-def test_a_machine_without_gpus(patient, driver):
+def test_a_machine_without_gpus(context, driver):
     driver(False)
-    assert [finding.state for finding in gpu.check_gpus(patient())] == ["ok"]
-    assert [finding.state for finding in gpu.check_gpus(patient({"CUDA_VISIBLE_DEVICES": "-1"}))] == ["ok"]
+    assert [finding.state for finding in gpu.check_gpus(context())] == ["ok"]
+    assert [finding.state for finding in gpu.check_gpus(context({"CUDA_VISIBLE_DEVICES": "-1"}))] == ["ok"]
 
 
 @pytest.mark.parametrize("variable", ["SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"])
-def test_gpus_are_asked_for_and_there_are_none(patient, driver, variable):
+def test_gpus_are_asked_for_and_there_are_none(context, driver, variable):
     driver(False)
-    (found,) = gpu.check_gpus(patient({variable: "1", "SLURMD_NODENAME": "node1"}))
+    (found,) = gpu.check_gpus(context({variable: "1", "SLURMD_NODENAME": "node1"}))
     assert (found.state, found.found) == (
         "problem",
         "the job has GPUs by its variables, but node1 has no GPU driver",
@@ -55,17 +55,17 @@ def test_gpus_are_asked_for_and_there_are_none(patient, driver, variable):
     assert found.fix.startswith("srun --gpus-per-node=N")
 
 
-def test_torch_for_cpus_on_a_machine_with_gpus(patient, driver, monkeypatch):
+def test_torch_for_cpus_on_a_machine_with_gpus(context, driver, monkeypatch):
     driver(True)
     monkeypatch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
-    (asked,), (found,) = gpu.check_gpus(patient(ASKED)), gpu.check_gpus(patient())
+    (asked,), (found,) = gpu.check_gpus(context(ASKED)), gpu.check_gpus(context())
     assert (asked.state, found.state) == ("problem", "note")
     assert asked.found == "there is a GPU, but torch 2.13.0+cpu is built for CPUs"
     assert asked.fix == "see https://pytorch.org/get-started/locally for a build with CUDA"
 
 
-def test_a_healthy_node(patient):
-    findings = gpu.judge(patient(ASKED), SEEN, Answer(code=0))
+def test_a_healthy_node(context):
+    findings = gpu.judge(context(ASKED), SEEN, Answer(code=0))
     assert [(finding.name, finding.state) for finding in findings] == [
         ("GPU", "ok"),
         ("own GPU", "ok"),
@@ -104,15 +104,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults(patient, fault):
+def test_faults(context, fault):
     report, answer, (name, found, fix) = FAULTS[fault]
-    (problem,) = [each for each in gpu.judge(patient(ASKED), report, answer) if each.state == "problem"]
+    (problem,) = [each for each in gpu.judge(context(ASKED), report, answer) if each.state == "problem"]
     assert problem.name == name
     assert found in problem.found
     assert fix in problem.fix
 
 
-def test_processes_that_would_share_a_gpu(patient):
+def test_processes_that_would_share_a_gpu(context):
     step = {
         "SLURM_STEP_ID": "0",
         "SLURM_NTASKS": "4",
@@ -122,15 +122,15 @@ def test_processes_that_would_share_a_gpu(patient):
         "SLURM_NODEID": "0",
     }
     environ = ASKED | step | {"SLURM_GPUS_PER_NODE": "2"}
-    own = gpu.judge(patient(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
+    own = gpu.judge(context(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
     assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
     assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
-    alone = gpu.judge(patient(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
+    alone = gpu.judge(context(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
     assert alone.state == "ok", "each process may see its own only"
 
 
-def test_notes(patient):
+def test_notes(context):
     report = SEEN | {"free": 10 * 2**30, "peers": 1}
-    _, own, _, peers = gpu.judge(patient(ASKED), report, Answer(code=0))
+    _, own, _, peers = gpu.judge(context(ASKED), report, Answer(code=0))
     assert (own.state, own.found) == ("note", "70 of 80 GiB of GPU 0 are taken by other programs")
     assert (peers.state, peers.found) == ("note", "GPU 0 reaches 1 of 3 others directly")

@@ -43,8 +43,8 @@ def wide_range(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "_EPHEMERAL", tmp_path / "range")
 
 
-def test_one_process(patient):
-    who = patient()
+def test_one_process(context):
+    who = context()
     assert [finding.state for finding in network.check_launcher(who)] == ["ok"]
     assert not network.check_address(who) + network.check_port(who) + network.check_interfaces(who)
 
@@ -57,60 +57,60 @@ def test_one_process(patient):
         (STEP | {"SLURM_NODEID": "5"}, "seen from node 5", "unset ${!SLURM_@} ${!OMPI_@} ${!PMI_@}"),
     ],
 )
-def test_stale_variables(patient, environ, found, fix):
-    (finding,) = network.check_launcher(patient(environ))
+def test_stale_variables(context, environ, found, fix):
+    (finding,) = network.check_launcher(context(environ))
     assert (finding.name, finding.state, finding.fix) == ("launcher", "problem", fix)
     assert found in finding.found
 
 
-def test_rank_that_no_launcher_has_set(patient):
-    (finding,) = network.check_launcher(patient(TORCHRUN))
+def test_rank_that_no_launcher_has_set(context):
+    (finding,) = network.check_launcher(context(TORCHRUN))
     assert finding.state == "note"
     assert "by RANK and WORLD_SIZE alone: no torchrun, srun or mpirun" in finding.found
     assert finding.fix == "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-    launched = network.check_launcher(patient(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}))
+    launched = network.check_launcher(context(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}))
     assert [finding.state for finding in launched] == ["ok"]
 
 
-def test_an_address_that_does_not_resolve(patient):
-    (finding,) = network.check_address(patient({"MASTER_ADDR": "no-such-host.invalid"}))
+def test_an_address_that_does_not_resolve(context):
+    (finding,) = network.check_address(context({"MASTER_ADDR": "no-such-host.invalid"}))
     assert (finding.name, finding.state) == ("MASTER_ADDR", "problem")
     assert finding.found.startswith("'no-such-host.invalid' cannot be resolved on ")
     assert finding.fix == "export MASTER_ADDR=127.0.0.1"
-    (finding,) = network.check_address(patient(STEP | {"MASTER_ADDR": "no-such-host.invalid"}))
+    (finding,) = network.check_address(context(STEP | {"MASTER_ADDR": "no-such-host.invalid"}))
     assert finding.fix == 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 
 
-def test_a_host_that_is_loopback_to_itself(patient, monkeypatch):
+def test_a_host_that_is_loopback_to_itself(context, monkeypatch):
     monkeypatch.setattr(network, "_addresses", lambda host: ["127.0.1.1"])
-    address, name = network.check_address(patient(STEP))
+    address, name = network.check_address(context(STEP))
     assert (address.state, name.name, name.state) == ("ok", "host name", "note")
     assert "127.0.1.1 to itself" in name.found
     assert name.fix.startswith("export GLOO_SOCKET_IFNAME=")
-    assert len(network.check_address(patient(STEP | {"GLOO_SOCKET_IFNAME": "lo"}))) == 1
+    assert len(network.check_address(context(STEP | {"GLOO_SOCKET_IFNAME": "lo"}))) == 1
 
 
-def test_a_port_in_use(patient, taken_port, wide_range):
-    who = patient({"MASTER_PORT": str(taken_port), "SLURMD_NODENAME": "node1"})
+def test_a_port_in_use(context, taken_port, wide_range):
+    who = context({"MASTER_PORT": str(taken_port), "SLURMD_NODENAME": "node1"})
     (finding,) = network.check_port(who)
     assert (finding.name, finding.state) == ("MASTER_PORT", "problem")
     assert finding.found == f"{taken_port} is in use on node1"
     assert finding.fix.startswith("unset MASTER_PORT")
-    (other,) = network.check_port(patient(TORCHRUN | {"MASTER_PORT": str(taken_port), "RANK": "1"}))
+    (other,) = network.check_port(context(TORCHRUN | {"MASTER_PORT": str(taken_port), "RANK": "1"}))
     assert other.state == "ok", "only process 0 listens"
 
 
-def test_the_projects_own_port_in_use(patient, monkeypatch):
-    place = patient(STEP).place
+def test_the_projects_own_port_in_use(context, monkeypatch):
+    place = context(STEP).place
     monkeypatch.setattr(network, "in_use", lambda port: port == place.master_port)
-    (finding,) = network.check_port(patient(STEP))
+    (finding,) = network.check_port(context(STEP))
     assert finding.state == "problem"
     assert finding.fix == "export MASTER_PORT=19999"
 
 
-def test_a_port_that_the_system_hands_out(patient):
+def test_a_port_that_the_system_hands_out(context):
     low, high = network.ephemeral_range()
-    (finding,) = network.check_port(patient({"MASTER_PORT": str(low + 1)}))
+    (finding,) = network.check_port(context({"MASTER_PORT": str(low + 1)}))
     assert finding.state == "problem"
     assert (
         finding.found == f"{low + 1} lies in {low}-{high}, from which the system gives ports to any program"
@@ -118,20 +118,20 @@ def test_a_port_that_the_system_hands_out(patient):
     assert finding.fix.startswith("unset MASTER_PORT")
 
 
-def test_torchrun_listens_itself(patient, taken_port):
+def test_torchrun_listens_itself(context, taken_port):
     environ = TORCHRUN | {"MASTER_PORT": str(taken_port), "TORCHELASTIC_RUN_ID": "none"}
-    assert not network.check_port(patient(environ))
+    assert not network.check_port(context(environ))
 
 
-def test_interfaces_by_wrong_names(patient):
+def test_interfaces_by_wrong_names(context):
     environ = {"NCCL_SOCKET_IFNAME": "ib7,lo", "GLOO_SOCKET_IFNAME": "l"}
-    nccl, gloo = network.check_interfaces(patient(environ))
+    nccl, gloo = network.check_interfaces(context(environ))
     assert (nccl.name, nccl.state) == ("NCCL_SOCKET_IFNAME", "problem")
     assert nccl.found.startswith("ib7,lo: no interface ib7 here; there are: ")
     assert nccl.fix.startswith("export NCCL_SOCKET_IFNAME=")
     assert (gloo.name, gloo.state) == ("GLOO_SOCKET_IFNAME", "problem"), "gloo takes whole names"
     good = {"NCCL_SOCKET_IFNAME": "l", "GLOO_SOCKET_IFNAME": "lo"}
-    assert [finding.state for finding in network.check_interfaces(patient(good))] == ["ok", "ok"]
+    assert [finding.state for finding in network.check_interfaces(context(good))] == ["ok", "ok"]
 
 
 def test_the_interface_to_use(monkeypatch):

@@ -35,9 +35,9 @@ def installed(monkeypatch):
     return pretend
 
 
-def test_all_is_there(patient, installed):
+def test_all_is_there(context, installed):
     installed()
-    (found,) = packages.check_packages(patient())
+    (found,) = packages.check_packages(context())
     assert (found.name, found.state) == ("packages", "ok")
 
 
@@ -47,25 +47,25 @@ def required_torch() -> str:
     return next(str(each.specifier) for each in requirements if each.name == "torch" and each.marker is None)
 
 
-def test_an_old_torch(patient, installed):
+def test_an_old_torch(context, installed):
     installed(torch="2.1.0")
-    (found,) = packages.check_packages(patient())
+    (found,) = packages.check_packages(context())
     assert (found.state, found.found) == ("problem", f"torch is 2.1.0; must be {required_torch()}")
     assert found.fix == 'pip install --upgrade "hpc_oialr"'
 
 
-def test_missing_submitit_where_there_is_slurm(patient, installed, programs):
+def test_missing_submitit_where_there_is_slurm(context, installed, programs):
     installed(submitit=None)
     programs.put_cluster()
-    _, found = packages.check_packages(patient())
+    _, found = packages.check_packages(context())
     assert (found.name, found.state) == ("submitit", "problem")
     assert found.found == "missing: oialr submit cannot submit jobs"
     assert found.fix == 'pip install "hpc_oialr[slurm]"'
 
 
-def test_missing_extras_on_a_laptop_are_one_note(patient, installed):
+def test_missing_extras_on_a_laptop_are_one_note(context, installed):
     installed(submitit=None, mpi4py=None)
-    _, found = packages.check_packages(patient())
+    _, found = packages.check_packages(context())
     assert (found.name, found.state, found.found) == (
         "extras",
         "note",
@@ -74,9 +74,9 @@ def test_missing_extras_on_a_laptop_are_one_note(patient, installed):
     assert found.fix == 'pip install "hpc_oialr[mpi,slurm]"'
 
 
-def test_an_old_submitit(patient, installed):
+def test_an_old_submitit(context, installed):
     installed(submitit="1.4.0")
-    _, found = packages.check_packages(patient())
+    _, found = packages.check_packages(context())
     assert (found.name, found.state, found.found) == (
         "[slurm]",
         "problem",
@@ -85,13 +85,13 @@ def test_an_old_submitit(patient, installed):
     assert found.fix == 'pip install --upgrade "hpc_oialr[slurm]"'
 
 
-def test_deepspeed_that_cannot_be_imported(patient, installed, monkeypatch):
+def test_deepspeed_that_cannot_be_imported(context, installed, monkeypatch):
     installed()
     answer = Answer(err="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
     monkeypatch.setattr(packages, "probe", lambda *_, **__: ({}, answer))
-    (found,) = packages.check_deepspeed(patient())
+    (found,) = packages.check_deepspeed(context())
     assert found.state == "problem"
     assert found.found == "cannot be imported: ImportError: cannot import name 'x' from 'torch'"
     assert re.fullmatch(r'pip install --force-reinstall --no-deps "deepspeed>=[\d.]+"', found.fix)
     installed(deepspeed=None)
-    assert packages.check_deepspeed(patient()) == []
+    assert packages.check_deepspeed(context()) == []

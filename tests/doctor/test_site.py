@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.network import check_interfaces
-from hpc_oialr.doctor.patient import Patient
-from hpc_oialr.doctor.site import surroundings
+from hpc_oialr.doctor.site import site_environment
 from hpc_oialr.errors import UnknownNameError
 
 SITE = """
@@ -33,12 +33,12 @@ def write(tmp_path: Path, script: str) -> str:
 
 
 def test_variables_of_a_site_count(tmp_path: Path) -> None:
-    around = surroundings(write(tmp_path, SITE))
+    around = site_environment(write(tmp_path, SITE))
     assert [(found.name, found.state) for found in around.findings] == [("site", "ok")]
     assert (around.partition, around.account, around.runs) == ("accelerated", "chemistry", "/scratch/runs")
     assert around.environ["TWO"] == "a\nb=c"
     assert around.environ["SITE_MPI"] == "pmix"
-    (interface,) = check_interfaces(Patient(environ=around.environ))
+    (interface,) = check_interfaces(CheckContext(environ=around.environ))
     assert interface.found.startswith("ib 9: no interface ib 9 here")
 
 
@@ -46,16 +46,16 @@ def test_sites_of_this_repository_run_on_any_machine() -> None:
     files = list((Path(__file__).parents[2] / "env" / "sites").glob("*.sh"))
     assert files
     for file in files:
-        (found,) = surroundings(file.stem).findings
+        (found,) = site_environment(file.stem).findings
         assert found.state == "ok", found
 
 
 def test_a_site_file_that_fails_in_a_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nload_module cuda/99"
-    (found,) = surroundings(write(tmp_path, script)).findings
+    (found,) = site_environment(write(tmp_path, script)).findings
     assert found.state == "ok"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    (found,) = surroundings(write(tmp_path, script)).findings
+    (found,) = site_environment(write(tmp_path, script)).findings
     assert found.state == "problem"
     assert found.found.endswith("load_module: command not found.")
 
@@ -65,7 +65,7 @@ def test_a_site_file_that_fails_in_a_job_only(tmp_path: Path, monkeypatch: pytes
     [("load_module cuda/99", "load_module: command not found"), ("exit 3", "exit code 3")],
 )
 def test_a_site_file_that_fails_here(tmp_path: Path, script: str, reason: str) -> None:
-    around = surroundings(write(tmp_path, f"{script}\nexport OIALR_SEEN=1\n"))
+    around = site_environment(write(tmp_path, f"{script}\nexport OIALR_SEEN=1\n"))
     (found,) = around.findings
     assert (found.name, found.state) == ("site", "problem")
     assert reason in found.found
@@ -76,11 +76,11 @@ def test_a_site_file_that_fails_here(tmp_path: Path, script: str, reason: str) -
 
 def test_an_unknown_site() -> None:
     with pytest.raises(UnknownNameError, match="unknown site 'atlantis'"):
-        surroundings("atlantis")
+        site_environment("atlantis")
 
 
 def test_without_a_site_slurms_own_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (surroundings(None).partition, surroundings(None).runs) == (None, "runs")
+    assert (site_environment(None).partition, site_environment(None).runs) == (None, "runs")
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
-    assert (surroundings(None).partition, surroundings(None).account) == ("cpu", "physics")
+    assert (site_environment(None).partition, site_environment(None).account) == ("cpu", "physics")

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_oialr.doctor import slurm
 from hpc_oialr.doctor.finding import Finding
-from hpc_oialr.doctor.programs import ask
+from hpc_oialr.doctor.programs import run_command
 
 NO_MUNGE = """sinfo: error: If munged is up, restart with --num-threads=10
 sinfo: error: Munge encode failed: Failed to access "/run/munge/munge.socket.2": No such file or directory
@@ -26,8 +26,8 @@ def cluster(programs):
     programs.put_cluster()
 
 
-def test_a_healthy_cluster(patient):
-    who = patient({"SLURM_JOB_ID": "7"}, partition="urgent", account="physics")
+def test_a_healthy_cluster(context):
+    who = context({"SLURM_JOB_ID": "7"}, partition="urgent", account="physics")
     checks = (
         slurm.check_programs,
         slurm.check_cluster,
@@ -49,63 +49,63 @@ def test_a_healthy_cluster(patient):
     ]
 
 
-def test_no_slurm_is_one_note(patient, programs):
+def test_no_slurm_is_one_note(context, programs):
     programs.remove(*slurm.PROGRAMS)
-    who = patient(account="physics")
+    who = context(account="physics")
     assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
     assert not slurm.check_cluster(who) + slurm.check_account(who) + slurm.check_accounting(who)
 
 
-def test_a_container_in_a_job_has_no_programs(patient, programs):
+def test_a_container_in_a_job_has_no_programs(context, programs):
     programs.remove(*slurm.PROGRAMS)
-    (found,) = slurm.check_programs(patient({"SLURM_JOB_ID": "7"}))
+    (found,) = slurm.check_programs(context({"SLURM_JOB_ID": "7"}))
     assert (found.state, found.found) == ("note", "none inside this job, as in most containers")
 
 
-def test_some_programs_are_missing(patient, programs):
+def test_some_programs_are_missing(context, programs):
     programs.remove("squeue", "scancel")
-    (found,) = slurm.check_programs(patient())
+    (found,) = slurm.check_programs(context())
     assert (found.state, found.found) == ("problem", "missing: squeue, scancel")
     assert "apt-get install slurm-client" in found.fix
 
 
-def test_no_munge(patient, programs):
+def test_no_munge(context, programs):
     programs.put("sinfo", err=NO_MUNGE, code=1)
-    (found,) = slurm.check_cluster(patient({"SLURMD_NODENAME": "node3"}))
+    (found,) = slurm.check_cluster(context({"SLURMD_NODENAME": "node3"}))
     assert (found.name, found.state) == ("munge", "problem")
     assert found.found.startswith("this user gets no credential: Munge encode failed: Failed to access")
     assert found.fix.startswith("systemctl start munge   (as root on node3")
 
 
-def test_the_controller_is_down(patient, programs):
+def test_the_controller_is_down(context, programs):
     programs.put(
         "sinfo", err="slurm_load_partitions: Unable to contact slurm controller (connect failure)", code=1
     )
-    (found,) = slurm.check_cluster(patient())
+    (found,) = slurm.check_cluster(context())
     assert (found.name, found.state) == ("slurmctld", "problem")
     assert "sinfo: slurm_load_partitions: Unable to contact slurm controller" in found.found
     assert found.fix.startswith("scontrol ping")
 
 
-def test_no_configuration(patient, programs):
+def test_no_configuration(context, programs):
     programs.put("sinfo", err="sinfo: fatal: Could not establish a configuration source", code=1)
-    (found,) = slurm.check_cluster(patient())
+    (found,) = slurm.check_cluster(context())
     assert found.found == "sinfo: fatal: Could not establish a configuration source"
     assert found.fix.startswith("export SLURM_CONF=")
 
 
-def test_a_hanging_sinfo_is_ended_with_its_children(patient, programs):
+def test_a_hanging_sinfo_is_ended_with_its_children(context, programs):
     programs.hang("sinfo")
-    (found,) = slurm.check_cluster(patient(timeout_s=0.5))
+    (found,) = slurm.check_cluster(context(timeout_s=0.5))
     assert (found.name, found.state, found.found) == ("slurmctld", "problem", "sinfo: no answer in time")
     assert found.fix.startswith("scontrol ping")
     group = int((programs.path / "sinfo.pid").read_text())
     assert gone(group)
 
 
-def test_what_a_hanging_program_has_said_is_kept(patient, programs):
+def test_what_a_hanging_program_has_said_is_kept(context, programs):
     programs.hang("sinfo", "main*|up|localhost")
-    answer = ask(patient(timeout_s=0.5), "sinfo")
+    answer = run_command(context(timeout_s=0.5), "sinfo")
     assert (answer.out, answer.code, answer.trouble) == ("main*|up|localhost\n", None, "hung")
 
 
@@ -135,80 +135,80 @@ def _group(stat: Path) -> int:
         ("main,gpu", "there is no 'gpu'; there are: main, urgent", "--partition main"),
     ],
 )
-def test_a_missing_partition(patient, asked, found, fix):
-    partition = by_name(slurm.check_cluster(patient(partition=asked)))["partition"]
+def test_a_missing_partition(context, asked, found, fix):
+    partition = by_name(slurm.check_cluster(context(partition=asked)))["partition"]
     assert (partition.state, partition.found, partition.fix) == ("problem", found, fix)
 
 
-def test_a_partition_that_is_down(patient, programs):
+def test_a_partition_that_is_down(context, programs):
     programs.put("sinfo", "main*|up|0/1/0/1|localhost\ngpu|down|0/1/0/1|localhost")
-    partition = by_name(slurm.check_cluster(patient(partition="gpu")))["partition"]
+    partition = by_name(slurm.check_cluster(context(partition="gpu")))["partition"]
     assert partition.state == "problem"
     assert partition.found == "'gpu' is down; jobs there do not start"
     assert partition.fix == "--partition main"
 
 
-def test_a_partition_whose_nodes_are_all_down(patient, programs):
+def test_a_partition_whose_nodes_are_all_down(context, programs):
     programs.put("sinfo", "main*|up|0/0/4/4|localhost")
-    partition = by_name(slurm.check_cluster(patient()))["partition"]
+    partition = by_name(slurm.check_cluster(context()))["partition"]
     assert partition.state == "problem"
     assert partition.found == "'main' has no node that is not down or drained; jobs there do not start"
     assert partition.fix.startswith("sinfo -R")
 
 
-def test_no_default_partition(patient, programs):
+def test_no_default_partition(context, programs):
     programs.put("sinfo", "main|up|0/1/0/1|localhost")
-    partition = by_name(slurm.check_cluster(patient()))["partition"]
+    partition = by_name(slurm.check_cluster(context()))["partition"]
     assert (partition.state, partition.fix) == ("note", "--partition main")
 
 
-def test_an_unknown_account(patient):
-    (found,) = slurm.check_account(patient(account="phisics"))
+def test_an_unknown_account(context):
+    (found,) = slurm.check_account(context(account="phisics"))
     assert found.state == "problem"
     assert found.found.endswith("has no account 'phisics'; has: physics, chemistry")
     assert found.fix == "--account physics"
 
 
-def test_no_account_at_all(patient, programs):
+def test_no_account_at_all(context, programs):
     programs.put("sacctmgr")
-    (found,) = slurm.check_account(patient(account="physics"))
+    (found,) = slurm.check_account(context(account="physics"))
     assert found.state == "problem"
     assert found.fix.startswith("sacctmgr add user ")
 
 
-def test_accounts_without_accounting_are_a_note(patient, programs):
+def test_accounts_without_accounting_are_a_note(context, programs):
     programs.put(
         "sacctmgr", err="sacctmgr: You are not running a supported accounting_storage plugin", code=1
     )
-    (found,) = slurm.check_account(patient(account="physics"))
+    (found,) = slurm.check_account(context(account="physics"))
     assert found.state == "note"
     assert "'physics' cannot be checked" in found.found
 
 
-def test_no_accounting_is_a_note(patient, programs):
+def test_no_accounting_is_a_note(context, programs):
     programs.put("sacct", err="Slurm accounting storage is disabled", code=1)
-    (found,) = slurm.check_accounting(patient())
+    (found,) = slurm.check_accounting(context())
     assert found.state == "note"
     assert found.found.startswith("none: sacct: Slurm accounting storage is disabled")
 
 
-def test_a_shell_that_outlived_its_job(patient, programs):
+def test_a_shell_that_outlived_its_job(context, programs):
     programs.put("squeue", err="slurm_load_jobs error: Invalid job id specified", code=1)
-    (found,) = slurm.check_job(patient({"SLURM_JOB_ID": "4711"}))
+    (found,) = slurm.check_job(context({"SLURM_JOB_ID": "4711"}))
     assert found.state == "problem"
     assert found.found == "SLURM_JOB_ID is 4711, but there is no such job any more"
     assert found.fix == "unset ${!SLURM_@}"
 
 
-def test_a_node_whose_name_does_not_resolve(patient):
+def test_a_node_whose_name_does_not_resolve(context):
     environ = {"SLURM_JOB_NODELIST": "localhost,no-such-node.invalid"}
-    nodes = by_name(slurm.check_cluster(patient(environ)))["nodes"]
+    nodes = by_name(slurm.check_cluster(context(environ)))["nodes"]
     assert nodes.state == "problem"
     assert nodes.found.startswith("no-such-node.invalid cannot be resolved on ")
     assert nodes.fix.startswith("export MASTER_ADDR=$(scontrol show node no-such-node.invalid")
 
 
-def test_one_process_of_a_job_asks(patient, programs):
+def test_one_process_of_a_job_asks(context, programs):
     programs.hang("sinfo")
     step = {
         "SLURM_STEP_ID": "0",
@@ -219,7 +219,7 @@ def test_one_process_of_a_job_asks(patient, programs):
         "SLURM_TASKS_PER_NODE": "2",
         "SLURM_JOB_ID": "7",
     }
-    who = patient(step)
+    who = context(step)
     assert who.place is not None
     assert not slurm.check_programs(who) + slurm.check_cluster(who) + slurm.check_job(who)
     assert not (programs.path / "sinfo.pid").exists()

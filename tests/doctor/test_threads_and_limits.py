@@ -38,27 +38,27 @@ STEP = {
         ({"OMP_NUM_THREADS": "all"}, 2, "OMP_NUM_THREADS is 'all'; must be a whole number", 2),
     ],
 )
-def test_more_threads_than_cores(patient, environ, cores, found, fix):
-    problem = threads.judge_threads(patient(environ), cores, 32)
+def test_more_threads_than_cores(context, environ, cores, found, fix):
+    problem = threads.judge_threads(context(environ), cores, 32)
     assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
     assert problem.fix == f"export OMP_NUM_THREADS={fix}"
 
 
 @pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
-def test_threads_that_fit(patient, environ):
-    assert threads.judge_threads(patient(environ), 32, 32).state == "ok"
+def test_threads_that_fit(context, environ):
+    assert threads.judge_threads(context(environ), 32, 32).state == "ok"
 
 
-def test_this_machine(patient):
+def test_this_machine(context):
     cores = threads.usable_cores()
-    (found,) = threads.check_threads(patient({"OMP_NUM_THREADS": str(cores + 1)}))
+    (found,) = threads.check_threads(context({"OMP_NUM_THREADS": str(cores + 1)}))
     assert found.state == "problem"
-    (found,) = threads.check_threads(patient({"OMP_NUM_THREADS": "1"}))
+    (found,) = threads.check_threads(context({"OMP_NUM_THREADS": "1"}))
     assert found.state == "ok"
 
 
-def test_srun_does_not_inherit_cpus_per_task(patient):
-    who = patient(STEP | {"SLURM_CPUS_PER_TASK": "8"})
+def test_srun_does_not_inherit_cpus_per_task(context):
+    who = context(STEP | {"SLURM_CPUS_PER_TASK": "8"})
     (found,) = threads.judge_binding(who, 1)
     assert (found.state, found.found) == (
         "problem",
@@ -66,7 +66,7 @@ def test_srun_does_not_inherit_cpus_per_task(patient):
     )
     assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
     assert [finding.state for finding in threads.judge_binding(who, 8)] == ["ok"]
-    assert threads.judge_binding(patient(STEP), 1) == []
+    assert threads.judge_binding(context(STEP), 1) == []
 
 
 def test_open_files():
@@ -84,10 +84,10 @@ def test_locked_memory():
     assert found.fix.startswith("ulimit -l unlimited")
 
 
-def test_shared_memory(patient):
-    assert limits.judge_shared(patient(), 2**30).state == "ok"
-    assert limits.judge_shared(patient(), 2**26).state == "note"
-    found = limits.judge_shared(patient(STEP), 2**26)
+def test_shared_memory(context):
+    assert limits.judge_shared(context(), 2**30).state == "ok"
+    assert limits.judge_shared(context(), 2**26).state == "note"
+    found = limits.judge_shared(context(STEP), 2**26)
     assert (found.state, found.found) == (
         "problem",
         "64 MiB: too little for NCCL and the workers of data loaders",
@@ -95,5 +95,5 @@ def test_shared_memory(patient):
     assert found.fix.startswith("docker run --shm-size=8g")
 
 
-def test_limits_of_this_machine(patient):
-    assert {finding.name for finding in limits.check_limits(patient())} >= {"open files"}
+def test_limits_of_this_machine(context):
+    assert {finding.name for finding in limits.check_limits(context())} >= {"open files"}

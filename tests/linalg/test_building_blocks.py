@@ -11,8 +11,8 @@ from support.threads import outcomes, run_threads
 from hpc_oialr.linalg import blocks, gaussian, local_qr
 from hpc_oialr.linalg.blocks import spectral_norm
 from hpc_oialr.linalg.gaussian import gaussian_rows
-from hpc_oialr.linalg.layout import agree, block_of, even_blocks, transpose_blocks
 from hpc_oialr.linalg.local_qr import blocked_qr
+from hpc_oialr.linalg.row_partition import agree, block_of, even_blocks, transpose_blocks
 
 
 @pytest.mark.parametrize("m", [8, 63, 64, 65, 300, 1000])
@@ -68,10 +68,10 @@ def test_transpose_of_blocks(rows: list[int]) -> None:
     A = torch.randn(sum(rows), 7)
 
     def transposed(c):  # type: ignore[no-untyped-def]
-        mine, layout = agree(A.split(rows)[c.rank], c, "A")
-        assert layout.rows == tuple(rows)
-        assert torch.equal(A[layout.span(c.rank)], mine)
-        return transpose_blocks(mine, c, layout)
+        mine, partition = agree(A.split(rows)[c.rank], c, "A")
+        assert partition.rows == tuple(rows)
+        assert torch.equal(A[partition.span(c.rank)], mine)
+        return transpose_blocks(mine, c, partition)
 
     assert torch.equal(torch.cat(run_threads(len(rows), transposed)), A.mT)
 

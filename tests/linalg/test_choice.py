@@ -19,10 +19,14 @@ from hpc_oialr.linalg.distributed_svd import (
     distributed_svd,
     forecast_bytes,
 )
-from hpc_oialr.linalg.layout import Layout
 from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr
+from hpc_oialr.linalg.row_partition import RowPartition
 
-TALL, SQUARE, WIDE = Layout((32768, 32768), 512), Layout((512, 512), 1024), Layout((64, 64), 9000)
+TALL, SQUARE, WIDE = (
+    RowPartition((32768, 32768), 512),
+    RowPartition((512, 512), 1024),
+    RowPartition((64, 64), 9000),
+)
 METHODS: list[Method] = [
     Tsqr(),
     Gather(),
@@ -35,7 +39,7 @@ METHODS: list[Method] = [
 
 
 @pytest.mark.parametrize(
-    ("layout", "target", "method", "reason"),
+    ("partition", "target", "method", "reason"),
     [
         (TALL, {}, Tsqr(), "all 512 triplets, 56 GFlop a process against 106 for Gather"),
         (WIDE, {}, Tsqr(), "all 128 triplets"),
@@ -43,14 +47,14 @@ METHODS: list[Method] = [
         (TALL, {"r": 32}, Randomized(r=32), "r = 32 with oversampling is at most a quarter of k = 512"),
         (TALL, {"r": 300}, Tsqr(r=300), "all 512 triplets"),
         (TALL, {"tolerance": 0.1}, Hierarchical(tolerance=0.1), "the relative error 0.1 decides how many"),
-        (Layout((4096,), 512), {}, Tsqr(), "all 512 triplets on one process"),
+        (RowPartition((4096,), 512), {}, Tsqr(), "all 512 triplets on one process"),
     ],
 )
-def test_choice(layout: Layout, target: dict[str, float], method: Method, reason: str) -> None:
-    choice = choose(layout, torch.float32, **target)  # type: ignore[arg-type]
+def test_choice(partition: RowPartition, target: dict[str, float], method: Method, reason: str) -> None:
+    choice = choose(partition, torch.float32, **target)  # type: ignore[arg-type]
     assert choice.method == method
     assert reason in choice.reason
-    assert choice.forecast_bytes == forecast_bytes(method, layout, torch.float32)
+    assert choice.forecast_bytes == forecast_bytes(method, partition, torch.float32)
     assert str(choice).startswith(f"{type(method).__name__}(")
     assert str(choice).endswith("GiB on the fullest process")
 
@@ -156,7 +160,7 @@ def test_forecast_grows_with_what_it_depends_on() -> None:
         assert fp64 - WORKING_BYTES == 2 * (fp32 - WORKING_BYTES)
         assert bf16 == fp32 + 4 * 32768 * 512
     # A wide matrix in blocks never costs a process more than a few of its blocks and the result.
-    wide = forecast_bytes(Tsqr(), Layout((16,) * 64, 1 << 20), torch.float32)
+    wide = forecast_bytes(Tsqr(), RowPartition((16,) * 64, 1 << 20), torch.float32)
     assert wide < 4 * (6 * 16 + 2 * 1024) * (1 << 20) * 1.1  # bytes
 
 

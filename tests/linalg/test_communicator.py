@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.threads import ThreadCommunicator, run_threads
 
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.linalg.communicator import Alone, Team, children, parent
+from hpc_oialr.linalg.communicator import SingleCommunicator, SubCommunicator, children, parent
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.mpi_communicator import mpi_world
 from hpc_oialr.linalg.tsqr import tsqr_svd
@@ -79,7 +79,7 @@ def test_team_renumbers() -> None:
     def total(c: ThreadCommunicator) -> float | None:
         if c.rank == 1:
             return None
-        team = Team(c, (0, 2, 3))
+        team = SubCommunicator(c, (0, 2, 3))
         assert team.size == 3
         return float(team.all_reduce(torch.tensor(float(c.rank + 10 * team.rank))))
 
@@ -88,7 +88,7 @@ def test_team_renumbers() -> None:
 
 def test_picks_by_type() -> None:
     alone = communicator(None)
-    assert isinstance(alone, Alone)
+    assert isinstance(alone, SingleCommunicator)
     assert communicator(alone) is alone
     with pytest.raises(TypeError, match=r"group is a str; must be None, a torch\.distributed\.ProcessGroup"):
         communicator("gloo")

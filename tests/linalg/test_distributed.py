@@ -18,7 +18,7 @@ from support.spawn import spawn
 from support.svd_cases import best_error, cases, errors, lapack_errors
 from support.threads import run_threads
 
-from hpc_oialr.linalg.layout import even_blocks
+from hpc_oialr.linalg.row_partition import even_blocks
 from hpc_oialr.linalg.work_plan import LayerWork
 
 SIZES = (1, 2, 3, 4, 8)

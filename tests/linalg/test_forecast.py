@@ -12,8 +12,8 @@ from support.peak_memory import peak_bytes
 from support.spawn import spawn
 
 from hpc_oialr.linalg.distributed_svd import distributed_svd, forecast_bytes
-from hpc_oialr.linalg.layout import Layout
 from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr
+from hpc_oialr.linalg.row_partition import RowPartition
 
 SHAPES = ((24000, 256), (256, 16000))
 METHODS: tuple[Method, ...] = (
@@ -52,7 +52,7 @@ def least_peak(run: Callable[[], object], enough: float) -> int:
 
 
 def forecast(m: int, n: int, method: Method) -> int:
-    return forecast_bytes(method, Layout((m // 2, m // 2), n), torch.float32)
+    return forecast_bytes(method, RowPartition((m // 2, m // 2), n), torch.float32)
 
 
 def allowed(m: int, n: int, method: Method) -> float:

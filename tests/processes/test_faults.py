@@ -15,7 +15,7 @@ from support.crowd import Crowd
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes import World
-from hpc_oialr.processes.nccl import leave_hard
+from hpc_oialr.processes.nccl import configure_nccl_watchdog
 
 TIMEOUT_S = 8.0
 RULE = (
@@ -117,7 +117,7 @@ def test_an_error_is_told_once() -> None:
 
 def test_nccl_leaves_hard_and_keeps_what_the_user_set() -> None:
     environ = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
-    leave_hard(environ, timeout_s=90.4)
+    configure_nccl_watchdog(environ, timeout_s=90.4)
     assert environ == {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -125,5 +125,5 @@ def test_nccl_leaves_hard_and_keeps_what_the_user_set() -> None:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
     short: dict[str, str] = {}
-    leave_hard(short, timeout_s=2)
+    configure_nccl_watchdog(short, timeout_s=2)
     assert short["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "60"

@@ -8,22 +8,29 @@ from support.spawn import spawn
 
 from hpc_oialr.errors import HealthError
 from hpc_oialr.processes import World
-from hpc_oialr.processes.health import Vitals, check_devices, check_health, check_sums, check_versions, vitals
+from hpc_oialr.processes.health import (
+    NodeInfo,
+    check_devices,
+    check_health,
+    check_sums,
+    check_versions,
+    node_info,
+)
 
 VERSIONS = {"torch": "2.13", "settings": "abc"}
 
 
-def crew(**of_process_2: object) -> list[Vitals]:
+def crew(**of_process_2: object) -> list[NodeInfo]:
     """Four processes on two nodes; the third one differs."""
     usual = {"fault": "", "device": "", "versions": VERSIONS}
-    everyone = [Vitals(node=f"a{rank // 2 + 1}", **usual) for rank in range(4)]
-    everyone[2] = Vitals(**{"node": "a2", **usual, **of_process_2})
+    everyone = [NodeInfo(node=f"a{rank // 2 + 1}", **usual) for rank in range(4)]
+    everyone[2] = NodeInfo(**{"node": "a2", **usual, **of_process_2})
     return everyone
 
 
 def test_this_process_is_fit():
     check_health(World.single("cpu"), "abc")
-    mine = vitals(World.single("cpu"), "abc")
+    mine = node_info(World.single("cpu"), "abc")
     assert (mine.fault, mine.device, mine.versions["torch"]) == ("", "", torch.__version__)
 
 
@@ -54,20 +61,24 @@ def test_a_device_that_does_not_compute():
 
 
 def test_a_device_that_is_not_there():
-    fault = vitals(World(device=torch.device("meta")), "abc").fault
+    fault = node_info(World(device=torch.device("meta")), "abc").fault
     assert "meta tensors" in fault
     assert "\n" not in fault
 
 
 def test_two_processes_on_one_gpu():
     check_devices(
-        [Vitals("a1", "", "GPU x", {}), Vitals("a2", "", "GPU x", {}), Vitals("a1", "", "GPU y", {})]
+        [NodeInfo("a1", "", "GPU x", {}), NodeInfo("a2", "", "GPU x", {}), NodeInfo("a1", "", "GPU y", {})]
     )
     with pytest.raises(
         HealthError, match=r"processes 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"
     ):
         check_devices(
-            [Vitals("a1", "", "GPU x", {}), Vitals("a2", "", "GPU x", {}), Vitals("a1", "", "GPU x", {})]
+            [
+                NodeInfo("a1", "", "GPU x", {}),
+                NodeInfo("a2", "", "GPU x", {}),
+                NodeInfo("a1", "", "GPU x", {}),
+            ]
         )
 
 

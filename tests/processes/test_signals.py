@@ -9,12 +9,12 @@ import threading
 import pytest
 
 from hpc_oialr.processes import signals
-from hpc_oialr.processes.signals import heed
+from hpc_oialr.processes.signals import catch_signals
 
 
 def test_a_signal_sets_the_flag_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM)
-    with heed(("USR2", "TERM")) as flag:
+    with catch_signals(("USR2", "TERM")) as flag:
         assert flag.name == ""
         os.kill(os.getpid(), signal.SIGUSR2)
         assert flag.name == "USR2"
@@ -25,7 +25,7 @@ def test_in_another_thread_there_is_no_handler():
     seen = []
 
     def work():
-        with heed(("USR2",)) as flag:
+        with catch_signals(("USR2",)) as flag:
             seen.append((flag.name, signal.getsignal(signal.SIGUSR2)))
 
     thread = threading.Thread(target=work)
@@ -39,7 +39,7 @@ def test_ctrl_c_once_and_twice(monkeypatch):
     told = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with heed(("USR2", "INT"), lambda: told.append("once")) as flag:
+        with catch_signals(("USR2", "INT"), lambda: told.append("once")) as flag:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             assert (flag.name, told) == ("INT", ["once"])
@@ -55,10 +55,10 @@ def test_what_was_to_be_ignored_still_is():
     """As by nohup; but the signal of the settings, which comes first, is heeded."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with heed(("USR2", "HUP")) as flag:
+        with catch_signals(("USR2", "HUP")) as flag:
             os.kill(os.getpid(), signal.SIGHUP)
             assert flag.name == ""
-        with heed(("HUP", "USR2")) as flag:
+        with catch_signals(("HUP", "USR2")) as flag:
             os.kill(os.getpid(), signal.SIGHUP)
             assert flag.name == "HUP"
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

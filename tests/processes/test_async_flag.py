@@ -6,18 +6,18 @@ import torch
 from support.spawn import spawn
 
 from hpc_oialr.processes import World
-from hpc_oialr.processes.agreement import Agreement
+from hpc_oialr.processes.async_flag import AsyncFlagReduce
 
 
 def ask(rank: int, size: int) -> tuple[list[bool], bool, str]:
     world = World.from_environment(device="cpu", timeout_s=60)
-    agreement = Agreement(world)
+    flag = AsyncFlagReduce(world)
     answers = []
     for step in range(1, 7):
-        answers.append(agreement.exchange(rank == 1 and step == 3))
+        answers.append(flag.exchange(rank == 1 and step == 3))
         # A step's own sums, under way at the same time.
         world.all_reduce(torch.ones(1000))
-    return answers, agreement.settle(), str(agreement._device)
+    return answers, flag.settle(), str(flag._device)
 
 
 def test_all_agree_a_step_later():
@@ -26,6 +26,6 @@ def test_all_agree_a_step_later():
 
 
 def test_one_process_agrees_with_itself_at_once():
-    agreement = Agreement(World.single("cpu"))
-    assert [agreement.exchange(word) for word in (False, True, False)] == [False, True, False]
-    assert agreement.settle() is False
+    flag = AsyncFlagReduce(World.single("cpu"))
+    assert [flag.exchange(word) for word in (False, True, False)] == [False, True, False]
+    assert flag.settle() is False

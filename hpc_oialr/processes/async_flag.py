@@ -1,4 +1,4 @@
-"""All processes decide alike, one step later, without waiting for each other."""
+"""A boolean reduced over all ranks, asynchronously: the result of one step is read at the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from hpc_oialr.processes.world import Pending, World
 
 
-class Agreement:
+class AsyncFlagReduce:
     """Whether any process says yes: asked at one step, known at the next.
 
     A step's words are summed up while the next step computes, over gloo on the CPU: nothing waits for the

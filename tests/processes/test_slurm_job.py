@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.processes.batch_job import BatchJob, batch_job, max_requeues
+from hpc_oialr.processes.slurm_job import SlurmJob, max_requeues, slurm_job
 
 
 def test_no_job():
-    assert batch_job({}) is None
+    assert slurm_job({}) is None
 
 
 def test_a_job():
-    assert batch_job({"SLURM_JOB_ID": "12"}) == BatchJob("12")
+    assert slurm_job({"SLURM_JOB_ID": "12"}) == SlurmJob("12")
     env = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3", "SLURM_JOB_END_TIME": "1795512704"}
-    assert batch_job(env) == BatchJob("12", 3, 1795512704.0)
+    assert slurm_job(env) == SlurmJob("12", 3, 1795512704.0)
 
 
 def test_an_arrays_task_has_a_name_of_its_own():
     """The last task bears the number of the whole array: to requeue that would requeue all."""
     env = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "4"}
-    assert batch_job(env) == BatchJob("12_4")
+    assert slurm_job(env) == SlurmJob("12_4")
 
 
 def test_how_often():

@@ -10,7 +10,7 @@ from hpc_oialr.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class BatchJob:
+class SlurmJob:
     """A job.
 
     Attributes
@@ -28,7 +28,7 @@ class BatchJob:
     end: float | None = None
 
 
-def batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
+def slurm_job(environ: Mapping[str, str] | None = None) -> SlurmJob | None:
     """The job this process runs in, if there is one."""
     env = os.environ if environ is None else environ
     number = env.get("SLURM_JOB_ID", "")
@@ -37,7 +37,7 @@ def batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
     array, task = env.get("SLURM_ARRAY_JOB_ID", ""), env.get("SLURM_ARRAY_TASK_ID", "")
     number = f"{array}_{task}" if array and task else number
     end = _digits(env.get("SLURM_JOB_END_TIME", ""))
-    return BatchJob(
+    return SlurmJob(
         number, _digits(env.get("SLURM_RESTART_COUNT", "")) or 0, None if end is None else float(end)
     )
 

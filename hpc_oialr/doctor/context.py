@@ -1,4 +1,4 @@
-"""Who is examined: one process, as its launcher and its user describe it."""
+"""The process that the checks are about, as its launcher and its user describe it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_GPU = ("", "-1", "NoDevFiles")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patient:
+class CheckContext:
     """One process.
 
     Attributes

@@ -19,10 +19,10 @@ _PAUSE_S = 0.1
 _TOKEN = "run"
 
 
-def meeting_place(info: LaunchInfo, timeout: timedelta) -> Store:
+def rendezvous_store(info: LaunchInfo, timeout: timedelta) -> Store:
     """The store through which processes find each other, with keys that no earlier group has used.
 
-    ShardSpec that were derived from a job's number may be taken by another program or job. Process 0 listens at the
+    Ports that were derived from a job's number may be taken by another program or job. Process 0 listens at the
     first of ``info.ports`` that is free; the others ask each port whether the run is theirs.
 
     Raises

@@ -11,7 +11,7 @@ from support.spawn import free_port
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.environment import LaunchInfo, launch_info
-from hpc_oialr.processes.meeting import meeting_place
+from hpc_oialr.processes.rendezvous import rendezvous_store
 
 LIMIT = timedelta(seconds=20)
 
@@ -44,23 +44,23 @@ def listener(answer: bytes | None):
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", None])
 def test_a_foreign_listener_is_passed_by(answer, monkeypatch):
-    monkeypatch.setattr("hpc_oialr.processes.meeting._ANSWER_S", 1.0)
+    monkeypatch.setattr("hpc_oialr.processes.rendezvous._ANSWER_S", 1.0)
     with listener(answer) as taken:
         ports = (taken, free_port())
-        first = meeting_place(info_of(0, *ports), LIMIT)
-        second = meeting_place(info_of(1, *ports), LIMIT)
+        first = rendezvous_store(info_of(0, *ports), LIMIT)
+        second = rendezvous_store(info_of(1, *ports), LIMIT)
         first.set("sum", "3")
         assert second.get("sum") == b"3"
 
 
 def test_another_run_at_the_same_port_is_passed_by(monkeypatch):
-    monkeypatch.setattr("hpc_oialr.processes.meeting._ANSWER_S", 1.0)
+    monkeypatch.setattr("hpc_oialr.processes.rendezvous._ANSWER_S", 1.0)
     shared, spare = free_port(), free_port()
-    other = meeting_place(replace(info_of(0, shared), token="805.0"), LIMIT)
+    other = rendezvous_store(replace(info_of(0, shared), token="805.0"), LIMIT)
     mine = info_of(1, shared, spare)
     # Process 0 of this run came later: the port was taken, so it listens at the next one.
-    first = meeting_place(info_of(0, spare), LIMIT)
-    second = meeting_place(mine, LIMIT)
+    first = rendezvous_store(info_of(0, spare), LIMIT)
+    second = rendezvous_store(mine, LIMIT)
     first.set("who", "7.0")
     assert second.get("who") == b"7.0"
     del other
@@ -68,7 +68,7 @@ def test_another_run_at_the_same_port_is_passed_by(monkeypatch):
 
 def test_nobody_there_ends_within_the_limit():
     with pytest.raises(OSError, match=r"nobody of this run answers at the ports \(\d+,\)"):
-        meeting_place(info_of(1, free_port()), timedelta(seconds=1))
+        rendezvous_store(info_of(1, free_port()), timedelta(seconds=1))
 
 
 def test_ports_and_tokens_of_jobs():

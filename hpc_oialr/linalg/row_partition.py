@@ -15,7 +15,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowPartition:
     """Row blocks of an m x n matrix.
 
     Attributes
@@ -62,7 +62,7 @@ def block_of(length: int, parts: int, index: int) -> slice:
     return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
-def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, Layout]:
+def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, RowPartition]:
     """Check a process's block and tell all the others its shape; every process raises if one must.
 
     Parameters
@@ -74,7 +74,7 @@ def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, Layout]:
 
     Returns
     -------
-    The block in float32 or float64, contiguous, and the layout.
+    The block in float32 or float64, contiguous, and the partition.
 
     Raises
     ------
@@ -93,8 +93,8 @@ def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, Layout]:
     table[comm.rank] = torch.tensor(_describe(A), device=A.device)
     entries: list[list[int]] = comm.all_reduce(table).tolist()
     _check(entries, name)
-    layout = Layout(tuple(entry[0] for entry in entries), entries[0][1])
-    return A.detach().to(compute_dtype(A.dtype)).contiguous(), layout
+    partition = RowPartition(tuple(entry[0] for entry in entries), entries[0][1])
+    return A.detach().to(compute_dtype(A.dtype)).contiguous(), partition
 
 
 def _describe(A: Tensor) -> list[int]:
@@ -130,7 +130,7 @@ def _check_equal(values: list[int] | list[str], what: str) -> None:
         raise WorldError(f"{what} {listed}; must be equal. Pass blocks of rows of one matrix.")
 
 
-def transpose_blocks(A: Tensor, comm: Communicator, layout: Layout) -> Tensor:
+def transpose_blocks(A: Tensor, comm: Communicator, partition: RowPartition) -> Tensor:
     """Row blocks of the transpose, cut by :func:`even_blocks`; no process sees the whole matrix.
 
     Parameters
@@ -147,7 +147,7 @@ def transpose_blocks(A: Tensor, comm: Communicator, layout: Layout) -> Tensor:
     -----
     One all-to-all; each process sends ``m_p (n - n_p)`` numbers.
     """
-    widths = even_blocks(layout.n, comm.size)
-    incoming = [A.new_empty(rows, widths[comm.rank]) for rows in layout.rows]
+    widths = even_blocks(partition.n, comm.size)
+    incoming = [A.new_empty(rows, widths[comm.rank]) for rows in partition.rows]
     received = comm.all_to_all(A.split(widths, dim=1), incoming)
     return torch.cat(received).mT.contiguous()

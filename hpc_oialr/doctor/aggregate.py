@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
 from hpc_oialr.doctor.network import by_hand, unset
-from hpc_oialr.doctor.patient import Patient
 from hpc_oialr.errors import WorldError
 
 _SLOW = 3
@@ -29,7 +29,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Examined:
+class Aggregated:
     """What is to be shown.
 
     Attributes
@@ -52,35 +52,35 @@ class Examined:
         return [row for row in self.rows if row.finding.state == "problem"]
 
 
-def gather(patient: Patient, findings: Sequence[Finding]) -> Examined:
+def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Aggregated:
     """Show all processes' findings on the main one; each its own where they cannot meet.
 
     A collective call, if there are several processes. Each sends its findings, some kB.
     """
-    if patient.size == 1:
-        return Examined(tuple(map(Row, findings)), 1, shown=True)
+    if context.size == 1:
+        return Aggregated(tuple(map(Row, findings)), 1, shown=True)
     try:
-        everyone = _meet(patient, findings)
+        everyone = _meet(context, findings)
     except WorldError as error:
         fix = (
-            unset(patient)
-            if by_hand(patient)
+            unset(context)
+            if by_hand(context)
             else "oialr doctor on each node; look at MASTER_ADDR and MASTER_PORT"
         )
         alone = [*findings, problem("World", str(error), fix)]
-        return Examined(tuple(map(Row, alone)), 1, shown=True)
-    return Examined(tuple(worst(everyone)), patient.size, shown=patient.is_main)
+        return Aggregated(tuple(map(Row, alone)), 1, shown=True)
+    return Aggregated(tuple(worst(everyone)), context.size, shown=context.is_main)
 
 
-def _meet(patient: Patient, findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
+def _meet(context: CheckContext, findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
     """Node and findings of each process, in order of rank."""
     from hpc_oialr.processes.world import World
 
-    limit_s = patient.timeout_s * (1 if by_hand(patient) else _SLOW)
-    world = World.from_environment(device="cpu", timeout_s=limit_s, environ=patient.environ)
+    limit_s = context.timeout_s * (1 if by_hand(context) else _SLOW)
+    world = World.from_environment(device="cpu", timeout_s=limit_s, environ=context.environ)
     try:
         met = ok("World", f"{world.size} processes met")
-        return world.all_gather_object((patient.node, [*findings, met]))
+        return world.all_gather_object((context.node, [*findings, met]))
     finally:
         world.close()
 

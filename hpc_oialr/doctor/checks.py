@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm, threads
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, problem
-from hpc_oialr.doctor.patient import Patient
 
 # Longer than any program that a check waits for may take.
 _PATIENCE = 4
@@ -20,7 +20,7 @@ class Check:
     """A topic and what looks at it."""
 
     topic: str
-    look: Callable[[Patient], list[Finding]]
+    look: Callable[[CheckContext], list[Finding]]
 
 
 # The order of the table.
@@ -46,25 +46,25 @@ CHECKS = (
 )
 
 
-def examine(patient: Patient, checks: Sequence[Check] = CHECKS) -> list[Finding]:
+def run_checks(context: CheckContext, checks: Sequence[Check] = CHECKS) -> list[Finding]:
     """Findings of all checks, in their order; none of them can hang the caller."""
-    running = [_Running(check, patient) for check in checks]
-    deadline = time.monotonic() + _PATIENCE * patient.timeout_s
+    running = [_Running(check, context) for check in checks]
+    deadline = time.monotonic() + _PATIENCE * context.timeout_s
     return [finding for each in running for finding in each.findings(deadline)]
 
 
 class _Running:
     """A check in a thread of its own, which may be left behind."""
 
-    def __init__(self, check: Check, patient: Patient) -> None:
-        self.check, self.patient = check, patient
+    def __init__(self, check: Check, context: CheckContext) -> None:
+        self.check, self.context = check, context
         self.found: list[Finding] | None = None
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
 
     def _look(self) -> None:
         try:
-            self.found = self.check.look(self.patient)
+            self.found = self.check.look(self.context)
         except Exception as error:
             # A system that nobody has thought of must not hide what all other checks have found.
             self.found = [note(self.check.topic, f"cannot be looked at: {type(error).__name__}: {error}")]
@@ -72,7 +72,7 @@ class _Running:
     def findings(self, deadline: float) -> list[Finding]:
         self.thread.join(max(0.0, deadline - time.monotonic()))
         if self.found is None:
-            found = f"no answer within {_PATIENCE * self.patient.timeout_s:g} s"
+            found = f"no answer within {_PATIENCE * self.context.timeout_s:g} s"
             return [
                 problem(
                     self.check.topic, found, "oialr doctor --timeout-s 60   (if the machine is only slow)"

@@ -15,11 +15,11 @@ import pytest
 from support.crowd import Crowd, Say
 
 from hpc_oialr.cli.main import entry, main
-from hpc_oialr.doctor import examine, packages
-from hpc_oialr.doctor.examination import Check
+from hpc_oialr.doctor import packages, run_checks
+from hpc_oialr.doctor.aggregate import Row, aggregate, worst
+from hpc_oialr.doctor.checks import Check
+from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.gathering import Row, gather, worst
-from hpc_oialr.doctor.patient import Patient
 from hpc_oialr.doctor.programs import Answer
 from hpc_oialr.errors import ConfigError
 
@@ -29,37 +29,37 @@ def test_a_problem_has_a_fix():
         Finding("X", "problem", "broken")
 
 
-def test_findings_keep_the_order_of_checks(patient):
+def test_findings_keep_the_order_of_checks(context):
     checks = [Check(name, lambda _, name=name: [ok(name, "")]) for name in "cab"]
-    assert [finding.name for finding in examine(patient(), checks)] == list("cab")
+    assert [finding.name for finding in run_checks(context(), checks)] == list("cab")
 
 
-def test_a_check_that_hangs_is_a_finding(patient):
+def test_a_check_that_hangs_is_a_finding(context):
     never = threading.Event()
     checks = [
         Check("slow", lambda _: [ok("slow", str(never.wait(600)))]),
         Check("quick", lambda _: [ok("quick", "")]),
     ]
-    slow, quick = examine(patient(timeout_s=0.05), checks)
+    slow, quick = run_checks(context(timeout_s=0.05), checks)
     never.set()
     assert (slow.name, slow.state, slow.found) == ("slow", "problem", "no answer within 0.2 s")
     assert slow.fix.startswith("oialr doctor --timeout-s 60")
     assert quick.state == "ok"
 
 
-def test_a_check_that_fails_hides_no_other(patient):
-    def fails(_: Patient) -> list[Finding]:
+def test_a_check_that_fails_hides_no_other(context):
+    def fails(_: CheckContext) -> list[Finding]:
         raise OSError("no /proc here")
 
-    first, second = examine(patient(), [Check("odd", fails), Check("b", lambda _: [ok("b", "")])])
+    first, second = run_checks(context(), [Check("odd", fails), Check("b", lambda _: [ok("b", "")])])
     assert (first.state, first.found) == ("note", "cannot be looked at: OSError: no /proc here")
     assert second.state == "ok"
 
 
 @pytest.mark.parametrize(("setting", "value"), [("need_gib", 0.0), ("timeout_s", -1.0)])
-def test_settings_are_checked(patient, setting, value):
+def test_settings_are_checked(context, setting, value):
     with pytest.raises(ConfigError, match=rf"{setting} is {value}; must lie in \(0, inf\)"):
-        patient(**{setting: value})
+        context(**{setting: value})
 
 
 def test_the_worst_of_all_processes_and_where():
@@ -84,7 +84,7 @@ def test_many_nodes_are_counted():
     assert row.where == "n0, n1, n2, n3 and 5 more"
 
 
-def test_processes_that_cannot_meet_show_their_own(patient):
+def test_processes_that_cannot_meet_show_their_own(context):
     stale = {
         "RANK": "3",
         "WORLD_SIZE": "8",
@@ -92,9 +92,9 @@ def test_processes_that_cannot_meet_show_their_own(patient):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "9",
     }
-    examined = gather(patient(stale, timeout_s=1.0), [ok("job", "7")])
-    assert (examined.processes, examined.shown) == (1, True)
-    (row,) = examined.problems
+    aggregated = aggregate(context(stale, timeout_s=1.0), [ok("job", "7")])
+    assert (aggregated.processes, aggregated.shown) == (1, True)
+    (row,) = aggregated.problems
     assert row.finding.name == "World"
     assert "process 3 of 8 (torchrun) could not meet the others at localhost:9" in row.finding.found
     assert row.finding.fix == "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
