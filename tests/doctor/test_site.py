@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import hpc_oialr
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.network import check_interfaces
 from hpc_oialr.doctor.site import site_environment
@@ -43,7 +44,7 @@ def test_variables_of_a_site_count(tmp_path: Path) -> None:
 
 
 def test_sites_of_this_repository_run_on_any_machine() -> None:
-    files = list((Path(__file__).parents[2] / "env" / "sites").glob("*.sh"))
+    files = list((Path(hpc_oialr.__file__).parent / "launch" / "sites").glob("*.sh"))
     assert files
     for file in files:
         (found,) = site_environment(file.stem).findings

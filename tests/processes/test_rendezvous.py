@@ -40,6 +40,8 @@ def listener(answer: bytes | None):
         threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
         server.close()
+        for connection in kept:
+            connection.close()
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", None])
