@@ -1,6 +1,16 @@
 """``python -m hpc_oialr`` is ``oialr``."""
 
-from hpc_oialr.cli.main import entry
+import sys
+
+
+def entry() -> None:
+    """The console script; Ctrl-C is no traceback while it is imported either."""
+    try:
+        from hpc_oialr.cli.main import entry as of_commands
+    except KeyboardInterrupt:
+        sys.exit(130)
+    of_commands()
+
 
 if __name__ == "__main__":
     entry()

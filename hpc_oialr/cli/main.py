@@ -31,7 +31,7 @@ from hpc_oialr.cli.console import show_error
 from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.mpi import leave_mpi
-from hpc_oialr.processes.signals import leave_upon_term
+from hpc_oialr.processes.signals import end_at_once_upon, leave_upon_term, unwind_upon
 from hpc_oialr.streams import tolerate_output_failures
 from hpc_oialr.system_errors import of_system
 
@@ -53,6 +53,8 @@ COMMANDS = (
     command_logs,
     command_cancel,
 )
+
+_ENDING = ("INT", "TERM", "HUP")
 
 EXAMPLES = """examples:
   oialr recipes
@@ -108,7 +110,11 @@ def entry() -> None:
     """The console script: :func:`main`, then out."""
     tolerate_output_failures()
     if _is_alone():
-        sys.exit(main())
+        unwind_upon(*_ENDING)
+        code = main()
+        end_at_once_upon(*_ENDING)
+        sys.exit(code)
+    unwind_upon("INT")
     launcher = launch_info().launcher
     if launcher == "slurm":
         leave_upon_term(exit_codes.PROCESS_LOST)

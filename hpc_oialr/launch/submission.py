@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, redirect_stderr, suppress
@@ -17,6 +18,7 @@ from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
 from hpc_oialr.launch.site import Site, at_site, read_site
 from hpc_oialr.launch.states import job_over
+from hpc_oialr.processes.signals import heed
 from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
@@ -138,6 +140,8 @@ class Submission:
         executor, new = self._executor(), not self.folder.exists()
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
+            # A job that Slurm has and no folder knows of would run on unseen: Ctrl-C counts before or after.
+            stack.enter_context(heed(("INT", "TERM", "HUP"), _tell))
             claim = Claim("oialr submit", job_over)
             held = [stack.enter_context(closing(claim.take(folder))) for folder in folders]
             self._prepare()
@@ -197,6 +201,11 @@ class Submission:
             # As submitit calls them.
             output=self._files / f"{job_id}_%t_log.%s",
         )
+
+
+def _tell() -> None:
+    with suppress(OSError):
+        os.write(2, b"\noialr: the job is being submitted; oialr cancel ends it, Ctrl-C again: end at once\n")
 
 
 def _submit(executor: Executor, runs: Sequence[RecipeRun]) -> list[Job[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,41 @@ def catch_signals(
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def unwind_upon(*names: str) -> None:
+    """Let signals end the program as Ctrl-C does, which removes what is half-written, until :func:`heed` takes over.
+
+    The exit code is 128 + the signal's number. A signal that the process was started to ignore stays ignored.
+    """
+    sys.unraisablehook = _raise_again
+    for name in names:
+        if signal.getsignal(number_of(name)) != signal.SIG_IGN:
+            signal.signal(number_of(name), _unwind)
+
+
+def _raise_again(lost: sys.UnraisableHookArgs) -> None:
+    """A handler that runs inside a finalizer cannot end the program: Python prints its exception and goes on."""
+    if isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
+        number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        threading.Timer(_TWICE_S, os.kill, (os.getpid(), number)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        # An exception inside torch's initialisation in C++ aborts the process.
+        os._exit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def end_at_once_upon(*names: str) -> None:
+    """Give :func:`unwind_upon` up: the interpreter's end would print the exception."""
+    for name in names:
+        if signal.getsignal(number_of(name)) is _unwind:
+            signal.signal(number_of(name), signal.SIG_DFL)
 
 
 def leave_upon_term(code: int) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import pytest
 
@@ -64,3 +68,36 @@ def test_what_was_to_be_ignored_still_is():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+UNWINDING = {
+    "in code": ("import time; time.sleep(20)", "undone"),
+    "in a finalizer, which swallows exceptions": (
+        "class Last:\n    def __del__(self):\n        import time; time.sleep(0.5)\nlast = Last(); del last\n"
+        "import time; time.sleep(20)",
+        "undone",
+    ),
+    "while torch starts, whose C++ aborts upon an exception": (
+        "import time, types; sys.modules['torch'] = types.ModuleType('torch')\n"
+        "sys.modules['torch'].__spec__ = types.SimpleNamespace(_initializing=True); time.sleep(20)",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+@pytest.mark.parametrize("where", UNWINDING)
+def test_a_signal_undoes_what_is_half_done_and_is_no_traceback(where, name):
+    body, undone = UNWINDING[where]
+    code = (
+        "import sys\nfrom hpc_oialr.processes.signals import unwind_upon\nunwind_upon('INT', 'TERM')\ntry:\n"
+        f"    print('ready', flush=True)\n{textwrap.indent(body, '    ')}\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)\nfinally:\n    print('undone', flush=True)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as program:
+        assert program.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        program.send_signal(signal.Signals[f"SIG{name}"])
+        said, errors = program.communicate(timeout=60)
+    assert (program.returncode, said.strip(), errors) == (128 + signal.Signals[f"SIG{name}"], undone, "")
