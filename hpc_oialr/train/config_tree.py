@@ -171,27 +171,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
-def build(hint: Any, value: Any, origins: Mapping[str, str], name: str = "") -> Any:
-    """The object of a normalised tree whose values have their types already.
-
-    Raises
-    ------
-    ConfigError
-        From a type's own checks, with the setting's full name and origin.
-    """
-    cls = section_type(hint)
-    if cls is None or value is None:
-        return tuple(value) if typing.get_origin(hint) is tuple else value
-    if is_choice(cls):
-        cls, value = find_choice(cls, value["class_path"], name), value["init_args"]
-    hints, prefix = field_types(cls), f"{name}." if name else ""
-    settings = {key: build(hints[key], item, origins, f"{prefix}{key}") for key, item in value.items()}
-    try:
-        return cls(**settings)
-    except ConfigError as error:
-        raise in_section(error, name, origins) from None
-
-
 def in_section(error: ConfigError, section: str, origins: Mapping[str, str] | None = None) -> ConfigError:
     """``error`` with its setting's full dotted name, and the origin if it is known."""
     parent, _, last = section.rpartition(".")

@@ -23,10 +23,10 @@ from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import (
     Normaliser,
     Tree,
-    build,
     choices,
     field_types,
     find_choice,
+    in_section,
     is_choice,
     merge_trees,
     section_type,
@@ -100,11 +100,9 @@ def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
                     f"dense.{name}", twin[name], "has no effect: the dense twin has none", origin=origin
                 )
         dense = merge_trees(dense, normaliser.section(twin, RunConfig, merge_trees(merged, dense), "dense"))
-    _require(merged)
-    typed = _typed(merged, origins)
-    loaded = LoadedConfig(build(RunConfig, typed, origins), {**typed, "dense": dense or None}, origins)
-    loaded.config.dense = dense or None
-    return loaded
+    config = _build(RunConfig, merged, origins)
+    config.dense = dense or None
+    return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": dense or None}, origins)
 
 
 def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
@@ -128,48 +126,59 @@ def make_parser(prog: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _typed(tree: Tree, origins: Mapping[str, str]) -> Tree:
-    """Every setting, defaults included, each converted to its type; plain containers."""
-    try:
-        namespace = make_parser("oialr train").parse_object(_converted(tree, RunConfig, origins))
-    except ArgumentError as error:
-        raise OIALRError(" ".join(str(error).split())) from None
-    plain = _plain(namespace.as_dict(), RunConfig)
-    assert isinstance(plain, dict)
-    return plain
+def _build(hint: Any, value: Any, origins: Mapping[str, str], name: str = "") -> Any:
+    """The object of a normalised tree.
 
+    jsonargparse converts single values; of a whole tree it lets null pass everywhere, and anything inside a
+    required choice of type.
 
-def _converted(tree: Tree, cls: type, origins: Mapping[str, str], prefix: str = "") -> Tree:
-    """The given settings in their types; :class:`ConfigError` for the first that is not of its field's.
-
-    jsonargparse alone lets null pass everywhere, and anything inside a required choice of type.
+    Raises
+    ------
+    ConfigError
+        For the first value that is missing, of another type or out of its range, with its full name and origin.
     """
-    hints, result = field_types(cls), {}
-    for key, value in tree.items():
-        section, name = section_type(hints[key]), f"{prefix}{key}"
-        if section is None or not isinstance(value, dict):
-            result[key] = _leaf(hints[key], value, name, origins.get(name))
-        elif is_choice(section):
-            chosen = find_choice(section, value["class_path"], name)
-            settings = _converted(value["init_args"], chosen, origins, f"{name}.")
-            result[key] = {"class_path": value["class_path"], "init_args": settings}
-        else:
-            result[key] = _converted(value, section, origins, f"{name}.")
-    return result
+    cls = section_type(hint)
+    if cls is None or value is None:
+        return _leaf(hint, value, name, origins.get(name))
+    if is_choice(cls):
+        cls, value = find_choice(cls, value["class_path"], name), value["init_args"]
+    hints, prefix = field_types(cls), f"{name}." if name else ""
+    for each in dataclasses.fields(cls):
+        needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        given = each.name in value and (value[each.name] is not None or _optional(hints[each.name]))
+        if each.init and needed and not given:
+            family = section_type(hints[each.name])
+            valid = f"; valid: {', '.join(sorted(choices(family)))}" if family and is_choice(family) else ""
+            full = f"{prefix}{each.name}"
+            raise ConfigError(full, None, f"must be set{valid}", origin=origins.get(full))
+    settings = {key: _build(hints[key], item, origins, f"{prefix}{key}") for key, item in value.items()}
+    try:
+        return cls(**settings)
+    except ConfigError as error:
+        raise in_section(error, name, origins) from None
+
+
+def _as_tree(value: Any, hint: Any) -> Any:
+    """Every setting of an object, defaults included, as plain values."""
+    cls = section_type(hint)
+    if cls is None or value is None:
+        return list(value) if isinstance(value, tuple) else value
+    hints = field_types(type(value))
+    settings = {key: _as_tree(getattr(value, key), hints[key]) for key in hints}
+    return {"class_path": short_path(type(value)), "init_args": settings} if is_choice(cls) else settings
 
 
 def _leaf(hint: Any, value: Any, name: str, origin: str | None) -> Any:
     misfit = ConfigError(name, value, f"must be {_type_name(hint)}", origin=origin)
     if value is None:
-        if type(None) not in typing.get_args(hint):
+        if not _optional(hint):
             raise misfit
         return None
     try:
         converted = _leaf_parser(hint).parse_object({"value": value})["value"]
     except (ArgumentError, OverflowError):
         raise misfit from None
-    converted = list(converted) if isinstance(converted, tuple) else converted
-    given, found = (each if isinstance(each, list) else [each] for each in (value, converted))
+    given, found = (each if isinstance(each, list | tuple) else [each] for each in (value, converted))
     if any(isinstance(a, str) and not isinstance(b, str) for a, b in zip(given, found, strict=False)):
         # jsonargparse reads words again, by YAML 1.1, where 1:30 is 90.
         raise misfit
@@ -188,34 +197,10 @@ def _leaf_parser(hint: Any) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _plain(value: Any, hint: Any) -> Any:
-    """Short class names, lists for tuples."""
-    cls = section_type(hint)
-    if cls is not None and isinstance(value, dict):
-        if is_choice(cls):
-            chosen = find_choice(cls, value["class_path"], cls.__name__)
-            return {
-                "class_path": short_path(chosen),
-                "init_args": _settings(value.get("init_args", {}), chosen),
-            }
-        return _settings(value, cls)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _settings(value: Tree, cls: type) -> Tree:
-    hints = field_types(cls)
-    return {key: _plain(item, hints[key]) for key, item in value.items()}
+def _optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _type_name(hint: Any) -> str:
     name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     return name.replace("None", "null")
-
-
-def _require(tree: Tree) -> None:
-    for each in dataclasses.fields(RunConfig):
-        needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-        if needed and tree.get(each.name) is None:
-            family = section_type(field_types(RunConfig)[each.name])
-            valid = ", ".join(sorted(choices(family))) if family and is_choice(family) else "settings"
-            raise ConfigError(each.name, tree.get(each.name), f"must be set; valid: {valid}")

@@ -120,7 +120,7 @@ def test_dense_twin_takes_its_own_settings(recipe):
         (
             ["--model", "null"],
             ConfigError,
-            "model is None; must be set; valid: Autoformer, GPT2, ResNet, ResNetRS, ViT",
+            "model is None (from the command line); must be set; valid: Autoformer, GPT2, ResNet, ResNetRS, ViT",
         ),
         (["--train.precision", "fp8"], ConfigError, "train.precision is 'fp8'"),
         (
@@ -275,3 +275,20 @@ def test_data_model_and_task_must_fit(recipe):
         with pytest.raises(ConfigError) as raised:
             make_run_context(load_config(recipe, arguments).config, world)
         assert text in str(raised.value)
+
+
+def test_a_class_of_the_user_s_own(recipe, tmp_path, monkeypatch):
+    (tmp_path / "own_schedules.py").write_text(
+        "from dataclasses import dataclass\nfrom hpc_oialr.train.schedules import Constant\n"
+        "@dataclass(kw_only=True)\nclass Mine(Constant):\n    start: int\n    ends: tuple[int, ...] | None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--schedule", "own_schedules.Mine", "--schedule.ends"]
+    with pytest.raises(ConfigError, match=r"schedule.start is None; must be set"):
+        load_config(recipe, [*given, "null"])
+    with pytest.raises(ConfigError, match=r"schedule.start is None \(from the command line\); must be set"):
+        load_config(recipe, [*given, "null", "--schedule.start", "null"])
+    loaded = load_config(recipe, [*given, "[1, 2]", "--schedule.start", "3"])
+    assert (loaded.config.schedule.start, loaded.config.schedule.ends) == (3, (1, 2))
+    assert loaded.tree["schedule"]["class_path"] == "own_schedules.Mine"
+    assert loaded.tree["schedule"]["init_args"]["ends"] == [1, 2]
