@@ -18,7 +18,7 @@ from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
 from hpc_oialr.launch.site import Site, at_site, read_site
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.processes.signals import heed
+from hpc_oialr.processes.signals import catch_signals
 from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
@@ -141,7 +141,7 @@ class Submission:
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
             # A job that Slurm has and no folder knows of would run on unseen: Ctrl-C counts before or after.
-            stack.enter_context(heed(("INT", "TERM", "HUP"), _tell))
+            stack.enter_context(catch_signals(("INT", "TERM", "HUP"), _tell))
             claim = Claim("oialr submit", job_over)
             held = [stack.enter_context(closing(claim.take(folder))) for folder in folders]
             self._prepare()
