@@ -78,7 +78,7 @@ def catch_signals(
 
 
 def unwind_upon(*names: str) -> None:
-    """Let signals end the program as Ctrl-C does, which removes what is half-written, until :func:`catch_signals` takes over.
+    """Let signals end the program as Ctrl-C does, which removes what is half-written; :func:`catch_signals` goes over it.
 
     The exit code is 128 + the signal's number. A signal that the process was started to ignore stays ignored.
     """
