@@ -55,16 +55,22 @@ def footprint(step: Step, engine: EngineConfig, processes: int) -> Footprint:
         in_buckets = max(_highest(step.passes, 0.0), _highest(step.update, 0.0))
         beside = in_buckets if engine.gradient_as_bucket_view else max(alone, in_buckets)
         return Footprint(parameters, model.state, model.trained, beside)
-    # All stages shard fp32 values, moments and gradients, which travel through a buffer; stage 3 also shards
-    # parameters, but for those that are gathered at the moment.
-    share = 1.0 / processes
-    masters, state = share * model.trained, share * model.state
-    beside = _highest(step.passes, share) + model.trained / BUFFERS_IN_MODEL
-    if engine.stage < 3:
-        return Footprint(parameters + masters, state, 0.0, beside)
-    whole = model.trained + model.frozen
-    sharded = share * whole + model.buffers + masters
-    return Footprint(sharded, state, share * model.trained, beside + whole / LIVE_PARTS_IN_MODEL)
+    # In half precision the module and its gradients are, and fp32 values of trained parameters come on top; stages 1
+    # and 2 hold those in fp32 too. They, moments and gradients are sharded, and gradients travel through a buffer;
+    # stage 3 also shards parameters, but for those that are gathered at the moment. The optimizer steps each process's
+    # part as one flat parameter.
+    share, width = 1.0 / processes, 0.5 if step.half else 1.0
+    module, gradients = width * (model.trained + model.frozen), width * share * model.trained
+    state, masters = share * model.state, share * model.trained
+    buffer = width * model.trained / BUFFERS_IN_MODEL
+    flat = masters * _highest(step.update, 0.0) / model.largest
+    if engine.stage == 3:
+        passes = _highest(step.passes, 0.0) + buffer + module / LIVE_PARTS_IN_MODEL
+        sharded = share * module + model.buffers + (masters if step.half else 0.0)
+        return Footprint(sharded, state, gradients, max(passes, flat))
+    # Stage 1 has its part of the gradients twice.
+    passes = _highest(step.passes, width * share) + buffer + (gradients if engine.stage == 1 else 0.0)
+    return Footprint(module + model.buffers + masters, state, 0.0, max(passes, gradients + flat))
 
 
 def _highest(trace: Trace, share: float) -> float:

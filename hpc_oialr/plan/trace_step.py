@@ -22,7 +22,7 @@ from hpc_oialr.plan.tracer import Trace, Tracer
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.record.memory import resident_tensors
 from hpc_oialr.train.one_step import forward_backward
-from hpc_oialr.train.run_context import RunContext
+from hpc_oialr.train.run_context import AUTOCAST, RunContext
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,31 @@ class Resident:
         Of the model.
     state
         The optimizer's.
+    largest
+        The largest trained parameter.
     """
 
     trained: float
     frozen: float
     buffers: float
     state: float
+    largest: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one process: forward and backward pass, then the optimizer's update."""
+    """One step of one process: forward and backward pass, then the optimizer's update.
+
+    Attributes
+    ----------
+    half
+        Whether the precision is "bf16" or "fp16".
+    """
 
     resident: Resident
     passes: Trace
     update: Trace
+    half: bool = False
 
     @property
     def flops(self) -> float:
@@ -93,7 +103,8 @@ def trace_step(
                 update.note_gradient(parameter)
             with update:
                 _update(session)
-            return Step(_resident(session), forward.trace, update.trace)
+            half = workload.config.train.precision in AUTOCAST
+            return Step(_resident(session), forward.trace, update.trace, half)
 
 
 def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> RunContext:
@@ -147,6 +158,7 @@ def _resident(session: RunContext) -> Resident:
         frozen=sum(local(p).nbytes for p in parameters if not p.requires_grad),
         buffers=sum(b.nbytes for b in session.module.buffers()),
         state=sum(local(t).nbytes for t in resident_tensors(session.optimizer)),
+        largest=max(local(p).nbytes for p in parameters if p.requires_grad),
     )
 
 

@@ -29,10 +29,13 @@ def messages(step: Step, engine: EngineConfig, processes: int) -> list[Message]:
             left -= cap
         return sent
     if isinstance(engine, DeepSpeed):
-        scattered = Message("reduce_scatter", resident.trained, processes)
+        # In half precision so is the module.
+        width = 0.5 if step.half else 1.0
+        scattered = Message("reduce_scatter", width * resident.trained, processes)
         if engine.stage < 3:
-            return [scattered, Message("all_gather", resident.trained, processes)]
-        return [scattered, *[Message("all_gather", resident.trained + resident.frozen, processes)] * 2]
+            return [scattered, Message("all_gather", width * resident.trained, processes)]
+        gathered = Message("all_gather", width * (resident.trained + resident.frozen), processes)
+        return [scattered, gathered, gathered]
     return [*step.passes.messages, *step.update.messages]
 
 

@@ -12,7 +12,8 @@ from hpc_oialr.plan.deployment import Deployment, all_engines, data_processes, i
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_traces import StepTraces
-from hpc_oialr.plan.trace_step import trace_step
+from hpc_oialr.plan.trace_step import Resident, Step, trace_step
+from hpc_oialr.plan.tracer import Trace
 from hpc_oialr.plan.traffic import messages
 
 
@@ -82,6 +83,15 @@ def test_fsdp_gathers_twice_and_scatters_once(workload):
     assert scattered == pytest.approx(model, rel=0.01)
     # The parameters outside the blocks stay gathered until the backward pass is over.
     assert model <= gathered <= 2 * model
+
+
+def test_zero_sends_parameters_instead_of_gradients():
+    """100 bytes trained, 60 frozen; each stage reduces and scatters gradients, and gathers parameters."""
+    step = Step(Resident(100, 60, 4, 200, 50), Trace(), Trace())
+    sent = [[m.size for m in messages(step, DeepSpeed(stage=stage), 4)] for stage in (1, 2, 3)]
+    assert sent == [[100, 100], [100, 100], [100, 160, 160]]
+    half = messages(replace(step, half=True), DeepSpeed(stage=3), 4)
+    assert [m.size for m in half] == [50, 80, 80]
 
 
 def test_batches_that_cannot_be_distributed_are_said(rows):

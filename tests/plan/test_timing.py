@@ -104,7 +104,7 @@ def test_processes_share_cores():
 def counted_step() -> Step:
     """0.2 s of products in fp32, 0.1 s in bf16 and 0.3 s of moving data in the passes; an update of 2 operations."""
     passes = Trace([1.0], [0.0], Counter({"float32": 1e10, "bfloat16": 2e10}), moved=2.4e9)
-    return Step(Resident(0, 0, 0, 0), passes, Trace([0.0, 0.0], [0.0, 0.0]))
+    return Step(Resident(0, 0, 0, 0, 0), passes, Trace([0.0, 0.0], [0.0, 0.0]))
 
 
 def test_time_of_counted_operations():
