@@ -55,9 +55,9 @@ class Worker:
         method = workload.config.oialr
         assert method is not None
         rule = predictable_rule(method.rule, 0.25)[0]
-        session = workload.session(made, batch=batch, rule=rule, fake_data=False)
-        self.run = ScriptedRun(session)
-        self.session, self.size = self.run.session, world.size
+        context = workload.run_context(made, batch=batch, rule=rule, fake_data=False)
+        self.run = ScriptedRun(context)
+        self.context, self.size = self.run.context, world.size
         self.share = layer_step()
 
     def steps(self, batch: int, threads: int, count: int) -> list[float]:
@@ -95,8 +95,8 @@ class Worker:
 
     def meter(self) -> MemoryMeter:
         """A new one."""
-        session = self.session
-        held = lambda: (session.controller.model, session.optimizer, *session.engine.held())  # noqa: E731
+        context = self.context
+        held = lambda: (context.controller.model, context.optimizer, *context.engine.held())  # noqa: E731
         self._meter = MemoryMeter(held, "cpu", processes=self.size)
         return self._meter
 

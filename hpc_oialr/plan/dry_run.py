@@ -61,7 +61,7 @@ def dry_run(
     rule: RankRule | None = None,
     ranks: Sequence[int] | None = None,
 ) -> Iterator[DryRun]:
-    """Session, step, conversion, step, update, step: as some processes of ``size``, one after another.
+    """A step, a conversion, a step, an update, a step: as some processes of ``size``, one after another.
 
     On the CPU with one sample per process and made-up data, over torch's fake process group: whatever another
     process would have sent is zero, and results of TSQR are made up in the right shapes.
@@ -93,13 +93,13 @@ def _run(workload: Workload, world: World, engine: EngineConfig, rule: RankRule 
     start = time.perf_counter()
     batch = workload.config.train.accumulation
     built = engine.build(world, workload.config.train.precision)
-    session = workload.session(built, batch=batch, rule=rule)
-    if isinstance(session.controller.model, DistributedDataParallel):
+    context = workload.run_context(built, batch=batch, rule=rule)
+    if isinstance(context.controller.model, DistributedDataParallel):
         # DDP's own all-reduce waits for an answer.
-        session.controller.model.register_comm_hook(None, _all_reduce_alone)
+        context.controller.model.register_comm_hook(None, _all_reduce_alone)
     # What shards that are all alike give may be anything, NaN included.
-    session.optimizer.register_step_pre_hook(_zero_gradients)
-    run, channel = ScriptedRun(session), open_channel(world)
+    context.optimizer.register_step_pre_hook(_zero_gradients)
+    run, channel = ScriptedRun(context), open_channel(world)
     exchange = UpdateExchange(channel, world)
     samples = run.samples(batch)
     conversion = run.convert(samples)
@@ -107,13 +107,13 @@ def _run(workload: Workload, world: World, engine: EngineConfig, rule: RankRule 
         exchange.start(report)
         exchange.collect()
     run.step(batch)
-    r = session.controller.r.values()
+    r = context.controller.r.values()
     return DryRun(
         world.rank,
         world.size,
         time.perf_counter() - start,
         sum(layer.seconds > 0 for layer in conversion.layers),
-        resident_bytes(session.module, session.optimizer),
+        resident_bytes(context.module, context.optimizer),
         (min(r), max(r)),
         channel.name,
     )

@@ -24,7 +24,7 @@ from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
 from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_traces import StepTraces
 from hpc_oialr.plan.timing import Machine, step_time, svd_seconds
-from hpc_oialr.plan.trace_step import Step, sharded_event_bytes, trace_event, traced_session
+from hpc_oialr.plan.trace_step import Step, sharded_event_bytes, trace_event, traced_context
 from hpc_oialr.plan.traffic import event_messages, messages
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.processes import World
@@ -95,7 +95,7 @@ class Planner:
     def shapes(self) -> dict[str, LayerShape]:
         """Layers that become low-rank, in order; none without the method."""
         with fake_tensors():
-            controller = traced_session(self.workload, SingleEngine(World()), batch=1, r={}).controller
+            controller = traced_context(self.workload, SingleEngine(World()), batch=1, r={}).controller
             sites = controller.sites if isinstance(controller, OIALR) else []
             return {site.name: LayerShape(site.name, *site.shape) for site in sites}
 

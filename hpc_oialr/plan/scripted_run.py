@@ -26,7 +26,7 @@ _MAX_UPDATES = 200
 
 
 class ScriptedRun:
-    """Steps and events of a session of :meth:`Workload.session`, each when it is called.
+    """Steps and events of a run of :meth:`Workload.run_context`, each when it is called.
 
     Attributes
     ----------
@@ -34,37 +34,37 @@ class ScriptedRun:
         Wall time of the last event.
     """
 
-    def __init__(self, session: RunContext) -> None:
-        self.session = session
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
         self.steps = 0
         self.event_s = 0.0
-        session.module.train()
+        context.module.train()
 
     @property
     def method(self) -> OIALR:
-        """The session's controller."""
-        controller = self.session.controller
+        """The controller."""
+        controller = self.context.controller
         assert isinstance(controller, OIALR)
         return controller
 
     def samples(self, batch: int) -> Batch:
         """So many samples of the training data, for this process."""
-        return self.session.splits.train.gather(torch.arange(batch))
+        return self.context.splits.train.gather(torch.arange(batch))
 
     def step(self, batch: int) -> float:
         """One step with ``batch`` samples; its wall time, data included, without the method's part."""
         start = time.perf_counter()
         self.train(self.samples(batch))
         seconds = time.perf_counter() - start
-        self.session.controller.step()
+        self.context.controller.step()
         return seconds
 
     def train(self, samples: Batch) -> None:
         """Forward and backward pass, and the optimizer's step."""
-        session = self.session
-        forward_backward(session, session.place(samples), self.steps)
-        trained = trained_parameters(session)
-        session.engine.update(session.optimizer, session.scaler, trained, session.config.train.gradient_clip)
+        context = self.context
+        forward_backward(context, context.place(samples), self.steps)
+        trained = trained_parameters(context)
+        context.engine.update(context.optimizer, context.scaler, trained, context.config.train.gradient_clip)
         self.steps += 1
 
     def convert(self, samples: Batch) -> UpdateReport:
@@ -129,8 +129,8 @@ def probe(
             f"--probe trains for some steps, but {workload.assumption}. Fetch the data, or leave out --probe."
         )
     found, batches, threads_before = Measured(), sorted(set(batches)), torch.get_num_threads()
-    session = workload.session(SingleEngine(World()), batch=batches[-1], rule=rule, fake_data=False)
-    run = ScriptedRun(session)
+    context = workload.run_context(SingleEngine(World()), batch=batches[-1], rule=rule, fake_data=False)
+    run = ScriptedRun(context)
     small = run.samples(batches[0])
     for stage in STAGES if workload.config.oialr is not None else STAGES[:1]:
         torch.set_num_threads(threads_before)

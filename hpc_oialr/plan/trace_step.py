@@ -87,77 +87,77 @@ def trace_step(
     with fake_world(0, 1 if bare else processes) as world:
         built = engine.build(world, workload.config.train.precision)
         with fake_tensors():
-            session = traced_session(workload, built, batch=batch, r=r)
-            session.module.train()
-            resizing = isinstance(session.engine, FSDPEngine)
-            forward = Tracer(resident_tensors(session.module, session.optimizer), resizing=resizing)
-            with _gradients_noted(session, forward), forward:
+            context = traced_context(workload, built, batch=batch, r=r)
+            context.module.train()
+            resizing = isinstance(context.engine, FSDPEngine)
+            forward = Tracer(resident_tensors(context.module, context.optimizer), resizing=resizing)
+            with _gradients_noted(context, forward), forward:
                 # Made here, so that it counts: on a GPU it is copied there in each step.
                 samples = workload.batch(batch)
-                forward_backward(session, samples, 0)
+                forward_backward(context, samples, 0)
             # The optimizer makes its state in its first update; the second one is like all others.
-            _update(session)
-            update = Tracer(resident_tensors(session.module, session.optimizer), resizing=resizing)
-            for parameter in trained_parameters(session):
+            _update(context)
+            update = Tracer(resident_tensors(context.module, context.optimizer), resizing=resizing)
+            for parameter in trained_parameters(context):
                 parameter.grad = torch.empty_like(parameter)
                 update.note_gradient(parameter)
             with update:
-                _update(session)
+                _update(context)
             half = workload.config.train.precision in AUTOCAST
-            return Step(_resident(session), forward.trace, update.trace, half)
+            return Step(_resident(context), forward.trace, update.trace, half)
 
 
-def traced_session(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> RunContext:
-    """A session of tensors without data, dense or with given r."""
+def traced_context(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> RunContext:
+    """A context of tensors without data, dense or with given r."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
     try:
         # Its messages carry no gradients, and its layers are for GPUs.
-        session = workload.with_train(sync_batch_norm=False).session(engine, batch=batch)
+        context = workload.with_train(sync_batch_norm=False).run_context(engine, batch=batch)
     finally:
         torch.set_default_dtype(before)
     # Selects by values.
-    session.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    context.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if r:
-        assert isinstance(session.controller, OIALR)
-        session.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
-    return session
+        assert isinstance(context.controller, OIALR)
+        context.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
+    return context
 
 
-def trained_parameters(session: RunContext) -> list[torch.nn.Parameter]:
+def trained_parameters(context: RunContext) -> list[torch.nn.Parameter]:
     """Parameters with gradients."""
-    return [p for p in session.module.parameters() if p.requires_grad]
+    return [p for p in context.module.parameters() if p.requires_grad]
 
 
 @contextmanager
-def _gradients_noted(session: RunContext, tracer: Tracer) -> Iterator[None]:
+def _gradients_noted(context: RunContext, tracer: Tracer) -> Iterator[None]:
     """FSDP2 sets gradients of its parameters itself, later; there all memory is counted together."""
-    if isinstance(session.engine, FSDPEngine):
+    if isinstance(context.engine, FSDPEngine):
         yield
         return
     handles = [
-        p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained_parameters(session)
+        p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained_parameters(context)
     ]
     yield
     for handle in handles:
         handle.remove()
 
 
-def _update(session: RunContext) -> None:
-    clip = session.config.train.gradient_clip
-    if isinstance(session.engine, TensorEngine):
+def _update(context: RunContext) -> None:
+    clip = context.config.train.gradient_clip
+    if isinstance(context.engine, TensorEngine):
         # Selects by values; what it holds is a number per parameter.
         clip = None
-    session.engine.update(session.optimizer, session.scaler, trained_parameters(session), clip)
+    context.engine.update(context.optimizer, context.scaler, trained_parameters(context), clip)
 
 
-def _resident(session: RunContext) -> Resident:
-    parameters = list(session.module.parameters())
+def _resident(context: RunContext) -> Resident:
+    parameters = list(context.module.parameters())
     return Resident(
         trained=sum(local(p).nbytes for p in parameters if p.requires_grad),
         frozen=sum(local(p).nbytes for p in parameters if not p.requires_grad),
-        buffers=sum(b.nbytes for b in session.module.buffers()),
-        state=sum(local(t).nbytes for t in resident_tensors(session.optimizer)),
+        buffers=sum(b.nbytes for b in context.module.buffers()),
+        state=sum(local(t).nbytes for t in resident_tensors(context.optimizer)),
         largest=max(local(p).nbytes for p in parameters if p.requires_grad),
     )
 
@@ -178,28 +178,28 @@ def trace_event(workload: Workload, phase: Phase, *, processes: int, held: bool)
             if phase.event == "update"
             else {}
         )
-        session = traced_session(workload, SingleEngine(world), batch=1, r=r)
-        controller, trained = session.controller, trained_parameters(session)
+        context = traced_context(workload, SingleEngine(world), batch=1, r=r)
+        controller, trained = context.controller, trained_parameters(context)
         assert isinstance(controller, OIALR)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         # Makes the optimizer's state.
-        session.engine.update(session.optimizer, session.scaler, trained, None)
-        keep_alive = list(session.module.parameters()) if held else []
+        context.engine.update(context.optimizer, context.scaler, trained, None)
+        keep_alive = list(context.module.parameters()) if held else []
         del trained, parameter
-        tracer = Tracer(resident_tensors(session.module, session.optimizer), counted=True)
+        tracer = Tracer(resident_tensors(context.module, context.optimizer), counted=True)
         sites = [site for site in controller.sites if site.name in phase.before]
-        stack = OptimizerStack(session.optimizer)
+        stack = OptimizerStack(context.optimizer)
         with tracer, torch.no_grad():
             # As OIALR does it, with the planned r.
-            changes = BasisChanges(session.module, stack, controller.config, (), session.engine)
+            changes = BasisChanges(context.module, stack, controller.config, (), context.engine)
             if phase.event == "conversion":
                 kept = [phase.r[site.name] for site in sites]
-                for factors in weight_factors(sites, kept, session.engine):
+                for factors in weight_factors(sites, kept, context.engine):
                     i = factors.index
                     changes.convert(sites[i], factors.U, factors.s[: kept[i]], factors.Vh)
             else:
-                for core in core_rotations(sites, session.engine):
+                for core in core_rotations(sites, context.engine):
                     site = sites[core.index]
                     r_new = phase.r[site.name]
                     assert site.low_rank is not None

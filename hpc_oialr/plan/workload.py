@@ -125,10 +125,10 @@ class Workload:
         double = self.config.train.precision == "float64"
         return {key: spec.fake(size, double=double) for key, spec in self.specs.items()}
 
-    def session(
+    def run_context(
         self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
     ) -> RunContext:
-        """A session under a built engine, in which conversion and updates wait until they are asked for.
+        """A run under a built engine, in which conversion and updates wait until they are asked for.
 
         Parameters
         ----------

@@ -116,8 +116,8 @@ def test_steps_and_events_as_measured():
     workload = replace(dense, config=replace(dense.config, oialr=method, train=train))
     planner = Planner(workload, presets.gpu_machine("h100", "ndr", 1), memory_gib=80.0)
     (row,) = planner.rows([1], 1, DDP())
-    run = ScriptedRun(workload.session(SingleEngine(World()), batch=8, rule=planner.rule))
-    samples, held = run.samples(8), (run.session.module, run.session.optimizer)
+    run = ScriptedRun(workload.run_context(SingleEngine(World()), batch=8, rule=planner.rule))
+    samples, held = run.samples(8), (run.context.module, run.context.optimizer)
 
     def measured_gib(action: Callable[[], object]) -> float:
         meter = MemoryMeter(lambda: held, "cpu", processes=1)
