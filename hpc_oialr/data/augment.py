@@ -51,18 +51,15 @@ class FlipAndCrop:
             Seed and epoch.
         """
         batch, channels, height, width = images.shape
-        rows, columns = self._pick(samples, height, width, rng)
+        span = 2 * self.padding + 1
+        rows = torch.arange(height) + rng.integers(samples, span, stream=_ROW)[:, None]
+        columns = torch.arange(width).expand(batch, -1)
+        if self.flip:
+            flipped = rng.integers(samples, 2, stream=_FLIP)[:, None].bool()
+            columns = torch.where(flipped, columns.flip(1), columns)
+        columns = columns + rng.integers(samples, span, stream=_COLUMN)[:, None]
+        # Row and column of the padded image for every pixel of the result.
         padded = F.pad(images, (self.padding,) * 4)
         picked = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
         flat = picked.reshape(batch, 1, height * width).expand(-1, channels, -1)
         return padded.flatten(2).gather(2, flat).view(images.shape)
-
-    def _pick(self, samples: Tensor, height: int, width: int, rng: CounterRNG) -> tuple[Tensor, Tensor]:
-        """Rows [B, H] and columns [B, W] of the padded image that make up each result."""
-        index, span = samples.numpy(), 2 * self.padding + 1
-        rows = torch.arange(height) + torch.from_numpy(rng.integers(index, span, stream=_ROW))[:, None]
-        columns = torch.arange(width).expand(len(samples), -1)
-        if self.flip:
-            flipped = torch.from_numpy(rng.integers(index, 2, stream=_FLIP))[:, None].bool()
-            columns = torch.where(flipped, columns.flip(1), columns)
-        return rows, columns + torch.from_numpy(rng.integers(index, span, stream=_COLUMN))[:, None]

@@ -6,21 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+from hpc_oialr.linalg.splitmix import INCREMENT, mix, shift_right, signed
 
 SPLIT_SEED = 0
 """Splits of a data set use this seed, so that they are the same for every seed of a run."""
-
-
-def _finalise(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea, Flood, OOPSLA 2014; constants: Stafford's mix 13)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -41,22 +32,22 @@ class CounterRNG:
     seed: int
     epoch: int = 0
 
-    def bits(self, samples: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:
-        """64 random bits for each sample, shape of ``samples``; another ``stream``, other numbers."""
+    def bits(self, samples: Tensor, stream: int) -> Tensor:
+        """64 random bits, as int64, for each of ``samples`` (int64, any shape); another ``stream``, other bits."""
         key = 0
         for part in (self.seed, self.epoch, stream):
-            word = np.array([(key + _GOLDEN * (part + 1)) & _MASK], dtype=np.uint64)
-            key = int(_finalise(word)[0])
-        counter = samples.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
-        return _finalise(counter)
+            word = signed(key + INCREMENT * (part + 1))
+            key = int(mix(torch.tensor(word, device=samples.device)))
+        return mix(samples * INCREMENT + key)
 
-    def integers(self, samples: NDArray[np.int64], high: int, *, stream: int) -> NDArray[np.int64]:
+    def integers(self, samples: Tensor, high: int, *, stream: int) -> Tensor:
         """One integer in [0, high) for each sample; the bias of the remainder is below high / 2^64."""
-        return (self.bits(samples, stream) % np.uint64(high)).astype(np.int64)
+        unsigned = self.bits(samples, stream).numpy().view(np.uint64)
+        return torch.from_numpy((unsigned % np.uint64(high)).astype(np.int64))
 
-    def uniform(self, samples: NDArray[np.int64], *, stream: int) -> NDArray[np.float64]:
-        """One number in [0, 1) for each sample, a multiple of 2^-53."""
-        return (self.bits(samples, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    def uniform(self, samples: Tensor, *, stream: int) -> Tensor:
+        """One float64 in [0, 1) for each sample, a multiple of 2^-53."""
+        return shift_right(self.bits(samples, stream), 11).double() * 2.0**-53
 
     def permutation(self, n: int) -> Tensor:
         """A random order of ``range(n)``, int64 [n].
@@ -66,5 +57,6 @@ class CounterRNG:
         >>> CounterRNG(seed=0).permutation(5).sort().values.tolist()
         [0, 1, 2, 3, 4]
         """
-        keys = self.bits(np.arange(n, dtype=np.int64), stream=0)
-        return torch.from_numpy(np.argsort(keys, kind="stable").astype(np.int64, copy=False))
+        # With the first bit turned, signed numbers have the order of the unsigned ones.
+        keys = self.bits(torch.arange(n), stream=0) ^ signed(1 << 63)
+        return keys.argsort(stable=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from hpc_oialr.data.counter_rng import CounterRNG
@@ -63,12 +62,11 @@ class ResizedCrop:
                 raise ConfigError(f"data.augment.{name}", (low, high), rule)
         check_interval("data.augment.scale", self.scale[1], 0, 1, closed=(False, True))
 
-    def numbers(self, samples: Tensor, rng: CounterRNG) -> NDArray[np.float64]:
+    def numbers(self, samples: Tensor, rng: CounterRNG) -> Tensor:
         """Random numbers in [0, 1) that :meth:`view` takes, a row for each of ``samples`` (int64 [B])."""
-        index = samples.numpy()
-        return np.stack([rng.uniform(index, stream=stream) for stream in _STREAMS], axis=1)
+        return torch.stack([rng.uniform(samples, stream=stream) for stream in _STREAMS], dim=1)
 
-    def view(self, width: int, height: int, numbers: NDArray[np.float64]) -> View:
+    def view(self, width: int, height: int, numbers: Tensor) -> View:
         """The view of one image, from its row of random numbers.
 
         Where no attempt fits into the image, the largest part around its centre of an allowed aspect.

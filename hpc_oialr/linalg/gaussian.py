@@ -7,11 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# Weyl increment and multipliers of SplitMix64, G. Steele et al., OOPSLA 2014, figure 13 (the finaliser's
-# constants are D. Stafford's mix 13).
-WEYL = 0x9E3779B97F4A7C15
-MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-LAST_SHIFT = 31
+from hpc_oialr.linalg.splitmix import INCREMENT, mix, shift_right
+
 COLUMN_BITS = 31
 # Made at a time, so that the integers on the way take 3 MB and not six times the result.
 PIECE_VALUES = 1 << 16
@@ -59,27 +56,11 @@ def gaussian_rows(
 def _gaussian(i: Tensor, columns: int, seed: int) -> Tensor:
     j = torch.arange(columns, device=i.device)
     counter = ((i[:, None] << COLUMN_BITS) + j) * 2
-    key = _mix(torch.tensor(seed, device=i.device) * _signed(WEYL) + 1)
-    u, v = (_unit(_mix((counter + half) * _signed(WEYL) + key)) for half in (0, 1))
+    key = mix(torch.tensor(seed, device=i.device) * INCREMENT + 1)
+    u, v = (_unit(mix((counter + half) * INCREMENT + key)) for half in (0, 1))
     return (-2.0 * torch.log(u)).sqrt() * torch.cos(2.0 * math.pi * v)
-
-
-def _mix(z: Tensor) -> Tensor:
-    for shift, multiplier in MULTIPLIERS:
-        z = (z ^ _shifted(z, shift)) * _signed(multiplier)
-    return z ^ _shifted(z, LAST_SHIFT)
 
 
 def _unit(z: Tensor) -> Tensor:
     """The upper 53 bits as a number in (0, 1]."""
-    return (_shifted(z, 11) + 1).double() * 2.0**-53
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Right shift that fills with zeros; torch's own repeats the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """The same 64 bits as a signed integer, the only kind torch multiplies."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return (shift_right(z, 11) + 1).double() * 2.0**-53

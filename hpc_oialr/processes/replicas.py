@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import ReplicaMismatchError
+from hpc_oialr.linalg.splitmix import INCREMENT, mix
 from hpc_oialr.processes.world import World
 
 # Values hashed at a time: bounds the int64 copies to 2 MiB while a GPU still has enough to do.
@@ -57,7 +58,8 @@ def bit_hash(tensor: Tensor) -> Tensor:
     changed value is seen, and sign flips of whole columns, which an SVD likes to make, cannot cancel.
     """
     bits = _bits(tensor)
-    weights = _weights(min(_CHUNK, bits.numel()), bits.device)
+    counter = torch.arange(1, min(_CHUNK, bits.numel()) + 1, device=bits.device)
+    weights = mix(counter * INCREMENT) | 1
     label = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     total = torch.full((), label, dtype=torch.int64, device=bits.device)
     for chunk in _chunks(bits):
@@ -73,14 +75,6 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _chunks(bits: Tensor) -> list[Tensor]:
     return [bits[start : start + _CHUNK] for start in range(0, bits.numel(), _CHUNK)]
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd pseudo-random 64-bit numbers, the same on every device (the finaliser of SplitMix64)."""
-    x = torch.arange(1, count + 1, device=device) * -7046029254386353131
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return (x ^ (x >> 31)) | 1
 
 
 def _explain(names: list[str], hashes: list[list[int]]) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +18,7 @@ def one_at_a_time(augment: FlipAndCrop, images: Tensor, samples: Tensor, rng: Co
         height, width = image.shape[1:]
         padded = torch.zeros(image.shape[0], height + 2 * p, width + 2 * p, dtype=image.dtype)
         padded[:, p : p + height, p : p + width] = image
-        index = np.array([sample])
+        index = torch.tensor([sample])
         row = int(rng.integers(index, 2 * p + 1, stream=_ROW)[0])
         column = int(rng.integers(index, 2 * p + 1, stream=_COLUMN)[0])
         crop = padded[:, row : row + height, column : column + width]

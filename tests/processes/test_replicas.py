@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.spawn import spawn
 
 from hpc_oialr.errors import ReplicaMismatchError
+from hpc_oialr.linalg.splitmix import INCREMENT, mix
 from hpc_oialr.processes import World, check_equal, replicas
 from hpc_oialr.processes.replicas import bit_hash
 
@@ -20,7 +21,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 def slow_hash(tensor: torch.Tensor) -> int:
     """The same sum in Python integers."""
     bits = replicas._bits(tensor).tolist()
-    weights = replicas._weights(min(replicas._CHUNK, max(1, len(bits))), torch.device("cpu")).tolist()
+    counter = torch.arange(1, min(replicas._CHUNK, max(1, len(bits))) + 1)
+    weights = (mix(counter * INCREMENT) | 1).tolist()
     total = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     for start in range(0, len(bits), replicas._CHUNK):
         chunk = bits[start : start + replicas._CHUNK]
