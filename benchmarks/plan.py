@@ -96,7 +96,7 @@ class Worker:
     def meter(self) -> MemoryMeter:
         """A new one."""
         context = self.context
-        held = lambda: (context.controller.model, context.optimizer, *context.engine.held())  # noqa: E731
+        held = lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors())  # noqa: E731
         self._meter = MemoryMeter(held, "cpu", processes=self.size)
         return self._meter
 

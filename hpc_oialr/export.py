@@ -12,7 +12,7 @@ from torch import nn
 
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
-from hpc_oialr.lowrank.conversion import leave_fused_inference, make_shell
+from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
@@ -105,9 +105,9 @@ def build_model(config: RunConfig, state: dict[str, Any]) -> nn.Module:
     leave_fused_inference(model)
     method = config.oialr
     factor_dtype = getattr(torch, method.factor_dtype) if method and method.factor_dtype else None
-    for site in select(model, method.selection if method else Selection()):
-        if site.name in ranks:
-            make_shell(site, ranks[site.name], factor_dtype=factor_dtype)
+    for target in select(model, method.selection if method else Selection()):
+        if target.name in ranks:
+            empty_factors(target, ranks[target.name], factor_dtype=factor_dtype)
     return model
 
 

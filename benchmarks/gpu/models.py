@@ -160,7 +160,7 @@ def to_low_rank(
     Bases are nearly orthonormal, cores diagonal plus noise, as after some steps.
     """
     oialr = OIALR(model, optimizer, OIALRConfig(delay=0, frequency=10**9, selection=selection))
-    r = {site.name: max(1, round(fraction * site.k)) for site in oialr.sites}
+    r = {target.name: max(1, round(fraction * target.k)) for target in oialr.targets}
     oialr.load_state_dict({"t": 1, "updates": 0, "r": r, "streaks": {}})
     with torch.no_grad():
         for layer in low_rank_layers(model).values():

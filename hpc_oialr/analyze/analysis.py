@@ -15,7 +15,7 @@ from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
-from hpc_oialr.method.watch import measured
+from hpc_oialr.method.stability_tracker import measured
 from hpc_oialr.outputs import claim
 from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report

@@ -24,7 +24,7 @@ from hpc_oialr.engines.ddp_wrapper import (
     require_renewable,
 )
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.layout import REPLICATED
 from hpc_oialr.processes import World
 from hpc_oialr.stderr_filter import without_lines
@@ -153,9 +153,9 @@ class DDPEngine(GroupEngine):
         self._wrapped = None
         return wrapper.module  # type: ignore[no-any-return]
 
-    def open(self, site: Site) -> None:
+    def gather(self, target: TargetWeight) -> None:
         """See that the values are those that are trained, not ``mixed_precision``'s copies."""
-        full_precision(site.holder.parameters())
+        full_precision(target.holder.parameters())
 
     @property
     def ignored(self) -> Collection[int]:

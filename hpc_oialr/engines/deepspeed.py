@@ -28,7 +28,7 @@ from hpc_oialr.engines.zero_cores import stretch_core_steps
 from hpc_oialr.engines.zero_live import LiveZero, taken
 from hpc_oialr.engines.zero_partitions import MASTER, Part, frozen_part
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Site, untied_state
+from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.layout import REPLICATED, Sharded
 from hpc_oialr.processes import World
@@ -193,39 +193,39 @@ class DeepSpeedEngine(GroupEngine):
     # -- a change of layers ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def open(self, site: Site) -> None:
+    def gather(self, target: TargetWeight) -> None:
         """Bring a layer's parameters to every process, whole, trained ones in fp32."""
         if self._live is not None:
-            for parameter in _parameters(site):
-                self._live.open(parameter)
+            for parameter in _parameters(target):
+                self._live.gather(parameter)
 
     @torch.no_grad()
-    def open_state(self, parameter: nn.Parameter) -> None:
+    def gather_moments(self, parameter: nn.Parameter) -> None:
         """Bring a parameter's moments to every process, whole."""
         if self._live is not None:
             state = dict(self._live.moments(parameter)) | self._live.scalars(parameter)
             if state:
                 self._template.state[parameter] = state
 
-    def close(self, site: Site) -> None:
-        """Let go of what :meth:`open` brought; nothing has been changed."""
+    def release(self, target: TargetWeight) -> None:
+        """Let go of what :meth:`gather` brought; nothing has been changed."""
         if self._live is not None:
-            for parameter in _parameters(site):
-                self._live.close(parameter)
+            for parameter in _parameters(target):
+                self._live.release(parameter)
 
     @torch.no_grad()
-    def follow(self, layer: LowRankWeight) -> None:
+    def on_replace(self, layer: LowRankWeight) -> None:
         """Put new values where DeepSpeed has them; deal new parameters, and free those that are gone."""
         if self._live is not None:
-            self._live.follow(layer, self._template)
+            self._live.on_replace(layer, self._template)
 
-    def stored(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: nn.Parameter) -> Tensor:
         """Under stage 3 this process's part, without the padding, which may hold anything; otherwise all."""
         if hasattr(parameter, "ds_tensor"):
             return frozen_part(parameter, self.world).values[MASTER]
         return parameter.detach()
 
-    def seen_by_any(self, flags: Tensor) -> Tensor:
+    def any_rank(self, flags: Tensor) -> Tensor:
         """One all-reduce."""
         return self.world.all_reduce(flags, op="max")
 
@@ -233,9 +233,9 @@ class DeepSpeedEngine(GroupEngine):
         """The module's, in which DeepSpeed keeps all parameters."""
         return layer.U.dtype if self._precision == "fp32" else self._dtype
 
-    def held(self) -> Iterable[Tensor]:
+    def extra_tensors(self) -> Iterable[Tensor]:
         """What DeepSpeed holds beside the module."""
-        return () if self._live is None else self._live.held()
+        return () if self._live is None else self._live.extra_tensors()
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -338,9 +338,9 @@ class _Wrapped(nn.Module):
         return self._engine.running().engine(*args, **kwargs)
 
 
-def _parameters(site: Site) -> tuple[nn.Parameter, ...]:
-    layer = site.low_rank
-    return (site.weight,) if layer is None else layer.factors
+def _parameters(target: TargetWeight) -> tuple[nn.Parameter, ...]:
+    layer = target.low_rank
+    return (target.weight,) if layer is None else layer.factors
 
 
 def _require_elementwise(optimizer: Optimizer | None) -> Optimizer:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import kind_of
@@ -93,18 +93,18 @@ class FSDPEngine(GroupEngine):
         return module
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The module itself: only layers whose r changed were sharded anew, by :meth:`follow`."""
+        """The module itself: only layers whose r changed were sharded anew, by :meth:`on_replace`."""
         forget_shapes()
         return module
 
-    def open(self, site: Site) -> None:
+    def gather(self, target: TargetWeight) -> None:
         """See that nothing is left gathered, as after a forward pass without a backward."""
         assert self._root is not None
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def follow(self, layer: LowRankWeight) -> None:
+    def on_replace(self, layer: LowRankWeight) -> None:
         """Let FSDP2 know the new parameters of one layer, and forget the old ones."""
         assert self._root is not None
         replace_parameters(self._root, layer)

@@ -64,7 +64,7 @@ class LiveZero:
         """The rest of a parameter's state."""
         return copy.deepcopy(self.partitions.part(parameter).scalars)
 
-    def held(self) -> Iterator[Tensor]:
+    def extra_tensors(self) -> Iterator[Tensor]:
         """What the module does not show: fp32 values, moments, ZeRO-3's parts and buffers."""
         for place in self.partitions.places.values():
             yield place.flat
@@ -76,7 +76,7 @@ class LiveZero:
 
     # -- a change of layers ----------------------------------------------------------------------
 
-    def open(self, parameter: nn.Parameter) -> None:
+    def gather(self, parameter: nn.Parameter) -> None:
         """Let a parameter hold its whole values, trained ones in fp32; a collective call."""
         trained = parameter in self.partitions.places
         exact = not trained or self._dtype == torch.float32
@@ -87,12 +87,12 @@ class LiveZero:
         self._opened[parameter] = parameter.data
         parameter.data = self.whole(parameter)
 
-    def close(self, parameter: nn.Parameter) -> None:
-        """Let go of what :meth:`open` brought, if it did."""
+    def release(self, parameter: nn.Parameter) -> None:
+        """Let go of what :meth:`gather` brought, if it did."""
         if parameter in self._opened:
             parameter.data = self._opened.pop(parameter)
 
-    def follow(self, layer: LowRankWeight, optimizer: Optimizer) -> None:
+    def on_replace(self, layer: LowRankWeight, optimizer: Optimizer) -> None:
         """Put a layer's new values where DeepSpeed has them; deal its new parameters, free those that are gone."""
         donor = next(iter(self._opened), None)
         for parameter in layer.factors:
@@ -106,7 +106,7 @@ class LiveZero:
                 self._adopt(parameter, donor)
         here = set(self._module.parameters())
         for parameter in [p for p in self._opened if p not in here]:
-            self.close(parameter)
+            self.release(parameter)
             self._left.append(parameter)
 
     def _put_back(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from hpc_oialr.lowrank.conversion import (
     untied_state,
 )
 from hpc_oialr.lowrank.merge import merge
-from hpc_oialr.lowrank.selection import Selection, Site, select
+from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
 from hpc_oialr.lowrank.stored import match_structure
 
 __all__ = [
     "LowRankWeight",
     "Selection",
-    "Site",
+    "TargetWeight",
     "convert",
     "dense_parameters",
     "low_rank_layers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -19,7 +18,7 @@ from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
 from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
 from hpc_oialr.lowrank.execution import prefer_factored
-from hpc_oialr.lowrank.marks import pass_on_attributes, pass_on_hooks
+from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
 from hpc_oialr.lowrank.transforms import is_transformed
 
 Crossover = float | Mapping[torch.dtype, float]
@@ -323,12 +322,12 @@ class LowRankWeight(nn.Module):
         if all(isinstance(state_dict.get(prefix + name), Tensor) for name in ("U", "S", "Vh")):
             self.written = None
         if controller_of(self) is None:
-            core = weakref.ref(self.S)
+            core = self.S
             self._take_form(state_dict, prefix)
-            if core() is not None and core() is not self._parameters.get("S"):
+            if core is not self._parameters.get("S") and is_in_optimizer(core):
                 warnings.warn(
-                    f"layer {prefix.rstrip('.')} takes the form of the loaded state, but something, perhaps an optimizer,"
-                    " still holds the core it had, which is trained no more. Make the optimizer from model.parameters() "
+                    f"layer {prefix.rstrip('.')} takes the form of the loaded state, but an optimizer still holds the "
+                    "core it had, which is trained no more. Make the optimizer from model.parameters() "
                     "after the load; or load while OIALR(...) is attached, which takes the optimizer along.",
                     stacklevel=2,
                 )

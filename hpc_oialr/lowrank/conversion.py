@@ -12,7 +12,7 @@ from hpc_oialr.lowrank.base import Crossover, LowRankWeight, whole_shape
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
-from hpc_oialr.lowrank.selection import Selection, Site, select
+from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
 
 LAYERS: dict[str, type[LowRankWeight]] = {
     "Linear": LowRankLinear,
@@ -25,8 +25,8 @@ LAYERS: dict[str, type[LowRankWeight]] = {
 
 
 @exact_arithmetic()
-def convert_site(
-    site: Site,
+def convert_weight(
+    target: TargetWeight,
     U: Tensor,
     S: Tensor,
     Vh: Tensor,
@@ -34,7 +34,7 @@ def convert_site(
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:
-    """Replace the dense weight of ``site`` by the given factors; the weight and its gradient are freed.
+    """Replace the dense weight of ``target`` by the given factors; the weight and its gradient are freed.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def convert_site(
     crossover
         See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
     """
-    if site.kind == "MultiheadAttention":
-        unpack(site.owner)  # type: ignore[arg-type]
-    weight = site.weight
+    if target.kind == "MultiheadAttention":
+        unpack(target.owner)  # type: ignore[arg-type]
+    weight = target.weight
     weight.grad = None
     stored = factor_dtype or weight.dtype
     parts = (U.to(stored), S.to(weight.dtype), Vh.to(stored))
-    layer = LAYERS[site.kind].adopt(site.holder, *parts, crossover=crossover)
+    layer = LAYERS[target.kind].adopt(target.holder, *parts, crossover=crossover)
     return layer
 
 
@@ -63,7 +63,9 @@ def leave_fused_inference(model: nn.Module) -> None:
 
 
 @exact_arithmetic()
-def convert(model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0) -> list[Site]:
+def convert(
+    model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0
+) -> list[TargetWeight]:
     """Convert every selected layer of ``model`` in place by a truncated SVD of its weight.
 
     For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training and takes
@@ -79,27 +81,27 @@ def convert(model: nn.Module, selection: Selection | None = None, *, fraction: f
     NonFiniteError
         If a weight holds NaN or Inf.
     """
-    sites = select(model, selection)
+    targets = select(model, selection)
     leave_fused_inference(model)
-    for site in sites:
-        weight = site.weight
-        U, s, Vh = svd(weight.reshape(weight.shape[0], -1), name=site.name)
-        r = max(1, round(fraction * site.k))
-        convert_site(site, U[:, :r], torch.diag(s[:r]), Vh[:r])
-    return sites
+    for target in targets:
+        weight = target.weight
+        U, s, Vh = svd(weight.reshape(weight.shape[0], -1), name=target.name)
+        r = max(1, round(fraction * target.k))
+        convert_weight(target, U[:, :r], torch.diag(s[:r]), Vh[:r])
+    return targets
 
 
 @exact_arithmetic()
-def make_shell(
-    site: Site,
+def empty_factors(
+    target: TargetWeight,
     r: int,
     *,
     layout: Replicated = REPLICATED,
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:
-    """Give ``site`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
-    (m, n), weight = site.shape, site.weight
+    """Give ``target`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
+    (m, n), weight = target.shape, target.weight
     rows, columns = layout.own_rows(m), layout.own_columns(n)
 
     def zeros(*shape: int) -> Tensor:
@@ -108,7 +110,7 @@ def make_shell(
     U = layout.put_rows(zeros(rows.stop - rows.start, r), m)
     Vh = layout.put_columns(zeros(r, columns.stop - columns.start), n)
     S = layout.put_core(zeros(r, r))
-    return convert_site(site, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
+    return convert_weight(target, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:

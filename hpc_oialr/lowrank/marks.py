@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -41,6 +42,13 @@ def optimizer_in_hooks(parameter: Tensor, without: Sequence[Any] = ()) -> Any:
             if held and not any(value is other for other in without):
                 return value
     return None
+
+
+def is_in_optimizer(parameter: Tensor) -> bool:
+    """Whether a group of any optimizer of the program holds it."""
+    lists = (each for each in gc.get_referrers(parameter) if type(each) is list)
+    groups = (group for each in lists for group in gc.get_referrers(each) if type(group) is dict)
+    return any(any(p is parameter for p in group.get("params", ())) for group in groups)
 
 
 def _reach(hook: Any) -> list[Any]:

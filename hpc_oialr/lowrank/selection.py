@@ -86,7 +86,7 @@ class Selection:
 
 
 @dataclass(eq=False)
-class Site:
+class TargetWeight:
     """One weight that can be low-rank: a layer's ``weight``, or an attention's input projection.
 
     Attributes
@@ -163,8 +163,8 @@ class Site:
 
 def select(
     model: nn.Module, selection: Selection | None = None, *, frozen: bool = False, low_rank: bool = False
-) -> list[Site]:
-    """The sites that become low-rank, in the order of the model's layers.
+) -> list[TargetWeight]:
+    """The targets that become low-rank, in the order of the model's layers.
 
     Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin, of unknown
     kind or in some way that a conversion would undo are left dense and named, with the reason, once in the log
@@ -182,7 +182,7 @@ def select(
 
 def examine(
     model: nn.Module, selection: Selection | None = None, *, frozen: bool = False, low_rank: bool = False
-) -> tuple[list[Site], dict[str, Refusal]]:
+) -> tuple[list[TargetWeight], dict[str, Refusal]]:
     """As :func:`select`, and why each of the others stays dense.
 
     Raises
@@ -191,32 +191,34 @@ def examine(
         If a layer is low-rank that ``selection`` leaves out, and ``low_rank`` is set.
     """
     selection = selection or Selection()
-    every = every_site(model)
-    sites = [site for site in every if low_rank or site.low_rank is None]
+    every = every_weight(model)
+    targets = [target for target in every if low_rank or target.low_rank is None]
     shared = Shared.of(model)
     refused = {}
-    for site in sites:
-        refusal = _refusal(site, every, selection, shared, frozen=frozen)
+    for target in targets:
+        refusal = _refusal(target, every, selection, shared, frozen=frozen)
         if refusal is not None:
-            refused[site.name] = refusal
-            _require_dense(site, refusal)
-    unknown, share = _unknown_kinds(model, sites)
-    _log_dense(model, sites, refused | unknown, share)
-    return [site for site in sites if site.name not in refused], refused | unknown
+            refused[target.name] = refusal
+            _require_dense(target, refusal)
+    unknown, share = _unknown_kinds(model, targets)
+    _log_dense(model, targets, refused | unknown, share)
+    return [target for target in targets if target.name not in refused], refused | unknown
 
 
-def _require_dense(site: Site, refusal: Refusal) -> None:
-    if site.low_rank is not None:
+def _require_dense(target: TargetWeight, refusal: Refusal) -> None:
+    if target.low_rank is not None:
         raise ModelError(
-            f"layer {site.name} is low-rank already, but oialr.selection leaves it dense ({refusal.reason}). Give the "
+            f"layer {target.name} is low-rank already, but oialr.selection leaves it dense ({refusal.reason}). Give the "
             "selection it was made with; or make it dense by hpc_oialr.merge(model, inplace=True), then the optimizer."
         )
 
 
-def _log_dense(model: nn.Module, sites: Sequence[Site], refused: Mapping[str, Refusal], share: float) -> None:
+def _log_dense(
+    model: nn.Module, targets: Sequence[TargetWeight], refused: Mapping[str, Refusal], share: float
+) -> None:
     if not refused:
         return
-    owners = {site.name: site.owner for site in sites}
+    owners = {target.name: target.owner for target in targets}
     position = {module: i for i, module in enumerate(model.modules())}
     modules = dict(model.named_modules())
 
@@ -229,12 +231,12 @@ def _log_dense(model: nn.Module, sites: Sequence[Site], refused: Mapping[str, Re
     log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)
 
 
-def replaceable(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-    """Every site whose weight may be stored in another way, and the reason for each that must stay whole."""
-    sites, shared = [site for site in every_site(model) if site.low_rank is None], Shared.of(model)
-    refused = {site.name: unfit(site, shared) for site in sites}
-    left = {name: refusal for name, refusal in refused.items() if refusal} | _unknown_kinds(model, sites)[0]
-    return [site for site in sites if site.name not in left], {
+def replaceable(model: nn.Module) -> tuple[list[TargetWeight], dict[str, str]]:
+    """Every target whose weight may be stored in another way, and the reason for each that must stay whole."""
+    targets, shared = [target for target in every_weight(model) if target.low_rank is None], Shared.of(model)
+    refused = {target.name: unfit(target, shared) for target in targets}
+    left = {name: refusal for name, refusal in refused.items() if refusal} | _unknown_kinds(model, targets)[0]
+    return [target for target in targets if target.name not in left], {
         name: each.reason for name, each in left.items()
     }
 
@@ -261,9 +263,9 @@ class Shared:
         return cls(uses, shared_memory(model))
 
 
-def every_site(model: nn.Module) -> list[Site]:
+def every_weight(model: nn.Module) -> list[TargetWeight]:
     """Every weight of a known kind, dense or low-rank, in the order of the dense model."""
-    sites: list[Site] = []
+    targets: list[TargetWeight] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         unpacked = isinstance(module, FactorisedMultiheadAttention) and _projects_at_low_rank(module)
@@ -273,13 +275,17 @@ def every_site(model: nn.Module) -> list[Site]:
         if kind == "MultiheadAttention":
             for parameter, child in PROJECTIONS.items():
                 if module._parameters.get(parameter) is not None or (unpacked and child in module._modules):
-                    sites.append(Site(f"{name}.{child}" if name else child, module, parameter, kind))
+                    targets.append(
+                        TargetWeight(f"{name}.{child}" if name else child, module, parameter, kind)
+                    )
                     inside |= {module._modules[child]} if unpacked else set()
         elif isinstance(module, LowRankWeight):
-            sites.append(Site(name, module, "weight", _kind_of_class(module.dense_class) or "Linear"))
+            targets.append(
+                TargetWeight(name, module, "weight", _kind_of_class(module.dense_class) or "Linear")
+            )
         elif kind is not None and isinstance(getattr(module, "weight", None), Tensor):
-            sites.append(Site(name, module, "weight", kind))
-    return sites
+            targets.append(TargetWeight(name, module, "weight", kind))
+    return targets
 
 
 def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
@@ -289,25 +295,25 @@ def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
 
 
 def _refusal(
-    site: Site, sites: list[Site], selection: Selection, shared: Shared, *, frozen: bool
+    target: TargetWeight, targets: list[TargetWeight], selection: Selection, shared: Shared, *, frozen: bool
 ) -> Refusal | None:
-    """Why a site stays dense, or None."""
-    if site.kind not in selection.kinds or not selection.admits(site.name):
+    """Why a target stays dense, or None."""
+    if target.kind not in selection.kinds or not selection.admits(target.name):
         return Refusal("not selected")
-    if (selection.keep_last and site is sites[-1]) or (selection.keep_first and site is sites[0]):
+    if (selection.keep_last and target is targets[-1]) or (selection.keep_first and target is targets[0]):
         return Refusal("first or last layer")
-    refusal = unfit(site, shared, frozen=frozen) if site.low_rank is None else None
+    refusal = unfit(target, shared, frozen=frozen) if target.low_rank is None else None
     if refusal is not None:
         return refusal
-    m, n = site.shape
+    m, n = target.shape
     if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
         return Refusal(f"its shape {m} x {n} is too thin")
     return None
 
 
-def unfit(site: Site, shared: Shared, *, frozen: bool = False) -> Refusal | None:
-    """Why the weight of a dense site must not be replaced, or None; ``frozen`` ones may be."""
-    holder, weight = site.holder, site.stored
+def unfit(target: TargetWeight, shared: Shared, *, frozen: bool = False) -> Refusal | None:
+    """Why the weight of a dense target must not be replaced, or None; ``frozen`` ones may be."""
+    holder, weight = target.holder, target.stored
     if weight is None or parametrize.is_parametrized(holder):
         return Refusal("its weight is parametrized")
     if shared.uses[id(weight)] > 1:
@@ -316,17 +322,17 @@ def unfit(site: Site, shared: Shared, *, frozen: bool = False) -> Refusal | None
         return Refusal("its weight is frozen")
     if id(weight) in shared.memory:
         return Refusal(f"its weight shares memory with {shared.memory[id(weight)]}", warn=True)
-    if getattr(site.owner, "groups", 1) != 1:
+    if getattr(target.owner, "groups", 1) != 1:
         return Refusal("it is a grouped convolution")
     return value_refusal(weight) or use_refusal(holder, weight)
 
 
-def _unknown_kinds(model: nn.Module, sites: Sequence[Site]) -> tuple[dict[str, Refusal], float]:
+def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[dict[str, Refusal], float]:
     """Matrices that no kind covers, with their share of the model's numbers, and the share of all of them.
 
     Embeddings and norms are no surprise.
     """
-    known = {id(p) for site in sites if (p := site.stored) is not None}
+    known = {id(p) for target in targets if (p := target.stored) is not None}
     total = max(1, sum(_numbers(p) for p in model.parameters()))
     refused: dict[str, Refusal] = {}
     held = 0

@@ -13,8 +13,8 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attachment import attached, controller_of
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.conversion import leave_fused_inference, low_rank_layers, make_shell
-from hpc_oialr.lowrank.selection import Site, every_site
+from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference, low_rank_layers
+from hpc_oialr.lowrank.selection import TargetWeight, every_weight
 
 
 class Stored(NamedTuple):
@@ -30,9 +30,9 @@ class Stored(NamedTuple):
 
 
 def stored_layers(
-    sites: Sequence[Site], module: nn.Module, root: nn.Module, state: Mapping[str, Any], prefix: str
+    targets: Sequence[TargetWeight], module: nn.Module, root: nn.Module, state: Mapping[str, Any], prefix: str
 ) -> dict[str, Stored]:
-    """The layers of ``sites`` that are in a state dict, which is about to be loaded into ``module``.
+    """The layers of ``targets`` that are in a state dict, which is about to be loaded into ``module``.
 
     Parameters
     ----------
@@ -45,8 +45,8 @@ def stored_layers(
         If a layer is there twice, dense and low-rank, or of another shape.
     """
     found = {}
-    for site in sites:
-        names = _names(site, module, root, prefix)
+    for target in targets:
+        names = _names(target, module, root, prefix)
         if names is None:
             continue
         path, packed = names
@@ -55,57 +55,57 @@ def stored_layers(
         held = [factor for factor in factors if isinstance(factor, Tensor)]
         if dense and held:
             raise ModelError(
-                f"the state dict holds layer {site.name} twice: {dense[0]} and {path}S. set_model_state_dict with "
+                f"the state dict holds layer {target.name} twice: {dense[0]} and {path}S. set_model_state_dict with "
                 "full_state_dict adds what a state of another structure lacks: call oialr.load_state_dict(...) first, "
                 "which gives the model the stored structure."
             )
         if len(held) == 3:
             U, S, Vh = held
-            if (U.shape[0], Vh.shape[1]) != site.shape or S.shape != (U.shape[1], Vh.shape[0]):
+            if (U.shape[0], Vh.shape[1]) != target.shape or S.shape != (U.shape[1], Vh.shape[0]):
                 raise ModelError(
-                    f"the state dict's layer {site.name} is {U.shape[0]} x {Vh.shape[1]} with a core of "
-                    f"{tuple(S.shape)}; here it is {site.shape[0]} x {site.shape[1]}. It belongs to another model."
+                    f"the state dict's layer {target.name} is {U.shape[0]} x {Vh.shape[1]} with a core of "
+                    f"{tuple(S.shape)}; here it is {target.shape[0]} x {target.shape[1]}. It belongs to another model."
                 )
-            found[site.name] = Stored(U, Vh)
+            found[target.name] = Stored(U, Vh)
         elif dense:
-            found[site.name] = Stored(None, None)
+            found[target.name] = Stored(None, None)
     return found
 
 
-def _names(site: Site, module: nn.Module, root: nn.Module, prefix: str) -> tuple[str, str] | None:
+def _names(target: TargetWeight, module: nn.Module, root: nn.Module, prefix: str) -> tuple[str, str] | None:
     """How the layer's names begin in a state dict of ``module``, and the whole name of a weight in its owner."""
-    layer = site.name.split(".") if site.name else []
-    inside = layer[-1:] if site.kind == "MultiheadAttention" else []
+    layer = target.name.split(".") if target.name else []
+    inside = layer[-1:] if target.kind == "MultiheadAttention" else []
     if module is root:
         prefix += "".join(f"{part}." for part in layer[: len(layer) - len(inside)])
-    elif module is not site.owner:
-        return (prefix, prefix + "weight") if module is site.holder else None
-    return prefix + "".join(f"{part}." for part in inside), prefix + site.parameter
+    elif module is not target.owner:
+        return (prefix, prefix + "weight") if module is target.holder else None
+    return prefix + "".join(f"{part}." for part in inside), prefix + target.parameter
 
 
 def match_attention(
-    sites: Iterable[Site], state: Mapping[str, Any], prefix: str, module: nn.Module, root: nn.Module
-) -> list[Site]:
-    """Pack or unpack the dense projections of attentions, as the names in a state dict say; the sites concerned."""
+    targets: Iterable[TargetWeight], state: Mapping[str, Any], prefix: str, module: nn.Module, root: nn.Module
+) -> list[TargetWeight]:
+    """Pack or unpack the dense projections of attentions, as the names in a state dict say; the targets concerned."""
     concerned = []
-    for site in sites:
-        names = _names(site, module, root, prefix)
-        if site.kind != "MultiheadAttention" or names is None or module is site.holder:
+    for target in targets:
+        names = _names(target, module, root, prefix)
+        if target.kind != "MultiheadAttention" or names is None or module is target.holder:
             continue
         path, packed = names
         if packed in state:
-            pack(site)
+            pack(target)
         elif path + "weight" in state:
-            unpack(site.owner)  # type: ignore[arg-type]
+            unpack(target.owner)  # type: ignore[arg-type]
         else:
             continue
-        concerned.append(site)
+        concerned.append(target)
     return concerned
 
 
-def pack(site: Site) -> None:
+def pack(target: TargetWeight) -> None:
     """Give an attention its own class back, once none of its projections is low-rank."""
-    attention = site.owner
+    attention = target.owner
     if isinstance(attention, FactorisedMultiheadAttention):
         projections = [m for name, m in attention.named_children() if name != "out_proj"]
         if not any(isinstance(m, LowRankWeight) for m in projections):
@@ -138,31 +138,33 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     before = {name: layer.r for name, layer in low_rank_layers(model).items()}
     for name, module, controller in attached(model):
         controller.before_load(module, dict(state), f"{name}." if name else "", assign=False)
-    sites = [site for site in every_site(model) if controller_of(site.owner) is None]
-    stored = stored_layers(sites, model, model, state, "")
+    targets = [target for target in every_weight(model) if controller_of(target.owner) is None]
+    stored = stored_layers(targets, model, model, state, "")
     _require_known(model, state)
-    changes = [(site, stored[site.name]) for site in sites if site.name in stored]
-    changes = [(site, form) for site, form in changes if form.r != (site.low_rank and site.low_rank.r)]
+    changes = [(target, stored[target.name]) for target in targets if target.name in stored]
+    changes = [
+        (target, form) for target, form in changes if form.r != (target.low_rank and target.low_rank.r)
+    ]
     if changes:
-        _require_unwrapped(model, [site for site, _ in changes])
+        _require_unwrapped(model, [target for target, _ in changes])
         leave_fused_inference(model)
-    for site, form in changes:
-        layer = site.low_rank
+    for target, form in changes:
+        layer = target.low_rank
         if layer is not None:
             layer.become_dense()
         if form.U is not None and form.r is not None:
-            make_shell(site, form.r, factor_dtype=form.U.dtype)
-    match_attention(sites, state, "", model, model)
+            empty_factors(target, form.r, factor_dtype=form.U.dtype)
+    match_attention(targets, state, "", model, model)
     return [
-        site.name
-        for site in every_site(model)
-        if before.get(site.name) != (None if site.low_rank is None else site.low_rank.r)
+        target.name
+        for target in every_weight(model)
+        if before.get(target.name) != (None if target.low_rank is None else target.low_rank.r)
     ]
 
 
 def _require_known(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise :class:`ModelError` if the state holds a low-rank layer that the model does not have."""
-    known = {f"{site.name}." if site.name else "" for site in every_site(model)} | {
+    known = {f"{target.name}." if target.name else "" for target in every_weight(model)} | {
         name.removesuffix("S") for name in model.state_dict()
     }
     for key in state:
@@ -174,13 +176,13 @@ def _require_known(model: nn.Module, state: Mapping[str, Any]) -> None:
             )
 
 
-def _require_unwrapped(model: nn.Module, sites: Iterable[Site]) -> None:
+def _require_unwrapped(model: nn.Module, targets: Iterable[TargetWeight]) -> None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ModelError(
             "match_structure replaces parameters, of which a DistributedDataParallel would keep the old ones: call it "
             "for the model before it is wrapped; or call OIALR(...) first, and load_state_dict does it."
         )
-    if any(isinstance(site.trained, DTensor) for site in sites):
+    if any(isinstance(target.trained, DTensor) for target in targets):
         raise ModelError(
             "match_structure cannot change layers that are split over processes. Call it before the model is sharded; or "
             "make a dense model, then OIALR(...), oialr.load_state_dict(...), and load the model's state."

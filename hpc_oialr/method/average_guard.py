@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.stored import Stored, stored_layers
 
@@ -21,12 +21,12 @@ class AverageGuard:
     ----------
     model, average
         The trained model, and the module that holds averages of its weights.
-    sites
+    targets
         The layers of ``average`` that follow those of ``model``, by name.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module, sites: Mapping[str, Site]) -> None:
-        self._model, self._average, self._sites = model, average, sites
+    def __init__(self, model: nn.Module, average: nn.Module, targets: Mapping[str, TargetWeight]) -> None:
+        self._model, self._average, self._sites = model, average, targets
 
     def __repr__(self) -> str:
         """For the message that refuses a controller of its own."""
@@ -36,7 +36,7 @@ class AverageGuard:
         """Watch what is loaded into the average, or into one of its layers."""
         untie(self._average)
         attachment = Attachment(cast(Any, self))
-        holders = [module for site in self._sites.values() for module in (site.owner, site.holder)]
+        holders = [module for target in self._sites.values() for module in (target.owner, target.holder)]
         for module in {id(m): m for m in (self._average, *holders)}.values():
             attachment.cover(module)
 

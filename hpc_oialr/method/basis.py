@@ -13,9 +13,9 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
-from hpc_oialr.lowrank import LowRankWeight, Site, select
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight, select
 from hpc_oialr.lowrank.autocast_copies import AutocastCopies
-from hpc_oialr.lowrank.conversion import convert_site, leave_fused_inference, make_shell
+from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fused_inference
 from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.average_guard import AverageGuard, turned
@@ -27,7 +27,7 @@ from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import order_cores, transform_average, transform_state
 
 
-class BasisChanges:
+class BasisUpdater:
     """Applies conversions and rotations to a model, its optimizer and its running averages.
 
     Parameters
@@ -58,48 +58,48 @@ class BasisChanges:
             else crossover_by_dtype(config.crossover)
         )
         inside = [getattr(average, "module", average) for average in averages]
-        self._averages = [self._sites_by_name(average) for average in inside]
+        self._averages = [self._targets_by_name(average) for average in inside]
         self.guards = [AverageGuard(model, *pair) for pair in zip(inside, self._averages, strict=True)]
         leave_fused_inference(model)
 
-    def _sites_by_name(self, average: nn.Module) -> dict[str, Site]:
+    def _targets_by_name(self, average: nn.Module) -> dict[str, TargetWeight]:
         leave_fused_inference(average)
-        sites = select(average, self.config.selection, frozen=True, low_rank=True)
-        return {site.name: site for site in sites}
+        targets = select(average, self.config.selection, frozen=True, low_rank=True)
+        return {target.name: target for target in targets}
 
-    def adopt(self, sites: Sequence[Site]) -> list[Site]:
-        """Take over those of ``sites`` that are low-rank already; which they are.
+    def adopt(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
+        """Take over those of ``targets`` that are low-rank already; which they are.
 
         Raises
         ------
         ModelError
             If the engine has them in parts, or a running average has another r.
         """
-        found = [site for site in sites if site.low_rank is not None]
-        for site in found:
-            layer = site.low_rank
+        found = [target for target in targets if target.low_rank is not None]
+        for target in found:
+            layer = target.low_rank
             assert layer is not None
             if not self.engine.whole_factors:
                 raise ModelError(
-                    f"layer {site.name} is low-rank already, which {type(self.engine).__name__} cannot take over. Make "
+                    f"layer {target.name} is low-rank already, which {type(self.engine).__name__} cannot take over. Make "
                     "a dense model and its optimizer, then OIALR(...), oialr.load_state_dict(...), and load the model's "
                     "state."
                 )
-            for twin in self.twins(site):
+            for twin in self.twins(target):
                 other = twin.low_rank
                 if other is None or other.r != layer.r or turned(other, Stored(layer.U, layer.Vh)):
                     raise ModelError(
-                        f"layer {site.name} is low-rank with r = {layer.r}, but not so, or in other bases, in a running "
-                        "average. Make averages from the model as it is, then load their state."
+                        f"layer {target.name} is low-rank with r = {layer.r}, but not so, or in other bases, in a "
+                        "running average. Make averages from the model as it is, then load their state."
                     )
             layer.crossover, layer.autocast_copies = self.crossover, AutocastCopies()
             self._set_step(layer)
         if found:
-            self.order(sites)
+            self.order(targets)
         return found
 
     @exact_arithmetic()
-    def convert(self, site: Site, U: Tensor, s: Tensor, Vh: Tensor) -> None:
+    def convert(self, target: TargetWeight, U: Tensor, s: Tensor, Vh: Tensor) -> None:
         """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
 
         Parameters
@@ -107,28 +107,28 @@ class BasisChanges:
         U, s, Vh
             This process's rows of m x r, all r values, and its columns of r x n.
         """
-        weight, layout, (m, n) = site.weight, self.layout, site.shape
+        weight, layout, (m, n) = target.weight, self.layout, target.shape
         reset = not self.config.carry_moments
-        self.engine.open_state(weight)
+        self.engine.gather_moments(weight)
         transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
         stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
         gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
-        layer = self._convert(site, *stored)
+        layer = self._convert(target, *stored)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         self._groups.replace(weight, layer.S)
         self._set_step(layer, replaces=weight)
-        self.engine.follow(layer)
+        self.engine.on_replace(layer)
         layer.S.grad = gradient
         for average in self._averages:
-            twin = average[site.name]
+            twin = average[target.name]
             average_core = transform_average(twin.weight, U, Vh)
             self._convert(twin, U.clone(), average_core, Vh.clone()).S.requires_grad_(False)
 
-    def _convert(self, site: Site, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
-        return convert_site(site, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
+    def _convert(self, target: TargetWeight, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
+        return convert_weight(target, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
 
     @exact_arithmetic()
-    def shell(self, site: Site, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
+    def shell(self, target: TargetWeight, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
         """Convert to zero factors of inner dimension ``r``; a checkpoint fills them.
 
         Parameters
@@ -137,26 +137,28 @@ class BasisChanges:
             The bases that are to come, if they are known: moments and averages go over to them. Otherwise the
             optimizer begins anew for this layer.
         """
-        weight = site.weight
+        weight = target.weight
         self._transform(weight, U, Vh, core=False)
-        layer = make_shell(site, r, layout=self.layout, **self._options)
+        layer = empty_factors(target, r, layout=self.layout, **self._options)
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         self._groups.replace(weight, layer.S)
         if U is not None and Vh is not None:
             layer.set_factors(U, layer.S.detach(), Vh)
         self._set_step(layer)
-        self.engine.follow(layer)
+        self.engine.on_replace(layer)
         for average in self._averages:
-            value = average[site.name].weight.detach()
-            twin = make_shell(average[site.name], r, **self._options)
+            value = average[target.name].weight.detach()
+            twin = empty_factors(average[target.name], r, **self._options)
             twin.S.requires_grad_(False)
             if U is not None and Vh is not None:
                 twin.set_factors(U, transform_average(value, U, Vh), Vh)
 
     @exact_arithmetic()
-    def reshape(self, site: Site, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
+    def reshape(
+        self, target: TargetWeight, r: int, U: Tensor | None = None, Vh: Tensor | None = None
+    ) -> None:
         """Zero factors of another inner dimension ``r``, or of other bases to come; as :meth:`shell`."""
-        layer = site.low_rank
+        layer = target.low_rank
         assert layer is not None
         core, dtype = layer.S, compute_dtype(layer.S.dtype)
         left = right = None
@@ -165,7 +167,7 @@ class BasisChanges:
             left, right = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
         self._transform(core, left, right, core=True)
         for average in self._averages:
-            twin = average[site.name].low_rank
+            twin = average[target.name].low_rank
             assert twin is not None
             if left is not None and right is not None and U is not None and Vh is not None:
                 twin.set_factors(U, transform_average(twin.S, left, right), Vh)
@@ -175,12 +177,12 @@ class BasisChanges:
         if layer.set_factors(empty[0] if U is None else U, empty[1], empty[2] if Vh is None else Vh):
             self._groups.replace(core, layer.S)
             self._set_step(layer, replaces=core)
-        self.engine.follow(layer)
+        self.engine.on_replace(layer)
 
     @exact_arithmetic()
-    def restore(self, site: Site) -> None:
+    def restore(self, target: TargetWeight) -> None:
         """Back to a dense weight ``U S Vh``, for a checkpoint of the dense phase, which fills it."""
-        layer = site.low_rank
+        layer = target.low_rank
         assert layer is not None
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
@@ -192,9 +194,9 @@ class BasisChanges:
                 if isinstance(value, Tensor) and value.shape == matrix:
                     state[key] = value.reshape(shape)
         self.core_lr.factors.pop(core, None)
-        self._groups.take_back(core, site.weight)
+        self._groups.take_back(core, target.weight)
         for average in self._averages:
-            twin = average[site.name].low_rank
+            twin = average[target.name].low_rank
             assert twin is not None
             twin.become_dense()
 
@@ -211,17 +213,17 @@ class BasisChanges:
         reset = not self.config.carry_moments
         transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
 
-    def twins(self, site: Site) -> list[Site]:
+    def twins(self, target: TargetWeight) -> list[TargetWeight]:
         """The same layer in every average."""
-        return [average[site.name] for average in self._averages]
+        return [average[target.name] for average in self._averages]
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
 
-    def order(self, sites: Sequence[Site]) -> None:
+    def order(self, targets: Sequence[TargetWeight]) -> None:
         """Sort what conversions in any order, on any number of processes, have put into the optimizer."""
-        order_cores(self.optimizer, [site.trained for site in sites])
+        order_cores(self.optimizer, [target.trained for target in targets])
 
     @exact_arithmetic()
     def rotate(
@@ -241,7 +243,7 @@ class BasisChanges:
         if repair:
             U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
         reset = not self.config.carry_moments and len(s) < layer.r
-        self.engine.open_state(core)
+        self.engine.gather_moments(core)
         transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
         gradient = self._gradient(core, P, Qh, core=True)
         U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
@@ -253,7 +255,7 @@ class BasisChanges:
         if reshaped:
             self._groups.replace(core, layer.S)
             self._set_step(layer, replaces=core)
-        self.engine.follow(layer)
+        self.engine.on_replace(layer)
         if gradient is not None and layer.S.grad is not None:
             layer.S.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
-from hpc_oialr.lowrank import LowRankWeight, Site, low_rank_layers
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
 from hpc_oialr.lowrank.base import rounding_bound, written_bases
 from hpc_oialr.method.engine import Engine
@@ -49,14 +49,14 @@ def _check_state_device(name: str, p: nn.Parameter, optimizer: OptimizerStack) -
             )
 
 
-def trained_sites(sites: Sequence[Site], optimizer: OptimizerStack) -> list[Site]:
-    """The sites whose weight or core the optimizer trains; the others stay as they are."""
+def trained_targets(targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> list[TargetWeight]:
+    """The targets whose weight or core the optimizer trains; the others stay as they are."""
     held = {id(p) for p in optimizer.parameters()}
-    return [site for site in sites if id(site.trained) in held]
+    return [target for target in targets if id(target.trained) in held]
 
 
 def check_change(
-    sites: Sequence[Site], optimizer: OptimizerStack, engine: Engine, core_lr_scale: float | str
+    targets: Sequence[TargetWeight], optimizer: OptimizerStack, engine: Engine, core_lr_scale: float | str
 ) -> None:
     """Raise, on every process alike, unless the optimizer can follow a change of these layers.
 
@@ -71,10 +71,10 @@ def check_change(
     """
     error: ModelError | ConfigError | None = None
     try:
-        for site in sites:
-            check_core_factor(optimizer, site.trained, core_lr_scale)
-        optimizer.check_lists({site.trained: site.name for site in sites})
-        check_state(optimizer, [(site.name, site.trained) for site in sites])
+        for target in targets:
+            check_core_factor(optimizer, target.trained, core_lr_scale)
+        optimizer.check_lists({target.trained: target.name for target in targets})
+        check_state(optimizer, [(target.name, target.trained) for target in targets])
     except (ModelError, ConfigError) as found:
         error = found
     if optimizer.partitioned:
@@ -97,7 +97,7 @@ def require_unattached(model: nn.Module) -> None:
 
 
 def check_structure(
-    module: nn.Module, sites: Sequence[Site], weights: Mapping[str, Ref[nn.Parameter]]
+    module: nn.Module, targets: Sequence[TargetWeight], weights: Mapping[str, Ref[nn.Parameter]]
 ) -> None:
     """Raise :class:`ModelError`, naming the layer, if it is not as it was when the controller was made.
 
@@ -107,24 +107,26 @@ def check_structure(
         The dense weights that the optimizer was made with, by layer.
     """
     present = {id(m) for m in module.modules()}
-    for site in sites:
-        holder, layer = site.holder, site.low_rank
-        names = ("U", "S", "Vh") if layer is not None else (site.weight_name,)
+    for target in targets:
+        holder, layer = target.holder, target.low_rank
+        names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
         if layer is not None:
             layer.refuse_lost_write()
-        if id(site.owner) not in present:
-            _changed(site, "is no longer part of the model: it was replaced or removed")
+        if id(target.owner) not in present:
+            _changed(target, "is no longer part of the model: it was replaced or removed")
         if any(holder._parameters.get(name) is None for name in names):
-            _changed(site, f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed")
-        if layer is None and site.name in weights and weights[site.name]() is not site.weight:
             _changed(
-                site, "has another weight object than the one the optimizer was made with: it was replaced"
+                target, f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed"
+            )
+        if layer is None and target.name in weights and weights[target.name]() is not target.weight:
+            _changed(
+                target, "has another weight object than the one the optimizer was made with: it was replaced"
             )
 
 
-def _changed(site: Site, what: str) -> NoReturn:
+def _changed(target: TargetWeight, what: str) -> NoReturn:
     raise ModelError(
-        f"layer {site.name} {what} after OIALR(...). Change the model first, make the optimizer from its parameters, "
+        f"layer {target.name} {what} after OIALR(...). Change the model first, make the optimizer from its parameters, "
         "then OIALR(...); values may be changed in place at any time."
     )
 
@@ -140,30 +142,30 @@ def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, n
     return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])
 
 
-def shared_sites(sites: Sequence[Site], ignored: Collection[int]) -> list[Site]:
-    """The sites whose weight all processes share; the log names the others, which a wrapper leaves out."""
-    left = [site.name for site in sites if id(site.trained) in ignored]
+def shared_targets(targets: Sequence[TargetWeight], ignored: Collection[int]) -> list[TargetWeight]:
+    """The targets whose weight all processes share; the log names the others, which a wrapper leaves out."""
+    left = [target.name for target in targets if id(target.trained) in ignored]
     if left:
         log.info("left dense: %s (DistributedDataParallel ignores their weights)", ", ".join(left))
-    return [site for site in sites if id(site.trained) not in ignored]
+    return [target for target in targets if id(target.trained) not in ignored]
 
 
-def require_finite(sites: Sequence[Site], engine: Engine) -> None:
+def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
     """Raise :class:`NonFiniteError`, naming the layers, on every process before anything is changed.
 
     One read-back; where parameters are split, one all-reduce of a number a layer.
     """
-    if not sites:
+    if not targets:
         return
-    meta = [site.name for site in sites if site.trained.is_meta]
+    meta = [target.name for target in targets if target.trained.is_meta]
     if meta:
         raise ModelError(
             f"the weights of {', '.join(meta[:5])} are on the meta device and have no values. Materialise and initialise "
             "the model, make the optimizer from its parameters, then OIALR(...)."
         )
-    finite = torch.stack([torch.isfinite(engine.stored(site.trained)).all() for site in sites])
-    found = (engine.seen_by_any(1 - finite.float()) > 0).cpu().tolist()
-    bad = [site.name for site, is_bad in zip(sites, found, strict=True) if is_bad]
+    finite = torch.stack([torch.isfinite(engine.local_shard(target.trained)).all() for target in targets])
+    found = (engine.any_rank(1 - finite.float()) > 0).cpu().tolist()
+    bad = [target.name for target, is_bad in zip(targets, found, strict=True) if is_bad]
     if bad:
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Site, untied_state
+from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.torch_compat import active_ddp_module
@@ -102,7 +102,7 @@ class Engine(ABC):
 
     The life of an engine: :meth:`place` a new module, make the optimizer, :meth:`wrap` both; then in
     every step the wrapped module's forward, :meth:`backward`, :meth:`update`; when the method changes
-    layers, :meth:`open` before, :meth:`follow` after each, :meth:`rewrap` at the end.
+    layers, :meth:`gather` before, :meth:`on_replace` after each, :meth:`rewrap` at the end.
 
     Attributes
     ----------
@@ -169,38 +169,38 @@ class Engine(ABC):
 
     # -- a change of layers ----------------------------------------------------------------------
 
-    def open(self, site: Site) -> None:
+    def gather(self, target: TargetWeight) -> None:
         """Bring a layer's parameters to where ``layout`` says; a collective call before the method reads them.
 
-        :meth:`close` or :meth:`follow` ends it.
+        :meth:`release` or :meth:`on_replace` ends it.
         """
         return
 
-    def open_state(self, parameter: nn.Parameter) -> None:
-        """Bring a parameter's state to where ``optimizer.state`` shows it, as :meth:`open` does; it is carried next."""
+    def gather_moments(self, parameter: nn.Parameter) -> None:
+        """Bring a parameter's state to where ``optimizer.state`` shows it, as :meth:`gather` does; it is carried next."""
         return
 
-    def stored(self, parameter: nn.Parameter) -> Tensor:
+    def local_shard(self, parameter: nn.Parameter) -> Tensor:
         """What this process stores of a parameter between steps."""
         return self.layout.local(parameter.detach())
 
     def basis_dtype(self, layer: LowRankWeight) -> torch.dtype:
-        """In which dtype ``U`` and ``Vh`` are kept between steps, whatever :meth:`open` shows them in."""
+        """In which dtype ``U`` and ``Vh`` are kept between steps, whatever :meth:`gather` shows them in."""
         return layer.U.dtype
 
-    def seen_by_any(self, flags: Tensor) -> Tensor:
-        """Findings about what is :meth:`stored`, above 0 where any process has made one; in place."""
+    def any_rank(self, flags: Tensor) -> Tensor:
+        """Findings about what is :meth:`local_shard`, above 0 where any process has made one; in place."""
         return self.layout.add(flags)
 
-    def close(self, site: Site) -> None:
-        """Let go of what :meth:`open` brought, unchanged."""
+    def release(self, target: TargetWeight) -> None:
+        """Let go of what :meth:`gather` brought, unchanged."""
         return
 
-    def follow(self, layer: LowRankWeight) -> None:
+    def on_replace(self, layer: LowRankWeight) -> None:
         """The factors of ``layer`` are new, in value or as objects: let go of the old ones."""
         return
 
-    def held(self) -> Iterable[Tensor]:
+    def extra_tensors(self) -> Iterable[Tensor]:
         """Tensors that live between steps beside the module and its optimizer."""
         return ()
 

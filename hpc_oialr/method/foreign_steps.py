@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.marks import optimizer_in_hooks
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate
@@ -38,7 +38,7 @@ class ForeignSteps:
     """
 
     def __init__(self, core_lr: CoreLearningRate, engine: Engine) -> None:
-        self._core_lr, self._off, self._stored = core_lr, engine.steps_itself, engine.stored
+        self._core_lr, self._off, self._stored = core_lr, engine.steps_itself, engine.local_shard
         self._steps = core_lr.steps
         self._versions: dict[int, int] = {}
         self._rest: dict[int, int] = {}
@@ -51,14 +51,14 @@ class ForeignSteps:
         # Identities and versions are of this process's objects.
         return {**vars(self), "_versions": {}, "_rest": {}, "_idle": 0, "_values": {}}
 
-    def check(self, sites: Iterable[Site]) -> None:
+    def check(self, targets: Iterable[TargetWeight]) -> None:
         """Raise :class:`ModelError` after :data:`PATIENCE` calls in a row before which only others have stepped."""
         if self._off:
             return
         self._warn_of_lists()
-        sites = list(sites)
-        versions = _versions(sites)
-        self._check_idle(sites, versions)
+        targets = list(targets)
+        versions = _versions(targets)
+        self._check_idle(targets, versions)
         written = [self._versions.get(key, version) != version for key, version in versions.items()]
         self._calls += 1
         if self._core_lr.steps != self._steps:
@@ -70,13 +70,13 @@ class ForeignSteps:
             self._refuse()
         self._steps, self._versions = self._core_lr.steps, versions
 
-    def check_conversion(self, sites: Iterable[Site], optimizers: Sequence[Any]) -> None:
+    def check_conversion(self, targets: Iterable[TargetWeight], optimizers: Sequence[Any]) -> None:
         """Raise :class:`ModelError` if only others have trained since the start: no core shall miss a step.
 
         Those that step a weight in a hook have been named in a warning; they are stopped by :meth:`check`.
         """
         if self._core_lr.steps == 0 and 0 < self._wholly == self._calls:
-            weights = [site.stored for site in sites]
+            weights = [target.stored for target in targets]
             if not any(w is not None and optimizer_in_hooks(w, optimizers) is not None for w in weights):
                 self._refuse()
 
@@ -94,6 +94,8 @@ class ForeignSteps:
 
     def _warn_of_lists(self) -> None:
         """A list of parameters that was made before a change, for clipping or decay say, has no cores in it."""
+        if any(each() is not None for each in self._core_lr.replaced):
+            gc.collect()  # of an optimizer that is no more, as in a run that is resumed in the same process
         held = [p for each in self._core_lr.replaced if (p := each()) is not None]
         self._core_lr.replaced.clear()
         if not held:
@@ -101,6 +103,7 @@ class ForeignSteps:
         ids = {id(p) for p in held}
         kinds = (list, tuple, dict)
         holders = [each for each in gc.get_referrers(*held) if type(each) in kinds and each is not held]
+        holders = [each for each in holders if not _is_of_wrapper(each)]
         found = {id(p): p for each in holders for p in _values(each) if id(p) in ids}
         if found:
             first = tuple(next(iter(found.values())).shape)
@@ -111,8 +114,8 @@ class ForeignSteps:
                 stacklevel=4,
             )
 
-    def _check_idle(self, sites: Iterable[Site], versions: dict[int, int]) -> None:
-        held = [site.low_rank._parameters.get("S") for site in sites if site.low_rank is not None]
+    def _check_idle(self, targets: Iterable[TargetWeight], versions: dict[int, int]) -> None:
+        held = [target.low_rank._parameters.get("S") for target in targets if target.low_rank is not None]
         cores = {S for S in held if isinstance(S, nn.Parameter)}
         due = {S for S in cores if S.requires_grad and (S.grad is not None or S in self._core_lr.due)}
         self._core_lr.due.clear()
@@ -136,22 +139,28 @@ class ForeignSteps:
                 "OIALR has replaced. Let it read optimizer.param_groups or model.parameters() anew in each step."
             )
 
-    def remember(self, sites: Iterable[Site]) -> None:
+    def remember(self, targets: Iterable[TargetWeight]) -> None:
         """To be called when the method itself has written."""
-        self._versions, self._values = _versions(sites), {}
+        self._versions, self._values = _versions(targets), {}
+
+
+def _is_of_wrapper(container: Any) -> bool:
+    """Whether it is DistributedDataParallel's own list, of which torch.compile keeps an older one."""
+    holders = (each for each in gc.get_referrers(container) if type(each) is dict)
+    return any(each.get("_module_parameters") is container for each in holders)
 
 
 def _values(container: Any) -> Iterable[Any]:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else container
 
 
-def _versions(sites: Iterable[Site]) -> dict[int, int]:
+def _versions(targets: Iterable[TargetWeight]) -> dict[int, int]:
     """How often each weight or core has been written; a weight that its user took away is left out."""
     found: dict[int, int] = {}
-    for site in sites:
-        holder = site.holder
-        name = site.parameter if holder is site.owner else "weight"
-        parameter = holder._parameters.get("S" if site.low_rank is not None else name)
+    for target in targets:
+        holder = target.holder
+        name = target.parameter if holder is target.owner else "weight"
+        parameter = holder._parameters.get("S" if target.low_rank is not None else name)
         if isinstance(parameter, nn.Parameter):
             found[id(parameter)] = parameter._version
     return found

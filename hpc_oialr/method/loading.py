@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Site, low_rank_layers
+from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
 from hpc_oialr.method.average_guard import turned
-from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.state_kinds import FACTORED
 
@@ -32,7 +32,7 @@ class Loader:
 
     Attributes
     ----------
-    sites
+    targets
         The layers.
     empty
         Names of layers whose values are yet to be loaded.
@@ -40,21 +40,23 @@ class Loader:
         Whether the optimizer's state was loaded since the last step.
     """
 
-    def __init__(self, root: nn.Module, sites: Sequence[Site], basis: BasisChanges, engine: Engine) -> None:
-        self._root, self.sites, self._basis, self._engine = root, sites, basis, engine
+    def __init__(
+        self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine
+    ) -> None:
+        self._root, self.targets, self._basis, self._engine = root, targets, basis, engine
         self.empty: set[str] = set()
         self.optimizer_loaded = False
 
     def take(self, r: Mapping[str, int]) -> list[str]:
         """Give every layer its r, or make it dense if it has none; names of the layers changed."""
-        missing = set(r) - {site.name for site in self.sites}
+        missing = set(r) - {target.name for target in self.targets}
         if missing:
             raise ModelError(
                 f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
                 "it belongs to another model or to another oialr.selection."
             )
         changed = self._restructure(
-            {site.name: int(r[site.name]) if site.name in r else None for site in self.sites}
+            {target.name: int(r[target.name]) if target.name in r else None for target in self.targets}
         )
         self.empty |= set(changed) & set(r)
         return changed
@@ -76,32 +78,32 @@ class Loader:
                 "load_state_dict(assign=True) replaces every parameter, of which the optimizer and OIALR hold the old "
                 "ones; load without assign."
             )
-        stored = stored_layers(self.sites, module, self._root, state, prefix)
+        stored = stored_layers(self.targets, module, self._root, state, prefix)
         changed = self._restructure(stored)
-        for site in match_attention(self.sites, state, prefix, module, self._root):
-            for twin in self._basis.twins(site):
-                match = unpack if isinstance(site.owner, FactorisedMultiheadAttention) else None
+        for target in match_attention(self.targets, state, prefix, module, self._root):
+            for twin in self._basis.twins(target):
+                match = unpack if isinstance(target.owner, FactorisedMultiheadAttention) else None
                 pack(twin) if match is None else match(twin.owner)  # type: ignore[arg-type]
         self.empty -= stored.keys()
         return changed
 
     def _restructure(self, wanted: Mapping[str, Stored | int | None]) -> list[str]:
         changes = differences(
-            self.sites, wanted, turn=self._engine.whole_factors and not self.optimizer_loaded
+            self.targets, wanted, turn=self._engine.whole_factors and not self.optimizer_loaded
         )
-        reshaped = [change.site.name for change in changes if change.reshaped]
+        reshaped = [change.target.name for change in changes if change.reshaped]
         if reshaped:
             require_changeable(reshaped, changes, self._engine, optimizer_loaded=self.optimizer_loaded)
         apply_changes(self._basis, changes)
         if reshaped:
-            self._basis.order(self.sites)
+            self._basis.order(self.targets)
         return reshaped
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
         """Remember it, and refuse state of another structure."""
         # Accelerate's prepare() loads an optimizer's state into itself, with nothing in it yet.
-        self.optimizer_loaded |= any(optimizer.state.get(site.trained) for site in self.sites)
-        require_same_shapes(self.sites, optimizer)
+        self.optimizer_loaded |= any(optimizer.state.get(target.trained) for target in self.targets)
+        require_same_shapes(self.targets, optimizer)
 
     def check_values(self) -> None:
         """Raise :class:`ModelError` if a layer that is about to be used has no values yet."""
@@ -125,7 +127,7 @@ class Change:
         Whether the trained parameter becomes another one; otherwise only the moments go over to other bases.
     """
 
-    site: Site
+    target: TargetWeight
     r: int | None
     U: Tensor | None
     Vh: Tensor | None
@@ -133,7 +135,7 @@ class Change:
 
 
 def differences(
-    sites: Sequence[Site], wanted: Mapping[str, Stored | int | None], *, turn: bool
+    targets: Sequence[TargetWeight], wanted: Mapping[str, Stored | int | None], *, turn: bool
 ) -> list[Change]:
     """Where layers are not as they are ``wanted``.
 
@@ -145,13 +147,13 @@ def differences(
         Whether other bases of the same r count too.
     """
     changes = []
-    for site in (site for site in sites if site.name in wanted):
-        form, layer = wanted[site.name], site.low_rank
+    for target in (target for target in targets if target.name in wanted):
+        form, layer = wanted[target.name], target.low_rank
         stored = form if isinstance(form, Stored) else Stored(None, None)
         r = stored.r if isinstance(form, Stored) else form
         reshaped = r != (None if layer is None else layer.r)
         if reshaped or (turn and layer is not None and stored.U is not None and turned(layer, stored)):
-            changes.append(Change(site, r, stored.U, stored.Vh, reshaped))
+            changes.append(Change(target, r, stored.U, stored.Vh, reshaped))
     return changes
 
 
@@ -164,7 +166,7 @@ def require_changeable(
             f"layer {names[0]} changes its structure after the optimizer's state was loaded, which belongs to one "
             f"structure only: {ORDER}."
         )
-    fresh = all(change.site.low_rank is None and change.U is None for change in changes)
+    fresh = all(change.target.low_rank is None and change.U is None for change in changes)
     if not (engine.whole_factors or fresh):
         raise ModelError(
             f"layer {names[0]} is stored with another r, which {type(engine).__name__} cannot take on in a model that "
@@ -172,15 +174,15 @@ def require_changeable(
         )
 
 
-def apply_changes(basis: BasisChanges, changes: Sequence[Change]) -> None:
+def apply_changes(basis: BasisUpdater, changes: Sequence[Change]) -> None:
     """Give layers their new structure, with optimizer, averages and step sizes; their values are yet to be loaded."""
     for change in changes:
         if change.r is None:
-            basis.restore(change.site)
-        elif change.site.low_rank is None:
-            basis.shell(change.site, change.r, change.U, change.Vh)
+            basis.restore(change.target)
+        elif change.target.low_rank is None:
+            basis.shell(change.target, change.r, change.U, change.Vh)
         else:
-            basis.reshape(change.site, change.r, change.U, change.Vh)
+            basis.reshape(change.target, change.r, change.U, change.Vh)
 
 
 def require_values(bases: Mapping[str, Tensor]) -> None:
@@ -204,15 +206,15 @@ def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         )
 
 
-def require_same_shapes(sites: Sequence[Site], optimizer: Optimizer) -> None:
+def require_same_shapes(targets: Sequence[TargetWeight], optimizer: Optimizer) -> None:
     """Raise :class:`ModelError` if the optimizer was given state of another structure than a layer has."""
-    for site in sites:
-        shape = whole_shape(site.trained)
-        for key, value in (optimizer.state.get(site.trained) or {}).items():
+    for target in targets:
+        shape = whole_shape(target.trained)
+        for key, value in (optimizer.state.get(target.trained) or {}).items():
             if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
-                form = "dense" if site.low_rank is None else f"of r = {site.low_rank.r}"
+                form = "dense" if target.low_rank is None else f"of r = {target.low_rank.r}"
                 raise ModelError(
-                    f"the optimizer's state {key!r} of layer {site.name} has shape {tuple(value.shape)}, but the "
+                    f"the optimizer's state {key!r} of layer {target.name} has shape {tuple(value.shape)}, but the "
                     f"layer is {form} here ({tuple(shape)}): {ORDER}."
                 )
 

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
-from hpc_oialr.lowrank import Site, low_rank_layers
+from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
-from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.checks import (
     check_change,
     check_optimizer,
@@ -28,13 +28,13 @@ from hpc_oialr.method.checks import (
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.decompositions import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.engine import Engine, adopt
-from hpc_oialr.method.factorising import Factors, Rotation, core_rotations, weight_factors
 from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport, layer_update
-from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 
 
@@ -93,8 +93,8 @@ class OIALR:
         self.engine, self.module = (engine, model) if engine else adopt(model)
         self._optimizers = OptimizerStack(optimizer)
         check_optimizer(self.module, self._optimizers)
-        self.sites = find_participants(self.module, self.config.selection, self._optimizers, self.engine)
-        self._frozen = FrozenByUser(self.sites)
+        self.targets = find_participants(self.module, self.config.selection, self._optimizers, self.engine)
+        self._frozen = FrozenByUser(self.targets)
         self.t = 0
         self.updates = 0
         if averages and self.engine.layout.group is not None:
@@ -102,24 +102,24 @@ class OIALR:
                 f"{len(averages)} running averages were given, but the engine splits each matrix over processes; "
                 "averages must be whole. Average the exported models, or use DistributedDataParallel."
             )
-        check_change(self.sites, self._optimizers, self.engine, self.config.core_lr_scale)
-        self._changes = BasisChanges(self.module, self._optimizers, self.config, averages, self.engine)
-        adopted = self._changes.adopt(self.sites)
-        self._watch = StabilityWatch(self.sites, self.engine, self.config.stability_threshold)
+        check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
+        self._changes = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
+        adopted = self._changes.adopt(self.targets)
+        self._watch = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self._model = self.engine.wrap(self.module, optimizer)
-        self._loader = Loader(self.module, self.sites, self._changes, self.engine)
+        self._loader = Loader(self.module, self.targets, self._changes, self.engine)
         if adopted:
             # Values may be yet to come, and a wrapper may have been made before the layers were.
-            self._loader.empty = {site.name for site in adopted}
+            self._loader.empty = {target.name for target in adopted}
             self.rewrap()
         self._tie()
         self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
-        self._foreign.remember(self.sites)
+        self._foreign.remember(self.targets)
 
     def _tie(self) -> None:
-        self._given = {site.name: weakref.ref(site.weight) for site in self._dense()}
+        self._given = {target.name: weakref.ref(target.weight) for target in self._dense()}
         self._attachment = Attachment(self)
-        holders = [module for site in self.sites for module in (site.owner, site.holder)]
+        holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
         for guard in self._changes.guards:
             guard.tie()
@@ -140,7 +140,8 @@ class OIALR:
 
     def __repr__(self) -> str:
         """Where it stands."""
-        return f"OIALR(step {self.t}, {len(self.r)} of {len(self.sites)} layers of {type(self.module).__name__} low-rank)"
+        model = type(self.module).__name__
+        return f"OIALR(step {self.t}, {len(self.r)} of {len(self.targets)} layers of {model} low-rank)"
 
     @property
     def model(self) -> nn.Module:
@@ -158,7 +159,7 @@ class OIALR:
     @property
     def layers(self) -> list[str]:
         """Names of the layers that take part, in the model's order."""
-        return [site.name for site in self.sites]
+        return [target.name for target in self.targets]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Context for all but the last backward pass of an accumulated step: gradients stay local."""
@@ -196,11 +197,11 @@ class OIALR:
             If processes hold different factors after an update, or different values of what is not low-rank.
         """
         self.engine.check_step()
-        self._foreign.check(self.sites)
+        self._foreign.check(self.targets)
         self._loader.optimizer_loaded = False
         self.t += 1
         report = self._advance()
-        self._frozen.remember(self.sites)
+        self._frozen.remember(self.targets)
         return report
 
     def _advance(self) -> UpdateReport | None:
@@ -213,98 +214,104 @@ class OIALR:
             return self._update(due) if due else measured
         return measured
 
-    def _fit(self, sites: list[Site]) -> list[Site]:
+    def _fit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
         """Without those that the user has made unfit since the start; they take part no more, and are named."""
-        unfit = drop_unfit(self.module, sites, self._optimizers) if sites else set()
-        self.sites = self._loader.sites = [site for site in self.sites if site.name not in unfit]
-        return [site for site in sites if site.name not in unfit]
+        unfit = drop_unfit(self.module, targets, self._optimizers) if targets else set()
+        self.targets = self._loader.targets = [target for target in self.targets if target.name not in unfit]
+        return [target for target in targets if target.name not in unfit]
 
     def _stability_due(self) -> bool:
         every = self.config.stability_frequency
         return every is not None and self.t % every == 0 and bool(self._dense())
 
-    def _settled(self) -> list[Site]:
+    def _settled(self) -> list[TargetWeight]:
         """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable.
 
         A weight that has been frozen from the start waits until it is trained.
         """
         if self.t < self.config.delay:
             return []
-        dense = [site for site in self._dense() if not self._frozen.waits(site)]
+        dense = [target for target in self._dense() if not self._frozen.waits(target)]
         if self.config.stability_threshold is None:
             return dense
         streaks, patience = self._watch.streaks, self.config.stability_patience
-        return [site for site in dense if streaks.get(site.name, 0) >= patience]
+        return [target for target in dense if streaks.get(target.name, 0) >= patience]
 
     def _update_due(self) -> bool:
         since = self.t - self.config.delay
-        return since > 0 and since % self.config.frequency == 0 and len(self._dense()) < len(self.sites)
+        return since > 0 and since % self.config.frequency == 0 and len(self._dense()) < len(self.targets)
 
-    def _layers_due(self) -> list[Site]:
+    def _layers_due(self) -> list[TargetWeight]:
         """The last layers first, a growing share of them; without those whose core the user has frozen."""
         self.updates += 1
         share = min(1.0, self.config.layer_share_step * self.updates)
-        first = len(self.sites) - max(1, round(share * len(self.sites)))
-        due = [site for site in self.sites[first:] if site.low_rank is not None]
-        return [site for site in due if not self._frozen(site)]
+        first = len(self.targets) - max(1, round(share * len(self.targets)))
+        due = [target for target in self.targets[first:] if target.low_rank is not None]
+        return [target for target in due if not self._frozen(target)]
 
-    def _dense(self) -> list[Site]:
-        return [site for site in self.sites if site.low_rank is None]
+    def _dense(self) -> list[TargetWeight]:
+        return [target for target in self.targets if target.low_rank is None]
 
     @exact_arithmetic()
-    def _convert(self, sites: list[Site]) -> UpdateReport:
+    def _convert(self, targets: list[TargetWeight]) -> UpdateReport:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
         start = time.perf_counter()
-        self._foreign.check_conversion(sites, self._optimizers.nodes)
-        check_structure(self.module, sites, self._given)
-        check_change(sites, self._optimizers, self.engine, self.config.core_lr_scale)
-        require_finite(sites, self.engine)
+        self._foreign.check_conversion(targets, self._optimizers.nodes)
+        check_structure(self.module, targets, self._given)
+        check_change(targets, self._optimizers, self.engine, self.config.core_lr_scale)
+        require_finite(targets, self.engine)
         # What the user has frozen meanwhile keeps its value: nothing is cut off.
-        kept = [site.k if self._frozen(site) else self.config.limits.initial(site.k) for site in sites]
+        kept = [
+            target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets
+        ]
         layers: dict[int, LayerUpdate] = {}
         try:
-            for factors in weight_factors(sites, kept, self.engine):
-                layers[factors.index] = self._freeze_basis(sites[factors.index], factors, kept[factors.index])
+            for factors in weight_factors(targets, kept, self.engine):
+                layers[factors.index] = self._freeze_basis(
+                    targets[factors.index], factors, kept[factors.index]
+                )
         finally:
-            self._changes.order(self.sites)
-        self._after_change([site.name for site in sites], reshaped=True)
-        sent = sum(site.k + r * sum(site.shape) for site, r in zip(sites, kept, strict=True))
+            self._changes.order(self.targets)
+        self._after_change([target.name for target in targets], reshaped=True)
+        sent = sum(target.k + r * sum(target.shape) for target, r in zip(targets, kept, strict=True))
         return self._report("conversion", _in_order(layers), start, sent)
 
     @exact_arithmetic()
-    def _update(self, sites: list[Site]) -> UpdateReport:
+    def _update(self, targets: list[TargetWeight]) -> UpdateReport:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         start = time.perf_counter()
-        check_structure(self.module, sites, self._given)
-        low_rank = [site for site in self.sites if site.low_rank is not None]
+        check_structure(self.module, targets, self._given)
+        low_rank = [target for target in self.targets if target.low_rank is not None]
         check_change(low_rank, self._optimizers, self.engine, self.config.core_lr_scale)
-        require_finite(sites, self.engine)
+        require_finite(targets, self.engine)
         layers: dict[int, LayerUpdate] = {}
-        for rotation in core_rotations(sites, self.engine):
-            layers[rotation.index] = self._rotate_and_cut(sites[rotation.index], rotation)
-        self._after_change([site.name for site in sites], reshaped=any(u.cut_values for u in layers.values()))
+        for rotation in core_rotations(targets, self.engine):
+            layers[rotation.index] = self._rotate_and_cut(targets[rotation.index], rotation)
+        self._after_change(
+            [target.name for target in targets], reshaped=any(u.cut_values for u in layers.values())
+        )
         sent = sum(2 * u.r_before**2 + u.r_before + 4 for u in layers.values())
         return self._report("update", _in_order(layers), start, sent)
 
     # -- one layer -------------------------------------------------------------------------------
 
-    def _freeze_basis(self, site: Site, factors: Factors, r: int) -> LayerUpdate:
-        self._changes.convert(site, factors.U, factors.s[:r], factors.Vh)
-        self._watch.forget(site.name)
-        return layer_update(site, site.k, factors.s, None, (0.0, 0.0), factors.seconds)
+    def _freeze_basis(self, target: TargetWeight, factors: Factors, r: int) -> LayerUpdate:
+        self._changes.convert(target, factors.U, factors.s[:r], factors.Vh)
+        self._watch.forget(target.name)
+        return layer_update(target, target.k, factors.s, None, (0.0, 0.0), factors.seconds)
 
-    def _rotate_and_cut(self, site: Site, rotation: Rotation) -> LayerUpdate:
-        layer = site.low_rank
+    def _rotate_and_cut(self, target: TargetWeight, rotation: Rotation) -> LayerUpdate:
+        layer = target.low_rank
         assert layer is not None
         P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
         wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
         keep = self.config.limits.apply(wanted, r, layer.k)
         stored = self.engine.basis_dtype(layer)
         drifted = max(rotation.errors) > self.config.bound_on_errors(stored)
-        require_own_bases(layer, site.name, max(rotation.errors), stored)
-        self._changes.rotate(layer, site.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
+        require_own_bases(layer, target.name, max(rotation.errors), stored)
+        self._changes.rotate(layer, target.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
         update = layer_update(
-            site, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
+            target, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
         )
         angle_U, angle_Vh = rotation.angles
         return replace(update, subspace_angle_U=angle_U, subspace_angle_Vh=angle_Vh)
@@ -316,16 +323,16 @@ class OIALR:
             layer.keep_bases_frozen()
         if reshaped:
             self.rewrap()
-        self._foreign.remember(self.sites)
+        self._foreign.remember(self.targets)
         factors = {name: [local(p) for p in layers[name].factors] for name in names}
         plain = plain_parameters(self.module, self.engine.ignored)
-        rest = {name: [self.engine.stored(p)] for name, p in plain.items()}
+        rest = {name: [self.engine.local_shard(p)] for name, p in plain.items()}
         self.engine.check_replicas(factors | rest)
 
     def _report(
         self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int
     ) -> UpdateReport:
-        width = compute_dtype(self.sites[0].trained.dtype).itemsize
+        width = compute_dtype(self.targets[0].trained.dtype).itemsize
         sent = numbers * width * (self.engine.world.size - 1)
         return UpdateReport(
             t=self.t, kind=kind, layers=layers, seconds=time.perf_counter() - start, bytes_sent=sent
@@ -356,7 +363,9 @@ class OIALR:
         """
         self._watch.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"])
-        self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
+        self._given |= {
+            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in changed
+        }
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._watch.restore(tensors or {}, state["streaks"])
         if changed or state["r"]:
@@ -366,7 +375,9 @@ class OIALR:
         """Called before every ``load_state_dict`` of the model: its layers take the structure of what is loaded."""
         self._foreign.forget()
         changed = self._loader.before_load(module, state, prefix, assign=assign)
-        self._given |= {site.name: weakref.ref(site.weight) for site in self._dense() if site.name in changed}
+        self._given |= {
+            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in changed
+        }
         if changed:
             self.rewrap()
 

@@ -9,20 +9,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.lowrank import Selection, Site
+from hpc_oialr.lowrank import Selection, TargetWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.marks import accumulation_hooks, optimizer_in_hooks
 from hpc_oialr.lowrank.refusals import Refusal
 from hpc_oialr.lowrank.selection import Shared, examine, unfit
-from hpc_oialr.method.checks import shared_sites, trained_sites
+from hpc_oialr.method.checks import shared_targets, trained_targets
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.stack import OptimizerStack
 
 
 def find_participants(
     model: nn.Module, selection: Selection, optimizer: OptimizerStack, engine: Engine
-) -> list[Site]:
-    """The sites that are to become low-rank or are it already, those that are frozen at the moment included.
+) -> list[TargetWeight]:
+    """The targets that are to become low-rank or are it already, those that are frozen at the moment included.
 
     Warns of layers that stay dense although no setting says so.
 
@@ -31,37 +31,41 @@ def find_participants(
     ModelError
         If the settings leave no layer.
     """
-    sites, refused = examine(model, selection, frozen=True, low_rank=True)
-    trained = trained_sites(sites, optimizer)
+    targets, refused = examine(model, selection, frozen=True, low_rank=True)
+    trained = trained_targets(targets, optimizer)
     refused |= {
-        site.name: Refusal("its weight is not in the optimizer") for site in sites if site not in trained
+        target.name: Refusal("its weight is not in the optimizer")
+        for target in targets
+        if target not in trained
     }
-    sites = shared_sites(trained, engine.ignored)
-    refused |= {site.name: r for site in sites if (r := _layout_refusal(site, engine)) is not None}
-    sites = [site for site in sites if site.name not in refused]
+    targets = shared_targets(trained, engine.ignored)
+    refused |= {target.name: r for target in targets if (r := _layout_refusal(target, engine)) is not None}
+    targets = [target for target in targets if target.name not in refused]
     unforeseen = {name: refusal.reason for name, refusal in refused.items() if refusal.warn}
-    if not sites and not unforeseen:
+    if not targets and not unforeseen:
         some = "; ".join(f"{name or 'the model'} ({each.reason})" for name, each in list(refused.items())[:5])
         raise ModelError(
             f"no layer of the model can be converted: {some or 'it has none'}{', ...' if len(refused) > 5 else ''}. The "
             "log names the reason for each (level INFO)."
         )
-    _check_hooks(sites, optimizer)
+    _check_hooks(targets, optimizer)
     _warn_dense(unforeseen)
-    return sites
+    return targets
 
 
-def drop_unfit(model: nn.Module, sites: Sequence[Site], optimizer: OptimizerStack) -> set[str]:
-    """Names of those dense sites that the user has made unfit for a conversion since the start, with a warning.
+def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> set[str]:
+    """Names of those dense targets that the user has made unfit for a conversion since the start, with a warning.
 
     Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
     for :func:`~hpc_oialr.method.checks.check_structure`.
     """
     shared = Shared.of(model)
-    found = {site.name: unfit(site, shared, frozen=True) for site in sites if site.stored is not None}
+    found = {
+        target.name: unfit(target, shared, frozen=True) for target in targets if target.stored is not None
+    }
     _warn_dense({name: refusal.reason for name, refusal in found.items() if refusal})
     unfit_names = {name for name, refusal in found.items() if refusal}
-    _check_hooks([site for site in sites if site.name not in unfit_names], optimizer)
+    _check_hooks([target for target in targets if target.name not in unfit_names], optimizer)
     return unfit_names
 
 
@@ -72,46 +76,50 @@ class FrozenByUser:
     since the last step is trained; what was not, and has ``requires_grad`` off, is frozen.
     """
 
-    def __init__(self, sites: Iterable[Site]) -> None:
+    def __init__(self, targets: Iterable[TargetWeight]) -> None:
         self._versions: dict[str, tuple[int, int]] = {}
         self._waiting = {
-            site.name for site in sites if site.low_rank is None and not site.weight.requires_grad
+            target.name for target in targets if target.low_rank is None and not target.weight.requires_grad
         }
 
     def __getstate__(self) -> dict[str, object]:
         # Identities and versions are of this process's objects.
         return {**vars(self), "_versions": {}}
 
-    def __call__(self, site: Site) -> bool:
-        """Whether the weight or core of a site is frozen."""
-        p = _trained(site)
-        return p is not None and not p.requires_grad and self._versions.get(site.name) in (None, _stamp(p))
+    def __call__(self, target: TargetWeight) -> bool:
+        """Whether the weight or core of a target is frozen."""
+        p = _trained(target)
+        return p is not None and not p.requires_grad and self._versions.get(target.name) in (None, _stamp(p))
 
-    def waits(self, site: Site) -> bool:
+    def waits(self, target: TargetWeight) -> bool:
         """Whether a weight has been frozen from the start: it becomes low-rank once it is trained."""
-        return site.name in self._waiting and self(site)
+        return target.name in self._waiting and self(target)
 
-    def remember(self, sites: Iterable[Site]) -> None:
+    def remember(self, targets: Iterable[TargetWeight]) -> None:
         """To be called at the end of every step."""
-        sites = list(sites)
-        self._waiting = {site.name for site in sites if self.waits(site)}
-        off = ((site.name, p) for site in sites if (p := _trained(site)) is not None and not p.requires_grad)
+        targets = list(targets)
+        self._waiting = {target.name for target in targets if self.waits(target)}
+        off = (
+            (target.name, p)
+            for target in targets
+            if (p := _trained(target)) is not None and not p.requires_grad
+        )
         self._versions = {name: _stamp(p) for name, p in off}
 
 
-def _trained(site: Site) -> nn.Parameter | None:
-    layer = site.low_rank
-    return site.stored if layer is None else layer.S
+def _trained(target: TargetWeight) -> nn.Parameter | None:
+    layer = target.low_rank
+    return target.stored if layer is None else layer.S
 
 
 def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
     return id(parameter), parameter._version
 
 
-def _layout_refusal(site: Site, engine: Engine) -> Refusal | None:
+def _layout_refusal(target: TargetWeight, engine: Engine) -> Refusal | None:
     """A DTensor that is not split as the engine splits."""
-    weight, layout = site.trained, engine.layout
-    if site.low_rank is not None or not isinstance(weight, DTensor):
+    weight, layout = target.trained, engine.layout
+    if target.low_rank is not None or not isinstance(weight, DTensor):
         return None
     if isinstance(layout, Sharded) and list(weight.placements) == list(layout.placements(0)):
         return None
@@ -130,13 +138,17 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
         )
 
 
-def _check_hooks(sites: Iterable[Site], optimizer: OptimizerStack) -> None:
+def _check_hooks(targets: Iterable[TargetWeight], optimizer: OptimizerStack) -> None:
     """Warn of hooks that a core will not have, and of optimizers that step a weight in one of them.
 
     The latter are an error as soon as cores have been left untrained in steps in which other parameters were trained, see
     :mod:`~hpc_oialr.method.foreign_steps`.
     """
-    weights = {site.name: site.stored for site in sites if site.low_rank is None and site.stored is not None}
+    weights = {
+        target.name: target.stored
+        for target in targets
+        if target.low_rank is None and target.stored is not None
+    }
     for name, weight in weights.items():
         stepping = optimizer_in_hooks(weight, optimizer.nodes)
         if stepping is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpc_oialr.lowrank import Site
+    from hpc_oialr.lowrank import TargetWeight
 
 Kind = Literal["stability", "conversion", "update"]
 
@@ -88,7 +88,7 @@ class UpdateReport:
 
 
 def layer_update(
-    site: Site,
+    target: TargetWeight,
     r_before: int,
     s: Tensor,
     stability: float | None,
@@ -96,10 +96,10 @@ def layer_update(
     seconds: float,
 ) -> LayerUpdate:
     """The report of a low-rank layer, as it is now."""
-    layer = site.low_rank
+    layer = target.low_rank
     assert layer is not None
     return LayerUpdate(
-        name=site.name,
+        name=target.name,
         m=layer.m,
         n=layer.n,
         r_before=r_before,

@@ -61,7 +61,7 @@ def muon_adamw(
     options
         Further keyword arguments of :class:`MuonAdamW`, for all groups.
     """
-    matrices = [site.weight for site in select(model, selection)]
+    matrices = [target.weight for target in select(model, selection)]
     cores = [layer.S for layer in low_rank_layers(model).values()]
     taken = {id(p) for p in [*matrices, *cores]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]

@@ -19,9 +19,9 @@ from hpc_oialr.linalg.plan_execution import Factorised, run_task
 from hpc_oialr.linalg.torch_communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.method import basis, dealing, factorising, loading, oialr
+from hpc_oialr.method import basis, decompositions, loading, oialr, svd_scheduler
 from hpc_oialr.processes import World
 from hpc_oialr.processes.world import Op, Pending
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
@@ -124,10 +124,10 @@ def fake_collectives() -> Iterator[None]:
     with _replaced(
         (dist, "all_to_all_single", _exchange_zeros),
         (TorchCommunicator, "_receive", lambda self, out, source: out.zero_()),
-        (factorising, "split_svd", _fake_svd),
+        (decompositions, "split_svd", _fake_svd),
         # As if the columns were orthonormal.
         (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
-        (dealing, "run_task", _run_on_first),
+        (svd_scheduler, "run_task", _run_on_first),
         # Bases, or shards of them, that another process would have sent are zero here.
         (oialr, "require_own_bases", lambda *_: None),
         (LowRankWeight, "_check_bases", lambda _: None),
@@ -144,10 +144,10 @@ def _exchange_zeros(
     out.zero_()
 
 
-def _fake_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """This process's rows and columns of two identities, and singular values from 2 down to 1."""
-    engine.open(site)
-    (m, n), k, layout = site.shape, site.k, engine.layout
+    engine.gather(target)
+    (m, n), k, layout = target.shape, target.k, engine.layout
     U, Vh = torch.eye(m, k)[layout.own_rows(m)], torch.eye(k, n)[:, layout.own_columns(n)]
     return U, torch.linspace(2.0, 1.0, k), Vh
 

@@ -96,8 +96,8 @@ class Planner:
         """Layers that become low-rank, in order; none without the method."""
         with fake_tensors():
             controller = traced_context(self.workload, SingleEngine(World()), batch=1, r={}).controller
-            sites = controller.sites if isinstance(controller, OIALR) else []
-            return {site.name: LayerShape(site.name, *site.shape) for site in sites}
+            targets = controller.targets if isinstance(controller, OIALR) else []
+            return {target.name: LayerShape(target.name, *target.shape) for target in targets}
 
     def phases(self, steps: int) -> list[Phase]:
         """Of a run of so many steps."""

@@ -11,9 +11,9 @@ import torch
 
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, SingleEngine, TensorEngine
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.method.basis import BasisChanges
+from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.factorising import core_rotations, weight_factors
+from hpc_oialr.method.decompositions import core_rotations, weight_factors
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.plan.fake_world import fake_collectives, fake_tensors, fake_world
@@ -188,23 +188,23 @@ def trace_event(workload: Workload, phase: Phase, *, processes: int, held: bool)
         keep_alive = list(context.module.parameters()) if held else []
         del trained, parameter
         tracer = Tracer(resident_tensors(context.module, context.optimizer), counted=True)
-        sites = [site for site in controller.sites if site.name in phase.before]
+        targets = [target for target in controller.targets if target.name in phase.before]
         stack = OptimizerStack(context.optimizer)
         with tracer, torch.no_grad():
             # As OIALR does it, with the planned r.
-            changes = BasisChanges(context.module, stack, controller.config, (), context.engine)
+            changes = BasisUpdater(context.module, stack, controller.config, (), context.engine)
             if phase.event == "conversion":
-                kept = [phase.r[site.name] for site in sites]
-                for factors in weight_factors(sites, kept, context.engine):
+                kept = [phase.r[target.name] for target in targets]
+                for factors in weight_factors(targets, kept, context.engine):
                     i = factors.index
-                    changes.convert(sites[i], factors.U, factors.s[: kept[i]], factors.Vh)
+                    changes.convert(targets[i], factors.U, factors.s[: kept[i]], factors.Vh)
             else:
-                for core in core_rotations(sites, context.engine):
-                    site = sites[core.index]
-                    r_new = phase.r[site.name]
-                    assert site.low_rank is not None
+                for core in core_rotations(targets, context.engine):
+                    target = targets[core.index]
+                    r_new = phase.r[target.name]
+                    assert target.low_rank is not None
                     P, S, Qh = core.P[:, :r_new], core.s[:r_new], core.Qh[:r_new]
-                    changes.rotate(site.low_rank, site.name, P, S, Qh, repair=False)
+                    changes.rotate(target.low_rank, target.name, P, S, Qh, repair=False)
         del keep_alive
         return float(max(tracer.trace.live))
 

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Selection, select
-from hpc_oialr.method.checks import trained_sites
+from hpc_oialr.method.checks import trained_targets
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.report import UpdateReport
-from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 
 
@@ -31,8 +31,10 @@ class Dense:
         self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
     ) -> None:
         self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency
-        self.sites = trained_sites(select(model, Selection()), OptimizerStack(optimizer)) if frequency else []
-        self._watch = StabilityWatch(self.sites, engine, threshold=None)
+        self.targets = (
+            trained_targets(select(model, Selection()), OptimizerStack(optimizer)) if frequency else []
+        )
+        self._watch = StabilityTracker(self.targets, engine, threshold=None)
         self._model = engine.wrap(model, optimizer)
 
     @property
@@ -48,7 +50,7 @@ class Dense:
     @property
     def layers(self) -> list[str]:
         """Names of the layers that are measured, in the model's order."""
-        return [site.name for site in self.sites]
+        return [target.name for target in self.targets]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Context in which gradients stay local."""
@@ -57,8 +59,8 @@ class Dense:
     def step(self) -> UpdateReport | None:
         """Count, and measure when it is due."""
         self.t += 1
-        due = self.sites and self.frequency is not None and self.t % self.frequency == 0
-        return self._watch.report(self.sites, self.t) if due else None
+        due = self.targets and self.frequency is not None and self.t % self.frequency == 0
+        return self._watch.report(self.targets, self.t) if due else None
 
     def rewrap(self) -> None:
         """A new wrapper, in the state that a resumed run begins with."""
@@ -70,7 +72,7 @@ class Dense:
 
     def tensor_state(self) -> dict[str, Tensor]:
         """The bases kept for the next measurement; a collective call."""
-        return self._watch.bases(self.sites)
+        return self._watch.bases(self.targets)
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Take back what :meth:`state_dict` gave.

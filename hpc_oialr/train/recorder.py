@@ -62,7 +62,7 @@ class Recorder:
         self.energy = EnergyMeter(context.world.device, first_of_node=context.world.local_rank == 0)
         self.progress, self.throughput = make_progress(show=main), Throughput()
         self.meter = MemoryMeter(
-            lambda: (context.controller.model, context.optimizer, *context.engine.held()),
+            lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors()),
             context.world.device,
             processes=context.world.size,
         )

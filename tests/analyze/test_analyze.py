@@ -16,7 +16,7 @@ from hpc_oialr.analyze import MatrixSelection, analyze
 from hpc_oialr.errors import ConfigError, DataError, NonFiniteError
 from hpc_oialr.lowrank import Selection, select
 from hpc_oialr.method.engine import SingleEngine
-from hpc_oialr.method.watch import StabilityWatch
+from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.processes import World
 from hpc_oialr.spectra.reader import Spectra
 from hpc_oialr.train.checkpoint_store import CheckpointStore
@@ -72,7 +72,7 @@ def by_watch() -> list[dict[str, dict[str, float | None]]]:
     """What a run measures of the same weights."""
     model = network()
     sites = select(model, Selection(exclude=("0",), keep_last=False))
-    watch = StabilityWatch(sites, SingleEngine(World.single("cpu")), threshold=None)
+    watch = StabilityTracker(sites, SingleEngine(World.single("cpu")), threshold=None)
     found = []
     for state in states():
         model.load_state_dict(state)

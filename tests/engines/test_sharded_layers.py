@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hpc_oialr.engines.tensor.collectives import gather_from, scatter_to
 from hpc_oialr.engines.tensor.sharding import shard_dense, shard_low_rank
-from hpc_oialr.lowrank import LowRankWeight, Site
-from hpc_oialr.lowrank.conversion import convert_site
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight
+from hpc_oialr.lowrank.conversion import convert_weight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import replaceable
 from hpc_oialr.processes import World
@@ -38,19 +38,19 @@ def layout_of(size: int) -> Sharded:
     return Sharded(mesh, split_cores=False, even_columns=False)
 
 
-def site_of(layer: nn.Module) -> Site:
-    sites, left = replaceable(nn.Sequential(layer))
+def target_of(layer: nn.Module) -> TargetWeight:
+    targets, left = replaceable(nn.Sequential(layer))
     assert not left
-    return sites[0]
+    return targets[0]
 
 
-def lower(site: Site, r: int, layout: Sharded | None = None) -> LowRankWeight:
+def lower(target: TargetWeight, r: int, layout: Sharded | None = None) -> LowRankWeight:
     """Convert with given factors, whole or in blocks; the core is a full matrix."""
-    (m, n), generator = site.shape, torch.Generator().manual_seed(1)
+    (m, n), generator = target.shape, torch.Generator().manual_seed(1)
     U, S, Vh = (torch.randn(*shape, generator=generator).double() for shape in ((m, r), (r, r), (r, n)))
     if layout is not None:
         U, Vh = layout.put_rows(U[layout.own_rows(m)], m), layout.put_columns(Vh[:, layout.own_columns(n)], n)
-    layer = convert_site(site, U, S, Vh)
+    layer = convert_weight(target, U, S, Vh)
     if layout is not None:
         shard_low_rank(layer)
     return layer
@@ -64,10 +64,10 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 def compare(layer: nn.Module, x: Tensor, ports: tuple[bool, bool], r: int | None, layout: Sharded) -> None:
     """Output, gradients of the input and of every parameter, and those of a gradient penalty: split against whole."""
     reference, split = copy.deepcopy(layer), copy.deepcopy(layer)
-    site, other = site_of(reference), site_of(split)
+    target, other = target_of(reference), target_of(split)
     shard_dense(other, layout, input_block=ports[0], output_block=ports[1])
     if r is not None:
-        lower(site, r)
+        lower(target, r)
         lower(other, r, layout)
     x_whole, x_split = (x.clone().requires_grad_() for _ in range(2))
     expected = reference(x_whole)
@@ -157,13 +157,13 @@ def count_traffic(rank: int, size: int) -> list[tuple[Counter[str], Counter[str]
     """An MLP of three layers, the features between them split: what is sent forward and backward, per phase."""
     layout, counts = layout_of(size), []
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
-    sites = replaceable(model)[0]
-    for site, (into, out) in zip(sites, ((False, True), (True, True), (True, False)), strict=True):
-        shard_dense(site, layout, input_block=into, output_block=out)
+    targets = replaceable(model)[0]
+    for target, (into, out) in zip(targets, ((False, True), (True, True), (True, False)), strict=True):
+        shard_dense(target, layout, input_block=into, output_block=out)
     for phase in ("dense", "low-rank"):
         if phase == "low-rank":
-            for site, r in zip(sites, (2, 3, 1), strict=True):
-                lower(site, r, layout)
+            for target, r in zip(targets, (2, 3, 1), strict=True):
+                lower(target, r, layout)
             model.double()
         x = torch.randn(TOKENS, 8, dtype=next(model.parameters()).dtype, requires_grad=True)
         with traffic() as forward:

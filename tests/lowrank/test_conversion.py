@@ -109,8 +109,8 @@ def test_dense_reasons_are_named_once_in_the_log(caplog: pytest.LogCaptureFixtur
         }
     )
     with caplog.at_level(logging.INFO, logger="hpc_oialr"):
-        sites = select(model, Selection(exclude=("skip*",)))
-    assert [site.name for site in sites] == ["plain"]
+        targets = select(model, Selection(exclude=("skip*",)))
+    assert [target.name for target in targets] == ["plain"]
     assert len(caplog.records) == 1
     text = caplog.text
     for expected in (
@@ -131,18 +131,20 @@ def test_old_style_weight_norm_is_left_dense() -> None:
     with pytest.warns(FutureWarning):
         normed = nn.utils.weight_norm(nn.Linear(8, 8))
     model = nn.Sequential(normed, nn.Linear(8, 8), nn.Linear(8, 8))
-    assert [site.name for site in select(model)] == ["1"]
+    assert [target.name for target in select(model)] == ["1"]
 
 
 def test_tied_language_model_head_stays() -> None:
-    names = {site.name for site in select(gpt2())}
+    names = {target.name for target in select(gpt2())}
     assert "lm_head" not in names
     assert names == {f"transformer.h.{i}.{part}" for i in (0, 1) for part in
                      ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
 
 
 def test_first_layer_and_kinds() -> None:
-    names = [site.name for site in select(conv_net(), Selection(keep_first=True, kinds=("Linear", "Conv2d")))]
+    names = [
+        target.name for target in select(conv_net(), Selection(keep_first=True, kinds=("Linear", "Conv2d")))
+    ]
     assert names == ["4"]
     with pytest.raises(UnknownNameError, match="unknown layer kind 'Linea'; valid: .*Did you mean 'Linear'"):
         Selection(kinds=("Linea",))

@@ -101,8 +101,8 @@ def test_a_layer_that_conversion_would_harm_stays_dense(deed: str) -> None:
     model = three()
     act, expected = DEEDS[deed]
     act(model)
-    sites, refused = examine(model, EVERY)
-    assert {site.name for site in sites} == {"0", "2"}
+    targets, refused = examine(model, EVERY)
+    assert {target.name for target in targets} == {"0", "2"}
     assert expected in refused["1"].reason
     assert refused["1"].warn, "no setting says so, therefore the user is warned"
     convert(model, EVERY)
@@ -126,7 +126,7 @@ def test_parameters_side_by_side_in_one_buffer_are_not_tied() -> None:
     for p in model.parameters():
         p.data = flat[at : at + p.numel()].view(p.shape)
         at += p.numel()
-    assert [site.name for site in select(model, EVERY)] == ["0", "1", "2"]
+    assert [target.name for target in select(model, EVERY)] == ["0", "1", "2"]
 
 
 def test_hooks_of_engines_are_no_users_hooks() -> None:
@@ -172,8 +172,8 @@ def test_known_layers_with_a_matrix_more_and_parametrized_ones() -> None:
     model = three()
     model[1].register_parameter("extra", nn.Parameter(torch.ones(3, 3)))
     parametrizations.orthogonal(model[2])
-    sites, refused = examine(model, EVERY)
-    assert [site.name for site in sites] == ["0", "1"]
+    targets, refused = examine(model, EVERY)
+    assert [target.name for target in targets] == ["0", "1"]
     assert refused["1.extra"].reason.startswith("a bare parameter, 3 x 3")
     assert refused["2"].reason == "its weight is parametrized"
     assert set(refused) == {"1.extra", "2"}
@@ -211,8 +211,8 @@ def test_hooks_of_a_core_survive_a_cut() -> None:
 def test_frozen_weights_and_trained_bases() -> None:
     model = three()
     model[0].weight.requires_grad_(False)
-    assert [site.name for site in select(model)] == ["1"]
-    assert [site.name for site in select(model, frozen=True)] == ["0", "1"]
+    assert [target.name for target in select(model)] == ["1"]
+    assert [target.name for target in select(model, frozen=True)] == ["0", "1"]
     convert(model)
     model.requires_grad_(True)
     model(torch.randn(3, 8)).sum().backward()

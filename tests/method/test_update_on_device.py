@@ -19,7 +19,7 @@ from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.work_plan import WorkPlan
 from hpc_oialr.lowrank import low_rank_layers
-from hpc_oialr.method import factorising
+from hpc_oialr.method import decompositions
 
 IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 WAITING = {
@@ -90,7 +90,7 @@ def test_an_update_reads_back_once_however_many_layers() -> None:
     (few, there), (many, _) = an_update(4), an_update(8)
     assert few == ["cpu", "cpu"]
     assert many == few
-    with mock.patch.object(factorising, "WINDOW_NUMBERS", 0):
+    with mock.patch.object(decompositions, "WINDOW_NUMBERS", 0):
         assert an_update(4)[0] == ["cpu"] * (1 + 4)
     _, here = an_update(4, made_up=False)
     for a, b in zip(there, here, strict=True):
@@ -133,7 +133,7 @@ def in_batches(jobs: Any, world: Any, owners: Any) -> WorkPlan:
 @pytest.mark.parametrize("steps", [2, 4])
 def test_factors_and_moments_own_their_storage(steps: int, batched: bool) -> None:
     if batched:
-        with mock.patch("hpc_oialr.method.dealing._plan", in_batches):
+        with mock.patch("hpc_oialr.method.svd_scheduler._plan", in_batches):
             oialr, average = trained(steps, averaged=True)
     else:
         oialr, average = trained(steps, averaged=True)

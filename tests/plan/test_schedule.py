@@ -16,7 +16,7 @@ def run(config: OIALRConfig, steps: int) -> tuple[list[LayerShape], list[dict[st
     model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)), nn.Linear(24, 10), nn.Linear(10, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     oialr = OIALR(model, optimizer, config)
-    shapes, seen = [LayerShape(site.name, *site.shape) for site in oialr.sites], []
+    shapes, seen = [LayerShape(target.name, *target.shape) for target in oialr.targets], []
     for _ in range(steps):
         oialr.model(torch.randn(4, 24)).square().mean().backward()
         optimizer.step()

@@ -151,7 +151,7 @@ def trained_with_copies() -> list[float]:
 def held_bytes_a_number(stage: int) -> float:
     """What the engine holds after a dense step, over the numbers that the module has."""
     run = Run(zero(stage)).train(2)
-    storages = [tensor.untyped_storage() for tensor in run.engine.held()]
+    storages = [tensor.untyped_storage() for tensor in run.engine.extra_tensors()]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     return held / sum(whole_shape(p).numel() for p in run.module.parameters())
 
@@ -175,7 +175,7 @@ def bytes_after(stage: int, counts: list[int]) -> list[int]:
     first = engine.builds
     while engine.builds - first < max(counts):
         live = engine.running()
-        core = run.oialr.sites[0].trained
+        core = run.oialr.targets[0].trained
         live.new[core] = live.partitions.part(core).kept()
         engine.rewrap(run.module)
         del live

@@ -81,13 +81,15 @@ class TensorEngine(GroupEngine):
         self.send_initial(module)
         for attention in [m for m in module.modules() if type(m) is nn.MultiheadAttention]:
             unpack(attention)
-        sites, left = replaceable(module)
-        linear = {site.name: site for site in sites if site.kind in LINEAR}
+        targets, left = replaceable(module)
+        linear = {target.name: target for target in targets if target.kind in LINEAR}
         found = bridges(module, self.pairs, linear, self.layout.size)
         takes = {bridge.second for bridge in found}
         gives = {name for bridge in found for name in bridge.first}
-        for site in sites:
-            shard_dense(site, self.layout, input_block=site.name in takes, output_block=site.name in gives)
+        for target in targets:
+            shard_dense(
+                target, self.layout, input_block=target.name in takes, output_block=target.name in gives
+            )
         log.info("features stay split before: %s", ", ".join(sorted(takes)) or "no layer")
         if left:
             log.info("left whole: %s", "; ".join(f"{name} ({reason})" for name, reason in left.items()))
@@ -113,7 +115,7 @@ class TensorEngine(GroupEngine):
         forget_shapes()
         return module
 
-    def follow(self, layer: LowRankWeight) -> None:
+    def on_replace(self, layer: LowRankWeight) -> None:
         """See that a layer that has become low-rank computes in blocks."""
         shard_low_rank(layer)
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from hpc_oialr.lowrank.selection import Site
+from hpc_oialr.lowrank.selection import TargetWeight
 
 ELEMENTWISE = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.Mish,
@@ -52,19 +52,19 @@ class Bridge:
 
 
 def bridges(
-    model: nn.Module, pairs: Sequence[ColumnRowPair], sites: Mapping[str, Site], size: int
+    model: nn.Module, pairs: Sequence[ColumnRowPair], targets: Mapping[str, TargetWeight], size: int
 ) -> list[Bridge]:
-    """Where features can stay split into ``size`` equal blocks between layers of ``sites``.
+    """Where features can stay split into ``size`` equal blocks between layers of ``targets``.
 
     Parameters
     ----------
     pairs
         What is known of the model; ``nn.Sequential(linear, element-wise, linear)`` is found without.
-    sites
+    targets
         Split linear layers by name.
     """
     found = [*_named(model, pairs), *_sequential(model)]
-    return [bridge for bridge in found if _holds(bridge, sites, size)]
+    return [bridge for bridge in found if _holds(bridge, targets, size)]
 
 
 def _named(model: nn.Module, pairs: Sequence[ColumnRowPair]) -> Iterator[Bridge]:
@@ -89,15 +89,15 @@ def _sequential(model: nn.Module) -> Iterator[Bridge]:
             last = full
 
 
-def _holds(bridge: Bridge, sites: Mapping[str, Site], size: int) -> bool:
-    if any(name not in sites for name in (*bridge.first, bridge.second)):
+def _holds(bridge: Bridge, targets: Mapping[str, TargetWeight], size: int) -> bool:
+    if any(name not in targets for name in (*bridge.first, bridge.second)):
         return False
-    width = features(sites[bridge.second])[0]
-    equal = all(features(sites[name])[1] == width for name in bridge.first)
+    width = features(targets[bridge.second])[0]
+    equal = all(features(targets[name])[1] == width for name in bridge.first)
     return equal and width % size == 0 and (bridge.heads is None or bridge.heads % size == 0)
 
 
-def features(site: Site) -> tuple[int, int]:
+def features(target: TargetWeight) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
-    m, n = site.shape
-    return (m, n) if site.kind == "Conv1D" else (n, m)
+    m, n = target.shape
+    return (m, n) if target.kind == "Conv1D" else (n, m)

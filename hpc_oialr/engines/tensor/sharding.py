@@ -28,7 +28,7 @@ from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
-from hpc_oialr.lowrank.selection import Site
+from hpc_oialr.lowrank.selection import TargetWeight
 
 LINEAR = ("Linear", "Conv1D")
 
@@ -47,19 +47,19 @@ LOW_RANK: dict[type[LowRankWeight], type[ShardedFactors]] = {
 
 
 @torch.no_grad()
-def shard_dense(site: Site, layout: Sharded, *, input_block: bool, output_block: bool) -> None:
+def shard_dense(target: TargetWeight, layout: Sharded, *, input_block: bool, output_block: bool) -> None:
     """Keep this process's rows of a dense weight, and of its bias if it gives a block of its outputs.
 
     Parameters
     ----------
-    site
+    target
         A layer that holds the whole weight, equal on all processes.
     input_block, output_block
         As in :class:`ShardSpec`.
     """
-    layer = site.holder
+    layer = target.holder
     shard_spec = ShardSpec(layout, input_block, output_block, type(layer))
-    layer.__class__ = DENSE[site.kind]
+    layer.__class__ = DENSE[target.kind]
     cast(ShardedDense, layer).shard_spec = shard_spec
     _keep_rows(layer, "weight", layout)
     if output_block and layer._parameters.get("bias") is not None:

@@ -15,16 +15,16 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.work_plan import LayerWork, longest_processing_time, svd_cost
-from hpc_oialr.lowrank import Site
+from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.method.checks import require_finite
-from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.decompositions import split_svd
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.factorising import split_svd
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
+from hpc_oialr.method.svd_scheduler import Job, distribute
 
 
 @dataclass(frozen=True)
-class _Look:
+class Measurement:
     """One layer's singular values, what has changed since its last SVD, and time (s)."""
 
     index: int
@@ -33,7 +33,7 @@ class _Look:
     seconds: float
 
 
-class StabilityWatch:
+class StabilityTracker:
     """Measures every dense layer's stability against its last basis.
 
     A layer is always measured by the same process, which alone keeps its last SVD, in host memory, and
@@ -45,15 +45,15 @@ class StabilityWatch:
         For each layer, how many measurements in a row were at or above the threshold.
     """
 
-    def __init__(self, sites: Sequence[Site], engine: Engine, threshold: float | None) -> None:
+    def __init__(self, targets: Sequence[TargetWeight], engine: Engine, threshold: float | None) -> None:
         self.engine, self.world, self.threshold = engine, engine.world, threshold
-        costs = [svd_cost(*site.shape) for site in sites]
+        costs = [svd_cost(*target.shape) for target in targets]
         owners = longest_processing_time(costs, self.world.size)
-        self.owners = {site.name: owner for site, owner in zip(sites, owners, strict=True)}
+        self.owners = {target.name: owner for target, owner in zip(targets, owners, strict=True)}
         self.streaks: dict[str, int] = {}
         self._bases: dict[str, SVD] = {}
 
-    def report(self, sites: Sequence[Site], t: int) -> UpdateReport:
+    def report(self, targets: Sequence[TargetWeight], t: int) -> UpdateReport:
         """Measure these layers, all dense, after ``t`` steps; sends ``k + 4`` numbers a layer.
 
         Raises
@@ -62,57 +62,60 @@ class StabilityWatch:
             If a weight holds NaN or Inf.
         """
         start = time.perf_counter()
-        require_finite(sites, self.engine)
-        layers = self.measure(sites)
+        require_finite(targets, self.engine)
+        layers = self.measure(targets)
         numbers = sum(
-            (site.k + len(BasisChange._fields)) * compute_dtype(site.trained.dtype).itemsize for site in sites
+            (target.k + len(BasisChange._fields)) * compute_dtype(target.trained.dtype).itemsize
+            for target in targets
         )
         seconds, sent = time.perf_counter() - start, numbers * (self.world.size - 1)
         return UpdateReport(t=t, kind="stability", layers=layers, seconds=seconds, bytes_sent=sent)
 
     @exact_arithmetic()
-    def measure(self, sites: Sequence[Site]) -> tuple[LayerUpdate, ...]:
+    def measure(self, targets: Sequence[TargetWeight]) -> tuple[LayerUpdate, ...]:
         """Measure these layers, all dense; one report each."""
         updates: dict[int, LayerUpdate] = {}
-        for look in self._split(sites) if self.engine.layout.group is not None else self._dealt(sites):
-            site = sites[look.index]
-            self._count(site.name, look.change.stability)
-            updates[look.index] = measured(site.name, site.shape, look.s, look.change, look.seconds)
+        for look in self._split(targets) if self.engine.layout.group is not None else self._dealt(targets):
+            target = targets[look.index]
+            self._count(target.name, look.change.stability)
+            updates[look.index] = measured(target.name, target.shape, look.s, look.change, look.seconds)
         return tuple(updates[i] for i in sorted(updates))
 
-    def _dealt(self, sites: Sequence[Site]) -> Iterator[_Look]:
-        jobs = [self._job(site) for site in sites]
-        owners = [self.owners[site.name] for site in sites]
-        for result in deal(jobs, self.world, owners=owners):
-            self.engine.close(sites[result.index])
-            s, change = result.values.split([sites[result.index].k, len(BasisChange._fields)])
-            yield _Look(result.index, s, BasisChange(*change.tolist()), result.seconds)
+    def _dealt(self, targets: Sequence[TargetWeight]) -> Iterator[Measurement]:
+        jobs = [self._job(target) for target in targets]
+        owners = [self.owners[target.name] for target in targets]
+        for result in distribute(jobs, self.world, owners=owners):
+            self.engine.release(targets[result.index])
+            s, change = result.values.split([targets[result.index].k, len(BasisChange._fields)])
+            yield Measurement(result.index, s, BasisChange(*change.tolist()), result.seconds)
 
-    def _job(self, site: Site) -> Job:
+    def _job(self, target: TargetWeight) -> Job:
         def prepare() -> Tensor:
-            self.engine.open(site)
-            return site.weight.detach().reshape(site.shape)
+            self.engine.gather(target)
+            return target.weight.detach().reshape(target.shape)
 
         def pack(factors: SVD) -> Tensor:
-            return torch.cat([factors.s, factors.s.new_tensor(self._change(site, factors))])
+            return torch.cat([factors.s, factors.s.new_tensor(self._change(target, factors))])
 
-        size = site.k + len(BasisChange._fields)
-        return Job(LayerWork(site.name, *site.shape), prepare, pack, size, site.weight)
+        size = target.k + len(BasisChange._fields)
+        return Job(LayerWork(target.name, *target.shape), prepare, pack, size, target.weight)
 
-    def _split(self, sites: Sequence[Site]) -> Iterator[_Look]:
-        for index, site in enumerate(sites):
+    def _split(self, targets: Sequence[TargetWeight]) -> Iterator[Measurement]:
+        for index, target in enumerate(targets):
             start = time.perf_counter()
-            now = SVD(*split_svd(site, self.engine))
-            yield _Look(index, now.s, self._change(site, now), time.perf_counter() - start)
+            now = SVD(*split_svd(target, self.engine))
+            yield Measurement(index, now.s, self._change(target, now), time.perf_counter() - start)
 
-    def _change(self, site: Site, now: SVD) -> BasisChange:
+    def _change(self, target: TargetWeight, now: SVD) -> BasisChange:
         """Since the last SVD, of which this one takes the place."""
-        layout, last = self.engine.layout, self._bases.get(site.name)
-        self._bases[site.name] = SVD(*(part.cpu().contiguous() for part in now))
+        layout, last = self.engine.layout, self._bases.get(target.name)
+        self._bases[target.name] = SVD(*(part.cpu().contiguous() for part in now))
         if last is None:
             return BasisChange()
         last = SVD(*(part.to(now.s) for part in last))
-        return basis_change(last, now, layout.group, whole=lambda Vh: layout.whole_columns(Vh, site.shape[1]))
+        return basis_change(
+            last, now, layout.group, whole=lambda Vh: layout.whole_columns(Vh, target.shape[1])
+        )
 
     def _count(self, name: str, agreement: float) -> None:
         settled = self.threshold is not None and agreement >= self.threshold
@@ -123,27 +126,27 @@ class StabilityWatch:
         self._bases.pop(name, None)
         self.streaks.pop(name, None)
 
-    def bases(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def bases(self, targets: Sequence[TargetWeight]) -> dict[str, Tensor]:
         """All kept bases for a checkpoint, whole or as they are split; a collective call.
 
         Keys ``NAME.U``, ``NAME.s`` and ``NAME.Vh``.
         """
         kept: dict[str, Tensor] = {}
         known = set().union(*self.world.all_gather_object(set(self._bases)))
-        for site in (site for site in sites if site.name in known):
-            for part, tensor in zip(SVD._fields, self._shared(site), strict=True):
-                kept[f"{site.name}.{part}"] = tensor
+        for target in (target for target in targets if target.name in known):
+            for part, tensor in zip(SVD._fields, self._shared(target), strict=True):
+                kept[f"{target.name}.{part}"] = tensor
         return kept
 
-    def _shared(self, site: Site) -> SVD:
-        (m, n), k, layout = site.shape, site.k, self.engine.layout
-        dtype, device = compute_dtype(site.weight.dtype), site.weight.device
-        mine = self._bases.get(site.name)
+    def _shared(self, target: TargetWeight) -> SVD:
+        (m, n), k, layout = target.shape, target.k, self.engine.layout
+        dtype, device = compute_dtype(target.weight.dtype), target.weight.device
+        mine = self._bases.get(target.name)
         parts = mine or (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k,), (k, n)))
         sent = SVD(*(part.to(device) for part in parts))
         if layout.group is not None:
             return SVD(layout.put_rows(sent.U, m), sent.s, layout.put_columns(sent.Vh, n))
-        self.world.share(sent, src=self.owners[site.name])
+        self.world.share(sent, src=self.owners[target.name])
         return SVD(*(part.cpu() for part in sent))
 
     def require(self, bases: dict[str, Tensor] | None, streaks: dict[str, int]) -> None:

@@ -50,7 +50,7 @@ class Result:
     seconds: float
 
 
-def deal(
+def distribute(
     jobs: Sequence[Job], world: Peers, *, owners: Sequence[int] | None = None, careful: bool = True
 ) -> Iterator[Result]:
     """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.

@@ -15,10 +15,10 @@ from hpc_oialr.linalg.blocks import gram_error
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
-from hpc_oialr.lowrank import LowRankWeight, Site
-from hpc_oialr.method.dealing import Job, Result, deal
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.stability import rotation_cosines, rotation_stability
+from hpc_oialr.method.svd_scheduler import Job, Result, distribute
 
 # Of the results that wait on a GPU to be read back together, with what an engine may bring to hand a core out:
 # 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results.
@@ -32,7 +32,7 @@ class Factors:
     Attributes
     ----------
     index
-        Which of the sites.
+        Which of the targets.
     U, Vh
         This process's rows of m x r and columns of r x n.
     s
@@ -55,7 +55,7 @@ class Rotation:
     Attributes
     ----------
     index
-        Which of the sites.
+        Which of the targets.
     P, s, Qh
         On the device.
     spectrum
@@ -79,7 +79,7 @@ class Rotation:
     seconds: float
 
 
-def weight_factors(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
     """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
 
     Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer. One
@@ -88,47 +88,47 @@ def weight_factors(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -
     triangles of at most k^2 numbers log2 P times, and no process holds more than ``k max(m, n)`` numbers
     beside its block, of one layer at a time.
     """
-    return _dealt(sites, kept, engine) if engine.layout.group is None else _blockwise(sites, kept, engine)
+    return _dealt(targets, kept, engine) if engine.layout.group is None else _blockwise(targets, kept, engine)
 
 
-def _dealt(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    jobs = [_weight_job(site, r, engine) for site, r in zip(sites, kept, strict=True)]
-    for result in deal(jobs, engine.world):
-        (m, n), k, r = sites[result.index].shape, sites[result.index].k, kept[result.index]
+def _dealt(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+    jobs = [_weight_job(target, r, engine) for target, r in zip(targets, kept, strict=True)]
+    for result in distribute(jobs, engine.world):
+        (m, n), k, r = targets[result.index].shape, targets[result.index].k, kept[result.index]
         s, U, Vh = result.values.split([k, m * r, r * n])
         yield Factors(result.index, U.view(m, r), s, Vh.view(r, n), result.seconds)
 
 
-def _weight_job(site: Site, r: int, engine: Engine) -> Job:
-    (m, n), k = site.shape, site.k
+def _weight_job(target: TargetWeight, r: int, engine: Engine) -> Job:
+    (m, n), k = target.shape, target.k
 
     def prepare() -> Tensor:
-        engine.open(site)
-        return site.weight.detach().reshape(m, n)
+        engine.gather(target)
+        return target.weight.detach().reshape(m, n)
 
     def pack(factors: SVD) -> Tensor:
         U, s, Vh = factors
         return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
 
-    return Job(LayerWork(site.name, m, n), prepare, pack, k + r * (m + n), site.weight)
+    return Job(LayerWork(target.name, m, n), prepare, pack, k + r * (m + n), target.weight)
 
 
-def _blockwise(sites: Sequence[Site], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    for index, (site, r) in enumerate(zip(sites, kept, strict=True)):
+def _blockwise(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
+    for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
         start = time.perf_counter()
-        U, s, Vh = split_svd(site, engine)
+        U, s, Vh = split_svd(target, engine)
         yield Factors(index, U[:, :r], s, Vh[:r], time.perf_counter() - start)
 
 
-def split_svd(site: Site, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """Of a dense layer's weight in row blocks: this process's rows of U, s, its columns of Vh; a collective call."""
-    engine.open(site)
+    engine.gather(target)
     layout = engine.layout
-    U, s, Vh, _ = tsqr_svd(layout.rows(site.weight), layout.group, name=site.name)
-    return U, s, Vh[:, layout.own_columns(site.shape[1])]
+    U, s, Vh, _ = tsqr_svd(layout.rows(target.weight), layout.group, name=target.name)
+    return U, s, Vh[:, layout.own_columns(target.shape[1])]
 
 
-def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
+def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[Rotation]:
     """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 4`` numbers a layer.
 
     On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows.
@@ -138,18 +138,18 @@ def core_rotations(sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
     NonFiniteError
         On every process, if no SVD of a core converged.
     """
-    jobs = [_core_job(site, engine) for site in sites]
+    jobs = [_core_job(target, engine) for target in targets]
     failed: list[int] = []
-    for results in _windows(deal(jobs, engine.world, careful=False), jobs):
-        for rotation in _read_back(results, sites, engine):
+    for results in _windows(distribute(jobs, engine.world, careful=False), jobs):
+        for rotation in _read_back(results, targets, engine):
             # Not finite wherever any value of P or Qh is not.
             if math.isfinite(rotation.stability) and bool(torch.isfinite(rotation.spectrum).all()):
                 yield rotation
             else:
                 failed.append(rotation.index)
     # All processes have read the same values. What the first driver could not do goes through all others.
-    for result in deal([jobs[i] for i in failed], engine.world) if failed else ():
-        yield from _read_back([replace(result, index=failed[result.index])], sites, engine)
+    for result in distribute([jobs[i] for i in failed], engine.world) if failed else ():
+        yield from _read_back([replace(result, index=failed[result.index])], targets, engine)
 
 
 def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Result]]:
@@ -167,12 +167,14 @@ def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Re
         yield window
 
 
-def _read_back(results: Sequence[Result], sites: Sequence[Site], engine: Engine) -> Iterator[Rotation]:
+def _read_back(
+    results: Sequence[Result], targets: Sequence[TargetWeight], engine: Engine
+) -> Iterator[Rotation]:
     """Wait for the figures of all ``results`` together."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     figures: list[Tensor] = []
     for result in results:
-        layer = _layer(sites[result.index])
+        layer = _layer(targets[result.index])
         r = layer.r
         s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
         if engine.layout.group is not None:
@@ -198,12 +200,12 @@ def _read_back(results: Sequence[Result], sites: Sequence[Site], engine: Engine)
         )
 
 
-def _core_job(site: Site, engine: Engine) -> Job:
-    layer = _layer(site)
+def _core_job(target: TargetWeight, engine: Engine) -> Job:
+    layer = _layer(target)
     r = layer.r
 
     def prepare() -> Tensor:
-        engine.open(site)
+        engine.gather(target)
         return engine.layout.core(layer.S)
 
     def pack(factors: SVD) -> Tensor:
@@ -213,13 +215,13 @@ def _core_job(site: Site, engine: Engine) -> Job:
         return torch.cat([s, P.reshape(-1), Qh.reshape(-1), rotation_cosines(P, Qh), errors.to(s)])
 
     # Some engines bring U and Vh too when they open a layer.
-    work = LayerWork(site.name, r, r, held=r * (r + sum(site.shape)))
+    work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
     return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
 
 
-def _layer(site: Site) -> LowRankWeight:
-    assert site.low_rank is not None
-    return site.low_rank
+def _layer(target: TargetWeight) -> LowRankWeight:
+    assert target.low_rank is not None
+    return target.low_rank
 
 
 def _errors(layer: LowRankWeight, engine: Engine) -> Tensor:

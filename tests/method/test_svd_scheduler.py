@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.svd import SVD
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
-from hpc_oialr.method.dealing import Job, deal
+from hpc_oialr.method.svd_scheduler import Job, distribute
 from hpc_oialr.processes import World
 
 SHAPES = [(9, 9)] * 5 + [(600, 8)] + [(12, 9)] * 2
@@ -45,9 +45,9 @@ def batches(jobs: list[Job], world: World) -> WorkPlan:
 def results(rank: int, size: int) -> Results:
     world = World.single("cpu") if size == 1 else World.from_environment(device="cpu", timeout_s=60)
     jobs = [job(i) for i in range(len(SHAPES))]
-    found = list(deal(jobs, world))
-    with mock.patch("hpc_oialr.method.dealing._plan", lambda jobs, world, _: batches(jobs, world)):
-        in_batches = {result.index: result.values for result in deal(jobs, world)}
+    found = list(distribute(jobs, world))
+    with mock.patch("hpc_oialr.method.svd_scheduler._plan", lambda jobs, world, _: batches(jobs, world)):
+        in_batches = {result.index: result.values for result in distribute(jobs, world)}
     assert all(torch.equal(in_batches[r.index], r.values) for r in found), "a batch is a loop on a CPU"
     assert sorted(result.index for result in found) == list(range(len(SHAPES)))
     return {r.index: r.values.clone() for r in found}, {r.index for r in found if r.seconds}
@@ -82,9 +82,11 @@ def with_nan(rank: int, size: int) -> tuple[str, list[int]]:
     jobs[3].prepare()[0, 0] = torch.nan
     world = World.from_environment(device="cpu", timeout_s=60)
     with pytest.raises(NonFiniteError) as caught:
-        list(deal(jobs, world))
+        list(distribute(jobs, world))
     failed = [
-        found.index for found in deal(jobs, world, careful=False) if not bool(found.values.isfinite().all())
+        found.index
+        for found in distribute(jobs, world, careful=False)
+        if not bool(found.values.isfinite().all())
     ]
     return str(caught.value), failed
 
