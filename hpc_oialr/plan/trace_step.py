@@ -12,8 +12,8 @@ import torch
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, SingleEngine, TensorEngine
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.basis import BasisUpdater
-from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.decompositions import core_rotations, weight_factors
+from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.plan.fake_world import fake_collectives, fake_tensors, fake_world
