@@ -109,6 +109,8 @@ def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
     """
     if (folder / "compare.json").exists():
         raise OIALRError(f"{folder} holds a comparison already. Take another --out.")
+    if RunFolder(folder).holds_run or RunFolder(folder).job.exists():
+        raise OIALRError(f"{folder} holds a run, and a comparison has a folder of two. Take another --out.")
     recipes = {side: folder / f"{side}.yaml" for side in sides}
     known = {
         side: path.is_file() and path.read_text("utf-8") == sides[side].text for side, path in recipes.items()

@@ -63,6 +63,17 @@ def mask_text(text: str) -> str:
     return _FORM.sub(MASK, masked)
 
 
+def one_line(text: str) -> str:
+    """The same as one line without secrets; what a path may hold of line breaks and terminal codes is escaped.
+
+    Examples
+    --------
+    >>> one_line("a\\nb holds no run")
+    'a\\\\nb holds no run'
+    """
+    return mask_text("".join(c if c >= " " and c != "\x7f" else repr(c)[1:-1] for c in text))
+
+
 def mask_tree(value: Any, name: str = "") -> Any:
     """Settings without secrets: strings whose name hints at one, and what :func:`mask_text` finds in the others.
 

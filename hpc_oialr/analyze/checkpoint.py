@@ -243,12 +243,23 @@ def refuse_quantised(path: Path, dtypes: Mapping[str, str]) -> None:
     """
     for name, dtype in dtypes.items():
         layer, _, last = name.rpartition(".")
-        if last not in (*PACKED, "weight") or (last == "weight" and dtype in PLAIN):
+        is_float, weight = re.search(r"F[48]|float[48]", dtype), last == "weight"
+        coded = is_float or re.search(r"int8|[UI]8", dtype)
+        if last not in PACKED and (dtype in PLAIN or not (weight or coded)):
             continue
+        # Tensors of other names have scales of their own, as gate_up_proj_scale of experts.
+        owner = layer if weight or last in PACKED else name
         beside = [
-            each for each in dtypes if each.startswith(f"{layer}.") and SCALES.search(each[len(layer) :])
+            each
+            for each in dtypes
+            if each.startswith((f"{owner}.", f"{name}_")) and SCALES.search(each[len(owner) :])
         ]
-        if beside or last in PACKED or "float" not in dtype.lower().replace("f8_", "float8_"):
+        if weight and not beside and not coded:
+            raise DataError(
+                f"{path} holds {name} as {dtype}; must be real floating-point numbers. Save the weights as such, or "
+                "leave that tensor out of the file."
+            )
+        if beside or last in PACKED or (weight and not is_float):
             scales = f", with {beside[0]} beside it" if beside else ""
             raise DataError(
                 f"{path} is quantised: {name} holds {dtype}{scales}, and its spectrum would be wrong. Dequantise the "

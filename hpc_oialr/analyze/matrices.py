@@ -51,6 +51,13 @@ class MatrixSelection(Selection):
     def matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
         """Those that take part, with the numbers in their names in order."""
         found = [self._matrix(name, shape) for name, shape in shapes.items()]
+        tensors: dict[str, str] = {}
+        for each in filter(None, found):
+            if tensors.setdefault(each.layer, each.tensor) != each.tensor:
+                raise DataError(
+                    f"{tensors[each.layer]!r} and {each.tensor!r} are both the weight of layer {each.layer!r}. Leave "
+                    "one out of the file."
+                )
         kept = sorted((each for each in found if each), key=lambda each: _natural(each.layer))
         return kept[self.keep_first : len(kept) - self.keep_last]
 

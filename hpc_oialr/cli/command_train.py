@@ -12,7 +12,7 @@ from hpc_oialr.errors import OIALRError
 from hpc_oialr.launch.batch_record import note_job
 from hpc_oialr.launch.life import code_of, stop_requests
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.record.run_folder import default_folder
+from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
@@ -94,7 +94,7 @@ def finish(result: Result) -> int:
     if result.summary is not None:
         out.print(summary_table(result.summary, _processes(result.summary)))
     else:
-        out.print(f"stopped on request; go on with: oialr resume {result.folder}", markup=False)
+        out.print(f"stopped on request; go on with: {RunFolder(result.folder).resume_command}", markup=False)
     out.print(f"run folder: {result.folder}", markup=False)
     return code_of(result)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
-from hpc_oialr.masking import mask_text
+from hpc_oialr.masking import one_line
 from hpc_oialr.processes import launch_info
 
 # Errors that may befall one process alone; all others are the same everywhere.
@@ -44,7 +44,7 @@ def console(*, of_every_process: bool = False) -> Console:
 def show_error(error: OIALRError) -> None:
     """One line on standard error, from the main process or from the one that it befell."""
     if is_main() or isinstance(error, OF_ONE_PROCESS):
-        sys.stderr.write(mask_text(f"oialr: error: {error}\n"))
+        sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
     else:
         # The launcher ends all processes when the first one leaves: the main one must get to its message.
         time.sleep(GRACE_S)
@@ -63,7 +63,7 @@ class WarningLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line."""
         if is_main():
-            sys.stderr.write(mask_text(f"oialr: {record.levelname.lower()}: {record.getMessage()}\n"))
+            sys.stderr.write(one_line(f"oialr: {record.levelname.lower()}: {record.getMessage()}") + "\n")
 
 
 def add_command(

@@ -9,6 +9,7 @@ from typing import Any
 
 from hpc_oialr.errors import ProcessLostError
 from hpc_oialr.exit_codes import FINISHED, PROCESS_LOST
+from hpc_oialr.masking import one_line
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.record.run_folder import RunFolder
 
@@ -47,7 +48,7 @@ class RecipeRun:
         try:
             code = run_job(self.recipe, self.folder, self.settings)
         except ProcessLostError as error:
-            sys.stderr.write(f"oialr: error: {error}\n")
+            sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
             raise SystemExit(PROCESS_LOST) from error
         if code != FINISHED:
             raise SystemExit(code)

@@ -15,6 +15,7 @@ from pathlib import Path
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
 from hpc_oialr.launch.trust import require_own
+from hpc_oialr.masking import one_line
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.processes.identity import end_with_parent
 from hpc_oialr.processes.signals import leave_upon_term
@@ -51,7 +52,7 @@ def entry() -> None:
         code = left.code or 0
     except OIALRError as error:
         code = of_error(error)
-        sys.stderr.write(f"oialr: error: {error}\n")
+        sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

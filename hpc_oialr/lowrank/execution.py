@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.system_errors import read_json
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,14 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
     ConfigError
         If the file holds no such rows.
     """
-    rows = [row for row in read_json(Path(path)).get("rows", []) if row["dtype"] == dtype]
+    fix = "Run python -m benchmarks.layer."
+    try:
+        rows = [row for row in read_json(Path(path))["rows"] if row["dtype"] == dtype]
+    except (DataError, TypeError, KeyError) as error:
+        rule = f"must be a number, or the result file of that benchmark ({error})"
+        raise ConfigError("crossover", str(path), rule, fix=fix) from None
     if not rows:
-        raise ConfigError(
-            "crossover", str(path), f"must hold rows of dtype {dtype}", fix="Run python -m benchmarks.layer."
-        )
+        raise ConfigError("crossover", str(path), f"must hold rows of dtype {dtype}", fix=fix)
     costs = [(row["tokens"], row["m"], row["n"], row["r"]) for row in rows]
     flops = np.array([factored_cost(*c) / merged_cost(*c) for c in costs])
     slower = np.log([row["time_ratio"] / row["rebuild_ratio"] for row in rows])

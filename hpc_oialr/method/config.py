@@ -9,6 +9,7 @@ import torch
 
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.lowrank import Selection
+from hpc_oialr.lowrank.execution import measured_crossover
 from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
 
 
@@ -78,7 +79,9 @@ class OIALRConfig:
         self._check_stability()
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
-        if not isinstance(self.crossover, str):
+        if isinstance(self.crossover, str):
+            measured_crossover(self.crossover)
+        else:
             check_interval("crossover", self.crossover, 0, 2, closed=(True, True))
 
     def bound_on_errors(self, stored: torch.dtype) -> float:

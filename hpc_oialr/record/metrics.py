@@ -32,6 +32,11 @@ class MetricsWriter:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        if os.path.lexists(self.path) and not self.path.is_file():
+            # A folder cannot be opened, a pipe would wait for its reader.
+            aside = next(name for i in range(1000) if not os.path.lexists(name := Path(f"{path}.aside{i}")))
+            self.path.rename(aside)
+            log.warning("%s was no regular file; it is %s now.", self.path, aside.name)
         self._file = self.path.open("ab", buffering=0)
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
         self._drop_torn_line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,17 @@ class RunFolder:
         return self.path / "owner.json"
 
     @property
+    def resume_command(self) -> str:
+        """What to type to go on with the run."""
+        name = str(self.path)
+        return f"oialr resume {shlex.quote(f'./{name}' if name.startswith('-') else name)}"
+
+    @property
+    def settings(self) -> Path:
+        """Of which settings the checkpoints must be; there from the run's begin."""
+        return self.checkpoints / "settings.json"
+
+    @property
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
         return self.config.exists()
@@ -131,6 +143,10 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Write ``config.yaml``."""
         write_atomically(self.config, text)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write ``checkpoints/settings.json``."""
+        write_atomically(self.settings, to_json(settings, indent=1) + "\n")
 
     def write_environment(self, report: Mapping[str, Any]) -> None:
         """Write ``environment.json``."""

@@ -60,7 +60,7 @@ def find_choice(family: type, path: Any, name: str, origin: str | None = None) -
     """
     valid = choices(family)
     module, _, short = str(path).rpartition(".")
-    if module and not module.startswith("hpc_oialr."):
+    if module:
         try:
             found = getattr(importlib.import_module(module), short, None)
         except ModuleNotFoundError as error:
@@ -70,7 +70,7 @@ def find_choice(family: type, path: Any, name: str, origin: str | None = None) -
         except Exception as error:
             rule = f"cannot be imported ({type(error).__name__}: {error})"
             raise ConfigError(name, path, rule, origin=origin) from error
-        if inspect.isclass(found) and issubclass(found, family):
+        if inspect.isclass(found) and issubclass(found, family) and not inspect.isabstract(found):
             return found
     elif short in valid:
         return valid[short]

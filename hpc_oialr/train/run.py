@@ -6,24 +6,32 @@ import functools
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.errors import CheckpointError, FolderLostError, OIALRError
+from hpc_oialr.errors import CheckpointError, DataError, FolderLostError, OIALRError
 from hpc_oialr.masking import MaskingFormatter, mask_tree
 from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.record.owner import Claim, Ownership
+from hpc_oialr.system_errors import read_json
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.run_context import make_run_context
-from hpc_oialr.train.same_run import RESUMABLE, differing, fixed_settings, may_change
+from hpc_oialr.train.same_run import (
+    RESUMABLE,
+    differing,
+    fixed_settings,
+    may_change,
+    require_settings,
+    stored,
+)
 from hpc_oialr.train.stopping import StopRequest
 from hpc_oialr.train.summary import summarise
 from hpc_oialr.train.trainer import Trainer
@@ -82,7 +90,7 @@ def train(
         run_folder = RunFolder(joined.broadcast_object(folder))
         if joined.broadcast_object(run_folder.holds_run):
             raise OIALRError(
-                f"{folder} already holds a run. Go on with it: oialr resume {folder}, or --continue; or take "
+                f"{folder} already holds a run. Go on with it: {run_folder.resume_command}, or --continue; or take "
                 "another --out."
             )
         return _run(loaded, run_folder, joined, stop, claim)
@@ -181,7 +189,7 @@ def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> N
         raise OIALRError(
             f"{folder} holds a run with other settings: {name} is {theirs.get(name)!r} there, {ours.get(name)!r} "
             f"here{more}; only these may differ: {', '.join(RESUMABLE)}. Take another --out, or go on with the "
-            f"run as it is: oialr resume {folder}"
+            f"run as it is: {RunFolder(folder).resume_command}"
         )
 
 
@@ -232,8 +240,19 @@ def _begin(folder: RunFolder, loaded: LoadedConfig, world: World) -> None:
         if not folder.environment.exists():
             folder.write_environment(environment_report())
         if not folder.holds_run:
+            folder.write_settings(stored(fixed_settings(loaded.tree)))
             folder.write_config(loaded.text)
     world.barrier()
+
+
+def _require_begun_settings(folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    """What a checkpoint says of the settings says the folder until there is one."""
+    if not folder.settings.exists():
+        return
+    try:
+        require_settings({"settings": read_json(folder.settings)}, settings, str(folder.settings))
+    except (DataError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s): config.yaml counts.", folder.settings, error)
 
 
 def _run(
@@ -279,6 +298,8 @@ def _train(
         trainer = Trainer(context, store, recorder, settings=fixed_settings(loaded.tree), stop=stop)
         try:
             trainer.resume()
+            if not trainer.progress.step:
+                on_main(world, lambda: _require_begun_settings(folder, trainer.settings))
             summary = summarise(trainer) if trainer.fit() else None
             if summary is not None:
                 recorder.finish()
@@ -314,7 +335,7 @@ def _write_summary(folder: RunFolder, summary: dict[str, Any], held: Ownership |
         folder.write_summary(summary)
     except OSError as error:
         raise CheckpointError(
-            f"{folder.summary} cannot be written ({error}). Put that right, then: oialr resume {folder.path}"
+            f"{folder.summary} cannot be written ({error}). Put that right, then: {folder.resume_command}"
         ) from error
 
 

@@ -108,8 +108,8 @@ def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], wher
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise CheckpointError(
             f"{where} is of another run: {names[0]} was {_shown(then, names[0])} then and is "
-            f"{_shown(now, names[0])} now{more}. Put the value in config.yaml back, or take the checkpoint out of "
-            "this folder."
+            f"{_shown(now, names[0])} now{more}. Put the value in config.yaml back, or take "
+            "that file or checkpoint out of this folder."
         )
     if only := sorted(set(then) ^ set(now)) if known is not None else []:
         log.warning(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from hpc_oialr.analyze.checkpoint import open_checkpoint
+from hpc_oialr.analyze.matrices import MatrixSelection
 from hpc_oialr.cli.command_analyze import _Lines
 from hpc_oialr.errors import DataError
 
@@ -43,6 +44,10 @@ FP8 = MATRIX.to(torch.float8_e4m3fn)
             {"a.W_q": MATRIX.to(torch.uint8), "a.scale": torch.ones(8)},
             "a.W_q holds U8, with a.scale beside it",
         ),
+        (
+            {"a.gate_up_proj": FP8, "a.gate_up_proj_scale": torch.ones(8)},
+            "a.gate_up_proj holds F8_E4M3, with a.gate_up_proj_scale beside it",
+        ),
         ({"a.weight": MATRIX.to(torch.int8)}, "a.weight holds I8, and its spectrum would be wrong"),
     ],
 )
@@ -51,6 +56,21 @@ def test_quantised_matrices_are_refused_by_name(tmp_path, state, text):
     with pytest.raises(DataError, match=f"model.safetensors is quantised: .*{text}") as raised:
         open_checkpoint(tmp_path)
     assert "is no whole" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_numbers_of_another_kind_are_called_what_they_are(tmp_path, dtype, suffix):
+    state = {"a.weight": MATRIX.to(dtype)}
+    (torch.save if suffix == "pt" else save_file)(state, tmp_path / f"model.{suffix}")
+    with pytest.raises(DataError, match="a.weight as .*; must be real floating-point numbers"):
+        open_checkpoint(tmp_path / f"model.{suffix}")
+
+
+def test_two_weights_of_one_layer():
+    for names in (("weight", ".weight"), ("module.a.weight", "a.weight")):
+        with pytest.raises(DataError, match=r"are both the weight of layer"):
+            MatrixSelection(min_dim=1).matrices(dict.fromkeys(names, (8, 8)))
 
 
 def test_quantised_torch_file(tmp_path):

@@ -32,6 +32,10 @@ def test_paths_that_cannot_be_used_are_told(capsys, tmp_path):
     assert "recipe.yaml is no UTF-8 text (byte 7" in one_error(capsys, "train", undecodable)
     assert str(tmp_path) in one_error(capsys, "spectra", "show", dangling)
     assert "gone" in one_error(capsys, "spectra", "watch", tmp_path / "gone")
+    assert "a\\nb holds no run" in one_error(capsys, "resume", "a\nb")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("train: {}")
+    assert "run holds a run" in one_error(capsys, "compare", recipe, "--out", tmp_path / "run")
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     assert str(loop) in one_error(capsys, "data", "sample", "imagenet", loop)

@@ -95,6 +95,21 @@ def test_dense_twin_takes_its_own_settings(recipe):
             "unknown oialr.rule type 'RelativCutoff' (from the command line); valid: CumulativeSum, Energy, "
             "FixedFraction, NoiseEdge, RelativeCutoff, StableRank. Did you mean 'RelativeCutoff'?",
         ),
+        (
+            ["--model", "hpc_oialr.nothing.GPT2"],
+            UnknownNameError,
+            "unknown model type 'hpc_oialr.nothing.GPT2'",
+        ),
+        (
+            ["--model", "hpc_oialr.models.Model"],
+            UnknownNameError,
+            "unknown model type 'hpc_oialr.models.Model'",
+        ),
+        (
+            ["--oialr.crossover", "no/file"],
+            ConfigError,
+            "or the result file of that benchmark (no/file: No such",
+        ),
         (["--oialr.rule.beta", "0.1"], UnknownNameError, "valid: oialr.rule.fraction"),
         (["--dense.optimizer.lrr", "1"], UnknownNameError, "Did you mean 'dense.optimizer.lr'?"),
         (

@@ -73,6 +73,20 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, over, message):
         resume(stopped, world=WORLD)
 
 
+def test_settings_edited_before_the_first_checkpoint_are_noticed(recipe, stopped, whole, caplog):
+    for step in (5, 7):
+        shutil.rmtree(stopped / "checkpoints" / f"step_{step:08d}")
+    edit(stopped, optimizer__init_args__lr=0.5)
+    with pytest.raises(
+        CheckpointError, match=r"settings\.json is of another run: optimizer\.lr was 0\.02 then"
+    ):
+        resume(stopped, world=WORLD)
+    edit(stopped, optimizer__init_args__lr=0.02)
+    (stopped / "checkpoints" / "settings.json").write_bytes(b"\0" * 100)
+    assert resume(stopped, world=WORLD).summary["weights_sha256"] == whole.summary["weights_sha256"]
+    assert "settings.json is damaged" in caplog.text
+
+
 def test_what_may_change_may(stopped, whole, tmp_path):
     """Another place of the data, other checkpoints; the settings of the dense twin are another run's."""
     old = yaml.safe_load((stopped / "config.yaml").read_text())["data"]["init_args"]["path"]
@@ -125,12 +139,14 @@ def test_nothing_else_is_needed_to_go_on(stopped, whole, caplog):
     rows = (stopped / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_bytes(b"".join([*rows[:2], b"\0" * 4096 + b"\n", *rows[3:]]))
     (stopped / "updates.jsonl").unlink()
+    (stopped / "updates.jsonl").mkdir()
     (stopped / "environment.json").unlink()
     (stopped / "summary.json").write_bytes(b"\0" * 100)
     shutil.rmtree(stopped / "logs")
     result = resume(stopped, world=WORLD)
     assert result.summary["weights_sha256"] == whole.summary["weights_sha256"]
     assert f"line 3 of {stopped / 'metrics.jsonl'}: no JSON object with a step; left out." in caplog.messages
+    assert (stopped / "updates.jsonl.aside0").is_dir()
     expected = losses(whole.folder)
     assert losses(stopped) == [*expected[:2], *expected[3:]]
     assert json.loads((stopped / "environment.json").read_text())["packages"]["torch"]
