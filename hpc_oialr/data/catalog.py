@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source
-from hpc_oialr.data.tar_archive import TarArchive
-from hpc_oialr.errors import UnknownNameError
+from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source, TarArchive, sha256_of
+from hpc_oialr.errors import DataError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -46,26 +44,38 @@ class FetchableDataset:
         """Why a folder does not hold the data set, unharmed; None if it does."""
         if not self.known:
             return None if any(file.is_file() for file in folder.rglob("*")) else f"{folder} holds no files"
-        for name, accepted in self.files.items():
-            if not (folder / name).is_file():
-                return f"{folder / name} is missing"
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            if found not in accepted:
-                return f"{folder / name} is damaged: expected sha256 {' or '.join(accepted)}, found {found}"
-        return self._size_fault(folder)
-
-    def _size_fault(self, folder: Path) -> str | None:
-        for name, size in self.sizes.items():
-            if not (folder / name).is_file():
-                return f"{folder / name} is missing"
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{folder / name} is damaged: expected {size} bytes, found {found}"
+        for name in (*self.files, *self.sizes):
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if name in self.sizes:
+                expected, found = f"{self.sizes[name]} bytes", f"{path.stat().st_size} bytes"
+                right = found == expected
+            else:
+                accepted = self.files[name]
+                expected, found = f"sha256 {' or '.join(accepted)}", sha256_of(path)
+                right = found in accepted
+            if not right:
+                return f"{path} is damaged: expected {expected}, found {found.removesuffix(' bytes')}"
         return None
 
-    def holds_all_names(self, folder: Path) -> bool:
-        """Whether a folder has all the files, unchecked."""
-        return bool(self.files) and all((folder / name).is_file() for name in self.files)
+    def find(self, places: Sequence[Path], title: str) -> Path:
+        """The first of some folders that has all the files; their content is not checked.
+
+        Raises
+        ------
+        DataError
+            None has; says of each what it lacks, and what to do.
+        """
+        looked = []
+        for place in places:
+            missing = [name for name in (*self.files, *self.sizes) if not (place / name).is_file()]
+            if not missing:
+                return place
+            looked.append(
+                f"{place} ({'without ' + ', '.join(missing) if place.is_dir() else 'no such folder'})"
+            )
+        raise DataError(f"{title} is not here; looked in {'; '.join(looked)}. {self.fix}")
 
     @property
     def fix(self) -> str:

