@@ -18,19 +18,18 @@ from torch import Tensor
 from benchmarks.common import Row
 from hpc_oialr.linalg.blocks import frobenius_norm
 from hpc_oialr.linalg.communicator import Communicator
-from hpc_oialr.linalg.gather import gathered_svd
-from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.plan_execution import run_plan
-from hpc_oialr.linalg.randomized import randomized_svd
+from hpc_oialr.linalg.plan_execution import run_task
+from hpc_oialr.linalg.randomized import gaussian, randomized_svd
 from hpc_oialr.linalg.row_partition import block_of
-from hpc_oialr.linalg.tsqr import tsqr_svd
+from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
 
 REFERENCE = "torch.linalg.svd"
 R = 32
 DECAY = 0.99
+BLOCK = 256
 Method = Callable[..., Sequence[Any]]
 METHODS: dict[str, Method] = {
     "tsqr": tsqr_svd,
@@ -104,7 +103,10 @@ def matrix(
 def test_rows(rows: slice, n: int) -> Tensor:
     """Gaussian columns that shrink by 1 % from one to the next: a spectrum that falls slowly."""
     scale = DECAY ** torch.arange(n)
-    return gaussian_rows(rows, n, seed=0, dtype=torch.float32) * scale
+    # Blocks with a seed each: a process draws what it needs, and no more than a block beside it.
+    first, last = rows.start // BLOCK, -(-rows.stop // BLOCK)
+    blocks = [gaussian(BLOCK, n, seed=block) for block in range(first, last)] or [torch.empty(0, n)]
+    return torch.cat(blocks)[rows.start - first * BLOCK : rows.stop - first * BLOCK] * scale
 
 
 def _row(
@@ -166,15 +168,17 @@ def update(
 ) -> list[Row]:
     """The SVDs of one update, dealt by the work plan, against all of them on process 0; each result is freed."""
     works = [LayerWork(f"{i}", m, n) for i, (m, n) in enumerate(layers)]
-    matrices = [gaussian_rows(slice(0, m), n, seed=i, dtype=torch.float32) for i, (m, n) in enumerate(layers)]
+    matrices = [gaussian(m, n, seed=i) for i, (m, n) in enumerate(layers)]
     alone, dealt = (WorkPlan.of(works, size, batch_numbers=0) for size in (1, comm.size))
 
     def run(plan: WorkPlan, group: Communicator | None) -> None:
-        for _ in run_plan(plan, matrices.__getitem__, group):
-            pass
+        for task in plan.of_process(0 if group is None else group.rank):
+            for _ in run_task(task, plan, matrices.__getitem__, group):
+                pass
 
     functions = {"alone": (partial(run, alone, None), 1), "dealt": (partial(run, dealt, comm), comm.size)}
     times = rounds(comm, functions, repeats, dropped)
+    loads = [sum(task.load for task in dealt.of_process(rank)) for rank in range(comm.size)]
     share = median_ratio(times, "dealt", "alone")
     return [
         {
@@ -189,6 +193,6 @@ def update(
             "error": None,
             "bytes_sent": None,
             "share_times_p": share * comm.size,
-            "balance": dealt.balance(),
+            "balance": max(loads) * comm.size / sum(loads),
         }
     ]

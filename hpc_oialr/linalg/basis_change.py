@@ -26,7 +26,7 @@ class BasisChange(NamedTuple):
     stability
         ``<U1 Vh1, U2 Vh2>_F / k``; see :func:`~hpc_oialr.linalg.blocks.basis_stability`.
     angle_U, angle_Vh
-        Largest principal angle between the leading subspaces (rad); see :func:`largest_angle`.
+        Largest principal angle between the leading subspaces (rad); see :func:`smallest_cosines`.
     r_distance
         ``||R2 - R1||_F / ||R1||_F`` of the weights' QR; see :func:`triangular_factor`.
     """
@@ -58,7 +58,7 @@ def basis_change(
     the angles are; two QR of ``k x n``. Nothing of size m x n is built.
     """
     gram_u, gram_v = gram_products(last.U, last.Vh, now.U, now.Vh, group)
-    angle_U, angle_Vh = largest_angles(gram_u, gram_v)
+    angle_U, angle_Vh = angles_of(smallest_cosines(gram_u, gram_v))
     R1, R2 = (triangular_factor(part.s, whole(part.Vh)) for part in (last, now))
     size = float(torch.linalg.matrix_norm(R1))
     distance = float(torch.linalg.matrix_norm(R2 - R1)) / size if size else math.nan
@@ -74,14 +74,6 @@ def leading_dimension(r: int) -> int:
     (16, 2)
     """
     return math.ceil(LEADING * r)
-
-
-def largest_angles(*grams: Tensor) -> list[float]:
-    """Largest principal angle between two leading subspaces (rad), for each ``Q1^T Q2`` of two bases.
-
-    The arccos of :func:`smallest_cosines`.
-    """
-    return angles_of(smallest_cosines(*grams))
 
 
 def angles_of(cosines: Tensor) -> list[float]:

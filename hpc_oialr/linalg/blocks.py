@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Communicator, Group
-from hpc_oialr.linalg.gaussian import gaussian_rows
+from hpc_oialr.linalg.communicator import Group
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.svd import compute_dtype, row_pieces
 from hpc_oialr.linalg.tsqr import Columns
-
-# Up to this width the Gram matrix (8 n^2 bytes: 32 MB) is built; beyond it Lanczos sends vectors.
-GRAM_WIDTH = 2048
-LANCZOS_STEPS = 40
 
 
 @exact_arithmetic()
@@ -102,45 +97,3 @@ def frobenius_norm(A: Tensor, group: Group = None) -> float:
     """``||A||_F`` for A in blocks of any shape: one all-reduce of one number."""
     total = torch.tensor(squared_norm(A), dtype=torch.float64, device=A.device)
     return math.sqrt(float(communicator(group).all_reduce(total)))
-
-
-@exact_arithmetic()
-def spectral_norm(A: Tensor, group: Group = None, *, steps: int = LANCZOS_STEPS) -> float:
-    """``||A||_2``, the largest singular value, for A in row blocks (m_p x n).
-
-    Notes
-    -----
-    n <= 2048: the Gram matrix in float64, ``2 m_p n^2`` operations, one all-reduce of ``n^2`` numbers, then
-    ``4/3 n^3`` on each process. Exact to rounding: squaring harms small singular values only.
-
-    n > 2048: Lanczos on ``A^T A`` with full re-orthogonalisation, ``4 m_p n`` operations and one all-reduce of n
-    numbers a step. A lower bound; in the mean over starts the relative error of its square after j steps is at
-    most ``0.103 (ln(n (j - 1)^4) / (j - 1))^2``, in practice far less (J. Kuczynski, H. Wozniakowski, SIAM J.
-    Matrix Anal. Appl. 13, 1992).
-    """
-    comm, A = communicator(group), A.detach()
-    if A.shape[1] > GRAM_WIDTH:
-        return _lanczos(A.to(compute_dtype(A.dtype)), comm, steps)
-    A = A.double()
-    largest = torch.linalg.eigvalsh(comm.all_reduce(A.mT @ A))[-1]
-    return math.sqrt(max(0.0, float(largest)))
-
-
-def _lanczos(A: Tensor, comm: Communicator, steps: int) -> float:
-    """Largest Ritz value of ``A^T A``, as a root; all processes compute the same vectors."""
-    v = gaussian_rows(slice(0, A.shape[1]), 1, seed=0, dtype=torch.float64, device=A.device)
-    basis = v / torch.linalg.vector_norm(v)
-    images = basis[:, :0]
-    for _ in range(min(steps, A.shape[1])):
-        v = basis[:, -1:]
-        w = comm.all_reduce(A.mT @ (A @ v.to(A.dtype))).double()
-        images = torch.cat([images, w], dim=1)
-        for _ in range(2):  # twice is enough, once is not (Kahan and Parlett)
-            w = w - basis @ (basis.mT @ w)
-        size = float(torch.linalg.vector_norm(w))
-        if size <= torch.finfo(A.dtype).eps * float(torch.linalg.vector_norm(images[:, -1])):
-            break
-        basis = torch.cat([basis, w / size], dim=1)
-    projected = basis[:, : images.shape[1]].mT @ images
-    ritz = torch.linalg.eigvalsh((projected + projected.mT) / 2)[-1]
-    return math.sqrt(max(0.0, float(ritz)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,14 +11,13 @@ from torch import Tensor
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.communicator import Communicator, Group
-from hpc_oialr.linalg.gather import gathered_svd
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import check_target, fewest, hierarchical_svd
 from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr, check_method
 from hpc_oialr.linalg.randomized import randomized_svd
 from hpc_oialr.linalg.row_partition import RowPartition, agree
 from hpc_oialr.linalg.svd import compute_dtype
-from hpc_oialr.linalg.tsqr import BlockSVD, Columns, tsqr_svd
+from hpc_oialr.linalg.tsqr import BlockSVD, Columns, gathered_svd, tsqr_svd
 
 # A sketch wider than this share of k costs about as much as the exact SVD and is less accurate.
 SKETCH_SHARE = 0.25
@@ -71,7 +69,7 @@ def distributed_svd(
     vh
         "whole" gives every process all of Vh, "block" its columns only.
     memory_limit_bytes
-        For each process beside its block, e.g. :func:`available_bytes`; the smallest of all counts.
+        For each process beside its block, e.g. of ``torch.cuda.mem_get_info``; the smallest of all counts.
     name
         Named in errors.
 
@@ -99,7 +97,8 @@ def distributed_svd(
             given = f"r = {r}, tolerance = {tolerance}"
             raise ConfigError("target", given, "must be None beside a method", fix="Set it in the method.")
     A, partition = agree(A, comm, name)
-    limit = _smallest(memory_limit_bytes, comm, A)
+    mine = math.inf if memory_limit_bytes is None else memory_limit_bytes
+    limit = float(comm.all_reduce(torch.tensor(mine, dtype=torch.float64, device=A.device), op="min"))
     if method is None:
         method = choose(
             partition, A.dtype, r=r, tolerance=tolerance, memory_limit_bytes=limit, name=name
@@ -152,13 +151,6 @@ def forecast_bytes(method: Method, partition: RowPartition, dtype: torch.dtype) 
     return (method.numbers(partition) + cast) * compute_dtype(dtype).itemsize + WORKING_BYTES
 
 
-def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Free memory of a GPU, or of this node; processes of one node share the latter."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _preferences(partition: RowPartition, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
     exact = _exact(partition, r, tolerance)
     if tolerance is not None:
@@ -183,10 +175,9 @@ def _exact(partition: RowPartition, r: int | None, tolerance: float | None) -> l
     if len(methods) == 1:
         return [(methods[0], f"{what} on one process, {gflop[0]} GFlop")]
     names = [type(method).__name__ for method in methods]
-    pairs = ((0, 1), (1, 0))
     return [
-        (methods[i], f"{what}, {gflop[i]} GFlop a process against {gflop[j]} for {names[j]}")
-        for i, j in pairs
+        (methods[i], f"{what}, {gflop[i]} GFlop a process against {gflop[1 - i]} for {names[1 - i]}")
+        for i in (0, 1)
     ]
 
 
@@ -213,11 +204,6 @@ def _cut(svd: BlockSVD, r: int | None, tolerance: float | None) -> BlockSVD:
         return svd
     U, s, Vh = svd.U[:, :r].contiguous(), svd.s[:r].clone(), svd.Vh[:r].clone()
     return BlockSVD(U, s, Vh, math.sqrt(float(squares[r:].sum())))
-
-
-def _smallest(limit: float | None, comm: Communicator, A: Tensor) -> float:
-    mine = torch.tensor(math.inf if limit is None else limit, dtype=torch.float64, device=A.device)
-    return float(comm.all_reduce(mine, op="min"))
 
 
 def _too_large(

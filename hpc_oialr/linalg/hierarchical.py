@@ -16,7 +16,7 @@ from hpc_oialr.linalg.local_qr import Apply, blocked_qr
 from hpc_oialr.linalg.row_partition import agree
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.tree import Ledger, Top, up_and_down
-from hpc_oialr.linalg.tsqr import BlockSVD, Columns, my_columns
+from hpc_oialr.linalg.tsqr import BlockSVD, Columns, block_svd
 
 # Of the tolerance, squared: what all levels below the root may spend; the root takes what is left.
 SHARE_BELOW_ROOT = 0.5
@@ -85,9 +85,7 @@ def hierarchical_svd(
     A, _ = agree(A, comm, name)
     levels = math.ceil(math.log2(comm.size)) if comm.size > 1 else 1
     scheme = _Truncated(r, tolerance, shift, levels)
-    M, shared, error = up_and_down(A, comm, scheme, name, energy=squared_norm(A))
-    Vh = shared[:, 1:].contiguous()
-    return BlockSVD(M, shared[:, 0].contiguous(), Vh if vh == "whole" else my_columns(Vh, comm), error)
+    return block_svd(up_and_down(A, comm, scheme, name, energy=squared_norm(A)), comm, vh)
 
 
 def check_target(r: int | None, tolerance: float | None, shift: int) -> None:

@@ -40,7 +40,7 @@ class _Exact:
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(_Exact):
-    """One process does it all: :func:`~hpc_oialr.linalg.gather.gathered_svd`."""
+    """One process does it all: :func:`~hpc_oialr.linalg.tsqr.gathered_svd`."""
 
     def numbers(self, partition: RowPartition) -> int:
         """Peak of process 0, in numbers, beside its input block."""
@@ -146,6 +146,6 @@ def _block(rows: int, n: int) -> int:
 
 def check_method(method: object) -> None:
     """Raise :class:`ConfigError` for what is none of the types."""
-    if not isinstance(method, Gather | Tsqr | Hierarchical | Randomized):
+    if not isinstance(method, Method):
         rule = "must be a Gather, Tsqr, Hierarchical or Randomized"
         raise ConfigError("method", method, rule, fix="E.g. method=Tsqr(); None lets choose() decide.")

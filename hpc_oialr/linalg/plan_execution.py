@@ -1,4 +1,4 @@
-"""Run a work plan: each process does its own tasks."""
+"""Run the tasks of a work plan."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ class Factorised(NamedTuple):
     svd: SVD
 
 
-def run_plan(plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None) -> Iterator[Factorised]:
-    """Factorise the layers that the plan gives to this process, one after another.
+def run_task(
+    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None, *, careful: bool = True
+) -> Iterator[Factorised]:
+    """Factorise the layers of one task; to be called by each of its processes.
 
     Parameters
     ----------
-    plan
-        The same on every process.
     matrix
         A layer's whole matrix by its index (m x n); each process has all of them, as in data-parallel
-        training. Asked for only when its turn comes.
+        training.
     group
         See :func:`~hpc_oialr.linalg.communicator.communicator`; of ``plan.processes``.
+    careful
+        As in :func:`~hpc_oialr.linalg.svd.svd`.
 
     Yields
     ------
@@ -50,15 +52,6 @@ def run_plan(plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = Non
     -----
     Messages for shared layers only: those of a distributed SVD, and ``m k`` numbers in all to gather U.
     """
-    comm = communicator(group)
-    for task in plan.of_process(comm.rank):
-        yield from run_task(task, plan, matrix, comm)
-
-
-def run_task(
-    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Group = None, *, careful: bool = True
-) -> Iterator[Factorised]:
-    """One task of :func:`run_plan`; to be called by each of its processes. ``careful`` as in :func:`svd`."""
     if len(task.processes) > 1:
         return _shared(task, matrix, communicator(group), plan)
     return _batch(task, matrix, plan, careful)
@@ -92,15 +85,9 @@ def _shared(
     rows = even_blocks(tall.shape[0], team.size)
     mine = tall[block_of(tall.shape[0], team.size, team.rank)]
     U, s, Vh, _ = distributed_svd(mine, team, name=name)
-    whole = _to_first(U, rows, team)
-    if whole is None:
-        return
-    yield Factorised(task.layers[0], SVD(whole, s, Vh) if tall is A else SVD(Vh.mT, s, whole.mT))
-
-
-def _to_first(U: Tensor, rows: list[int], team: Communicator) -> Tensor | None:
     if team.rank:
         team.send(U, 0)
-        return None
+        return
     others = [team.receive(U.new_empty(count, U.shape[1]), rank) for rank, count in enumerate(rows) if rank]
-    return torch.cat([U, *others])
+    whole = torch.cat([U, *others])
+    yield Factorised(task.layers[0], SVD(whole, s, Vh) if tall is A else SVD(Vh.mT, s, whole.mT))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.blocks import frobenius_norm, squared_norm
 from hpc_oialr.linalg.communicator import Communicator, Group
-from hpc_oialr.linalg.gaussian import gaussian_rows
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.row_partition import agree, even_blocks
 from hpc_oialr.linalg.tsqr import BlockSVD, Columns, gathered, tsqr, tsqr_svd
@@ -31,7 +31,8 @@ def randomized_svd(
     """Leading r singular triplets from a Gaussian sketch, any shape.
 
     ``Q = orth(A G)`` with G n x l, l = min(r + oversampling, k); then q times ``Q = orth(A orth(A^T Q))``; SVD of
-    ``Q^T A`` (l x n). Every ``orth`` is a TSQR. G depends on the seed only, not on the number of processes.
+    ``Q^T A`` (l x n). Every ``orth`` is a TSQR. Every process draws the same G
+    from the seed alone: nobody sends it.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ def randomized_svd(
     comm = communicator(group)
     A, partition = agree(A, comm, name)
     width = min(r + oversampling, partition.k)
-    Q = tsqr(_sketch(A, width, seed), comm, name=name).Q
+    Q = tsqr(A @ gaussian(partition.n, width, seed).to(A), comm, name=name).Q
     for _ in range(power_iterations):
         Z = tsqr(_transposed_product(A, Q, comm), comm, name=name).Q
         Q = tsqr(A @ comm.all_gather_rows(Z, even_blocks(partition.n, comm.size)), comm, name=name).Q
@@ -86,8 +87,13 @@ def randomized_svd(
     return BlockSVD(U, s, gathered(V, comm, partition.n, vh), math.sqrt(max(0.0, missed)))
 
 
-def _sketch(A: Tensor, width: int, seed: int) -> Tensor:
-    return A @ gaussian_rows(slice(0, A.shape[1]), width, seed=seed, dtype=A.dtype, device=A.device)
+def gaussian(n: int, width: int, seed: int) -> Tensor:
+    """Independent standard normal numbers, n x width (float32), the same bits on every process.
+
+    From the CPU's generator: a GPU's draws other numbers.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(n, width, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _transposed_product(A: Tensor, Q: Tensor, comm: Communicator) -> Tensor:

@@ -123,26 +123,40 @@ def tsqr_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str
     comm = communicator(group)
     A, partition = agree(A, comm, name)
     if partition.m >= partition.n:
-        U, s, Vh, _ = _tall(A, comm, name)
-        return BlockSVD(U, s, Vh if vh == "whole" else my_columns(Vh, comm))
-    V, s, Uh, _ = _tall(transpose_blocks(A, comm, partition), comm, name)
+        return block_svd(up_and_down(A, comm, _SVD(), name), comm, vh)
+    top = up_and_down(transpose_blocks(A, comm, partition), comm, _SVD(), name)
+    V, s, Uh, _ = block_svd(top, comm, "whole")
     U = Uh.mT[partition.span(comm.rank)].contiguous()
     return BlockSVD(U, s, gathered(V, comm, partition.n, vh))
 
 
-def my_columns(Vh: Tensor, comm: Communicator) -> Tensor:
-    """This process's columns of a whole ``Vh``."""
-    return Vh[:, block_of(Vh.shape[1], comm.size, comm.rank)].contiguous()
+@exact_arithmetic()
+def gathered_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str = "matrix") -> BlockSVD:
+    """Exact thin SVD: blocks are stacked up the tree, process 0 factorises, rows of U come back.
+
+    Parameters and result as for :func:`tsqr_svd`; also for m < n.
+
+    Notes
+    -----
+    ``6 max(m, n) k^2 + 20 k^3`` operations and all of A on process 0. Sent per process, in numbers: its
+    subtree's rows of A up, at most ``(m k + k n log2 P)`` down.
+    """
+    comm = communicator(group)
+    A, _ = agree(A, comm, name)
+    return block_svd(up_and_down(A, comm, _Gather(), name), comm, vh)
+
+
+def block_svd(top: Top, comm: Communicator, vh: Columns) -> BlockSVD:
+    """``M`` is this process's rows of U; ``shared`` is ``s`` and Vh side by side, whole."""
+    s, Vh = top.shared[:, 0], top.shared[:, 1:]
+    if vh == "block":
+        Vh = Vh[:, block_of(Vh.shape[1], comm.size, comm.rank)]
+    return BlockSVD(top.M, s.contiguous(), Vh.contiguous(), top.error)
 
 
 def gathered(V: Tensor, comm: Communicator, n: int, vh: Columns) -> Tensor:
     """``Vh`` from this process's rows of V (n_p x k): its columns, or by a ring all of them."""
     return (V if vh == "block" else comm.all_gather_rows(V, even_blocks(n, comm.size))).mT.contiguous()
-
-
-def _tall(A: Tensor, comm: Communicator, name: str) -> BlockSVD:
-    M, shared, _ = up_and_down(A, comm, _SVD(), name)
-    return BlockSVD(M, shared[:, 0].contiguous(), shared[:, 1:].contiguous())
 
 
 class _QR:
@@ -165,3 +179,16 @@ class _SVD(_QR):
         Q, R = blocked_qr(X)
         U, s, Vh = svd(R, name="the triangular factor")
         return Top(Q(U), torch.cat([s[:, None], Vh], dim=1))
+
+
+class _Gather:
+    """Nothing is factorised on the way up."""
+
+    triangular = False
+
+    def split(self, X: Tensor, ledger: Ledger) -> tuple[Apply, Tensor]:
+        return (lambda M: M), X
+
+    def finish(self, X: Tensor, ledger: Ledger) -> Top:
+        U, s, Vh = svd(X, name="the gathered matrix")
+        return Top(U, torch.cat([s[:, None], Vh], dim=1))

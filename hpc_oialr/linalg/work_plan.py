@@ -112,11 +112,9 @@ class WorkPlan:
 
         Examples
         --------
-        >>> print(WorkPlan.of([LayerWork("a", 64, 64), LayerWork("b", 64, 64), LayerWork("c", 96, 64)], 2))
-        process    shape  batch  load %  layers
-              0  96 x 64      1    35.8  c
-              1  64 x 64      2    64.2  a, b
-        balance (busiest / mean) 1.28
+        >>> plan = WorkPlan.of([LayerWork("a", 64, 64), LayerWork("b", 64, 64), LayerWork("c", 96, 64)], 2)
+        >>> [(task.processes, task.layers) for task in plan.tasks]
+        [((0,), (2,)), ((1,), (0, 1))]
         """
         loads = [0.0] * processes
         fair = sum(layer.work for layer in layers) / processes
@@ -163,28 +161,6 @@ class WorkPlan:
             for p in task.processes:
                 done[p] = when + 1
         return found
-
-    def loads(self) -> list[float]:
-        """Cost of each process."""
-        return [sum(task.load for task in self.of_process(rank)) for rank in range(self.processes)]
-
-    def balance(self) -> float:
-        """Busiest over mean load; 1 is perfect."""
-        loads = self.loads()
-        return max(loads) * self.processes / sum(loads) if sum(loads) else 1.0
-
-    def __str__(self) -> str:
-        total = sum(self.loads()) or 1.0
-        lines = [("process", "shape", "batch", "load %", "layers")]
-        for task in self.tasks:
-            first = self.layers[task.layers[0]]
-            share = 100 * task.load * len(task.processes) / total
-            names = ", ".join(self.layers[i].name for i in task.layers)
-            who = "+".join(map(str, task.processes))
-            lines.append((who, f"{first.m} x {first.n}", str(len(task.layers)), f"{share:.1f}", names))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        table = ["  ".join([*(line[i].rjust(widths[i]) for i in range(4)), line[4]]) for line in lines]
-        return "\n".join([*table, f"balance (busiest / mean) {self.balance():.2f}"])
 
 
 def _shared(index: int, layer: LayerWork, fair: float, loads: list[float]) -> Task | None:

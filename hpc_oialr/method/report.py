@@ -33,7 +33,7 @@ class LayerUpdate:
         Time of the SVD on a process that did it (s); 0 on the others.
     subspace_angle_U, subspace_angle_Vh
         Largest principal angle between the leading quarters of this basis and of the one before (rad); None
-        where there was none. See :func:`~hpc_oialr.linalg.basis_change.largest_angles`.
+        where there was none. See :func:`~hpc_oialr.linalg.basis_change.smallest_cosines`.
     r_factor_distance
         ``||R' - R||_F / ||R||_F``, R of the weight's QR, R' the new one; None where there was none before, and
         once the weight is low-rank.

@@ -15,8 +15,8 @@ from torch import Tensor
 from hpc_oialr import torch_compat
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import WorldError
+from hpc_oialr.linalg.groups import TorchCommunicator
 from hpc_oialr.linalg.plan_execution import Factorised, run_task
-from hpc_oialr.linalg.torch_communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import TargetWeight

@@ -12,8 +12,8 @@ import torch
 from hpc_oialr.linalg.basis_change import (
     angles_of,
     basis_change,
-    largest_angles,
     leading_dimension,
+    smallest_cosines,
     triangular_factor,
 )
 from hpc_oialr.linalg.svd import SVD, svd
@@ -92,7 +92,8 @@ def test_a_known_angle() -> None:
     # Within the leading two vectors nothing is lost, from the second to the third there is.
     turn[1, 1], turn[1, 2], turn[2, 1], turn[2, 2] = c, -s, s, c
     assert leading_dimension(8) == 2
-    assert largest_angles(turn, torch.eye(8, dtype=torch.float64)) == pytest.approx([0.4, 0])
+    cosines = smallest_cosines(turn, torch.eye(8, dtype=torch.float64))
+    assert angles_of(cosines) == pytest.approx([0.4, 0])
 
 
 def test_rotated_factors() -> None:

@@ -1,4 +1,4 @@
-"""Blocked QR, Gaussian numbers by position, shapes agreed on, norms of wide matrices."""
+"""Blocked QR, the random sketch, shapes agreed on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.threads import outcomes, run_threads
 
-from hpc_oialr.linalg import blocks, gaussian, local_qr
-from hpc_oialr.linalg.blocks import spectral_norm
-from hpc_oialr.linalg.gaussian import gaussian_rows
+from hpc_oialr.linalg import blocks, local_qr
 from hpc_oialr.linalg.local_qr import blocked_qr
+from hpc_oialr.linalg.randomized import gaussian
 from hpc_oialr.linalg.row_partition import agree, block_of, even_blocks, transpose_blocks
 
 
@@ -29,29 +28,17 @@ def test_blocked_qr_is_as_good_as_lapack(monkeypatch: pytest.MonkeyPatch, m: int
     assert (Q.mT @ Q - torch.eye(8, dtype=dtype)).norm() < 20 * eps
 
 
-def test_gaussian_numbers_depend_on_their_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = gaussian_rows(slice(0, 200), 33, seed=5)
-    assert torch.equal(gaussian_rows(slice(17, 101), 20, seed=5), whole[17:101, :20])
-    monkeypatch.setattr(gaussian, "PIECE_VALUES", 40)
-    assert torch.equal(gaussian_rows(slice(0, 200), 33, seed=5), whole)
-    assert not torch.equal(gaussian_rows(slice(0, 200), 33, seed=6), whole)
-
-
-@pytest.mark.parametrize("seed", [0, 1, -7, 2**40])
-def test_gaussian_numbers_look_normal(seed: int) -> None:
-    """Moments of 400,000 numbers within five standard errors; extreme singular values of a random matrix."""
-    z = gaussian_rows(slice(1000, 3000), 200, seed=seed)
-    for power, moment, deviation in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
-        assert abs(float((z**power).mean()) - moment) < 5 * deviation / z.numel() ** 0.5
-    s = torch.linalg.svdvals(z)
-    assert float(s[0]) == pytest.approx(2000**0.5 + 200**0.5, rel=0.02)
-    assert float(s[-1]) == pytest.approx(2000**0.5 - 200**0.5, rel=0.02)
-    assert abs(float((z[:, :-1] * z[:, 1:]).mean())) < 5 / z.numel() ** 0.5
-
-
-def test_seeds_give_independent_numbers() -> None:
-    a, b = (gaussian_rows(slice(0, 1000), 100, seed=seed) for seed in (3, 4))
-    assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
+def test_every_process_draws_the_same_sketch_whatever_its_threads() -> None:
+    threads = torch.get_num_threads()
+    G = gaussian(3000, 40, seed=5)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(G, found) for found in run_threads(3, lambda c: gaussian(3000, 40, 5)))
+    finally:
+        torch.set_num_threads(threads)
+    assert abs(float((G * gaussian(3000, 40, seed=6)).mean())) < 5 / G.numel() ** 0.5
+    assert abs(float(G.square().mean()) - 1) < 5 * (2 / G.numel()) ** 0.5
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -96,14 +83,3 @@ def test_all_processes_tell_what_one_did_wrong(bad: torch.Tensor, expected: str)
 def test_short_dtypes_are_cast_up(dtype: torch.dtype) -> None:
     A, _ = agree(torch.ones(2, 2, dtype=dtype), blocks.communicator(None), "A")
     assert A.dtype == torch.float32
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_lanczos_finds_the_spectral_norm(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(blocks, "GRAM_WIDTH", 10)
-    noise = torch.randn(60, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for A in (noise, torch.ones(60, 50).double(), torch.zeros(60, 50).double()):
-        exact = float(torch.linalg.matrix_norm(A, 2))
-        parts = A.split([60 // size] * size)
-        for found in run_threads(size, lambda c, p=parts: spectral_norm(p[c.rank], c)):
-            assert exact * (1 - 1e-6) <= found <= exact * (1 + 1e-12)

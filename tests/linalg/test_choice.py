@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from support.svd_cases import best_error, spectrum, with_spectrum
 from support.threads import outcomes, run_threads
 
 from hpc_oialr.errors import ConfigError, NonFiniteError
-from hpc_oialr.linalg import distributed_svd as front
 from hpc_oialr.linalg import hierarchical, tsqr
 from hpc_oialr.linalg.distributed_svd import (
     WORKING_BYTES,
-    available_bytes,
     choose,
     distributed_svd,
     forecast_bytes,
@@ -162,8 +158,3 @@ def test_forecast_grows_with_what_it_depends_on() -> None:
     # A wide matrix in blocks never costs a process more than a few of its blocks and the result.
     wide = forecast_bytes(Tsqr(), RowPartition((16,) * 64, 1 << 20), torch.float32)
     assert wide < 4 * (6 * 16 + 2 * 1024) * (1 << 20) * 1.1  # bytes
-
-
-def test_available_bytes() -> None:
-    assert 0 < available_bytes("cpu") < math.inf
-    assert front.GIB == 2**30

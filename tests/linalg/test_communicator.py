@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.threads import ThreadCommunicator, run_threads
 
-from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.linalg.communicator import SingleCommunicator, SubCommunicator, children, parent
 from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.mpi_communicator import mpi_world
 from hpc_oialr.linalg.tsqr import tsqr_svd
 
 sizes = st.integers(1, 9)
@@ -92,16 +87,3 @@ def test_picks_by_type() -> None:
     assert communicator(alone) is alone
     with pytest.raises(TypeError, match=r"group is a str; must be None, a torch\.distributed\.ProcessGroup"):
         communicator("gloo")
-
-
-def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def absent(name: str, *args: Any) -> Any:
-        if name == "mpi4py":
-            raise ImportError(name)
-        return original(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(MissingExtraError, match=r"linear algebra over MPI needs mpi4py\..*hpc_oialr\[mpi\]"):
-        mpi_world()

@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan, longest_processing_time, svd_cost
 
+
+def loads(plan: WorkPlan) -> list[float]:
+    return [sum(task.load for task in plan.of_process(rank)) for rank in range(plan.processes)]
+
+
 costs = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40)
 
 
@@ -94,20 +99,9 @@ def test_vision_transformer_is_balanced(processes: int, limit: float) -> None:
     """ViT-B/16: 48 square weights, 24 of the MLP."""
     sizes = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12
     plan = WorkPlan.of([LayerWork(str(i), m, n) for i, (m, n) in enumerate(sizes)], processes)
-    assert plan.balance() < limit
+    assert max(loads(plan)) * processes / sum(loads(plan)) < limit
 
 
 def test_given_costs_count() -> None:
     plan = WorkPlan.of([LayerWork("a", 8, 8, cost=1.0), LayerWork("b", 8, 8, cost=1.0)], 2)
-    assert plan.loads() == [1.0, 1.0]
-
-
-def test_plan_reads_as_a_table() -> None:
-    layers = [LayerWork("big", 4000, 100), LayerWork("q", 64, 64), LayerWork("k", 64, 64)]
-    assert str(WorkPlan.of(layers, 2)).splitlines() == [
-        "process       shape  batch  load %  layers",
-        "    0+1  4000 x 100      1    95.6  big",
-        "      0     64 x 64      1     2.2  q",
-        "      1     64 x 64      1     2.2  k",
-        "balance (busiest / mean) 1.00",
-    ]
+    assert loads(plan) == [1.0, 1.0]
