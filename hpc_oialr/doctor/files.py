@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.doctor.programs import Answer, probe
+from hpc_oialr.doctor.programs import probe
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EIO, 524)
 _UNLOCKED = ("FALSE", "0")

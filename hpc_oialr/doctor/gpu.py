@@ -6,9 +6,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.programs import Answer, probe
+from hpc_oialr.doctor.programs import probe
 from hpc_oialr.processes.environment import gpus_per_node
 
 NVIDIA, AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")

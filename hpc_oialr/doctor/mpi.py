@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.programs import Answer, find, probe, run_command
+from hpc_oialr.doctor.programs import find, probe, run_command
 
 _EXTRA = 'pip install "hpc_oialr[mpi]"'
 _WITHOUT = "runs do without, over gloo"
@@ -71,7 +72,7 @@ def _check_plugin(context: CheckContext, library: str) -> list[Finding]:
     if answer.code != 0:
         return []  # the controller's own line tells why
     wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
-    return [judge_plugin(library, parse_plugins(answer.out + answer.err), wanted)]
+    return [judge_plugin(library, parse_plugins(answer.stdout + answer.stderr), wanted)]
 
 
 def judge_plugin(library: str, plugins: list[str], wanted: str = "") -> Finding:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from hpc_oialr.commands import run_command
 from hpc_oialr.doctor.finding import Finding, ok, problem
 from hpc_oialr.errors import OIALRError, UnknownNameError
 from hpc_oialr.launch.site import read_site, site_file
@@ -81,12 +81,8 @@ def site_environment(site: str | None) -> SiteEnvironment:
 def _sourced(site: str) -> dict[str, str]:
     """Variables once the file has been sourced, in a job with what it has for jobs."""
     command = ["bash", "-c", _SCRIPT, "site", str(site_file(site))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, errors="replace")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise OIALRError(f"the site file {site_file(site)} does not run here: {error}.") from None
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise OIALRError(f"the site file {site_file(site)} does not run here: {reason}.")
-    pairs = (text.partition("=") for text in done.stdout.split("\0") if "=" in text)
+    answer = run_command(command, timeout_s=_TIMEOUT_S)
+    if answer.code != 0:
+        raise OIALRError(f"the site file {site_file(site)} does not run here: {answer.reason}.")
+    pairs = (text.partition("=") for text in answer.stdout.split("\0") if "=" in text)
     return {name: value for name, _, value in pairs}

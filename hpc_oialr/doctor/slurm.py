@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
 from hpc_oialr.doctor.network import unresolved
-from hpc_oialr.doctor.programs import Answer, find, run_command
+from hpc_oialr.doctor.programs import find, run_command
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.slurm_lists import expand_nodes
 
@@ -79,7 +80,7 @@ def check_cluster(context: CheckContext) -> list[Finding]:
     answer = run_command(context, "sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
         return [unreachable(context, answer)]
-    partitions = parse_partitions(answer.out)
+    partitions = parse_partitions(answer.stdout)
     findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
     if find(context, "munge"):
         findings.append(ok("munge", "the controller took this user's credential"))
@@ -88,13 +89,13 @@ def check_cluster(context: CheckContext) -> list[Finding]:
 
 def unreachable(context: CheckContext, answer: Answer) -> Finding:
     """Why sinfo failed: no credential, no configuration, or no controller."""
-    lines = [line for line in answer.err.splitlines() if _CREDENTIALS.search(line)]
+    lines = [line for line in answer.stderr.splitlines() if _CREDENTIALS.search(line)]
     if lines:
         # sinfo begins with a hint for busy machines.
         said = next((line for line in lines if "failed" in line), lines[-1]).removeprefix("sinfo: error: ")
         fix = f"systemctl start munge   (as root on {context.node}; otherwise tell the administrators)"
         return problem("munge", f"this user gets no credential: {said}", fix)
-    if "configuration source" in answer.err or "slurm.conf" in answer.err:
+    if "configuration source" in answer.stderr or "slurm.conf" in answer.stderr:
         fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
         return problem("slurmctld", told("sinfo", answer), fix)
     fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
@@ -185,7 +186,7 @@ def check_account(context: CheckContext) -> list[Finding]:
     answer = run_command(context, "sacctmgr", "--noheader", "--parsable2", *what)
     if answer.code != 0:
         return [note("account", f"{context.account!r} cannot be checked: {answer.reason}")]
-    names = list(dict.fromkeys(line.strip() for line in answer.out.splitlines() if line.strip()))
+    names = list(dict.fromkeys(line.strip() for line in answer.stdout.splitlines() if line.strip()))
     if context.account in names:
         return [ok("account", f"{context.account} is one of {user}'s")]
     if names:
@@ -214,10 +215,10 @@ def check_job(context: CheckContext) -> list[Finding]:
     if job is None or not asks_slurm(context):
         return []
     answer = run_command(context, "squeue", "--noheader", f"--jobs={job}", "--format=%T")
-    states = answer.out.split()
+    states = answer.stdout.split()
     if answer.code == 0 and states:
         return [ok("job", f"{job} is {states[0]}")]
-    if answer.code == 0 or "Invalid job id" in answer.err:
+    if answer.code == 0 or "Invalid job id" in answer.stderr:
         return [
             problem("job", f"SLURM_JOB_ID is {job}, but there is no such job any more", "unset ${!SLURM_@}")
         ]

@@ -6,13 +6,7 @@ import os
 
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from hpc_oialr.processes.devices import usable_cores
 
 
 def check_threads(context: CheckContext) -> list[Finding]:

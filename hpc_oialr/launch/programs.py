@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 
+from hpc_oialr.commands import Answer, run_command
 from hpc_oialr.processes.environment import all_variables
 
 # An answer comes within a second; a controller that hangs must not hold the user up.
@@ -29,9 +29,7 @@ class NoAnswerError(Exception):
     """A program is missing, failed or hangs; the text is the reason in one line."""
 
 
-def ask(
-    command: Sequence[str], *, text: str | None = None, timeout_s: float = QUESTION_S
-) -> subprocess.CompletedProcess[str]:
+def ask(command: Sequence[str], *, text: str | None = None, timeout_s: float = QUESTION_S) -> Answer:
     """Run a program, without a shell, to its end.
 
     Parameters
@@ -46,26 +44,14 @@ def ask(
     NoAnswerError
         If it is missing, fails, or does not answer in time.
     """
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            input=text,
-            timeout=timeout_s,
-            env=plain_variables(),
-        )
-    except FileNotFoundError:
-        raise NoAnswerError(f"there is no {command[0]} here") from None
-    except subprocess.TimeoutExpired:
-        raise NoAnswerError(f"{command[0]} does not answer within {timeout_s:g} s") from None
-    except OSError as error:
-        raise NoAnswerError(str(error)) from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise NoAnswerError(" ".join(" ".join(lines).split()))
-    return done
+    answer = run_command(command, timeout_s=timeout_s, environ=plain_variables(), text=text)
+    if answer.trouble == "hung":
+        raise NoAnswerError(f"{command[0]} does not answer within {timeout_s:g} s")
+    if answer.trouble == "missing":
+        raise NoAnswerError(f"there is no {command[0]} here")
+    if answer.code != 0:
+        raise NoAnswerError(" ".join(answer.stderr.split()) or f"exit code {answer.code}")
+    return answer
 
 
 def plain_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -6,8 +6,7 @@ from hpc_oialr.lazy import offer
 
 if TYPE_CHECKING:
     from hpc_oialr.processes.environment import LaunchInfo, launch_info
-    from hpc_oialr.processes.metrics_channel import MetricsChannel
-    from hpc_oialr.processes.open_channel import open_channel
+    from hpc_oialr.processes.metric_reduction import MetricsChannel, open_channel
     from hpc_oialr.processes.replicas import check_equal
     from hpc_oialr.processes.world import World
 
@@ -17,8 +16,7 @@ offer(
     __name__,
     {
         "hpc_oialr.processes.environment": ("LaunchInfo", "launch_info"),
-        "hpc_oialr.processes.metrics_channel": ("MetricsChannel",),
-        "hpc_oialr.processes.open_channel": ("open_channel",),
+        "hpc_oialr.processes.metric_reduction": ("MetricsChannel", "open_channel"),
         "hpc_oialr.processes.replicas": ("check_equal",),
         "hpc_oialr.processes.world": ("World",),
     },

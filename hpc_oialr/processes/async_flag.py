@@ -28,7 +28,9 @@ class AsyncFlagReduce:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._device = _device(world)
+        on_gpu = world.group is not None and "gloo" not in str(dist.get_backend_config(world.group))
+        # The CPU, unless the group was made for GPUs only.
+        self._device = world.device if on_gpu else torch.device("cpu")
         self._under_way: tuple[Tensor, Pending] | None = None
 
     def exchange(self, yes: bool) -> bool:
@@ -56,10 +58,3 @@ class AsyncFlagReduce:
         self._under_way = None
         pending.wait()
         return bool(word.item())
-
-
-def _device(world: World) -> torch.device:
-    """The CPU, unless the group was made for GPUs only."""
-    if world.group is not None and "gloo" not in str(dist.get_backend_config(world.group)):
-        return world.device
-    return torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,8 @@ def check_health(world: World, settings: str) -> None:
     check_devices(everyone)
     check_versions(everyone)
     total = world.all_reduce(torch.full((256,), world.rank + 1.0, device=world.device))
-    check_sums([info.node for info in everyone], world.all_gather_object(_spread(total)))
+    spread = float(total.min()), float(total.max())
+    check_sums([info.node for info in everyone], world.all_gather_object(spread))
 
 
 def node_info(world: World, settings: str) -> NodeInfo:
@@ -66,15 +67,18 @@ def node_info(world: World, settings: str) -> NodeInfo:
         "Python": platform.python_version(),
         "settings": settings,
     }
-    return NodeInfo(node_name(), fault, "" if fault else _device_name(world.device), versions)
+    device = ""
+    if world.device.type == "cuda" and not fault:
+        device = f"GPU {torch.cuda.get_device_properties(world.device).uuid}"
+    return NodeInfo(node_name(), fault, device, versions)
 
 
 def check_devices(everyone: Sequence[NodeInfo]) -> None:
     """Raise :class:`HealthError` if a device does not compute or two processes share one."""
     faulty = [rank for rank, info in enumerate(everyone) if info.fault]
     if faulty:
-        first = everyone[faulty[0]]
-        raise _unfit(everyone, faulty, f"cannot compute on its device ({first.fault}); every process must")
+        found = f"cannot compute on its device ({everyone[faulty[0]].fault}); every process must"
+        raise _unfit([info.node for info in everyone], faulty, found)
     holders: dict[tuple[str, str], int] = {}
     for rank, info in enumerate(everyone):
         other = holders.setdefault((info.node, info.device), rank)
@@ -93,7 +97,7 @@ def check_versions(everyone: Sequence[NodeInfo]) -> None:
         others = [rank for rank, value in enumerate(values) if value != usual]
         if others:
             found = f"has {name} {values[others[0]]}, most have {usual}; all must be the same"
-            raise _unfit(everyone, others, found)
+            raise _unfit([info.node for info in everyone], others, found)
 
 
 def check_sums(nodes: Sequence[str], spreads: Sequence[tuple[float, float]]) -> None:
@@ -111,24 +115,16 @@ def check_sums(nodes: Sequence[str], spreads: Sequence[tuple[float, float]]) -> 
     if wrong:
         low, high = spreads[wrong[0]]
         found = f"was given {low:g} to {high:g} as the sum over all processes, which is {right:g}"
-        raise HealthError(_told(nodes, wrong, found))
+        raise _unfit(nodes, wrong, found)
 
 
-def _unfit(everyone: Sequence[NodeInfo], ranks: Sequence[int], found: str) -> HealthError:
-    return HealthError(_told([info.node for info in everyone], ranks, found))
-
-
-def _told(nodes: Sequence[str], ranks: Sequence[int], found: str) -> str:
+def _unfit(nodes: Sequence[str], ranks: Sequence[int], found: str) -> HealthError:
     more = f" ({len(ranks) - 1} more processes like it)" if len(ranks) > 1 else ""
-    exclude = ",".join(_distinct(nodes[rank] for rank in ranks))
-    return (
+    exclude = ",".join(dict.fromkeys(nodes[rank] for rank in ranks))
+    return HealthError(
         f"process {ranks[0]} of {len(nodes)} on node {nodes[ranks[0]]} {found}{more}. "
         f"To leave out what is unfit: sbatch --exclude={exclude}. {_SKIP}"
     )
-
-
-def _distinct(nodes: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(nodes))
 
 
 def _fault(device: torch.device) -> str:
@@ -139,13 +135,3 @@ def _fault(device: torch.device) -> str:
     except RuntimeError as error:
         return " ".join(str(error).split())[:200]
     return "" if total == 64.0**3 else f"a sum that is 262144 came out as {total:g}"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    return f"GPU {torch.cuda.get_device_properties(device).uuid}"
-
-
-def _spread(total: torch.Tensor) -> tuple[float, float]:
-    return float(total.min()), float(total.max())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+from hpc_oialr.commands import run_command
 from hpc_oialr.processes.environment import node_name
 
 _PR_SET_PDEATHSIG = 1
@@ -33,15 +33,9 @@ def started(pid: int) -> str:
         fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except OSError:
-        return "" if Path("/proc/self/stat").exists() else _by_ps(pid)
-
-
-def _by_ps(pid: int) -> str:
-    command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        if Path("/proc/self/stat").exists():
+            return ""
+        return run_command(["ps", "-o", "lstart=", "-p", str(pid)], timeout_s=10).stdout.strip()
 
 
 def end_with_parent() -> None:

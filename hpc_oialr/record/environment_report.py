@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -14,6 +13,8 @@ from typing import Any
 import h5py
 import torch
 
+from hpc_oialr.commands import run_command
+from hpc_oialr.processes.devices import usable_cores
 from hpc_oialr.processes.environment import node_name, recorded_variables
 
 _PACKAGES = ("hpc_oialr", "torch", "numpy", "h5py", "transformers", "deepspeed", "mpi4py", "submitit", "timm")
@@ -69,7 +70,7 @@ def _machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
@@ -109,8 +110,5 @@ def _first_line(command: Sequence[str]) -> str | None:
 
 def _output(command: Sequence[str]) -> str | None:
     """What a program says, None if it is missing, fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+    answer = run_command(command, timeout_s=10)
+    return answer.stdout if answer.code == 0 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
-from hpc_oialr.processes.metrics_layout import MetricsLayout
+from hpc_oialr.processes.metric_reduction import MetricsLayout
 
 LAYER_FIELDS = ("seconds", "r", "stability", "s_max", "s_sum", "s_square_sum", "s_log_sum")
 PROCESS_FIELDS = ("update_s",)

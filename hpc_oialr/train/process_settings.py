@@ -13,6 +13,7 @@ import torch
 
 from hpc_oialr.linalg.arithmetic import tf32_products
 from hpc_oialr.processes import World
+from hpc_oialr.processes.devices import usable_cores
 from hpc_oialr.torch_compat import recompile_limit
 
 # Every set of shapes is compiled once; torch gives a function up after 8.
@@ -44,11 +45,6 @@ def process_settings(world: World, *, tf32: bool = True, compiled: bool = False)
         else:
             stack.enter_context(tf32_products(tf32))
         yield
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; fewer than the machine's in a job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reproducible(stack: ExitStack) -> None:

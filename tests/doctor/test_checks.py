@@ -15,12 +15,12 @@ import pytest
 from support.crowd import Crowd, Say
 
 from hpc_oialr.cli.main import entry, main
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import packages, run_checks
 from hpc_oialr.doctor.aggregate import Row, aggregate, worst
 from hpc_oialr.doctor.checks import Check
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.programs import Answer
 from hpc_oialr.errors import ConfigError
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import files
 from hpc_oialr.doctor.finding import Finding
 from hpc_oialr.doctor.probes import try_folder, try_hdf5
-from hpc_oialr.doctor.programs import Answer
 
 HOLD = """
 import fcntl, sys

@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import gpu
-from hpc_oialr.doctor.programs import Answer
 
 ASKED = {"SLURM_GPUS_PER_NODE": "a100:4", "SLURMD_NODENAME": "node1"}
 SEEN = {
@@ -97,7 +97,7 @@ FAULTS = {
     "no NCCL": (SEEN | {"nccl": None}, Answer(code=0), ("NCCL", "built without it", "a build with NCCL")),
     "NCCL fails": (
         {name: value for name, value in SEEN.items() if name not in ("nccl", "reduced")},
-        Answer(err="ncclSystemError", code=1),
+        Answer(stderr="ncclSystemError", code=1),
         ("NCCL", "an all-reduce fails: ncclSystemError", "NCCL_DEBUG=INFO"),
     ),
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support.fake_programs import HEALTHY
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import mpi
-from hpc_oialr.doctor.programs import Answer
 
 PLACE = """
 class COMM_WORLD:

@@ -9,8 +9,8 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
+from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import packages
-from hpc_oialr.doctor.programs import Answer
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_an_old_submitit(context, installed):
 
 def test_deepspeed_that_cannot_be_imported(context, installed, monkeypatch):
     installed()
-    answer = Answer(err="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
+    answer = Answer(stderr="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
     monkeypatch.setattr(packages, "probe", lambda *_, **__: ({}, answer))
     (found,) = packages.check_deepspeed(context())
     assert found.state == "problem"

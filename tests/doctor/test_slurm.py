@@ -106,7 +106,7 @@ def test_a_hanging_sinfo_is_ended_with_its_children(context, programs):
 def test_what_a_hanging_program_has_said_is_kept(context, programs):
     programs.hang("sinfo", "main*|up|localhost")
     answer = run_command(context(timeout_s=0.5), "sinfo")
-    assert (answer.out, answer.code, answer.trouble) == ("main*|up|localhost\n", None, "hung")
+    assert (answer.stdout, answer.code, answer.trouble) == ("main*|up|localhost\n", None, "hung")
 
 
 def gone(group: int) -> bool:

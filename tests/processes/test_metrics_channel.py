@@ -16,7 +16,7 @@ from support.mpi_program import ROUNDS, SLOTS
 from support.mpirun import mpirun, needs_mpirun, python_environment
 
 from hpc_oialr.processes import World
-from hpc_oialr.processes.metrics_channel import TorchChannel
+from hpc_oialr.processes.metric_reduction import TorchChannel
 
 
 def slots(rank: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hpc_oialr.engines import DeepSpeedEngine, Engine, FSDPEngine, TensorEngine,
 from hpc_oialr.engines.deepspeed_library import import_deepspeed
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.processes import World, check_equal
-from hpc_oialr.processes.metrics_channel import TorchChannel
+from hpc_oialr.processes.metric_reduction import TorchChannel
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 
 Round = Callable[[int], object]

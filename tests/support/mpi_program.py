@@ -25,7 +25,7 @@ import torch
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes import World, open_channel
-from hpc_oialr.processes.metrics_channel import MetricsChannel, TorchChannel
+from hpc_oialr.processes.metric_reduction import MetricsChannel, TorchChannel
 from hpc_oialr.processes.mpi import leave_mpi
 
 SLOTS, ROUNDS = 1000, 5

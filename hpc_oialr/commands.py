@@ -1,0 +1,95 @@
+"""Run another program: it may be missing, fail or hang, so each runs with a timeout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+_REAPING_S = 1.0
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program said.
+
+    Attributes
+    ----------
+    stdout, stderr
+        Its standard output and error, as far as it came.
+    code
+        Its exit code; None if it did not come to its end.
+    trouble
+        "missing", "refused" (it cannot be started), "hung" or "".
+    """
+
+    stdout: str = ""
+    stderr: str = ""
+    code: int | None = None
+    trouble: Literal["", "missing", "refused", "hung"] = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line: the last that it said."""
+        if self.trouble == "hung":
+            return "no answer in time"
+        lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
+        return lines[-1].strip()[:_LONGEST] if lines else f"exit code {self.code}"
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    timeout_s: float,
+    environ: Mapping[str, str] | None = None,
+    text: str | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Answer:
+    """Run a program to its end, without a shell; it is ended, with its children, if it hangs.
+
+    Parameters
+    ----------
+    timeout_s
+        Longest wait (s).
+    environ
+        Its variables; default this process's.
+    text
+        Standard input.
+    pass_fds
+        Files that stay open in it.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            env=None if environ is None else dict(environ),
+            stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
+    except FileNotFoundError as error:
+        return Answer(stderr=str(error), trouble="missing")
+    except OSError as error:
+        return Answer(stderr=str(error), trouble="refused")
+    try:
+        stdout, stderr = process.communicate(text, timeout=timeout_s)
+    except BaseException as error:
+        # Children too, and upon Ctrl-C as well, which does not reach another session.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        try:
+            return Answer(*process.communicate(timeout=_REAPING_S), trouble="hung")
+        except subprocess.TimeoutExpired:
+            # It waits inside the kernel, for a file server say, and dies when that answers.
+            return Answer(trouble="hung")
+    return Answer(stdout, stderr, process.returncode)
