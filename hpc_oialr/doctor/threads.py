@@ -6,7 +6,7 @@ import os
 
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, ok, problem
-from hpc_oialr.processes.devices import usable_cores
+from hpc_oialr.processes.environment import usable_cores
 
 
 def check_threads(context: CheckContext) -> list[Finding]:

@@ -1,8 +1,7 @@
-"""Which device a process computes on, and the cores it may use."""
+"""Which device a process computes on."""
 
 from __future__ import annotations
 
-import os
 import re
 
 import torch
@@ -72,11 +71,6 @@ def gpu_index(local_rank: int, local_size: int, visible: int, gpus_of_node: int 
             "own. Start fewer processes per node, or ask for --gpus-per-node as many."
         )
     return local_rank
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; fewer than the machine's in a job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def group_device(group: dist.ProcessGroup | None) -> torch.device:

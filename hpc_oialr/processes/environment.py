@@ -1,7 +1,7 @@
 """Rank, world size and rendezvous from launcher variables.
 
 The one place of the package that reads environment variables of launchers. All functions take a mapping and touch
-nothing else, but for the host file of ``srun -m arbitrary``.
+nothing else, but for the host file of ``srun -m arbitrary`` and the cores of this process.
 """
 
 from __future__ import annotations
@@ -130,6 +130,11 @@ def gpus_per_node(environ: Mapping[str, str] | None = None) -> int | None:
     env = os.environ if environ is None else environ
     # The first is set for --gpus-per-node only, the second for --gres=gpu:4 and the like too.
     return gpu_count(env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE", ""))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; fewer than the machine's in a job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def all_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
