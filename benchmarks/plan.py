@@ -85,13 +85,13 @@ class Worker:
         return float(self._meter.peak_bytes)
 
     def event(self, stage: str, batch: int) -> float:
-        """Go on to the next stage; most bytes in the step with its first event."""
-        samples = self.run.samples(batch)
+        """Go on to the next stage; most bytes in a step and in its first event after it."""
+        step = self.memory(batch)
         with self.meter().probe():
-            self.run.convert(samples) if stage == "converted" else self.run.update(samples)
+            self.run.convert() if stage == "converted" else self.run.update()
         if stage == "end":
-            self.run.settle(samples)
-        return float(self._meter.peak_bytes)
+            self.run.settle(self.run.samples(batch))
+        return max(step, float(self._meter.peak_bytes))
 
     def meter(self) -> MemoryMeter:
         """A new one."""
@@ -215,7 +215,7 @@ def rows_of(key: Row, stage: str, plan: Row, peaks: dict[str, float], times: lis
         event = name != stage
         predicted = plan[f"{name}_peak_gib"]
         if event:
-            # Measured together with the step before it.
+            # Measured with the step before it.
             predicted = max(predicted, plan[f"{BEFORE[name]}_peak_gib"])
         row = {**key, "stage": name, "predicted_gib": predicted, "measured_gib": measured / GIB}
         timed = of_times(plan[f"{name}_waiting_s"], times) if times and not event else {}

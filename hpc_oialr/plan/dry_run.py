@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from hpc_oialr.engines import DeepSpeed, EngineConfig
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank.layout import local
+from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_collectives, fake_world
 from hpc_oialr.plan.scripted_run import ScriptedRun
@@ -102,10 +103,11 @@ def _run(workload: Workload, world: World, engine: EngineConfig, rule: RankRule 
     run, channel = ScriptedRun(context), open_channel(world)
     exchange = UpdateExchange(channel, world)
     samples = run.samples(batch)
-    conversion = run.convert(samples)
-    for report in (conversion, run.update(samples)):
-        exchange.start(report)
-        exchange.collect()
+    run.train(samples)
+    conversion = run.convert()
+    _send(exchange, conversion)
+    run.train(samples)
+    _send(exchange, run.update())
     run.step(batch)
     r = context.controller.r.values()
     return DryRun(
@@ -117,6 +119,11 @@ def _run(workload: Workload, world: World, engine: EngineConfig, rule: RankRule 
         (min(r), max(r)),
         channel.name,
     )
+
+
+def _send(exchange: UpdateExchange, report: UpdateReport) -> None:
+    exchange.start(report)
+    exchange.collect()
 
 
 def _all_reduce_alone(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -67,29 +67,29 @@ class ScriptedRun:
         context.engine.update(context.optimizer, context.scaler, trained, context.config.train.gradient_clip)
         self.steps += 1
 
-    def convert(self, samples: Batch) -> UpdateReport:
-        """A step with the conversion after it."""
+    def convert(self) -> UpdateReport:
+        """The conversion, after a step."""
         self.method.config.delay = self.method.t + 1
-        return self._event(samples)
+        return self._event()
 
-    def update(self, samples: Batch) -> UpdateReport:
-        """A step with an update after it."""
+    def update(self) -> UpdateReport:
+        """An update, after a step."""
         self.method.config.frequency = 1
-        report = self._event(samples)
+        report = self._event()
         self.method.config.frequency = NEVER
         return report
 
     def settle(self, samples: Batch) -> None:
-        """Updates until r stays."""
+        """Steps with an update after each, until r stays."""
         method = self.method
         for _ in range(_MAX_UPDATES):
             before = method.r
-            self.update(samples)
+            self.train(samples)
+            self.update()
             if method.r == before and method.updates * method.config.layer_share_step >= 1:
                 return
 
-    def _event(self, samples: Batch) -> UpdateReport:
-        self.train(samples)
+    def _event(self) -> UpdateReport:
         start = time.perf_counter()
         report = self.method.step()
         self.event_s = time.perf_counter() - start
@@ -135,7 +135,8 @@ def probe(
     for stage in STAGES if workload.config.oialr is not None else STAGES[:1]:
         torch.set_num_threads(threads_before)
         if stage == "converted":
-            run.convert(small)
+            run.train(small)
+            run.convert()
             found.conversion_s = run.event_s
         elif stage == "end":
             run.settle(small)

@@ -127,11 +127,9 @@ def test_steps_and_events_as_measured():
 
     run.train(samples)
     found = {"dense": measured_gib(lambda: run.train(samples))}
-    run.method.config.delay = run.method.t + 1
-    found["conversion"] = measured_gib(run.method.step)
+    found["conversion"] = measured_gib(run.convert)
     found["converted"] = measured_gib(lambda: run.train(samples))
-    run.method.config.frequency = 1
-    found["update"] = measured_gib(run.method.step)
+    found["update"] = measured_gib(run.update)
     assert list(run.method.r.values()) == [256]
     assert found == pytest.approx({name: row[f"{name}_peak_gib"] for name in found}, rel=0.01)
 
