@@ -42,8 +42,7 @@ def add_plot(actions: Any) -> None:
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw, then print the path."""
-    from hpc_oialr.report.plots import save
-    from hpc_oialr.report.plots.figures import figure_of
+    from hpc_oialr.report.plots import figure_of, save
     from hpc_oialr.report.runs import find_runs
 
     if not is_main():

@@ -93,15 +93,16 @@ def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Row]:
     everyone
         Node and findings of each process.
     """
-    names = dict.fromkeys(finding.name for _, findings in everyone for finding in findings)
-    return [_worst_of(name, everyone) for name in names]
-
-
-def _worst_of(name: str, everyone: Sequence[tuple[str, Sequence[Finding]]]) -> Row:
-    made = [(node, finding) for node, findings in everyone for finding in findings if finding.name == name]
-    bad = max((finding for _, finding in made), key=lambda finding: finding.severity)
-    nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == bad.severity))
-    alike = all(finding.severity == bad.severity for _, finding in made)
-    # What one process alone has looked at is of all; a problem may yet be its node's own.
-    of_all = bad.state != "problem" or set(nodes) == {node for node, _ in everyone}
-    return Row(bad, () if alike and of_all else nodes)
+    by_name: dict[str, list[tuple[str, Finding]]] = {}
+    for node, findings in everyone:
+        for finding in findings:
+            by_name.setdefault(finding.name, []).append((node, finding))
+    rows = []
+    for made in by_name.values():
+        bad = max((finding for _, finding in made), key=lambda finding: finding.severity)
+        nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == bad.severity))
+        alike = all(finding.severity == bad.severity for _, finding in made)
+        # What one process alone has looked at is of all; a problem may yet be its node's own.
+        of_all = bad.state != "problem" or set(nodes) == {node for node, _ in everyone}
+        rows.append(Row(bad, () if alike and of_all else nodes))
+    return rows

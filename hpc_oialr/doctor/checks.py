@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm, threads
+from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, problem
 
@@ -41,41 +41,32 @@ CHECKS = (
     Check("run folder", files.check_folder),
     Check("HDF5", files.check_hdf5),
     Check("TMPDIR", files.check_tmpdir),
-    Check("threads", threads.check_threads),
+    Check("threads", limits.check_threads),
     Check("limits", limits.check_limits),
 )
 
 
 def run_checks(context: CheckContext, checks: Sequence[Check] = CHECKS) -> list[Finding]:
     """Findings of all checks, in their order; none of them can hang the caller."""
-    running = [_Running(check, context) for check in checks]
-    deadline = time.monotonic() + _PATIENCE * context.timeout_s
-    return [finding for each in running for finding in each.findings(deadline)]
+    found: dict[str, list[Finding]] = {}
 
-
-class _Running:
-    """A check in a thread of its own, which may be left behind."""
-
-    def __init__(self, check: Check, context: CheckContext) -> None:
-        self.check, self.context = check, context
-        self.found: list[Finding] | None = None
-        self.thread = threading.Thread(target=self._look, daemon=True)
-        self.thread.start()
-
-    def _look(self) -> None:
+    def look(check: Check) -> None:
         try:
-            self.found = self.check.look(self.context)
+            found[check.topic] = check.look(context)
         except Exception as error:
             # A system that nobody has thought of must not hide what all other checks have found.
-            self.found = [note(self.check.topic, f"cannot be looked at: {type(error).__name__}: {error}")]
+            found[check.topic] = [note(check.topic, f"cannot be looked at: {type(error).__name__}: {error}")]
 
-    def findings(self, deadline: float) -> list[Finding]:
-        self.thread.join(max(0.0, deadline - time.monotonic()))
-        if self.found is None:
-            found = f"no answer within {_PATIENCE * self.context.timeout_s:g} s"
-            return [
-                problem(
-                    self.check.topic, found, "oialr doctor --timeout-s 60   (if the machine is only slow)"
-                )
-            ]
-        return self.found
+    # Daemons: a thread that hangs is left behind.
+    threads = [threading.Thread(target=look, args=(check,), daemon=True) for check in checks]
+    for thread in threads:
+        thread.start()
+    limit_s = _PATIENCE * context.timeout_s
+    deadline = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for check in checks:
+        fix = "oialr doctor --timeout-s 60   (if the machine is only slow)"
+        late = [problem(check.topic, f"no answer within {limit_s:g} s", fix)]
+        found.setdefault(check.topic, late)
+    return [finding for check in checks for finding in found[check.topic]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from hpc_oialr.commands import Answer
@@ -50,10 +50,10 @@ def _usable(report: dict[str, Any]) -> Finding:
     found = f"{there}: cannot {report.get('step', 'be used')}: {report.get('error', 'no answer in time')}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return problem(
-            "run folder", found, f"df -h {_quoted(there)}; quota -s   (then delete what is not needed)"
+            "run folder", found, f"df -h {quote(there)}; quota -s   (then delete what is not needed)"
         )
     if number == errno.EACCES and report.get("owner") == os.geteuid():
-        return problem("run folder", found, f"chmod u+rwx {_quoted(there)}")
+        return problem("run folder", found, f"chmod u+rwx {quote(there)}")
     return problem("run folder", found, _ELSEWHERE)
 
 
@@ -77,7 +77,7 @@ def _ownership(report: dict[str, Any], there: Path) -> list[Finding]:
         found = f"the run in {there} belongs to user {report['owner']}, this is user {os.geteuid()}"
         return [problem("owner", found, "--out DIR: a folder of your own")]
     if report["mode"] & 0o022:
-        return [problem("owner", f"others may write into {there}", f"chmod go-w {_quoted(str(there))}")]
+        return [problem("owner", f"others may write into {there}", f"chmod go-w {quote(str(there))}")]
     return [ok("owner", f"this user, mode {report['mode']:04o}")]
 
 
@@ -114,9 +114,7 @@ def _locking(context: CheckContext, report: dict[str, Any], answer: Answer) -> F
 def _held(locked: tuple[str, int | None]) -> Finding:
     path, pid = locked
     who = "another process" if pid is None else f"process {pid}"
-    fix = (
-        f"kill {pid}" if pid is not None else f"lsof {_quoted(path)}   (on each node; then end that process)"
-    )
+    fix = f"kill {pid}" if pid is not None else f"lsof {quote(path)}   (on each node; then end that process)"
     return problem(
         "HDF5 lock", f"{who} has locked {path}: does a run go on there?", f"{fix}, or {_WITHOUT_LOCKS}"
     )
@@ -132,7 +130,7 @@ def check_tmpdir(context: CheckContext) -> list[Finding]:
             file.write(b"x")
             file.flush()
     except OSError as error:
-        fix = f"mkdir -p {_quoted(given)}, or: unset TMPDIR"
+        fix = f"mkdir -p {quote(given)}, or: unset TMPDIR"
         return [problem("TMPDIR", f"{given}: {error.strerror}", fix)]
     return [ok("TMPDIR", f"{given} can be written")]
 
@@ -147,7 +145,3 @@ def mount(folder: Path) -> str:
     points = {point.encode().decode("unicode_escape"): kind for point, kind in rows}
     inside = [point for point in points if path.is_relative_to(point)]
     return f"{(best := max(inside, key=len))} ({points[best]})" if inside else str(path)
-
-
-def _quoted(path: str) -> str:
-    return shlex.quote(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,19 +130,18 @@ def check_interfaces(context: CheckContext) -> list[Finding]:
     if not context.first_of_node:
         return []
     there = interfaces()
-    return [
-        _check_interface(name, context.environ[name], there)
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-        if context.environ.get(name)
-    ]
-
-
-def _check_interface(variable: str, value: str, there: Sequence[str]) -> Finding:
-    wrong = missing_interfaces(value, there, exact=variable.startswith("GLOO"))
-    if wrong:
-        found = f"{value}: no interface {', '.join(wrong)} here; there are: {', '.join(there)}"
-        return problem(variable, found, f"export {variable}={_likely_interface()}")
-    return ok(variable, f"{value}, among {', '.join(there)}")
+    findings = []
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        value = context.environ.get(variable)
+        if not value:
+            continue
+        wrong = missing_interfaces(value, there, exact=variable.startswith("GLOO"))
+        if wrong:
+            found = f"{value}: no interface {', '.join(wrong)} here; there are: {', '.join(there)}"
+            findings.append(problem(variable, found, f"export {variable}={_likely_interface()}"))
+        else:
+            findings.append(ok(variable, f"{value}, among {', '.join(there)}"))
+    return findings
 
 
 def missing_interfaces(value: str, there: Sequence[str], *, exact: bool) -> list[str]:
@@ -174,17 +174,13 @@ def interfaces() -> list[str]:
 
 def _likely_interface() -> str:
     """The one to use: InfiniBand before others that are up."""
-    up = [
-        name for name in interfaces() if _is_up(name) and not name.startswith(("lo", "docker", "veth", "br"))
-    ]
+    up = []
+    for name in interfaces():
+        with contextlib.suppress(OSError):
+            state = (_INTERFACES / name / "operstate").read_text().strip()
+            if state == "up" and not name.startswith(("lo", "docker", "veth", "br")):
+                up.append(name)
     return min(up, key=lambda name: not name.startswith("ib"), default="lo")
-
-
-def _is_up(name: str) -> bool:
-    try:
-        return (_INTERFACES / name / "operstate").read_text().strip() == "up"
-    except OSError:
-        return False
 
 
 def unresolved(hosts: Sequence[str]) -> list[str]:

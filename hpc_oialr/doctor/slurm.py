@@ -181,7 +181,10 @@ def check_account(context: CheckContext) -> list[Finding]:
     """The account that is asked for, by this user's associations."""
     if context.account is None or not asks_slurm(context):
         return []
-    user = _user()
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
     what = ["show", "associations", f"user={user}", "format=account"]
     answer = run_command(context, "sacctmgr", "--noheader", "--parsable2", *what)
     if answer.code != 0:
@@ -223,10 +226,3 @@ def check_job(context: CheckContext) -> list[Finding]:
             problem("job", f"SLURM_JOB_ID is {job}, but there is no such job any more", "unset ${!SLURM_@}")
         ]
     return []
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

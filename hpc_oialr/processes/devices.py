@@ -31,7 +31,9 @@ def choose_device(
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _parse(name)
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise WorldError(f"device is {name!r}; must be 'cpu', 'cuda' or 'cuda:INDEX'.")
+    device = torch.device(name)
     if device.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -78,9 +80,3 @@ def group_device(group: dist.ProcessGroup | None) -> torch.device:
     if "nccl" in str(dist.get_backend_config(group)):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _parse(name: str) -> torch.device:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
-        raise WorldError(f"device is {name!r}; must be 'cpu', 'cuda' or 'cuda:INDEX'.")
-    return torch.device(name)

@@ -203,7 +203,12 @@ def _from_pmi(env: Mapping[str, str]) -> LaunchInfo:
 
 def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
     rank, size, node = _number(env, "SLURM_PROCID"), _step_tasks(env), _number(env, "SLURM_NODEID")
-    _check_world_size(env, size)
+    # Many batch scripts export it for srun; it must be the truth.
+    if _number(env, "WORLD_SIZE", size) != size:
+        raise WorldError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but srun started {size} tasks; they must agree. Remove "
+            "WORLD_SIZE from the batch script (it is not needed), or correct --ntasks."
+        )
     counts = expand_counts(_first_of(env, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     if node >= len(counts) or sum(counts) != size:
         raise WorldError(
@@ -215,30 +220,17 @@ def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
     return LaunchInfo(rank, size, _number(env, "SLURM_LOCALID"), counts[node], "slurm", address, *ports)
 
 
-def _check_world_size(env: Mapping[str, str], size: int) -> None:
-    """Many batch scripts export WORLD_SIZE for srun; it must be the truth."""
-    if _number(env, "WORLD_SIZE", size) != size:
-        raise WorldError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']} but srun started {size} tasks; they must agree. Remove "
-            "WORLD_SIZE from the batch script (it is not needed), or correct --ntasks."
-        )
-
-
 def _step_tasks(env: Mapping[str, str]) -> int:
     return int(_first_of(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
 
 
 def _slurm_address(env: Mapping[str, str]) -> str:
     """The node of task 0: the first of the sorted list, unless tasks were placed by a host file (``-m arbitrary``)."""
-    if env.get("SLURM_DISTRIBUTION") == "arbitrary":
-        return _first_host(env)
-    nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    return expand_nodes(nodes)[0]
-
-
-def _first_host(env: Mapping[str, str]) -> str:
-    """Of the host file; SLURM_ARBITRARY_NODELIST is sorted, and says nothing of the order."""
+    if env.get("SLURM_DISTRIBUTION") != "arbitrary":
+        nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+        return expand_nodes(nodes)[0]
     try:
+        # SLURM_ARBITRARY_NODELIST is sorted, and says nothing of the order.
         lines = Path(env["SLURM_HOSTFILE"]).read_text(encoding="utf-8").split()
         return expand_nodes(lines[0])[0]
     except (KeyError, OSError, UnicodeDecodeError, IndexError):

@@ -36,18 +36,14 @@ def check_equal(named: Mapping[str, Sequence[Tensor]], world: World) -> None:
     """
     if world.size == 1 or not named:
         return
-    hashes = torch.stack([_combined(tensors, world.device) for tensors in named.values()])
+    hashes = torch.zeros(len(named), dtype=torch.int64, device=world.device)
+    for row, tensors in enumerate(named.values()):
+        for tensor in tensors:
+            hashes[row] = hashes[row] * _STEP + bit_hash(tensor).to(world.device)
     # max(~h) = ~min(h): one reduction finds both ends, and they meet only where all are equal.
     highest, lowest = world.all_reduce(torch.cat([hashes, ~hashes]), op="max").chunk(2)
     if not torch.equal(highest, ~lowest):
         _explain(list(named), world.all_gather_object(hashes.tolist()))
-
-
-def _combined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for tensor in tensors:
-        total = total * _STEP + bit_hash(tensor).to(device)
-    return total
 
 
 @torch.no_grad()
@@ -57,24 +53,16 @@ def bit_hash(tensor: Tensor) -> Tensor:
     A sum of (bits as integers of at most 32 bits) x (odd 64-bit weights), modulo 2^64, so that any one
     changed value is seen, and sign flips of whole columns, which an SVD likes to make, cannot cancel.
     """
-    bits = _bits(tensor)
+    # 64-bit values as two halves: times 2^63 a weight leaves one bit, and pairs of sign flips would cancel.
+    integers = _INTEGERS.get(tensor.element_size(), torch.int32)
+    bits = tensor.detach().contiguous().reshape(-1).view(integers)
     counter = torch.arange(1, min(_CHUNK, bits.numel()) + 1, device=bits.device)
     weights = mix(counter * INCREMENT) | 1
     label = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     total = torch.full((), label, dtype=torch.int64, device=bits.device)
-    for chunk in _chunks(bits):
+    for chunk in bits.split(_CHUNK) if bits.numel() else ():
         total = total * _STEP + (chunk.long() * weights[: chunk.numel()]).sum()
     return total
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().reshape(-1)
-    # 64-bit values as two halves: times 2^63 a weight leaves one bit, and pairs of sign flips would cancel.
-    return flat.view(_INTEGERS.get(tensor.element_size(), torch.int32))
-
-
-def _chunks(bits: Tensor) -> list[Tensor]:
-    return [bits[start : start + _CHUNK] for start in range(0, bits.numel(), _CHUNK)]
 
 
 def _explain(names: list[str], hashes: list[list[int]]) -> None:

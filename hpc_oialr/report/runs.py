@@ -182,15 +182,6 @@ def dense_of(runs: Iterable[Run]) -> Run | None:
     return next((run for run in runs if run.dense), None)
 
 
-def step_seconds(run: Run) -> tuple[NDArray[np.float64], Numbers]:
-    """Steps in the middle of the ranges between two rows of losses, and seconds a step took in them."""
-    curve = run.losses
-    steps, seconds = np.diff(curve.step), np.diff(curve.wall_s)
-    fine = (steps > 0) & (seconds >= 0)
-    middle = (curve.step[1:] + curve.step[:-1])[fine] / 2
-    return middle, seconds[fine] / steps[fine]
-
-
 def _inside(path: Path) -> list[Path]:
     sides = [path / side for side in ("dense", "oialr")]
     if RunFolder(path).holds_run or not all(RunFolder(side).holds_run for side in sides):

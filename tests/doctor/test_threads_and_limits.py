@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from hpc_oialr.doctor import limits, threads
+from hpc_oialr.doctor import limits
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -39,34 +39,34 @@ STEP = {
     ],
 )
 def test_more_threads_than_cores(context, environ, cores, found, fix):
-    problem = threads.judge_threads(context(environ), cores, 32)
+    problem = limits.judge_threads(context(environ), cores, 32)
     assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
     assert problem.fix == f"export OMP_NUM_THREADS={fix}"
 
 
 @pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
 def test_threads_that_fit(context, environ):
-    assert threads.judge_threads(context(environ), 32, 32).state == "ok"
+    assert limits.judge_threads(context(environ), 32, 32).state == "ok"
 
 
 def test_this_machine(context):
-    cores = threads.usable_cores()
-    (found,) = threads.check_threads(context({"OMP_NUM_THREADS": str(cores + 1)}))
+    cores = limits.usable_cores()
+    (found,) = limits.check_threads(context({"OMP_NUM_THREADS": str(cores + 1)}))
     assert found.state == "problem"
-    (found,) = threads.check_threads(context({"OMP_NUM_THREADS": "1"}))
+    (found,) = limits.check_threads(context({"OMP_NUM_THREADS": "1"}))
     assert found.state == "ok"
 
 
 def test_srun_does_not_inherit_cpus_per_task(context):
     who = context(STEP | {"SLURM_CPUS_PER_TASK": "8"})
-    (found,) = threads.judge_binding(who, 1)
+    (found,) = limits.judge_binding(who, 1)
     assert (found.state, found.found) == (
         "problem",
         "SLURM_CPUS_PER_TASK is 8, but srun bound this task to 1",
     )
     assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-    assert [finding.state for finding in threads.judge_binding(who, 8)] == ["ok"]
-    assert threads.judge_binding(context(STEP), 1) == []
+    assert [finding.state for finding in limits.judge_binding(who, 8)] == ["ok"]
+    assert limits.judge_binding(context(STEP), 1) == []
 
 
 def test_open_files():

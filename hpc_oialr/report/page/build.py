@@ -15,7 +15,7 @@ from hpc_oialr import __version__
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.files import to_json
-from hpc_oialr.report.costs import ratios_to_dense
+from hpc_oialr.report.figure_data import ratios_to_dense
 from hpc_oialr.report.page import tables
 from hpc_oialr.report.page.drawn import drawn
 from hpc_oialr.report.page.words import sentences

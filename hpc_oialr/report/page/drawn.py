@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_oialr.report.layers import conversions, spread
+from hpc_oialr.report.figure_data import conversions, spread, step_seconds
 from hpc_oialr.report.page.packing import floats, logarithms
-from hpc_oialr.report.runs import Curve, Run, step_seconds
+from hpc_oialr.report.runs import Curve, Run
 from hpc_oialr.spectra import Layer, Spectra
 from hpc_oialr.spectra.schema import kind_words
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hpc_oialr.report.layers import conversions, settling_steps
+from hpc_oialr.report.figure_data import conversions, settling_steps
 from hpc_oialr.report.runs import Run, dense_of
 from hpc_oialr.spectra import Spectra
 
@@ -22,14 +22,9 @@ def sentences(runs: Sequence[Run]) -> Iterator[str]:
         if dense is not None and run is not dense and run.summary and dense.summary:
             yield _against(run, dense)
         if run.spectra is not None and len(run.spectra.events):
-            yield from of_layers(run.name, run.spectra)
-
-
-def of_layers(name: str, record: Spectra) -> Iterator[str]:
-    """Of stability, r and noise."""
-    yield from _stability(name, record)
-    yield from _inner_dimensions(name, record)
-    yield from _noise(name, record)
+            yield from _stability(run.name, run.spectra)
+            yield from _inner_dimensions(run.name, run.spectra)
+            yield from _noise(run.name, run.spectra)
 
 
 def metric_text(value: float, name: str) -> str:

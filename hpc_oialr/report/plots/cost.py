@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpc_oialr.report.costs import FIGURES, ratios_to_dense
+from hpc_oialr.report.figure_data import FIGURES, ratios_to_dense, step_seconds
 from hpc_oialr.report.plots.style import COLOURS, GREY, Width, in_style, new_figure, with_grid
-from hpc_oialr.report.runs import Run, dense_of, step_seconds
+from hpc_oialr.report.runs import Run, dense_of
 
 # Keeps a number readable where it stands on a line.
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}

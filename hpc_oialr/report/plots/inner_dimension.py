@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from hpc_oialr.report.layers import share_of_k
+from hpc_oialr.report.figure_data import share_of_k
 from hpc_oialr.report.plots.style import Width, in_style, new_figure
 from hpc_oialr.spectra import Spectra
 

@@ -6,9 +6,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpc_oialr.report.layers import conversions
-from hpc_oialr.report.plots import depth
-from hpc_oialr.report.plots.style import GREY, Width, in_style, new_figure, with_grid
+from hpc_oialr.report.figure_data import conversions
+from hpc_oialr.report.plots.style import (
+    GREY,
+    Width,
+    depth_colours,
+    explain_depth,
+    in_style,
+    new_figure,
+    with_grid,
+)
 from hpc_oialr.spectra import Layer, Spectra
 
 
@@ -35,7 +42,7 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
     figure, axes = new_figure(width, height=0.62 if width == "single" else 0.85)
     layers = list(run.values())
     thin = 1.0 if len(layers) <= 40 else 0.5
-    for layer, colour in zip(layers, depth.colours(len(layers)), strict=True):
+    for layer, colour in zip(layers, depth_colours(len(layers)), strict=True):
         known = np.isfinite(layer.stability)
         axes.plot(layer.t[known], layer.stability[known], color=colour, linewidth=thin, label=layer.name)
     _mark_conversions(axes, layers)
@@ -45,7 +52,7 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
     axes.set_ylim(*_limits(run))
     if title:
         axes.set_title(title)
-    depth.explain(figure, axes, run.layers)
+    explain_depth(figure, axes, run.layers)
     return figure
 
 

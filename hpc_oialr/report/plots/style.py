@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
+import numpy as np
+
 from hpc_oialr.errors import ConfigError, MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 
@@ -15,8 +17,10 @@ try:
     import matplotlib.style
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
     raise MissingExtraError("matplotlib", "plot", purpose="A figure") from error
 
@@ -24,6 +28,8 @@ Width = Literal["single", "double"]
 # Widths of a column and of a page in inches, as most two-column styles have them.
 WIDTH_IN = {"single": 3.4, "double": 7.0}
 FORMATS = (".png", ".pdf", ".svg")
+# Up to so many layers a legend names each; beyond, a colour bar shows the depth.
+NAMED = 6
 
 # Okabe and Ito, Color universal design (2008); yellow is left out, it is too light for a line.
 BLACK, GREY = "#000000", "#767676"
@@ -142,3 +148,26 @@ def plain_log_ticks(axis: Axis, *, factor: float = 1) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def depth_map() -> LinearSegmentedColormap:
+    """Viridis without its lightest end, which is lost on white paper."""
+    kept = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231))
+    return LinearSegmentedColormap.from_list("depth", kept)
+
+
+def depth_colours(count: int) -> list[tuple[float, ...]]:
+    """A colour for each of ``count`` layers, first to last."""
+    shades = depth_map()
+    return [shades(i / max(1, count - 1)) for i in range(count)]
+
+
+def explain_depth(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """A legend for few layers, a colour bar for many."""
+    if len(names) <= NAMED:
+        axes.legend(loc="best")
+        return
+    scale = ScalarMappable(Normalize(1, len(names)), depth_map())
+    bar = figure.colorbar(scale, ax=axes, label="depth (layer)", pad=0.02, aspect=25)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    bar.outline.set_visible(False)

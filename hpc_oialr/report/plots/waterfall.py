@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from hpc_oialr.report.layers import spread
-from hpc_oialr.report.plots.depth import depth_map
+from hpc_oialr.report.figure_data import spread
 from hpc_oialr.report.plots.style import (
     BLACK,
     VERMILION,
     Width,
+    depth_map,
     in_style,
     new_figure,
     plain_log_ticks,

@@ -1,13 +1,58 @@
-"""What figures draw of the layers of a record: plain arrays, no plotting library."""
+"""What the page and the paper plots draw: plain numbers and arrays, no plotting library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_oialr.errors import DataError
+from hpc_oialr.report.runs import Numbers, Run, dense_of
 from hpc_oialr.spectra import Layer, Spectra
+
+FIGURES = (
+    ("training time", "wall_s"),
+    ("time of a step", "step_s"),
+    ("peak memory", "peak_memory_gib"),
+    ("trained parameters", "trainable_params"),
+)
+
+
+def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """For every run but the dense one, each of :data:`FIGURES` over the dense run's.
+
+    Raises
+    ------
+    DataError
+        Without a dense run or another one, or if one has not ended.
+    """
+    dense = dense_of(runs)
+    others = [run for run in runs if run is not dense]
+    if dense is None or not others:
+        names = ", ".join(run.name for run in runs)
+        raise DataError(
+            f"runs are {names}; one must be dense and one not. Name the folder of oialr compare, or a run "
+            "of the same recipe with --oialr null."
+        )
+    base = _costs(dense)
+    return {run.name: {label: value / base[label] for label, value in _costs(run).items()} for run in others}
+
+
+def _costs(run: Run) -> dict[str, float]:
+    if not run.summary:
+        raise DataError(f"{run.folder.path} has no summary.json: the run has not ended. Let it end.")
+    numbers = {**run.summary, "step_s": run.summary["wall_s"] / max(1, run.summary["steps"])}
+    return {label: float(numbers[key]) for label, key in FIGURES}
+
+
+def step_seconds(run: Run) -> tuple[NDArray[np.float64], Numbers]:
+    """Steps in the middle of the ranges between two rows of losses, and seconds a step took in them."""
+    curve = run.losses
+    steps, seconds = np.diff(curve.step), np.diff(curve.wall_s)
+    fine = (steps > 0) & (seconds >= 0)
+    middle = (curve.step[1:] + curve.step[:-1])[fine] / 2
+    return middle, seconds[fine] / steps[fine]
 
 
 def conversions(layers: Iterable[Layer]) -> list[int]:
