@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,13 +173,17 @@ def interfaces() -> list[str]:
 
 def _likely_interface() -> str:
     """The one to use: InfiniBand before others that are up."""
-    up = []
-    for name in interfaces():
-        with contextlib.suppress(OSError):
-            state = (_INTERFACES / name / "operstate").read_text().strip()
-            if state == "up" and not name.startswith(("lo", "docker", "veth", "br")):
-                up.append(name)
+    up = [
+        name for name in interfaces() if _is_up(name) and not name.startswith(("lo", "docker", "veth", "br"))
+    ]
     return min(up, key=lambda name: not name.startswith("ib"), default="lo")
+
+
+def _is_up(name: str) -> bool:
+    try:
+        return (_INTERFACES / name / "operstate").read_text().strip() == "up"
+    except OSError:
+        return False
 
 
 def unresolved(hosts: Sequence[str]) -> list[str]:
