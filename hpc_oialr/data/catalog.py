@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source, TarArchive, sha256_of
+from hpc_oialr.data.sources import DebianPackage, Folder, Mirror, PyPIWheel, Source, TarArchive
 from hpc_oialr.errors import DataError, UnknownNameError
+from hpc_oialr.outputs import sha256_of
 
 
 @dataclass(frozen=True)

@@ -217,16 +217,12 @@ def list_images(folder: Path, classes: list[str]) -> Listing:
     for name in class_names(folder):
         if name not in number:
             raise DataError(f"{folder / name} is a class that train/ does not have; it has {len(classes)}.")
-        found = _images(folder / name)
+        with os.scandir(folder / name) as entries:
+            found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        if not found:
+            rule = f"has no image ({', '.join(SUFFIXES)}). Fill it or remove it."
+            raise DataError(f"class folder {folder / name} {rule}")
         names += [os.fsencode(f"{name}/{image}") for image in found]
         counts[number[name]] = len(found)
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
     return Listing(folder, np.array(names), labels)
-
-
-def _images(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
-    if not found:
-        raise DataError(f"class folder {folder} has no image ({', '.join(SUFFIXES)}). Fill it or remove it.")
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+
+from hpc_oialr.outputs import sha256_of
 
 TIMEOUT_S, ANSWER_TIMEOUT_S = 300.0, 30.0
 """For a program, and for a server's next bytes."""
@@ -220,15 +221,6 @@ def _download(url: str, path: Path) -> None:
             shutil.copyfileobj(answer, target)
     except HTTPException as error:
         raise SourceError(f"{url}: {error!r}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _only(folder: Path, pattern: str) -> Path:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
@@ -216,14 +215,28 @@ class TimeSeriesCSV(DataConfig):
         )
 
     def _standardised(self, path: Path, name: str, table: SeriesTable) -> list[Series]:
-        *bounds, end = self._ends(path, len(table.values[0]))
+        training, validation, end = self._ends(path, len(table.values[0]))
         calendar = calendar_features(table.times[:end]) if table.times else None
-        made = []
-        for column, raw in zip(self.columns, table.values, strict=True):
-            values = np.asarray(raw[:end], dtype=np.float64)
-            label = f"{name}/{column}" if name else column
-            made.append(_standardise(path, label, values, calendar, (bounds[0], bounds[1])))
-        return [_together(made)] if self.multivariate else made
+        labels = [f"{name}/{column}" if name else column for column in self.columns]
+        values = np.array(table.values, dtype=np.float64)[:, :end]
+        seen = ~np.isnan(values)
+        means, stds = [], []
+        for label, row, there in zip(labels, values[:, :training], seen, strict=True):
+            known = row[there[:training]]
+            if not len(known):
+                raise DataError(
+                    f"{path}: series {label} has no value in its training part of {training} steps."
+                )
+            means.append(float(known.mean()))
+            stds.append(float(known.std()) or 1.0)
+        scaled = (values - np.array(means)[:, None]) / np.array(stds)[:, None]
+        scaled = torch.from_numpy(np.where(seen, scaled, 0.0).astype(np.float32))
+        observed, bounds = torch.from_numpy(seen.astype(np.float32)), (training, validation)
+        if self.multivariate:
+            joined = scaled.T.contiguous(), observed.T.contiguous()
+            return [Series(", ".join(labels), *joined, calendar, bounds, tuple(means), tuple(stds))]
+        columns = zip(labels, scaled, observed, means, stds, strict=True)
+        return [Series(label, x, o, calendar, bounds, mean, std) for label, x, o, mean, std in columns]
 
     def _ends(self, path: Path, steps: int) -> tuple[int, int, int]:
         """Where the three parts of a series of so many steps end."""
@@ -271,29 +284,3 @@ def calendar_features(times: Sequence[datetime]) -> Tensor:
         for t in times
     ]
     return torch.tensor(rows, dtype=torch.float32)
-
-
-def _standardise(
-    path: Path, name: str, values: NDArray[np.float64], calendar: Tensor | None, bounds: tuple[int, int]
-) -> Series:
-    seen = ~np.isnan(values)
-    training = values[: bounds[0]][seen[: bounds[0]]]
-    if not len(training):
-        raise DataError(f"{path}: series {name} has no value in its training part of {bounds[0]} steps.")
-    mean, std = float(training.mean()), float(training.std()) or 1.0
-    scaled = np.where(seen, (values - mean) / std, 0.0).astype(np.float32)
-    observed = torch.from_numpy(seen.astype(np.float32))
-    return Series(name, torch.from_numpy(scaled), observed, calendar, bounds, mean, std)
-
-
-def _together(series: Sequence[Series]) -> Series:
-    """Series of one variable each as one of several."""
-    means, stds = zip(*((one.mean, one.std) for one in series), strict=True)
-    return replace(
-        series[0],
-        name=", ".join(one.name for one in series),
-        values=torch.stack([one.values for one in series], dim=1),
-        observed=torch.stack([one.observed for one in series], dim=1),
-        mean=means,
-        std=stds,
-    )

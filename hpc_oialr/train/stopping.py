@@ -88,4 +88,4 @@ class Stopping:
             return asker
         if self.request.deadline is not None and self._clock() + self.needed_s >= self.request.deadline:
             return f"{self.request.deadline - self._clock():.0f} s before the end of the job"
-        return "another process's wish"
+        return "stop requested by another rank"

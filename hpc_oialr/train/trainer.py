@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hpc_oialr.data import Batch
 from hpc_oialr.errors import CheckpointError, FolderLostError
@@ -94,8 +94,7 @@ class Trainer:
                 stop = self._stop_flag.exchange(self.stopping.wanted())
                 if stop:
                     break
-                if self._checkpoint_due():
-                    self._save_if_possible()
+                self._save_if_due()
             else:
                 stop = False
         self._stop_flag.settle()
@@ -107,47 +106,35 @@ class Trainer:
     # -- one step --------------------------------------------------------------------------------
 
     def _step(self, batch: Batch) -> None:
-        step = self.progress.step
+        context, progress, step = self.context, self.progress, self.progress.step
         with self.recorder.probe(step):
-            loss = self._learn(batch, step)
+            context.rates.set(step)
+            loss = forward_backward(context, context.place(batch), step)
+            if self._trained is None:
+                self._trained = [p for p in context.module.parameters() if p.requires_grad]
+            clip = self.config.train.gradient_clip
+            context.engine.update(context.optimizer, context.scaler, self._trained, clip)
             self.recorder.collect()
-            self._update()
-        self.progress.step = step + 1
+            start = time.perf_counter()
+            report = context.controller.step()
+            if report is not None:
+                self.timers.add("update", time.perf_counter() - start)
+                self._trained = None
+                self.recorder.update(report)
+        progress.step = step + 1
         if self.first_graphs is None:
             self.first_graphs = graphs_compiled()
-        self.recorder.step(self.progress.step, loss, self._waited_s, self.timers)
-
-    def _learn(self, batch: Batch, step: int) -> Tensor:
-        """One step of the optimizer; the loss before it."""
-        context, clip = self.context, self.config.train.gradient_clip
-        context.rates.set(step)
-        loss = forward_backward(context, context.place(batch), step)
-        context.engine.update(context.optimizer, context.scaler, self._trained_parameters(), clip)
-        return loss
-
-    def _update(self) -> None:
-        """The method's step."""
-        start = time.perf_counter()
-        report = self.context.controller.step()
-        if report is None:
-            return
-        self.timers.add("update", time.perf_counter() - start)
-        self._trained = None
-        self.recorder.update(report)
-
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        if self._trained is None:
-            self._trained = [p for p in self.context.module.parameters() if p.requires_grad]
-        return self._trained
+        self.recorder.step(progress.step, loss, self._waited_s, self.timers)
 
     def _batches(self) -> Iterator[Batch]:
         """This process's batches from the present step to the last one."""
         batches, left = self.context.batches, self.context.total_steps - self.progress.step
+        patience = self.config.train.early_stopping
         while left > 0:
             epoch, start = divmod(self.context.total_steps - left, len(batches))
             iterator = iter(batches.epoch(epoch, start))
             for _ in range(min(left, len(batches) - start)):
-                if self._settled():
+                if patience is not None and self.progress.waited >= patience:
                     return
                 since = time.perf_counter()
                 batch = next(iterator)
@@ -159,17 +146,13 @@ class Trainer:
     # -- between steps ---------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
-        if self.progress.step in self._evaluation_steps:
-            splits = self.context.splits
-            split = "validation" if splits.validation is not None else "test"
-            self._count(self.evaluate(split)["metric"])
-
-    def _count(self, value: float) -> None:
         """Keep the best metric, and count evaluations without a better one."""
-        progress = self.progress
-        better = self.config.task.better(value, progress.best_metric)
-        progress.waited = 0 if better else progress.waited + 1
-        progress.best_metric = value if better else progress.best_metric
+        if self.progress.step in self._evaluation_steps:
+            splits, progress = self.context.splits, self.progress
+            value = self.evaluate("validation" if splits.validation is not None else "test")["metric"]
+            better = self.config.task.better(value, progress.best_metric)
+            progress.waited = 0 if better else progress.waited + 1
+            progress.best_metric = value if better else progress.best_metric
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate on "validation" or "test" and write it down; a collective call."""
@@ -186,17 +169,11 @@ class Trainer:
         self.recorder.evaluation(progress.step, self.timers.wall, row)
         return row
 
-    def _settled(self) -> bool:
-        """Whether early stopping applies."""
-        patience = self.config.train.early_stopping
-        return patience is not None and self.progress.waited >= patience
-
-    def _checkpoint_due(self) -> bool:
-        every = self.config.checkpoint.every
-        return every is not None and self.progress.step % every == 0
-
-    def _save_if_possible(self) -> None:
+    def _save_if_due(self) -> None:
         """Write a checkpoint on the way; without room for it the training goes on, to the next one."""
+        every = self.config.checkpoint.every
+        if every is None or self.progress.step % every:
+            return
         try:
             self.save()
         except FolderLostError:

@@ -77,4 +77,4 @@ def test_the_time_before_the_first_step_is_none():
 
 
 def test_another_process_asks():
-    assert make(None)[1].reason == "another process's wish"
+    assert make(None)[1].reason == "stop requested by another rank"
