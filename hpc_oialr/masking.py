@@ -10,12 +10,17 @@ from typing import Any
 MASK = "***"
 
 _NAME = re.compile(
-    r"TOKEN|KEY|PASSW|PASSPHRASE|PWD|SECRET|CREDENTIAL|JWT|AUTH|SIGNATURE|COOKIE|BEARER", re.IGNORECASE
+    r"TOKEN|KEY|PASSW|PASSPHRASE|PWD|SECRET|CREDENTIAL|JWT|AUTH|SIGNATURE|COOKIE|BEARER"
+    # Short words at the end only; I_MPI_PIN is no secret.
+    r"|(?:^|(?<!MPI)[_.-])(?:PASS|PIN|SAS|DSN|SESSION(?:_?ID)?)$",
+    re.IGNORECASE,
 )
 # Names of numbers that are secrets too, which max_tokens is not.
 _PLAIN_SECRET = re.compile(r"PASSW|PWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 # https://user:password@host, where a password may hold another @; a path of it has one slash
 _ADDRESS = re.compile(r"(\b[a-z][\w+.-]*:/{1,2})[^/\s'\"]+@", re.IGNORECASE)
+# The same without https://; a signal is B:USR2@60, an image name:tag@sha256:...
+_LOGIN = re.compile(r"(?<![\w./@:+-])[\w.+-]+:[^\s/@:'\"]+@(?=[a-z])(?!sha\d)", re.IGNORECASE)
 _WORD = (
     r"(?:token|(?:api|access|private|account)[_-]?key|passw(?:or)?d|passphrase|pwd|secret|credential|cookie|jwt|signature"
     r"|authorization|auth(?!or)|(?<=[?&])sig)\w*"
@@ -57,7 +62,7 @@ def mask_text(text: str) -> str:
     >>> mask_text("data.token is 'abc' (from the command line); must be int.")
     'data.token is *** (from the command line); must be int.'
     """
-    masked = _ADDRESS.sub(rf"\1{MASK}@", text)
+    masked = _LOGIN.sub(f"{MASK}@", _ADDRESS.sub(rf"\1{MASK}@", text))
     for pattern in (_PAIR, _BEARER, _PEM):
         masked = pattern.sub(rf"\1{MASK}", masked)
     return _FORM.sub(MASK, masked)

@@ -31,6 +31,10 @@ TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "
         ("token:\n  - a\n  - b\nn: 1", "token:\n  ***n: 1"),
         ("private_key=a AccountKey=b==;c", "private_key=*** AccountKey=***;c"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END", "-----BEGIN RSA PRIVATE KEY-----***-----END"),
+        (
+            "me:pw@host.org:22, B:USR2@60 git@host:x name:tag@sha256:a",
+            "***@host.org:22, B:USR2@60 git@host:x name:tag@sha256:a",
+        ),
         ("the author: me, --author me", "the author: me, --author me"),
         *((f"found {token}.", "found ***.") for token in TOKENS),
     ],
@@ -43,6 +47,10 @@ def test_what_lies_under_a_secret_name() -> None:
     tree = {"auth": {"user": "me", "parts": [{"a": "b"}], "n": 1}, "passphrase": "x", "path": "y"}
     masked = {"auth": {"user": "***", "parts": [{"a": "***"}], "n": 1}, "passphrase": "***", "path": "y"}
     assert mask_tree(tree) == masked
+    secret = {"pass": "a", "db_pass": "a", "sas": "a", "session_id": "a", "pin": "a", "dsn": "a"}
+    assert set(mask_tree(secret).values()) == {"***"}
+    plain = {"I_MPI_PIN": "on", "pin_memory": "a", "passes": "a", "bypass_cache": "a"}
+    assert mask_tree(plain) == plain
 
 
 def test_logs_and_their_tracebacks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -99,13 +100,13 @@ class Slurm:
         columns = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
         which = ["--noheader", "--array", "--states=all", f"--user={os.geteuid()}"]
         try:
-            text = ask(["squeue", *which, f"--Format={columns}"]).stdout
+            found = parse_queue(ask(["squeue", *which, f"--Format={columns}"]).stdout)
         except NoAnswerError as error:
             self._say("squeue", error)
             self.reached = False
             return {}
         self.reached = True
-        return parse_queue(text)
+        return found
 
     def _history(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """Jobs that squeue does not know any more."""
@@ -132,13 +133,15 @@ def parse_queue(text: str) -> dict[str, JobState]:
     >>> parse_queue(line)["12_0"].end
     datetime.datetime(2026, 1, 1, 14, 0)
     """
-    return dict(_queued(line) for line in text.splitlines() if line.strip())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("CLUSTER: ")]
+    return dict(_queued(line) for line in lines)
 
 
 def _queued(line: str) -> tuple[str, JobState]:
     row: dict[str, str] = {}
     for name, width in _COLUMNS.items():
         row[name], line = line[:width].strip(), line[width:]
+    _require(row["JobArrayID"], row["State"], "squeue")
     requeues = int(row["RestartCnt"]) if row["RestartCnt"].isdigit() else None
     reason = "" if row["Reason"] == "None" else row["Reason"]
     times = {"start": _time(row["StartTime"]), "end": _time(row["EndTime"])}
@@ -156,12 +159,19 @@ def parse_history(text: str) -> dict[str, JobState]:
     """
     states: dict[str, JobState] = {}
     for line in text.splitlines():
-        job, state, start, end = line.split("|")
+        job, state, start, end = (*line.split("|"), "", "", "")[:4]
+        _require(job, state, "sacct")
         before = states.get(job)
         requeues = 0 if before is None or before.requeues is None else before.requeues + 1
         word = state.split(" ")[0]
         states[job] = JobState(state=word, requeues=requeues, start=_time(start), end=_time(end))
     return states
+
+
+def _require(job: str, state: str, program: str) -> None:
+    """A job whose row cannot be read must not count as forgotten."""
+    if not (re.fullmatch(r"\d+\S*", job) and re.match(r"[A-Z_]+\b", state)):
+        raise NoAnswerError(f"{program} printed what is no job: {f'{job} {state}'.strip()[:80]!r}")
 
 
 def _time(text: str) -> datetime | None:

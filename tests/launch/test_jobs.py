@@ -357,3 +357,16 @@ def test_states_that_are_over():
     assert not JobState(state="RUNNING").over
     assert not JobState(state="COMPLETING").over
     assert JobState(state="NODE_FAIL").over
+
+
+@pytest.mark.parametrize("program", ["squeue", "sacct"])
+@pytest.mark.parametrize("banner", ["Slurm is being upgraded, come back later", "|||", "12||x"])
+def test_what_is_no_job_is_no_answer(slurm, tmp_path, program, banner, caplog):
+    """Else a job that runs would count as forgotten, and a second one could be submitted into its folder."""
+    submitted(tmp_path / "runs" / "first")
+    fake = slurm.folder / "bin" / program
+    fake.write_text(f"#!/bin/sh\necho '{banner}'\n")
+    answers = Slurm()
+    (row,) = rows_of(find_runs(), answers)
+    assert row.state.state == ("UNKNOWN" if program == "squeue" else "ENDED")
+    assert f"{program} printed what is no job: '" in caplog.text
