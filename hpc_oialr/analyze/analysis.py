@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.analyze.checkpoint import Checkpoint, open_checkpoint
+from hpc_oialr.analyze.checkpoint import FILES, INDICES, Checkpoint, open_checkpoint
 from hpc_oialr.analyze.matrices import Matrix, MatrixSelection, same_matrices
-from hpc_oialr.analyze.steps import steps_of
-from hpc_oialr.errors import DataError, OIALRError
+from hpc_oialr.errors import ConfigError, DataError, OIALRError
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
-from hpc_oialr.method.report import LayerUpdate, UpdateReport
+from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.stability_tracker import measured
 from hpc_oialr.outputs import claim
 from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report
 from hpc_oialr.spectra.hdf5_io import write_record, written_by
-from hpc_oialr.spectra.rows import LayerRows, Rows, rows_of_update, together
+from hpc_oialr.spectra.rows import LayerRows, rows_of_update, together
 
 
 def analyze(
@@ -138,14 +138,12 @@ def _measure(
         change = basis_change(last, now) if last is not None else BasisChange()
         shape = (matrix.m, matrix.n)
         update = measured(matrix.layer, shape, now.s, change, time.perf_counter() - start)
-        events.append(_event(update, step, index))
+        report = UpdateReport(
+            t=step, kind="stability", layers=(update,), seconds=update.seconds, bytes_sent=0
+        )
+        events.append(rows_of_update(report, {update.name: index}))
         last = now
     return together(events).layers[0]
-
-
-def _event(update: LayerUpdate, step: int, index: int) -> Rows:
-    report = UpdateReport(t=step, kind="stability", layers=(update,), seconds=update.seconds, bytes_sent=0)
-    return rows_of_update(report, {update.name: index})
 
 
 def _attributes(
@@ -159,3 +157,45 @@ def _attributes(
         "world_size": world.size,
         "world": {"size": world.size, "local_size": world.local_size, "launcher": world.launcher},
     }
+
+
+def steps_of(paths: Sequence[Path], given: Sequence[int] | None = None) -> list[int]:
+    """One step a checkpoint.
+
+    The last number in the file's or folder's name; of a file that is always called the same, in its folder's.
+
+    Parameters
+    ----------
+    given
+        The steps, instead.
+
+    Raises
+    ------
+    ConfigError
+        If a name has no number, or two have the same; or if ``given`` are not one different step each.
+
+    Examples
+    --------
+    >>> steps_of([Path("checkpoint-500"), Path("run2/step_00001000.pt"), Path("step-1500/model.safetensors")])
+    [500, 1000, 1500]
+    """
+    if given is not None and len(given) != len(paths):
+        raise ConfigError("--steps", list(given), f"must be one for each of the {len(paths)} checkpoints")
+    steps = [_step(path) for path in paths] if given is None else list(given)
+    for step in steps:
+        if steps.count(step) > 1:
+            same = ", ".join(str(path) for path, each in zip(paths, steps, strict=True) if each == step)
+            raise ConfigError(
+                "--steps", step, f"belongs to several checkpoints, {same}", fix="Give each its own."
+            )
+    return steps
+
+
+def _step(path: Path) -> int:
+    name = path.resolve().parent.name if path.name in (*FILES, *INDICES) else path.stem
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise ConfigError(
+            "--steps", None, f"must be given: the name of {path} holds no number", fix="E.g. --steps 100 200."
+        )
+    return int(numbers[-1])

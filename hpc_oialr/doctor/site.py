@@ -69,20 +69,15 @@ def site_environment(site: str | None) -> SiteEnvironment:
         return SiteEnvironment(all_variables())
     try:
         options = read_site(site).sbatch
-        environ = _sourced(site)
+        # Variables once the file has been sourced, in a job with what it has for jobs.
+        answer = run_command(["bash", "-c", _SCRIPT, "site", str(site_file(site))], timeout_s=_TIMEOUT_S)
+        if answer.code != 0:
+            raise OIALRError(f"the site file {site_file(site)} does not run here: {answer.reason}.")
     except UnknownNameError:
         raise
     except OIALRError as error:
         fix = f"module avail   (then correct {site_file(site)})"
         return SiteEnvironment(all_variables(), findings=(problem("site", str(error), fix),))
-    return SiteEnvironment(environ, options, (ok("site", f"{site}: its file runs here"),))
-
-
-def _sourced(site: str) -> dict[str, str]:
-    """Variables once the file has been sourced, in a job with what it has for jobs."""
-    command = ["bash", "-c", _SCRIPT, "site", str(site_file(site))]
-    answer = run_command(command, timeout_s=_TIMEOUT_S)
-    if answer.code != 0:
-        raise OIALRError(f"the site file {site_file(site)} does not run here: {answer.reason}.")
     pairs = (text.partition("=") for text in answer.stdout.split("\0") if "=" in text)
-    return {name: value for name, _, value in pairs}
+    environ = {name: value for name, _, value in pairs}
+    return SiteEnvironment(environ, options, (ok("site", f"{site}: its file runs here"),))

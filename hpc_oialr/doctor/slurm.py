@@ -142,19 +142,13 @@ def check_partition(context: CheckContext, partitions: Sequence[Partition]) -> l
         ]
     idle = [by_name[name] for name in names if not by_name[name].works]
     if idle:
-        return [_not_working(idle[0], partitions)]
+        others = [other.name for other in partitions if other.works]
+        fix = "sinfo -R   (why nodes are down; the administrators can help)"
+        fix = f"--partition {others[0]}" if others else fix
+        down = "has no node that is not down or drained"
+        state = down if idle[0].state == "up" else f"is {idle[0].state}"
+        return [problem("partition", f"{idle[0].name!r} {state}; jobs there do not start", fix)]
     return [ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))]
-
-
-def _not_working(partition: Partition, partitions: Sequence[Partition]) -> Finding:
-    others = [other.name for other in partitions if other.works]
-    fix = (
-        f"--partition {others[0]}"
-        if others
-        else "sinfo -R   (why nodes are down; the administrators can help)"
-    )
-    state = f"is {partition.state}" if partition.state != "up" else "has no node that is not down or drained"
-    return problem("partition", f"{partition.name!r} {state}; jobs there do not start", fix)
 
 
 def check_nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:

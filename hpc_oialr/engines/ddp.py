@@ -190,7 +190,7 @@ def _keeps_order(world: World) -> bool:
 
 
 def _spend_warning(options: Mapping[str, Any]) -> None:
-    """Let torch say once that no parameter is unused, which we know, where nobody hears it."""
+    """Let torch say once that no parameter is unused, which we know, with stderr filtered."""
     with without_lines([b"find_unused_parameters=True was specified"]):
         DistributedDataParallel(nn.Linear(1, 1), **options)(torch.zeros(1, 1))
 

@@ -90,18 +90,15 @@ def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, RowPartitio
     One all-reduce of ``32 P`` bytes.
     """
     table = torch.zeros(comm.size, 4, dtype=torch.int64, device=A.device)
-    table[comm.rank] = torch.tensor(_describe(A), device=A.device)
+    # Rows, columns, dtype, number of values that are not finite; -1 for what cannot be told.
+    dtype = _DTYPES.index(A.dtype) if A.dtype in _DTYPES else -1
+    rows, columns = A.shape if A.dim() == 2 else (-1, A.dim())
+    mine = [rows, columns, dtype, count_non_finite(A) if dtype >= 0 else 0]
+    table[comm.rank] = torch.tensor(mine, device=A.device)
     entries: list[list[int]] = comm.all_reduce(table).tolist()
     _check(entries, name)
     partition = RowPartition(tuple(entry[0] for entry in entries), entries[0][1])
     return A.detach().to(compute_dtype(A.dtype)).contiguous(), partition
-
-
-def _describe(A: Tensor) -> list[int]:
-    """Rows, columns, dtype, number of values that are not finite; -1 for what cannot be told."""
-    dtype = _DTYPES.index(A.dtype) if A.dtype in _DTYPES else -1
-    rows, columns = A.shape if A.dim() == 2 else (-1, A.dim())
-    return [rows, columns, dtype, count_non_finite(A) if dtype >= 0 else 0]
 
 
 def _check(entries: list[list[int]], name: str) -> None:

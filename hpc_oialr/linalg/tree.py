@@ -7,6 +7,7 @@ are to know; on the way down each process multiplies its part of ``M`` by the ``
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -93,8 +94,10 @@ def up_and_down(A: Tensor, comm: Communicator, scheme: Scheme, name: str, *, ene
         Q, X = _guarded(scheme, X, ledger)
         kept.append((Q, X.shape[0]))
         X = torch.cat([X, _receive_factor(comm, child, X, scheme, ledger)])
+    top: Top | None = None
     if comm.rank == 0:
-        top = _finish(scheme, X, ledger)
+        with contextlib.suppress(NonFiniteError):
+            top = None if ledger.failed else scheme.finish(X, ledger)
         M = None if top is None else top.M
     else:
         Q, X = _guarded(scheme, X, ledger)
@@ -119,13 +122,6 @@ def _guarded(scheme: Scheme, X: Tensor, ledger: Ledger) -> tuple[Apply, Tensor]:
     except NonFiniteError:
         ledger.failed = True
         return (lambda M: M), X[:0]
-
-
-def _finish(scheme: Scheme, X: Tensor, ledger: Ledger) -> Top | None:
-    try:
-        return None if ledger.failed else scheme.finish(X, ledger)
-    except NonFiniteError:
-        return None
 
 
 # -- messages --------------------------------------------------------------------------------------

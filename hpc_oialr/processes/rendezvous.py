@@ -36,18 +36,14 @@ def rendezvous_store(info: LaunchInfo, timeout: timedelta) -> Store:
     same processes would find the addresses of the first one there, and wait for ever.
     """
     if info.launcher == "torchrun":
-        # torchrun's agent may hold the store.
-        store: Store = next(rendezvous(_url(info), info.rank, info.size, timeout=timeout))[0]
+        # torchrun's agent may hold the store. An IPv6 address needs brackets inside a URL.
+        host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
+        url = f"tcp://{host}:{info.ports[0]}"
+        store: Store = next(rendezvous(url, info.rank, info.size, timeout=timeout))[0]
     else:
-        store = _listen(info, timeout) if info.rank == 0 else _ask(info, timeout)
+        store = _listen(info, timeout) if info.rank == 0 else _connect(info, timeout)
     store.set_timeout(timeout)
     return PrefixStore(f"group {store.add(f'groups of process {info.rank}', 1)}", store)
-
-
-def _url(info: LaunchInfo) -> str:
-    # An IPv6 address needs brackets inside a URL.
-    host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
-    return f"tcp://{host}:{info.ports[0]}"
 
 
 def _listen(info: LaunchInfo, timeout: timedelta) -> Store:
@@ -63,7 +59,7 @@ def _listen(info: LaunchInfo, timeout: timedelta) -> Store:
     raise OSError(f"none of the ports {info.ports} can be listened at: {failure}")
 
 
-def _ask(info: LaunchInfo, timeout: timedelta) -> Store:
+def _connect(info: LaunchInfo, timeout: timedelta) -> Store:
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         for port in info.ports:

@@ -106,7 +106,9 @@ class Run:
             try:
                 loaded: dict[str, Any] = yaml.safe_load(read_text(self.folder.config)) or {}
             except yaml.YAMLError as error:
-                raise DataError(f"{self.folder.config} is no whole YAML ({_one_line(error)}).") from None
+                raise DataError(
+                    f"{self.folder.config} is no whole YAML ({' '.join(str(error).split())})."
+                ) from None
             # What is shown of it must hold no secret.
             return cast(dict[str, Any], mask_tree(loaded))
         return self.spectra.config if self.spectra else {}
@@ -196,10 +198,6 @@ def _curve(rows: list[dict[str, Any]], key: str, name: str) -> Curve:
 
     steps = np.array([row["step"] for row in rows], dtype=np.int64)
     return Curve(steps, column("wall_s"), column("trained_share"), column(key), name)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _json(path: Path) -> dict[str, Any]:

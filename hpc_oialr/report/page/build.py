@@ -58,7 +58,9 @@ def page(runs: Sequence[Run], path: Path) -> str:
     path
         Where it will lie: links to files are relative to it.
     """
-    ratios = _ratios(runs)
+    ended = [run for run in runs if run.summary]
+    # Of finished runs to the dense one; none where there is nothing to compare.
+    ratios = ratios_to_dense(ended) if {run.dense for run in ended} == {True, False} else {}
     library, script = _plotly(), "\n".join(_asset(name) for name in SCRIPTS)
     return Template(_asset("page.html")).substitute(
         policy=content_policy(library, script),
@@ -93,21 +95,12 @@ def data_block(run: Run, ratios: Mapping[str, float] | None) -> str:
 
 def content_policy(*scripts: str) -> str:
     """Nothing is fetched from anywhere, and no script runs but those that are named here by their hash."""
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
         "connect-src 'none'; form-action 'none'; base-uri 'none'"
     )
-
-
-def _ratios(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Of finished runs to the dense one; none where there is nothing to compare."""
-    ended = [run for run in runs if run.summary]
-    return ratios_to_dense(ended) if {run.dense for run in ended} == {True, False} else {}
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
 def _asset(name: str) -> str:

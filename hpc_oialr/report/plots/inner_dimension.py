@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -27,7 +26,7 @@ def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | N
     """
     edges, shares = share_of_k(run, last_step)
     named = len(run) <= NAMED
-    figure, axes = new_figure(width, height=_height(len(run)))
+    figure, axes = new_figure(width, height=float(np.clip(0.25 + 0.032 * len(run), 0.5, 1.35)))
     rows = np.arange(len(run) + 1) + 0.5
     # Rasterised inside a PDF: 100,000 rectangles would take seconds to show.
     mesh = axes.pcolormesh(edges, rows, shares, vmin=0, vmax=1, cmap="cividis", rasterized=True)
@@ -39,18 +38,10 @@ def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | N
     else:
         axes.set_ylabel("depth (layer)")
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _bar(figure, axes, mesh)
-    return figure
-
-
-def _height(layers: int) -> float:
-    return float(np.clip(0.25 + 0.032 * layers, 0.5, 1.35))
-
-
-def _bar(figure: Figure, axes: Axes, mesh: object) -> None:
-    bar = figure.colorbar(mesh, ax=axes, label="$r\\,/\\,k$", pad=0.02, aspect=25)  # type: ignore[arg-type]
+    bar = figure.colorbar(mesh, ax=axes, label="$r\\,/\\,k$", pad=0.02, aspect=25)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar.outline.set_visible(False)
+    return figure
 
 
 def _short(name: str, length: int) -> str:

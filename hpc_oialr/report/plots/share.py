@@ -32,7 +32,15 @@ def share(runs: Sequence[Run], *, width: Width = "single") -> Figure:
     figure, axes = new_figure(width, height=0.7)
     names = {run.evaluations.name for run in runs if len(run.evaluations)}
     for number, run in enumerate(runs):
-        _line(axes, run, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+        curve, colour, marker = (
+            run.evaluations,
+            COLOURS[number % len(COLOURS)],
+            MARKERS[number % len(MARKERS)],
+        )
+        if len(curve):
+            style = {"markerfacecolor": "white", "markeredgewidth": 0.8, "label": run.name}
+            axes.plot(curve.share, curve.value, color=colour, marker=marker, **style)
+            axes.plot(curve.share[-1:], curve.value[-1:], color=colour, marker=marker, linestyle="none")
     with_grid(axes)
     axes.set_xscale("log")
     plain_log_ticks(axes.xaxis, factor=100)
@@ -51,19 +59,3 @@ def name_metric(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylabel(f"{name} (%)" if accuracy else name)
     if accuracy:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-
-
-def _line(axes: Axes, run: Run, colour: str, marker: str) -> None:
-    curve = run.evaluations
-    if not len(curve):
-        return
-    axes.plot(
-        curve.share,
-        curve.value,
-        color=colour,
-        marker=marker,
-        markerfacecolor="white",
-        markeredgewidth=0.8,
-        label=run.name,
-    )
-    axes.plot(curve.share[-1:], curve.value[-1:], color=colour, marker=marker, linestyle="none")

@@ -8,7 +8,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from hpc_oialr.report.figure_data import spread
 from hpc_oialr.report.plots.style import (
@@ -41,26 +40,19 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
         s = layer.spectrum(int(row))
         colour = depth_map()(scale(layer.t[row]))
         axes.plot(np.arange(1, len(s) + 1), s, color=colour, linewidth=0.7)
-    _cutoffs(axes, layer, rows)
-    _edges(axes, layer, rows)
-    _finish(figure, axes, scale)
-    return figure
-
-
-def _cutoffs(axes: Axes, layer: Layer, rows: NDArray[np.int64]) -> None:
-    cut = [row for row in rows if layer["cut_values"][row] > 0]
-    r = [int(layer.r[row]) for row in cut]
-    kept = [float(layer.spectrum(int(row))[at - 1]) for row, at in zip(cut, r, strict=True)]
+    cut = [int(row) for row in rows if layer["cut_values"][row] > 0]
     if cut:
+        r = [int(layer.r[row]) for row in cut]
+        kept = [float(layer.spectrum(row)[at - 1]) for row, at in zip(cut, r, strict=True)]
         axes.plot(r, kept, "o", color=VERMILION, markersize=3, label="cutoff", zorder=3)
-
-
-def _edges(axes: Axes, layer: Layer, rows: NDArray[np.int64]) -> None:
     known = rows[np.isfinite(layer["noise_edge"][rows])]
     if len(known):
-        above = np.maximum(layer["values_above_edge"][known], 1)
-        style = {"color": BLACK, "markersize": 4, "linestyle": "none", "markeredgewidth": 0.8}
-        axes.plot(above, layer["noise_edge"][known], marker="_", label="noise edge", zorder=3, **style)  # type: ignore[arg-type]
+        above, edge = np.maximum(layer["values_above_edge"][known], 1), layer["noise_edge"][known]
+        axes.plot(
+            above, edge, "_", color=BLACK, markersize=4, markeredgewidth=0.8, label="noise edge", zorder=3
+        )
+    _finish(figure, axes, scale)
+    return figure
 
 
 def _finish(figure: Figure, axes: Axes, scale: Normalize) -> None:
