@@ -184,7 +184,7 @@ class OIALR:
     # -- the algorithm ---------------------------------------------------------------------------
 
     def step(self) -> UpdateReport | None:
-        """One step of the algorithm, after ``optimizer.step()``; the report of what it changed, if anything.
+        """One step of the algorithm, after ``optimizer.step()``; the report of all that it did, if anything.
 
         Raises
         ------
@@ -205,14 +205,20 @@ class OIALR:
         return report
 
     def _advance(self) -> UpdateReport | None:
-        measured = self._watch.report(self._fit(self._dense()), self.t) if self._stability_due() else None
+        """Measure, convert what has settled, update what was low-rank before: whatever is due in this step."""
+        done: list[UpdateReport] = []
+        low_rank = [target for target in self.targets if target.low_rank is not None]
+        if self._stability_due():
+            done.append(self._watch.report(self._fit(self._dense()), self.t))
         settled = self._fit(self._settled())
         if settled:
-            return self._convert(settled)
-        if self._update_due():
-            due = self._layers_due()
-            return self._update(due) if due else measured
-        return measured
+            done.append(self._convert(settled))
+        if low_rank and self._update_due():
+            self.updates += 1
+            due = [target for target in self._next_to_update() if target in low_rank]
+            if due:
+                done.append(self._update(due))
+        return replace(done[-1], earlier=tuple(done[:-1])) if done else None
 
     def _fit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
         """Without those that the user has made unfit since the start; they take part no more, and are named."""
@@ -239,15 +245,13 @@ class OIALR:
 
     def _update_due(self) -> bool:
         since = self.t - self.config.delay
-        return since > 0 and since % self.config.frequency == 0 and len(self._dense()) < len(self.targets)
+        return since > 0 and since % self.config.frequency == 0
 
-    def _layers_due(self) -> list[TargetWeight]:
-        """The last layers first, a growing share of them; without those whose core the user has frozen."""
-        self.updates += 1
+    def _next_to_update(self) -> list[TargetWeight]:
+        """The last layers first, at every update a larger share; without those whose core the user has frozen."""
         share = min(1.0, self.config.layer_share_step * self.updates)
         first = len(self.targets) - max(1, round(share * len(self.targets)))
-        due = [target for target in self.targets[first:] if target.low_rank is not None]
-        return [target for target in due if not self._frozen(target)]
+        return [target for target in self.targets[first:] if not self._frozen(target)]
 
     def _dense(self) -> list[TargetWeight]:
         return [target for target in self.targets if target.low_rank is None]

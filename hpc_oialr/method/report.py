@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """All layers of one event.
+    """One measurement, conversion or update, and what else happened in the same step.
 
     Attributes
     ----------
@@ -70,9 +70,11 @@ class UpdateReport:
     kind
         "stability" (a measurement in the full-rank phase), "conversion" or "update".
     seconds
-        Wall time of the whole event on this process (s).
+        Wall time of it on this process (s).
     bytes_sent
         Bytes broadcast in all, by all processes together.
+    earlier
+        What the same step did before it, e.g. a measurement before a conversion; in this order.
     """
 
     t: int
@@ -80,11 +82,18 @@ class UpdateReport:
     layers: tuple[LayerUpdate, ...]
     seconds: float
     bytes_sent: int
+    earlier: tuple[UpdateReport, ...] = ()
+
+    @property
+    def all(self) -> tuple[UpdateReport, ...]:
+        """Everything that the step did, in order."""
+        return (*self.earlier, replace(self, earlier=()))
 
     @property
     def reshaped(self) -> bool:
         """Whether any parameter is a new object, so that shapes and memory have changed."""
-        return self.kind == "conversion" or any(layer.cut_values for layer in self.layers)
+        cut = self.kind == "conversion" or any(layer.cut_values for layer in self.layers)
+        return cut or any(each.reshaped for each in self.earlier)
 
 
 def layer_update(

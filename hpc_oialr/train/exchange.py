@@ -9,7 +9,7 @@ from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
 
 
 class UpdateExchange:
-    """One event under way at most; both methods are collective calls.
+    """What one step did is under way at most; both methods are collective calls.
 
     Parameters
     ----------
@@ -21,18 +21,16 @@ class UpdateExchange:
 
     def __init__(self, channel: MetricsChannel, world: World) -> None:
         self.channel, self.world = channel, world
-        self._under_way: tuple[UpdateReport, PendingReduction] | None = None
+        self._under_way: list[tuple[UpdateReport, PendingReduction]] = []
 
     def start(self, report: UpdateReport) -> None:
-        """Send what this process knows of an event; the one before it must have been collected."""
-        assert self._under_way is None
-        vector = pack(report, self.world.rank, self.world.size)
-        self._under_way = report, self.channel.start(vector)
+        """Send what this process knows of a step's events; those before must have been collected."""
+        assert not self._under_way
+        for event in report.all:
+            vector = pack(event, self.world.rank, self.world.size)
+            self._under_way.append((event, self.channel.start(vector)))
 
-    def collect(self) -> SharedUpdate | None:
-        """The event that is under way, if there is one, as all processes saw it."""
-        if self._under_way is None:
-            return None
-        report, pending = self._under_way
-        self._under_way = None
-        return unpack(report, self.world.size, pending.result())
+    def collect(self) -> list[SharedUpdate]:
+        """The events that are under way, as all processes saw them."""
+        events, self._under_way = self._under_way, []
+        return [unpack(event, self.world.size, pending.result()) for event, pending in events]

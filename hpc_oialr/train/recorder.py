@@ -137,7 +137,8 @@ class Recorder:
 
     def update(self, report: UpdateReport) -> None:
         """What the method did; a collective call. It is written down by :meth:`collect`."""
-        self.probes.saw(report)
+        for event in report.all:
+            self.probes.saw(event)
         self.exchange.start(report)
 
     def collect(self) -> None:
@@ -145,9 +146,10 @@ class Recorder:
 
         After the next step's backward pass, so that the exchange goes on beside it.
         """
-        shared = self.exchange.collect()
-        if shared is None:
-            return
+        for shared in self.exchange.collect():
+            self._collected(shared)
+
+    def _collected(self, shared: SharedUpdate) -> None:
         self.spectra.write(shared.report)
         if self.updates is None:
             return

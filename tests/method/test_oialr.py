@@ -367,3 +367,40 @@ def test_memory_of_the_conversion_stays_below_dense() -> None:
         oialr.step()
     assert held == sorted(held, reverse=True)
     assert held[0] < dense
+
+
+def test_one_report_holds_all_that_a_step_did() -> None:
+    """A measurement in the step of a conversion, and an update of what was low-rank before it."""
+    model = network()
+    config = OIALRConfig(
+        delay=2,
+        frequency=2,
+        rule=FixedFraction(0.25),
+        limits=RankLimits(max_drop=0.25),
+        layer_share_step=1.0,
+        stability_frequency=2,
+        stability_threshold=0.5,
+        stability_patience=1,
+    )
+    oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=1e-2), config)
+    late = oialr.targets[-1]
+    reports = {}
+    for step in range(1, 9):
+        nn.functional.cross_entropy(oialr.model(task()[0]), task()[1]).backward()
+        oialr.optimizer.step()
+        oialr.optimizer.zero_grad()
+        if late.low_rank is None and step < 8:
+            # The last layer settles in the step in which the others are updated.
+            real = oialr._settled
+            oialr._settled = lambda real=real: [t for t in real() if t is not late]  # type: ignore[method-assign]
+            reports[step] = oialr.step()
+            oialr._settled = real  # type: ignore[method-assign]
+        else:
+            reports[step] = oialr.step()
+    assert [event.kind for event in reports[4].all] == ["stability", "conversion"]
+    assert [event.kind for event in reports[6].all] == ["stability", "update"]
+    assert [event.kind for event in reports[8].all] == ["stability", "conversion", "update"]
+    assert [layer.name for layer in reports[8].all[1].layers] == [late.name]
+    assert late.name not in [layer.name for layer in reports[8].layers]
+    assert reports[8].earlier[0].t == 8
+    assert reports[8].reshaped
