@@ -36,8 +36,7 @@ class CounterRNG:
         """64 random bits, as int64, for each of ``samples`` (int64, any shape); another ``stream``, other bits."""
         key = 0
         for part in (self.seed, self.epoch, stream):
-            word = signed(key + INCREMENT * (part + 1))
-            key = int(mix(torch.tensor(word, device=samples.device)))
+            key = signed(mix(key + INCREMENT * (part + 1)))
         return mix(samples * INCREMENT + key)
 
     def integers(self, samples: Tensor, high: int, *, stream: int) -> Tensor:

@@ -5,7 +5,11 @@ torch multiplies no unsigned integers, so the 64 bits are those of an int64.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
+
+Bits = TypeVar("Bits", int, Tensor)
 
 
 def signed(value: int) -> int:
@@ -16,13 +20,16 @@ def signed(value: int) -> int:
 INCREMENT = signed(0x9E3779B97F4A7C15)
 
 
-def mix(z: Tensor) -> Tensor:
-    """The output function, of int64 of any shape; its constants are D. Stafford's mix 13."""
+def mix(z: Bits) -> Bits:
+    """The output function, of int64 of any shape; its constants are D. Stafford's mix 13.
+
+    Of a Python integer, the last 64 bits of the result count.
+    """
     z = (z ^ shift_right(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shift_right(z, 27)) * signed(0x94D049BB133111EB)
     return z ^ shift_right(z, 31)
 
 
-def shift_right(z: Tensor, bits: int) -> Tensor:
+def shift_right(z: Bits, bits: int) -> Bits:
     """Right shift that fills with zeros; torch's own repeats the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -19,6 +19,9 @@ def slow_finalise(z: int) -> int:
 
 def test_published_outputs_of_splitmix64() -> None:
     state = torch.tensor([signed(1234567 + k * _GOLDEN) for k in range(1, 6)])
+    assert [mix(number) & _MASK for number in state.tolist()] == [
+        number & _MASK for number in mix(state).tolist()
+    ]
     assert [number & _MASK for number in mix(state).tolist()] == [
         6457827717110365317,
         3203168211198807973,
