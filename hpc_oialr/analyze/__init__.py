@@ -1,4 +1,4 @@
-"""The figures of a run's spectra for checkpoints of a training made elsewhere."""
+"""Spectra of checkpoints that another program wrote."""
 
 from hpc_oialr.analyze.analysis import analyze
 from hpc_oialr.analyze.matrices import MatrixSelection

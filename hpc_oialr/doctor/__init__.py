@@ -1,4 +1,4 @@
-"""Is this machine fit for a run: faults of Slurm, MPI, GPUs, files, threads and network, each with its fix."""
+"""Checks of Slurm, MPI, GPUs, files, threads and network before a run; each problem comes with its fix."""
 
 from hpc_oialr.doctor.checks import run_checks
 from hpc_oialr.doctor.context import CheckContext

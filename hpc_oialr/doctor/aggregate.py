@@ -1,4 +1,4 @@
-"""Findings of all processes of a job, in one table: of each line the worst, and where it is."""
+"""Findings of all processes of a job in one table: the worst of each check, and the nodes it was found on."""
 
 from __future__ import annotations
 

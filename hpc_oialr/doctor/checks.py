@@ -1,4 +1,4 @@
-"""All checks, at the same time and each within its time."""
+"""All checks, run at the same time in threads, with a deadline."""
 
 from __future__ import annotations
 

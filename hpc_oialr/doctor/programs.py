@@ -1,4 +1,4 @@
-"""Programs that a check asks: each command runs with a timeout; it may be missing, fail, or hang."""
+"""Commands of checks: each runs with a timeout."""
 
 from __future__ import annotations
 

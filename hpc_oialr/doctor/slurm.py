@@ -1,4 +1,4 @@
-"""Slurm as this user sees it: its programs and controller, partition, account, accounting, the job itself."""
+"""Slurm: programs, controller, partition, account, accounting, the job itself."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Dense linear algebra on one process or many, and the plan that deals it out."""
+"""Dense linear algebra on one process or many, and load-balanced assignment of SVDs to ranks."""

@@ -1,4 +1,4 @@
-"""One arithmetic for the whole method, whatever the caller has switched on around it."""
+"""Precision of the whole method, whatever autocast, TF32 or inference mode the caller has switched on."""
 
 from __future__ import annotations
 

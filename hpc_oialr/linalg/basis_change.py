@@ -1,4 +1,4 @@
-"""What has changed between two SVDs of one weight, some training apart."""
+"""Stability, principal angles and R-factor distance between two SVDs of one weight."""
 
 from __future__ import annotations
 

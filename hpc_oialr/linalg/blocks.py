@@ -79,7 +79,7 @@ def orthogonality_error(Q: Tensor, group: Group = None) -> float:
 
 @exact_arithmetic()
 def gram_error(Q: Tensor, group: Group = None) -> Tensor:
-    """:func:`orthogonality_error` as a tensor of shape (), on the device of Q: nobody waits for it."""
+    """:func:`orthogonality_error` as a tensor of shape (), on the device of Q: no synchronisation with a GPU."""
     Q = Q.detach().to(compute_dtype(Q.dtype))
     gram = communicator(group).all_reduce(Q.mT @ Q)
     gram.diagonal().sub_(1)

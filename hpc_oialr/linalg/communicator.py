@@ -1,4 +1,4 @@
-"""What the distributed algorithms need of a group of processes, over torch.distributed, MPI or nothing.
+"""Point-to-point calls and the collectives built on them, over torch.distributed, MPI or one process.
 
 A backend provides two calls, ``_send`` and ``_swap``. Everything else is built on them here, in one fixed
 order, so that a sum has the same bits over gloo, NCCL and MPI.
@@ -130,13 +130,13 @@ class SingleCommunicator(Communicator):
         super().__init__(0, 1)
 
     def _send(self, tensor: Tensor, to: int) -> None:
-        raise AssertionError("one process has nobody to talk to")
+        raise AssertionError("a single process sends nothing")
 
     def _receive(self, out: Tensor, source: int) -> None:
-        raise AssertionError("one process has nobody to talk to")
+        raise AssertionError("a single process sends nothing")
 
     def _swap(self, tensor: Tensor, to: int, out: Tensor, source: int) -> None:
-        raise AssertionError("one process has nobody to talk to")
+        raise AssertionError("a single process sends nothing")
 
 
 class SubCommunicator(Communicator):

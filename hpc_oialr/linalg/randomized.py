@@ -32,7 +32,7 @@ def randomized_svd(
 
     ``Q = orth(A G)`` with G n x l, l = min(r + oversampling, k); then q times ``Q = orth(A orth(A^T Q))``; SVD of
     ``Q^T A`` (l x n). Every ``orth`` is a TSQR. Every process draws the same G
-    from the seed alone: nobody sends it.
+    from the seed; it is not sent.
 
     Parameters
     ----------

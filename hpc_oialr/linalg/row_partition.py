@@ -1,4 +1,4 @@
-"""Where the rows of a distributed matrix lie, agreed on by all processes in one small message."""
+"""Which rows of a matrix each process holds; checked and made known by one small all-reduce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thin SVD that screens its input and tries harder before it gives up."""
+"""Thin SVD on one process, with a check of its input and fall-backs where a driver does not converge."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from hpc_oialr.plan.deployment import Deployment
 from hpc_oialr.plan.schedule import LayerShape, Phase
 from hpc_oialr.plan.trace_step import Step
 from hpc_oialr.plan.tracer import Message, Trace
+from hpc_oialr.processes.environment import usable_cores
 
 GIB = 1024**3
 # Of forward and backward pass, the part of the backward pass, during which gradients can be sent.
@@ -283,6 +284,6 @@ def measured_speeds() -> dict[str, Any]:
         },
         "bandwidth": 3.0 * long.nbytes / seconds("torch.add(a, a, out=b)", a=long, b=torch.empty_like(long)),
         "svd_flops": svd_cost(384, 384) / seconds("torch.linalg.svd(a)", a=matrix),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": usable_cores(),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
     }

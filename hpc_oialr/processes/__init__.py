@@ -1,4 +1,4 @@
-"""Processes: one :class:`World` from torchrun, srun, mpirun or a single process; equal replicas; metrics."""
+"""One :class:`World` from torchrun, srun, mpirun or a single process; equal replicas; metrics."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Is every process fit for the run: found out in milliseconds before it begins, not after an hour in a queue."""
+"""Checks before a run: every device computes and is used once, versions and settings agree, a sum is right."""
 
 from __future__ import annotations
 

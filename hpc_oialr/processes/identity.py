@@ -1,4 +1,4 @@
-"""Which process this is, in words that another process, on this host or elsewhere, can check."""
+"""Identify a process so that another one, on this host or elsewhere, can check whether it still runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NCCL must end a process that waits for a dead one, not leave it waiting."""
+"""Settings of NCCL's watchdog: a process that waits for a lost one ends after the timeout."""
 
 from __future__ import annotations
 

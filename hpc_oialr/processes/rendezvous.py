@@ -1,4 +1,4 @@
-"""Rendezvous of a run's processes, past listeners that belong to somebody else."""
+"""Rendezvous of a run's processes; ports on which another program or run listens are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the handler remembers the name, and nothing else happens in it."""
+"""Signals that ask a run to stop: the handler only remembers the name."""
 
 from __future__ import annotations
 

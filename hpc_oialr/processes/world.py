@@ -1,4 +1,4 @@
-"""All processes of a run seen from one of them: the only object that talks to the others."""
+"""Rank, device, process group and collectives of a run in one object."""
 
 from __future__ import annotations
 

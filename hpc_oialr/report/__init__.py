@@ -1,1 +1,1 @@
-"""What a researcher looks at after a run: figures for a paper, and one page for the browser."""
+"""Figures for papers and one HTML page, from the folders of runs."""

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from support.made_runs import EVIL, NAMES, make_record, make_run
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.report.page import drawn as drawn_module
+from hpc_oialr.report.page import page_data as page_data_module
 from hpc_oialr.report.page.build import page
-from hpc_oialr.report.page.drawn import drawn
 from hpc_oialr.report.page.packing import ABSENT, DEPTH, LEVELS, floats, logarithms
+from hpc_oialr.report.page.page_data import page_data
+from hpc_oialr.report.page.summary_text import sentences
 from hpc_oialr.report.page.tables import difference_table, environment_table, file_list
-from hpc_oialr.report.page.words import sentences
 from hpc_oialr.report.runs import find_runs
 
 
@@ -41,7 +41,7 @@ def test_floats_keep_their_gaps():
 
 
 def test_page_data_are_the_records(run):
-    layers = drawn(run)["layers"]
+    layers = page_data(run)["layers"]
     assert layers["names"] == list(NAMES)
     assert layers["steps"] == [10, 20, 30, 40, 50]
     assert layers["conversions"] == [30]
@@ -52,7 +52,7 @@ def test_page_data_are_the_records(run):
 
 
 def test_page_spectra_are_the_records(run):
-    spectrum = drawn(run)["spectra"][0]
+    spectrum = page_data(run)["spectra"][0]
     assert spectrum["index"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert spectrum["kind"][2:] == ["conversion", "update", "update"]
     layer = run.spectra[NAMES[0]]
@@ -60,9 +60,9 @@ def test_page_spectra_are_the_records(run):
 
 
 def test_long_runs_are_thinned_to_the_last_value_of_each_column(run, monkeypatch):
-    monkeypatch.setattr(drawn_module, "COLUMNS", 2)
-    monkeypatch.setattr(drawn_module, "SPECTRA", 3)
-    content = drawn(run)
+    monkeypatch.setattr(page_data_module, "COLUMNS", 2)
+    monkeypatch.setattr(page_data_module, "SPECTRA", 3)
+    content = page_data(run)
     assert content["layers"]["steps"] == [30, 50]
     assert content["layers"]["recorded_steps"] == 5
     packed = content["layers"]["quantities"]["stability"]["values"]
@@ -87,10 +87,10 @@ def test_sentences_say_what_is_there(runs):
 
 
 def test_sentences_of_layers_that_do_not_settle(run, monkeypatch):
-    monkeypatch.setattr("hpc_oialr.report.page.words.STABLE", 0.9715)
+    monkeypatch.setattr("hpc_oialr.report.page.summary_text.STABLE", 0.9715)
     told = " ".join(sentences([run]))
     assert "the stability of all 3 layers stays above 0.9715 from step 50 on." in told
-    monkeypatch.setattr("hpc_oialr.report.page.words.STABLE", 0.995)
+    monkeypatch.setattr("hpc_oialr.report.page.summary_text.STABLE", 0.995)
     assert "the stability of no layer stays above 0.995." in " ".join(sentences([run]))
 
 

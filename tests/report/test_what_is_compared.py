@@ -8,7 +8,7 @@ from support.made_runs import make_run
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.report.page.build import page
-from hpc_oialr.report.page.words import sentences
+from hpc_oialr.report.page.summary_text import sentences
 from hpc_oialr.report.runs import find_runs
 
 

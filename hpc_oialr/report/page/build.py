@@ -17,8 +17,8 @@ from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.files import to_json
 from hpc_oialr.report.figure_data import ratios_to_dense
 from hpc_oialr.report.page import tables
-from hpc_oialr.report.page.drawn import drawn
-from hpc_oialr.report.page.words import sentences
+from hpc_oialr.report.page.page_data import page_data
+from hpc_oialr.report.page.summary_text import sentences
 from hpc_oialr.report.runs import Run
 
 SCRIPTS = ("decode.js", "theme.js", "charts.js", "layers.js", "spectrum.js", "runs.js", "page.js")
@@ -89,7 +89,7 @@ def title(runs: Sequence[Run]) -> str:
 
 def data_block(run: Run, ratios: Mapping[str, float] | None) -> str:
     """A run's numbers as JSON that no text in them can close."""
-    content = to_json({**drawn(run), "ratios": ratios}).replace("<", "\\u003c")
+    content = to_json({**page_data(run), "ratios": ratios}).replace("<", "\\u003c")
     return f'<script type="application/json" class="run">{content}</script>'
 
 

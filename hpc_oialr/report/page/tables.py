@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hpc_oialr.report.page.words import metric_text
+from hpc_oialr.report.page.summary_text import metric_text
 from hpc_oialr.report.runs import Run
 
 NOTHING = "\N{EM DASH}"

@@ -32,7 +32,7 @@ QUANTITIES = {
 }
 
 
-def drawn(run: Run) -> dict[str, Any]:
+def page_data(run: Run) -> dict[str, Any]:
     """Everything of a run that the page's script reads; plain values fit for JSON."""
     record = run.spectra
     layers = None if record is None or not len(record.events) else of_layers(record, run.last_step)
