@@ -40,6 +40,8 @@ def cancel(target: str) -> list[str]:
 
 
 def _cancel(job: JobFile) -> None:
+    if job.elsewhere:
+        raise OIALRError(f"job {job.job_id} is another cluster's. First: {job.elsewhere}")
     if job.executor == "slurm":
         _scancel(job.job_id)
         return

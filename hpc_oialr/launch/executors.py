@@ -23,6 +23,7 @@ from hpc_oialr.launch.site import Site
 from hpc_oialr.launch.slurm_state import Slurm
 from hpc_oialr.launch.slurm_time import limit_of
 from hpc_oialr.launch.trust import require_own
+from hpc_oialr.processes.environment import all_variables
 
 
 class SlurmWatcher(SlurmInfoWatcher):
@@ -105,7 +106,16 @@ def only_as_written(script: str) -> Iterator[None]:
     """Let no ``SBATCH_*`` variable of the user's shell go over a batch script's own lines, as sbatch would.
 
     Those that the script leaves open, an account or a partition say, stay.
+
+    Raises
+    ------
+    ConfigError
+        If they send the job to another cluster than the one that is asked about it.
     """
+    given = all_variables()
+    if given.get("SBATCH_CLUSTERS", here := given.get("SLURM_CLUSTERS", "")) != here:
+        rule = f"must be that of SLURM_CLUSTERS, {here!r}, which squeue and scancel read"
+        raise ConfigError("SBATCH_CLUSTERS", given["SBATCH_CLUSTERS"], rule, fix="Set both, or neither.")
     options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
     names = {f"SBATCH_{option.upper().replace('-', '_')}" for option in options} | _NEVER
     taken = {name: os.environ.pop(name) for name in names if name in os.environ}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import DataError
+from hpc_oialr.processes.environment import all_variables
 from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.record.run_folder import RunFolder
 
@@ -37,6 +38,8 @@ class JobFile:
         After so many requeues it stays stopped.
     output
         Where processes print: ``%t`` stands for the process, ``%s`` for "out" or "err".
+    clusters
+        ``SLURM_CLUSTERS`` when it was submitted: elsewhere its number is another job's.
     host
         Where it was submitted.
     submitted
@@ -49,8 +52,17 @@ class JobFile:
     processes: int
     max_requeues: int
     output: Path
+    clusters: str = field(default_factory=lambda: all_variables().get("SLURM_CLUSTERS", ""))
     host: str = field(default_factory=socket.gethostname)
     submitted: str = field(default_factory=_now)
+
+    @property
+    def elsewhere(self) -> str:
+        """What to set before Slurm is asked about the job; "" if nothing."""
+        here = all_variables().get("SLURM_CLUSTERS", "")
+        if self.executor != "slurm" or here == self.clusters:
+            return ""
+        return f"export SLURM_CLUSTERS={self.clusters}" if self.clusters else "unset SLURM_CLUSTERS"
 
     def write(self, folder: RunFolder) -> None:
         """Write it into a run's folder; paths relative to it, so that it may be moved."""

@@ -76,14 +76,19 @@ class JobState:
 class Slurm:
     """Answers questions about jobs; says once if there is no accounting.
 
+    Parameters
+    ----------
+    level
+        Of what it says, for ``logging``.
+
     Attributes
     ----------
     reached
         Whether squeue answered the last question.
     """
 
-    def __init__(self) -> None:
-        self.reached = False
+    def __init__(self, *, level: int = logging.WARNING) -> None:
+        self.reached, self._level = False, level
         self._silent: set[str] = set()
 
     def states(self, job_ids: Iterable[str]) -> dict[str, JobState]:
@@ -102,7 +107,7 @@ class Slurm:
         try:
             found = parse_queue(ask(["squeue", *which, f"--Format={columns}"]).stdout)
         except NoAnswerError as error:
-            self._say("squeue", error)
+            self.say("squeue", _UNKNOWN["squeue"] % error)
             self.reached = False
             return {}
         self.reached = True
@@ -114,14 +119,14 @@ class Slurm:
         try:
             return parse_history(ask(["sacct", *which, "--format=JobID,State,Start,End"]).stdout)
         except NoAnswerError as error:
-            self._say("sacct", error)
+            self.say("sacct", _UNKNOWN["sacct"] % error)
             return {}
 
-    def _say(self, program: str, error: NoAnswerError) -> None:
+    def say(self, topic: str, text: str) -> None:
         """Say once what is not known."""
-        if program not in self._silent:
-            self._silent.add(program)
-            log.warning(_UNKNOWN[program], error)
+        if topic not in self._silent:
+            self._silent.add(topic)
+            log.log(self._level, "%s", text)
 
 
 def parse_queue(text: str) -> dict[str, JobState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,16 @@ def states_of(jobs: Sequence[JobFile], slurm: Slurm) -> list[JobState]:
 
     UNKNOWN where nobody can be asked; FORGOTTEN where the job is over and nobody knows how it ended.
     """
-    known = slurm.states(job.job_id for job in jobs if job.executor == "slurm")
+    known = slurm.states(job.job_id for job in jobs if job.executor == "slurm" and not job.elsewhere)
     unknown = JobState(state=FORGOTTEN if slurm.reached else UNKNOWN)
-    return [known.get(job.job_id, unknown) if job.executor == "slurm" else _here(job) for job in jobs]
+
+    def state(job: JobFile) -> JobState:
+        if job.elsewhere:
+            slurm.say("clusters", f"job {job.job_id} is another cluster's; to see it: {job.elsewhere}")
+            return JobState(state=UNKNOWN)
+        return known.get(job.job_id, unknown) if job.executor == "slurm" else _here(job)
+
+    return [state(job) for job in jobs]
 
 
 def _here(job: JobFile) -> JobState:
@@ -54,7 +62,8 @@ def _by_ps(process_id: str) -> str:
 
 def job_over(job: str) -> bool | None:
     """Whether a Slurm job will not run again; None if Slurm cannot be asked."""
-    slurm = Slurm()
+    # Asked again and again while somebody waits for a folder: what is not known shows in what is returned.
+    slurm = Slurm(level=logging.INFO)
     found = slurm.states([job]).get(job)
     if found is not None:
         return found.over

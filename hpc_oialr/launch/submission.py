@@ -217,4 +217,6 @@ def _submit(executor: Executor, runs: Sequence[RecipeRun]) -> list[Job[Any]]:
         with redirect_stderr(StringIO()):
             return list(submit_runs(list(runs)))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise OIALRError(f"Slurm refused the job: {' '.join(str(error).split())}") from None
+        raise OIALRError(
+            f"Slurm refused the job: {' '.join(str(error).split()) or 'sbatch says no reason'}"
+        ) from None

@@ -158,7 +158,7 @@ class Claim:
             if not wait:
                 _remove(folder.owner, holder, draft.stat().st_mtime)
             elif wait > 0 and time.monotonic() < end:
-                time.sleep(min(wait, 1.0))
+                time.sleep(min(wait, 5.0))
             else:
                 raise FolderInUseError(
                     f"{folder.path} is in use by {holder}; last sign of life {silent_s:.0f} s ago. Wait for its end, "
@@ -213,8 +213,13 @@ class Ownership:
     def _look(self) -> None:
         found = _read(self.folder.owner)
         if found is None and self.folder.path.is_dir():
-            # Somebody has removed the file, but nobody has taken the folder.
-            _write(self.folder.owner, self.owner)
+            # Somebody has removed the file, but nobody has taken the folder. At once, as a half-written one is damaged.
+            draft = self.folder.path / f".owner.{uuid.uuid4().hex}"
+            try:
+                _write(draft, self.owner)
+                _link(draft, self.folder.owner)
+            finally:
+                draft.unlink(missing_ok=True)
             found = _read(self.folder.owner)
         if found is None:
             self.lost = f"{self.folder.path} was removed while its run was going on"

@@ -370,3 +370,18 @@ def test_what_is_no_job_is_no_answer(slurm, tmp_path, program, banner, caplog):
     (row,) = rows_of(find_runs(), answers)
     assert row.state.state == ("UNKNOWN" if program == "squeue" else "ENDED")
     assert f"{program} printed what is no job: '" in caplog.text
+
+
+def test_a_job_of_another_cluster_is_not_asked_for_under_its_number(slurm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_CLUSTERS", "far")
+    submitted(tmp_path / "runs" / "first")
+    slurm.answer(jobs={"12": {"State": "RUNNING"}})
+    (row,) = rows_of(find_runs(), Slurm())
+    assert row.state.state == "RUNNING"
+    monkeypatch.delenv("SLURM_CLUSTERS")
+    (row,) = rows_of(find_runs(), Slurm())
+    assert (row.state.state, row.state.over) == ("UNKNOWN", False)
+    assert "job 12 is another cluster's; to see it: export SLURM_CLUSTERS=far" in caplog.text
+    with pytest.raises(OIALRError, match="First: export SLURM_CLUSTERS=far"):
+        cancel("runs/first")
+    assert [call for call in slurm.calls if call[0] == "scancel"] == []

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from hpc_oialr.errors import ConfigError
 from hpc_oialr.launch.programs import NoAnswerError, ask
 from hpc_oialr.launch.scontrol import _FIELD
 
@@ -45,3 +46,7 @@ def test_the_users_defaults_of_sbatch_do_not_go_over_the_script(monkeypatch):
     assert inside["SBATCH_ACCOUNT"] == "mine"
     assert not set(dropped) & set(inside)
     assert os.environ["SBATCH_SIGNAL"] == "B:USR1@5"
+    monkeypatch.setenv("SBATCH_CLUSTERS", "far")
+    refused = r"SBATCH_CLUSTERS is 'far'; must be that of SLURM_CLUSTERS, '', which squeue and scancel read"
+    with pytest.raises(ConfigError, match=refused), executors.only_as_written(""):
+        pass

@@ -158,6 +158,7 @@ def test_submission(slurm, recipe, tmp_path):
         "processes": 4,
         "max_requeues": 20,
         "output": "submitit/12_%t_log.%s",
+        "clusters": "",
     }
 
 
