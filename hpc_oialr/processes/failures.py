@@ -1,9 +1,9 @@
-"""Turn communication failures into ProcessLostError."""
+"""Turn communication failures into ProcessLostError; under NCCL let the watchdog end a process that waits."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -14,6 +14,10 @@ from hpc_oialr.errors import OIALRError, ProcessLostError
 _COMMUNICATION = re.compile(
     r"gloo/|pair closure|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)"
 )
+# 3: after a failed or late collective the watchdog ends the process and leaves the communicators as they
+# are; taking them down first needs the dead peer now and then, and has held whole jobs for hours.
+_LEAVE_HARD = "3"
+_LEAST_HEARTBEAT_S = 60
 
 
 @contextmanager
@@ -66,3 +70,28 @@ def is_communication(error: RuntimeError) -> bool:
     False
     """
     return isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None
+
+
+def configure_nccl_watchdog(environ: MutableMapping[str, str], timeout_s: float) -> None:
+    """Set what torch's NCCL watchdog reads when a group is made; settings of the user are kept.
+
+    A collective that takes longer than the group's timeout ends the process by
+    ``TORCH_NCCL_ASYNC_ERROR_HANDLING``. Should the watchdog itself hang inside CUDA, a monitor ends the
+    process once there has been no heartbeat for ``TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC``, the timeout again, at
+    least a minute. Nothing is dumped first, since that waits for the other processes.
+
+    Parameters
+    ----------
+    environ
+        Changed in place; ``os.environ`` in a run.
+    timeout_s
+        The group's timeout (s).
+
+    References
+    ----------
+    PyTorch documentation, "PYTORCH ProcessGroupNCCL Environment Variables".
+    """
+    environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _LEAVE_HARD)
+    environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "1")
+    environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(_LEAST_HEARTBEAT_S, round(timeout_s))))
+    environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")

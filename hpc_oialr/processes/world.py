@@ -17,8 +17,7 @@ from torch import Tensor
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes.devices import choose_device, group_device
 from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
-from hpc_oialr.processes.failures import reported
-from hpc_oialr.processes.nccl import configure_nccl_watchdog
+from hpc_oialr.processes.failures import configure_nccl_watchdog, reported
 from hpc_oialr.processes.rendezvous import rendezvous_store
 
 Op = Literal["sum", "max", "min"]

@@ -15,7 +15,7 @@ from support.crowd import Crowd
 
 from hpc_oialr.errors import WorldError
 from hpc_oialr.processes import World
-from hpc_oialr.processes.nccl import configure_nccl_watchdog
+from hpc_oialr.processes.failures import configure_nccl_watchdog
 
 TIMEOUT_S = 8.0
 RULE = (
