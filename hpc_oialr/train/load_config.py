@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -202,5 +203,10 @@ def _optional(hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    return name.replace("None", "null")
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)

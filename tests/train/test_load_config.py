@@ -137,7 +137,16 @@ def test_dense_twin_takes_its_own_settings(recipe):
             ConfigError,
             "model is None (from the command line); must be set; valid: Autoformer, GPT2, ResNet, ResNetRS, ViT",
         ),
-        (["--train.precision", "fp8"], ConfigError, "train.precision is 'fp8'"),
+        (
+            ["--train.precision", "fp8"],
+            ConfigError,
+            "train.precision is 'fp8' (from the command line); must be 'fp32' | 'bf16' | 'fp16' | 'float64'.",
+        ),
+        (
+            ["--oialr.factor_dtype", "abc"],
+            ConfigError,
+            "must be 'float64' | 'float32' | 'bfloat16' | 'float16' | null.",
+        ),
         (
             ["--train.steps"],
             OIALRError,
