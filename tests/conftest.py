@@ -39,7 +39,23 @@ LONGEST = (
 WHOLE_FOLDERS = ("tests/slurm",)
 
 
+# Whole runs, plans and pages, which take seconds each; and what a module imports if its tests start processes.
+SLOW = (
+    *("tests/benchmarks/", "tests/launch/", "tests/plan/", "tests/processes/", "tests/report/", "tests/train/"),
+    *("tests/cli/test_fuzz.py", "tests/method/test_compile.py", "tests/spectra/test_repair.py"),
+)
+STARTS_PROCESSES = {"subprocess", "spawn", "mp", "multiprocessing", "Terminal"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = vars(item.module).keys() if isinstance(item, pytest.Function) else set()
+        if item.nodeid.startswith("tests/slurm/"):
+            item.add_marker("slurm")
+        elif "needs_mpirun" in names:
+            item.add_marker("mpi")
+        elif item.nodeid.startswith(SLOW) or STARTS_PROCESSES & names:
+            item.add_marker("slow")
     items.sort(
         key=lambda item: next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99)
     )

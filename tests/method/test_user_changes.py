@@ -75,7 +75,8 @@ def test_frozen_from_the_start_waits_and_is_converted_once_trained() -> None:
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, W)
     model[0].weight.requires_grad_(True)
-    assert train(oialr, 1)[0].kind == "conversion"  # type: ignore[union-attr]
+    (report,) = train(oialr, 1)
+    assert [event.kind for event in report.all] == ["conversion", "update"]  # type: ignore[union-attr]
     assert model[0].S.requires_grad
     assert not torch.allclose(merge(model)[0].weight, W, atol=1e-4)
 
