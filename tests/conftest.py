@@ -41,7 +41,14 @@ WHOLE_FOLDERS = ("tests/slurm",)
 
 # Whole runs, plans and pages, which take seconds each; and what a module imports if its tests start processes.
 SLOW = (
-    *("tests/benchmarks/", "tests/launch/", "tests/plan/", "tests/processes/", "tests/report/", "tests/train/"),
+    *(
+        "tests/benchmarks/",
+        "tests/launch/",
+        "tests/plan/",
+        "tests/processes/",
+        "tests/report/",
+        "tests/train/",
+    ),
     *("tests/cli/test_fuzz.py", "tests/method/test_compile.py", "tests/spectra/test_repair.py"),
 )
 STARTS_PROCESSES = {"subprocess", "spawn", "mp", "multiprocessing", "Terminal"}
