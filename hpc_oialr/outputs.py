@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +113,20 @@ def _holder(target: Path, inputs: Sequence[Path | str]) -> Path | None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails says to which output, also from safetensors, whose error is no OSError."""
+    try:
+        yield
+    except Exception as error:
+        failed = re.search(r"\(os error (\d+)\)", str(error))
+        if failed and not isinstance(error, OSError):
+            raise OSError(int(failed[1]), os.strerror(int(failed[1])), str(path)) from error
+        if type(error) is OSError and error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A name beside a file that :func:`claim` gave; what is written there takes its place at the end, at once.
 
@@ -119,7 +134,8 @@ def new_file(target: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         draft = Path(scratch) / f"new{target.suffix}"
-        yield draft
+        with _named(target):
+            yield draft
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         draft.replace(target)
@@ -153,7 +169,8 @@ def new_folder(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         draft = Path(scratch) / "new"
         draft.mkdir()
-        yield draft
+        with _named(target):
+            yield draft
         names = sorted(each.name for each in draft.iterdir())
         marker = {"written_by": command, "files": {name: sha256_of(draft / name) for name in names}}
         (draft / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")

@@ -43,6 +43,9 @@ def of_system(error: Exception) -> HostError | None:
 
 
 def _of_os(error: OSError) -> HostError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and error.filename2:
+        # Of a copy, not its source.
+        error.filename = error.filename2
     path = error.filename if isinstance(error.filename, (str, bytes)) else None
     if path is None:
         return HostError(f"{error.strerror or error}. {_FIXES.get(error.errno or 0, '')}".strip())

@@ -137,7 +137,7 @@ class Submission:
         """
         for run in self.runs:
             check_free(run)
-        executor, new = self._executor(), not self.folder.exists()
+        new, executor = not self.folder.exists(), self._executor()
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
             # A job that Slurm has and no folder knows of would run on unseen: Ctrl-C counts before or after.
@@ -147,7 +147,7 @@ class Submission:
             self._prepare()
             try:
                 jobs = _submit(executor, self.runs)
-            except OIALRError:
+            except (OIALRError, OSError):
                 stack.close()
                 if new:
                     self._remove_made()

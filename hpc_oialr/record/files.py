@@ -27,7 +27,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             # Without this a node that loses power may keep the new name with no content behind it.
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)
         # On a disk that is full the half of it is in the way.
         with contextlib.suppress(OSError):
             temporary.unlink()

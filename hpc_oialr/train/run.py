@@ -7,7 +7,7 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -369,11 +369,23 @@ def _logged(folder: RunFolder, world: World) -> Iterator[None]:
         handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """Lines that a full disk has no room for are dropped; logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: metrics and checkpoints say that the disk is full."""
+
+    def close(self) -> None:
+        """Close; what the last flush has no room for hides no other error."""
+        with suppress(OSError):
+            super().close()
+
+
 def _log_file(path: Path) -> logging.Handler:
     """The log is worth a warning, not a run."""
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        return logging.FileHandler(path)
+        return _LogFile(path)
     except OSError as error:
         log.warning("%s cannot be written (%s): this process keeps no log.", path, error)
         return logging.NullHandler()

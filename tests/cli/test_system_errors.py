@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.small_disk import fill, small_disk
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
 from hpc_oialr.data.cache import cache_root
 from hpc_oialr.errors import DataError
+from hpc_oialr.outputs import new_file
+from hpc_oialr.record.files import write_atomically
 from hpc_oialr.system_errors import of_system, read_json
+from hpc_oialr.train.run import _log_file
 
 
 def one_error(capsys, *words):
@@ -62,6 +70,27 @@ def test_full_disk_has_a_fix():
     assert str(of_system(error)) == (
         "/scratch/run/metrics.jsonl: No space left on device. Free some space, or take a folder on another file system."
     )
+
+
+def test_a_disk_that_is_full_is_told_with_the_output(tmp_path, capsys):
+    """Whoever writes: safetensors' error is no OSError, a copy's names its source, a stream's names nothing."""
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 20_000)
+    with small_disk(tmp_path / "disk", 200) as disk:
+        fill(disk, 0)
+        for write in (
+            lambda path: save_file({"a": torch.zeros(9_000)}, path),
+            lambda path: shutil.copyfile(source, path),
+            lambda path: write_atomically(path, "x" * 20_000),
+            lambda path: path.write_text("x" * 20_000),
+        ):
+            with pytest.raises(OSError, match="No space left") as caught, new_file(disk / "out") as draft:
+                write(draft)
+            assert str(of_system(caught.value)).startswith(f"{disk}/")
+        log = _log_file(disk / "process_0.log")
+        log.emit(logging.makeLogRecord({"msg": "a" * 20_000}))
+        log.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_json(tmp_path):
