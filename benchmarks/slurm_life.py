@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Row, arguments, earlier, finish
-from benchmarks.slurm_blows import (
+from benchmarks.fault_injection import (
     TINY,
     WARNING_S,
     killed,

@@ -62,3 +62,37 @@ def test_folders_import_one_way() -> None:
                 wrong.append(f"{name} imports {other}")
     assert not wrong
     assert {f.parent.name for f in PACKAGE.glob("*/__init__.py")} - set(ORDER) == {"recipes"}
+
+
+# Names that a newcomer would not guess, and what is said instead.
+DIALECT = {
+    "make_shell": "empty_factors",
+    "BasisChanges": "BasisUpdater",
+    "StabilityWatch": "StabilityTracker",
+    "heed": "catch_signals",
+    "leave_hard": "configure_nccl_watchdog",
+    "Vitals": "NodeInfo",
+    "LonelyWorld": "FakeWorld",
+    "rehearse": "scripted_run",
+    "Patient": "CheckContext",
+    "Salvage": "RepairResult",
+    "Ports": "ShardSpec",
+    "seen_by_any": "any_rank",
+}
+SENTENCES = (
+    "another process's wish",
+    "where nobody hears it",
+    "has reached it anyway",
+    "Who factorises",
+    "Who am I, of",
+)
+
+
+def test_names_are_those_of_the_field() -> None:
+    found = []
+    for file in FILES.values():
+        text = file.read_text()
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        found += [f"{file}: {name}, say {better}" for name, better in DIALECT.items() if name in names]
+        found += [f"{file}: {sentence!r}" for sentence in SENTENCES if sentence in text]
+    assert not found

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc_oialr.cli.command_train import finish
 from hpc_oialr.cli.console import add_command, show_warnings
-from hpc_oialr.launch.life import stop_requests
+from hpc_oialr.launch.job_main import stop_requests
 from hpc_oialr.launch.states import job_over
 
 EXAMPLES = """  oialr resume runs/first

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
-from hpc_oialr.masking import one_line
 from hpc_oialr.processes import launch_info
+from hpc_oialr.redaction import one_line
 
 # Errors that may befall one process alone; all others are the same everywhere.
 OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError, HostError)

@@ -17,12 +17,12 @@ from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.request import Request
 from hpc_oialr.launch.script import SRUN_ARGUMENTS, python, setup_lines
-from hpc_oialr.launch.site import Site
+from hpc_oialr.launch.site import ClusterConfig
 from hpc_oialr.launch.slurm_state import Slurm
 from hpc_oialr.launch.slurm_time import limit_of
-from hpc_oialr.launch.trust import require_own
 from hpc_oialr.processes.environment import all_variables
 
 
@@ -135,7 +135,7 @@ class RunsHere(LocalExecutor):
         return python("hpc_oialr.launch.task", str(self.folder))
 
 
-def make_executor(request: Request, site: Site, folder: Path, name: str, signal: str) -> Executor:
+def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str, signal: str) -> Executor:
     """The executor of a request.
 
     Parameters
@@ -169,7 +169,7 @@ def make_executor(request: Request, site: Site, folder: Path, name: str, signal:
     return executor
 
 
-def slurm_parameters(request: Request, site: Site, name: str, signal: str) -> dict[str, Any]:
+def slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: str) -> dict[str, Any]:
     """Parameters of submitit's SlurmExecutor; it renders a script with them at once."""
     given = {key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     return {

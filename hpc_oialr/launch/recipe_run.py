@@ -9,9 +9,9 @@ from typing import Any
 
 from hpc_oialr.errors import ProcessLostError
 from hpc_oialr.exit_codes import FINISHED, PROCESS_LOST
-from hpc_oialr.masking import one_line
 from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.record.run_folder import RunFolder
+from hpc_oialr.redaction import one_line
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RecipeRun:
         OIALRError
             If it cannot go on.
         """
-        from hpc_oialr.launch.life import run_job
+        from hpc_oialr.launch.job_main import run_job
 
         try:
             code = run_job(self.recipe, self.folder, self.settings)

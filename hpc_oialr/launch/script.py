@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from hpc_oialr.launch.request import Request
-from hpc_oialr.launch.site import Site
+from hpc_oialr.launch.site import ClusterConfig
 
 # Without an order of its own srun would empty the log files of the time before a requeue.
 SRUN_ARGUMENTS = ("--open-mode=append",)
 _JOB = Path(__file__).with_name("job.sh")
 
 
-def setup_lines(request: Request, site: Site) -> list[str]:
+def setup_lines(request: Request, site: ClusterConfig) -> list[str]:
     """Shell lines before srun; see :file:`job.sh`, which comes first so that it sees a site file that fails too."""
     sources = [_JOB] if site.file is None else [_JOB, site.file]
     return [

@@ -34,7 +34,7 @@ _OF_REQUEST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class ClusterConfig:
     """A cluster's options.
 
     Attributes
@@ -52,7 +52,7 @@ class Site:
     srun: tuple[str, ...] = ()
 
 
-def read_site(site: str | None) -> Site:
+def read_site(site: str | None) -> ClusterConfig:
     """Run a site file as a login node does.
 
     Raises
@@ -63,7 +63,7 @@ def read_site(site: str | None) -> Site:
         If it fails, or gives an option in a short form.
     """
     if site is None:
-        return Site()
+        return ClusterConfig()
     file = site_file(site)
     try:
         answer = ask(["bash", "-c", _READ, "site", str(file)], timeout_s=ORDER_S).stdout
@@ -71,10 +71,10 @@ def read_site(site: str | None) -> Site:
         raise OIALRError(f"the site file {file} does not run here: {error}.") from None
     count, *words = answer.split("\0")[:-1]
     options = dict(_options(words[: int(count)], file))
-    return Site(file=file, sbatch=options, srun=tuple(words[int(count) :]))
+    return ClusterConfig(file=file, sbatch=options, srun=tuple(words[int(count) :]))
 
 
-def at_site(request: Request, site: Site) -> tuple[Request, Site]:
+def at_site(request: Request, site: ClusterConfig) -> tuple[Request, ClusterConfig]:
     """A request with the site's options where it leaves them open, and the site with those that remain.
 
     Raises

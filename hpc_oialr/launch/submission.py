@@ -16,7 +16,7 @@ from hpc_oialr.launch.checks import check_free, check_settings
 from hpc_oialr.launch.job_file import JobFile
 from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
-from hpc_oialr.launch.site import Site, at_site, read_site
+from hpc_oialr.launch.site import ClusterConfig, at_site, read_site
 from hpc_oialr.launch.states import job_over
 from hpc_oialr.processes.signals import catch_signals
 from hpc_oialr.record.owner import Claim
@@ -87,7 +87,7 @@ class Submission:
     """
 
     request: Request
-    site: Site
+    site: ClusterConfig
     folder: Path
     runs: tuple[RecipeRun, ...]
     signal: str

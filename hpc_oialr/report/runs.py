@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from hpc_oialr import spectra
 from hpc_oialr.errors import DataError
-from hpc_oialr.masking import mask_tree
 from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.run_folder import RunFolder
+from hpc_oialr.redaction import mask_tree
 from hpc_oialr.spectra import Spectra
 from hpc_oialr.spectra.files import record_files
 from hpc_oialr.system_errors import read_json, read_text

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError, DataError, FolderLostError, OIALRError
-from hpc_oialr.masking import MaskingFormatter, mask_tree
 from hpc_oialr.processes import MetricsChannel, World, open_channel
 from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.record.owner import Claim, Ownership
+from hpc_oialr.redaction import MaskingFormatter, mask_tree
 from hpc_oialr.system_errors import read_json
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import LoadedConfig, load_config

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_oialr.errors import CheckpointError
-from hpc_oialr.masking import mask_tree
+from hpc_oialr.redaction import mask_tree
 from hpc_oialr.train.config_tree import flat
 
 log = logging.getLogger(__name__)

@@ -104,6 +104,6 @@ def test_batch_scripts_of_ones_own_call_it_by_its_module(slurm, monkeypatch):
 
 def test_it_is_light():
     """What every process of a job imports before its run."""
-    code = "import sys, hpc_oialr.launch.life; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, hpc_oialr.launch.job_main; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from hpc_oialr.errors import OIALRError, ProcessLostError
-from hpc_oialr.launch import life, task
+from hpc_oialr.launch import job_main, task
+from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.recipe_run import RecipeRun
-from hpc_oialr.launch.trust import require_own
 from hpc_oialr.record import RunFolder
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
@@ -56,13 +56,13 @@ def test_a_finished_run_leaves_its_summary(job, tmp_path, monkeypatch):
         RunFolder(folder).create().write_summary({"metric": 0.5})
         return 0
 
-    monkeypatch.setattr(life, "run_job", run_job)
+    monkeypatch.setattr(job_main, "run_job", run_job)
     assert task.main(job) == 0
     assert result_of(job) == ("success", {"metric": 0.5})
 
 
 def test_a_stopped_run_leaves_its_code_and_no_result(job, monkeypatch):
-    monkeypatch.setattr(life, "run_job", lambda *_: 75)
+    monkeypatch.setattr(job_main, "run_job", lambda *_: 75)
     with pytest.raises(SystemExit) as left:
         task.main(job)
     assert left.value.code == 75
@@ -73,7 +73,7 @@ def test_a_run_that_lost_a_process_does_too(job, monkeypatch, capsys):
     def run_job(*_):
         raise ProcessLostError("process 0 of 2: a barrier failed")
 
-    monkeypatch.setattr(life, "run_job", run_job)
+    monkeypatch.setattr(job_main, "run_job", run_job)
     with pytest.raises(SystemExit) as left:
         task.main(job)
     assert left.value.code == 76
@@ -85,7 +85,7 @@ def test_an_error_is_the_result(job, monkeypatch):
     def run_job(*_):
         raise OIALRError("settings do not fit")
 
-    monkeypatch.setattr(life, "run_job", run_job)
+    monkeypatch.setattr(job_main, "run_job", run_job)
     with pytest.raises(OIALRError, match="settings do not fit"):
         task.main(job)
     outcome, trace = result_of(job)
@@ -96,11 +96,11 @@ def test_an_error_is_the_result(job, monkeypatch):
 def test_submitit_does_not_listen_to_the_warning(job, monkeypatch):
     """A fresh interpreter: submitit reads the name of its signal when it is imported."""
     program = (
-        "import signal, sys; from pathlib import Path; from hpc_oialr.launch import life, task\n"
+        "import signal, sys; from pathlib import Path; from hpc_oialr.launch import job_main, task\n"
         "def run_job(*_):\n"
         "    print(signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL, signal.getsignal(signal.SIGURG))\n"
         "    return 75\n"
-        "life.run_job = run_job; sys.argv[1:] = [sys.argv[1]]; task.entry()"
+        "job_main.run_job = run_job; sys.argv[1:] = [sys.argv[1]]; task.entry()"
     )
     done = subprocess.run([sys.executable, "-c", program, str(job)], capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
@@ -146,7 +146,7 @@ def test_folder_of_another_user(tmp_path, monkeypatch):
 def test_results_are_read_from_ones_own_folder_only(job, tmp_path, monkeypatch):
     from hpc_oialr.launch.executors import OwnLocalJob
 
-    monkeypatch.setattr(life, "run_job", lambda *_: 0)
+    monkeypatch.setattr(job_main, "run_job", lambda *_: 0)
     RunFolder(tmp_path / "run").create().write_summary({"metric": 0.5})
     task.main(job)
     submitted = OwnLocalJob(job, "7")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.mpirun import HERE
 
-from benchmarks.slurm_blows import TINY
+from benchmarks.fault_injection import TINY
 from benchmarks.slurm_cluster import Cluster, why_not
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.mpirun import HERE, WHY_NOT
 
-from benchmarks.slurm_blows import TINY, WARNING_S, outcome, strike
+from benchmarks.fault_injection import TINY, WARNING_S, outcome, strike
 from benchmarks.slurm_cluster import Cluster, Job
 from hpc_oialr.record import read_metrics
 

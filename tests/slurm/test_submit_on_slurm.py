@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.slurm_blows import (
+from benchmarks.fault_injection import (
     TINY,
     WARNING_S,
     batch_shell,

@@ -170,7 +170,7 @@ def test_a_run_on_a_disk_that_is_full_for_a_while(
         assert result.summary is not None
         assert result.summary["weights_sha256"] == default.summary["weights_sha256"]
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-        assert all("cannot be written ([Errno 28] No space left on device)" in text for text in warnings)
+        assert all("cannot be written ([Errno 28] No space left on device" in text for text in warnings)
         files = [Path(text.partition(" cannot")[0]).name for text in warnings]
         assert len(files) == len(set(files)), "one for each file"
         assert {"metrics.jsonl", "spectra.h5"} <= set(files)

@@ -15,7 +15,7 @@ from support.train_workers import losses
 
 from hpc_oialr.errors import ConfigError, ProcessLostError, WorldError
 from hpc_oialr.exit_codes import of_error
-from hpc_oialr.launch.life import job_end, run_job, stop_requests
+from hpc_oialr.launch.job_main import job_end, run_job, stop_requests
 from hpc_oialr.launch.scontrol import end_of
 from hpc_oialr.train.load_config import load_config
 

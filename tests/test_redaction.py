@@ -8,7 +8,7 @@ import pytest
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.masking import MaskingFormatter, mask_text, mask_tree
+from hpc_oialr.redaction import MaskingFormatter, mask_text, mask_tree
 
 # Put together here, so that no scanner takes them for real ones.
 TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "a1" * 10, "AKIA" + "A1" * 8]
