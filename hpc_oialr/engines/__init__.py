@@ -2,11 +2,11 @@
 
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine
-from hpc_oialr.engines.factory import adopt, make_engine
+from hpc_oialr.engines.factory import make_engine
 from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel
 from hpc_oialr.engines.tensor.engine import TensorEngine
-from hpc_oialr.method.engine import Engine, SingleEngine
+from hpc_oialr.method.engine import Engine, SingleEngine, adopt
 
 __all__ = [
     "DDP",

@@ -22,11 +22,6 @@ class GroupEngine(Engine):
 
     world: World
 
-    @property
-    def replicas(self) -> World:
-        """The processes that store what this one stores."""
-        return self.world
-
     def send_initial(self, module: nn.Module) -> None:
         """Process 0's parameters and buffers on every process, before anything is split."""
         self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])

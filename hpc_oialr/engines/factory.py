@@ -10,16 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.fsdp import FSDPEngine
-from hpc_oialr.errors import ModelError
 from hpc_oialr.method.engine import Engine, SingleEngine
 from hpc_oialr.processes import World
-
-_OTHER_WRAPPERS = {
-    "DataParallel": "use DistributedDataParallel, which copies nothing in each step",
-    "FullyShardedDataParallel": "shard it by torch.distributed.fsdp.fully_shard (FSDP2) instead",
-    "DeepSpeedEngine": "let oialr make the engine: --engine DeepSpeed",
-    "AveragedModel": "pass the model that is trained, and this one as averages=[...]",
-}
 
 
 def make_engine(world: World, **ddp_options: Any) -> Engine:
@@ -33,17 +25,11 @@ def make_engine(world: World, **ddp_options: Any) -> Engine:
     return SingleEngine(world) if world.size == 1 else DDPEngine(world, **ddp_options)
 
 
-def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
-    """The engine that a user's model implies, and the module inside.
+def engine_of(model: nn.Module) -> tuple[Engine, nn.Module]:
+    """The engine of a wrapped model or of one of several processes, and the module inside; a collective call.
 
     A model in ``DistributedDataParallel`` keeps its group and options, one that ``fully_shard`` has sharded
-    its mesh; a plain one gets the process group that exists, or none. A collective call where there are
-    several processes.
-
-    Raises
-    ------
-    ModelError
-        If the model is wrapped in something whose parameters cannot be replaced.
+    its mesh; a plain one gets the process group that exists.
     """
     if isinstance(model, DistributedDataParallel):
         return DDPEngine.adopting(model), model.module
@@ -52,10 +38,4 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, DistributedDataParallel):
         return DDPEngine.adopting(compiled, outer=model), compiled.module
-    for kind in type(model).__mro__:
-        if kind.__name__ in _OTHER_WRAPPERS:
-            raise ModelError(
-                f"the model is wrapped in {kind.__name__}; must be plain, in DistributedDataParallel or sharded by "
-                f"fully_shard: {_OTHER_WRAPPERS[kind.__name__]}."
-            )
     return make_engine(World.current()), model

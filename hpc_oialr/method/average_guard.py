@@ -26,7 +26,7 @@ class AverageGuard:
     """
 
     def __init__(self, model: nn.Module, average: nn.Module, targets: Mapping[str, TargetWeight]) -> None:
-        self._model, self._average, self._sites = model, average, targets
+        self._model, self._average, self._targets = model, average, targets
 
     def __repr__(self) -> str:
         """For the message that refuses a controller of its own."""
@@ -36,7 +36,7 @@ class AverageGuard:
         """Watch what is loaded into the average, or into one of its layers."""
         untie(self._average)
         attachment = Attachment(cast(Any, self))
-        holders = [module for target in self._sites.values() for module in (target.owner, target.holder)]
+        holders = [module for target in self._targets.values() for module in (target.owner, target.holder)]
         for module in {id(m): m for m in (self._average, *holders)}.values():
             attachment.cover(module)
 
@@ -47,7 +47,7 @@ class AverageGuard:
     def before_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
         """Raise :class:`ModelError` unless the state is in the bases that the model has now."""
         layers = low_rank_layers(self._model)
-        stored = stored_layers(list(self._sites.values()), module, self._average, state, prefix)
+        stored = stored_layers(list(self._targets.values()), module, self._average, state, prefix)
         for name, form in stored.items():
             layer = layers.get(name)
             if form.r != (None if layer is None else layer.r) or (layer and turned(layer, form)):

@@ -26,12 +26,14 @@ from hpc_oialr.torch_compat import active_ddp_module
 
 T = TypeVar("T")
 
-# Modules that know how to adopt a wrapped model, or one of several processes; each has ``adopt(model)``.
-PROVIDERS = ["hpc_oialr.engines.factory"]
-# What providers know, or refuse with the name of what would work.
-_WRAPPERS = {
-    *("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"),
-    *("DeepSpeedEngine", "AveragedModel", "OptimizedModule"),
+# Has ``engine_of(model)`` for these wrappers and for several processes; imported when there is one or the other.
+_ENGINES = "hpc_oialr.engines.factory"
+_WRAPPERS = {"DistributedDataParallel", "FSDPModule", "OptimizedModule"}
+_REFUSED_WRAPPERS = {
+    "DataParallel": "use DistributedDataParallel, which copies nothing in each step",
+    "FullyShardedDataParallel": "shard it by torch.distributed.fsdp.fully_shard (FSDP2) instead",
+    "DeepSpeedEngine": "let oialr make the engine: --engine DeepSpeed",
+    "AveragedModel": "pass the model that is trained, and this one as averages=[...]",
 }
 
 
@@ -311,11 +313,14 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     ModelError
         If the model is wrapped in something whose parameters cannot be replaced.
     """
-    wrapped = any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__)
-    if not wrapped and not (dist.is_available() and dist.is_initialized()):
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    refused = next((kind for kind in kinds if kind in _REFUSED_WRAPPERS), None)
+    if refused is not None:
+        raise ModelError(
+            f"the model is wrapped in {refused}; must be plain, in DistributedDataParallel or sharded by fully_shard: "
+            f"{_REFUSED_WRAPPERS[refused]}."
+        )
+    if not _WRAPPERS.intersection(kinds) and not (dist.is_available() and dist.is_initialized()):
         return SingleEngine(), model
-    for name in PROVIDERS:
-        found: tuple[Engine, nn.Module] | None = importlib.import_module(name).adopt(model)
-        if found is not None:
-            return found
-    raise ModelError(f"no engine knows a {type(model).__name__}; give one: OIALR(..., engine=...).")
+    found: tuple[Engine, nn.Module] = importlib.import_module(_ENGINES).engine_of(model)
+    return found

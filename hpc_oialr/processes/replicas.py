@@ -5,13 +5,16 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hpc_oialr.errors import ReplicaMismatchError
 from hpc_oialr.linalg.splitmix import INCREMENT, mix
-from hpc_oialr.processes.world import World
+
+if TYPE_CHECKING:
+    from hpc_oialr.method.engine import Peers
 
 # Values hashed at a time: bounds the int64 copies to 2 MiB while a GPU still has enough to do.
 _CHUNK = 1 << 17
@@ -19,7 +22,7 @@ _STEP = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier: odd, so that nothing is l
 _INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
-def check_equal(named: Mapping[str, Sequence[Tensor]], world: World) -> None:
+def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
     """Raise :class:`ReplicaMismatchError` unless all processes hold equal bits.
 
     Sends 16 bytes a name, by one all-reduce; names must be the same, in the same order, everywhere.

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,28 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     OSError
         If it cannot be written; the old file is as before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with draft_of(path) as draft, draft.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             # Without this a node that loses power may keep the new name with no content behind it.
             os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A temporary name, whose file takes the place of ``path`` at the end; after an error there is nothing of it."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+        draft.replace(path)
+    except BaseException:
         # On a disk that is full the half of it is in the way.
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            draft.unlink()
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.outputs import Kind
+from hpc_oialr.record.files import draft_of
 from hpc_oialr.spectra.rows import LayerRows
 from hpc_oialr.spectra.schema import EVENT, NO_STEPS, group_name, root_attributes
 
@@ -34,29 +34,22 @@ def write_record(
     OSError
         If it cannot be written; what was there is as before.
     """
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with _Sink(draft, "w+b") as sink:
-            try:
-                with h5py.File(sink, "w", libver="v110") as file:
-                    file.attrs.update(root_attributes(attributes))
-                    file.create_group("layers", track_order=True)
-                    for rows in layers:
-                        _write_layer(file, rows)
-                    if len(steps):
-                        file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
-            except (OSError, RuntimeError, ValueError):
-                # A failed write makes HDF5 fail later too, where it reads back.
-                if sink.failure is None:
-                    raise
-            if sink.failure is not None:
-                raise sink.failure
-            os.fsync(sink.fileno())
-        draft.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+    with draft_of(path) as draft, _Sink(draft, "w+b") as sink:
+        try:
+            with h5py.File(sink, "w", libver="v110") as file:
+                file.attrs.update(root_attributes(attributes))
+                file.create_group("layers", track_order=True)
+                for rows in layers:
+                    _write_layer(file, rows)
+                if len(steps):
+                    file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
+        except (OSError, RuntimeError, ValueError):
+            # A failed write makes HDF5 fail later too, where it reads back.
+            if sink.failure is None:
+                raise
+        if sink.failure is not None:
+            raise sink.failure
+        os.fsync(sink.fileno())
 
 
 class _Sink(io.FileIO):
