@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import on_processes
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.plan.timing import Link, measured_speeds
-from hpc_oialr.processes import World
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 PROCESSES = (2, 4)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from benchmarks.common import Row, arguments, earlier, finish
 from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
+from hpc_oialr.distributed import World
 from hpc_oialr.models import GPT2
-from hpc_oialr.processes import World
 from hpc_oialr.record.memory import MemoryMeter
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
 

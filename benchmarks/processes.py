@@ -14,8 +14,8 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks.common import Row
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, EngineConfig, TensorParallel
-from hpc_oialr.processes import World
 
 ENGINES: dict[str, Callable[[], EngineConfig]] = {
     "ddp": DDP,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Row, arguments, finish
-from hpc_oialr.processes import World, open_channel
+from hpc_oialr.distributed import World, open_channel
 from hpc_oialr.record import RunFolder
 from hpc_oialr.spectra import open as open_spectra
 from hpc_oialr.train.checkpoint_store import CheckpointStore

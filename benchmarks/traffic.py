@@ -26,8 +26,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, trainable_parameters
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDPEngine
-from hpc_oialr.processes import World
 
 COUNTABLE = ("ddp", "fsdp", "tensor")
 OFF = torch.amp.GradScaler("cpu", enabled=False)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.exit_codes import STOPPED
 from hpc_oialr.outputs import require_absent
-from hpc_oialr.processes import launch_info
 from hpc_oialr.record.files import write_atomically
 from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.owner import Claim

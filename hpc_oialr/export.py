@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
 from hpc_oialr.outputs import new_folder
-from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.load_config import load_config

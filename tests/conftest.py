@@ -31,7 +31,7 @@ LONGEST = (
     "tests/engines/test_tensor.py",
     "tests/train/",
     "tests/engines/",
-    "tests/processes/",
+    "tests/distributed/",
     "tests/cli/",
     "tests/method/",
 )
@@ -45,7 +45,7 @@ SLOW = (
         "tests/benchmarks/",
         "tests/launch/",
         "tests/plan/",
-        "tests/processes/",
+        "tests/distributed/",
         "tests/report/",
         "tests/train/",
     ),

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-LAZY = ["hpc_oialr", "hpc_oialr.processes", "hpc_oialr.record"]
+LAZY = ["hpc_oialr", "hpc_oialr.distributed", "hpc_oialr.record"]
 
 
 @pytest.mark.parametrize("package", LAZY)

@@ -15,9 +15,9 @@ from torch import nn
 
 import hpc_oialr
 from hpc_oialr import torch_compat
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import FSDPEngine, TensorEngine
 from hpc_oialr.errors import TorchVersionError
-from hpc_oialr.processes import World
 
 PACKAGE = Path(hpc_oialr.__file__).parent
 # Operators for lists of tensors, and what torch's documentation tells subclasses of Tensor to use.

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_oialr.analyze.checkpoint import FILES, INDICES, Checkpoint, open_checkpoint
 from hpc_oialr.analyze.matrices import Matrix, MatrixSelection, same_matrices
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, DataError, OIALRError
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, svd
@@ -17,7 +18,6 @@ from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.stability_tracker import measured
 from hpc_oialr.outputs import claim
-from hpc_oialr.processes import World
 from hpc_oialr.record.environment_report import environment_report
 from hpc_oialr.spectra.hdf5_io import write_record, written_by
 from hpc_oialr.spectra.rows import LayerRows, rows_of_update, together

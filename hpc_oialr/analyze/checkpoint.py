@@ -118,7 +118,7 @@ class RunCheckpoint(Checkpoint):
     """A checkpoint of this project's own: ``checkpoints/step_00000123`` of a run, dense so far."""
 
     def __init__(self, path: Path) -> None:
-        from hpc_oialr.processes import World
+        from hpc_oialr.distributed import World
         from hpc_oialr.train.checkpoint_store import CheckpointStore
 
         self.path, self._step = path, int(path.name.removeprefix("step_"))

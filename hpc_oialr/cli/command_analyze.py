@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then print the file's path."""
     from hpc_oialr.analyze import MatrixSelection, analyze
-    from hpc_oialr.processes import World
+    from hpc_oialr.distributed import World
 
     show_warnings()
     names = ("include", "exclude", "max_aspect")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hpc_oialr.cli.console import add_command, console, rows, show_warnings
+from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.job_main import stop_requests
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.processes import launch_info
 from hpc_oialr.record.run_folder import default_folder
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
-from hpc_oialr.processes import launch_info
 from hpc_oialr.redaction import one_line
 
 # Errors that may befall one process alone; all others are the same everywhere.

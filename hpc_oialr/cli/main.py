@@ -28,10 +28,10 @@ from hpc_oialr.cli import (
     command_train,
 )
 from hpc_oialr.cli.console import show_error
+from hpc_oialr.distributed.environment import launch_info
+from hpc_oialr.distributed.mpi import leave_mpi
+from hpc_oialr.distributed.signals import end_at_once_upon, leave_upon_term, unwind_upon
 from hpc_oialr.errors import OIALRError, WorldError
-from hpc_oialr.processes.environment import launch_info
-from hpc_oialr.processes.mpi import leave_mpi
-from hpc_oialr.processes.signals import end_at_once_upon, leave_upon_term, unwind_upon
 from hpc_oialr.streams import tolerate_output_failures
 from hpc_oialr.system_errors import of_system
 

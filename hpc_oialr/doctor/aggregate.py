@@ -74,7 +74,7 @@ def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Aggregated:
 
 def _meet(context: CheckContext, findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
     """Node and findings of each process, in order of rank."""
-    from hpc_oialr.processes.world import World
+    from hpc_oialr.distributed.world import World
 
     limit_s = context.timeout_s * (1 if by_hand(context) else _SLOW)
     world = World.from_environment(device="cpu", timeout_s=limit_s, environ=context.environ)

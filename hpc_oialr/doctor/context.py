@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hpc_oialr.errors import WorldError, check_interval
-from hpc_oialr.processes.environment import (
+from hpc_oialr.distributed.environment import (
     LaunchInfo,
     gpus_per_node,
     in_step,
@@ -16,6 +15,7 @@ from hpc_oialr.processes.environment import (
     node_name,
     under_mpi,
 )
+from hpc_oialr.errors import WorldError, check_interval
 
 _NO_GPU = ("", "-1", "NoDevFiles")
 

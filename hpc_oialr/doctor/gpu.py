@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.commands import Answer
+from hpc_oialr.distributed.environment import gpus_per_node
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
 from hpc_oialr.doctor.programs import probe
-from hpc_oialr.processes.environment import gpus_per_node
 
 NVIDIA, AMD = Path("/proc/driver/nvidia/version"), Path("/dev/kfd")
 _BUILDS = "https://pytorch.org/get-started/locally"

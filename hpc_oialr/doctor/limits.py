@@ -6,9 +6,9 @@ import os
 import resource
 from pathlib import Path
 
+from hpc_oialr.distributed.environment import usable_cores
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.processes.environment import usable_cores
 
 _INFINIBAND, _SHARED = Path("/sys/class/infiniband"), Path("/dev/shm")
 _FILES, _FILES_A_PROCESS = 256, 4

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpc_oialr.commands import run_command
+from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.doctor.finding import Finding, ok, problem
 from hpc_oialr.errors import OIALRError, UnknownNameError
 from hpc_oialr.launch.site import read_site, site_file
-from hpc_oialr.processes.environment import all_variables
 
 _TIMEOUT_S = 60
 # What is not exported by the file is what batch scripts look at themselves.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_oialr.commands import Answer
+from hpc_oialr.distributed.slurm_lists import expand_nodes
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.finding import Finding, note, ok, problem
 from hpc_oialr.doctor.network import unresolved
 from hpc_oialr.doctor.programs import find, run_command
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.slurm_lists import expand_nodes
 
 PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 _CREDENTIALS = re.compile(r"munge|authentication|auth_g_|credential", re.IGNORECASE)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from hpc_oialr.distributed import World
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.processes import World
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.replicas import check_equal
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.processes import World
-from hpc_oialr.processes.replicas import check_equal
 
 
 class GroupEngine(Engine):

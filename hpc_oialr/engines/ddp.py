@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.ddp_wrapper import (
     MIB,
@@ -26,7 +27,6 @@ from hpc_oialr.engines.ddp_wrapper import (
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.layout import REPLICATED
-from hpc_oialr.processes import World
 from hpc_oialr.stderr_filter import without_lines
 
 # Torch's bucket where nothing is set, and its first one, which is small so that sending begins early.

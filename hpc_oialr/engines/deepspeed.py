@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.deepspeed_json import (
     Recipe,
@@ -31,7 +32,6 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.layout import REPLICATED, Sharded
-from hpc_oialr.processes import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.processes import World
 
 # What DeepSpeed 0.19 calls and torch 2.13 deprecates; nothing a run could change.
 _DEPRECATED = (

@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.method.engine import Engine, SingleEngine
-from hpc_oialr.processes import World
 
 
 def make_engine(world: World, **ddp_options: Any) -> Engine:

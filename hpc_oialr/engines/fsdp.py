@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import kind_of
-from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import forget_shapes, require_fsdp
 
 

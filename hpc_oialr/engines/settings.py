@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine
 from hpc_oialr.engines.deepspeed_json import read_json
@@ -15,7 +16,6 @@ from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.tensor.engine import TensorEngine
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.engine import Engine, SingleEngine
-from hpc_oialr.processes import World
 
 
 class EngineConfig(ABC):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.zero_partitions import MASTER, Part, Partitions, frozen_part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.processes import World
 
 
 class LiveZero:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.lowrank.base import whole_shape
-from hpc_oialr.processes import World
 
 MASTER = "master"
 

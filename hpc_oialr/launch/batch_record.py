@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpc_oialr.distributed.environment import launch_info
+from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
 from hpc_oialr.errors import DataError
 from hpc_oialr.launch.job_file import JobFile, read_job
 from hpc_oialr.launch.scontrol import show_job
-from hpc_oialr.processes.environment import launch_info
-from hpc_oialr.processes.slurm_job import max_requeues, slurm_job
 from hpc_oialr.record.run_folder import RunFolder
 
 

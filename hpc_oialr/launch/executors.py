@@ -16,6 +16,7 @@ from submitit.core.core import Job
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 
+from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.request import Request
@@ -23,7 +24,6 @@ from hpc_oialr.launch.script import SRUN_ARGUMENTS, python, setup_lines
 from hpc_oialr.launch.site import ClusterConfig
 from hpc_oialr.launch.slurm_state import Slurm
 from hpc_oialr.launch.slurm_time import limit_of
-from hpc_oialr.processes.environment import all_variables
 
 
 class SlurmWatcher(SlurmInfoWatcher):

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.errors import DataError
-from hpc_oialr.processes.environment import all_variables
 from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.record.run_folder import RunFolder
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpc_oialr.distributed.environment import launch_info
+from hpc_oialr.distributed.signals import NAMES, catch_signals
+from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.scontrol import end_of
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.processes.environment import launch_info
-from hpc_oialr.processes.signals import NAMES, catch_signals
-from hpc_oialr.processes.slurm_job import max_requeues, slurm_job
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hpc_oialr.commands import Answer, run_command
-from hpc_oialr.processes.environment import all_variables
+from hpc_oialr.distributed.environment import all_variables
 
 # An answer comes within a second; a controller that hangs must not hold the user up.
 QUESTION_S = 10.0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.errors import ProcessLostError
 from hpc_oialr.exit_codes import FINISHED, PROCESS_LOST
-from hpc_oialr.processes.environment import launch_info
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.redaction import one_line
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed.slurm_lists import gpu_count
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.slurm_time import FORMS, seconds_of
-from hpc_oialr.processes.slurm_lists import gpu_count
 
 EXECUTORS = ("slurm", "local", "debug")
 _GPUS = re.compile(r"([\w.-]+:)?\d+")

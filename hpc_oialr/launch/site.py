@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed.slurm_lists import gpu_count
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
 from hpc_oialr.launch.request import Request
-from hpc_oialr.processes.slurm_lists import gpu_count
 
 _FOLDER = Path(__file__).parent / "sites"
 # Outside a job a site file stops before what is for the job.

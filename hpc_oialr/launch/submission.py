@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from hpc_oialr.distributed.signals import catch_signals
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
 from hpc_oialr.launch.checks import check_free, check_settings
 from hpc_oialr.launch.job_file import JobFile
@@ -18,7 +19,6 @@ from hpc_oialr.launch.recipe_run import RecipeRun
 from hpc_oialr.launch.request import Request, check_folder
 from hpc_oialr.launch.site import ClusterConfig, at_site, read_site
 from hpc_oialr.launch.states import job_over
-from hpc_oialr.processes.signals import catch_signals
 from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 

@@ -45,7 +45,7 @@ class Pending(Protocol):
 
 
 class Peers(Protocol):
-    """The processes that hold the model, as the method sees them; :class:`hpc_oialr.processes.World` is one."""
+    """The processes that hold the model, as the method sees them; :class:`hpc_oialr.distributed.World` is one."""
 
     @property
     def rank(self) -> int:

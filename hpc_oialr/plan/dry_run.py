@@ -14,6 +14,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World, open_channel
 from hpc_oialr.engines import DeepSpeed, EngineConfig
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank.layout import local
@@ -22,7 +23,6 @@ from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_collectives, fake_world
 from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.workload import Workload
-from hpc_oialr.processes import World, open_channel
 from hpc_oialr.record.memory import resident_bytes
 from hpc_oialr.train.exchange import UpdateExchange
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_oialr import torch_compat
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.world import Op, Pending
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import WorldError
 from hpc_oialr.linalg.groups import TorchCommunicator
@@ -22,8 +24,6 @@ from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.method import basis, decompositions, loading, oialr, svd_scheduler
-from hpc_oialr.processes import World
-from hpc_oialr.processes.world import Op, Pending
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, EngineConfig, SingleEngine
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
@@ -27,7 +28,6 @@ from hpc_oialr.plan.timing import Machine, step_time, svd_seconds
 from hpc_oialr.plan.trace_step import Step, sharded_event_bytes, trace_event, traced_context
 from hpc_oialr.plan.traffic import event_messages, messages
 from hpc_oialr.plan.workload import Workload
-from hpc_oialr.processes import World
 
 GIB, MB = 1024**3, 1e6
 # Of the phases that are looked at closely, which an event begins in.

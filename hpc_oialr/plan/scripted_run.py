@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hpc_oialr.data import Batch
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import SingleEngine
 from hpc_oialr.errors import DataError
 from hpc_oialr.method.oialr import OIALR
@@ -17,7 +18,6 @@ from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.trace_step import trained_parameters
 from hpc_oialr.plan.workload import NEVER, Workload
-from hpc_oialr.processes import World
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.run_context import RunContext
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
+from hpc_oialr.distributed.environment import usable_cores
 from hpc_oialr.engines import EngineConfig, TensorParallel
 from hpc_oialr.errors import DataError
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan, svd_cost
@@ -27,7 +28,6 @@ from hpc_oialr.plan.deployment import Deployment
 from hpc_oialr.plan.schedule import LayerShape, Phase
 from hpc_oialr.plan.trace_step import Step
 from hpc_oialr.plan.tracer import Message, Trace
-from hpc_oialr.processes.environment import usable_cores
 
 GIB = 1024**3
 # Of forward and backward pass, the part of the backward pass, during which gradients can be sent.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hpc_oialr.data import ArrayDataset, Batch, DataConfig, Splits
 from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import Engine, EngineConfig
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.method.rules import RankRule
-from hpc_oialr.processes import World
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.run_context import RunContext, make_run_context
 

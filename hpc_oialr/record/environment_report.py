@@ -14,7 +14,7 @@ import h5py
 import torch
 
 from hpc_oialr.commands import run_command
-from hpc_oialr.processes.environment import node_name, recorded_variables, usable_cores
+from hpc_oialr.distributed.environment import node_name, recorded_variables, usable_cores
 
 _PACKAGES = ("hpc_oialr", "torch", "numpy", "h5py", "transformers", "deepspeed", "mpi4py", "submitit", "timm")
 _SOURCE = Path(__file__).resolve().parents[1]

@@ -22,10 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed.environment import node_name
+from hpc_oialr.distributed.identity import process_space, started
+from hpc_oialr.distributed.slurm_job import slurm_job
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes.environment import node_name
-from hpc_oialr.processes.identity import process_space, started
-from hpc_oialr.processes.slurm_job import slurm_job
 from hpc_oialr.record.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Owner:
     host, pid
         Where; process 0 for a job that was submitted and has not begun.
     space, started
-        What makes the process number unique; see :mod:`hpc_oialr.processes.identity`.
+        What makes the process number unique; see :mod:`hpc_oialr.distributed.identity`.
     job, restarts
         The Slurm job, and how often it had been requeued; "" without one.
     since

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_oialr.distributed.metric_reduction import MetricsLayout
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
-from hpc_oialr.processes.metric_reduction import MetricsLayout
 
 LAYER_FIELDS = ("seconds", "r", "stability", "s_max", "s_sum", "s_square_sum", "s_log_sum")
 PROCESS_FIELDS = ("update_s",)

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.outputs import sha256_of
-from hpc_oialr.processes import World
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hpc_oialr.data import DataConfig
+from hpc_oialr.distributed.signals import check_name
 from hpc_oialr.engines import DDP, EngineConfig
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
-from hpc_oialr.processes.signals import check_name
 from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from hpc_oialr.distributed import MetricsChannel, World
+from hpc_oialr.distributed.metric_reduction import PendingReduction
 from hpc_oialr.method.report import UpdateReport
-from hpc_oialr.processes import MetricsChannel, World
-from hpc_oialr.processes.metric_reduction import PendingReduction
 from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.environment import usable_cores
 from hpc_oialr.linalg.arithmetic import tf32_products
-from hpc_oialr.processes import World
-from hpc_oialr.processes.environment import usable_cores
 from hpc_oialr.torch_compat import recompile_limit
 
 # Every set of shapes is compiled once; torch gives a function up after 8.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_oialr.distributed import MetricsChannel
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
-from hpc_oialr.processes import MetricsChannel
 from hpc_oialr.record import MemoryMeter, MetricsWriter, RunFolder, Status, Throughput, make_progress
 from hpc_oialr.record.energy import EnergyMeter
 from hpc_oialr.record.update_metrics import SharedUpdate

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.distributed import MetricsChannel, World, open_channel
+from hpc_oialr.distributed.health import check_health
 from hpc_oialr.errors import CheckpointError, DataError, FolderLostError, OIALRError
-from hpc_oialr.processes import MetricsChannel, World, open_channel
-from hpc_oialr.processes.health import check_health
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.record.owner import Claim, Ownership
 from hpc_oialr.redaction import MaskingFormatter, mask_tree

@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch, GlobalBatches, Splits
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.engine import Engine, Peers
 from hpc_oialr.method.oialr import OIALR
-from hpc_oialr.processes import World
 from hpc_oialr.train.batch_norm import synchronise_batch_norm
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.config_tree import in_section

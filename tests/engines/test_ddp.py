@@ -13,9 +13,9 @@ from support.spawn import spawn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDPEngine, adopt, make_engine
 from hpc_oialr.engines.ddp import bucket_mb
-from hpc_oialr.processes import World
 
 
 class Net(nn.Module):

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, merge
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import SingleEngine
 from hpc_oialr.engines.ddp_wrapper import _NOT_KEPT, options_of
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 STEPS = 9
 

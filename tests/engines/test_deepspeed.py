@@ -25,6 +25,7 @@ from support.deepspeed_workers import (
 from support.spawn import spawn
 
 from hpc_oialr import muon_adamw
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeed, SingleEngine
 from hpc_oialr.engines.deepspeed_json import (
     Recipe,
@@ -38,7 +39,6 @@ from hpc_oialr.engines.deepspeed_json import (
 )
 from hpc_oialr.engines.deepspeed_library import import_deepspeed
 from hpc_oialr.errors import ConfigError, MissingExtraError, ModelError
-from hpc_oialr.processes import World
 
 installed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'"

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, muon_adamw
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import FSDP, DDPEngine, FSDPEngine, Single
 from hpc_oialr.engines.fsdp import blocks
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.method.report import LayerUpdate
-from hpc_oialr.processes import World
 from hpc_oialr.record.memory import resident_bytes
 
 STEPS, BATCH = 20, 24

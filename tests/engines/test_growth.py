@@ -10,8 +10,8 @@ from support.spawn import spawn
 from torch import nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import Engine, FSDPEngine, TensorEngine
-from hpc_oialr.processes import World
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 

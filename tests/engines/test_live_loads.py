@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from hpc_oialr import OIALR, low_rank_layers
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import Engine, TensorEngine
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 WHOLE = StateDictOptions(full_state_dict=True)

@@ -18,13 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.tensor.collectives import gather_from, scatter_to
 from hpc_oialr.engines.tensor.sharding import shard_dense, shard_low_rank
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.lowrank.conversion import convert_weight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.selection import replaceable
-from hpc_oialr.processes import World
 
 TOLERANCE = 1e-10
 TOKENS = 6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDPEngine, SingleEngine, adopt, make_engine
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 
 def test_nothing_is_wrapped() -> None:

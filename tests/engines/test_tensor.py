@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hpc_oialr import OIALR, Energy, OIALRConfig, RankLimits, muon_adamw
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import Engine, SingleEngine, TensorEngine, TensorParallel
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.models import GPT2, ViT
-from hpc_oialr.processes import World
 
 STEPS, BATCH = 22, 8
 OPTIMIZERS = ("AdamW", "MuonAdamW")

@@ -11,7 +11,7 @@ from support.gpu_loop import OPTIMIZERS, batch, make, network, no_synchronisatio
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr import OIALR, merge
-from hpc_oialr.processes import World
+from hpc_oialr.distributed import World
 
 pytestmark = pytest.mark.gpu
 

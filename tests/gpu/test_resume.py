@@ -11,8 +11,8 @@ from support.gpu_loop import settings
 from support.tiny_runs import write_text_folder
 
 from hpc_oialr.data import TextFolder
+from hpc_oialr.distributed import World
 from hpc_oialr.models import GPT2
-from hpc_oialr.processes import World
 from hpc_oialr.train import snapshot
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import Precision, RunConfig, TrainConfig

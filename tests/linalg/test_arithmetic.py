@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, merge, muon_adamw
+from hpc_oialr.distributed import World
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.lowrank import convert, low_rank_layers
-from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.process_settings import process_settings
 

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, low_rank_layers, merge
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 # Phases of a run: dense; converted at r = k; after one and two cuts.
 PHASES = (1, 4, 6, 8)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr import OIALR, Energy, OIALRConfig, RankLimits, muon_adamw
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import NonFiniteError, ReplicaMismatchError
-from hpc_oialr.processes import World
 
 STEPS = 100
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers, match_structure
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 MAKE = {"attention": attention, "separate": separate, "linear": linear}
 

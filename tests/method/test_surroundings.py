@@ -28,8 +28,8 @@ from hpc_oialr import (
     StableRank,
     merge,
 )
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ModelError, ReplicaMismatchError
-from hpc_oialr.processes import World
 
 
 def network() -> nn.Sequential:

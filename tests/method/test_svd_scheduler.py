@@ -9,11 +9,11 @@ import torch
 from support.spawn import spawn
 from torch import Tensor
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.svd import SVD
 from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
 from hpc_oialr.method.svd_scheduler import Job, distribute
-from hpc_oialr.processes import World
 
 SHAPES = [(9, 9)] * 5 + [(600, 8)] + [(12, 9)] * 2
 LONG = 5

@@ -13,8 +13,8 @@ from support.random_run import RandomRun, differences, drawn
 from support.spawn import spawn
 from torch import nn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 
 def failures(plans: range, processes: int) -> list[str]:

@@ -26,8 +26,8 @@ from support.spawn import spawn
 from torch import nn
 
 from hpc_oialr import OIALR, low_rank_layers, muon_adamw, register_optimizer_state
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ModelError
-from hpc_oialr.processes import World
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import torch
 from support.two_layers import MIB, two_layers
 
 from hpc_oialr import FixedFraction, OIALRConfig
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, SingleEngine, TensorParallel
 from hpc_oialr.models import GPT2
 from hpc_oialr.plan import presets
@@ -22,7 +23,6 @@ from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.trace_step import Resident, Step, sharded_event_bytes, trace_step
 from hpc_oialr.plan.tracer import Trace
 from hpc_oialr.plan.workload import TensorSpec, Workload
-from hpc_oialr.processes import World
 from hpc_oialr.record import MemoryMeter
 from hpc_oialr.train.load_config import load_config
 

@@ -12,8 +12,8 @@ import torch
 from support.spawn import spawn
 from torch import Tensor, nn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import make_engine
-from hpc_oialr.processes import World
 from hpc_oialr.record import MemoryMeter, peak_rss_bytes, resident_bytes
 from hpc_oialr.record.tensor_tracker import TensorTracker
 from hpc_oialr.stderr_filter import without_lines

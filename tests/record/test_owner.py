@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc_oialr.distributed.identity import started
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes.identity import started
 from hpc_oialr.record import owner as module
 from hpc_oialr.record.owner import Claim, FolderInUseError, Owner, Ownership
 from hpc_oialr.record.run_folder import RunFolder

@@ -12,11 +12,11 @@ import torch
 from support.crowd import Say
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
+from hpc_oialr.distributed import World, check_equal
+from hpc_oialr.distributed.metric_reduction import TorchChannel
 from hpc_oialr.engines import DeepSpeedEngine, Engine, FSDPEngine, TensorEngine, make_engine
 from hpc_oialr.engines.deepspeed_library import import_deepspeed
 from hpc_oialr.linalg.tsqr import tsqr_svd
-from hpc_oialr.processes import World, check_equal
-from hpc_oialr.processes.metric_reduction import TorchChannel
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 
 Round = Callable[[int], object]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
+from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeedEngine, Engine, SingleEngine
 from hpc_oialr.engines.zero_partitions import MASTER
 from hpc_oialr.lowrank.base import whole_shape
-from hpc_oialr.processes import World
 
 STEPS, CONVERTED, CUTS = 30, 8, (14, 20)  # and an update at 26 that cuts nothing
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from hpc_oialr.distributed import World, open_channel
+from hpc_oialr.distributed.metric_reduction import MetricsChannel, TorchChannel
+from hpc_oialr.distributed.mpi import leave_mpi
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes import World, open_channel
-from hpc_oialr.processes.metric_reduction import MetricsChannel, TorchChannel
-from hpc_oialr.processes.mpi import leave_mpi
 
 SLOTS, ROUNDS = 1000, 5
 

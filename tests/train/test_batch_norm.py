@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpc_oialr.processes import World
+from hpc_oialr.distributed import World
 from hpc_oialr.train.batch_norm import synchronise_batch_norm
 
 

@@ -8,8 +8,8 @@ import torch
 from support.small_disk import fill, small_disk
 from support.spawn import spawn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
-from hpc_oialr.processes import World
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 
 TENSORS = {

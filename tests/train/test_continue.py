@@ -9,8 +9,8 @@ from support.tiny_runs import write_recipe
 from support.train_workers import losses, stop_at_step
 
 from hpc_oialr.cli.main import main
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import train_or_resume
 from hpc_oialr.train.stopping import StopRequest

@@ -12,8 +12,8 @@ from support.tiny_runs import write_recipe
 from support.train_workers import losses, resume_worker, stop_at_step, train_worker
 
 from benchmarks.worlds import ENGINES
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 

@@ -4,9 +4,9 @@ import pytest
 from support.tiny_runs import write_recipe
 
 from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.lowrank.execution import measured_crossover
-from hpc_oialr.processes import World
 from hpc_oialr.recipes import recipes
 from hpc_oialr.train.command_line import parse_settings
 from hpc_oialr.train.load_config import dense_twin, load_config

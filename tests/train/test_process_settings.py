@@ -10,7 +10,7 @@ from contextlib import suppress
 import torch
 from support.tiny_runs import write_recipe
 
-from hpc_oialr.processes import World
+from hpc_oialr.distributed import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.run import train

@@ -7,8 +7,8 @@ from support.spawn import spawn
 from support.tiny_runs import write_recipe
 from support.train_workers import losses, resume_worker, train_worker
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.processes import World
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 

@@ -9,8 +9,8 @@ import torch
 from support.tiny_runs import merged, write_recipe
 from support.train_workers import stop_at_step
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, OIALRError
-from hpc_oialr.processes import World
 from hpc_oialr.record import read_metrics
 from hpc_oialr.spectra import Spectra
 from hpc_oialr.train.load_config import load_config

@@ -13,8 +13,8 @@ import yaml
 from support.tiny_runs import write_recipe
 from support.train_workers import losses, stop_at_step
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, FolderLostError
-from hpc_oialr.processes import World
 from hpc_oialr.record.owner import Claim, FolderInUseError
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import load_config

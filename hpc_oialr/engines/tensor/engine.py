@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from hpc_oialr.distributed import World
 from hpc_oialr.engines.averaging import average_gradients
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.tensor.layers import ShardedDense, ShardedFactors
@@ -22,7 +23,6 @@ from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Sharded, local
 from hpc_oialr.lowrank.selection import replaceable
-from hpc_oialr.processes import World
 from hpc_oialr.torch_compat import forget_shapes, require_dtensors
 
 log = logging.getLogger(__name__)

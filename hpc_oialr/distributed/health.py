@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 import hpc_oialr
+from hpc_oialr.distributed.environment import node_name
+from hpc_oialr.distributed.world import World
 from hpc_oialr.errors import HealthError
-from hpc_oialr.processes.environment import node_name
-from hpc_oialr.processes.world import World
 
 _SKIP = "To start without this check: --train.health_check false"
 

@@ -15,10 +15,10 @@ from support.crowd import Crowd, Say
 from support.mpirun import needs_mpirun, python_environment
 from support.spawn import free_port, launch_environment
 
+from hpc_oialr.distributed import World, mpi, open_channel
+from hpc_oialr.distributed.environment import under_mpi
+from hpc_oialr.distributed.metric_reduction import MPIPlace, check_places
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes import World, mpi, open_channel
-from hpc_oialr.processes.environment import under_mpi
-from hpc_oialr.processes.metric_reduction import MPIPlace, check_places
 
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
@@ -67,7 +67,7 @@ def alone(rank: int, size: int, say: Say) -> None:
     """A made-up MPI that gives every process the same place."""
     place = SimpleNamespace(rank=0, size=1)
     library = SimpleNamespace(COMM_WORLD=place, Get_library_version=lambda: "Fake MPI v1, somewhere\n")
-    module = importlib.import_module("hpc_oialr.processes.metric_reduction")
+    module = importlib.import_module("hpc_oialr.distributed.metric_reduction")
     module.join_mpi = lambda environ=None: library  # type: ignore[attr-defined]
     open_channel(World.from_environment(device="cpu", timeout_s=60), environ=OPEN_MPI)
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_oialr.distributed.metric_reduction import MetricsLayout
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.metric_reduction import MetricsLayout
 
 FIELDS = ("seconds", "r", "stability")
 LAYOUT = MetricsLayout(layers=("a", "b"), layer_fields=FIELDS, process_fields=("update_s",), processes=3)

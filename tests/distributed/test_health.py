@@ -6,9 +6,8 @@ import pytest
 import torch
 from support.spawn import spawn
 
-from hpc_oialr.errors import HealthError
-from hpc_oialr.processes import World
-from hpc_oialr.processes.health import (
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.health import (
     NodeInfo,
     check_devices,
     check_health,
@@ -16,6 +15,7 @@ from hpc_oialr.processes.health import (
     check_versions,
     node_info,
 )
+from hpc_oialr.errors import HealthError
 
 VERSIONS = {"torch": "2.13", "settings": "abc"}
 

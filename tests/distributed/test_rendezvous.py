@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 from support.spawn import free_port
 
+from hpc_oialr.distributed.environment import LaunchInfo, launch_info
+from hpc_oialr.distributed.rendezvous import rendezvous_store
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.environment import LaunchInfo, launch_info
-from hpc_oialr.processes.rendezvous import rendezvous_store
 
 LIMIT = timedelta(seconds=20)
 
@@ -46,7 +46,7 @@ def listener(answer: bytes | None):
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n", None])
 def test_a_foreign_listener_is_passed_by(answer, monkeypatch):
-    monkeypatch.setattr("hpc_oialr.processes.rendezvous._ANSWER_S", 1.0)
+    monkeypatch.setattr("hpc_oialr.distributed.rendezvous._ANSWER_S", 1.0)
     with listener(answer) as taken:
         ports = (taken, free_port())
         first = rendezvous_store(info_of(0, *ports), LIMIT)
@@ -56,7 +56,7 @@ def test_a_foreign_listener_is_passed_by(answer, monkeypatch):
 
 
 def test_another_run_at_the_same_port_is_passed_by(monkeypatch):
-    monkeypatch.setattr("hpc_oialr.processes.rendezvous._ANSWER_S", 1.0)
+    monkeypatch.setattr("hpc_oialr.distributed.rendezvous._ANSWER_S", 1.0)
     shared, spare = free_port(), free_port()
     other = rendezvous_store(replace(info_of(0, shared), token="805.0"), LIMIT)
     mine = info_of(1, shared, spare)

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpc_oialr.distributed.environment import under_mpi
+from hpc_oialr.distributed.failures import lost, reported
+from hpc_oialr.distributed.mpi import join_mpi, leave_mpi_at_exit, library_name
+from hpc_oialr.distributed.world import World
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.environment import under_mpi
-from hpc_oialr.processes.failures import lost, reported
-from hpc_oialr.processes.mpi import join_mpi, leave_mpi_at_exit, library_name
-from hpc_oialr.processes.world import World
 
 log = logging.getLogger(__name__)
 

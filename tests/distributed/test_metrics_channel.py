@@ -15,8 +15,8 @@ from support.crowd import Crowd, Say
 from support.mpi_program import ROUNDS, SLOTS
 from support.mpirun import mpirun, needs_mpirun, python_environment
 
-from hpc_oialr.processes import World
-from hpc_oialr.processes.metric_reduction import TorchChannel
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.metric_reduction import TorchChannel
 
 
 def slots(rank: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_an_end_of_mpi_that_waits_for_a_lost_process_is_cut_short(tmp_path: Path
 def test_mpi_is_not_touched_outside_of_it() -> None:
     """Neither by importing everything, nor by opening a channel, nor by leaving."""
     code = (
-        "import sys, torch, hpc_oialr.train.run; from hpc_oialr.processes import World, open_channel, mpi;"
+        "import sys, torch, hpc_oialr.train.run; from hpc_oialr.distributed import World, open_channel, mpi;"
         "c = open_channel(World.single('cpu')); c.close(); mpi.leave_mpi();"
         "sys.exit(any(name.startswith('mpi4py') for name in sys.modules))"
     )

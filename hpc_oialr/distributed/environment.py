@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpc_oialr.distributed.slurm_lists import expand_counts, expand_nodes, gpu_count
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_count
 from hpc_oialr.redaction import is_secret, mask_text
 
 # Slurm gives steps that are no srun (batch script, interactive shell) the highest 32-bit numbers.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hpc_oialr.distributed.devices import choose_device, gpu_index
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.devices import choose_device, gpu_index
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from support.spawn import free_port, launch_environment, spawn
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes import World
 
 
 def test_one_process_talks_to_nobody() -> None:

@@ -11,7 +11,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from hpc_oialr.processes.environment import LaunchInfo
+from hpc_oialr.distributed.environment import LaunchInfo
 
 # A store of torch answers at once; whoever takes longer is none.
 _ANSWER_S = 10.0

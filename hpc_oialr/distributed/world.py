@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpc_oialr.distributed.devices import choose_device, group_device
+from hpc_oialr.distributed.environment import LaunchInfo, gpus_per_node, launch_info, node_name
+from hpc_oialr.distributed.failures import configure_nccl_watchdog, reported
+from hpc_oialr.distributed.rendezvous import rendezvous_store
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.devices import choose_device, group_device
-from hpc_oialr.processes.environment import LaunchInfo, gpus_per_node, launch_info, node_name
-from hpc_oialr.processes.failures import configure_nccl_watchdog, reported
-from hpc_oialr.processes.rendezvous import rendezvous_store
 
 Op = Literal["sum", "max", "min"]
 T = TypeVar("T")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_oialr.distributed.slurm_lists import expand_counts, expand_nodes, gpu_count
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.slurm_lists import expand_counts, expand_nodes, gpu_count
 
 NODE_LISTS = {
     "node1": ["node1"],

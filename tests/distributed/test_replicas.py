@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.spawn import spawn
 
+from hpc_oialr.distributed import World, check_equal, replicas
+from hpc_oialr.distributed.replicas import bit_hash
 from hpc_oialr.errors import ReplicaMismatchError
 from hpc_oialr.linalg.splitmix import INCREMENT, mix
-from hpc_oialr.processes import World, check_equal, replicas
-from hpc_oialr.processes.replicas import bit_hash
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hpc_oialr.distributed.slurm_job import SlurmJob, max_requeues, slurm_job
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.processes.slurm_job import SlurmJob, max_requeues, slurm_job
 
 
 def test_no_job():

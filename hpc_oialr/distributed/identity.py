@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hpc_oialr.commands import run_command
-from hpc_oialr.processes.environment import node_name
+from hpc_oialr.distributed.environment import node_name
 
 _PR_SET_PDEATHSIG = 1
 

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from hpc_oialr.processes import signals
-from hpc_oialr.processes.signals import catch_signals
+from hpc_oialr.distributed import signals
+from hpc_oialr.distributed.signals import catch_signals
 
 
 def test_a_signal_sets_the_flag_and_the_handlers_come_back():
@@ -90,7 +90,7 @@ UNWINDING = {
 def test_a_signal_undoes_what_is_half_done_and_is_no_traceback(where, name):
     body, undone = UNWINDING[where]
     code = (
-        "import sys\nfrom hpc_oialr.processes.signals import unwind_upon\nunwind_upon('INT', 'TERM')\ntry:\n"
+        "import sys\nfrom hpc_oialr.distributed.signals import unwind_upon\nunwind_upon('INT', 'TERM')\ntry:\n"
         f"    print('ready', flush=True)\n{textwrap.indent(body, '    ')}\n"
         "except KeyboardInterrupt:\n    sys.exit(130)\nfinally:\n    print('undone', flush=True)\n"
     )

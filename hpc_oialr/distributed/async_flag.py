@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc_oialr.processes.world import Pending, World
+from hpc_oialr.distributed.world import Pending, World
 
 
 class AsyncFlagReduce:

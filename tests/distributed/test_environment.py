@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_oialr.errors import WorldError
-from hpc_oialr.processes.environment import (
+from hpc_oialr.distributed.environment import (
     LaunchInfo,
     gpus_per_node,
     in_step,
@@ -13,6 +12,7 @@ from hpc_oialr.processes.environment import (
     node_name,
     recorded_variables,
 )
+from hpc_oialr.errors import WorldError
 
 ALLOCATION = {
     "SLURM_JOB_ID": "4711",

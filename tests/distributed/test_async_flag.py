@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from support.spawn import spawn
 
-from hpc_oialr.processes import World
-from hpc_oialr.processes.async_flag import AsyncFlagReduce
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.async_flag import AsyncFlagReduce
 
 
 def ask(rank: int, size: int) -> tuple[list[bool], bool, str]:

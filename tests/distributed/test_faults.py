@@ -13,9 +13,9 @@ import pytest
 from support.collectives import KINDS, ZERO_STEP, over_and_over
 from support.crowd import Crowd
 
+from hpc_oialr.distributed import World
+from hpc_oialr.distributed.failures import configure_nccl_watchdog
 from hpc_oialr.errors import WorldError
-from hpc_oialr.processes import World
-from hpc_oialr.processes.failures import configure_nccl_watchdog
 
 TIMEOUT_S = 8.0
 RULE = (

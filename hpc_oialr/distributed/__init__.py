@@ -1,0 +1,23 @@
+"""One :class:`World` from torchrun, srun, mpirun or a single process; equal replicas; metrics."""
+
+from typing import TYPE_CHECKING
+
+from hpc_oialr.lazy import offer
+
+if TYPE_CHECKING:
+    from hpc_oialr.distributed.environment import LaunchInfo, launch_info
+    from hpc_oialr.distributed.metric_reduction import MetricsChannel, open_channel
+    from hpc_oialr.distributed.replicas import check_equal
+    from hpc_oialr.distributed.world import World
+
+__all__ = ["LaunchInfo", "MetricsChannel", "World", "check_equal", "launch_info", "open_channel"]
+
+offer(
+    __name__,
+    {
+        "hpc_oialr.distributed.environment": ("LaunchInfo", "launch_info"),
+        "hpc_oialr.distributed.metric_reduction": ("MetricsChannel", "open_channel"),
+        "hpc_oialr.distributed.replicas": ("check_equal",),
+        "hpc_oialr.distributed.world": ("World",),
+    },
+)
