@@ -4,7 +4,7 @@
 one process, both timed in turn with it in one run. `error` is ||A - U diag(s) Vh||_F / ||A||_F; for r = 32 most
 of it is what 32 triplets cannot hold. `bytes_sent` is of the process that sends most.
 
-Rows `update` time the SVDs of ViT-B/16, dealt by the work plan: of its cores at r = k/4, as in every update, and
+Rows `update` time the SVDs of ViT-B/16, distributed by cost: of its cores at r = k/4, as in every update, and
 of its dense weights, as in the one conversion. `share_times_p` is P times their time over one process's: 1 is
 perfect.
 

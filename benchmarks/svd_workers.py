@@ -20,11 +20,11 @@ from hpc_oialr.linalg.blocks import frobenius_norm
 from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.plan_execution import run_task
+from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.randomized import gaussian, randomized_svd
 from hpc_oialr.linalg.row_partition import block_of
 from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
-from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
+from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 
 REFERENCE = "torch.linalg.svd"
 R = 32
@@ -166,19 +166,21 @@ def other_packages(A: Tensor, workers: int) -> dict[str, Callable[[], Any]]:
 def update(
     comm: Communicator, *, kind: str, layers: list[tuple[int, int]], repeats: int, dropped: int
 ) -> list[Row]:
-    """The SVDs of one update, dealt by the work plan, against all of them on process 0; each result is freed."""
-    works = [LayerWork(f"{i}", m, n) for i, (m, n) in enumerate(layers)]
+    """The SVDs of one update, distributed by cost, against all of them on process 0; each result is freed."""
     matrices = [gaussian(m, n, seed=i) for i, (m, n) in enumerate(layers)]
-    alone, dealt = (WorkPlan.of(works, size, batch_numbers=0) for size in (1, comm.size))
+    costs = [svd_cost(m, n) for m, n in layers]
+    owners = longest_processing_time(costs, comm.size)
 
-    def run(plan: WorkPlan, group: Communicator | None) -> None:
-        for task in plan.of_process(0 if group is None else group.rank):
-            for _ in run_task(task, plan, matrices.__getitem__, group):
-                pass
+    def run(rank: int | None) -> None:
+        for owner, A in zip(owners, matrices, strict=True):
+            if rank in (None, owner):
+                svd(A)
 
-    functions = {"alone": (partial(run, alone, None), 1), "dealt": (partial(run, dealt, comm), comm.size)}
+    functions = {"alone": (partial(run, None), 1), "dealt": (partial(run, comm.rank), comm.size)}
     times = rounds(comm, functions, repeats, dropped)
-    loads = [sum(task.load for task in dealt.of_process(rank)) for rank in range(comm.size)]
+    loads = [
+        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == p) for p in range(comm.size)
+    ]
     share = median_ratio(times, "dealt", "alone")
     return [
         {

@@ -1,8 +1,9 @@
-"""Thin SVD on one process, with a check of its input and fall-backs where a driver does not converge."""
+"""Thin SVDs on one process: input check, fall-backs where a driver does not converge, batches on GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -24,15 +25,12 @@ class SVD(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a factorisation runs in: float64 stays, everything else becomes float32."""
+    """The dtype a factorization runs in: float64 stays, everything else becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_pieces(A: Tensor) -> Sequence[Tensor]:
-    """``A`` in groups of rows that fit the cache, so that what is made of each piece takes little memory.
-
-    On a GPU the whole at once: each piece would be a kernel of its own.
-    """
+    """``A`` in groups of rows that fit the cache, so that temporaries of each piece are small; whole on a GPU."""
     if A.is_cuda or A.numel() <= PIECE_VALUES or A.dim() == 0:
         return (A,)
     pieces: Sequence[Tensor] = A.split(max(1, PIECE_VALUES * A.shape[0] // A.numel()))
@@ -46,29 +44,23 @@ def count_non_finite(A: Tensor) -> int:
 
 @exact_arithmetic()
 def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
-    """Thin SVD in fp32 (fp64 for fp64 input), with a documented chain of fall-backs.
+    """Thin SVD of an m x n matrix of any floating dtype in fp32 (fp64 for fp64 input), with fall-backs.
 
-    On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose
-    bidiagonalisation takes another path. On a GPU: cuSOLVER's gesvdj, then its gesvd; then the CPU's chain
-    in float64. The result has the dtype and device of the first attempt.
+    On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose bidiagonalization takes
+    another path. On a GPU: cuSOLVER's gesvdj, then gesvd; then the CPU's chain in float64. The result has the dtype
+    and device of the first attempt. About ``4 m n k + 22 k^3`` operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
 
     Parameters
     ----------
-    A
-        Matrix, m x n, any floating dtype.
     name
-        Named in the error, usually the layer.
+        Named in errors, usually the layer.
     careful
-        Whether to look for NaN and Inf in ``A`` and in the result, which waits for a GPU; otherwise the caller does.
+        Look for NaN and Inf in ``A`` and in the result, which waits for a GPU; otherwise the caller does.
 
     Raises
     ------
     NonFiniteError
         If ``A`` holds NaN or Inf, or every attempt failed.
-
-    Notes
-    -----
-    About ``4 m n k + 22 k^3`` floating-point operations (Golub & Van Loan, 4th ed., figure 8.6.1).
     """
     dtype = compute_dtype(A.dtype)
     A = A.detach().to(dtype)
@@ -82,7 +74,7 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
             result = attempt()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if not careful or bool(torch.stack([torch.isfinite(part).all() for part in result]).all()):
+        if not careful or _all_finite(result):
             return SVD(*(part.to(A.device, dtype).contiguous() for part in result))
     raise NonFiniteError(
         f"no SVD of {name} ({A.shape[0]} x {A.shape[1]}) converged, neither in {dtype} nor in float64 with "
@@ -90,15 +82,29 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     )
 
 
+def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = True) -> Iterator[SVD]:
+    """:func:`svd` of matrices of one shape: in one batched call on a GPU, in a loop elsewhere or if that call fails."""
+    if len(matrices) > 1 and matrices[0].is_cuda:
+        stack = torch.stack(list(matrices)).to(compute_dtype(matrices[0].dtype))
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            results = torch.linalg.svd(stack, full_matrices=False)
+            if not careful or _all_finite([stack, *results]):
+                yield from (SVD(*parts) for parts in zip(*results, strict=True))
+                return
+    for A, name in zip(matrices, names, strict=True):
+        yield svd(A, name=name, careful=careful)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+
 def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
-    if on_gpu:
-        for driver in ("gesvdj", "gesvd"):
-            yield partial(torch.linalg.svd, A, full_matrices=False, driver=driver)
-    else:
-        yield partial(torch.linalg.svd, A, full_matrices=False)
-    wide = A.to("cpu", torch.float64)
-    yield partial(torch.linalg.svd, wide, full_matrices=False)
-    yield partial(_svd_of_transpose, wide)
+    for driver in ("gesvdj", "gesvd") if on_gpu else (None,):
+        yield partial(torch.linalg.svd, A, full_matrices=False, driver=driver)
+    A = A.to("cpu", torch.float64)
+    yield partial(torch.linalg.svd, A, full_matrices=False)
+    yield partial(_svd_of_transpose, A)
 
 
 def _svd_of_transpose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,8 +82,7 @@ class Rotation:
 def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
     """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
 
-    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer. One
-    that has more than a process's share of the work, and is long enough, is shared by several.
+    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer.
     Of a weight in row blocks each process works on its own, which it never shows to another: it sends
     triangles of at most k^2 numbers log2 P times, and no process holds more than ``k max(m, n)`` numbers
     beside its block, of one layer at a time.

@@ -1,4 +1,4 @@
-"""SVDs dealt over processes by a work plan: each does its own tasks, everyone gets all results."""
+"""SVDs scheduled over ranks: each rank does its own tasks, all get all results."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.linalg.plan_execution import run_task
-from hpc_oialr.linalg.svd import SVD, compute_dtype
-from hpc_oialr.linalg.work_plan import BATCH_NUMBERS, LayerWork, Task, WorkPlan
+from hpc_oialr.linalg.svd import SVD, compute_dtype, svds
+from hpc_oialr.linalg.work_plan import BATCH_NUMBERS, LayerWork, Task, svd_rounds
 from hpc_oialr.method.engine import Peers
 
 
@@ -53,17 +52,16 @@ class Result:
 def distribute(
     jobs: Sequence[Job], world: Peers, *, owners: Sequence[int] | None = None, careful: bool = True
 ) -> Iterator[Result]:
-    """Compute all jobs as a work plan deals them and hand every result to all, a round at a time.
+    """Compute all jobs, distributed by cost, and hand every result to all ranks, a round at a time.
 
-    In a round each process does at most one task of the plan: one matrix, on a GPU several small ones of one
-    shape, or its part of a long one. Results are applied and freed before the next round. Sends the jobs' results, and
-    what the SVD of a shared matrix needs. Every result but a shared matrix' has the same bits on any number
-    of CPU processes.
+    In a round each rank does at most one task: one matrix, or on a GPU several small ones of one shape. Results are
+    applied and freed before the next round. Sends the jobs' results; they have the same bits on any number of CPU
+    processes.
 
     Parameters
     ----------
     owners
-        Process of each job; default as :meth:`WorkPlan.of` deals them.
+        Rank of each job; default by longest processing time first.
     careful
         Whether processes agree in each round that no job has failed, which waits for a GPU. Otherwise what failed
         is NaN on every process, and the caller looks.
@@ -73,17 +71,17 @@ def distribute(
     NonFiniteError
         On every process, if any job failed on any; only if ``careful``.
     """
-    plan = _plan(jobs, world, owners)
-    for tasks in plan.rounds():
-        mine = next((task for task in tasks if world.rank in task.processes), None)
+    # On a CPU a batch would be a loop, and only hold more at a time.
+    batch_numbers = BATCH_NUMBERS if jobs and jobs[0].like.is_cuda else 0
+    works = [job.work for job in jobs]
+    for tasks in svd_rounds(works, world.size, owners=owners, batch_numbers=batch_numbers):
+        mine = next((task for task in tasks if task.rank == world.rank), None)
         matrices = {i: jobs[i].prepare() for task in tasks for i in task.layers}
         compute = _compute_agreed if careful else _compute_or_nan
-        values, seconds = compute(jobs, mine, plan, matrices, world)
+        values, seconds = compute(jobs, mine, matrices, world)
         del matrices
         buffers = [values if task is mine and values is not None else _empty(jobs, task) for task in tasks]
-        pending = [
-            world.broadcast(buffer, src=t.processes[0]) for buffer, t in zip(buffers, tasks, strict=True)
-        ]
+        pending = [world.broadcast(buffer, src=t.rank) for buffer, t in zip(buffers, tasks, strict=True)]
         for task, buffer, work in zip(tasks, buffers, pending, strict=True):
             if work is not None:
                 work.wait()
@@ -91,22 +89,13 @@ def distribute(
                 yield Result(i, part, seconds / len(task.layers) if task is mine else 0.0)
 
 
-def _plan(jobs: Sequence[Job], world: Peers, owners: Sequence[int] | None) -> WorkPlan:
-    works = [job.work for job in jobs]
-    # On a CPU a batch would be a loop, and only hold more at a time.
-    batch_numbers = BATCH_NUMBERS if jobs and jobs[0].like.is_cuda else 0
-    if owners is None:
-        return WorkPlan.of(works, world.size, batch_numbers=batch_numbers)
-    return WorkPlan.with_owners(works, owners, world.size, batch_numbers=batch_numbers)
-
-
 def _compute_agreed(
-    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: Peers
+    jobs: Sequence[Job], mine: Task | None, matrices: dict[int, Tensor], world: Peers
 ) -> tuple[Tensor | None, float]:
     """Do this process's task; every process raises if one failed, so that none waits for ever."""
     start, values, failure = time.perf_counter(), None, None
     try:
-        values = None if mine is None else _compute(jobs, mine, plan, matrices, world)
+        values = None if mine is None else _compute(jobs, mine, matrices)
     except NonFiniteError as error:
         failure = error
     seconds = time.perf_counter() - start
@@ -118,38 +107,30 @@ def _compute_agreed(
         raise failure
     if world.size > 1 and int(failed) > 0:
         raise NonFiniteError(
-            f"{plan.layers[int(failed) - 1].name}: no SVD on the process that had to do it; see its log."
+            f"{jobs[int(failed) - 1].work.name}: no SVD on the process that had to do it; see its log."
         )
     return values, seconds
 
 
 def _compute_or_nan(
-    jobs: Sequence[Job], mine: Task | None, plan: WorkPlan, matrices: dict[int, Tensor], world: Peers
+    jobs: Sequence[Job], mine: Task | None, matrices: dict[int, Tensor], world: Peers
 ) -> tuple[Tensor | None, float]:
     """Do this process's task; NaN if it failed."""
     if mine is None:
         return None, 0.0
     start = time.perf_counter()
     try:
-        values = _compute(jobs, mine, plan, matrices, world, careful=False)
+        values = _compute(jobs, mine, matrices, careful=False)
     except (NonFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         values = _empty(jobs, mine).fill_(torch.nan)
     return values, time.perf_counter() - start
 
 
-def _compute(
-    jobs: Sequence[Job],
-    task: Task,
-    plan: WorkPlan,
-    matrices: dict[int, Tensor],
-    world: Peers,
-    *,
-    careful: bool = True,
-) -> Tensor | None:
-    """The task's results in a row; None on the processes that only help with a shared matrix."""
-    done = run_task(task, plan, matrices.__getitem__, world.group, careful=careful)
-    packed = [jobs[i].pack(factors) for i, factors in done]
-    return torch.cat(packed) if packed else None
+def _compute(jobs: Sequence[Job], task: Task, matrices: dict[int, Tensor], *, careful: bool = True) -> Tensor:
+    """The task's results in a row."""
+    names = [jobs[i].work.name for i in task.layers]
+    factors = svds([matrices[i] for i in task.layers], names, careful=careful)
+    return torch.cat([jobs[i].pack(found) for i, found in zip(task.layers, factors, strict=True)])
 
 
 def _empty(jobs: Sequence[Job], task: Task) -> Tensor:

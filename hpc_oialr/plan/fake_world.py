@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from hpc_oialr.distributed.world import Op, Pending
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import WorldError
 from hpc_oialr.linalg.groups import TorchCommunicator
-from hpc_oialr.linalg.plan_execution import Factorised, run_task
 from hpc_oialr.linalg.tsqr import BlockQR
-from hpc_oialr.linalg.work_plan import Task, WorkPlan
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.method import basis, decompositions, loading, oialr, svd_scheduler
+from hpc_oialr.method import basis, decompositions, loading, oialr
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
@@ -118,8 +115,8 @@ class _MadeUpValues(TorchDispatchMode):
 def fake_collectives() -> Iterator[None]:
     """Context with results for the messages that torch's fake process group cannot stand in for.
 
-    Messages of TSQR carry sizes, so its results are made up in the right shapes, and a matrix that several
-    processes would share is factorised by the first of them alone. Other messages between two processes are zero.
+    Messages of TSQR carry sizes, so its results are made up in the right shapes. Other messages between two
+    processes are zero.
     """
     with _replaced(
         (dist, "all_to_all_single", _exchange_zeros),
@@ -127,7 +124,6 @@ def fake_collectives() -> Iterator[None]:
         (decompositions, "split_svd", _fake_svd),
         # As if the columns were orthonormal.
         (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
-        (svd_scheduler, "run_task", _run_on_first),
         # Bases, or shards of them, that another process would have sent are zero here.
         (oialr, "require_own_bases", lambda *_: None),
         (LowRankWeight, "_check_bases", lambda _: None),
@@ -150,14 +146,6 @@ def _fake_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
     (m, n), k, layout = target.shape, target.k, engine.layout
     U, Vh = torch.eye(m, k)[layout.own_rows(m)], torch.eye(k, n)[:, layout.own_columns(n)]
     return U, torch.linspace(2.0, 1.0, k), Vh
-
-
-def _run_on_first(
-    task: Task, plan: WorkPlan, matrix: Callable[[int], Tensor], group: Any = None, *, careful: bool = True
-) -> Iterator[Factorised]:
-    if len(task.processes) > 1 and dist.get_rank(group) != task.processes[0]:
-        return iter(())
-    return run_task(replace(task, processes=task.processes[:1]), plan, matrix, careful=careful)
 
 
 @contextmanager

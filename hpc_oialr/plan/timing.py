@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 from hpc_oialr.distributed.environment import usable_cores
 from hpc_oialr.engines import EngineConfig, TensorParallel
 from hpc_oialr.errors import DataError
-from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan, svd_cost
+from hpc_oialr.linalg.work_plan import LayerWork, svd_cost, svd_rounds
 from hpc_oialr.plan.deployment import Deployment
 from hpc_oialr.plan.schedule import LayerShape, Phase
 from hpc_oialr.plan.trace_step import Step
@@ -205,8 +205,8 @@ def svd_seconds(
     if sharded and phase.event == "conversion":
         flops = sum(svd_cost(m, n, d.processes) for m, n in sizes)
     else:
-        plan = WorkPlan.of([LayerWork("", m, n) for m, n in sizes], d.processes)
-        flops = sum(max(task.load for task in tasks) for tasks in plan.rounds())
+        rounds = svd_rounds([LayerWork("", m, n) for m, n in sizes], d.processes)
+        flops = sum(max(task.load for task in tasks) for tasks in rounds)
     return flops / (machine.svd_flops * machine.speed(d.per_node))
 
 

@@ -19,7 +19,6 @@ from support.svd_cases import best_error, cases, errors, lapack_errors
 from support.threads import run_threads
 
 from hpc_oialr.linalg.row_partition import even_blocks
-from hpc_oialr.linalg.work_plan import LayerWork
 
 SIZES = (1, 2, 3, 4, 8)
 MPI_SIZES = (1, 2, 3, 4)
@@ -142,17 +141,6 @@ def test_every_process_tells_the_same_error(backend: str, size: int) -> None:
         assert f"(1 on process {size - 1})" in nan
         expected = "ok" if size == 1 else "WorldError: the blocks of fc1.weight have widths 3 (process 0), 4"
         assert width.startswith(expected)
-
-
-@worlds
-def test_plan_with_a_shared_layer_gives_every_svd_once(backend: str, size: int) -> None:
-    plans = [process["plan"] for process in run(backend, size)]
-    shapes = {"large": (400, 16), "wide": (12, 20), "a": (9, 8), "b": (9, 8), "c": (9, 8)}
-    assert sorted(name for plan in plans for name in plan) == sorted(shapes)
-    found = {name: svd for plan in plans for name, svd in plan.items()}
-    for index, (name, (m, n)) in enumerate(shapes.items()):
-        A = svd_workers.plan_matrix(LayerWork(name, m, n), index)
-        assert max(errors(A, *found[name])) < 1e-5
 
 
 @needs_mpirun

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, muon_adamw
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.svd import SVD, svd
-from hpc_oialr.linalg.work_plan import WorkPlan
+from hpc_oialr.linalg.work_plan import Task, svd_rounds
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.method import decompositions
 
@@ -122,18 +122,18 @@ def trained(steps: int, *, averaged: bool = False) -> tuple[OIALR, AveragedModel
     return oialr, average
 
 
-def in_batches(jobs: Any, world: Any, owners: Any) -> WorkPlan:
+def in_batches(works: Any, processes: int, **_: Any) -> list[list[Task]]:
     """As a GPU gets them: several layers of one shape a task."""
-    plan = WorkPlan.of([job.work for job in jobs], world.size)
-    assert max(len(task.layers) for task in plan.tasks) > 1
-    return plan
+    rounds = svd_rounds(works, processes)
+    assert max(len(task.layers) for tasks in rounds for task in tasks) > 1
+    return rounds
 
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_factors_and_moments_own_their_storage(steps: int, batched: bool) -> None:
     if batched:
-        with mock.patch("hpc_oialr.method.svd_scheduler._plan", in_batches):
+        with mock.patch("hpc_oialr.method.svd_scheduler.svd_rounds", in_batches):
             oialr, average = trained(steps, averaged=True)
     else:
         oialr, average = trained(steps, averaged=True)
@@ -172,7 +172,7 @@ def test_a_core_whose_first_svd_fails_goes_through_the_other_drivers() -> None:
         calls.append((name, careful))
         return first_fails(A, name=name, careful=careful)
 
-    with mock.patch("hpc_oialr.linalg.plan_execution.svd", counted):
+    with mock.patch("hpc_oialr.linalg.svd.svd", counted):
         struck, _ = trained(6)
     assert calls.count(("2", False)) == calls.count(("2", True)) - 1 == 2  # two updates, and the conversion
     for a, b in zip(plain.module.parameters(), struck.module.parameters(), strict=True):

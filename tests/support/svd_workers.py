@@ -19,10 +19,8 @@ from hpc_oialr.linalg.blocks import basis_stability, frobenius_norm, orthogonali
 from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.plan_execution import run_task
 from hpc_oialr.linalg.randomized import randomized_svd
 from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
-from hpc_oialr.linalg.work_plan import LayerWork, WorkPlan
 
 Results = dict[str, tuple[Any, ...]]
 METHODS: dict[str, Callable[..., tuple[Any, ...]]] = {
@@ -43,13 +41,13 @@ def over_gloo(rank: int, size: int, sizes: Sequence[int]) -> dict[int, dict[str,
 
 
 def everything(comm: Communicator, matrices: Iterable[Case]) -> dict[str, Any]:
-    """All methods on the matrices, figures from blocks, messages of errors, a plan with a shared layer."""
+    """All methods on the matrices, figures from blocks, messages of errors."""
     results: Results = {}
     for name, A in matrices:
         mine = block(A, comm.rank, comm.size)
         for method, factorise in METHODS.items():
             results[f"{method} {name}"] = tuple(factorise(mine, comm))
-    return {"svd": results, "figures": figures(comm), "errors": failures(comm), "plan": planned(comm)}
+    return {"svd": results, "figures": figures(comm), "errors": failures(comm)}
 
 
 def figures(comm: Communicator) -> list[float]:
@@ -79,22 +77,6 @@ def failures(comm: Communicator) -> list[str]:
         except OIALRError as error:
             told.append(f"{type(error).__name__}: {error}")
     return told
-
-
-def planned(comm: Communicator) -> Results:
-    """Layers dealt by a plan whose first one is larger than a fair share."""
-    layers = [LayerWork("large", 400, 16), LayerWork("wide", 12, 20), *(LayerWork(c, 9, 8) for c in "abc")]
-    plan = WorkPlan.of(layers, comm.size)
-    matrix = [plan_matrix(layer, i) for i, layer in enumerate(layers)]
-    tasks = plan.of_process(comm.rank)
-    done = (each for task in tasks for each in run_task(task, plan, matrix.__getitem__, comm))
-    return {layers[i].name: tuple(svd) for i, svd in done}
-
-
-def plan_matrix(layer: LayerWork, index: int) -> torch.Tensor:
-    """A layer's matrix."""
-    generator = torch.Generator().manual_seed(index)
-    return torch.randn(layer.m, layer.n, generator=generator)
 
 
 def over_mpi(folder: Path, sizes: Sequence[int]) -> None:
