@@ -20,9 +20,9 @@ from hpc_oialr.linalg.blocks import frobenius_norm
 from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.groups import communicator
 from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.randomized import gaussian, randomized_svd
 from hpc_oialr.linalg.row_partition import block_of
+from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
 from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 
