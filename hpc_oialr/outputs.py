@@ -75,7 +75,7 @@ def claim(
     OutputError
         If something is there that the command did not write.
     """
-    target = _resolved(path)
+    target = resolved(path)
     if not target.exists():
         return target
     if target.is_dir():
@@ -163,7 +163,7 @@ def new_folder(
     OutputError
         If something else is there; before anything is written.
     """
-    target = _resolved(path)
+    target = resolved(path)
     earlier = _check_folder(path, target, command, inputs=inputs, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -241,11 +241,16 @@ def require_absent(folder: Path, names: Sequence[str], what: str) -> None:
             )
 
 
-def _resolved(path: Path | str) -> Path:
+def resolved(path: Path | str) -> Path:
+    """The path with links followed; raises :class:`OutputError` for links that lead round in a circle."""
     try:
-        return Path(path).resolve()
+        target = Path(path).resolve()
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{path} cannot be followed ({error}). Name another output.") from None
+    # From Python 3.13 on, resolve() returns a circle of links as it is.
+    if target.is_symlink():
+        raise OutputError(f"{path} is a link that leads back to itself. Name another output.")
+    return target
 
 
 def sha256_of(path: Path) -> str:

@@ -24,6 +24,7 @@ from hpc_oialr.data.fashion_mnist import read_part
 from hpc_oialr.data.fetch import fetch
 from hpc_oialr.data.jpeg import require_pillow
 from hpc_oialr.errors import DataError, UnknownNameError
+from hpc_oialr.outputs import resolved
 
 MARK = "SAMPLE.txt"
 _NOTE = "A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
@@ -65,7 +66,7 @@ def write_sample(name: str, folder: Path) -> Path:
         raise DataError(
             f"{folder} {'holds other files' if folder.is_dir() else 'is a file'}. Name a new folder for the sample."
         )
-    folder = folder.resolve()
+    folder = resolved(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / "new"

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Owner:
     started: str = field(default_factory=lambda: started(os.getpid()))
     job: str = ""
     restarts: int = 0
-    since: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
