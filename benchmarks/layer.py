@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.common import Row, arguments, finish, time_ratios
 from hpc_oialr.lowrank import Selection, convert
 from hpc_oialr.lowrank.execution import dense_cost, factored_cost, measured_crossover
-from hpc_oialr.lowrank.linear import LowRankLinear
+from hpc_oialr.lowrank.layers import LowRankLinear
 from hpc_oialr.torch_compat import onednn_linear
 
 Forward = Callable[[nn.Module, Tensor], Tensor]

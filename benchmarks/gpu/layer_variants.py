@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.execution import dense_cost, factored_cost, merged_cost
-from hpc_oialr.lowrank.linear import LowRankLinear
+from hpc_oialr.lowrank.layers import LowRankLinear
 
 Forward = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -5,10 +5,10 @@ from hpc_oialr.lowrank.conversion import (
     convert,
     dense_parameters,
     low_rank_layers,
+    merge,
     trainable_parameters,
     untied_state,
 )
-from hpc_oialr.lowrank.merge import merge
 from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
 from hpc_oialr.lowrank.stored import match_structure
 

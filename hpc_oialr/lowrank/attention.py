@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hpc_oialr.lowrank.attachment import cover_child
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.linear import LowRankLinear
+from hpc_oialr.lowrank.layers import LowRankLinear
 
 
 class FactorisedMultiheadAttention(nn.MultiheadAttention):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,30 +14,20 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.blocks import orthogonality_error
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
-from hpc_oialr.lowrank.autocast_copies import AutocastCopies
-from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refusal, refuse_assignment, trackable
-from hpc_oialr.lowrank.execution import prefer_factored
+from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refuse_assignment, trackable
+from hpc_oialr.lowrank.execution import is_transformed, prefer_factored
 from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
-from hpc_oialr.lowrank.transforms import is_transformed
 
 Crossover = float | Mapping[torch.dtype, float]
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Shape of a parameter, also while ZeRO-3 has its values in parts and ``parameter.shape`` is empty."""
+    """Shape of a parameter, also while ZeRO-3 has partitioned it and ``parameter.shape`` is empty."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _owned(factor: Tensor) -> Tensor:
-    """``factor`` in a storage of its own: a view of a message or of several layers' results would keep all of it."""
-    factor = factor.contiguous()
-    if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
-        return factor.clone()
-    return factor
-
-
 def written_bases(name: str, error: float) -> ModelError:
-    """The error for bases into which something has written, by ``||U^T U - I||_F / sqrt(r)`` or that of Vh."""
+    """The error for bases into which something has written; ``error`` as of :func:`rounding_bound`."""
     return ModelError(
         f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these frozen "
         "bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip parameters "
@@ -53,6 +42,52 @@ def rounding_bound(dtype: torch.dtype) -> float:
     Storage in bf16 alone gives 0.004; in fp32 an update adds 1e-6, and bases are made orthonormal again at 1e-4.
     """
     return 1e-3 if dtype.itemsize >= 4 else 0.05
+
+
+class AutocastCopies:
+    """Copies of a layer's frozen ``U`` and ``Vh`` in the dtype of autocast, made when the factors have changed.
+
+    Autocast remembers its casts of what is trained, not of what is frozen: two kernels and 6 bytes a number in each
+    forward pass. Copies hardly raise the peak of a step, since autograd keeps the casts of all layers until their
+    backward pass anyway (not under activation checkpointing); between steps they add 2 bytes a number to the 4 of
+    the factors. Those stay in fp32: stored in bf16 (``oialr.factor_dtype``) they would need no copies, but each
+    rotation would round them anew. Copies are no part of a layer's state: not saved, copied or moved with it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self._made_of: tuple[Any, ...] = ()
+
+    def of(self, U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The copies; the factors themselves while they train, or if a CUDA graph is being captured without copies."""
+        # Autocast leaves float64 alone.
+        if U.requires_grad or Vh.requires_grad or U.dtype in (dtype, torch.float64) or U.is_inference():
+            return U, Vh
+        made_of = (dtype, U.data_ptr(), Vh.data_ptr(), U._version, Vh._version)
+        if made_of != self._made_of:
+            if U.is_cuda and torch.cuda.is_current_stream_capturing():
+                return U, Vh
+            # Of an evaluation in inference mode they would be tensors that no training step can use.
+            with torch.inference_mode(False), torch.no_grad():
+                self.tensors = (U.detach().to(dtype), Vh.detach().to(dtype))
+            self._made_of = made_of
+        U, Vh = self.tensors
+        return U, Vh
+
+    def refresh(self, U: Tensor, Vh: Tensor) -> None:
+        """Follow new values of the factors at once, in place: a captured CUDA graph reads copies where they are."""
+        if not self.tensors:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for copy, factor in zip(self.tensors, (U, Vh), strict=True):
+                copy.copy_(factor)
+        self._made_of = (self.tensors[0].dtype, U.data_ptr(), Vh.data_ptr(), U._version, Vh._version)
+
+    def __deepcopy__(self, memo: Any) -> AutocastCopies:
+        return AutocastCopies()
+
+    def __reduce__(self) -> tuple[type[AutocastCopies], tuple[()]]:
+        return AutocastCopies, ()
 
 
 class LowRankWeight(nn.Module):
@@ -78,7 +113,7 @@ class LowRankWeight(nn.Module):
     written
         A weight the user has written in place and the bases cannot express; None otherwise.
     autocast_copies
-        Keeps ``U`` and ``Vh`` in the dtype of autocast; None where an engine has the factors in parts.
+        Keeps ``U`` and ``Vh`` in the dtype of autocast; None where an engine shards the factors.
     """
 
     bases_trained: bool = False
@@ -105,15 +140,20 @@ class LowRankWeight(nn.Module):
         self = cast(LowRankWeight, layer)
         self.dense_class, self.dense_shape = dense_class, weight.shape
         self.crossover = crossover
-        self._register(U, S, Vh)
-        self.S.requires_grad_(weight.requires_grad)
-        pass_on_attributes(weight, self.S)
+        self._register(U, S, Vh, like=weight)
         return self
 
-    def _register(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
-        self.register_parameter("U", nn.Parameter(_owned(U), requires_grad=False))
-        self.register_parameter("S", nn.Parameter(_owned(S)))
-        self.register_parameter("Vh", nn.Parameter(_owned(Vh), requires_grad=False))
+    def _register(self, U: Tensor, S: Tensor, Vh: Tensor, *, like: Tensor) -> None:
+        """New parameters; the core gets attributes and ``requires_grad`` of ``like``."""
+        for name, factor in (("U", U), ("S", S), ("Vh", Vh)):
+            factor = factor.contiguous()
+            if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
+                factor = (
+                    factor.clone()
+                )  # a view of a message or of several layers' results would keep all of it
+            trained = name == "S" and like.requires_grad
+            self.register_parameter(name, nn.Parameter(factor, requires_grad=trained))
+        pass_on_attributes(like, self.S)
         self.known_bases = self._stamp_of_bases()
 
     def set_factors(self, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
@@ -124,28 +164,25 @@ class LowRankWeight(nn.Module):
         """
         if S.shape == self.S.shape:
             with torch.no_grad():
-                self.U.copy_(U)
-                self.S.copy_(S)
-                self.Vh.copy_(Vh)
-            self.known_bases = self._stamp_of_bases()
-            self._refresh_copies()
+                for mine, new in zip(self.factors, (U, S, Vh), strict=True):
+                    mine.copy_(new)
+            self._accept_bases()
             return False
-        dtypes = (self.U.dtype, self.S.dtype, self.Vh.dtype)
         before = self.S
-        self._register(*(x.to(dtype) for x, dtype in zip((U, S, Vh), dtypes, strict=True)))
-        self.S.requires_grad_(before.requires_grad)
-        pass_on_attributes(before, self.S)
+        U, S, Vh = (new.to(old.dtype) for new, old in zip((U, S, Vh), self.factors, strict=True))
+        self._register(U, S, Vh, like=before)
         pass_on_hooks(before, self.S)
         self._clear_copies()
         return True
 
-    def _refresh_copies(self) -> None:
+    def _accept_bases(self) -> None:
+        self.known_bases = self._stamp_of_bases()
         if self.autocast_copies is not None:
             self.autocast_copies.refresh(self.U, self.Vh)
 
     def _clear_copies(self) -> None:
         if self.autocast_copies is not None:
-            self.autocast_copies.clear()
+            self.autocast_copies = AutocastCopies()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankWeight:
         """Move or cast; what was copied is made again from the result."""
@@ -176,13 +213,17 @@ class LowRankWeight(nn.Module):
             return ()
         return (*(p.data_ptr() for p in bases), *(p._version for p in bases))
 
+    def bases_error(self) -> float:
+        """The larger one of ``||U^T U - I||_F / sqrt(r)`` and that of ``Vh``."""
+        return max(orthogonality_error(self.U), orthogonality_error(self.Vh.mT))
+
     @exact_arithmetic()
     def _check_bases(self) -> None:
         """Raise :class:`ModelError` if what has been written into ``U`` and ``Vh`` is no basis."""
         stamp = self._stamp_of_bases()
         whole = (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.n) and bool(self.S.any())
         if stamp and whole and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
-            error = max(orthogonality_error(self.U), orthogonality_error(self.Vh.mT))
+            error = self.bases_error()
             if not error <= rounding_bound(self.U.dtype):
                 raise written_bases(str(self), error)
         self.known_bases = stamp
@@ -224,11 +265,12 @@ class LowRankWeight(nn.Module):
         What is written into it in place goes to the core if the bases can express it, as a multiple can or an
         average with a weight of the same bases; otherwise the next use of the layer is an error.
         """
-        written = self.written
-        if written is not None:
-            return BuiltWeight.of(self, written.values)
-        # The settings of a compiled graph are its own, and cannot be changed inside.
-        with nullcontext() if torch.compiler.is_compiling() else full_precision():
+        if self.written is not None:
+            return BuiltWeight.of(self, self.written.values)
+        if torch.compiler.is_compiling():  # the settings of a compiled graph cannot be changed inside
+            return self.matrix().reshape(self.dense_shape)
+        # Writes into an inference tensor could not be noticed.
+        with full_precision(), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             W = self.matrix().reshape(self.dense_shape)
         return BuiltWeight.of(self, W) if trackable(self.S) and not is_transformed() else W
 
@@ -246,7 +288,7 @@ class LowRankWeight(nn.Module):
     def refuse_lost_write(self) -> None:
         """Raise :class:`ModelError` if ``weight`` was written with what the bases cannot express."""
         if self.written is not None:
-            raise refusal(self, self.written)
+            raise self.written.error(self)
 
     def __prepare_scriptable__(self) -> None:
         raise ModelError(
@@ -259,9 +301,8 @@ class LowRankWeight(nn.Module):
         """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
         if self.written is not None:
             return self.written.values.to(self.S.dtype, copy=True)
-        dtype = compute_dtype(self.S.dtype)
-        W = self.U.to(dtype) @ (self.S.to(dtype) @ self.Vh.to(dtype))
-        return W.reshape(self.dense_shape).to(self.S.dtype)
+        U, S, Vh = (factor.to(compute_dtype(self.S.dtype)) for factor in self.factors)
+        return (U @ (S @ Vh)).reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in one dtype; under autocast they go as they are or as copies, autocast casts the rest."""
@@ -319,11 +360,17 @@ class LowRankWeight(nn.Module):
         A layer of a controller leaves that to the controller, which takes the optimizer along. Without one a warning
         says so if anything still holds the core that is replaced.
         """
-        if all(isinstance(state_dict.get(prefix + name), Tensor) for name in ("U", "S", "Vh")):
+        stored = [x for name in ("U", "S", "Vh") if isinstance(x := state_dict.get(prefix + name), Tensor)]
+        if len(stored) == 3:
             self.written = None
         if controller_of(self) is None:
             core = self.S
-            self._take_form(state_dict, prefix)
+            if len(stored) == 3:
+                U, S, Vh = (torch.empty_like(x, device=core.device) for x in stored)
+                if S.shape != core.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
+                    self.set_factors(U, S, Vh)
+            elif prefix + "weight" in state_dict:
+                self.become_dense()
             if core is not self._parameters.get("S") and is_in_optimizer(core):
                 warnings.warn(
                     f"layer {prefix.rstrip('.')} takes the form of the loaded state, but an optimizer still holds the "
@@ -334,14 +381,4 @@ class LowRankWeight(nn.Module):
         # The layer may have its dense class again, now or in a hook.
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
         if isinstance(self, LowRankWeight):
-            self.known_bases = self._stamp_of_bases()
-            self._refresh_copies()
-
-    def _take_form(self, state_dict: dict[str, Any], prefix: str) -> None:
-        stored = [state_dict.get(prefix + name) for name in ("U", "S", "Vh")]
-        if all(isinstance(x, Tensor) for x in stored):
-            U, S, Vh = (torch.empty_like(cast(Tensor, x), device=self.S.device) for x in stored)
-            if S.shape != self.S.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
-                self.set_factors(U, S, Vh)
-        elif prefix + "weight" in state_dict:
-            self.become_dense()
+            self._accept_bases()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,6 @@ from hpc_oialr.linalg.svd import compute_dtype
 if TYPE_CHECKING:
     from hpc_oialr.lowrank.base import LowRankWeight
 
-_OPERATORS = {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-}
-_WRITES = {"__setitem__", *_OPERATORS, "__ilshift__", "__irshift__"}
-_NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_", "retain_grad_"}
 _COPIES = {"__deepcopy__", "__reduce_ex__", "__repr__"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 
@@ -48,6 +45,17 @@ class Written:
     lost: float
     place: str
 
+    def error(self, layer: LowRankWeight) -> ModelError:
+        """For a use of ``layer``."""
+        share = (
+            f"{100 * self.lost:.2g}% of it lies" if self.lost == self.lost else "it is not finite, or lies"
+        )
+        return ModelError(
+            f"the weight of {layer} was written in place ({self.place}), and {share} outside the frozen bases U and Vh, "
+            "so that its core cannot hold it. Clip, constrain or initialise layer.S instead; or leave the layer out by "
+            "oialr.selection.exclude; or edit the dense model that hpc_oialr.merge(model) gives."
+        )
+
 
 class BuiltWeight(Tensor):
     """``U S Vh`` as a tensor, and its views; an in-place operation on any of them is an operation on the layer.
@@ -66,7 +74,7 @@ class BuiltWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run ``func``; if it writes, hand the new values to the layer."""
+        """Run ``func``; if it writes, which the version of a tensor tells, hand the new values to the layer."""
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             name = func.__name__
@@ -76,17 +84,17 @@ class BuiltWeight(Tensor):
                 raise _no_parameter(f"{name} of its weight")
             if name == "__set__" or name == "requires_grad_":
                 return _set(func, args, kwargs)
-            targets = list(_targets(name, args, kwargs))
-            for target in targets:
-                target._source.require_current()
+            given = list(_built([args, kwargs]))
+            versions = [tensor._version for tensor in given]
             result = func(*args, **kwargs)
-            for target in targets:
-                target._source.write(target if name == "set_" else None)
-            return _follow(result, [*args, *kwargs.values()])
+            for tensor, version in zip(given, versions, strict=True):
+                if tensor._version != version:
+                    tensor._source.write(tensor if name == "set_" else None)
+            return _follow(result, given)
 
 
 class BuiltShards(DTensor):
-    """The same for a layer whose factors are split over processes: a write into it is refused."""
+    """The same for a layer whose factors are sharded: a write into it is refused."""
 
     __slots__ = ()
     _source: _Source
@@ -107,21 +115,46 @@ class _Source:
     values: Tensor
     stamp: tuple[int, ...]
 
-    def require_current(self) -> None:
+    @exact_arithmetic()
+    def write(self, replacement: Tensor | None = None) -> None:
+        """Make the values the layer's: in its core if the bases can express them, else to be refused when used.
+
+        Costs ``2 m n r`` and two pseudo-inverses, of U and Vh.
+        """
         layer = self.layer()
-        if layer is not None and self.stamp != _stamp(layer):
+        if layer is None:
+            return
+        if self.stamp != _stamp(layer):
             raise ModelError(
                 f"a weight of {layer} is written that was read before its factors changed; the write would undo that "
                 "change. Read layer.weight anew each time."
             )
-
-    def write(self, replacement: Tensor | None = None) -> None:
-        layer = self.layer()
-        if layer is None:
-            return
+        if isinstance(layer.U, DTensor):
+            raise ModelError(
+                f"the weight of {layer} was written in place ({_place()}), which cannot reach its factors, as these are "
+                "split over processes. Clip, constrain or initialise layer.S instead; or leave the layer out by "
+                "oialr.selection.exclude."
+            )
         if replacement is not None:
             self.values = _plain(replacement).detach()
-        write_weight(layer, self.values)
+        values = self.values
+        if values.shape != layer.dense_shape:
+            raise ModelError(
+                f"a weight of shape {tuple(values.shape)} is written into {layer}, whose weight is "
+                f"{tuple(layer.dense_shape)}; the shapes must be equal."
+            )
+        dtype = compute_dtype(layer.S.dtype)
+        U, Vh = layer.U.detach().to(dtype), layer.Vh.detach().to(dtype)
+        W = values.reshape(layer.m, layer.n).to(dtype)
+        core = torch.linalg.pinv(U) @ W @ torch.linalg.pinv(Vh)
+        norm = float(torch.linalg.matrix_norm(W))
+        lost = float(torch.linalg.matrix_norm(W - U @ (core @ Vh))) / norm if norm > 0 else 0.0
+        # Rounding of the products, and of the weight itself where its dtype is a shorter one.
+        if lost <= 200 * torch.finfo(dtype).eps + 4 * torch.finfo(layer.S.dtype).eps:
+            layer.S.detach().copy_(core)
+            layer.written = None
+        else:
+            layer.written = Written(values.detach(), lost, _place())
         self.stamp = _stamp(layer)
 
 
@@ -129,57 +162,6 @@ def _stamp(layer: LowRankWeight) -> tuple[int, ...]:
     """Changes with every write to the factors."""
     versions = (0 if p.is_inference() else p._version for p in layer.factors)
     return (*map(id, layer.factors), *versions)
-
-
-@exact_arithmetic()
-def write_weight(layer: LowRankWeight, values: Tensor) -> None:
-    """Make ``values`` the weight of ``layer``: in its core if the bases can express it, else to be refused when used.
-
-    Costs ``2 m n r`` and two pseudo-inverses, of U and Vh.
-
-    Raises
-    ------
-    ModelError
-        If the shape is another, or the factors are split over processes.
-    """
-    if isinstance(layer.U, DTensor):
-        raise ModelError(
-            f"the weight of {layer} was written in place ({_place()}), which cannot reach its factors, as these are "
-            "split over processes. Clip, constrain or initialise layer.S instead; or leave the layer out by "
-            "oialr.selection.exclude."
-        )
-    if values.shape != layer.dense_shape:
-        raise ModelError(
-            f"a weight of shape {tuple(values.shape)} is written into {layer}, whose weight is "
-            f"{tuple(layer.dense_shape)}; the shapes must be equal."
-        )
-    dtype = compute_dtype(layer.S.dtype)
-    U, Vh = layer.U.detach().to(dtype), layer.Vh.detach().to(dtype)
-    W = values.reshape(layer.m, layer.n).to(dtype)
-    core = torch.linalg.pinv(U) @ W @ torch.linalg.pinv(Vh)
-    norm = float(torch.linalg.matrix_norm(W))
-    lost = float(torch.linalg.matrix_norm(W - U @ (core @ Vh))) / norm if norm > 0 else 0.0
-    # Rounding of the products, and of the weight itself where its dtype is a shorter one.
-    bound = 200 * torch.finfo(dtype).eps + 4 * torch.finfo(layer.S.dtype).eps
-    if lost <= bound:
-        layer.S.detach().copy_(core)
-        layer.written = None
-    else:
-        layer.written = Written(values.detach(), lost, _place())
-
-
-def refusal(layer: LowRankWeight, written: Written) -> ModelError:
-    """The error for a use of a layer whose weight holds what its bases cannot express."""
-    share = (
-        f"{100 * written.lost:.2g}% of it lies"
-        if written.lost == written.lost
-        else "it is not finite, or lies"
-    )
-    return ModelError(
-        f"the weight of {layer} was written in place ({written.place}), and {share} outside the frozen bases U and Vh, "
-        "so that its core cannot hold it. Clip, constrain or initialise layer.S instead; or leave the layer out by "
-        "oialr.selection.exclude; or edit the dense model that hpc_oialr.merge(model) gives."
-    )
 
 
 def _no_parameter(what: str) -> ModelError:
@@ -201,49 +183,39 @@ def _set(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Assignment to an attribute of a built weight, or ``requires_grad_``."""
     target = args[0]
     assert isinstance(target, (BuiltWeight, BuiltShards))
-    layer = target._source.layer()
     attribute = "requires_grad" if func.__name__ == "requires_grad_" else func.__self__.__name__
     value = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
     if attribute == "requires_grad":
+        layer = target._source.layer()
         if layer is not None:
             layer.S.requires_grad_(value)
         return target
     if attribute == "grad" and value is not None:
         raise _no_parameter("a gradient of its weight")
-    target._source.require_current()
     result = func(*args, **kwargs)
     if attribute == "data":
         target._source.write(target)
     return result
 
 
-def _targets(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[BuiltWeight | BuiltShards]:
-    """The built weights into which a function writes."""
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
-    written = [kwargs.get("out")]
-    if in_place or name in _WRITES or kwargs.get("inplace"):
-        # torch.nn.init passes its tensor by name.
-        written.append(args[0] if args else next(iter(kwargs.values()), None))
-    for each in written:
-        for tensor in each if isinstance(each, (list, tuple)) else [each]:
-            if isinstance(tensor, (BuiltWeight, BuiltShards)):
-                yield tensor
+def _built(given: Any) -> Iterator[BuiltWeight | BuiltShards]:
+    """The built weights among arguments, also those in lists."""
+    if isinstance(given, (BuiltWeight, BuiltShards)):
+        yield given
+    elif isinstance(given, (list, tuple, dict)):
+        for each in given.values() if isinstance(given, dict) else given:
+            yield from _built(each)
 
 
-def _follow(result: Any, arguments: Sequence[Any]) -> Any:
+def _follow(result: Any, arguments: Iterable[BuiltWeight | BuiltShards]) -> Any:
     """Mark those of the results that share memory with a built weight."""
-    sources = [each._source for each in arguments if isinstance(each, (BuiltWeight, BuiltShards))]
-    if not sources or isinstance(result, (BuiltWeight, BuiltShards)):
+    if not arguments or isinstance(result, (BuiltWeight, BuiltShards)):
         return result
     if isinstance(result, Tensor):
-        for source in sources:
-            if _shares(result, source.values):
-                return _tracked(result, source)
-    elif isinstance(result, np.ndarray):
-        # A write to it would be lost.
-        result.flags.writeable = False
+        source = next((each._source for each in arguments if _shares(result, each._source.values)), None)
+        return result if source is None else _tracked(result, source)
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False  # a write to it would be lost
     elif type(result) in (list, tuple):
         return type(result)(_follow(each, arguments) for each in result)
     return result
@@ -271,11 +243,11 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _place() -> str:
-    """File and line of the caller, outside torch and this package."""
-    own = [Path(torch.__file__).parent, Path(__file__).parents[1]]
-    for frame, line in traceback.walk_stack(None):
+    """File and line of the caller, outside torch, this package and its decorators."""
+    own = [Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__)]
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
         file = Path(frame.f_code.co_filename)
-        if not any(folder in file.parents for folder in own):
+        if not any(place in (file, *file.parents) for place in own):
             return f"{file}:{line}"
     return "at an unknown place"
 

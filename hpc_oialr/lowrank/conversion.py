@@ -1,18 +1,25 @@
-"""From a dense layer to a low-rank one, in place, and what a model then counts."""
+"""From a dense layer to a low-rank one in place, and back to a dense model; what a model then counts."""
 
 from __future__ import annotations
 
+import copy
+import warnings
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype, svd
-from hpc_oialr.lowrank.attention import unpack
-from hpc_oialr.lowrank.base import Crossover, LowRankWeight, whole_shape
-from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from hpc_oialr.lowrank.attachment import untie
+from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
+from hpc_oialr.lowrank.base import Crossover, LowRankWeight, rounding_bound, whole_shape
+from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
-from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
+
+Model = TypeVar("Model", bound=nn.Module)
 
 LAYERS: dict[str, type[LowRankWeight]] = {
     "Linear": LowRankLinear,
@@ -34,16 +41,9 @@ def convert_weight(
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:
-    """Replace the dense weight of ``target`` by the given factors; the weight and its gradient are freed.
+    """Replace the dense weight of ``target`` by U (m x r), S (r x r), Vh (r x n); weight and gradient are freed.
 
-    Parameters
-    ----------
-    U, S, Vh
-        m x r, r x r, r x n, any floating dtype.
-    factor_dtype
-        Storage of ``U`` and ``Vh``; default the dtype of the weight. ``S`` takes the weight's.
-    crossover
-        See :func:`hpc_oialr.lowrank.execution.prefer_factored`.
+    ``U`` and ``Vh`` are stored in ``factor_dtype``, by default that of the weight, which ``S`` takes always.
     """
     if target.kind == "MultiheadAttention":
         unpack(target.owner)  # type: ignore[arg-type]
@@ -51,8 +51,7 @@ def convert_weight(
     weight.grad = None
     stored = factor_dtype or weight.dtype
     parts = (U.to(stored), S.to(weight.dtype), Vh.to(stored))
-    layer = LAYERS[target.kind].adopt(target.holder, *parts, crossover=crossover)
-    return layer
+    return LAYERS[target.kind].adopt(target.holder, *parts, crossover=crossover)
 
 
 def leave_fused_inference(model: nn.Module) -> None:
@@ -111,6 +110,50 @@ def empty_factors(
     Vh = layout.put_columns(zeros(r, columns.stop - columns.start), n)
     S = layout.put_core(zeros(r, r))
     return convert_weight(target, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
+
+
+@exact_arithmetic()
+def merge(model: Model, *, inplace: bool = False) -> Model:
+    """A dense model with the original classes, parameter names, order and dtypes.
+
+    Its state dict loads into the untouched original model with ``strict=True``.
+
+    Parameters
+    ----------
+    model
+        Any module, with or without low-rank layers.
+    inplace
+        Change ``model`` itself; otherwise it is copied first (which takes the memory of a copy).
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+        untie(model)
+    layers = low_rank_layers(model)
+    written = [name for name, layer in layers.items() if _is_written(layer)]
+    if written:
+        # A copy whose parameters were averaged or decayed one by one is a product of three wrong factors.
+        warnings.warn(
+            f"U or Vh of {', '.join(written)} is not orthonormal: something has written into these frozen bases, such "
+            "as an average, a clipping or a decay over model.parameters(), and the merged weight is wrong if that was "
+            "meant for weights. Give averages to OIALR(..., averages=[...]), and let loops skip what does not require "
+            "a gradient.",
+            stacklevel=3,
+        )
+    for layer in layers.values():
+        layer.become_dense()
+    for module in list(model.modules()):
+        if isinstance(module, FactorisedMultiheadAttention):
+            repack(module)
+        elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "dense_use_nested_tensor"):
+            module.use_nested_tensor = module.__dict__.pop("dense_use_nested_tensor")
+    return model
+
+
+def _is_written(layer: LowRankWeight) -> bool:
+    # Factors that are still to be filled from a checkpoint are zero.
+    if layer.bases_trained or isinstance(layer.U, DTensor) or layer.S.is_meta or not bool(layer.S.any()):
+        return False
+    return layer.bases_error() > rounding_bound(layer.U.dtype)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:

@@ -14,7 +14,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight, select
-from hpc_oialr.lowrank.autocast_copies import AutocastCopies
+from hpc_oialr.lowrank.base import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fused_inference
 from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.stored import Stored

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, Selection, merge
 from hpc_oialr.engines import SingleEngine
 from hpc_oialr.lowrank import LowRankWeight, convert, low_rank_layers
-from hpc_oialr.lowrank.autocast_copies import AutocastCopies
+from hpc_oialr.lowrank.base import AutocastCopies
 from hpc_oialr.record.memory import resident_bytes
 
 ALL = Selection(keep_first=False, keep_last=False, max_aspect=100)

@@ -134,6 +134,19 @@ def test_what_they_cannot_is_kept_and_refused_when_used(write: Callable[[Tensor]
     )
 
 
+def test_writes_in_inference_mode_are_noticed() -> None:
+    layer = layer_of()
+    before = layer.weight.detach().clone()
+    with torch.inference_mode():
+        layer.weight.mul_(0.5)
+        layer.weight.view(-1).mul_(0.5)
+    torch.testing.assert_close(layer.weight.detach(), before / 4, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        layer.weight.clamp_(-0.01, 0.01)
+        with pytest.raises(ModelError, match="written in place"):
+            layer(torch.ones(1, 12))
+
+
 def test_at_full_r_every_write_is_applied() -> None:
     layer = layer_of(fraction=1.0)
     square = nn.Linear(8, 8)

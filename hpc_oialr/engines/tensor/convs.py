@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hpc_oialr.engines.tensor.layers import ShardedDense, ShardedFactors
-from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from hpc_oialr.lowrank.layers import LowRankConv1d, LowRankConv2d, LowRankConv3d
 
 
 class _ShardedConv(ShardedDense, nn.modules.conv._ConvNd):

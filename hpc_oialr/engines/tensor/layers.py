@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from hpc_oialr.engines.tensor.collectives import copy_to, gather_from, reduce_from, scatter_to
 from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.layout import Sharded, local, whole
-from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 
 
 @dataclass(frozen=True)

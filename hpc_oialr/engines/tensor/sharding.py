@@ -25,9 +25,8 @@ from hpc_oialr.engines.tensor.layers import (
     ShardSpec,
 )
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import Sharded
-from hpc_oialr.lowrank.linear import LowRankConv1D, LowRankLinear
 from hpc_oialr.lowrank.selection import TargetWeight
 
 LINEAR = ("Linear", "Conv1D")

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_oialr.lowrank import chain as module
-from hpc_oialr.lowrank.chain import chain
+from hpc_oialr.lowrank.execution import factored_linear, onednn_fits
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -30,8 +29,8 @@ def test_same_as_three_linear_layers(shape, transposed, biased):
         A, C = A.mT.contiguous().mT, C.mT.contiguous().mT
     x = torch.randn(*shape, 12, requires_grad=True)
     used = [x, S, bias] if biased else [x, S]
-    assert module._thin_on_cpu(x, A, S, C)
-    y = chain(x, A, S, C, bias if biased else None)
+    assert onednn_fits(x, A, S, C)
+    y = factored_linear(x, A, S, C, bias if biased else None)
     expected = F.linear(F.linear(F.linear(x, A), S), C, bias if biased else None)
     dy = torch.randn_like(y)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
@@ -43,19 +42,19 @@ def test_same_as_three_linear_layers(shape, transposed, biased):
 @onednn
 def test_only_what_is_needed():
     A, S, C, bias = factors(8, 6, 8)
-    y = chain(torch.randn(4, 6), A, S.detach(), C, bias)
+    y = factored_linear(torch.randn(4, 6), A, S.detach(), C, bias)
     assert torch.autograd.grad(y.sum(), bias)[0].tolist() == [4.0] * 8
     with torch.no_grad():
-        assert not chain(torch.randn(4, 6), A, S, C, bias).requires_grad
+        assert not factored_linear(torch.randn(4, 6), A, S, C, bias).requires_grad
 
 
 def test_where_torchs_own_products_are_used():
     A, S, C, bias = factors(8, 6, 8)
     x = torch.randn(4, 6)
-    assert not module._thin_on_cpu(x.double(), A.double(), S.double(), C.double())
-    assert not module._thin_on_cpu(x, A.clone().requires_grad_(), S, C)
-    assert not module._thin_on_cpu(torch.randn(0, 6), A, S, C)
-    assert not module._thin_on_cpu(x, *factors(8, 6, 5)[:3]), "of many values of r only some are compiled"
+    assert not onednn_fits(x.double(), A.double(), S.double(), C.double())
+    assert not onednn_fits(x, A.clone().requires_grad_(), S, C)
+    assert not onednn_fits(torch.randn(0, 6), A, S, C)
+    assert not onednn_fits(x, *factors(8, 6, 5)[:3]), "of many values of r only some are compiled"
     with torch.autocast("cpu", torch.bfloat16):
-        assert not module._thin_on_cpu(x, A, S, C)
-    assert chain(torch.randn(0, 6), A, S, C, bias).shape == (0, 8)
+        assert not onednn_fits(x, A, S, C)
+    assert factored_linear(torch.randn(0, 6), A, S, C, bias).shape == (0, 8)
