@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data import cache_root
 from hpc_oialr.errors import DataError, UnknownNameError
 
 SIDE, PADDING, CLASSES = 32, 4, 10

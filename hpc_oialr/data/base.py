@@ -1,4 +1,4 @@
-"""What a data set is to the rest: something that hands out whole batches, and a config that builds it."""
+"""The interface of data sets: whole batches by index, and a config that builds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 class ArrayDataset(ABC):
-    """Samples, gathered a batch at a time: no collation, and in memory no Python for each of them."""
+    """Samples that are gathered a batch at a time, so that no collation is needed."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -23,19 +23,7 @@ class ArrayDataset(ABC):
 
     @abstractmethod
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
-        """The samples at ``indices``, stacked.
-
-        Parameters
-        ----------
-        indices
-            Positions, int64 [B].
-        rng
-            Source of the random augmentation; None for none.
-        """
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """The samples at ``indices`` without augmentation, stacked."""
-        return self.gather(torch.tensor(indices, dtype=torch.int64))
+        """Stack the samples at ``indices`` (int64 [B]); ``rng`` draws the augmentation, None for none."""
 
     def subset(self, indices: Tensor) -> ArrayDataset:
         """A view of the samples at ``indices``, int64 [n]; nothing is copied."""
@@ -47,7 +35,7 @@ class ArrayDataset(ABC):
 
 
 class SubsetView(ArrayDataset):
-    """Some samples of another data set; augmentation still sees the positions in the whole one."""
+    """Some samples of another data set; augmentation still sees their positions in the whole one."""
 
     def __init__(self, whole: ArrayDataset, indices: Tensor) -> None:
         self.whole, self.indices = whole, indices
@@ -56,7 +44,7 @@ class SubsetView(ArrayDataset):
         return len(self.indices)
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
-        """The samples at ``indices`` of the view, stacked."""
+        """Stack the samples at ``indices`` of the view."""
         return self.whole.gather(self.indices[indices], rng)
 
     def subset(self, indices: Tensor) -> ArrayDataset:
@@ -71,7 +59,7 @@ class Splits:
     Attributes
     ----------
     classes
-        Labels from 0 on, or tokens, that occur at most; None where nothing is counted.
+        Number of labels or tokens; None where there are none.
     """
 
     train: ArrayDataset
@@ -91,37 +79,31 @@ class DataConfig(ABC):
 
     limit: int | None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            fix = "Leave it out for all samples."
+            raise ConfigError("data.limit", self.limit, "must be at least 1", fix=fix)
+
     def build(self) -> Splits:
-        """Load the data, checked, split, and cut to ``limit``.
+        """Load, check and split the data, and cut the training part to ``limit``.
 
         Raises
         ------
         DataError
-            A file is missing, damaged or of another form; the message says how to get it.
+            A file is missing, damaged or has another format; the message says how to get it.
         """
         splits = self._load()
-        if self.limit is None:
-            return splits
-        return replace(splits, train=splits.train.take(self.limit))
+        return splits if self.limit is None else replace(splits, train=splits.train.take(self.limit))
 
     @abstractmethod
     def _load(self) -> Splits: ...
 
-    def _check_limit(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(
-                "data.limit", self.limit, "must be at least 1", fix="Leave it out for all samples."
-            )
-
 
 def check_fractions(validation: float, test: float) -> None:
-    """Raise :class:`ConfigError` unless both parts are in [0, 1) and leave something to train on."""
+    """Raise :class:`ConfigError` unless both fractions lie in [0, 1) and leave something to train on."""
     for name, value in (("validation_fraction", validation), ("test_fraction", test)):
         if not 0 <= value < 1:
             raise ConfigError(f"data.{name}", value, "must lie in [0, 1)")
     if validation + test >= 1:
-        raise ConfigError(
-            "data.validation_fraction + data.test_fraction",
-            validation + test,
-            "must leave a part to train on, i.e. lie below 1",
-        )
+        names = "data.validation_fraction + data.test_fraction"
+        raise ConfigError(names, validation + test, "must leave a part to train on, i.e. lie below 1")

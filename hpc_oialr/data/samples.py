@@ -1,37 +1,27 @@
 """Tiny stand-ins for data sets that are large or must be fetched by hand: for smoke runs only.
 
-Their files have the real form, their content is another: images of Fashion-MNIST, and half-hourly electricity
-demand. A number that a run on them gives means nothing.
+Their files have the real format but other content: images of Fashion-MNIST, and half-hourly electricity demand.
 """
 
 from __future__ import annotations
 
 import csv
 import tempfile
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from hpc_oialr.data.catalog import CIFAR10_TEST, CIFAR10_TRAIN
-from hpc_oialr.data.csv_series import read_series
-from hpc_oialr.data.fashion_mnist import read_part
-from hpc_oialr.data.fetch import fetch
-from hpc_oialr.data.jpeg import require_pillow
+from hpc_oialr.data.fetch import CIFAR10_FILES, fetch
+from hpc_oialr.data.image_folder import require_pillow
+from hpc_oialr.data.image_sets import FashionMNIST
+from hpc_oialr.data.timeseries import read_series
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.outputs import resolved
 
-MARK = "SAMPLE.txt"
-_NOTE = "A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
-
-JPEGS_OF_A_CLASS = {"train": 12, "val": 4}
-JPEG_SIDE = 256
-CIFAR10_IMAGES_OF_A_FILE = 64
 ETTM2_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 
 
@@ -57,22 +47,24 @@ def write_sample(name: str, folder: Path) -> Path:
     DataError
         The folder holds something else, or what the stand-in is made from cannot be fetched.
     """
-    if name not in SAMPLES:
-        raise UnknownNameError("sample", name, SAMPLES)
-    note = _NOTE.format(name=name)
-    if (folder / MARK).is_file() and (folder / MARK).read_text(encoding="utf-8") == note:
+    writers = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
+    if name not in writers:
+        raise UnknownNameError("sample", name, writers)
+    made = f"made by `oialr data sample {name}` for smoke runs only: not the real data."
+    note = f"A stand-in for {name}, {made}\n"
+    mark = folder / "SAMPLE.txt"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == note:
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DataError(
-            f"{folder} {'holds other files' if folder.is_dir() else 'is a file'}. Name a new folder for the sample."
-        )
+        what = "holds other files" if folder.is_dir() else "is a file"
+        raise DataError(f"{folder} {what}. Name a new folder for the sample.")
     folder = resolved(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        SAMPLES[name](new)
-        (new / MARK).write_text(note, encoding="utf-8")
+        writers[name](new)
+        (new / mark.name).write_text(note, encoding="utf-8")
         new.replace(folder)
     return folder
 
@@ -82,26 +74,28 @@ def _imagenet(folder: Path) -> None:
     from PIL import Image
 
     images, labels = _clothes()
-    for part, count in JPEGS_OF_A_CLASS.items():
-        skipped = 0 if part == "train" else JPEGS_OF_A_CLASS["train"]
+    for part, chosen in (("train", slice(0, 12)), ("val", slice(12, 16))):
         for label in range(10):
             target = folder / part / f"clothes_{label}"
             target.mkdir(parents=True)
-            chosen = images[labels == label][skipped : skipped + count]
-            for i, pixels in enumerate(_resized(chosen, JPEG_SIDE).numpy()):
+            for i, pixels in enumerate(_resized(images[labels == label][chosen], 256).numpy()):
                 Image.fromarray(pixels).convert("RGB").save(target / f"{i:02d}.JPEG", quality=85)
 
 
 def _cifar10(folder: Path) -> None:
     images, labels = _clothes()
-    planes = _resized(images[: 6 * CIFAR10_IMAGES_OF_A_FILE], 32).flatten(1).repeat(1, 3)
+    planes = _resized(images[: 6 * 64], 32).flatten(1).repeat(1, 3)
     records = torch.cat((labels[: len(planes), None].to(torch.uint8), planes), dim=1)
-    for name, part in zip((*CIFAR10_TRAIN, CIFAR10_TEST), records.chunk(6), strict=True):
+    for name, part in zip(CIFAR10_FILES, records.chunk(6), strict=True):
         (folder / name).write_bytes(part.numpy().tobytes())
 
 
 def _ettm2(folder: Path) -> None:
-    demand = _demand()
+    table = read_series(fetch("taylor-30-min") / "taylor_30_min.csv", ("value",))[""]
+    halves = np.array(table.values[0])
+    # Half-hours and the means of neighbours: a value each quarter of an hour.
+    demand = np.interp(np.arange(2 * len(halves) - 1) / 2, np.arange(len(halves)), halves)
+    demand = (demand - demand.mean()) / demand.std()
     # A column for each lag of so many hours, in its own unit and at its own level.
     shifted = [np.roll(demand, 4 * 3 * lag) * (1 + lag) - 10 * lag for lag in range(len(ETTM2_COLUMNS))]
     with (folder / "ETTm2.csv").open("w", newline="", encoding="utf-8") as file:
@@ -112,24 +106,12 @@ def _ettm2(folder: Path) -> None:
             rows.writerow((time.isoformat(sep=" "), *(f"{value:.6f}" for value in values)))
 
 
-SAMPLES: dict[str, Callable[[Path], None]] = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
-
-
 def _clothes() -> tuple[Tensor, Tensor]:
     """Fashion-MNIST's test images, uint8 [N, 1, 28, 28], and their labels."""
-    return read_part(fetch("fashion-mnist"), "t10k")
+    return FashionMNIST.read(fetch("fashion-mnist"), training=False)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
     """uint8 [N, side, side]."""
     pixels = interpolate(images.float(), size=(side, side), mode="bilinear", align_corners=False)
     return pixels.round().to(torch.uint8).squeeze(1)
-
-
-def _demand() -> NDArray[np.float64]:
-    """Electricity demand each quarter of an hour, standardised: half-hours and the means of neighbours."""
-    path = fetch("taylor-30-min") / "taylor_30_min.csv"
-    values = np.array(read_series(path, ("value",), id_column=None, timestamp_column=None)[""].values[0])
-    finer = np.interp(np.arange(2 * len(values) - 1) / 2, np.arange(len(values)), values)
-    standardised: NDArray[np.float64] = (finer - finer.mean()) / finer.std()
-    return standardised

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,25 +12,16 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
-from hpc_oialr.data.cache import cache_root
-from hpc_oialr.data.catalog import describe
 from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
+from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
+# Ends each document; does not occur in text.
 SEPARATOR = b"\0"
-"""Ends each document; does not occur in text."""
 
 
 class ByteSequences(ArrayDataset):
-    """Consecutive sequences of a corpus, without overlap; a rest at the end is left out.
-
-    Parameters
-    ----------
-    corpus
-        Bytes of the documents, each ended by a separator, uint8 [bytes].
-    sequence_length
-        Bytes of a sequence, T.
-    """
+    """Consecutive sequences of a corpus (uint8 [bytes]), without overlap; a rest at the end is left out."""
 
     def __init__(self, corpus: Tensor, sequence_length: int) -> None:
         self.num_bytes = len(corpus)
@@ -74,7 +65,7 @@ class TextFolder(DataConfig):
     vocab_size: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
-        self._check_limit()
+        super().__post_init__()
         check_fractions(self.validation_fraction, self.test_fraction)
         if self.sequence_length < 2:
             raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 2")
@@ -84,20 +75,11 @@ class TextFolder(DataConfig):
         return cache_root() / "python-docs" if self.path is None else Path(self.path)
 
     def files(self) -> list[Path]:
-        """The documents, sorted by path.
-
-        Raises
-        ------
-        DataError
-            No such folder, or no file in it has a fitting name.
-        """
+        """The documents, sorted by path; :class:`DataError` if there is none."""
         folder = self.folder()
         if not folder.is_dir():
-            fix = (
-                describe("python-docs").fix
-                if self.path is None
-                else "Set data.path to a folder of text files."
-            )
+            own = "Set data.path to a folder of text files."
+            fix = describe("python-docs").fix if self.path is None else own
             raise DataError(f"text folder {folder} does not exist. {fix}")
         found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
         if not found:
@@ -110,39 +92,31 @@ class TextFolder(DataConfig):
     def _load(self) -> Splits:
         files = self.files()
         sizes = [file.stat().st_size + len(SEPARATOR) for file in files]
-        parts = split_documents(sizes, self.validation_fraction, self.test_fraction)
-        train, validation, test = (self._sequences([files[i] for i in part]) for part in parts)
-        for name, part, wanted in (
-            ("training", train, True),
-            ("validation", validation, self.validation_fraction > 0),
-            ("test", test, self.test_fraction > 0),
-        ):
-            if wanted and not len(part):
+        names = ("training", "validation", "test")
+        fractions = (1.0, self.validation_fraction, self.test_fraction)
+        parts: list[ByteSequences | None] = []
+        split = split_documents(sizes, self.validation_fraction, self.test_fraction)
+        for name, fraction, documents in zip(names, fractions, split, strict=True):
+            joined = b"".join(files[i].read_bytes() + SEPARATOR for i in documents)
+            corpus = torch.from_numpy(np.frombuffer(joined, np.uint8).copy())
+            part = ByteSequences(corpus, self.sequence_length)
+            if fraction > 0 and not len(part):
                 raise DataError(
                     f"text folder {self.folder()} is too small: {len(files)} documents of {sum(sizes)} bytes "
                     f"leave {part.num_bytes} bytes for the {name} part, less than one sequence of "
                     f"{self.sequence_length}. Add text, or lower data.sequence_length or the fractions."
                 )
-        held = [part if len(part) else None for part in (validation, test)]
-        return Splits(train, held[0], held[1], classes=self.vocab_size)
-
-    def _sequences(self, files: Iterable[Path]) -> ByteSequences:
-        joined = b"".join(file.read_bytes() + SEPARATOR for file in files)
-        return ByteSequences(torch.from_numpy(np.frombuffer(joined, np.uint8).copy()), self.sequence_length)
+            parts.append(part if len(part) else None)
+        assert parts[0] is not None
+        return Splits(parts[0], parts[1], parts[2], classes=self.vocab_size)
 
 
 def split_documents(
     sizes: Sequence[int], validation_fraction: float, test_fraction: float
 ) -> tuple[list[int], list[int], list[int]]:
-    """Deal documents to training, validation and test by bytes, in a fixed random order.
+    """Indices of the documents for training, validation and test, by bytes, in a fixed random order.
 
-    Test takes documents until it has its share, then validation; training gets the rest. A share
-    of zero gets none.
-
-    Returns
-    -------
-    three lists of int
-        Indices of the documents, ascending.
+    Test takes documents until it has its share, then validation; training gets the rest.
     """
     waiting = CounterRNG(SPLIT_SEED).permutation(len(sizes)).tolist()
     total, parts = sum(sizes), []

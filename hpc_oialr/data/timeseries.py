@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -12,20 +15,72 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
-from hpc_oialr.data.cache import cache_root
-from hpc_oialr.data.catalog import describe
 from hpc_oialr.data.counter_rng import CounterRNG
-from hpc_oialr.data.csv_series import SeriesTable, read_series
+from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
-_CALENDAR_FEATURES = 4
+PARTS = ("training", "validation", "test")
+
+
+@dataclass
+class SeriesTable:
+    """Rows of one series: a list for each value column, NaN where empty, and times without zone, if it has them."""
+
+    values: list[list[float]]
+    times: list[datetime] = field(default_factory=list)
+
+
+def read_series(
+    path: Path, columns: Sequence[str], *, id_column: str | None = None, timestamp_column: str | None = None
+) -> dict[str, SeriesTable]:
+    """Series of a CSV with a header, by id; without ``id_column`` the file is one series, named "".
+
+    Times are ISO 8601 and ascend within a series. A :class:`DataError` names file, line, column and value.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Set data.path to a CSV file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    header = rows.fieldnames or ()
+    missing = [name for name in (*columns, id_column, timestamp_column) if name and name not in header]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(header) or 'none'}.")
+    tables: dict[str, SeriesTable] = {}
+    for row in rows:
+        table = tables.setdefault(row[id_column] if id_column else "", SeriesTable([[] for _ in columns]))
+        for values, column in zip(table.values, columns, strict=True):
+            cell = row[column]
+            try:
+                empty = cell is None or cell.strip().lower() in ("", "na", "nan")
+                values.append(math.nan if empty else float(cell))
+                fault = "must be finite" if math.isinf(values[-1]) else None
+            except ValueError:
+                fault = "must be a number or empty"
+            if fault:
+                raise DataError(f"{path}, line {rows.line_num}: {column} is {cell!r}; {fault}.")
+        if timestamp_column:
+            cell = row[timestamp_column]
+            where = f"{path}, line {rows.line_num}: {timestamp_column} is {cell!r}"
+            try:
+                time = datetime.fromisoformat((cell or "").strip().removesuffix("Z")).replace(tzinfo=None)
+            except ValueError as error:
+                raise DataError(f"{where}; must be a time such as 2000-06-05T00:30:00.") from error
+            if table.times and time <= table.times[-1]:
+                raise DataError(f"{where}, not later than the row before; sort the file by time.")
+            table.times.append(time)
+    if not tables:
+        raise DataError(f"{path} has a header but no rows.")
+    return tables
 
 
 @dataclass(frozen=True)
 class Series:
     """One series, standardised by the mean and standard deviation of its training part.
 
-    Parameters
+    Attributes
     ----------
     name
         Its id and column.
@@ -51,29 +106,23 @@ class Series:
 
 
 class SeriesWindows(ArrayDataset):
-    """Windows of past and future over some series; index views, only a batch is copied.
-
-    Parameters
-    ----------
-    series
-        The series.
-    starts
-        First steps of each series' windows.
-    past, future
-        Length of the two parts of a window, in steps.
-    """
+    """Windows of ``past`` and ``future`` steps that begin at ``starts`` of each series; only a batch is copied."""
 
     def __init__(self, series: Sequence[Series], starts: Sequence[range], *, past: int, future: int) -> None:
         self.series, self.past = tuple(series), past
         offsets = np.cumsum([0, *(len(one.values) for one in series)])
         shifted = [np.arange(r.start, r.stop) + o for r, o in zip(starts, offsets, strict=False)]
         self.starts = torch.from_numpy(np.concatenate(shifted).astype(np.int64))
-        length = past + future
-        self._values = _windows_of([one.values for one in series], length)
-        self._observed = _windows_of([one.observed for one in series], length)
+
+        def windows(parts: Sequence[Tensor]) -> Tensor:
+            """Views [steps - length + 1, length, ...] of the joined series, [steps, ...] each."""
+            return torch.cat(tuple(parts)).unfold(0, past + future, 1).movedim(-1, 1)
+
+        self._values = windows([one.values for one in series])
+        self._observed = windows([one.observed for one in series])
         calendars = [one.calendar for one in series if one.calendar is not None]
-        self._calendar = _windows_of(calendars, length) if calendars else None
-        self._age = torch.linspace(-0.5, 0.5, length)[:, None]
+        self._calendar = windows(calendars) if calendars else None
+        self._age = torch.linspace(-0.5, 0.5, past + future)[:, None]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -81,30 +130,20 @@ class SeriesWindows(ArrayDataset):
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """Windows as float32 tensors with the names of transformers' ``AutoformerForPrediction``.
 
-        ``past_values``, ``past_observed_mask`` [B, past]; ``past_time_features`` [B, past, features];
-        ``future_values``, ``future_observed_mask`` [B, future]; ``future_time_features`` [B, future,
-        features]. Values and masks of series of several variables have these as a last axis.
+        ``past_values``, ``past_observed_mask`` [B, past]; ``past_time_features`` [B, past, features]; ``future_``
+        likewise. Values and masks of series of several variables have these as a last axis.
         """
         starts = self.starts.index_select(0, indices)
+        features = self._age.expand(len(starts), -1, -1)
+        if self._calendar is not None:
+            features = torch.cat((self._calendar[starts], features), dim=2)
         arrays = {
             "values": self._values[starts],
             "observed_mask": self._observed[starts],
-            "time_features": self._time_features(starts),
+            "time_features": features,
         }
         past = {f"past_{name}": array[:, : self.past] for name, array in arrays.items()}
         return past | {f"future_{name}": array[:, self.past :] for name, array in arrays.items()}
-
-    def _time_features(self, starts: Tensor) -> Tensor:
-        age = self._age.expand(len(starts), -1, -1)
-        if self._calendar is None:
-            return age
-        return torch.cat((self._calendar[starts], age), dim=2)
-
-
-def _windows_of(series: Sequence[Tensor], length: int) -> Tensor:
-    """Views [steps - length + 1, length, ...] of the joined series, [steps, ...] each."""
-    windows = torch.cat(tuple(series)).unfold(0, length, 1)
-    return windows.movedim(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +197,22 @@ class TimeSeriesCSV(DataConfig):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_limit()
+        super().__post_init__()
         check_fractions(self.validation_fraction, self.test_fraction)
-        for name in ("context_length", "horizon"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}", getattr(self, name), "must be at least 1")
-        if not self.columns:
-            raise ConfigError("data.columns", self.columns, "must name at least one value column")
-        if not self.lags_sequence or min(self.lags_sequence) < 1:
-            raise ConfigError("data.lags_sequence", self.lags_sequence, "must hold lags of at least 1 step")
-        if self.split_steps and (len(self.split_steps) != 3 or min(self.split_steps) < 1):
-            rule = "must be three positive numbers: training, validation, test"
-            raise ConfigError("data.split_steps", self.split_steps, rule)
+        lags, parts = self.lags_sequence, self.split_steps
+        for name, good, rule in (
+            ("context_length", self.context_length >= 1, "must be at least 1"),
+            ("horizon", self.horizon >= 1, "must be at least 1"),
+            ("columns", len(self.columns) > 0, "must name at least one value column"),
+            ("lags_sequence", lags and min(lags) >= 1, "must hold lags of at least 1 step"),
+            (
+                "split_steps",
+                not parts or (len(parts) == 3 and min(parts) >= 1),
+                "must be three positive numbers: training, validation, test",
+            ),
+        ):
+            if not good:
+                raise ConfigError(f"data.{name}", getattr(self, name), rule)
 
     @property
     def input_size(self) -> int:
@@ -183,17 +226,11 @@ class TimeSeriesCSV(DataConfig):
 
     @property
     def num_time_features(self) -> int:
-        """Features of each step."""
-        return 1 + (_CALENDAR_FEATURES if self.timestamp_column else 0)
+        """Features of each step: its age in the window, and four of the calendar."""
+        return 5 if self.timestamp_column else 1
 
     def file(self) -> Path:
-        """The CSV that is read.
-
-        Raises
-        ------
-        DataError
-            There is no such file, or a folder without exactly one CSV.
-        """
+        """The CSV that is read; :class:`DataError` if there is none, or a folder with several."""
         path = cache_root() / self.dataset if self.path is None else Path(self.path)
         found = sorted(path.glob("*.csv")) if path.is_dir() else [path] * path.is_file()
         if len(found) == 1:
@@ -250,16 +287,16 @@ class TimeSeriesCSV(DataConfig):
         return test_at - round(self.validation_fraction * steps), test_at, steps
 
     def _windows(self, path: Path, series: Sequence[Series], part: int) -> SeriesWindows:
-        """All windows whose future lies within part 0 (training), 1 (validation) or 2 (test)."""
+        """All windows whose future lies within one of PARTS."""
         starts = []
         for one in series:
             edges = (0, *one.bounds, len(one.values))
             first = max(0, edges[part] - self.past_length)
             starts.append(range(first, max(first, edges[part + 1] - self.past_length - self.horizon + 1)))
         if not any(starts):
-            name, longest = ("training", "validation", "test")[part], max(len(one.values) for one in series)
+            longest = max(len(one.values) for one in series)
             raise DataError(
-                f"{path} is too short: its longest series has {longest} steps, and its {name} part no room "
+                f"{path} is too short: its longest series has {longest} steps, and its {PARTS[part]} part no room "
                 f"for a window of {self.past_length} past and {self.horizon} future steps. "
                 "Lower data.context_length, data.lags_sequence or data.horizon, or change the fractions."
             )

@@ -11,7 +11,7 @@ from support.small_disk import fill, small_disk
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.data.cache import cache_root
+from hpc_oialr.data import cache_root
 from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import new_file
 from hpc_oialr.record.files import write_atomically

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_oialr.data.augment import _COLUMN, _FLIP, _ROW, FlipAndCrop
 from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.image_arrays import _COLUMN, _FLIP, _ROW, FlipAndCrop, ImageArrays
 from hpc_oialr.errors import ConfigError
 
 
@@ -48,7 +48,8 @@ def test_equals_one_image_at_a_time(
 
 
 def test_off_by_default_and_both_halves_of_a_coin() -> None:
-    assert not FlipAndCrop().active
+    off = ImageArrays(torch.zeros(1), torch.zeros(1), mean=0, std=1, augment=FlipAndCrop())
+    assert off.augment is None
     images = torch.tensor([[0, 1]], dtype=torch.uint8).expand(200, 1, 1, 2)
     flipped = FlipAndCrop(flip=True)(images, torch.arange(200), CounterRNG(0))[:, 0, 0, 0].sum()
     assert 50 < flipped < 150

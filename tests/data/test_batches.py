@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import ArrayDataset, Batch
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.counter_rng import CounterRNG
-from hpc_oialr.data.image_arrays import ImageArrays, split_off
-from hpc_oialr.data.resized_crop import ResizedCrop
+from hpc_oialr.data.image_arrays import FlipAndCrop, ImageArrays, split_off
+from hpc_oialr.data.image_folder import ResizedCrop
 from hpc_oialr.data.text import split_documents
 from hpc_oialr.errors import ConfigError
 
@@ -175,7 +174,7 @@ def test_take_and_subset_are_views() -> None:
     assert len(numbers.take(3)) == 3
     assert len(numbers.take(99)) == 10
     picked = numbers.subset(torch.tensor([9, 7, 5])).take(2)
-    assert picked.__getitems__([1, 0])["x"].tolist() == [7.0, 9.0]
+    assert picked.gather(torch.tensor([1, 0]))["x"].tolist() == [7.0, 9.0]
 
 
 @pytest.mark.parametrize(

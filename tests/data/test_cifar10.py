@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hpc_oialr.data import CIFAR10
-from hpc_oialr.data.catalog import describe
-from hpc_oialr.data.cifar10 import MEAN, STD
+from hpc_oialr.data.fetch import describe
 from hpc_oialr.data.image_arrays import ImageArrays
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -33,7 +32,7 @@ def test_records_are_labels_and_planes(folder: Path, caplog: pytest.LogCaptureFi
     assert splits.train.images[4, :, 0, 0].tolist() == [1, 51, 101]
     assert splits.test is not None
     batch = splits.test.gather(torch.tensor([2]))
-    wanted = (np.array([2, 52, 102]) / 255 - MEAN) / STD
+    wanted = (np.array([2, 52, 102]) / 255 - CIFAR10.mean) / CIFAR10.std
     np.testing.assert_allclose(batch["pixel_values"][0, :, 5, 7].numpy(), wanted, atol=1e-5)
     assert batch["labels"].tolist() == [5]
     assert caplog.messages == [f"{folder} holds 18 images, not the 60000 of CIFAR-10."]
@@ -43,9 +42,9 @@ def test_validation_is_set_aside(folder: Path) -> None:
     splits = CIFAR10(data_dir=str(folder), validation=4).build()
     assert splits.validation is not None
     assert (len(splits.train), len(splits.validation)) == (11, 4)
-    with pytest.raises(ConfigError, match=r"data\.validation is 15; must be below 15"):
+    with pytest.raises(ConfigError, match=r"data\.validation is 15; must lie in \[0, 15\)"):
         CIFAR10(data_dir=str(folder), validation=15).build()
-    with pytest.raises(ConfigError, match=r"data\.validation is -1; must not be negative"):
+    with pytest.raises(ConfigError, match=r"data\.validation is -1; must lie in \[0, 50000\)"):
         CIFAR10(validation=-1)
 
 

@@ -8,8 +8,7 @@ import torch
 
 from hpc_oialr.data import FashionMNIST, FlipAndCrop
 from hpc_oialr.data.base import SubsetView
-from hpc_oialr.data.catalog import FASHION_MNIST_FILES
-from hpc_oialr.data.fashion_mnist import MEAN, STD
+from hpc_oialr.data.fetch import FASHION_MNIST_FILES
 from hpc_oialr.data.image_arrays import ImageArrays
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -32,8 +31,8 @@ def whole(folder: Path) -> ImageArrays:
 def test_all_images_are_there_balanced_and_normalised(whole: ImageArrays, folder: Path) -> None:
     assert torch.bincount(whole.labels).tolist() == [6000] * 10
     pixels = whole.images.double() / 255
-    assert float(pixels.mean()) == pytest.approx(MEAN, abs=5e-5)
-    assert float(pixels.std()) == pytest.approx(STD, abs=5e-5)
+    assert float(pixels.mean()) == pytest.approx(FashionMNIST.mean, abs=5e-5)
+    assert float(pixels.std()) == pytest.approx(FashionMNIST.std, abs=5e-5)
     test = FashionMNIST(data_dir=str(folder)).build().test
     assert test is not None
     labels = test.gather(torch.arange(10_000))["labels"]
@@ -41,11 +40,11 @@ def test_all_images_are_there_balanced_and_normalised(whole: ImageArrays, folder
 
 
 def test_batch_has_the_documented_form(whole: ImageArrays) -> None:
-    batch = whole.__getitems__([0, 5, 59_999])
+    batch = whole.gather(torch.tensor([0, 5, 59_999]))
     assert batch["pixel_values"].shape == (3, 1, 28, 28)
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].dtype == torch.int64
-    expected = (whole.images[[0, 5, 59_999]].double() / 255 - MEAN) / STD
+    expected = (whole.images[[0, 5, 59_999]].double() / 255 - FashionMNIST.mean) / FashionMNIST.std
     torch.testing.assert_close(batch["pixel_values"].double(), expected, rtol=0, atol=1e-6)
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_oialr.data.idx import parse_idx, verified_bytes
+from hpc_oialr.data.fetch import FetchableDataset
+from hpc_oialr.data.image_sets import parse_idx
 from hpc_oialr.errors import DataError
 
 
@@ -52,9 +53,12 @@ def test_checksum_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     path.write_bytes(b"right")
     right, wrong = hashlib.sha256(b"right").hexdigest(), hashlib.sha256(b"wrong").hexdigest()
-    assert verified_bytes(path, (wrong, right), fix="Fetch it.") == b"right"
+    assert FetchableDataset("toy", (), {"x.gz": (wrong, right)}).read(path) == b"right"
+    other = FetchableDataset("toy", (), {"x.gz": (wrong,), "y.gz": (wrong,)})
     with pytest.raises(DataError) as caught:
-        verified_bytes(path, (wrong,), fix="Fetch it.")
-    assert str(caught.value) == f"{path} is damaged: expected sha256 {wrong}, found {right}. Fetch it."
-    with pytest.raises(DataError, match=r"cannot read .*y\.gz: No such file or directory\. Fetch it\."):
-        verified_bytes(tmp_path / "y.gz", (wrong,), fix="Fetch it.")
+        other.read(path)
+    assert str(caught.value).startswith(
+        f"{path} is damaged: expected sha256 {wrong}, found {right}. Delete it and get it again. Run `oialr data"
+    )
+    with pytest.raises(DataError, match=r"cannot read .*y\.gz: No such file or directory\. Delete it and"):
+        other.read(tmp_path / "y.gz")

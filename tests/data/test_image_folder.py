@@ -32,7 +32,7 @@ def test_files_are_listed_by_class_and_name(folder: Path) -> None:
     assert [train.path(i) for i in (0, 7, 8)] == [
         folder / "train" / name for name in ("class_0/0.JPEG", "class_0/7.JPEG", "class_1/0.JPEG")
     ]
-    assert train.listing.labels.tolist() == [0] * 8 + [1] * 8
+    assert train.labels.tolist() == [0] * 8 + [1] * 8
 
 
 def test_training_is_random_and_evaluation_is_the_middle(folder: Path) -> None:
@@ -43,7 +43,7 @@ def test_training_is_random_and_evaluation_is_the_middle(folder: Path) -> None:
     assert batch["labels"].tolist() == [1, 0]
     validation = files(splits.validation)
     assert validation.gather(torch.arange(2))["pixel_values"].shape == (2, 3, 20, 20)
-    assert validation._middle(40, 30).box == (20 - 13.125, 15 - 13.125, 20 + 13.125, 15 + 13.125)
+    assert validation.middle(40, 30).box == (20 - 13.125, 15 - 13.125, 20 + 13.125, 15 + 13.125)
     assert validation.augment is None
 
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from support.image_files import ramp
 
-from hpc_oialr.data.jpeg import _draft, read_view, require_pillow
-from hpc_oialr.data.resized_crop import Box, View
+from hpc_oialr.data.image_folder import Box, View, _draft, read_view, require_pillow
 from hpc_oialr.errors import MissingExtraError, SampleError
 
 

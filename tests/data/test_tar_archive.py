@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_oialr.data.catalog import FetchableDataset
-from hpc_oialr.data.fetch import fetch_into
-from hpc_oialr.data.sources import SourceError, TarArchive
+from hpc_oialr.data.fetch import FetchableDataset, fetch_into
+from hpc_oialr.data.sources import Source, SourceError, tar_archive
 from hpc_oialr.errors import DataError
 
 
@@ -27,9 +26,9 @@ def archive(tmp_path: Path) -> Path:
     return path
 
 
-def source(archive: Path, *members: str, sha256: str | None = None) -> TarArchive:
+def source(archive: Path, *members: str, sha256: str | None = None) -> Source:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    return TarArchive(archive.as_uri(), sha256 or found, members)
+    return tar_archive(archive.as_uri(), sha256 or found, members)
 
 
 def test_named_members_are_taken_out_and_nothing_else(archive: Path, tmp_path: Path) -> None:
@@ -56,12 +55,12 @@ def test_what_is_wrong_is_said(archive: Path, tmp_path: Path) -> None:
         source(archive, "folder/a.bin").fill(folder)
     assert list(folder.iterdir()) == []
     with pytest.raises(OSError, match="urlopen error"):
-        TarArchive((tmp_path / "none").as_uri(), "", ()).fill(folder)
+        tar_archive((tmp_path / "none").as_uri(), "", ()).fill(folder)
 
 
 def test_a_fetched_archive_is_checked_by_the_sizes_of_its_files(archive: Path, tmp_path: Path) -> None:
     root = tmp_path / "cache"
-    toy = FetchableDataset("toy", (source(archive, "folder/a.bin"),), sizes={"a.bin": 4})
+    toy = FetchableDataset("toy", (source(archive, "folder/a.bin"),), {"a.bin": 4})
     assert fetch_into(toy, root) == root / "toy"
     (root / "toy" / "a.bin").write_bytes(b"abc")
     assert toy.fault(root / "toy") == f"{root / 'toy' / 'a.bin'} is damaged: expected 4 bytes, found 3"
@@ -70,4 +69,4 @@ def test_a_fetched_archive_is_checked_by_the_sizes_of_its_files(archive: Path, t
     with pytest.raises(
         DataError, match=r"a\.bin is damaged: expected 5 bytes, found 4\. Run `oialr data fetch"
     ):
-        fetch_into(FetchableDataset("other", (source(archive, "folder/a.bin"),), sizes={"a.bin": 5}), root)
+        fetch_into(FetchableDataset("other", (source(archive, "folder/a.bin"),), {"a.bin": 5}), root)

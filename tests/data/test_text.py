@@ -43,7 +43,7 @@ def test_parts_hold_whole_documents_joined_by_a_separator(corpus: Path) -> None:
 
 def test_sequences_do_not_overlap_and_labels_equal_inputs() -> None:
     part = ByteSequences(torch.arange(11, dtype=torch.uint8), 4)
-    batch = part.__getitems__([1, 0])
+    batch = part.gather(torch.tensor([1, 0]))
     assert len(part) == 2
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
@@ -85,7 +85,7 @@ def test_model_takes_the_batch(corpus: Path) -> None:
     train = TextFolder(path=str(corpus), sequence_length=16).build().train
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=16, n_embd=8, n_layer=1, n_head=1))
-    assert 0 < float(model(**train.__getitems__([0, 1, 2])).loss.detach()) < 10
+    assert 0 < float(model(**train.gather(torch.arange(3))).loss.detach()) < 10
 
 
 def test_missing_empty_or_small_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

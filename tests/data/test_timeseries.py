@@ -92,7 +92,7 @@ def test_missing_values_are_masked_and_zero(tmp_path: Path) -> None:
     path_rows = Path(path).read_text().replace("\n\n", "\nNA\n")
     Path(path).write_text(path_rows)
     train = windows(TimeSeriesCSV(path=path, **SMALL).build().train)
-    batch = train.__getitems__([0])
+    batch = train.gather(torch.tensor([0]))
     assert batch["past_observed_mask"][0].tolist() == [0.0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
     assert batch["future_observed_mask"][0].tolist() == [0.0, 1, 1]
     assert batch["past_values"][0, [0, 5]].tolist() == [0, 0]
@@ -120,7 +120,7 @@ def test_autoformer_takes_the_batch(csv: str, timestamp_column: str | None) -> N
             num_parallel_samples=2,
         )
     )
-    batch = data.build().train.__getitems__([0, 1, 2, 3])
+    batch = data.build().train.gather(torch.arange(4))
     loss = model(**batch).loss
     loss.backward()
     assert torch.isfinite(loss)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_oialr.data.augment import FlipAndCrop
 from hpc_oialr.data.base import Batch
 from hpc_oialr.data.batches import GlobalBatches
-from hpc_oialr.data.image_arrays import ImageArrays
+from hpc_oialr.data.image_arrays import FlipAndCrop, ImageArrays
 
 pytestmark = pytest.mark.gpu
 
