@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
-from hpc_oialr.launch.cancel import cancel
+from hpc_oialr.launch.jobs import cancel
 
 EXAMPLES = """  oialr cancel runs/first
   oialr cancel 4711"""

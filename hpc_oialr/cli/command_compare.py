@@ -14,7 +14,7 @@ from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.job_main import stop_requests
-from hpc_oialr.launch.states import job_over
+from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import default_folder
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
 from hpc_oialr.launch.jobs import JobRow, find_runs, rows_of
-from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.launch.slurm import Slurm
 from hpc_oialr.record.progress import clock_time
 
 EXAMPLES = """  oialr jobs

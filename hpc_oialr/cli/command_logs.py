@@ -9,8 +9,8 @@ from typing import Any
 
 from hpc_oialr.cli.console import add_command, show_warnings
 from hpc_oialr.launch.job_file import read_job
+from hpc_oialr.launch.jobs import Over
 from hpc_oialr.launch.logs import follow, log_files
-from hpc_oialr.launch.states import Over
 from hpc_oialr.record.run_folder import RunFolder
 
 EXAMPLES = """  oialr logs runs/first

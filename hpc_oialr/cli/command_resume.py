@@ -9,7 +9,7 @@ from typing import Any
 from hpc_oialr.cli.command_train import finish
 from hpc_oialr.cli.console import add_command, show_warnings
 from hpc_oialr.launch.job_main import stop_requests
-from hpc_oialr.launch.states import job_over
+from hpc_oialr.launch.slurm import job_over
 
 EXAMPLES = """  oialr resume runs/first
   torchrun --nproc-per-node 4 -m hpc_oialr resume runs/first --engine FSDP

@@ -160,7 +160,7 @@ def merge(arguments: argparse.Namespace) -> int:
     FolderInUseError
         If the run goes on: it joins its record itself, at its end.
     """
-    from hpc_oialr.launch.states import job_over
+    from hpc_oialr.launch.slurm import job_over
     from hpc_oialr.record.owner import Claim
     from hpc_oialr.spectra.join import merge as join
 

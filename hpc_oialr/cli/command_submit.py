@@ -11,8 +11,8 @@ from typing import Any
 
 from hpc_oialr.cli.console import add_command, console, show_warnings
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
-from hpc_oialr.launch.programs import NoAnswerError, ask
 from hpc_oialr.launch.request import EXECUTORS, Request
+from hpc_oialr.launch.slurm import NoAnswerError, ask
 from hpc_oialr.launch.submission import Submission
 
 ORIGIN = "the command line"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_oialr.cli.console import add_command, console, show_warnings, summary_table
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.launch.batch_record import note_job
+from hpc_oialr.launch.job_file import note_job
 from hpc_oialr.launch.job_main import code_of, stop_requests
-from hpc_oialr.launch.states import job_over
+from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:

@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hpc_oialr.commands import run_command
 from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.doctor.finding import Finding, ok, problem
 from hpc_oialr.errors import OIALRError, UnknownNameError
 from hpc_oialr.launch.site import read_site, site_file
-
-_TIMEOUT_S = 60
-# What is not exported by the file is what batch scripts look at themselves.
-_SCRIPT = """
-set -eo pipefail
-SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
-source "$1" >/dev/null
-export SITE_MPI
-[ -z "${OIALR_RUNS:-}" ] || export OIALR_RUNS
-env -0
-"""
 
 
 @dataclass(frozen=True)
@@ -68,16 +56,10 @@ def site_environment(site: str | None) -> SiteEnvironment:
     if site is None:
         return SiteEnvironment(all_variables())
     try:
-        options = read_site(site).sbatch
-        # Variables once the file has been sourced, in a job with what it has for jobs.
-        answer = run_command(["bash", "-c", _SCRIPT, "site", str(site_file(site))], timeout_s=_TIMEOUT_S)
-        if answer.code != 0:
-            raise OIALRError(f"the site file {site_file(site)} does not run here: {answer.reason}.")
+        config = read_site(site, in_job=True)
     except UnknownNameError:
         raise
     except OIALRError as error:
         fix = f"module avail   (then correct {site_file(site)})"
         return SiteEnvironment(all_variables(), findings=(problem("site", str(error), fix),))
-    pairs = (text.partition("=") for text in answer.stdout.split("\0") if "=" in text)
-    environ = {name: value for name, _, value in pairs}
-    return SiteEnvironment(environ, options, (ok("site", f"{site}: its file runs here"),))
+    return SiteEnvironment(config.environ, config.sbatch, (ok("site", f"{site}: its file runs here"),))

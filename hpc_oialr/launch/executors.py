@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +22,16 @@ from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.request import Request
-from hpc_oialr.launch.script import SRUN_ARGUMENTS, python, setup_lines
 from hpc_oialr.launch.site import ClusterConfig
-from hpc_oialr.launch.slurm_state import Slurm
-from hpc_oialr.launch.slurm_time import limit_of
+from hpc_oialr.launch.slurm import Slurm, limit_of
+
+_JOB = Path(__file__).with_name("job.sh")
+# They make arrays, wait for the job's end, or override --requeue and --time.
+_NEVER = {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_NO_REQUEUE", "SBATCH_TIMELIMIT"}
 
 
 class SlurmWatcher(SlurmInfoWatcher):
-    """Asks squeue first: without accounts submitit itself would wait for ever for a job that was killed."""
+    """Asks squeue first: without accounting submitit itself would wait for a killed job for ever."""
 
     def __init__(self, delay_s: int = 60) -> None:
         super().__init__(delay_s)
@@ -71,8 +75,8 @@ class OwnLocalJob(_OwnPickles, LocalJob[Any]):
     """A job on this machine."""
 
 
-# They make arrays, wait for the job's end, or go over --requeue and --time.
-_NEVER = {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_NO_REQUEUE", "SBATCH_TIMELIMIT"}
+def _task(folder: Path) -> str:
+    return shlex.join([sys.executable, "-u", "-m", "hpc_oialr.launch.task", str(folder)])
 
 
 class RunsOnSlurm(SlurmExecutor):
@@ -82,11 +86,11 @@ class RunsOnSlurm(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return python("hpc_oialr.launch.task", str(self.folder))
+        return _task(self.folder)
 
     @classmethod
     def affinity(cls) -> int:
-        """Positive without srun too: a script may be looked at anywhere."""
+        """Positive without srun, too: a dry run works anywhere."""
         return 2
 
     def script(self, runs: int) -> str:
@@ -101,16 +105,21 @@ class RunsOnSlurm(SlurmExecutor):
         return [OwnSlurmJob(self.folder, job.job_id, range(job.num_tasks)) for job in jobs]
 
 
+class RunsHere(LocalExecutor):
+    """Starts runs on this machine, in the background."""
+
+    job_class = OwnLocalJob
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _task(self.folder)
+
+
 @contextmanager
 def only_as_written(script: str) -> Iterator[None]:
-    """Let no ``SBATCH_*`` variable of the user's shell go over a batch script's own lines, as sbatch would.
+    """Hide ``SBATCH_*`` variables that would override lines of the script; those for other options stay.
 
-    Those that the script leaves open, an account or a partition say, stay.
-
-    Raises
-    ------
-    ConfigError
-        If they send the job to another cluster than the one that is asked about it.
+    Raises :class:`ConfigError` if they send the job to another cluster than the one that is asked about it.
     """
     given = all_variables()
     if given.get("SBATCH_CLUSTERS", here := given.get("SLURM_CLUSTERS", "")) != here:
@@ -125,55 +134,37 @@ def only_as_written(script: str) -> Iterator[None]:
         os.environ.update(taken)
 
 
-class RunsHere(LocalExecutor):
-    """Starts runs on this machine, in the background."""
-
-    job_class = OwnLocalJob
-
-    @property
-    def _submitit_command_str(self) -> str:
-        return python("hpc_oialr.launch.task", str(self.folder))
-
-
 def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str, signal: str) -> Executor:
-    """The executor of a request.
+    """The executor of a request, whose files lie in ``folder``; ``name`` is the job's, ``signal`` its warning.
 
-    Parameters
-    ----------
-    site
-        Options of the cluster that the request does not hold.
-    folder
-        Where submitit keeps its files.
-    name
-        Of the job.
-    signal
-        What its processes get before its end, e.g. "USR2".
-
-    Raises
-    ------
-    ConfigError
-        If the executor cannot send the signal.
+    Raises :class:`ConfigError` if the executor cannot send the signal.
     """
     match request.executor:
         case "slurm":
             executor: Executor = RunsOnSlurm(folder)
-            executor.update_parameters(**slurm_parameters(request, site, name, signal))
+            # submitit renders a script with them at once.
+            executor.update_parameters(**_slurm_parameters(request, site, name, signal))
         case "local":
             if signal != "USR2":
                 rule = "must be USR2 with the executor 'local', which sends no other"
                 raise ConfigError("train.stop_signal", signal, rule)
             executor = RunsHere(folder)
-            executor.update_parameters(**local_parameters(request))
+            executor.update_parameters(
+                tasks_per_node=request.processes_per_node,
+                gpus_per_node=request.gpus,
+                timeout_min=request.time_s / 60,
+                signal_delay_s=request.signal_s,
+            )
         case _:
             executor = DebugExecutor(folder)
     return executor
 
 
-def slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: str) -> dict[str, Any]:
-    """Parameters of submitit's SlurmExecutor; it renders a script with them at once."""
-    given = {key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+def _slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: str) -> dict[str, Any]:
+    # job.sh comes first, so that it sees a site file that fails, too.
+    sources = [_JOB] if site.file is None else [_JOB, site.file]
     return {
-        **given,
+        **{key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
         "job_name": name,
         "nodes": request.nodes,
         "ntasks_per_node": request.processes_per_node,
@@ -183,22 +174,18 @@ def slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: s
         "time": math.ceil(request.time_s / 60),
         # Clusters that check such keys do not know submitit's.
         "wckey": None,
-        "setup": setup_lines(request, site),
-        "srun_args": [*SRUN_ARGUMENTS, *site.srun],
+        "setup": [
+            f"export OIALR_MAX_REQUEUES={request.max_requeues}",
+            "set -eo pipefail",
+            *(f"source {shlex.quote(str(file))}" for file in sources),
+            *request.setup,
+        ],
+        # By default srun would empty the log files that were written before a requeue.
+        "srun_args": ["--open-mode=append", *site.srun],
         "additional_parameters": {
             **{option: value or True for option, value in site.sbatch.items()},
             "signal": f"{signal}@{request.signal_s}",
             "time": limit_of(request.time_s),
             "requeue": True,
         },
-    }
-
-
-def local_parameters(request: Request) -> dict[str, Any]:
-    """Parameters of submitit's LocalExecutor."""
-    return {
-        "tasks_per_node": request.processes_per_node,
-        "gpus_per_node": request.gpus,
-        "timeout_min": request.time_s / 60,
-        "signal_delay_s": request.signal_s,
     }

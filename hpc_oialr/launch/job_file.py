@@ -1,60 +1,39 @@
-"""``job.json``: which job does the run in a folder; without the run's settings, which may hold secrets."""
+"""``job.json``: which job works in a run folder; without the run's settings, which may hold secrets."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.distributed.environment import all_variables
+from hpc_oialr.distributed.environment import all_variables, launch_info
+from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
 from hpc_oialr.errors import DataError
+from hpc_oialr.launch.slurm import show_job
 from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.record.run_folder import RunFolder
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True, kw_only=True)
 class JobFile:
-    """A submitted job.
+    """A submitted job."""
 
-    Attributes
-    ----------
-    job_id
-        Of Slurm, e.g. "12" or "12_0"; of the local executor the process id of its parent process.
-    executor
-        "slurm", "local" or "debug".
-    recipe
-        Name or path of the recipe.
-    processes
-        How many.
-    max_requeues
-        After so many requeues it stays stopped.
-    output
-        Where processes print: ``%t`` stands for the process, ``%s`` for "out" or "err".
-    clusters
-        ``SLURM_CLUSTERS`` when it was submitted: elsewhere its number is another job's.
-    host
-        Where it was submitted.
-    submitted
-        When, ISO 8601.
-    """
-
+    # Slurm's, e.g. "12" or "12_0"; with the executor "local" the process id of submitit's controller.
     job_id: str
     executor: str
     recipe: str
     processes: int
     max_requeues: int
-    output: Path
+    output: Path  # log files: %t stands for the process, %s for "out" or "err"
+    # SLURM_CLUSTERS at submission: on another cluster the same number is another job.
     clusters: str = field(default_factory=lambda: all_variables().get("SLURM_CLUSTERS", ""))
     host: str = field(default_factory=socket.gethostname)
-    submitted: str = field(default_factory=_now)
+    submitted: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def elsewhere(self) -> str:
@@ -65,23 +44,17 @@ class JobFile:
         return f"export SLURM_CLUSTERS={self.clusters}" if self.clusters else "unset SLURM_CLUSTERS"
 
     def write(self, folder: RunFolder) -> None:
-        """Write it into a run's folder; paths relative to it, so that it may be moved."""
+        """Write it into a run folder; paths are relative to it, so that it can be moved."""
         fields = {"version": 1, **asdict(self), "output": os.path.relpath(self.output, folder.path)}
         write_atomically(folder.job, to_json(fields, indent=2) + "\n")
 
     def log(self, process: int, stream: str) -> Path:
-        """What a process printed; ``stream`` is "out" or "err"."""
+        """Log file of a process; ``stream`` is "out" or "err"."""
         return Path(str(self.output).replace("%t", str(process)).replace("%s", stream))
 
 
 def read_job(folder: RunFolder) -> JobFile:
-    """The job that does the run in a folder.
-
-    Raises
-    ------
-    DataError
-        If there is none, or the file is damaged.
-    """
+    """Read ``job.json``; raises :class:`DataError` if there is none or it is damaged."""
     try:
         fields: dict[str, Any] = json.loads(folder.job.read_text(encoding="utf-8"))
         fields.pop("version")
@@ -94,3 +67,27 @@ def read_job(folder: RunFolder) -> JobFile:
         raise DataError(
             f"{folder.job} is damaged ({error}). Remove it; the run itself is not touched."
         ) from None
+
+
+def note_job(folder: Path, recipe: str, environ: Mapping[str, str] | None = None) -> None:
+    """Write ``job.json`` for the run of a batch script, on rank 0, so that ``oialr jobs`` shows it too."""
+    job, info = slurm_job(environ), launch_info(environ)
+    if job is None or info.rank != 0:
+        return
+    run_folder = RunFolder(folder)
+    try:
+        if read_job(run_folder).job_id == job.id:
+            return
+    except DataError:
+        pass  # none yet, or damaged
+    # Unknown inside a container, which has no scontrol.
+    output = Path(show_job(job.id).get("StdOut") or "unknown")
+    run_folder.create()
+    JobFile(
+        job_id=job.id,
+        executor="slurm",
+        recipe=recipe,
+        processes=info.size,
+        max_requeues=max_requeues(environ),
+        output=output.absolute(),
+    ).write(run_folder)

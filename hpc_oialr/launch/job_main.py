@@ -1,20 +1,24 @@
-"""One run inside one job: warned by signals, aware of the job's end, begun or gone on with."""
+"""One run inside one job: started or resumed, stopped early by signals or before the job's end."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.signals import NAMES, catch_signals
 from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
-from hpc_oialr.exit_codes import FINISHED, STOPPED
-from hpc_oialr.launch.scontrol import end_of
-from hpc_oialr.launch.states import job_over
+from hpc_oialr.errors import ProcessLostError
+from hpc_oialr.exit_codes import FINISHED, PROCESS_LOST, STOPPED
+from hpc_oialr.launch.slurm import end_of, job_over
+from hpc_oialr.record.run_folder import RunFolder
+from hpc_oialr.redaction import one_line
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
@@ -22,64 +26,69 @@ if TYPE_CHECKING:
     from hpc_oialr.train.stopping import StopRequest
 
 
-def run_job(recipe: str | Path, folder: Path, settings: Sequence[str] = (), *, dense: bool = False) -> int:
-    """Begin a run, or go on with the one in ``folder``, under the launcher's processes; its exit code.
+@dataclass(frozen=True)
+class RecipeRun:
+    """The call that submitit carries to the job, the same after every requeue: start or resume a run."""
 
-    Parameters
-    ----------
-    recipe
-        Name of a recipe, or a YAML file.
-    folder
-        Run folder.
-    settings
-        As on the command line.
-    dense
-        Train the recipe's dense twin.
+    recipe: str
+    folder: Path
+    settings: tuple[str, ...]
 
-    Raises
-    ------
-    OIALRError
-        What the user can put right, and :class:`ProcessLostError`; ``exit_codes.of_error`` gives its code.
+    def __call__(self) -> dict[str, Any] | None:
+        """Run; returns the summary on rank 0.
+
+        Raises SystemExit if the run is stopped before its end, with the code on which the batch script requeues;
+        submitit then writes no result, as there will be one later.
+        """
+        try:
+            code = run_job(self.recipe, self.folder, self.settings)
+        except ProcessLostError as error:
+            sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
+            raise SystemExit(PROCESS_LOST) from error
+        if code != FINISHED:
+            raise SystemExit(code)
+        return RunFolder(self.folder).read_summary() if launch_info().rank == 0 else None
+
+
+def run_job(recipe: str | Path, folder: Path, settings: Sequence[str] = ()) -> int:
+    """Start a run, or resume the one in ``folder``, on the launcher's processes; its exit code.
+
+    Raises :class:`OIALRError`, whose code is ``exit_codes.of_error``.
     """
     from hpc_oialr.record.owner import Claim
-    from hpc_oialr.train.load_config import dense_twin, load_config
+    from hpc_oialr.train.load_config import load_config
     from hpc_oialr.train.run import train_or_resume
 
     loaded = load_config(recipe, settings)
-    loaded = dense_twin(loaded, own=True) if dense else loaded
     with stop_requests(loaded) as stop:
         return code_of(train_or_resume(loaded, folder, stop=stop, claim=Claim("a submitted job", job_over)))
 
 
 @contextmanager
 def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
-    """What may end a run early: any signal that asks for it, Ctrl-C, a closed terminal, the end of the job.
+    """What stops a run early: signals that ask for it, Ctrl-C, a closed terminal, the end of the job.
 
-    Raises
-    ------
-    ConfigError
-        If ``OIALR_MAX_REQUEUES``, which is read at the end, is no number.
+    Raises :class:`ConfigError` now if ``OIALR_MAX_REQUEUES``, which is read at the end, is no number.
     """
     from hpc_oialr.train.stopping import StopRequest
 
+    def reason() -> str:
+        return "Ctrl-C" if flag.name == "INT" else flag.name and f"signal {flag.name}"
+
     max_requeues()
-    with catch_signals((loaded.config.train.stop_signal, *NAMES, "INT"), interrupted) as flag:
-        yield StopRequest(lambda: _reason(flag.name), job_end())
+    with catch_signals((loaded.config.train.stop_signal, *NAMES, "INT"), _interrupted) as flag:
+        yield StopRequest(reason, job_end())
 
 
-def _reason(name: str) -> str:
-    return "Ctrl-C" if name == "INT" else name and f"signal {name}"
-
-
-def interrupted() -> None:
-    """Tell the one at the terminal; called by a signal's handler, so past Python's buffers."""
+def _interrupted() -> None:
+    """Called by a signal handler, so Python's buffers are bypassed."""
     if launch_info().rank == 0:
         with suppress(OSError):
             os.write(2, b"\noialr: a checkpoint is written after this step; Ctrl-C again: end at once\n")
 
 
 def code_of(result: Result) -> int:
-    """The exit code of a run that went well so far."""
+    """The exit code of a run that raised nothing."""
     return STOPPED if result.summary is None else FINISHED
 
 
@@ -89,10 +98,10 @@ def job_end(
     ask: Callable[[str], float | None] = end_of,
     clock: Callable[[], float] = time.time,
 ) -> float | None:
-    """Unix time of the end of the job around this process (s), if there is one and it ends.
+    """Unix time at which this process's job ends (s); None without a job or a limit.
 
-    From the job's variables, or, where these do not tell or lie in the past, because the limit was extended,
-    asked of Slurm: by the main process alone, since a thousand of them at once would hurt Slurm.
+    Slurm is asked where the job's variables do not tell, or the time is past because the limit was extended; by
+    rank 0 only, since a thousand questions at once would slow Slurm down.
     """
     job = slurm_job(environ)
     if job is None:

@@ -1,49 +1,56 @@
-"""Submitted runs as rows: what Slurm says of the job, and what the run's folder says of the run."""
+"""Submitted runs: find them, ask for their states and progress, cancel their jobs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from hpc_oialr.errors import DataError
+from hpc_oialr.errors import DataError, OIALRError
 from hpc_oialr.launch.job_file import JobFile, read_job
 from hpc_oialr.launch.logs import last_error
-from hpc_oialr.launch.run_progress import RunProgress, read_progress
-from hpc_oialr.launch.slurm_state import ENDED, FORGOTTEN, JobState, Slurm
-from hpc_oialr.launch.states import states_of
+from hpc_oialr.launch.slurm import ENDED, FORGOTTEN, ORDER_S, UNKNOWN, JobState, NoAnswerError, Slurm, ask
+from hpc_oialr.record.metrics import read_last_metrics
 from hpc_oialr.record.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 ROOT = Path("runs")
+_JOB_ID = re.compile(r"\d+(_\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProgress:
+    """The last figures of a run; None for those that are not there yet."""
+
+    step: int | None = None
+    total_steps: int | None = None
+    step_s: float | None = None  # time per step over the last rows
+    age_s: float = 0.0  # since the last row was written
+    loss: float | None = None
+    metric: float | None = None
+    metric_name: str = ""
+    trained_share: float | None = None  # trained parameters, of the dense model's, in [0, 1]
+    r_mean: float | None = None  # over layers, at the last update
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
-    """One submitted run.
-
-    Attributes
-    ----------
-    folder
-        The run's.
-    job
-        What was submitted.
-    state
-        Of the job; COMPLETED or ENDED where nobody but the folder knows.
-    progress
-        Of the run.
-    error
-        Last line of what the job said when it failed; empty if it did not.
-    """
+    """One submitted run: its job, the job's state, the run's progress."""
 
     folder: RunFolder
     job: JobFile
-    state: JobState
+    state: JobState  # COMPLETED or ENDED where only the run folder tells
     progress: RunProgress
-    error: str = ""
+    error: str = ""  # last telling line of the log, if the job failed
 
     @property
     def left_s(self) -> float | None:
@@ -55,21 +62,16 @@ class JobRow:
     @property
     def eta_s(self) -> float | None:
         """Time to the run's end, while it runs (s)."""
-        return self.progress.eta_s if self.state.state == "RUNNING" else None
+        at = self.progress
+        if self.state.state != "RUNNING" or at.step is None or at.total_steps is None or at.step_s is None:
+            return None
+        return max(0.0, (at.total_steps - at.step) * at.step_s - at.age_s)
 
 
 def find_runs(given: Sequence[Path] = (), root: Path = ROOT) -> list[RunFolder]:
-    """Folders of submitted runs.
+    """Folders of submitted runs: in the given folders of runs or arrays, or all under ``root``.
 
-    Parameters
-    ----------
-    given
-        Folders of runs, or of arrays of runs; none: all under ``root``.
-
-    Raises
-    ------
-    DataError
-        If a given one holds no submitted run.
+    Raises :class:`DataError` if a given folder holds no submitted run.
     """
     if not given:
         return [*_inside(root), *(run for folder in sorted(root.glob("*/")) for run in _inside(folder))]
@@ -90,10 +92,7 @@ def _inside(folder: Path) -> list[RunFolder]:
 
 
 def rows_of(folders: Iterable[RunFolder], slurm: Slurm) -> list[JobRow]:
-    """One row a run, in the order of submission; Slurm is asked once for all.
-
-    A run whose files are damaged is left out, and named in a warning.
-    """
+    """One row a run, in the order of submission; Slurm is asked once. Runs with damaged files: a warning, no row."""
     read = []
     for folder in folders:
         try:
@@ -101,13 +100,115 @@ def rows_of(folders: Iterable[RunFolder], slurm: Slurm) -> list[JobRow]:
         except DataError as error:
             log.warning("%s", error)
     read.sort(key=lambda pair: pair[1].submitted)
-    states = states_of([job for _, job in read], slurm)
-    return [_row(folder, job, state) for (folder, job), state in zip(read, states, strict=True)]
+    rows = []
+    for (folder, job), state in zip(read, states_of([job for _, job in read], slurm), strict=True):
+        if state.state == FORGOTTEN:
+            state = replace(state, state="COMPLETED" if folder.finished else ENDED)
+        reason = last_error(job) if state.over and not folder.finished else ""
+        rows.append(JobRow(folder=folder, job=job, state=state, progress=read_progress(folder), error=reason))
+    return rows
 
 
-def _row(folder: RunFolder, job: JobFile, state: JobState) -> JobRow:
-    if state.state == FORGOTTEN:
-        state = replace(state, state="COMPLETED" if folder.finished else ENDED)
-    failed = state.over and not folder.finished
-    error = last_error(job) if failed else ""
-    return JobRow(folder=folder, job=job, state=state, progress=read_progress(folder), error=error)
+def read_progress(folder: RunFolder) -> RunProgress:
+    """Progress of the run in a folder; raises :class:`DataError` if its metrics are damaged."""
+    rows = read_last_metrics(folder.metrics)
+    steps = [row for row in rows if "loss" in row and "split" not in row]
+    evaluations = [row for row in rows if "split" in row]
+    updates = [row for row in read_last_metrics(folder.updates) if row.get("r_mean") is not None]
+    figures: dict[str, Any] = {}
+    if steps:
+        first, last = steps[0], steps[-1]
+        figures = {name: last.get(name) for name in ("step", "total_steps", "loss", "trained_share")}
+        figures["age_s"] = max(0.0, time.time() - folder.metrics.stat().st_mtime)
+        if (done := last["step"] - first["step"]) > 0:
+            figures["step_s"] = (last["wall_s"] - first["wall_s"]) / done
+    if evaluations:
+        figures |= {name: evaluations[-1].get(name) for name in ("metric", "metric_name")}
+    if updates:
+        figures["r_mean"] = updates[-1]["r_mean"]
+    return RunProgress(**figures)
+
+
+def states_of(jobs: Sequence[JobFile], slurm: Slurm) -> list[JobState]:
+    """One state for each job, of any executor.
+
+    UNKNOWN where nobody can be asked; FORGOTTEN where the job is over and how it ended is not known.
+    """
+    known = slurm.states(job.job_id for job in jobs if job.executor == "slurm" and not job.elsewhere)
+
+    def state(job: JobFile) -> JobState:
+        if job.elsewhere:
+            slurm.warn_once("clusters", f"job {job.job_id} is another cluster's; to see it: {job.elsewhere}")
+            return JobState(state=UNKNOWN)
+        if job.executor == "slurm":
+            return known.get(job.job_id, JobState(state=FORGOTTEN if slurm.reached else UNKNOWN))
+        if job.executor == "local" and job.host != socket.gethostname():
+            return JobState(state=UNKNOWN)
+        return JobState(state="RUNNING" if job.executor == "local" and is_controller(job) else FORGOTTEN)
+
+    return [state(job) for job in jobs]
+
+
+def is_controller(job: JobFile) -> bool:
+    """Whether a local job's controller is alive; another process may have its number by now."""
+    path = Path("/proc", job.job_id, "cmdline")
+    try:
+        if path.parents[1].exists():
+            words = path.read_text(errors="replace")
+        else:
+            # Systems without /proc have ps, and containers without ps have /proc.
+            words = ask(["ps", "-ww", "-o", "args=", "-p", job.job_id]).stdout
+    except (OSError, NoAnswerError):
+        return False
+    return "submitit.local._local" in words and str(job.output.parent.resolve()) in words
+
+
+class Over:
+    """Callable: whether a job is over; asks Slurm every ``every_s`` seconds only, however often it is called."""
+
+    def __init__(
+        self, job: JobFile, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._job, self._slurm = job, Slurm()
+        self._every_s, self._clock, self._next = every_s, clock, clock()
+        self._over = False
+
+    def __call__(self) -> bool:
+        """True once the job is over."""
+        if not self._over and self._clock() >= self._next:
+            self._next = self._clock() + self._every_s
+            self._over = states_of([self._job], self._slurm)[0].over
+        return self._over
+
+
+def cancel(target: str) -> list[str]:
+    """Cancel the job of a run folder, all jobs of an array's folder, or a Slurm job by its number; their ids.
+
+    Raises :class:`OIALRError` if there is no such job.
+    """
+    if not Path(target).exists() and _JOB_ID.fullmatch(target):
+        _scancel(target)
+        return [target]
+    jobs = [read_job(folder) for folder in find_runs([Path(target)])]
+    for job in jobs:
+        if job.elsewhere:
+            raise OIALRError(f"job {job.job_id} is another cluster's. First: {job.elsewhere}")
+        if job.executor == "slurm":
+            _scancel(job.job_id)
+        elif job.host != socket.gethostname():
+            raise OIALRError(
+                f"job {job.job_id} runs on {job.host}, and this is {socket.gethostname()}. End it there."
+            )
+        elif not is_controller(job):
+            raise OIALRError(f"job {job.job_id} is not running on this machine any more.")
+        else:
+            # The controller forwards the signal to the processes, which write a checkpoint and stop.
+            os.kill(int(job.job_id), signal.SIGTERM)
+    return [job.job_id for job in jobs]
+
+
+def _scancel(job_id: str) -> None:
+    try:
+        ask(["scancel", job_id], timeout_s=ORDER_S)
+    except NoAnswerError as error:
+        raise OIALRError(f"job {job_id} was not cancelled: {error}.") from None

@@ -1,4 +1,4 @@
-"""What a run's processes printed: read, followed, and searched for the line that says why it failed."""
+"""What the processes of a run printed: read, follow, find the line that says why it failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_oialr.record.run_folder import RunFolder
 
 _TAIL = 8_192
 _POLL_S = 0.5
-# Best first: our own message, an exception's last line, anything that is no launcher's or a traceback's.
+# Best first: our own message, the last line of an exception, any line of neither a launcher nor a traceback, any line.
 _TELLING = (
     re.compile(r"oialr: error: "),
     re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b"),
@@ -24,9 +24,13 @@ _TELLING = (
 
 
 def last_error(job: JobFile) -> str:
-    """The line of a failed job's processes that best says why; empty if they said nothing."""
-    files = dict.fromkeys(job.log(process, "err") for process in range(job.processes))
-    lines = [line for path in files for line in _last_lines(path)]
+    """The line that best says why a job failed; "" if its processes printed nothing."""
+    lines = []
+    for path in dict.fromkeys(job.log(process, "err") for process in range(job.processes)):
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+                lines += file.read().decode(errors="replace").splitlines()
     for pattern in _TELLING:
         found = [line.strip() for line in lines if pattern.match(line)]
         if found:
@@ -34,24 +38,10 @@ def last_error(job: JobFile) -> str:
     return ""
 
 
-def _last_lines(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            return file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-
-
 def log_files(folder: RunFolder, process: int) -> list[Path]:
-    """Files with what a process printed; its log in the run's folder for a run that was not submitted.
+    """Files with what a process printed; its log in the run folder for a run that was not submitted.
 
-    Raises
-    ------
-    ConfigError
-        If the run has no such process.
-    DataError
-        If the folder holds no run.
+    Raises :class:`ConfigError` if the run has no such process, :class:`DataError` if the folder holds no run.
     """
     if folder.job.exists():
         job = read_job(folder)
@@ -67,33 +57,21 @@ def log_files(folder: RunFolder, process: int) -> list[Path]:
 def follow(
     files: Sequence[Path], over: Callable[[], bool], *, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[str]:
-    """What files hold, and what is added to them until ``over()``; files may appear later.
-
-    Parameters
-    ----------
-    over
-        Whether nothing more will come; what came before that is still read.
-    """
+    """Content of files, which may appear later, and whole lines added to them until ``over()``; then the rest."""
     positions = dict.fromkeys(files, 0)
     while True:
         last = over()
         for path in files:
-            text, positions[path] = _read_from(path, positions[path], whole_lines=not last)
-            if text:
-                yield text
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                file.seek(positions[path])
+                content = file.read()
+            if not last:
+                content = content[: content.rfind(b"\n") + 1]
+            positions[path] += len(content)
+            if content:
+                yield content.decode(errors="replace")
         if last:
             return
         sleep(_POLL_S)
-
-
-def _read_from(path: Path, position: int, *, whole_lines: bool) -> tuple[str, int]:
-    """Text after a position, and where it ends."""
-    try:
-        with path.open("rb") as file:
-            file.seek(position)
-            content = file.read()
-    except FileNotFoundError:
-        return "", position
-    if whole_lines:
-        content = content[: content.rfind(b"\n") + 1]
-    return content.decode(errors="replace"), position + len(content)

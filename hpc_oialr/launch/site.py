@@ -1,4 +1,4 @@
-"""What a cluster's site file asks for: options of sbatch and of srun, as its batch scripts take them too."""
+"""Site files: a cluster's options of sbatch and srun, and its variables."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.commands import run_command
+from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.distributed.slurm_lists import gpu_count
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
-from hpc_oialr.launch.programs import ORDER_S, NoAnswerError, ask
 from hpc_oialr.launch.request import Request
+from hpc_oialr.launch.slurm import ORDER_S
 
 _FOLDER = Path(__file__).parent / "sites"
-# Outside a job a site file stops before what is for the job.
+# Prints number and words of SITE_SBATCH, number and words of SITE_SRUN, then all variables; each ends with a NUL.
 _READ = """set -eo pipefail
-unset SLURM_JOB_ID
 SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
 source "$1" >/dev/null
-printf '%s\\0' "${#SITE_SBATCH[@]}" "${SITE_SBATCH[@]}" "${SITE_SRUN[@]}" ${SITE_MPI:+"--mpi=$SITE_MPI"}
+[ -z "$SITE_MPI" ] || SITE_SRUN+=("--mpi=$SITE_MPI")
+printf '%s\\0' "${#SITE_SBATCH[@]}" "${SITE_SBATCH[@]}" "${#SITE_SRUN[@]}" "${SITE_SRUN[@]}"
+export SITE_MPI
+[ -z "${OIALR_RUNS:-}" ] || export OIALR_RUNS
+env -0
 """
-# What a site may ask for that is a parameter of a request too.
+# Options of sbatch that are parameters of a request, too.
 _OF_REQUEST = {
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "exclude": "exclude",
+    **{name: name for name in ("partition", "account", "qos", "constraint", "exclude")},
     "ntasks-per-node": "tasks_per_node",
     "cpus-per-task": "cpus_per_task",
     "gpus-per-node": "gpus_per_node",
@@ -35,82 +36,45 @@ _OF_REQUEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """A cluster's options.
+    """What a site file says."""
 
-    Attributes
-    ----------
-    file
-        The site file; None for a cluster without one.
-    sbatch
-        Options of sbatch by their long names, e.g. ``{"gres": "gpu:4"}``; an empty value for a bare option.
-    srun
-        Options of srun.
-    """
-
-    file: Path | None = None
-    sbatch: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None  # None: no site
+    sbatch: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by long name, {"gres": "gpu:4"}; "" for a bare option
     srun: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)  # all variables, once the file was sourced
 
 
-def read_site(site: str | None) -> ClusterConfig:
-    """Run a site file as a login node does.
+def read_site(site: str | None, *, in_job: bool = False) -> ClusterConfig:
+    """Source a site file, on a login node or (``in_job``) with its part for jobs if this is one.
 
     Raises
     ------
     UnknownNameError
-        If there is none of this name; lists those there are.
+        If there is no site of this name; lists the names.
     OIALRError
-        If it fails, or gives an option in a short form.
+        If the file fails, or gives an option in a short form.
     """
     if site is None:
-        return ClusterConfig()
-    file = site_file(site)
-    try:
-        answer = ask(["bash", "-c", _READ, "site", str(file)], timeout_s=ORDER_S).stdout
-    except NoAnswerError as error:
-        raise OIALRError(f"the site file {file} does not run here: {error}.") from None
-    count, *words = answer.split("\0")[:-1]
-    options = dict(_options(words[: int(count)], file))
-    return ClusterConfig(file=file, sbatch=options, srun=tuple(words[int(count) :]))
-
-
-def at_site(request: Request, site: ClusterConfig) -> tuple[Request, ClusterConfig]:
-    """A request with the site's options where it leaves them open, and the site with those that remain.
-
-    Raises
-    ------
-    ConfigError
-        If the site asks for what cannot be; names its file.
-    """
-    rest = dict(site.sbatch)
-    given: dict[str, Any] = {}
-    for option, name in _OF_REQUEST.items():
-        value = rest.pop(option, None)
-        if value is not None and getattr(request, name) is None:
-            given[name] = int(value) if value.isdigit() else value
-    if "gres" in rest:
-        given, rest["gres"] = _with_gpus(request, given, rest["gres"])
-    try:
-        return replace(request, **given), replace(
-            site, sbatch={k: v for k, v in rest.items() if k != "gres" or v}
-        )
-    except ConfigError as error:
-        raise error.with_context(origin=str(site.file)) from None
-
-
-def _with_gpus(request: Request, given: dict[str, Any], gres: str) -> tuple[dict[str, Any], str]:
-    """One process for each GPU among generic resources; these without GPUs if the request names its own."""
-    parts = gres.split(",")
-    gpus = [part.partition(":")[2] or "1" for part in parts if _is_gpu(part)]
-    if request.gpus_per_node is not None:
-        return given, ",".join(part for part in parts if not _is_gpu(part))
-    if gpus and request.tasks_per_node is None:
-        given = {"tasks_per_node": gpu_count(gpus[0]), **given}
-    return given, gres
-
-
-def _is_gpu(resource: str) -> bool:
-    return resource.partition(":")[0] == "gpu"
+        return ClusterConfig(environ=all_variables())
+    file, environ = site_file(site), all_variables()
+    if not in_job:
+        # Outside a job a site file stops before its part for jobs.
+        environ.pop("SLURM_JOB_ID", None)
+    answer = run_command(["bash", "-c", _READ, "site", str(file)], timeout_s=ORDER_S, environ=environ)
+    if answer.code != 0:
+        raise OIALRError(f"the site file {file} does not run here: {answer.reason}.")
+    words = answer.stdout.split("\0")[:-1]
+    sbatch, words = words[1 : 1 + int(words[0])], words[1 + int(words[0]) :]
+    srun, variables = words[1 : 1 + int(words[0])], words[1 + int(words[0]) :]
+    pairs = (text.partition("=") for text in variables)
+    return ClusterConfig(
+        file=file,
+        sbatch=dict(_options(sbatch, file)),
+        srun=tuple(srun),
+        environ={name: value for name, _, value in pairs},
+    )
 
 
 def _options(words: Sequence[str], file: Path) -> Iterator[tuple[str, str]]:
@@ -127,18 +91,37 @@ def _options(words: Sequence[str], file: Path) -> Iterator[tuple[str, str]]:
         yield name[2:], value
 
 
-def site_file(site: str) -> Path:
-    """The site file of a name, or of a path.
+def at_site(request: Request, site: ClusterConfig) -> tuple[Request, ClusterConfig]:
+    """A request completed by the site's options, and the site with its remaining ones.
 
-    Raises
-    ------
-    UnknownNameError
-        Listing the names there are.
+    Raises :class:`ConfigError` that names the site file if an option of it has a wrong value.
     """
-    given = Path(site)
+    rest = dict(site.sbatch)
+    given: dict[str, Any] = {}
+    for option, name in _OF_REQUEST.items():
+        value = rest.pop(option, None)
+        if value is not None and getattr(request, name) is None:
+            given[name] = int(value) if value.isdigit() else value
+    resources = [text.partition(":") for text in rest.get("gres", "").split(",") if text]
+    gpus = [number or "1" for name, _, number in resources if name == "gpu"]
+    if gpus and request.gpus_per_node is not None:
+        # The request's GPUs replace the site's.
+        del rest["gres"]
+        if others := ",".join("".join(parts) for parts in resources if parts[0] != "gpu"):
+            rest["gres"] = others
+    elif gpus and request.tasks_per_node is None:
+        given.setdefault("tasks_per_node", gpu_count(gpus[0]))
+    try:
+        return replace(request, **given), replace(site, sbatch=rest)
+    except ConfigError as error:
+        raise error.with_context(origin=str(site.file)) from None
+
+
+def site_file(site: str) -> Path:
+    """The site file of a name, or of a path; raises :class:`UnknownNameError` that lists the names."""
+    given, named = Path(site), _FOLDER / f"{site}.sh"
     if given.suffix == ".sh" and given.is_file():
         return given.resolve()
-    named = _FOLDER / f"{site}.sh"
     if named.is_file():
         return named
     raise UnknownNameError("site", site, (path.stem for path in _FOLDER.glob("*.sh")))

@@ -1,8 +1,9 @@
-"""Submitting runs: checked on the login node, one folder a run, one job or one job array."""
+"""Submit runs: checked on the login node, one folder a run, one job or one job array."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, redirect_stderr, suppress
@@ -13,17 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from hpc_oialr.distributed.signals import catch_signals
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
-from hpc_oialr.launch.checks import check_free, check_settings
-from hpc_oialr.launch.job_file import JobFile
-from hpc_oialr.launch.recipe_run import RecipeRun
+from hpc_oialr.launch.job_file import JobFile, read_job
+from hpc_oialr.launch.job_main import RecipeRun
+from hpc_oialr.launch.jobs import states_of
 from hpc_oialr.launch.request import Request, check_folder
 from hpc_oialr.launch.site import ClusterConfig, at_site, read_site
-from hpc_oialr.launch.states import job_over
+from hpc_oialr.launch.slurm import Slurm, job_over
 from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
+
+    from hpc_oialr.train.config import TrainConfig
 
 
 @overload
@@ -50,7 +53,7 @@ def submit(
     settings
         As on the command line, e.g. ``["--train.epochs", "3"]``.
     dry_run
-        Submit nothing; the batch script instead.
+        Return the batch script instead of submitting it.
     parameters
         Those of :class:`Request`, e.g. ``nodes=4, gpus_per_node=4, time="04:00:00"``.
 
@@ -62,7 +65,7 @@ def submit(
     Raises
     ------
     OIALRError
-        For a parameter, a setting or a folder that does not fit, and if Slurm refuses the job.
+        If a parameter, a setting or a folder does not fit, and if Slurm refuses the job.
     """
     submission = Submission.of(recipe, settings, Request.of(**parameters))
     return submission.script() if dry_run else submission.submit()
@@ -70,90 +73,75 @@ def submit(
 
 @dataclass(frozen=True)
 class Submission:
-    """Runs that will be submitted together.
+    """Runs that are submitted together."""
 
-    Attributes
-    ----------
-    request
-        Where, how wide and how long; what it left open, as the site has it.
-    site
-        Its other options.
-    folder
-        The run's, or the one that holds those of an array.
-    runs
-        What each job calls.
-    signal
-        What the processes get before the end of their job.
-    """
-
-    request: Request
-    site: ClusterConfig
-    folder: Path
+    request: Request  # completed by the site's options
+    site: ClusterConfig  # the other options
+    folder: Path  # of the run, or of an array's runs
     runs: tuple[RecipeRun, ...]
-    signal: str
+    signal: str  # sent to the processes before the end of their job
 
     @classmethod
     def of(cls, recipe: str | Path, settings: Sequence[str], request: Request) -> Submission:
-        """Check everything that can be checked before a job starts.
-
-        Raises
-        ------
-        OIALRError
-            For what does not fit.
-        """
+        """Check all that can be checked before a job starts; raises :class:`OIALRError`."""
         request, site = at_site(request, read_site(request.site))
-        train = check_settings(recipe, settings, request.processes)
+        train = _check_settings(recipe, settings, request.processes)
         found = str(Path(recipe).resolve()) if Path(recipe).is_file() else str(recipe)
         folder = Path(request.folder or default_folder(str(recipe))).absolute()
         check_folder(folder)
-        runs = [(folder, tuple(settings))]
-        if request.seeds is not None:
-            seeds = [(f"seed_{seed}", ("--train.seed", str(seed))) for seed in request.seeds]
-            runs = [(folder / name, (*settings, *seed)) for name, seed in seeds]
-        return cls(request, site, folder, tuple(RecipeRun(found, *run) for run in runs), train.stop_signal)
+        if request.seeds is None:
+            runs = [RecipeRun(found, folder, tuple(settings))]
+        else:
+            runs = [
+                RecipeRun(found, folder / f"seed_{seed}", (*settings, "--train.seed", str(seed)))
+                for seed in request.seeds
+            ]
+        return cls(request, site, folder, tuple(runs), train.stop_signal)
 
     def script(self) -> str:
-        """The batch script.
-
-        Raises
-        ------
-        OIALRError
-            With an executor that has none.
-        """
-        executor = self._executor()
-        script = getattr(executor, "script", None)
+        """The batch script; raises :class:`ConfigError` with an executor that has none."""
+        script = getattr(self._executor(), "script", None)
         if script is None:
             rule = "has no batch script to look at"
             raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
         return str(script(len(self.runs)))
 
     def submit(self) -> list[Job[Any]]:
-        """Submit; each run's folder then holds its ``job.json``.
+        """Submit; each run folder then holds its ``job.json``.
 
-        Raises
-        ------
-        OIALRError
-            If a folder is in use, or Slurm refuses the job.
+        Raises :class:`OIALRError` if a folder is in use, or Slurm refuses the job.
         """
         for run in self.runs:
-            check_free(run)
+            _check_free(run)
         new, executor = not self.folder.exists(), self._executor()
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
-            # A job that Slurm has and no folder knows of would run on unseen: Ctrl-C counts before or after.
+            # Ctrl-C takes effect before or after: a job whose folder does not name it would run unnoticed.
             stack.enter_context(catch_signals(("INT", "TERM", "HUP"), _tell))
             claim = Claim("oialr submit", job_over)
             held = [stack.enter_context(closing(claim.take(folder))) for folder in folders]
-            self._prepare()
+            # Readable by the owner only.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files.mkdir(mode=0o700, exist_ok=True)
+            for folder in folders:
+                folder.create()
             try:
                 jobs = _submit(executor, self.runs)
             except (OIALRError, OSError):
                 stack.close()
                 if new:
-                    self._remove_made()
+                    self._remove_made(folders)
                 raise
             for folder, ownership, job in zip(folders, held, jobs, strict=True):
-                self._job_file(job.job_id).write(folder)
+                JobFile(
+                    job_id=job.job_id,
+                    executor=self.request.executor,
+                    recipe=self.runs[0].recipe,
+                    processes=self.request.processes,
+                    max_requeues=self.request.max_requeues,
+                    # submitit's names.
+                    output=self._files / f"{job.job_id}_%t_log.%s",
+                ).write(folder)
                 if self.request.executor == "slurm":
                     ownership.hand_over(job.job_id)
         return jobs
@@ -171,36 +159,52 @@ class Submission:
             raise MissingExtraError("submitit", "slurm", purpose="Submitting a run") from None
         return make_executor(self.request, self.site, self._files, self.folder.name, self.signal)
 
-    def _prepare(self) -> None:
-        """Make the folders, readable by their owner only."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._files.mkdir(mode=0o700, exist_ok=True)
-        for run in self.runs:
-            RunFolder(run.folder).create()
-
-    def _remove_made(self) -> None:
-        """What :meth:`_prepare` made and submitit has put there; nothing else."""
+    def _remove_made(self, folders: Sequence[RunFolder]) -> None:
+        """Remove what :meth:`submit` made; files that somebody else has put there stay."""
         shutil.rmtree(self._files, ignore_errors=True)
-        made = [
-            path
-            for run in self.runs
-            for path in (RunFolder(run.folder).logs, RunFolder(run.folder).checkpoints)
-        ]
-        for folder in (*made, *(run.folder for run in self.runs), self.folder):
-            # What somebody else has put there meanwhile stays.
+        made = [path for folder in folders for path in (folder.logs, folder.checkpoints)]
+        for path in (*made, *(folder.path for folder in folders), self.folder):
             with suppress(OSError):
-                folder.rmdir()
+                path.rmdir()
 
-    def _job_file(self, job_id: str) -> JobFile:
-        return JobFile(
-            job_id=job_id,
-            executor=self.request.executor,
-            recipe=self.runs[0].recipe,
-            processes=self.request.processes,
-            max_requeues=self.request.max_requeues,
-            # As submitit calls them.
-            output=self._files / f"{job_id}_%t_log.%s",
-        )
+
+def _check_settings(recipe: str | Path, settings: Sequence[str], processes: int) -> TrainConfig:
+    """The settings of the loop, if the recipe is valid and its batch can be divided among the processes."""
+    from hpc_oialr.data.batches import check_shares
+    from hpc_oialr.train.config_tree import in_section
+    from hpc_oialr.train.load_config import load_config
+
+    loaded = load_config(recipe, settings)
+    section = "engine"
+    try:
+        shares = loaded.config.engine.shares(processes)
+        section = "train"
+        check_shares(loaded.config.train.global_batch, shares)
+        loaded.config.train.check_accumulation(shares)
+    except ConfigError as error:
+        raise in_section(error, section, loaded.origins) from None
+    return loaded.config.train
+
+
+def _check_free(run: RecipeRun) -> None:
+    """Raise unless the folder is new, or holds this very run, unfinished and without a job that works on it."""
+    folder = RunFolder(run.folder)
+    folder.require_new()
+    if folder.finished:
+        raise OIALRError(f"{folder.path} holds a finished run. Take another folder, or remove it.")
+    if folder.holds_run:
+        from hpc_oialr.train.load_config import load_config
+        from hpc_oialr.train.run import require_same_run
+
+        require_same_run(load_config(folder.config), load_config(run.recipe, run.settings), folder.path)
+    if folder.job.exists():
+        job = read_job(folder)
+        (state,) = states_of([job], Slurm())
+        if not state.over:
+            raise OIALRError(
+                f"job {job.job_id} ({state.state.lower()}) works in {folder.path}; one job a folder. "
+                f"Wait for it, or end it: oialr cancel {shlex.quote(str(folder.path))}"
+            )
 
 
 def _tell() -> None:
@@ -213,7 +217,7 @@ def _submit(executor: Executor, runs: Sequence[RecipeRun]) -> list[Job[Any]]:
 
     submit_runs = getattr(executor, "submit_runs", executor.submit_array)
     try:
-        # submitit shows sbatch's message by itself too.
+        # submitit prints sbatch's message, which the error holds.
         with redirect_stderr(StringIO()):
             return list(submit_runs(list(runs)))
     except (FailedJobError, FailedSubmissionError) as error:

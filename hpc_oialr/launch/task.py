@@ -1,6 +1,6 @@
 """Main program of a submitted job's processes: ``python -m hpc_oialr.launch.task FOLDER``.
 
-In the place of submitit's own, which leaves with code 1 whatever happened: the batch script decides by the code.
+It replaces submitit's own, which exits with 1 whatever happened: the batch script requeues by the code.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.redaction import one_line
 from hpc_oialr.streams import tolerate_output_failures
 
-# submitit requeues by itself on its signal. Here the batch script does, so it listens to one that nobody sends.
+# submitit requeues the job upon its signal. Here the batch script does, so submitit gets a signal that nobody sends.
 _UNUSED_SIGNAL = "URG"
-# Between the signal of submitit's local controller and its own count of time, which is by naps.
+# submitit's local controller counts time by its sleeps, so its signal may come early by our clock (s).
 _LEEWAY_S = 2.0
 
 
-def main(folder: Path) -> int:
-    """Run the job that was submitted from ``folder``; its exit code."""
+def main(folder: Path) -> None:
+    """Run the job that was submitted from ``folder``."""
     require_own(folder, *folder.glob("*_submitted.pkl"))
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = _UNUSED_SIGNAL
     from submitit.core.submission import process_job
 
     process_job(folder)
-    return 0
 
 
 def entry() -> None:
-    """Leave with the code, at once: what is left of a process group may hang at the interpreter's end."""
+    """Exit with the code, at once: remains of a process group may hang at the interpreter's end."""
     started = time.monotonic()
-    code: object = 1
+    code: object = 0
     tolerate_output_failures()
     leave_upon_term(PROCESS_LOST)
     if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
-        # Of its controller nobody would hear any more, and the next submission would find the folder in use.
+        # Without its controller the process would go on unseen, and the next submission find the folder in use.
         end_with_parent()
     try:
-        code = main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]))
     except SystemExit as left:
         code = left.code or 0
     except OIALRError as error:
         code = of_error(error)
         sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
     except BaseException:
+        code = 1
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,9 +66,9 @@ def entry() -> None:
 
 
 def at_local_limit(elapsed_s: float, environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the local executor's controller has told this process to stop because its time is up.
+    """Whether the local executor's controller has stopped this process because its time is up.
 
-    It then starts the tasks again, five times at most, if one of them leaves with submitit's code for that.
+    The controller then starts the tasks again, five times at most, if one of them exits with submitit's code for that.
 
     Examples
     --------

@@ -13,10 +13,11 @@ import torch
 from support.tiny_runs import write_recipe
 from support.train_workers import losses
 
+from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, ProcessLostError, WorldError
 from hpc_oialr.exit_codes import of_error
 from hpc_oialr.launch.job_main import job_end, run_job, stop_requests
-from hpc_oialr.launch.scontrol import end_of
+from hpc_oialr.launch.slurm import end_of
 from hpc_oialr.train.load_config import load_config
 
 NOW = 1_000.0
@@ -136,8 +137,9 @@ def test_the_same_call_again(tmp_path, signals):
 
 def test_dense(tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 4}, dense={"train": {"steps": 3}})
-    assert run_job(recipe, tmp_path / "run", ["--record.every", "1"], dense=True) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    folder = tmp_path / "run"
+    assert main(["train", str(recipe), "--dense", "--out", str(folder), "--record.every", "1"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
     assert (summary["steps"], summary["r"]) == (3, {})
 
 

@@ -15,13 +15,10 @@ import pytest
 from hpc_oialr.cli import command_logs
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, DataError, OIALRError
-from hpc_oialr.launch.batch_record import note_job
-from hpc_oialr.launch.cancel import cancel
-from hpc_oialr.launch.job_file import JobFile, read_job
-from hpc_oialr.launch.jobs import find_runs, rows_of
+from hpc_oialr.launch.job_file import JobFile, note_job, read_job
+from hpc_oialr.launch.jobs import Over, cancel, find_runs, rows_of
 from hpc_oialr.launch.logs import follow, last_error, log_files
-from hpc_oialr.launch.slurm_state import JobState, Slurm
-from hpc_oialr.launch.states import Over
+from hpc_oialr.launch.slurm import JobState, Slurm
 from hpc_oialr.record import RunFolder
 
 

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.launch.programs import NoAnswerError, ask
-from hpc_oialr.launch.scontrol import _FIELD
+from hpc_oialr.launch.slurm import _FIELD, NoAnswerError, ask
 
 SAY = [sys.executable, "-c", "import os; print(sorted(n for n in os.environ if n.startswith('S')))"]
 

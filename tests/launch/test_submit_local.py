@@ -15,7 +15,7 @@ from hpc_oialr.cli.main import main
 from hpc_oialr.distributed import launch_info
 from hpc_oialr.launch import submit
 from hpc_oialr.launch.jobs import find_runs, rows_of
-from hpc_oialr.launch.slurm_state import Slurm
+from hpc_oialr.launch.slurm import Slurm
 from hpc_oialr.record.run_folder import RunFolder
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")

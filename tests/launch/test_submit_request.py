@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch import Request
-from hpc_oialr.launch.slurm_time import limit_of, seconds_of
+from hpc_oialr.launch.slurm import limit_of, seconds_of
 
 
 def test_defaults():
