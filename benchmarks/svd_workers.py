@@ -16,12 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.common import Row
-from hpc_oialr.linalg.blocks import frobenius_norm
-from hpc_oialr.linalg.communicator import Communicator
-from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.hierarchical import hierarchical_svd
-from hpc_oialr.linalg.randomized import gaussian, randomized_svd
-from hpc_oialr.linalg.row_partition import block_of
+from hpc_oialr.linalg.communicator import Communicator, communicator
+from hpc_oialr.linalg.distributed_svd import gaussian, hierarchical_svd, randomized_svd
+from hpc_oialr.linalg.row_partition import block_of, frobenius_norm
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
 from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost

@@ -1,4 +1,4 @@
-"""Precision of the whole method, whatever autocast, TF32 or inference mode the caller has switched on."""
+"""Precision of the method, whatever autocast, TF32 or inference mode the caller has switched on."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def full_precision() -> Iterator[None]:
 def exact_arithmetic() -> Iterator[None]:
     """:func:`full_precision` without gradients, in normal mode, with torch's own default dtype and device.
 
-    Conversions, updates, stability measurements and merges run in it. So they give the same values inside
-    autocast, under TF32, in ``torch.inference_mode()``, and inside ``with torch.device(...)``; what they make are
-    ordinary tensors. Also a decorator; may be nested; everything is restored at the end.
+    Conversions, updates, stability measurements and merges run in it. So they give the same values and ordinary tensors
+    inside autocast, under TF32, in ``torch.inference_mode()``, and inside ``with torch.device(...)``. Also a decorator;
+    may be nested; everything is restored at the end.
     """
     with ExitStack() as stack:
         stack.enter_context(full_precision())
@@ -57,10 +57,7 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
-    """Let CUDA multiply fp32 matrices in TF32 meanwhile, or not: training steps, Newton-Schulz of cores, convolutions.
-
-    What runs in :func:`exact_arithmetic` never does.
-    """
+    """Whether CUDA computes fp32 products and convolutions in TF32 meanwhile; never in :func:`exact_arithmetic`."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     # torch refuses to read the older switch of products while only the newer one is set.
     before, convolutions = matmul.fp32_precision, cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""Stability, principal angles and R-factor distance between two SVDs of one weight."""
+"""Stability, principal angles and R-factor distance between two SVDs of one weight; orthogonality of a basis."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.blocks import gram_products, stability_of
-from hpc_oialr.linalg.communicator import Group
-from hpc_oialr.linalg.svd import SVD
+from hpc_oialr.linalg.communicator import Group, communicator
+from hpc_oialr.linalg.svd import SVD, compute_dtype
 
 # The leading subspace has this part of a basis's vectors, rounded up.
 LEADING = 0.25
@@ -24,7 +23,7 @@ class BasisChange(NamedTuple):
     Attributes
     ----------
     stability
-        ``<U1 Vh1, U2 Vh2>_F / k``; see :func:`~hpc_oialr.linalg.blocks.basis_stability`.
+        ``<U1 Vh1, U2 Vh2>_F / k``; see :func:`basis_stability`.
     angle_U, angle_Vh
         Largest principal angle between the leading subspaces (rad); see :func:`smallest_cosines`.
     r_distance
@@ -43,19 +42,17 @@ def basis_change(
 ) -> BasisChange:
     """Compare two thin SVDs of one m x n weight, with all its k = min(m, n) values.
 
+    ``2 k^2 (m_p + n_p)`` operations and one all-reduce of ``2 k^2`` numbers for the Gram products; two QR of
+    ``k x n``. Nothing of size m x n is built.
+
     Parameters
     ----------
     last, now
-        This process's rows of ``U``, all of ``s``, its columns of ``Vh``.
+        This rank's rows of ``U``, all of ``s``, its columns of ``Vh``.
     group
         See :func:`~hpc_oialr.linalg.communicator.communicator`.
     whole
-        Makes a whole ``Vh`` of this process's columns; a collective call.
-
-    Notes
-    -----
-    ``2 k^2 (m_p + n_p)`` operations and one all-reduce of ``2 k^2`` numbers for the Gram products, of whose blocks
-    the angles are; two QR of ``k x n``. Nothing of size m x n is built.
+        Makes a whole ``Vh`` of this rank's columns; a collective call.
     """
     gram_u, gram_v = gram_products(last.U, last.Vh, now.U, now.Vh, group)
     angle_U, angle_Vh = angles_of(smallest_cosines(gram_u, gram_v))
@@ -65,15 +62,32 @@ def basis_change(
     return BasisChange(stability_of(gram_u, gram_v), angle_U, angle_Vh, distance)
 
 
-def leading_dimension(r: int) -> int:
-    """How many of a basis's r vectors are called leading: ``ceil(r / 4)``.
+def basis_stability(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None) -> float:
+    """Agreement of two bases, ``<U1 Vh1, U2 Vh2>_F / sqrt(r1 r2)``; 1 = the same, about 0 = unrelated.
 
-    Examples
-    --------
-    >>> leading_dimension(64), leading_dimension(5)
-    (16, 2)
+    Signs of singular vectors, which are arbitrary in pairs, do not matter. arXiv 2401.08505, section 3 (there
+    r1 = r2 = k and one process). Parameters as for :func:`gram_products`.
     """
-    return math.ceil(LEADING * r)
+    return stability_of(*gram_products(U1, Vh1, U2, Vh2, group))
+
+
+@exact_arithmetic()
+def gram_products(
+    U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """``U1^T U2`` and ``Vh1 Vh2^T``, whole on every rank: one all-reduce of ``2 r1 r2`` numbers.
+
+    Of this rank's rows of ``U`` (m_p x r1, m_p x r2) and columns of ``Vh`` (r1 x n_p, r2 x n_p).
+    """
+    dtype = compute_dtype(U1.dtype)
+    U1, Vh1, U2, Vh2 = (part.detach().to(dtype) for part in (U1, Vh1, U2, Vh2))
+    gram_u, gram_v = communicator(group).all_reduce(torch.stack([U1.mT @ U2, Vh1 @ Vh2.mT]))
+    return gram_u, gram_v
+
+
+def stability_of(gram_u: Tensor, gram_v: Tensor) -> float:
+    """:func:`basis_stability` from the Gram products: ``sum((U1^T U2) o (Vh1 Vh2^T)) / sqrt(r1 r2)``."""
+    return float((gram_u * gram_v).sum(dtype=torch.float64)) / math.sqrt(gram_u.shape[0] * gram_u.shape[1])
 
 
 def angles_of(cosines: Tensor) -> list[float]:
@@ -85,18 +99,11 @@ def angles_of(cosines: Tensor) -> list[float]:
 def smallest_cosines(*grams: Tensor) -> Tensor:
     """Cosine of the largest principal angle between two leading subspaces, for each ``Q1^T Q2`` of two bases.
 
-    ``sigma_min`` of the product's leading ``d x d`` block, d = ceil(r / 4). The cosine hides small angles:
-    below about 1e-3 rad in float32 (3e-8 in float64) they cannot be told from 0. All products have one shape.
-
-    Notes
-    -----
-    One batched SVD without vectors, of 1/64 of a whole one's work.
-
-    References
-    ----------
-    A. Bjorck, G. Golub, Math. Comp. 27 (1973), theorem 1.
+    ``sigma_min`` of the product's leading ``d x d`` block, d = ceil(r / 4): one batched SVD without vectors, of 1/64
+    of the work of a whole one. The cosine hides small angles: below about 1e-3 rad in float32 (3e-8 in float64) they
+    cannot be told from 0. All products have one shape. A. Bjorck, G. Golub, Math. Comp. 27 (1973), theorem 1.
     """
-    d = leading_dimension(grams[0].shape[0])
+    d = math.ceil(LEADING * grams[0].shape[0])
     blocks = torch.stack([gram[:d, :d] for gram in grams])
     cosines: Tensor = torch.linalg.svdvals(blocks)[:, -1]
     return cosines
@@ -111,3 +118,18 @@ def triangular_factor(s: Tensor, Vh: Tensor) -> Tensor:
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
     turned: Tensor = signs[:, None] * R
     return turned
+
+
+def orthogonality_error(Q: Tensor, group: Group = None) -> float:
+    """``||Q^T Q - I||_F / sqrt(r)`` for Q in row blocks (m_p x r); for ``Vh`` in columns pass ``Vh.mT``."""
+    return float(gram_error(Q, group))
+
+
+@exact_arithmetic()
+def gram_error(Q: Tensor, group: Group = None) -> Tensor:
+    """:func:`orthogonality_error` as a tensor of shape (), on the device of Q: no synchronization with a GPU."""
+    Q = Q.detach().to(compute_dtype(Q.dtype))
+    gram = communicator(group).all_reduce(Q.mT @ Q)
+    gram.diagonal().sub_(1)
+    error: Tensor = torch.linalg.matrix_norm(gram) / max(1.0, math.sqrt(Q.shape[1]))
+    return error

@@ -1,44 +1,40 @@
-"""SVD of a matrix in row blocks: chooses a method, forecasts its memory, says why, and runs it."""
+"""SVD of a matrix in row blocks: hierarchical, randomized, or exact, and which of them suits."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.communicator import Communicator, Group
-from hpc_oialr.linalg.groups import communicator
-from hpc_oialr.linalg.hierarchical import check_target, fewest, hierarchical_svd
-from hpc_oialr.linalg.methods import Gather, Hierarchical, Method, Randomized, Tsqr, check_method
-from hpc_oialr.linalg.randomized import randomized_svd
-from hpc_oialr.linalg.row_partition import RowPartition, agree
-from hpc_oialr.linalg.svd import compute_dtype
-from hpc_oialr.linalg.tsqr import BlockSVD, Columns, gathered_svd, tsqr_svd
+from hpc_oialr.linalg.communicator import Communicator, Group, communicator
+from hpc_oialr.linalg.row_partition import agree, even_blocks, frobenius_norm, squared_norm
+from hpc_oialr.linalg.svd import svd
+from hpc_oialr.linalg.tsqr import (
+    Apply,
+    BlockSVD,
+    Columns,
+    Ledger,
+    Scheme,
+    Top,
+    block_svd,
+    blocked_qr,
+    gathered,
+    gathered_svd,
+    tsqr,
+    tsqr_svd,
+    up_and_down,
+)
 
 # A sketch wider than this share of k costs about as much as the exact SVD and is less accurate.
 SKETCH_SHARE = 0.25
-# Buffers of the BLAS and of messages, and pieces of the screening, whatever the matrix.
-WORKING_BYTES = 12 << 20
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A method, why it was chosen, and the memory it will take on the fullest process (bytes)."""
-
-    method: Method
-    reason: str
-    forecast_bytes: int
-
-    def __str__(self) -> str:
-        given = ((f.name, getattr(self.method, f.name)) for f in fields(self.method))
-        settings = ", ".join(f"{name}={value}" for name, value in given if value is not None)
-        title = f"{type(self.method).__name__}({settings})"
-        return f"{title}: {self.reason}; {self.forecast_bytes / GIB:.3g} GiB on the fullest process"
+# From about this aspect on TSQR has fewer operations one after another than one SVD of the gathered matrix:
+# 4.3 on 2 ranks, 5.1 on 8, 8.1 on 64.
+TSQR_ASPECT = 5
+# Of the squared tolerance: what all levels below the root may spend; the root takes what is left.
+SHARE_BELOW_ROOT = 0.5
 
 
 @exact_arithmetic()
@@ -46,43 +42,36 @@ def distributed_svd(
     A: Tensor,
     group: Group = None,
     *,
-    method: Method | None = None,
     r: int | None = None,
     tolerance: float | None = None,
     vh: Columns = "whole",
-    memory_limit_bytes: float | None = None,
     name: str = "matrix",
 ) -> BlockSVD:
-    """Thin or truncated SVD of a matrix in row blocks.
+    """Thin or truncated SVD of a matrix in row blocks, by the method that suits.
+
+    A ``tolerance`` calls for :func:`hierarchical_svd`, an ``r`` so small that a sketch has at most a quarter of k
+    columns for :func:`randomized_svd`. Otherwise the exact SVD, of which the leading ``r`` triplets are returned:
+    :func:`~hpc_oialr.linalg.tsqr.tsqr_svd` of long matrices, :func:`~hpc_oialr.linalg.tsqr.gathered_svd` of others.
 
     Parameters
     ----------
     A
-        This process's rows, m_p x n, any floating dtype; bf16 and fp16 are computed in fp32.
+        This rank's rows, m_p x n, any floating dtype; bf16 and fp16 are computed in fp32.
     group
         See :func:`~hpc_oialr.linalg.communicator.communicator`.
-    method
-        One of the types in :mod:`~hpc_oialr.linalg.methods`; default what :func:`choose` says.
     r, tolerance
-        Triplets wanted, or relative Frobenius error allowed; neither means all. Only without ``method``,
-        which has its own.
+        Triplets wanted, or relative Frobenius error allowed; neither means all.
     vh
-        "whole" gives every process all of Vh, "block" its columns only.
-    memory_limit_bytes
-        For each process beside its block, e.g. of ``torch.cuda.mem_get_info``; the smallest of all counts.
+        "whole" gives every rank all of Vh, "block" its columns only.
     name
         Named in errors.
 
     Raises
     ------
     NonFiniteError, WorldError
-        On every process, if any block holds NaN or Inf, or blocks do not fit together.
+        On every rank, if any block holds NaN or Inf, or blocks do not fit together.
     ConfigError
-        If settings contradict each other or the forecast exceeds the limit; before any work.
-
-    Notes
-    -----
-    Where a factorisation does not converge :func:`~hpc_oialr.linalg.svd.svd` tries the next one of its chain.
+        If ``r`` or ``tolerance`` is out of range, or both are given.
 
     Examples
     --------
@@ -90,133 +79,210 @@ def distributed_svd(
     >>> distributed_svd(A, r=1).s
     tensor([14.8324])
     """
+    if r is not None or tolerance is not None:
+        _check_target(r, tolerance)
     comm = communicator(group)
-    if method is not None:
-        check_method(method)
-        if r is not None or tolerance is not None:
-            given = f"r = {r}, tolerance = {tolerance}"
-            raise ConfigError("target", given, "must be None beside a method", fix="Set it in the method.")
     A, partition = agree(A, comm, name)
-    mine = math.inf if memory_limit_bytes is None else memory_limit_bytes
-    limit = float(comm.all_reduce(torch.tensor(mine, dtype=torch.float64, device=A.device), op="min"))
-    if method is None:
-        method = choose(
-            partition, A.dtype, r=r, tolerance=tolerance, memory_limit_bytes=limit, name=name
-        ).method
-    elif forecast_bytes(method, partition, A.dtype) > limit:
-        raise _too_large([method], partition, A.dtype, limit, name)
-    return _run(method, A, comm, vh, name)
+    if tolerance is not None:
+        return hierarchical_svd(A, comm, tolerance=tolerance, vh=vh, name=name)
+    if r is not None and r + 10 <= SKETCH_SHARE * partition.k:
+        return randomized_svd(A, comm, r=r, vh=vh, name=name)
+    long = max(partition.m, partition.n) >= TSQR_ASPECT * partition.k
+    U, s, Vh, _ = (tsqr_svd if long else gathered_svd)(A, comm, vh=vh, name=name)
+    if r is None:
+        return BlockSVD(U, s, Vh)
+    return BlockSVD(U[:, :r].contiguous(), s[:r].clone(), Vh[:r].clone(), math.sqrt(squared_norm(s[r:])))
 
 
-def choose(
-    partition: RowPartition,
-    dtype: torch.dtype,
+@exact_arithmetic()
+def hierarchical_svd(
+    A: Tensor,
+    group: Group = None,
     *,
     r: int | None = None,
     tolerance: float | None = None,
-    memory_limit_bytes: float = math.inf,
+    shift: int = 10,
+    vh: Columns = "whole",
     name: str = "matrix",
-) -> Choice:
-    """The method :func:`distributed_svd` takes; a pure function, so all processes agree without a message.
+) -> BlockSVD:
+    """Leading singular triplets, by number or by error, from truncated SVDs merged up a tree.
 
-    A tolerance calls for Hierarchical. So few triplets that a sketch is at most a quarter of k: Randomized.
-    Otherwise Tsqr or Gather, whichever has fewer operations one after another. What does not fit in
-    memory gives way to the next one in that order.
+    Every rank truncates the SVD of its rows, ``A_p ~ U_p diag(s_p) Vh_p``; two ``diag(s_p) Vh_p`` are stacked, their
+    SVD truncated again, up to the root.
+
+    Parameters
+    ----------
+    A, group, vh, name
+        As for :func:`~hpc_oialr.linalg.tsqr.tsqr_svd`.
+    r
+        Triplets to return, >= 1 (fewer if k < r). Give this or ``tolerance``.
+    tolerance
+        ``||A - U diag(s) Vh||_F <= tolerance ||A||_F``, in [0, 1), with the fewest triplets the last merge
+        allows; rounding adds about the dtype's epsilon.
+    shift
+        With ``r``: triplets carried beyond r until the root, for directions that only the whole matrix shows to be
+        leading.
+
+    Returns
+    -------
+    BlockSVD
+        ``error`` is ``||A - U diag(s) Vh||_F``, not a bound: every cut is an orthogonal projection of the
+        rows kept by the cuts below it, so the parts cut are orthogonal to each other and their squares add.
 
     Raises
     ------
     ConfigError
-        If none fits; it lists what each would need.
+        If not exactly one of ``r`` and ``tolerance`` is given, or it is out of range.
+    NonFiniteError
+        On every rank, as for TSQR.
+
+    Notes
+    -----
+    Operations per rank ``6 m_p n^2 + 20 n^3`` and per merge an SVD of 2 (r + shift) x n. Sent per rank, in numbers:
+    ``(r + shift) n`` up, at most ``(2 r + shift + n) r log2 P`` down.
+
+    A priori the error is at most ``(1 + sqrt 2)^(q+1) - 1`` times the best possible one, q = ceil(log2 P)
+    levels (the reference's bound on noisy blocks); with the shift it is usually within a few percent.
+
+    References
+    ----------
+    M. Iwen, B. Ong, SIAM J. Matrix Anal. Appl. 37 (2016), algorithm 1, on the transpose.
+    """
+    _check_target(r, tolerance)
+    if shift < 0:
+        raise ConfigError("shift", shift, "must be 0 or more", fix="10 is the default.")
+    comm = communicator(group)
+    A, _ = agree(A, comm, name)
+    scheme = _Truncated(r, tolerance or 0.0, shift, levels=max(1, math.ceil(math.log2(comm.size))))
+    return block_svd(up_and_down(A, comm, scheme, name, energy=squared_norm(A)), comm, vh)
+
+
+def _check_target(r: int | None, tolerance: float | None) -> None:
+    if (r is None) == (tolerance is None):
+        given = f"r = {r}, tolerance = {tolerance}"
+        raise ConfigError("target", given, "exactly one of r and tolerance must be given")
+    if r is not None and r < 1:
+        raise ConfigError("r", r, "must be at least 1", fix="It counts singular values.")
+    if tolerance is not None:
+        check_interval("tolerance", tolerance, 0, 1, closed=(True, False), fix="It is relative to ||A||_F.")
+
+
+class _Truncated(Scheme):
+    """``diag(s) Vh`` goes up, truncated; the ledger keeps the squares."""
+
+    triangular = False
+
+    def __init__(self, r: int | None, tolerance: float, shift: int, levels: int) -> None:
+        self.r, self.tolerance, self.shift, self.levels = r, tolerance, shift, levels
+
+    def split(self, X: Tensor, ledger: Ledger) -> tuple[Apply, Tensor]:
+        budget = self.tolerance**2 * ledger.energy * SHARE_BELOW_ROOT / (self.levels + 1)
+        Q, U, s, Vh = self._truncate(X, ledger, budget, self.shift)
+        return (lambda M: Q(U @ M)), s[:, None] * Vh
+
+    def finish(self, X: Tensor, ledger: Ledger) -> Top:
+        budget = self.tolerance**2 * ledger.energy - ledger.cut
+        Q, U, s, Vh = self._truncate(X, ledger, budget, 0)
+        return Top(Q(U), torch.cat([s[:, None], Vh], dim=1), math.sqrt(ledger.cut))
+
+    def _truncate(
+        self, X: Tensor, ledger: Ledger, budget: float, shift: int
+    ) -> tuple[Apply, Tensor, Tensor, Tensor]:
+        Q, R = blocked_qr(X)
+        U, s, Vh = svd(R, name="a stack of factors")
+        keep = fewest(s, budget) if self.r is None else min(self.r + shift, len(s))
+        ledger.cut += squared_norm(s[keep:])
+        return Q, U[:, :keep], s[:keep], Vh[:keep]
+
+
+def fewest(s: Tensor, budget: float) -> int:
+    """How many leading values must stay so that the squares of the others sum to at most ``budget``.
 
     Examples
     --------
-    >>> print(choose(RowPartition((32768, 32768), 512), torch.float32))
-    Tsqr(): all 512 triplets, 56 GFlop a process against 106 for Gather; 0.2 GiB on the fullest process
+    >>> fewest(torch.tensor([3.0, 2.0, 1.0]), 5.0)
+    1
     """
-    if r is not None or tolerance is not None:
-        check_target(r, tolerance, 0)
-    rejected: list[Method] = []
-    for method, reason in _preferences(partition, r, tolerance):
-        forecast = forecast_bytes(method, partition, dtype)
-        if forecast <= memory_limit_bytes:
-            skipped = [type(other).__name__ for other in rejected]
-            return Choice(method, "; ".join([reason, *(f"{o} does not fit" for o in skipped)]), forecast)
-        rejected.append(method)
-    raise _too_large(rejected, partition, dtype, memory_limit_bytes, name)
+    tails = s.double().square().flip(0).cumsum(0).flip(0)
+    return int((tails > budget).sum())
 
 
-def forecast_bytes(method: Method, partition: RowPartition, dtype: torch.dtype) -> int:
-    """Peak memory of the fullest process beside its input block (bytes)."""
-    cast = max(partition.rows) * partition.n if dtype != compute_dtype(dtype) else 0
-    return (method.numbers(partition) + cast) * compute_dtype(dtype).itemsize + WORKING_BYTES
+@exact_arithmetic()
+def randomized_svd(
+    A: Tensor,
+    group: Group = None,
+    *,
+    r: int,
+    oversampling: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    vh: Columns = "whole",
+    name: str = "matrix",
+) -> BlockSVD:
+    """Leading r singular triplets from a Gaussian sketch, any shape.
+
+    ``Q = orth(A G)`` with G n x l, l = min(r + oversampling, k); then q times ``Q = orth(A orth(A^T Q))``; SVD of
+    ``Q^T A`` (l x n). Every ``orth`` is a TSQR. Every rank draws the same G from the seed; it is not sent.
+
+    Parameters
+    ----------
+    A, group, vh, name
+        As for :func:`~hpc_oialr.linalg.tsqr.tsqr_svd`.
+    r
+        Triplets, >= 1 (fewer if k < r).
+    oversampling
+        Columns of the sketch beyond r.
+    power_iterations
+        q; 2 is enough for spectra that fall slowly, 0 for ones that fall fast.
+    seed
+        Of the sketch.
+
+    Returns
+    -------
+    BlockSVD
+        ``error`` is ``sqrt(||A||_F^2 - sum(s^2))``, the true error to within ``sqrt(epsilon) ||A||_F``, since
+        ``U diag(s) Vh`` is an orthogonal projection of A.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range.
+    NonFiniteError
+        On every rank, as for TSQR.
+
+    Notes
+    -----
+    Operations per rank ``4 m_p n l (q + 1)`` and TSQRs of m_p x l and n_p x l. Sent per rank, in numbers:
+    ``(2 q + 1) n l`` at most, and the messages of ``2 q + 2`` TSQRs of width l.
+
+    References
+    ----------
+    N. Halko, P.-G. Martinsson, J. Tropp, SIAM Rev. 53 (2011), algorithms 4.4 and 5.1, theorem 10.5.
+    """
+    limits = {"r": (r, 1), "oversampling": (oversampling, 0), "power_iterations": (power_iterations, 0)}
+    for what, (value, low) in limits.items():
+        if value < low:
+            raise ConfigError(what, value, f"must be at least {low}")
+    comm = communicator(group)
+    A, partition = agree(A, comm, name)
+    width = min(r + oversampling, partition.k)
+    Q = tsqr(A @ gaussian(partition.n, width, seed).to(A), comm, name=name).Q
+    for _ in range(power_iterations):
+        Z = tsqr(_transposed_product(A, Q, comm), comm, name=name).Q
+        Q = tsqr(A @ comm.all_gather_rows(Z, even_blocks(partition.n, comm.size)), comm, name=name).Q
+    V, s, Wh, _ = tsqr_svd(_transposed_product(A, Q, comm), comm, name=name)
+    U, s, V = Q @ Wh[:r].mT, s[:r].contiguous(), V[:, :r]
+    missed = frobenius_norm(A, comm) ** 2 - squared_norm(s)
+    return BlockSVD(U, s, gathered(V, comm, partition.n, vh), math.sqrt(max(0.0, missed)))
 
 
-def _preferences(partition: RowPartition, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
-    exact = _exact(partition, r, tolerance)
-    if tolerance is not None:
-        reason = f"the relative error {tolerance:g} decides how many triplets stay"
-        return [(Hierarchical(tolerance=tolerance), reason), *exact]
-    if r is None:
-        return exact
-    sketch = Randomized(r=r)
-    if r + sketch.oversampling <= SKETCH_SHARE * partition.k:
-        return [(sketch, f"r = {r} with oversampling is at most a quarter of k = {partition.k}"), *exact]
-    return [*exact, (sketch, f"r = {r} of k = {partition.k}")]
+def gaussian(n: int, width: int, seed: int) -> Tensor:
+    """Standard normal numbers, n x width (float32), the same bits on every rank: from the CPU's generator."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(n, width, generator=generator, device="cpu", dtype=torch.float32)
 
 
-def _exact(partition: RowPartition, r: int | None, tolerance: float | None) -> list[tuple[Method, str]]:
-    """Tsqr and Gather, the cheaper one first; with one process they are the same."""
-    methods: list[Method] = [Tsqr(r=r, tolerance=tolerance)]
-    if len(partition.rows) > 1:
-        methods.append(Gather(r=r, tolerance=tolerance))
-    methods.sort(key=lambda method: method.operations(partition))
-    gflop = [f"{method.operations(partition) / 1e9:.3g}" for method in methods]
-    what = f"all {partition.k} triplets"
-    if len(methods) == 1:
-        return [(methods[0], f"{what} on one process, {gflop[0]} GFlop")]
-    names = [type(method).__name__ for method in methods]
-    return [
-        (methods[i], f"{what}, {gflop[i]} GFlop a process against {gflop[1 - i]} for {names[1 - i]}")
-        for i in (0, 1)
-    ]
-
-
-def _run(method: Method, A: Tensor, comm: Communicator, vh: Columns, name: str) -> BlockSVD:
-    match method:
-        case Tsqr():
-            return _cut(tsqr_svd(A, comm, vh=vh, name=name), method.r, method.tolerance)
-        case Gather():
-            return _cut(gathered_svd(A, comm, vh=vh, name=name), method.r, method.tolerance)
-        case Hierarchical(r=r, tolerance=tolerance, shift=shift):
-            return hierarchical_svd(A, comm, r=r, tolerance=tolerance, shift=shift, vh=vh, name=name)
-        case Randomized(r=r, oversampling=extra, power_iterations=q, seed=seed):
-            return randomized_svd(
-                A, comm, r=r, oversampling=extra, power_iterations=q, seed=seed, vh=vh, name=name
-            )
-
-
-def _cut(svd: BlockSVD, r: int | None, tolerance: float | None) -> BlockSVD:
-    """The leading triplets; ``s`` has the same bits everywhere, so all processes cut alike."""
-    squares = svd.s.double().square()
-    if tolerance is not None:
-        r = fewest(svd.s, tolerance**2 * float(squares.sum()))
-    if r is None or r >= len(svd.s):
-        return svd
-    U, s, Vh = svd.U[:, :r].contiguous(), svd.s[:r].clone(), svd.Vh[:r].clone()
-    return BlockSVD(U, s, Vh, math.sqrt(float(squares[r:].sum())))
-
-
-def _too_large(
-    methods: list[Method], partition: RowPartition, dtype: torch.dtype, limit: float, name: str
-) -> ConfigError:
-    needs = ", ".join(
-        f"{type(method).__name__} {forecast_bytes(method, partition, dtype) / GIB:.3g} GiB"
-        for method in methods
-    )
-    size = f"{name} ({partition.m} x {partition.n}) on {len(partition.rows)} process(es)"
-    return ConfigError(
-        "memory_limit_bytes",
-        int(limit),
-        f"must be at least what a method needs for {size}: {needs}",
-        fix="Use more processes, ask for fewer triplets (r), or raise the limit.",
-    )
+def _transposed_product(A: Tensor, Q: Tensor, comm: Communicator) -> Tensor:
+    """This rank's rows of ``A^T Q`` (n_p x l), summed over the row blocks of A and Q."""
+    product = A.mT @ Q
+    return comm.reduce_scatter(product.split(even_blocks(A.shape[1], comm.size)))

@@ -19,6 +19,8 @@ EPSILON = 1e-7
 def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Approximate ``U Vh`` of ``G = U S Vh``; commutes with rotations, ``NS(P^T G Q^T) = P^T NS(G) Q^T``.
 
+    ``2 steps (2 k^2 l + k^3)`` operations a matrix, k the short and l the long side.
+
     Parameters
     ----------
     G
@@ -33,36 +35,28 @@ def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None
     -------
     Tensor
         Same shape and dtype as ``G``, singular values in about [0.7, 1.2].
-
-    Notes
-    -----
-    ``2 steps (2 k^2 l + k^3)`` operations a matrix, k the short and l the long side.
     """
-    X = G.to(dtype or _default_dtype(G))
+    if dtype is None and G.dtype == torch.float64:
+        dtype = torch.float64
+    elif dtype is None:
+        dtype = torch.bfloat16 if G.is_cuda or _fast_bf16_on_cpu() else torch.float32
+    X = G.to(dtype)
     tall = G.shape[-2] > G.shape[-1]
     X = X.mT if tall else X
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) + EPSILON)
     a, b, c = COEFFICIENTS
+    # beta C + alpha A B in one pass over memory.
+    add_product = torch.baddbmm if X.dim() == 3 else torch.addmm
     for _ in range(steps):
         A = X @ X.mT
-        X = _add_product(X, _add_product(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = add_product(X, add_product(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(G.dtype)
-
-
-def _add_product(C: Tensor, A: Tensor, B: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
-    """``beta C + alpha A B`` in one pass over memory."""
-    product = torch.baddbmm if C.dim() == 3 else torch.addmm
-    return product(C, A, B, beta=beta, alpha=alpha)
-
-
-def _default_dtype(G: Tensor) -> torch.dtype:
-    if G.dtype == torch.float64:
-        return torch.float64
-    return torch.bfloat16 if G.is_cuda or _fast_bf16_on_cpu() else torch.float32
 
 
 @lru_cache(maxsize=1)
 def _fast_bf16_on_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(probe()) for probe in (getattr(torch.cpu, name, None) for name in probes) if probe)
+    probes = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return any(bool(probe()) for probe in probes if probe)

@@ -21,10 +21,7 @@ INCREMENT = signed(0x9E3779B97F4A7C15)
 
 
 def mix(z: Bits) -> Bits:
-    """The output function, of int64 of any shape; its constants are D. Stafford's mix 13.
-
-    Of a Python integer, the last 64 bits of the result count.
-    """
+    """The output function (D. Stafford's mix 13) of int64 of any shape; of a Python integer the last 64 bits count."""
     z = (z ^ shift_right(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shift_right(z, 27)) * signed(0x94D049BB133111EB)
     return z ^ shift_right(z, 31)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
-from hpc_oialr.linalg.blocks import orthogonality_error
+from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refuse_assignment, trackable

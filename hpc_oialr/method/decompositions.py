@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.basis_change import angles_of
-from hpc_oialr.linalg.blocks import gram_error
+from hpc_oialr.linalg.basis_change import angles_of, gram_error
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork

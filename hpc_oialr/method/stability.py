@@ -1,4 +1,4 @@
-"""How far a basis has settled; of two bases of any kind: :func:`hpc_oialr.linalg.blocks.basis_stability`.
+"""How far a basis has settled; of two bases of any kind: :func:`hpc_oialr.linalg.basis_change.basis_stability`.
 
 All results stay on the device: an update reads them back together.
 """

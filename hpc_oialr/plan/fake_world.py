@@ -16,7 +16,7 @@ from hpc_oialr.distributed import World
 from hpc_oialr.distributed.world import Op, Pending
 from hpc_oialr.engines import Engine
 from hpc_oialr.errors import WorldError
-from hpc_oialr.linalg.groups import TorchCommunicator
+from hpc_oialr.linalg.communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight

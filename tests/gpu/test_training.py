@@ -8,7 +8,7 @@ from support.gpu_loop import OPTIMIZERS, batch, make, no_synchronisation, one_st
 from torch import nn
 
 from hpc_oialr import OIALR, low_rank_layers
-from hpc_oialr.linalg.blocks import orthogonality_error
+from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.record.memory import MemoryMeter
 
 pytestmark = pytest.mark.gpu

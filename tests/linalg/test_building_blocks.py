@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.threads import outcomes, run_threads
 
-from hpc_oialr.linalg import blocks, local_qr
-from hpc_oialr.linalg.local_qr import blocked_qr
-from hpc_oialr.linalg.randomized import gaussian
+from hpc_oialr.linalg import tsqr
+from hpc_oialr.linalg.communicator import Communicator
+from hpc_oialr.linalg.distributed_svd import gaussian
 from hpc_oialr.linalg.row_partition import agree, block_of, even_blocks, transpose_blocks
+from hpc_oialr.linalg.tsqr import blocked_qr
 
 
 @pytest.mark.parametrize("m", [8, 63, 64, 65, 300, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocked_qr_is_as_good_as_lapack(monkeypatch: pytest.MonkeyPatch, m: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(local_qr, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(tsqr, "BLOCK_VALUES", 1)
     A = (torch.randn(m, 8, dtype=torch.float64) * torch.logspace(0, -12, 8, dtype=torch.float64)).to(dtype)
     eps = torch.finfo(dtype).eps
     apply, R = blocked_qr(A)
@@ -66,11 +67,11 @@ def test_transpose_of_blocks(rows: list[int]) -> None:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        (torch.ones(3), "ConfigError: W is '1-d'; must have 2 dimensions on every process; process 1's"),
+        (torch.ones(3), "ConfigError: W is '1-d'; must have 2 dimensions on every rank; rank 1's"),
         (torch.ones(2, 2, dtype=torch.int64), "ConfigError: W.dtype is 'other'; must be float64, float32"),
-        (torch.ones(2, 3), "WorldError: the blocks of W have widths 2 (process 0), 3 (process 1); must be"),
-        (torch.ones(2, 2).double(), "WorldError: the blocks of W have dtypes torch.float32 (process 0)"),
-        (torch.ones(2, 2) / 0, "NonFiniteError: W holds 4 NaN or Inf among 8 values (4 on process 1)"),
+        (torch.ones(2, 3), "WorldError: the blocks of W have widths 2 (rank 0), 3 (rank 1); must be"),
+        (torch.ones(2, 2).double(), "WorldError: the blocks of W have dtypes torch.float32 (rank 0)"),
+        (torch.ones(2, 2) / 0, "NonFiniteError: W holds 4 NaN or Inf among 8 values (4 on rank 1)"),
     ],
 )
 def test_all_processes_tell_what_one_did_wrong(bad: torch.Tensor, expected: str) -> None:
@@ -81,5 +82,5 @@ def test_all_processes_tell_what_one_did_wrong(bad: torch.Tensor, expected: str)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_dtypes_are_cast_up(dtype: torch.dtype) -> None:
-    A, _ = agree(torch.ones(2, 2, dtype=dtype), blocks.communicator(None), "A")
+    A, _ = agree(torch.ones(2, 2, dtype=dtype), Communicator(), "A")
     assert A.dtype == torch.float32

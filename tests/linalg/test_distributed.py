@@ -127,8 +127,7 @@ def test_tolerance_is_kept_with_few_triplets(backend: str, size: int) -> None:
 @worlds
 def test_figures_from_blocks(backend: str, size: int) -> None:
     alone = run("threads", 1)[0]["figures"]
-    assert alone[0] == pytest.approx(alone[1], abs=1e-14)
-    assert alone[2:] == pytest.approx([8.0, 2 * 6**0.5], rel=1e-12)
+    assert alone[1:] == pytest.approx([8.0, 2 * 6**0.5], rel=1e-12)
     for process in run(backend, size):
         assert process["figures"] == pytest.approx(alone, abs=1e-13)
 
@@ -138,8 +137,8 @@ def test_every_process_tells_the_same_error(backend: str, size: int) -> None:
     for process in run(backend, size):
         nan, width = process["errors"]
         assert nan.startswith("NonFiniteError: fc1.weight holds 1 NaN or Inf among")
-        assert f"(1 on process {size - 1})" in nan
-        expected = "ok" if size == 1 else "WorldError: the blocks of fc1.weight have widths 3 (process 0), 4"
+        assert f"(1 on rank {size - 1})" in nan
+        expected = "ok" if size == 1 else "WorldError: the blocks of fc1.weight have widths 3 (rank 0), 4"
         assert width.startswith(expected)
 
 

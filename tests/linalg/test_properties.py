@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from support.svd_cases import best_error, errors
 from support.threads import run_threads
 
-from hpc_oialr.linalg.blocks import frobenius_norm
-from hpc_oialr.linalg.hierarchical import fewest, hierarchical_svd
-from hpc_oialr.linalg.randomized import randomized_svd
+from hpc_oialr.linalg.distributed_svd import fewest, hierarchical_svd, randomized_svd
+from hpc_oialr.linalg.row_partition import frobenius_norm
 from hpc_oialr.linalg.tsqr import BlockSVD, gathered_svd, tsqr, tsqr_svd
 
 splits = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda rows: sum(rows) > 0)

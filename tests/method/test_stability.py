@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.blocks import basis_stability as stability
+from hpc_oialr.linalg.basis_change import basis_stability as stability
 from hpc_oialr.method.stability import rotation_stability
 
 

@@ -16,7 +16,7 @@ from support.train_workers import stop_at_step
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.linalg.blocks import basis_stability
+from hpc_oialr.linalg.basis_change import basis_stability
 from hpc_oialr.method.stability import rotation_stability
 from hpc_oialr.record import read_metrics
 from hpc_oialr.spectra import Spectra, open
