@@ -22,7 +22,7 @@ import numpy as np
 
 from hpc_oialr.method.report import LayerUpdate, UpdateReport
 from hpc_oialr.spectra import open as open_spectra
-from hpc_oialr.spectra.store import Chain, ResilientStore
+from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
 
 LAYERS = tuple(f"encoder.{i}/dense" for i in range(4))
@@ -55,8 +55,7 @@ def report(t: int, k: int = 96) -> UpdateReport:
 
 def writer_of(path: Path) -> SpectraWriter:
     """As a run has one, with flushes that are joined often."""
-    main = Chain(path, {"seed": 1}, join_flushes=JOIN_FLUSHES, join_bytes=JOIN_BYTES)
-    return SpectraWriter(ResilientStore(main, Chain(path.with_name("side.h5"), {})), LAYERS)
+    return SpectraWriter(Chain(path, {"seed": 1}, join_flushes=JOIN_FLUSHES, join_bytes=JOIN_BYTES), LAYERS)
 
 
 def write(path: Path, after: int, last: int, confirm: Confirm) -> SpectraWriter:

@@ -20,9 +20,8 @@ from playwright.sync_api import Browser, sync_playwright
 from benchmarks.common import arguments, finish
 from hpc_oialr.report.page.build import write_report
 from hpc_oialr.report.runs import find_runs
-from hpc_oialr.spectra.hdf5_io import write_record
-from hpc_oialr.spectra.rows import LayerRows
-from hpc_oialr.spectra.schema import EVENT, KINDS, MEASURES
+from hpc_oialr.spectra.files import write_record
+from hpc_oialr.spectra.schema import EVENT, KINDS, MEASURES, LayerRows
 
 
 def main() -> None:

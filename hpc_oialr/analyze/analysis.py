@@ -19,8 +19,8 @@ from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.stability_tracker import measured
 from hpc_oialr.outputs import claim
 from hpc_oialr.record.environment_report import environment_report
-from hpc_oialr.spectra.hdf5_io import write_record, written_by
-from hpc_oialr.spectra.rows import LayerRows, rows_of_update, together
+from hpc_oialr.spectra.files import write_record, written_by
+from hpc_oialr.spectra.schema import LayerRows, rows_of_update, together
 
 
 def analyze(

@@ -145,9 +145,12 @@ def _frame(path: Path, pattern: str) -> RenderableType:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write the files, then print their paths."""
-    from hpc_oialr.spectra.export import export as write
+    from hpc_oialr.spectra import open
+    from hpc_oialr.spectra.tables import export as write
 
-    for path in write(arguments.path, arguments.format, arguments.out, force=arguments.force):
+    with open(arguments.path) as run:
+        written = write(run, arguments.format, arguments.out, force=arguments.force)
+    for path in written:
         console().print(str(path), markup=False)
     return 0
 
@@ -162,7 +165,7 @@ def merge(arguments: argparse.Namespace) -> int:
     """
     from hpc_oialr.launch.slurm import job_over
     from hpc_oialr.record.owner import Claim
-    from hpc_oialr.spectra.join import merge as join
+    from hpc_oialr.spectra.store import merge as join
 
     show_warnings()
     folder = RunFolder(arguments.path if arguments.path.is_dir() else arguments.path.parent)

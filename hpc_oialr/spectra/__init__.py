@@ -3,7 +3,6 @@
 ``hpc_oialr.spectra.open("runs/first")`` gives every layer's singular values and figures.
 """
 
-from hpc_oialr.spectra.layer import Layer
-from hpc_oialr.spectra.reader import Runs, Spectra, open
+from hpc_oialr.spectra.reader import Layer, Runs, Spectra, open
 
 __all__ = ["Layer", "Runs", "Spectra", "open"]

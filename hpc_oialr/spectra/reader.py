@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
-from hpc_oialr.spectra.files import gaps_in, head_of, record_files, side_files, side_path
-from hpc_oialr.spectra.layer import Layer, first_of_each
+from hpc_oialr.spectra.files import gaps_in, head_of, record_files
 from hpc_oialr.spectra.record_file import RecordFile
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, kind_words
 
 if TYPE_CHECKING:
     import pandas
@@ -29,60 +28,93 @@ _TRIES, _PAUSE_S = 10, 0.05
 TABLES = ("events", "steps")
 
 
-def open_files(path: Path, side: Path | None = None) -> list[RecordFile]:
-    """All files of a record, as they are at one moment, oldest rows first.
+class Layer:
+    """One layer's events, in the order of steps; read when they are asked for.
 
-    Parameters
+    Attributes
     ----------
-    path
-        A run's folder, its ``spectra.h5``, or one segment alone.
-    side
-        Its continuation; default the folders in which it may be.
-
-    Raises
-    ------
-    DataError
-        If there is nothing, or a file is damaged or missing.
+    name
+        The layer.
+    m, n, k
+        Shape of its weight, and the shorter side.
+    index
+        Its position in the model; -1 in files of version 1.
     """
-    head = head_of(path)
-    if path != head and not path.is_dir():
-        return [RecordFile(path)]
-    for _ in range(_TRIES):
-        files: list[RecordFile] = []
-        try:
-            files += [RecordFile(each) for each in record_files(head)]
-            files += [RecordFile(each) for there in _sides(head, files, side) for each in side_files(there)]
-            # The head of an earlier version counts its segments.
-            counted = int(files[0].attributes.get("segments", 0)) if files else 0
-            missing = gaps_in([file.path for file in files], counted)
-            # After a join a number may be that of newer rows.
-            missing += [file.path for file in files if file.replaced]
-        except DataError:
-            raise
-        except FileNotFoundError as error:
-            missing = [Path(error.filename or head)]
-        if not missing:
-            break
-        for file in files:
-            file.close()
-        time.sleep(_PAUSE_S)
-    else:
-        raise DataError(
-            f"{missing[0]} does not exist, or changes; it is a part of {head}. Save what can be read with: "
-            f"oialr spectra repair {head}"
-        )
-    if not files:
-        raise DataError(f"{head} does not exist; must be the spectra.h5 of a run.")
-    return files
+
+    def __init__(self, name: str, files: list[RecordFile]) -> None:
+        self.name, self._files = name, files
+        self.index, self.m, self.n = files[0].shape(name)
+        self.k = min(self.m, self.n)
+
+    def __repr__(self) -> str:
+        return f"<Layer {self.name!r}: {self.m} x {self.n}, {len(self)} events>"
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @functools.cached_property
+    def events(self) -> NDArray[np.void]:
+        """One row per event, of dtype :data:`hpc_oialr.spectra.schema.EVENT`; shape (rows,)."""
+        return np.concatenate(self._tables)[self._order]
+
+    def __getitem__(self, field: str) -> NDArray[Any]:
+        """A field of ``events``, e.g. ``layer["stable_rank"]``; shape (rows,)."""
+        if field not in (EVENT.names or ()):
+            raise UnknownNameError("field of events", field, EVENT.names or ())
+        values: NDArray[Any] = self.events[field]
+        return values
+
+    @property
+    def t(self) -> NDArray[np.int64]:
+        """Step of each event; shape (rows,)."""
+        return self["t"]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Each event in words: stability, conversion, update."""
+        return kind_words(self["kind"])
+
+    @property
+    def r(self) -> NDArray[np.int64]:
+        """Inner dimension after each event; shape (rows,)."""
+        return self["r"]
+
+    @property
+    def stability(self) -> NDArray[np.float64]:
+        """Agreement with the basis before; shape (rows,)."""
+        return self["stability"]
+
+    @property
+    def singular_values(self) -> NDArray[np.float32]:
+        """Before each event's cut, descending, padded with NaN; shape (rows, k). Read anew at each call."""
+        return np.concatenate([file.singular_values(self.name) for file in self._files])[self._order]
+
+    def spectrum(self, row: int) -> NDArray[np.float32]:
+        """The singular values of one event, without padding; reads that row only."""
+        starts = np.cumsum([0, *map(len, self._tables)])
+        stored = int(self._order[row])
+        place = int(np.searchsorted(starts, stored, side="right")) - 1
+        values = self._files[place].singular_values(self.name, stored - int(starts[place]))
+        return values[: np.count_nonzero(~np.isnan(values))]
+
+    @functools.cached_property
+    def _tables(self) -> list[NDArray[np.void]]:
+        return [file.events(self.name) for file in self._files]
+
+    @functools.cached_property
+    def _order(self) -> NDArray[np.int64]:
+        """Stored rows by step, each event once: a killed join leaves rows in two files."""
+        stored = np.concatenate(self._tables)
+        return _first_of_each(np.stack([stored["t"], stored["kind"].astype(np.int64)]))
 
 
-def _sides(head: Path, files: Sequence[RecordFile], side: Path | None) -> list[Path]:
-    """Possible continuations: in the default folder, and in ``record.side_folder`` of its settings."""
-    if side is not None:
-        return [side]
-    config = json.loads(files[-1].attributes.get("config", "{}")) if files else {}
-    named = (config.get("record") or {}).get("side_folder")
-    return list(dict.fromkeys(side_path(head, folder) for folder in (None, named)))
+def _first_of_each(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the columns in order, the first one of equals only; ``keys`` of shape (keys, rows)."""
+    order = np.lexsort(keys[::-1])
+    ordered = keys[:, order]
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
+    return order[fresh]
 
 
 class Spectra(Mapping[str, Layer]):
@@ -118,7 +150,7 @@ class Spectra(Mapping[str, Layer]):
 
     def __init__(self, path: Path_, files: Sequence[RecordFile] = ()) -> None:
         self.path = Path(path)
-        self.files = list(files) or open_files(self.path)
+        self.files = list(files) or _open_files(self.path)
         self.attributes = self.files[0].attributes
 
     def __enter__(self) -> Spectra:
@@ -160,17 +192,17 @@ class Spectra(Mapping[str, Layer]):
     def steps(self) -> NDArray[np.void]:
         """One row per step range, of dtype :data:`hpc_oialr.spectra.schema.STEP`."""
         stored = np.concatenate([NO_STEPS, *(file.steps for file in self.files)])
-        return stored[first_of_each(stored["step"][None])]
+        return stored[_first_of_each(stored["step"][None])]
 
     @property
     def config(self) -> dict[str, Any]:
         """The run's settings."""
-        return self._json("config")
+        return dict(json.loads(self.attributes.get("config", "{}")))
 
     @property
     def environment(self) -> dict[str, Any]:
         """What the run ran on."""
-        return self._json("environment")
+        return dict(json.loads(self.attributes.get("environment", "{}")))
 
     def to_pandas(self, table: str = "events", *, singular_values: bool = False) -> pandas.DataFrame:
         """A table with a row per layer and event, or with "steps" per step range.
@@ -188,7 +220,7 @@ class Spectra(Mapping[str, Layer]):
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES)
         if table == "steps":
-            return tables.steps_to_pandas(self.steps)
+            return tables.need("pandas").DataFrame(self.steps)
         return tables.events_to_pandas(self, singular_values=singular_values)
 
     def to_xarray(self, layers: str = "*") -> xarray.Dataset:
@@ -224,9 +256,38 @@ class Spectra(Mapping[str, Layer]):
             layers.sort(key=lambda layer: layer.index)
         return {layer.name: layer for layer in layers}
 
-    def _json(self, name: str) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads(self.attributes.get(name, "{}"))
-        return value
+
+def _open_files(path: Path) -> list[RecordFile]:
+    """All files of a record, as they are at one moment, oldest rows first; or one segment alone."""
+    head = head_of(path)
+    if path != head and not path.is_dir():
+        return [RecordFile(path)]
+    for _ in range(_TRIES):
+        files: list[RecordFile] = []
+        try:
+            files += [RecordFile(each) for each in record_files(head)]
+            # The head of an earlier version counts its segments.
+            counted = int(files[0].attributes.get("segments", 0)) if files else 0
+            missing = gaps_in([file.path for file in files], counted)
+            # After a join a number may be that of newer rows.
+            missing += [file.path for file in files if file.replaced]
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            missing = [Path(error.filename or head)]
+        if not missing:
+            break
+        for file in files:
+            file.close()
+        time.sleep(_PAUSE_S)
+    else:
+        raise DataError(
+            f"{missing[0]} does not exist, or changes; it is a part of {head}. Save what can be read with: "
+            f"oialr spectra repair {head}"
+        )
+    if not files:
+        raise DataError(f"{head} does not exist; must be the spectra.h5 of a run.")
+    return files
 
 
 class Runs(Mapping[str, Spectra]):
@@ -236,7 +297,12 @@ class Runs(Mapping[str, Spectra]):
         given = [Path(path) for path in paths]
         if not given:
             raise DataError("no run was given; name at least one folder or spectra.h5.")
-        self._runs = dict(zip(_labels(given), (Spectra(path) for path in given), strict=True))
+        folders = [path.parent if path.suffix == ".h5" else path for path in given]
+        names = [folder.resolve().name for folder in folders]
+        self._runs = {
+            str(path) if names.count(name) > 1 else name: Spectra(path)
+            for path, name in zip(given, names, strict=True)
+        }
 
     def __enter__(self) -> Runs:
         return self
@@ -298,9 +364,3 @@ def open(path: Path_ | list[Any] | tuple[Any, ...]) -> Spectra | Runs:
         If there is none, it is damaged, or of a newer schema.
     """
     return Spectra(path) if isinstance(path, str | Path) else Runs(path)
-
-
-def _labels(paths: list[Path]) -> list[str]:
-    folders = [path.parent if path.suffix == ".h5" else path for path in paths]
-    names = [folder.resolve().name for folder in folders]
-    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]

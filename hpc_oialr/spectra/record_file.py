@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,8 +17,7 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra.files import head_of, is_flush
-from hpc_oialr.spectra.flush_io import read_flush
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS, SCHEMA_VERSION, STEP, as_table
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, SCHEMA_VERSION, STEP, as_table, group_name
 
 # Up to this size a file is read whole, for it may be replaced while it is open; larger ones are not while a run goes on.
 WHOLE_BYTES = 16 * 2**20
@@ -50,7 +51,7 @@ class RecordFile:
         self.path = path
         self._identity = _identity(path)
         try:
-            self.tree: Any = read_flush(path) if is_flush(path) else _open_hdf5(path)
+            self.tree: Any = _read_flush(path) if is_flush(path) else _open_hdf5(path)
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
             version = int(self.attributes["schema_version"])
             # A master of earlier versions shows files that lie beside it, and HDF5 shows zeros for a damaged one.
@@ -69,15 +70,15 @@ class RecordFile:
         self._groups = {"" if group == "%" else unquote(group): group for group in groups}
         self.layers = tuple(self._groups)
 
+    def group(self, layer: str) -> Any:
+        """Where a layer's tables are."""
+        return self.tree["layers"][self._groups[layer]]
+
     def shape(self, layer: str) -> tuple[int, int, int]:
         """A layer's place in the model, or -1, and its weight's m and n."""
         with self._reading(f"attributes of layers/{self._groups[layer]}"):
             found = self.group(layer).attrs
             return int(found.get("index", -1)), int(found["m"]), int(found["n"])
-
-    def group(self, layer: str) -> Any:
-        """Where a layer's tables are."""
-        return self.tree["layers"][self._groups[layer]]
 
     def events(self, layer: str) -> NDArray[np.void]:
         """A layer's events, of dtype EVENT."""
@@ -126,3 +127,35 @@ def _identity(path: Path) -> tuple[int, int, int]:
 def _open_hdf5(path: Path) -> h5py.File:
     whole = {"driver": "core", "backing_store": False} if path.stat().st_size <= WHOLE_BYTES else {}
     return h5py.File(path, "r", locking=False, **whole)
+
+
+class _Group(dict[str, Any]):
+    """Tables and groups by name, with attributes, as h5py has them."""
+
+    def __init__(self, attributes: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.attrs = attributes
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _read_flush(path: Path) -> _Group:
+    """A flush as it would be in HDF5."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"checksum of {bad}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        header = json.loads(arrays["header"].tobytes())
+        events, values, steps = arrays["events"], arrays["singular_values"], arrays["steps"]
+    layers, row, value = {}, 0, 0
+    for name, index, m, n, count in header["layers"]:
+        k = min(m, n)
+        tables = {
+            "events": events[row : row + count],
+            "singular_values": values[value : value + count * k].reshape(count, k),
+        }
+        layers[group_name(name)] = _Group({"name": name, "index": index, "m": m, "n": n, "k": k}, tables)
+        row, value = row + count, value + count * k
+    return _Group(header["attributes"], {"layers": _Group({}, layers), "steps": steps})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import claim
-from hpc_oialr.spectra.files import gaps_in, head_of, record_files, side_files, side_path
-from hpc_oialr.spectra.hdf5_io import write_record, written_by
+from hpc_oialr.spectra.files import gaps_in, head_of, record_files, write_record, written_by
 from hpc_oialr.spectra.reader import Spectra
 from hpc_oialr.spectra.record_file import DAMAGE, RecordFile
-from hpc_oialr.spectra.rows import LayerRows, Rows, together
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS, STEP, as_table
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, STEP, LayerRows, Rows, as_table, together
 
 
 @dataclass(frozen=True)
@@ -66,84 +63,71 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     path = Path(path)
     head = head_of(path)
     alone = path != head and not path.is_dir()
-    paths = [path] if alone else [*record_files(head), *side_files(side_path(head))]
+    paths = [path] if alone else record_files(head)
     target = target or (path if alone else head).with_name(f"{(path if alone else head).name}.repaired.h5")
     written = claim(target, written_by("oialr spectra repair"), inputs=[*paths, head.parent], force=force)
-    found = [DamagedFile(each) for each in paths]
-    rows = together([file.rows() for file in found])
-    counted = int(found[0].attributes.get("segments", 0)) if found else 0
-    lost = [f"{gap.name}: it is missing." for gap in ([] if alone else gaps_in(paths, counted))]
-    lost += [sentence for file in found for sentence in file.lost]
+    saved: list[Rows] = []
+    lost: list[str] = []
+    attributes: dict[str, Any] = {}
+    counted = 0
+    # The oldest file's attributes count.
+    for each in reversed(paths):
+        try:
+            file = RecordFile(each)
+        except DataError as error:
+            lost.insert(0, f"{each.name}: all of it ({error.__cause__ or error}).")
+            continue
+        with contextlib.closing(file):
+            attributes |= file.attributes
+            rows, lost_here = _readable(file)
+        saved.insert(0, rows)
+        lost[:0] = lost_here
+        # The head of an earlier version counts its segments.
+        counted = int(file.attributes.get("segments", 0)) if each == paths[0] else 0
+    if not alone:
+        lost[:0] = [f"{gap.name}: it is missing." for gap in gaps_in(paths, counted)]
+    rows = together(saved)
     if not rows:
         raise DataError(f"nothing of {head} can be saved: {' '.join(lost) or 'there is no such file.'}")
-    attributes: dict[str, Any] = {}
-    for file in reversed(found):
-        attributes |= file.attributes
     write_record(written, {**attributes, "written_by": "oialr spectra repair"}, rows.layers, rows.steps)
-    with Spectra(written) as saved:
-        return RepairResult(target, len(saved), len(saved.events), tuple(lost))
+    with Spectra(written) as run:
+        return RepairResult(target, len(run), len(run.events), tuple(lost))
 
 
-@dataclass
-class DamagedFile:
-    """One file of a damaged record.
+def _readable(file: RecordFile) -> tuple[Rows, list[str]]:
+    """All rows of a file that can be read, and a sentence for each thing that cannot."""
+    layers: list[LayerRows] = []
+    lost: list[str] = []
+    steps = NO_STEPS
 
-    Attributes
-    ----------
-    lost
-        Sentences, once :meth:`rows` has read it.
-    attributes
-        Of the root, if it can be opened.
-    """
+    def tell(of: str, missing: NDArray[np.bool_], what: str) -> None:
+        if missing.any():
+            lost.append(f"{file.path.name}: {of}{np.count_nonzero(missing)} of {len(missing)} {what}.")
 
-    path: Path
-    lost: list[str] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-    def rows(self) -> Rows:
-        """All rows that can be read."""
+    for name in file.layers:
         try:
-            file = RecordFile(self.path)
-        except DataError as error:
-            self.lost.append(f"{self.path.name}: all of it ({error.__cause__ or error}).")
-            return Rows()
-        with contextlib.closing(file):
-            self.attributes = file.attributes
-            return Rows(tuple(self._layers(file)), self._steps(file))
-
-    def _layers(self, file: RecordFile) -> Iterator[LayerRows]:
-        for name in file.layers:
-            try:
-                index, m, n = file.shape(name)
-                group = file.group(name)
-                events, read = _chunks(group["events"])
-            except DAMAGE:
-                self.lost.append(f"{self.path.name}: layer {name!r}, all of it.")
-                continue
-            values = np.full((len(events), min(m, n)), np.nan, dtype=np.float32)
-            known = np.zeros(len(events), dtype=bool)
-            with contextlib.suppress(*DAMAGE):
-                found, known = _chunks(group["singular_values"])
-                values[known] = found[known]
-            self._tell(f"layer {name!r}, ", ~read, "events")
-            self._tell(f"layer {name!r}, the singular values of ", read & ~known, "events")
-            yield LayerRows(name, index, m, n, as_table(events[read], EVENT), values[read])
-
-    def _steps(self, file: RecordFile) -> NDArray[np.void]:
-        try:
-            if file.attributes.get("virtual") or "steps" not in file.tree:
-                return NO_STEPS
-            steps, read = _chunks(file.tree["steps"])
+            index, m, n = file.shape(name)
+            group = file.group(name)
+            events, read = _chunks(group["events"])
         except DAMAGE:
-            self.lost.append(f"{self.path.name}: the table of steps, all of it.")
-            return NO_STEPS
-        self._tell("", ~read, "rows of steps")
-        return as_table(steps[read], STEP)
-
-    def _tell(self, of: str, lost: NDArray[np.bool_], what: str) -> None:
-        if lost.any():
-            count = np.count_nonzero(lost)
-            self.lost.append(f"{self.path.name}: {of}{count} of {len(lost)} {what}.")
+            lost.append(f"{file.path.name}: layer {name!r}, all of it.")
+            continue
+        values = np.full((len(events), min(m, n)), np.nan, dtype=np.float32)
+        known = np.zeros(len(events), dtype=bool)
+        with contextlib.suppress(*DAMAGE):
+            found, known = _chunks(group["singular_values"])
+            values[known] = found[known]
+        tell(f"layer {name!r}, ", ~read, "events")
+        tell(f"layer {name!r}, the singular values of ", read & ~known, "events")
+        layers.append(LayerRows(name, index, m, n, as_table(events[read], EVENT), values[read]))
+    try:
+        if "steps" in file.tree and not file.attributes.get("virtual"):
+            table, read = _chunks(file.tree["steps"])
+            tell("", ~read, "rows of steps")
+            steps = as_table(table[read], STEP)
+    except DAMAGE:
+        lost.append(f"{file.path.name}: the table of steps, all of it.")
+    return Rows(tuple(layers), steps), lost
 
 
 def _chunks(dataset: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:

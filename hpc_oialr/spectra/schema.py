@@ -1,4 +1,4 @@
-"""What a record of spectra holds: the one place that says so.
+"""What a record of spectra holds, and updates of the method as rows of its tables.
 
 ::
 
@@ -44,8 +44,10 @@ fields up to ``seconds``, and no steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import h5py
@@ -53,6 +55,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.record.files import to_json
+from hpc_oialr.record.quantities import spectral_quantities
+
+if TYPE_CHECKING:
+    from hpc_oialr.method.report import LayerUpdate, UpdateReport
 
 SCHEMA_VERSION = 2
 KINDS = {"stability": 0, "conversion": 1, "update": 2}
@@ -77,12 +83,11 @@ EVENT = np.dtype(
     [
         ("t", np.int64),
         ("kind", KIND),
-        ("r_before", np.int64),
-        ("r", np.int64),
-        ("cut_values", np.int64),
+        *((name, np.int64) for name in ("r_before", "r", "cut_values")),
         *((name, np.float64) for name in MEASURES),
     ]
 )
+_SECONDS = ("wall_s", "update_s", "data_wait_s", "eval_s", "checkpoint_s")
 STEP = np.dtype(
     [
         ("step", np.int64),
@@ -90,21 +95,14 @@ STEP = np.dtype(
         ("lr", np.float64),
         ("trained_parameters", np.int64),
         ("memory_bytes", np.int64),
-        ("wall_s", np.float64),
-        ("update_s", np.float64),
-        ("data_wait_s", np.float64),
-        ("eval_s", np.float64),
-        ("checkpoint_s", np.float64),
-        ("energy_J", np.float64),
+        *((name, np.float64) for name in (*_SECONDS, "energy_J")),
     ]
 )
-
-
 NO_STEPS = np.zeros(0, dtype=STEP)
 
 
 def root_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The root's attributes as a file of this version stores them: mappings as JSON."""
+    """The root's attributes as this version stores them: mappings as JSON."""
     stored = {
         name: to_json(value) if isinstance(value, Mapping) else value for name, value in attributes.items()
     }
@@ -115,38 +113,123 @@ def root_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.void]:
-    """Rows of any version as those of this one: what is missing is NaN, what is unknown is left out."""
+    """Rows of any version in the dtype of this one: missing fields are NaN, unknown ones are dropped."""
     if rows.dtype == table:
         return rows
-    taken = np.zeros(len(rows), dtype=table)
+    converted = np.zeros(len(rows), dtype=table)
     for name in table.names or ():
         if rows.dtype.names and name in rows.dtype.names:
-            taken[name] = rows[name]
+            converted[name] = rows[name]
         elif table[name].kind == "f":
-            taken[name] = np.nan
-    return taken
+            converted[name] = np.nan
+    return converted
 
 
 def kind_words(kinds: NDArray[np.uint8]) -> list[str]:
     """Numbers of ``kind`` in words.
 
-    Examples
-    --------
     >>> kind_words(np.array([0, 2], dtype=np.uint8))
     ['stability', 'update']
     """
-    words = {number: word for word, number in KINDS.items()}
+    words = list(KINDS)
     return [words[int(number)] for number in kinds]
 
 
 def group_name(layer: str) -> str:
     """A layer's name as one HDF5 link: "/" would open a group, "." means the group itself.
 
-    Examples
-    --------
     >>> group_name("encoder.0/a"), group_name("."), group_name("")
     ('encoder.0%2Fa', '%2E', '%')
     """
     if not layer:
         return "%"
     return layer.replace(".", "%2E") if not layer.strip(".") else quote(layer, safe=" .,:;@+-_()[]")
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of one layer.
+
+    Attributes
+    ----------
+    name, index, m, n
+        The layer, its position in the model, and its weight's shape.
+    events
+        Of dtype EVENT; shape (rows,).
+    singular_values
+        float32, padded with NaN; shape (rows, k).
+    """
+
+    name: str
+    index: int
+    m: int
+    n: int
+    events: NDArray[np.void]
+    singular_values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are added to a record in one write: each layer once, step ranges, and how many updates these are."""
+
+    layers: tuple[LayerRows, ...] = ()
+    steps: NDArray[np.void] = field(default_factory=lambda: NO_STEPS)
+    events: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.layers) or len(self.steps) > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        of_layers = sum(rows.events.nbytes + rows.singular_values.nbytes for rows in self.layers)
+        return of_layers + self.steps.nbytes
+
+
+def copied(report: UpdateReport) -> UpdateReport:
+    """With a copy of the singular values, which may be views of an SVD's much larger result; about 5 us a layer."""
+    values: list[Any] = [np.asarray(each.singular_values).astype(np.float32) for each in report.layers]
+    layers = zip(report.layers, values, strict=True)
+    return replace(report, layers=tuple(replace(each, singular_values=own) for each, own in layers))
+
+
+def rows_of_update(report: UpdateReport, places: Mapping[str, int]) -> Rows:
+    """An update as rows, with all quantities of its singular values; ``places``: each layer's position in the model."""
+    return Rows(tuple(_layer_rows(report, layer, places[layer.name]) for layer in report.layers), events=1)
+
+
+def _layer_rows(report: UpdateReport, layer: LayerUpdate, index: int) -> LayerRows:
+    s = np.asarray(layer.singular_values).astype(np.float32, copy=False)
+    values = np.full((1, min(layer.m, layer.n)), np.nan, dtype=np.float32)
+    values[0, : len(s)] = s
+    figures = {"t": report.t, "kind": KINDS[report.kind], **spectral_quantities(s, layer.m, layer.n)}
+    fields = [figures[name] if name in figures else getattr(layer, name) for name in EVENT.names or ()]
+    row = tuple(math.nan if value is None else value for value in fields)
+    return LayerRows(layer.name, index, layer.m, layer.n, np.array([row], dtype=EVENT), values)
+
+
+def together(batch: Sequence[Rows]) -> Rows:
+    """Concatenate rows, layer by layer."""
+    if len(batch) == 1:
+        return batch[0]
+    grouped: dict[str, list[LayerRows]] = {}
+    for rows in batch:
+        for layer in rows.layers:
+            grouped.setdefault(layer.name, []).append(layer)
+    layers = (
+        replace(
+            same[0],
+            events=np.concatenate([rows.events for rows in same]),
+            singular_values=np.concatenate([rows.singular_values for rows in same]),
+        )
+        for same in grouped.values()
+    )
+    steps = np.concatenate([NO_STEPS, *(rows.steps for rows in batch)])
+    return Rows(tuple(layers), steps, sum(rows.events for rows in batch))
+
+
+def steps_of(rows: Sequence[Mapping[str, float]]) -> Rows:
+    """Rows of the table of steps; a missing number is NaN."""
+    fields = STEP.names or ()
+    table = [tuple(row.get(name, math.nan) for name in fields) for row in rows]
+    return Rows(steps=np.array(table, dtype=STEP))

@@ -1,40 +1,36 @@
-"""Writes rows to a chain of files that is complete after a kill at any moment, and to another folder if it must."""
+"""A record that grows by whole files, so that it is complete after a kill at any moment; and its files made one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpc_oialr.errors import DataError
+from hpc_oialr.record.quantities import spectral_quantities
 from hpc_oialr.spectra.files import (
     chain_of,
     gaps_in,
     head_of,
     is_flush,
-    make_side_folder,
     number_of,
     record_files,
     segment_path,
-    side_files,
+    write_flush,
+    write_record,
 )
-from hpc_oialr.spectra.flush_io import write_flush
-from hpc_oialr.spectra.hdf5_io import write_record
-from hpc_oialr.spectra.join import join, rows_of
-from hpc_oialr.spectra.reader import Spectra, open_files
+from hpc_oialr.spectra.reader import Layer, Spectra
 from hpc_oialr.spectra.record_file import DAMAGE, WHOLE_BYTES, RecordFile
-from hpc_oialr.spectra.rows import Rows, together
+from hpc_oialr.spectra.schema import LayerRows, Rows
 
 log = logging.getLogger(__name__)
 
-MEMORY_BYTES = 64 * 2**20
-
 
 class Chain:
-    """A record that grows by whole files; see :mod:`hpc_oialr.spectra.files`.
+    """The files of a record, see :mod:`hpc_oialr.spectra.files`.
 
     HDF5 changes a file in place, and one killed meanwhile may never open again. So each flush is a file of its own,
     renamed into its place once it is on the disk: after a kill at any moment all rows are there whose :meth:`append`
@@ -42,9 +38,9 @@ class Chain:
     matter.
 
     HDF5's own answer, SWMR, was tried (thirty kills on a local disk): all rows were there, but a killed writer
-    leaves its file marked as open, so that plain readers, and a run that goes on, are refused until ``h5clear``
-    was run by hand. Neither new layers nor the cut at a resume fit its rules (append only, to data sets that were
-    there before), and it asks for a file system that keeps the order of writes, which NFS and Lustre do not.
+    leaves its file marked as open, so that plain readers, and a resumed run, are refused until ``h5clear`` was run by
+    hand. Neither new layers nor the cut at a resume fit its rules (append only, to data sets that were there before),
+    and it asks for a file system that keeps the order of writes, which NFS and Lustre do not.
 
     Parameters
     ----------
@@ -90,32 +86,17 @@ class Chain:
         for path in reversed(record_files(self.head)):
             try:
                 with Spectra(path, [RecordFile(path)]) as run:
-                    self._cut(run, t)
+                    _cut(run, t)
             except DataError as error:
                 # The run continues; readers report it again.
                 log.warning("%s", error)
-
-    def _cut(self, run: Spectra, t: int) -> None:
-        t_of_rows = np.concatenate([run.events["t"], run.steps["step"]])
-        steps = run.steps[run.steps["step"] <= t]
-        if not (t_of_rows > t).any():
-            return
-        # Only the last file can go without a gap.
-        if (t_of_rows > t).all() and run.path == chain_of(head_of(run.path))[-1]:
-            run.path.unlink()
-        elif is_flush(run.path):
-            write_flush(run.path, run.attributes, Rows(tuple(rows_of(run, t)), steps))
-        else:
-            write_record(run.path, run.attributes, rows_of(run, t), steps)
 
     def _join_flushed(self) -> None:
         """Join the flushes at the end of the chain once they are many, and the file before them while it is small."""
         chain = chain_of(self.head)
         flushes = [path for path in chain if is_flush(path)]
-        if (
-            len(flushes) < self.join_flushes
-            and sum(path.stat().st_size for path in flushes) < self.join_bytes
-        ):
+        flushed = sum(path.stat().st_size for path in flushes)
+        if len(flushes) < self.join_flushes and flushed < self.join_bytes:
             return
         joined = [path for path in chain if not is_flush(path)]
         small = [path for path in joined[-1:] if path.stat().st_size < self.join_bytes]
@@ -123,127 +104,76 @@ class Chain:
         free = max(number_of(flushes[0]), number_of(joined[-1]) + 1) if joined else number_of(flushes[0])
         target = small[0] if small else segment_path(self.head, free)
         with Spectra(self.head, [RecordFile(path) for path in small + flushes]) as run:
-            join(run, target)
+            _join(run, target)
 
 
-class ResilientStore:
-    """Writes to the record's files while that can be done, then to side files, then keeps rows in memory.
+def merge(path: Path | str) -> Path:
+    """Join all files of a record, those of earlier versions too; returns its path.
 
-    Nothing here raises: a failing record must not end a training. Rows that are kept in memory are written at the next
-    :meth:`settle` that finds room; beyond ``memory_bytes`` the newest are dropped and counted.
+    What a run does at its end, for one that was stopped or whose disk was full. No run may be writing there.
 
     Parameters
     ----------
-    main
-        The record.
-    side
-        Its continuation, in a folder that only this user can write.
+    path
+        A run's folder or its ``spectra.h5``.
 
-    Attributes
-    ----------
-    head
-        ``spectra.h5``.
-    written
-        Events in files of either.
+    Raises
+    ------
+    DataError
+        If there is none, or a file is damaged; all stay as they are.
+    OSError
+        If there is no room; all stay as they are.
     """
+    head = head_of(Path(path))
+    with Spectra(head) as run:
+        _join(run, head)
+    return head
 
-    def __init__(self, main: Chain, side: Chain, *, memory_bytes: int = MEMORY_BYTES) -> None:
-        self.main, self.side, self.memory_bytes = main, side, memory_bytes
-        self.head, self.written, self.dropped = main.head, 0, 0
-        self._lost = False
-        self._kept: list[Rows] = []
 
-    def append(self, rows: Rows) -> None:
-        """Write rows to the first place that takes them."""
-        if self._kept or not ((not self._lost and self._to_main(rows)) or self._to_side(rows)):
-            self._keep(rows)
+def _join(run: Spectra, target: Path) -> None:
+    """Write an open record, or some files of it, as one HDF5 file, and remove the others.
 
-    def settle(self) -> None:
-        """Write what is kept in memory, if there is room now."""
-        if not self._kept:
-            return
-        rows = together(self._kept)
-        if self._to_main(rows) or self._to_side(rows):
-            self._kept.clear()
-            log.info("%s: what was kept in memory is written now.", self.head)
+    The target is renamed into its place, then the others are removed, newest first: a kill in between leaves rows
+    twice. Rows of version 1 get the quantities that follow from their singular values.
+    """
+    others = [file.path for file in run.files if file.path != target]
+    if not others:
+        return
+    write_record(target, run.attributes, _rows_of(run), run.steps)
+    for path in reversed(others):
+        path.unlink(missing_ok=True)
+    # Left by writes that were killed.
+    for draft in target.parent.glob(f".{head_of(target).name}*.tmp"):
+        draft.unlink(missing_ok=True)
 
-    def cut_after(self, t: int) -> None:
-        """Drop rows of later steps, wherever they are."""
-        if side_files(self.side.head):
-            self._join_all()
-        for chain in (self.main, self.side):
-            try:
-                chain.cut_after(t)
-            except DAMAGE as error:
-                log.warning("%s cannot be cut after step %d (%s).", chain.head, t, error)
 
-    def finish(self) -> None:
-        """Join all files into one."""
-        self.settle()
-        if record_files(self.head) or side_files(self.side.head):
-            self._join_all()
+def _cut(run: Spectra, t: int) -> None:
+    """Drop rows of later steps from an open file."""
+    t_of_rows = np.concatenate([run.events["t"], run.steps["step"]])
+    if not (t_of_rows > t).any():
+        return
+    steps = run.steps[run.steps["step"] <= t]
+    # Only the last file can go without a gap.
+    if (t_of_rows > t).all() and run.path == chain_of(head_of(run.path))[-1]:
+        run.path.unlink()
+    elif is_flush(run.path):
+        write_flush(run.path, run.attributes, Rows(tuple(_rows_of(run, t)), steps))
+    else:
+        write_record(run.path, run.attributes, _rows_of(run, t), steps)
 
-    def close(self) -> None:
-        """Try once more to write what is in memory; warn of what was lost."""
-        self.settle()
-        lost = self.dropped + sum(rows.events for rows in self._kept)
-        if lost:
-            log.warning("%s: %d events could be written nowhere and are lost.", self.head, lost)
 
-    def _to_main(self, rows: Rows) -> bool:
-        try:
-            self.main.append(rows)
-        except DAMAGE as error:
-            if not self._lost:
-                log.warning(
-                    "%s cannot be written (%s); the training goes on, and the record continues in %s. Once there is "
-                    "room: oialr spectra merge %s",
-                    self.head,
-                    error,
-                    self.side.head,
-                    self.head.parent,
-                )
-            self._lost = True
-            return False
-        self._lost = False
-        self.written += rows.events
-        return True
+def _rows_of(run: Spectra, until: int | None = None) -> Iterator[LayerRows]:
+    """Rows of one layer after another, of those that have any."""
+    for layer in run.values():
+        kept = np.flatnonzero(layer.t <= until) if until is not None else np.arange(len(layer))
+        if len(kept):
+            yield _rows(layer, kept)
 
-    def _to_side(self, rows: Rows) -> bool:
-        try:
-            make_side_folder(self.side.head)
-            self.side.append(rows)
-        except DAMAGE as error:
-            log.info("%s: %s", self.side.head, error)
-            return False
-        self.written += rows.events
-        return True
 
-    def _keep(self, rows: Rows) -> None:
-        if not self._kept:
-            log.warning(
-                "Nor can %s be written: up to %d MiB of the record stay in memory until a checkpoint finds room.",
-                self.side.head,
-                self.memory_bytes >> 20,
-            )
-        if sum(kept.nbytes for kept in self._kept) + rows.nbytes > self.memory_bytes:
-            self.dropped += rows.events
-        else:
-            self._kept.append(rows)
-
-    def _join_all(self) -> None:
-        try:
-            with Spectra(self.head, open_files(self.head, self.side.head)) as run:
-                join(run, self.head)
-        except DAMAGE as error:
-            elsewhere = f", and {self.side.head} holds a part of it" if side_files(self.side.head) else ""
-            log.warning(
-                "%s stays in several files (%s)%s; readers see them as one. Once that is put right: oialr spectra "
-                "merge %s",
-                self.head,
-                error,
-                elsewhere,
-                self.head.parent,
-            )
-        else:
-            self._lost = False
+def _rows(layer: Layer, kept: np.ndarray) -> LayerRows:
+    events, values = layer.events[kept], layer.singular_values[kept]
+    for event, row in zip(events, values, strict=True):
+        if np.isnan(event["stable_rank"]):
+            for name, figure in spectral_quantities(row[~np.isnan(row)], layer.m, layer.n).items():
+                event[name] = figure
+    return LayerRows(layer.name, layer.index, layer.m, layer.n, events, values)

@@ -1,43 +1,41 @@
-"""Records as tables of pandas and arrays of xarray."""
+"""Records as tables of pandas, arrays of xarray, CSV and Parquet."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_oialr.errors import DataError, MissingExtraError
-from hpc_oialr.spectra.layer import Layer
+from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
+from hpc_oialr.outputs import new_folder
 from hpc_oialr.spectra.schema import EVENT, KINDS, STEP, kind_words
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
+    from hpc_oialr.spectra.reader import Layer, Spectra
+
 # An event that a layer does not have.
 NO_KIND = -1
+FORMATS = ("csv", "parquet")
 
 
-def need(package: str, purpose: str) -> Any:
-    """Import an optional package.
-
-    Raises
-    ------
-    MissingExtraError
-        With the line that installs it.
-    """
+def need(package: str) -> Any:
+    """Import an optional package, or raise MissingExtraError with the line that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingExtraError(package, "spectra", purpose=purpose) from error
+        raise MissingExtraError(package, "spectra", purpose="a table of spectra") from error
 
 
 def events_to_pandas(layers: Mapping[str, Layer], *, singular_values: bool) -> pandas.DataFrame:
     """A row per layer and event; see :meth:`hpc_oialr.spectra.Spectra.to_pandas`."""
-    pandas = need("pandas", "a table of spectra")
+    pandas = need("pandas")
     events = np.concatenate([np.zeros(0, dtype=EVENT), *(layer.events for layer in layers.values())])
     frame = pandas.DataFrame({name: events[name] for name in EVENT.names or ()})
     frame["kind"] = pandas.Categorical(kind_words(events["kind"]), categories=list(KINDS))
@@ -50,51 +48,37 @@ def events_to_pandas(layers: Mapping[str, Layer], *, singular_values: bool) -> p
     return frame
 
 
-def steps_to_pandas(steps: np.ndarray[Any, Any]) -> pandas.DataFrame:
-    """A row per step range."""
-    return need("pandas", "a table of spectra").DataFrame(steps)
-
-
-def values_to_pandas(layer: Layer) -> pandas.DataFrame:
-    """A layer's singular values, a row for each: layer, t, kind, index, value."""
-    pandas = need("pandas", "a table of spectra")
-    values = layer.singular_values
-    rows, index = np.nonzero(~np.isnan(values))
-    kinds = np.array(layer.kinds, dtype=object)
-    return pandas.DataFrame(
-        {
-            "layer": layer.name,
-            "t": layer.t[rows],
-            "kind": kinds[rows],
-            "index": index,
-            "value": values[rows, index],
-        }
-    )
-
-
 def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
     """Tables of several runs in one, with a first column ``run``."""
-    pandas = need("pandas", "a table of spectra")
     for name, frame in frames.items():
         if "layer" in frame:
             # Categories differ between models.
             frame["layer"] = frame["layer"].astype(str)
         frame.insert(0, "run", name)
-    return pandas.concat(frames.values(), ignore_index=True)
+    return need("pandas").concat(frames.values(), ignore_index=True)
 
 
 def to_xarray(
     layers: Mapping[str, Layer], steps: np.ndarray[Any, Any], path: str, pattern: str
 ) -> xarray.Dataset:
-    """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`."""
-    xarray = need("xarray", "an array of spectra")
+    """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`; of two events of one step the later one."""
+    xarray = need("xarray")
     chosen = [layer for name, layer in layers.items() if fnmatchcase(name, pattern)]
     if not chosen:
         raise DataError(f"{path} has no layer like {pattern!r}; it has {', '.join(layers) or 'none'}.")
     t = np.unique(np.concatenate([layer.t for layer in chosen]))
-    fields = [name for name in EVENT.names or () if name != "t"]
-    data: dict[str, Any] = {name: (("layer", "t"), _spread(chosen, t, name)) for name in fields}
-    data["singular_values"] = (("layer", "t", "index"), _spread_values(chosen, t))
+    shape = (len(chosen), len(t))
+    data: dict[str, Any] = {}
+    for field in (name for name in EVENT.names or () if name != "t"):
+        of_kind = field == "kind"
+        spread = np.full(shape, NO_KIND if of_kind else np.nan, dtype=np.int8 if of_kind else np.float64)
+        for row, layer in zip(spread, chosen, strict=True):
+            row[np.searchsorted(t, layer.t)] = layer[field]
+        data[field] = (("layer", "t"), spread)
+    values = np.full((*shape, max(layer.k for layer in chosen)), np.nan, dtype=np.float32)
+    for rows, layer in zip(values, chosen, strict=True):
+        rows[np.searchsorted(t, layer.t), : layer.k] = layer.singular_values
+    data["singular_values"] = (("layer", "t", "index"), values)
     of_steps = {f"step_{n}" if n in data else n: ("step", steps[n]) for n in STEP.names or () if n != "step"}
     coordinates = {
         "layer": [layer.name for layer in chosen],
@@ -109,7 +93,7 @@ def to_xarray(
 
 def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
     """Arrays of several runs in one, with a first dimension ``run``."""
-    xarray = need("xarray", "an array of spectra")
+    xarray = need("xarray")
     joined = xarray.concat(
         [each.drop_attrs() for each in sets.values()],
         dim="run",
@@ -122,17 +106,60 @@ def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
     return joined.assign_coords(run=xarray.Variable("run", list(sets)))
 
 
-def _spread(layers: list[Layer], t: np.ndarray[Any, Any], field: str) -> np.ndarray[Any, Any]:
-    """One field over (layer, t); of two events of one step the later one."""
-    missing = NO_KIND if field == "kind" else np.nan
-    spread = np.full((len(layers), len(t)), missing, dtype=np.int8 if field == "kind" else np.float64)
-    for row, layer in zip(spread, layers, strict=True):
-        row[np.searchsorted(t, layer.t)] = layer[field]
-    return spread
+def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = False) -> list[Path]:
+    """Write a record's tables; the files that were written.
+
+    ``events``: a row per layer and event; ``steps``: a row per step range; singular values as a column of lists
+    in Parquet, and in CSV as a third table with a row per layer, event and value.
+
+    Parameters
+    ----------
+    form
+        "csv" or "parquet".
+    out
+        Folder to write; default ``spectra_FORMAT`` beside the record.
+    force
+        Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
+
+    Raises
+    ------
+    UnknownNameError
+        For another format.
+    DataError
+        If the record is damaged.
+    OutputError
+        If the folder holds what no export wrote.
+    MissingExtraError
+        Without pandas, or for Parquet without pyarrow.
+    """
+    if form not in FORMATS:
+        raise UnknownNameError("format", form, FORMATS)
+    source = run.path if run.path.is_dir() else run.path.parent
+    folder = out or source / f"spectra_{form}"
+    with new_folder(folder, "oialr spectra export", inputs=[source], force=force) as draft:
+        if form == "parquet":
+            need("pyarrow")
+            run.to_pandas(singular_values=True).to_parquet(draft / "events.parquet", index=False)
+            run.to_pandas("steps").to_parquet(draft / "steps.parquet", index=False)
+            return [folder / "events.parquet", folder / "steps.parquet"]
+        run.to_pandas().to_csv(draft / "events.csv", index=False)
+        run.to_pandas("steps").to_csv(draft / "steps.csv", index=False)
+        # Layer by layer: all values of a long run at once are many gigabytes of text.
+        with (draft / "singular_values.csv").open("w", encoding="utf-8", newline="") as file:
+            for place, layer in enumerate(run.values()):
+                _values_to_pandas(layer).to_csv(file, index=False, header=place == 0)
+    return [folder / name for name in ("events.csv", "steps.csv", "singular_values.csv")]
 
 
-def _spread_values(layers: list[Layer], t: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    spread = np.full((len(layers), len(t), max(layer.k for layer in layers)), np.nan, dtype=np.float32)
-    for rows, layer in zip(spread, layers, strict=True):
-        rows[np.searchsorted(t, layer.t), : layer.k] = layer.singular_values
-    return spread
+def _values_to_pandas(layer: Layer) -> pandas.DataFrame:
+    """A layer's singular values, a row for each."""
+    values = layer.singular_values
+    rows, index = np.nonzero(~np.isnan(values))
+    columns = {
+        "layer": layer.name,
+        "t": layer.t[rows],
+        "kind": np.array(layer.kinds, dtype=object)[rows],
+        "index": index,
+        "value": values[rows, index],
+    }
+    return need("pandas").DataFrame(columns)

@@ -1,65 +1,79 @@
-"""Takes the events of a run and writes them in the background."""
+"""Takes the updates of a run and writes them in a background thread, without ever stopping the training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hpc_oialr.spectra.async_writer import AsyncWriter
-from hpc_oialr.spectra.rows import copied, rows_of_update, steps_of, together
-from hpc_oialr.spectra.store import ResilientStore
+from hpc_oialr.spectra.files import record_files
+from hpc_oialr.spectra.record_file import DAMAGE
+from hpc_oialr.spectra.schema import Rows, copied, rows_of_update, steps_of, together
+from hpc_oialr.spectra.store import Chain, merge
 
 if TYPE_CHECKING:
     from hpc_oialr.method.report import UpdateReport
 
-# Rows of steps ride along with events; without any they are written by so many.
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Rows of steps are written with the next update; without one, as soon as they are so many.
 _STEPS = 256
-
-
-# An update, if there is one, and the rows of steps that came before it.
-_Job = tuple["UpdateReport | None", Sequence[Mapping[str, float]]]
+# Of rows that wait for room on the disk.
+MEMORY_BYTES = 64 * 2**20
 
 
 class SpectraWriter:
-    """Writes events in a background thread.
+    """Writes updates in a background thread.
 
-    :meth:`write` copies the singular values and returns. An event is on the disk once :attr:`written` counts it;
-    all are once :meth:`flush` has returned, which a run calls before each checkpoint. So a run that is killed and
-    resumed has lost nothing. File system errors do not raise; see :class:`ResilientStore`.
+    :meth:`write` copies the singular values and returns. An update is on the disk once :attr:`written` counts it; all
+    are once :meth:`flush` has returned True. A run flushes before each checkpoint, so that one that is killed and
+    resumed has lost nothing.
+
+    File system errors do not raise: rows stay in memory, and are tried again with the next ones; beyond
+    ``memory_bytes`` the newest are dropped and counted. A run that dies meanwhile resumes from a checkpoint, and
+    writes the updates after it again.
 
     Parameters
     ----------
-    store
-        Where rows go.
+    chain
+        The record.
     layers
         Names of the model's layers, in its order. Others are numbered after them.
-    queue
-        How many events may wait to be written.
+    queue_length
+        How many updates may wait for the thread.
     patience_s
         See :class:`AsyncWriter`.
+
+    Attributes
+    ----------
+    written, dropped
+        Updates on the disk, and those that memory could not hold.
     """
 
     def __init__(
-        self, store: ResilientStore, layers: Sequence[str] = (), *, queue: int = 64, patience_s: float = 60.0
+        self,
+        chain: Chain,
+        layers: Sequence[str] = (),
+        *,
+        queue_length: int = 64,
+        patience_s: float = 60.0,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self.store = store
+        self.chain, self.memory_bytes = chain, memory_bytes
+        self.written = self.dropped = 0
         self._places = {name: place for place, name in enumerate(layers)}
         self._steps: list[Mapping[str, float]] = []
-        self._queue = AsyncWriter(self._do, queue, name=str(store.head), patience_s=patience_s)
-
-    @property
-    def written(self) -> int:
-        """Events on the disk, of those given to this writer."""
-        return self.store.written
+        self._waiting: list[Rows] = []
+        self._failing = False
+        self._queue = AsyncWriter(self._write, queue_length, name=str(chain.head), patience_s=patience_s)
 
     def write(self, report: UpdateReport, *, wait: bool = False) -> None:
-        """Queue an event.
-
-        Parameters
-        ----------
-        wait
-            Return only once it is on the disk, or in memory if no disk can take it.
-        """
+        """Queue an update; ``wait``: return only once the thread has written it."""
         for layer in report.layers:
             self._places.setdefault(layer.name, len(self._places))
         self._put(copied(report))
@@ -67,47 +81,175 @@ class SpectraWriter:
             self._queue.drain()
 
     def add_steps(self, row: Mapping[str, float]) -> None:
-        """Keep a row of the table of steps; it is written with the next event, or by :meth:`flush`."""
+        """Keep a row of the table of steps; it is written with the next update, or by :meth:`flush`."""
         self._steps.append(row)
         if len(self._steps) >= _STEPS:
             self._put(None)
 
     def flush(self) -> bool:
-        """Return once everything is on the disk.
-
-        Returns
-        -------
-        False if the file system hangs: the rest is written once it responds again.
-        """
+        """Wait until everything is on the disk; False if it is full or hangs: the rest is written once it can be."""
         if self._steps:
             self._put(None)
-        if not self._queue.drain():
-            return False
-        self.store.settle()
-        return True
+        return self._queue.drain() and self._write_waiting()
 
     def truncate_after(self, t: int) -> None:
         """Drop rows of later steps: a resumed run writes them again."""
         if self.flush():
-            self.store.cut_after(t)
+            try:
+                self.chain.cut_after(t)
+            except DAMAGE as error:
+                log.warning("%s cannot be cut after step %d (%s).", self.chain.head, t, error)
 
     def finish(self) -> None:
         """Join all files into one, at the end of a run."""
-        if self.flush():
-            self.store.finish()
+        head = self.chain.head
+        if not (self.flush() and record_files(head)):
+            return
+        try:
+            merge(head)
+        except DAMAGE as error:
+            log.warning(
+                "%s stays in several files (%s); readers see them as one. Once that is put right: oialr spectra "
+                "merge %s",
+                head,
+                error,
+                head.parent,
+            )
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
+        """Write what is left, end the thread, and warn of what was lost."""
         if self._steps:
             self._put(None)
         if self._queue.close():
-            self.store.close()
+            self._write_waiting()
+            if lost := self.dropped + sum(rows.events for rows in self._waiting):
+                log.warning("%s: %d updates could not be written and are lost.", self.chain.head, lost)
 
     def _put(self, report: UpdateReport | None) -> None:
         steps, self._steps = self._steps, []
         self._queue.put((report, steps))
 
-    def _do(self, jobs: Sequence[_Job]) -> None:
+    def _write(self, jobs: Sequence[tuple[UpdateReport | None, Sequence[Mapping[str, float]]]]) -> None:
         updates = [rows_of_update(report, self._places) for report, _ in jobs if report is not None]
         if rows := together([*updates, steps_of([row for _, steps in jobs for row in steps])]):
-            self.store.append(rows)
+            self._waiting.append(rows)
+            self._write_waiting()
+
+    def _write_waiting(self) -> bool:
+        if not self._waiting:
+            return True
+        rows = together(self._waiting)
+        try:
+            self.chain.append(rows)
+        except DAMAGE as error:
+            if not self._failing:
+                log.warning(
+                    "%s cannot be written (%s); the training goes on, and up to %d MiB of the record wait in memory.",
+                    self.chain.head,
+                    error,
+                    self.memory_bytes >> 20,
+                )
+            self._failing = True
+            while sum(kept.nbytes for kept in self._waiting) > self.memory_bytes:
+                self.dropped += self._waiting.pop().events
+            return False
+        if self._failing:
+            log.info("%s can be written again.", self.chain.head)
+        self._failing = False
+        self.written += rows.events
+        self._waiting.clear()
+        return True
+
+
+class AsyncWriter(Generic[T]):
+    """Runs jobs in order in a background thread, all queued ones at once.
+
+    A thread is enough: gzip, ``write`` and ``fsync`` release the GIL, and ``python -m benchmarks.record`` measures
+    the rest. A process would import everything a second time and hold its memory.
+
+    Parameters
+    ----------
+    work
+        Does the queued jobs, oldest first.
+    length
+        Size of the queue. :meth:`put` blocks while it is full; the first time is logged as a warning.
+    name
+        Used in messages.
+    patience_s
+        Longest time that :meth:`put` and :meth:`drain` block (s). After it jobs are dropped and counted until the
+        queue has room again: a file system that hangs must not stop a training.
+    """
+
+    def __init__(
+        self, work: Callable[[list[T]], None], length: int, *, name: str, patience_s: float = 60.0
+    ) -> None:
+        self.name, self.patience_s = name, patience_s
+        self.waited_s, self.dropped = 0.0, 0
+        self._work, self._stuck = work, False
+        self._jobs: queue.Queue[T | None] = queue.Queue(length)
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: T) -> None:
+        """Queue a job; blocks only while the queue is full."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"writer of {self.name}", daemon=True)
+            self._thread.start()
+        try:
+            self._jobs.put_nowait(job)
+            self._stuck = False
+            return
+        except queue.Full:
+            start = time.monotonic()
+        try:
+            self._jobs.put(job, timeout=0 if self._stuck else self.patience_s)
+            self._stuck = False
+        except queue.Full:
+            self.dropped += 1
+            self._stuck = True
+        waited = time.monotonic() - start
+        if not self.waited_s:
+            log.warning(
+                "%s: %d updates wait to be written, and the training waited %.2f s for it%s. Later waits are told "
+                "at the end. Raise record.spectra_queue, or measure less often.",
+                self.name,
+                self._jobs.maxsize,
+                waited,
+                "; it hangs, and updates are dropped until it goes on" if self._stuck else "",
+            )
+        self.waited_s += waited
+
+    def drain(self) -> bool:
+        """Wait until all jobs are done; False after ``patience_s``."""
+        with self._jobs.all_tasks_done:
+            return self._jobs.all_tasks_done.wait_for(
+                lambda: not self._jobs.unfinished_tasks, self.patience_s
+            )
+
+    def close(self) -> bool:
+        """Finish queued jobs and end the thread; False if that takes longer than ``patience_s``."""
+        done = self.drain()
+        if done and self._thread is not None:
+            self._jobs.put(None)
+        if not done:
+            left = self._jobs.unfinished_tasks
+            log.warning("%s: %d jobs were not done within %g s.", self.name, left, self.patience_s)
+        if self.waited_s:
+            log.info("%s: the training waited %.2f s in all.", self.name, self.waited_s)
+        if self.dropped:
+            log.warning("%s: %d updates were dropped while it hung.", self.name, self.dropped)
+        return done
+
+    def _run(self) -> None:
+        while (first := self._jobs.get()) is not None:
+            jobs = [first]
+            with contextlib.suppress(queue.Empty):
+                while (job := self._jobs.get_nowait()) is not None:
+                    jobs.append(job)
+            try:
+                self._work(jobs)
+            except Exception:
+                # One bad job must end neither the thread, on which later jobs depend, nor the training.
+                log.exception("%s: %d updates could not be written.", self.name, len(jobs))
+            for _ in jobs:
+                self._jobs.task_done()
+        self._jobs.task_done()

@@ -162,7 +162,7 @@ class RecordConfig:
     spectra_queue
         How many events may wait to be written beside the training.
     side_folder
-        Where the spectra go on when their file cannot be written; null = the system's temporary folder.
+        Without effect: while the disk is full spectra wait in memory. Kept for recipes that name it.
     tensorboard
         Write the rows as TensorBoard events into ``logs/`` too; needs the extra ``tensorboard``.
     """

@@ -33,4 +33,4 @@ class UpdateExchange:
     def collect(self) -> list[SharedUpdate]:
         """The events that are under way, as all processes saw them."""
         events, self._under_way = self._under_way, []
-        return [unpack(event, self.world.size, pending.result()) for event, pending in events]
+        return [unpack(event, pending.result()) for event, pending in events]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.record import RunFolder
-from hpc_oialr.spectra.files import side_path
-from hpc_oialr.spectra.store import Chain, ResilientStore
+from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timers import Timers
+
+log = logging.getLogger(__name__)
 
 
 class SpectraRecord:
@@ -31,9 +33,12 @@ class SpectraRecord:
         config = context.config.record
         self.writer: SpectraWriter | None = None
         if config.spectra is not False and context.world.is_main:
-            side = side_path(folder.spectra, config.side_folder)
-            store = ResilientStore(Chain(folder.spectra, attributes), Chain(side, attributes))
-            self.writer = SpectraWriter(store, context.controller.layers, queue=config.spectra_queue)
+            if config.side_folder is not None:
+                log.warning(
+                    "record.side_folder has no effect: while the disk is full spectra wait in memory."
+                )
+            chain = Chain(folder.spectra, attributes)
+            self.writer = SpectraWriter(chain, context.controller.layers, queue_length=config.spectra_queue)
 
     def begin(self, step: int) -> None:
         """Go on after ``step`` steps."""

@@ -52,14 +52,14 @@ def test_every_process_alone() -> None:
     places = [MPIPlace(0, 1, "Open MPI v5.0.7")] * 2
     with pytest.raises(
         WorldError,
-        match=r"Open MPI v5\.0\.7 counts process 0 of 2 \(slurm\) as rank 0 of 1; both must agree\. .*"
+        match=r"Open MPI v5\.0\.7 counts rank 0 of 2 \(slurm\) as rank 0 of 1; both must agree\. .*"
         r"start Open MPI with srun --mpi=pmix, MPICH or Intel MPI with srun --mpi=pmi2",
     ):
         check_places(places, World(size=2, launcher="slurm"))
 
 
 def test_ranks_in_another_order() -> None:
-    with pytest.raises(WorldError, match=r"counts process 0 of 2 \(mpi\) as rank 1 of 2"):
+    with pytest.raises(WorldError, match=r"counts rank 0 of 2 \(mpi\) as rank 1 of 2"):
         check_places([MPIPlace(1, 2, "X"), MPIPlace(0, 2, "X")], World(size=2, launcher="mpi"))
 
 
@@ -77,7 +77,7 @@ def test_the_wrong_pmi_stops_every_process() -> None:
         ends = [crowd.end(rank) for rank in range(2)]
     assert {code for code, _ in ends} == {1}
     for _, message in ends:
-        assert message.startswith("WorldError: Fake MPI v1 counts process 0 of 2 (torchrun) as rank 0 of 1")
+        assert message.startswith("WorldError: Fake MPI v1 counts rank 0 of 2 (torchrun) as rank 0 of 1")
         assert "srun --mpi=pmix" in message
 
 
@@ -92,7 +92,7 @@ def test_the_wrong_pmi_for_real(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in processes] == [1, 1]
     for rank in range(2):
         refused = json.loads((tmp_path / f"{rank}.json").read_text())["refused"]
-        assert "counts process 0 of 2 (torchrun) as rank 0 of 1; both must agree" in refused
+        assert "counts rank 0 of 2 (torchrun) as rank 0 of 1; both must agree" in refused
         assert "srun --mpi=pmix" in refused
 
 
@@ -112,7 +112,7 @@ def test_without_mpi4py_gloo_and_one_line() -> None:
         (code, (name, lines)), (_, (other, none)) = (crowd.end(rank) for rank in range(2))
     assert (code, name, other, none) == (0, "gloo", "gloo", [])
     assert len(lines) == 1
-    assert "MPI started this run but process 0 cannot use it" in lines[0]
+    assert "MPI started this run but rank 0 cannot use it" in lines[0]
     assert 'pip install "hpc_oialr[mpi]"' in lines[0]
 
 

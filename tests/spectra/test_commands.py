@@ -18,7 +18,7 @@ from hpc_oialr.record.owner import Claim
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     writer = writer_of(tmp_path / "run" / "spectra.h5", join=SEGMENTS)
-    writer.store.head.parent.mkdir()
+    writer.chain.head.parent.mkdir()
     for t in (10, 20):
         writer.write(report(t), wait=True)
         writer.add_steps(step_row(t))
@@ -53,7 +53,7 @@ def test_merge(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as context:
-        context.setattr("hpc_oialr.spectra.join.write_record", full)
+        context.setattr("hpc_oialr.spectra.store.write_record", full)
         assert main(["spectra", "merge", str(run)]) == 2
     error = capsys.readouterr().err
     assert f"{run} cannot be merged ([Errno 28] No space left on device); all files are as before." in error

@@ -13,11 +13,9 @@ from support.spectra_reports import ATTRIBUTES, NAMES, content, report, step_row
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra import open
-from hpc_oialr.spectra.hdf5_io import write_record
-from hpc_oialr.spectra.join import merge
-from hpc_oialr.spectra.rows import rows_of_update, steps_of, together
-from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION
-from hpc_oialr.spectra.store import Chain
+from hpc_oialr.spectra.files import write_record
+from hpc_oialr.spectra.schema import EVENT, SCHEMA_VERSION, rows_of_update, steps_of, together
+from hpc_oialr.spectra.store import Chain, merge
 
 PLACES = {name: place for place, name in enumerate(NAMES)}
 

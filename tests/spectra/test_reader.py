@@ -16,10 +16,10 @@ from support.spectra_reports import NAMES, SEGMENTS, content, report, step_row, 
 import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.spectra import reader
-from hpc_oialr.spectra.export import export
-from hpc_oialr.spectra.join import merge
 from hpc_oialr.spectra.record_file import RecordFile
 from hpc_oialr.spectra.schema import EVENT, KINDS
+from hpc_oialr.spectra.store import merge
+from hpc_oialr.spectra.tables import export
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,8 @@ def test_merging_a_whole_record_changes_nothing(run: Path, tmp_path: Path) -> No
 
 def test_export(run: Path, tmp_path: Path) -> None:
     pandas = importlib.import_module("pandas")
-    written = export(run, "csv", tmp_path / "csv")
+    with spectra.open(run) as opened:
+        written = export(opened, "csv", tmp_path / "csv")
     assert [path.name for path in written] == ["events.csv", "steps.csv", "singular_values.csv"]
     files = sorted(path.name for path in (tmp_path / "csv").iterdir())
     assert files == sorted([*(path.name for path in written), "written_by_oialr.json"])
@@ -196,11 +197,11 @@ def test_export(run: Path, tmp_path: Path) -> None:
         mine = values[(values.layer == "head/out") & (values.t == 40)]
         assert mine["index"].tolist() == [0, 1, 2, 3]
         assert np.float32(mine.value.astype(float)).tolist() == opened["head/out"].spectrum(3).tolist()
-        parquet = [pandas.read_parquet(path) for path in export(run, "parquet", tmp_path / "parquet")]
+        parquet = [pandas.read_parquet(path) for path in export(opened, "parquet", tmp_path / "parquet")]
         assert parquet[0].t.tolist() == opened.events["t"].tolist()
         assert parquet[0].singular_values[3].tolist() == opened["encoder.0"].spectrum(3).tolist()
-    with pytest.raises(UnknownNameError, match="unknown format 'xml'; valid: csv, parquet"):
-        export(run, "xml")
+        with pytest.raises(UnknownNameError, match="unknown format 'xml'; valid: csv, parquet"):
+            export(opened, "xml")
 
 
 def test_opening_twice_gives_the_same(run: Path) -> None:

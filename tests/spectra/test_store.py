@@ -15,10 +15,10 @@ import pytest
 from support.spectra_reports import ATTRIBUTES, NAMES, SEGMENTS, content, report, step_row, steps_in
 
 from hpc_oialr.errors import DataError
-from hpc_oialr.spectra import hdf5_io, open, store
-from hpc_oialr.spectra.join import merge
-from hpc_oialr.spectra.rows import Rows, rows_of_update, steps_of, together
-from hpc_oialr.spectra.store import Chain
+from hpc_oialr.spectra import files as record_files
+from hpc_oialr.spectra import open, store
+from hpc_oialr.spectra.schema import Rows, rows_of_update, steps_of, together
+from hpc_oialr.spectra.store import Chain, merge
 
 LAST = 12
 PLACES = {name: place for place, name in enumerate(NAMES)}
@@ -130,7 +130,7 @@ class Camera:
             (Path, "replace"),
             (Path, "unlink"),
             (os, "fsync"),
-            (hdf5_io, "_Sink"),
+            (record_files, "_Sink"),
         ):
             monkeypatch.setattr(owner, name, self._pictured(getattr(owner, name)))
 
@@ -244,12 +244,12 @@ def test_a_failed_join_leaves_all(
     path = tmp_path / "spectra.h5"
     chain = written(path, range(1, 3))
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    monkeypatch.setattr(hdf5_io.os, "fsync", full)
+    monkeypatch.setattr(record_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         merge(path)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
     monkeypatch.undo()
-    monkeypatch.setattr(store, "join", full)
+    monkeypatch.setattr(store, "_join", full)
     chain.join_flushes = 1
     with caplog.at_level(logging.INFO):
         chain.append(rows(3))

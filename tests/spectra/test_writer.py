@@ -17,8 +17,8 @@ import torch
 from support.spectra_reports import NAMES, SEGMENTS, content, report, step_row, steps_in, writer_of
 
 from hpc_oialr.spectra import open
-from hpc_oialr.spectra.async_writer import AsyncWriter
 from hpc_oialr.spectra.schema import SCHEMA_VERSION, group_name
+from hpc_oialr.spectra.writer import AsyncWriter
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_waiting_for_the_disk_is_told_once(caplog: pytest.LogCaptureFixture) -> 
         assert queue.close()
     assert list(itertools.chain(*gate.done)) == list(range(20)), "nothing is lost"
     assert 0.05 < queue.waited_s < 60
-    assert caplog.text.count("the file: 2 events wait to be written, and the training waited 0.") == 1
+    assert caplog.text.count("the file: 2 updates wait to be written, and the training waited 0.") == 1
     assert "Raise record.spectra_queue, or measure less often" in caplog.text
     assert f"the training waited {queue.waited_s:.2f} s in all" in caplog.text
 
@@ -182,12 +182,12 @@ def test_a_disk_that_hangs_holds_nothing_up(caplog: pytest.LogCaptureFixture) ->
         assert gate.begun.wait(60)
     assert not queue.drain()
     assert queue.dropped == 7, "one at work, two waiting"
-    assert "it hangs, and events are dropped until it goes on" in caplog.text
+    assert "it hangs, and updates are dropped until it goes on" in caplog.text
     gate.open.set()
     queue.patience_s = 60.0
     assert queue.close()
     assert gate.done == [[0], [1, 2]]
-    assert "the file: 7 events were dropped while it hung." in caplog.text
+    assert "the file: 7 updates were dropped while it hung." in caplog.text
 
 
 def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +202,7 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
         queue.put(job)
         assert queue.drain()
     assert done == [2]
-    assert "the file: 1 events could not be written" in caplog.text
+    assert "the file: 1 updates could not be written" in caplog.text
     assert "a fault of ours" in caplog.text
 
 
@@ -211,14 +211,14 @@ def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A writer whose disk hangs."""
 
     def make(path: Path, gate: threading.Event) -> Any:
-        writer = writer_of(path, queue=1, patience_s=0.05)
-        append = writer.store.main.append
+        writer = writer_of(path, queue_length=1, patience_s=0.05)
+        append = writer.chain.append
 
         def slow(rows: Any) -> None:
             assert gate.wait(60)
             append(rows)
 
-        monkeypatch.setattr(writer.store.main, "append", slow)
+        monkeypatch.setattr(writer.chain, "append", slow)
         return writer
 
     return make

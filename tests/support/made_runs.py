@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from hpc_oialr.spectra.hdf5_io import write_record
-from hpc_oialr.spectra.rows import LayerRows
-from hpc_oialr.spectra.schema import EVENT, KINDS
+from hpc_oialr.spectra.files import write_record
+from hpc_oialr.spectra.schema import EVENT, KINDS, LayerRows
 
 EVIL = "<script>window.hacked = 1</script>"
 NAMES = ("encoder.0.fc1", "encoder.0.fc2", EVIL)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport
 from hpc_oialr.spectra import Spectra, open
-from hpc_oialr.spectra.store import Chain, ResilientStore
+from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
 
 NAMES = ("encoder.0", "head/out", ".", "", "größe %")
@@ -61,15 +61,12 @@ def writer_of(
     path: Path,
     *,
     join: dict[str, int] | None = None,
-    side: Path | None = None,
     memory_bytes: int = 2**20,
     **options: object,
 ) -> SpectraWriter:
-    """A writer of one process; its side file lies beside the record's folder."""
-    main = Chain(path, ATTRIBUTES, **join or {})
-    side = side or path.parent.parent / "side" / "side.h5"
-    store = ResilientStore(main, Chain(side, ATTRIBUTES), memory_bytes=memory_bytes)
-    return SpectraWriter(store, NAMES, **options)  # type: ignore[arg-type]
+    """A run's writer."""
+    chain = Chain(path, ATTRIBUTES, **join or {})
+    return SpectraWriter(chain, NAMES, memory_bytes=memory_bytes, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def train_while_full(tmp_path: Path, disk: Path, **settings: dict[str, Any]) -> 
             (disk / "of_somebody_else").unlink()
         return ""
 
-    recipe = write_recipe(tmp_path, record={"side_folder": str(tmp_path)}, **settings)
+    recipe = write_recipe(tmp_path, **settings)
     return train(load_config(recipe), disk / "run", world=World.single("cpu"), stop=StopRequest(asked))
 
 
@@ -221,6 +221,12 @@ def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: s
 def test_the_key_of_earlier_versions_is_kept(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, record={"spectra_writer": "single"})
     assert load_config(recipe).config.record.spectra_writer == "single"
+
+
+def test_a_side_folder_is_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = run(tmp_path, record={"side_folder": str(tmp_path)}, train={"steps": 8})
+    assert result.summary is not None
+    assert "record.side_folder has no effect: while the disk is full spectra wait in memory." in caplog.text
 
 
 def test_both_stabilities_are_the_same_measure() -> None:

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_oialr.method.rules import NoiseEdge
-from hpc_oialr.record import update_metrics
-from hpc_oialr.spectra import quantities
+from hpc_oialr.record import quantities
 from hpc_oialr.spectra.schema import EVENT
 
 spectra = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40).map(lambda s: np.sort(np.array(s))[::-1])
@@ -30,19 +29,6 @@ def test_against_the_matrix_itself(s: np.ndarray) -> None:
     assert quantities.condition_number(s) == pytest.approx(np.linalg.cond(np.diag(s)), rel=1e-9)
 
 
-@given(spectra)
-def test_the_same_as_in_updates_jsonl(s: np.ndarray) -> None:
-    t = torch.tensor(s.copy())
-    layer = {
-        "s_max": float(t.max()),
-        "s_sum": float(t.sum()),
-        "s_square_sum": float(t.square().sum()),
-        "s_log_sum": float(torch.special.xlogy(t, t).sum()),
-    }
-    assert quantities.stable_rank(s) == pytest.approx(update_metrics.stable_rank(layer), rel=1e-9)
-    assert quantities.effective_rank(s) == pytest.approx(update_metrics.effective_rank(layer), rel=1e-6)
-
-
 def test_the_edge_of_noise_is_where_noise_ends() -> None:
     m, n, signal = 600, 200, 5
     generator = np.random.default_rng(0)
@@ -52,8 +38,8 @@ def test_the_edge_of_noise_is_where_noise_ends() -> None:
     s = np.linalg.svd(noise + spikes, compute_uv=False)
     edge = quantities.bulk_edge(s, m, n)
     assert edge == pytest.approx(math.sqrt(m) + math.sqrt(n), rel=0.02)
-    assert quantities.values_above(s, edge) == signal
-    assert quantities.values_above(s, edge) == NoiseEdge().choose(torch.tensor(s), m, n)
+    assert quantities.spectral_quantities(s, m, n)["values_above_edge"] == signal
+    assert NoiseEdge().choose(torch.tensor(s), m, n) == signal
 
 
 def test_no_edge_once_the_bulk_is_cut() -> None:

@@ -9,8 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 
-from hpc_oialr.spectra.quantities import bulk_edge, spectral_quantities
-from hpc_oialr.spectra.tail import FEWEST, power_law_exponent
+from hpc_oialr.record.quantities import FEWEST, bulk_edge, power_law_exponent, spectral_quantities
 
 # alpha of WeightWatcher 0.7.7 (WW_powerlaw.pl_fit(s^2), its default) of matrices(): seed, shape, heavy tail.
 WEIGHTWATCHER = {
