@@ -18,7 +18,7 @@ import numpy as np
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.common import arguments, finish
-from hpc_oialr.report.page.build import write_report
+from hpc_oialr.report.page import write_report
 from hpc_oialr.report.runs import find_runs
 from hpc_oialr.spectra.files import write_record
 from hpc_oialr.spectra.schema import EVENT, KINDS, MEASURES, LayerRows

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from hpc_oialr.report.page.build import write_report
+from hpc_oialr.report.page import write_report
 from hpc_oialr.report.plots import inner_dimension, save, stability
 from hpc_oialr.report.runs import Run, find_runs
 

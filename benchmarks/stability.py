@@ -26,8 +26,7 @@ import numpy as np
 
 from benchmarks.common import Row, arguments, finish
 from hpc_oialr.report.figure_data import settling_steps
-from hpc_oialr.report.plots.stability import stability
-from hpc_oialr.report.plots.style import save
+from hpc_oialr.report.plots import save, stability
 from hpc_oialr.spectra import Spectra
 from hpc_oialr.spectra import open as open_spectra
 

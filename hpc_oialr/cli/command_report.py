@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page, then print its path."""
-    from hpc_oialr.report.page.build import write_report
+    from hpc_oialr.report.page import write_report
     from hpc_oialr.report.runs import find_runs
 
     if not is_main():

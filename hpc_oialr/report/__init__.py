@@ -1,1 +1,1 @@
-"""Figures for papers and one HTML page, from the folders of runs."""
+"""From the folders of runs: figures for papers, one HTML page; spectra of checkpoints made elsewhere."""

@@ -11,21 +11,18 @@ from hpc_oialr.errors import DataError
 from hpc_oialr.report.runs import Numbers, Run, dense_of
 from hpc_oialr.spectra import Layer, Spectra
 
-FIGURES = (
-    ("training time", "wall_s"),
-    ("time of a step", "step_s"),
-    ("peak memory", "peak_memory_gib"),
-    ("trained parameters", "trainable_params"),
-)
+COSTS = {
+    "training time": "wall_s",
+    "time of a step": "step_s",
+    "peak memory": "peak_memory_gib",
+    "trained parameters": "trainable_params",
+}
 
 
 def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """For every run but the dense one, each of :data:`FIGURES` over the dense run's.
+    """For every run but the dense one, each of :data:`COSTS` over the dense run's.
 
-    Raises
-    ------
-    DataError
-        Without a dense run or another one, or if one has not ended.
+    Raises :class:`DataError` without a dense run or another one, or if one has not ended.
     """
     dense = dense_of(runs)
     others = [run for run in runs if run is not dense]
@@ -35,19 +32,19 @@ def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
             f"runs are {names}; one must be dense and one not. Name the folder of oialr compare, or a run "
             "of the same recipe with --oialr null."
         )
-    base = _costs(dense)
-    return {run.name: {label: value / base[label] for label, value in _costs(run).items()} for run in others}
+
+    def costs(run: Run) -> dict[str, float]:
+        if not run.summary:
+            raise DataError(f"{run.folder.path} has no summary.json: the run has not ended. Let it end.")
+        numbers = {**run.summary, "step_s": run.summary["wall_s"] / max(1, run.summary["steps"])}
+        return {label: float(numbers[key]) for label, key in COSTS.items()}
+
+    base = costs(dense)
+    return {run.name: {label: value / base[label] for label, value in costs(run).items()} for run in others}
 
 
-def _costs(run: Run) -> dict[str, float]:
-    if not run.summary:
-        raise DataError(f"{run.folder.path} has no summary.json: the run has not ended. Let it end.")
-    numbers = {**run.summary, "step_s": run.summary["wall_s"] / max(1, run.summary["steps"])}
-    return {label: float(numbers[key]) for label, key in FIGURES}
-
-
-def step_seconds(run: Run) -> tuple[NDArray[np.float64], Numbers]:
-    """Steps in the middle of the ranges between two rows of losses, and seconds a step took in them."""
+def step_seconds(run: Run) -> tuple[Numbers, Numbers]:
+    """Steps in the middle between two rows of losses, and seconds a step took there."""
     curve = run.losses
     steps, seconds = np.diff(curve.step), np.diff(curve.wall_s)
     fine = (steps > 0) & (seconds >= 0)
@@ -61,20 +58,10 @@ def conversions(layers: Iterable[Layer]) -> list[int]:
     return sorted({int(step) for steps in found for step in steps})
 
 
-def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """r / k between events.
+def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.int64], Numbers]:
+    """r / k between events: edges (0, the steps of all events, the end), and shares [layers, edges - 1].
 
-    Parameters
-    ----------
-    last_step
-        Where the run ended; default a little after the last event.
-
-    Returns
-    -------
-    edges
-        0, the steps of all events, and the end; shape (columns + 1,).
-    shares
-        1 before a layer's conversion; shape (layers, columns).
+    A share is 1 before a layer's conversion. The end is ``last_step``, or a little after the last event.
     """
     steps = np.unique(run.events["t"])
     end = int(steps[-1]) if len(steps) else 0
@@ -82,7 +69,7 @@ def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.i
     edges = np.unique(np.concatenate([[0], steps, [after]])).astype(np.int64)
     shares = np.ones((len(run), len(edges) - 1))
     for row, layer in enumerate(run.values()):
-        # What holds in a column is the last event at or before its left edge.
+        # A column shows the last event at or before its left edge.
         last = np.searchsorted(layer.t, edges[:-1], side="right") - 1
         shares[row, last >= 0] = layer.r[last[last >= 0]] / layer.k
     return edges, shares

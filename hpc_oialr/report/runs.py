@@ -1,15 +1,16 @@
-"""Everything that a finished or running run has left in its folder, as one object."""
+"""What a finished or running run has left in its folder, as one object."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from hpc_oialr import spectra
@@ -26,42 +27,40 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's numbers over its steps; NaN where one is missing.
+    """A loss or metric over a run's steps, with the seconds of training so far and the share of trained parameters.
 
-    Attributes
-    ----------
-    step, wall_s, share
-        Step, seconds of training so far, and share of the parameters that is trained; shape (points,).
-    value
-        Loss, or metric; shape (points,).
-    name
-        Of ``value``.
+    All arrays have the shape (points,); NaN where a number is missing.
     """
 
+    name: str
     step: NDArray[np.int64]
     wall_s: Numbers
     share: Numbers
     value: Numbers
-    name: str
 
     def __len__(self) -> int:
         return len(self.step)
 
 
+def _curve(rows: list[dict[str, Any]], key: str, name: str) -> Curve:
+    def column(field: str) -> Numbers:
+        values = (row.get(field) for row in rows)
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+    steps = np.array([row["step"] for row in rows], dtype=np.int64)
+    return Curve(name, steps, column("wall_s"), column("trained_share"), column(key))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = read_json(path) if path.exists() else None
+    return content if isinstance(content, dict) else {}
+
+
 class Run:
-    """A run's folder; files that are missing leave their part empty.
+    """A run's folder, or the ``spectra.h5`` in it; files that are missing leave their part empty.
 
-    Parameters
-    ----------
-    path
-        The folder, or the ``spectra.h5`` in it.
-    name
-        What figures call it; default the folder's name.
-
-    Raises
-    ------
-    DataError
-        If no run was begun there and no spectra are there either.
+    ``name`` is what figures call it, by default the folder's name. Raises :class:`DataError` if there is neither a
+    run nor a record of spectra.
     """
 
     def __init__(self, path: Path | str, name: str | None = None) -> None:
@@ -94,29 +93,19 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What it ran on."""
+        """Versions and machine."""
         return _json(self.folder.environment) or (self.spectra.environment if self.spectra else {})
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Its settings."""
-        import yaml
-
-        if self.folder.config.exists():
-            try:
-                loaded: dict[str, Any] = yaml.safe_load(read_text(self.folder.config)) or {}
-            except yaml.YAMLError as error:
-                raise DataError(
-                    f"{self.folder.config} is no whole YAML ({' '.join(str(error).split())})."
-                ) from None
-            # What is shown of it must hold no secret.
-            return cast(dict[str, Any], mask_tree(loaded))
-        return self.spectra.config if self.spectra else {}
-
-    def choice(self, section: str) -> str | None:
-        """Name of the type chosen in a section of the settings, e.g. "model"; None if it is not known."""
-        chosen = self.config.get(section)
-        return chosen.get("class_path") if isinstance(chosen, dict) else None
+        """Its settings, with secrets masked."""
+        path = self.folder.config
+        if not path.exists():
+            return self.spectra.config if self.spectra else {}
+        try:
+            return cast(dict[str, Any], mask_tree(yaml.safe_load(read_text(path)) or {}))
+        except yaml.YAMLError as error:
+            raise DataError(f"{path} is no whole YAML ({' '.join(str(error).split())}).") from None
 
     @property
     def dense(self) -> bool:
@@ -134,12 +123,12 @@ class Run:
         rows = [row for row in self.metrics if "metric" in row]
         rows = [row for row in rows if row["split"] == rows[0]["split"]]
         curve = _curve(rows, "metric", rows[0]["metric_name"].replace("_", " ") if rows else "metric")
-        shares = self.losses
-        if not len(shares):
+        losses = self.losses
+        if not len(losses):
             return curve
-        # An evaluation says nothing of the share: it is that of the last row of losses up to its step.
-        at = np.maximum(np.searchsorted(shares.step, curve.step, side="right") - 1, 0)
-        return Curve(curve.step, curve.wall_s, shares.share[at], curve.value, curve.name)
+        # Rows of evaluations have no share: it is that of the last row of losses up to their step.
+        at = np.maximum(np.searchsorted(losses.step, curve.step, side="right") - 1, 0)
+        return replace(curve, share=losses.share[at])
 
     @property
     def last_step(self) -> int:
@@ -150,29 +139,36 @@ class Run:
         return max(steps, default=0)
 
     def close(self) -> None:
-        """Let go of the record's files."""
+        """Close the record's files."""
         if "spectra" in self.__dict__ and self.spectra is not None:
             self.spectra.close()
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:
-    """The runs of folders; one of ``oialr compare`` holds two.
-
-    Names are the folders', longer where two are equal.
+    """The runs of folders, two in one of ``oialr compare``; names are the folders', longer where two are equal.
 
     Raises
     ------
     DataError
         If one of them holds no run, or they are of different tasks or models, which no figure can compare.
     """
-    found = [path for given in paths for path in _inside(Path(given))]
+    found: list[Path] = []
+    for path in map(Path, paths):
+        sides = [path / "dense", path / "oialr"]
+        compared = not RunFolder(path).holds_run and all(RunFolder(side).holds_run for side in sides)
+        found += sides if compared else [path]
     folders = [(path if path.is_dir() else path.parent).resolve() for path in found]
     names = [folder.name for folder in folders]
     longer = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     labels = [each if names.count(name) > 1 else name for name, each in zip(names, longer, strict=True)]
     runs = [Run(path, label) for path, label in zip(found, labels, strict=True)]
     for section in ("task", "model"):
-        chosen = {run.name: run.choice(section) for run in runs if run.choice(section)}
+        settings = {run.name: run.config.get(section) for run in runs}
+        chosen = {
+            name: given["class_path"]
+            for name, given in settings.items()
+            if isinstance(given, dict) and given.get("class_path")
+        }
         if len(set(chosen.values())) > 1:
             told = ", ".join(f"{name} {choice}" for name, choice in chosen.items())
             raise DataError(f"the runs are of different {section}s: {told}. Make a report for each.")
@@ -182,26 +178,3 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
 def dense_of(runs: Iterable[Run]) -> Run | None:
     """The first dense run."""
     return next((run for run in runs if run.dense), None)
-
-
-def _inside(path: Path) -> list[Path]:
-    sides = [path / side for side in ("dense", "oialr")]
-    if RunFolder(path).holds_run or not all(RunFolder(side).holds_run for side in sides):
-        return [path]
-    return sides
-
-
-def _curve(rows: list[dict[str, Any]], key: str, name: str) -> Curve:
-    def column(field: str) -> Numbers:
-        values = (row.get(field) for row in rows)
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-    steps = np.array([row["step"] for row in rows], dtype=np.int64)
-    return Curve(steps, column("wall_s"), column("trained_share"), column(key), name)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    return content if isinstance(content, dict) else {}

@@ -158,7 +158,7 @@ def test_folders_of_transformers_whole_and_sharded(tmp_path: Path) -> None:
 
 def test_plots_and_tables_read_it(files: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from hpc_oialr.report.plots.stability import stability
+    from hpc_oialr.report.plots import stability
 
     with Spectra(analyze(files, tmp_path / "out.h5")) as run:
         lines = stability(run).axes[0].lines

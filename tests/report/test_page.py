@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from support.made_runs import EVIL, NAMES, make_record, make_run
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.report.page import page_data as page_data_module
-from hpc_oialr.report.page.build import page
-from hpc_oialr.report.page.packing import ABSENT, DEPTH, LEVELS, floats, logarithms
-from hpc_oialr.report.page.page_data import page_data
-from hpc_oialr.report.page.summary_text import sentences
-from hpc_oialr.report.page.tables import difference_table, environment_table, file_list
+from hpc_oialr.report import page_data as page_data_module
+from hpc_oialr.report.page import difference_table, environment_table, file_list, page
+from hpc_oialr.report.page_data import ABSENT, DEPTH, LEVELS, floats, logarithms, page_data
 from hpc_oialr.report.runs import find_runs
+from hpc_oialr.report.summary_text import sentences
 
 
 def unpacked(packed):
@@ -87,10 +85,10 @@ def test_sentences_say_what_is_there(runs):
 
 
 def test_sentences_of_layers_that_do_not_settle(run, monkeypatch):
-    monkeypatch.setattr("hpc_oialr.report.page.summary_text.STABLE", 0.9715)
+    monkeypatch.setattr("hpc_oialr.report.summary_text.STABLE", 0.9715)
     told = " ".join(sentences([run]))
     assert "the stability of all 3 layers stays above 0.9715 from step 50 on." in told
-    monkeypatch.setattr("hpc_oialr.report.page.summary_text.STABLE", 0.995)
+    monkeypatch.setattr("hpc_oialr.report.summary_text.STABLE", 0.995)
     assert "the stability of no layer stays above 0.995." in " ".join(sentences([run]))
 
 
@@ -119,8 +117,8 @@ def test_tables_show_differences_and_escape(runs):
 
 
 def test_links_are_relative_to_the_page(runs, comparison, tmp_path):
-    assert 'href="dense/config.yaml"' in file_list(runs, comparison / "report.html")
-    assert 'href="../demo/oialr/spectra.h5"' in file_list(runs, tmp_path / "pages" / "report.html")
+    assert 'href="dense/config.yaml"' in file_list(runs[0], comparison / "report.html")
+    assert 'href="../demo/oialr/spectra.h5"' in file_list(runs[1], tmp_path / "pages" / "report.html")
 
 
 def test_page_lets_no_text_run_and_no_request_out(runs, comparison):

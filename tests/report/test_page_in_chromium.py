@@ -7,7 +7,7 @@ import shutil
 import pytest
 from support.made_runs import EVIL, NAMES, make_run
 
-from hpc_oialr.report.page.build import write_report
+from hpc_oialr.report.page import write_report
 from hpc_oialr.report.runs import find_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -10,8 +10,7 @@ from hpc_oialr import spectra
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, DataError, UnknownNameError
 from hpc_oialr.report import plots
-from hpc_oialr.report.plots import figure_of
-from hpc_oialr.report.plots.style import WIDTH_IN
+from hpc_oialr.report.plots import WIDTH_IN, figure_of
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def sentences(runs: Sequence[Run]) -> Iterator[str]:
     """One after the other; only what was recorded is told."""
     dense = dense_of(runs)
     for run in runs:
-        yield from _result(run)
+        yield _result(run)
         if dense is not None and run is not dense and run.summary and dense.summary:
             yield _against(run, dense)
         if run.spectra is not None and len(run.spectra.events):
@@ -38,16 +38,14 @@ def metric_text(value: float, name: str) -> str:
     return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4f}"
 
 
-def _result(run: Run) -> Iterator[str]:
+def _result(run: Run) -> str:
     summary = run.summary
     if not run.folder.holds_run:
-        yield f"{run.name} is a record of spectra alone, up to step {run.last_step:,}."
-        return
+        return f"{run.name} is a record of spectra alone, up to step {run.last_step:,}."
     if not summary:
-        yield f"{run.name} has not ended: {run.last_step:,} steps so far."
-        return
+        return f"{run.name} has not ended: {run.last_step:,} steps so far."
     metric, share = summary["metric_name"], summary["trainable_params"] / summary["dense_trainable_params"]
-    yield (
+    return (
         f"{run.name}: {metric.replace('_', ' ')} {metric_text(summary['metric'], metric)} after "
         f"{summary['steps']:,} steps and {summary['wall_s']:.0f} s of training; {share:.1%} of the parameters "
         "are trained at the end."
@@ -55,12 +53,11 @@ def _result(run: Run) -> Iterator[str]:
 
 
 def _against(run: Run, dense: Run) -> str:
-    own, other = run.summary, dense.summary
+    own, other, curve = run.summary, dense.summary, dense.evaluations
     text = (
         f"Against {dense.name}, {run.name} took {own['wall_s'] / other['wall_s']:.2f} of the time and "
         f"{own['peak_memory_gib'] / other['peak_memory_gib']:.2f} of the peak memory"
     )
-    curve = dense.evaluations
     if not len(curve):
         return text + "."
     name = own["metric_name"]
@@ -83,20 +80,21 @@ def _stability(name: str, record: Spectra) -> Iterator[str]:
     # The slowest tenth of the layers would hide when the others settle.
     enough = math.ceil(0.9 * len(steps))
     enough += sum(step == steps[enough - 1] for step in steps[enough:])
-    yield (
-        f"In {name}, the stability of {_share_of_layers(enough, len(settled))} stays above {STABLE:g} from step "
-        f"{steps[enough - 1]:,.0f} on{_rest(settled, enough, steps)}."
-    )
-
-
-def _rest(settled: dict[str, float], enough: int, steps: list[float]) -> str:
-    if len(steps) < len(settled):
-        never = [name for name, step in settled.items() if not math.isfinite(step)]
+    rest, count = "", len(settled)
+    if len(steps) < count:
+        never = [each for each, step in settled.items() if not math.isfinite(step)]
         more = f" and {len(never) - 1} more" if len(never) > 1 else ""
-        return f"; that of {never[0]}{more} does not by the end"
-    if len(steps) > enough:
-        return f", of all from step {steps[-1]:,.0f} on"
-    return ""
+        rest = f"; that of {never[0]}{more} does not by the end"
+    elif len(steps) > enough:
+        rest = f", of all from step {steps[-1]:,.0f} on"
+    who = (
+        f"{enough} of {count} layers"
+        if enough < count
+        else f"all {count} layers"
+        if count > 1
+        else "its layer"
+    )
+    yield f"In {name}, the stability of {who} stays above {STABLE:g} from step {steps[enough - 1]:,.0f} on{rest}."
 
 
 def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
@@ -111,7 +109,7 @@ def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
     least_text = f", least in {least} ({shares[least]:.1%})" if len(set(shares.values())) > 1 else ""
     yield (
         f"{name} was converted {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean of its "
-        f"{_layers(len(shares))}{least_text}."
+        f"{len(shares)} layer{'s' * (len(shares) > 1)}{least_text}."
     )
 
 
@@ -125,13 +123,3 @@ def _noise(name: str, record: Spectra) -> Iterator[str]:
             f"At the last event of each layer in {name}, {np.median(known):.0%} of its singular values (median) stand "
             "above the edge that noise alone would reach."
         )
-
-
-def _share_of_layers(some: int, count: int) -> str:
-    if some < count:
-        return f"{some} of {count} layers"
-    return f"all {count} layers" if count > 1 else "its layer"
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"

@@ -1,1 +1,0 @@
-"""The report page: one HTML file that holds everything it shows."""

@@ -1,0 +1,358 @@
+"""Figures for papers, by matplotlib (extra ``plot``): ready for a paper's column, readable by the colour-blind.
+
+``stability(run, width="double")`` gives a :class:`matplotlib.figure.Figure`; :func:`save` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec
+
+import numpy as np
+
+from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
+from hpc_oialr.outputs import claim, marked, new_file
+from hpc_oialr.report.figure_data import (
+    COSTS,
+    conversions,
+    ratios_to_dense,
+    share_of_k,
+    spread,
+    step_seconds,
+)
+from hpc_oialr.report.runs import Run, dense_of
+from hpc_oialr.spectra import Layer, Spectra
+
+try:
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+except ImportError as error:
+    raise MissingExtraError("matplotlib", "plot", purpose="A figure") from error
+
+Width = Literal["single", "double"]
+# Widths of a column and of a page in inches, as most two-column styles have them.
+WIDTH_IN = {"single": 3.4, "double": 7.0}
+
+# Okabe and Ito, Color universal design (2008); yellow is left out, it is too light for a line.
+BLACK, GREY, VERMILION = "#000000", "#767676", "#D55E00"
+COLOURS = ("#0072B2", VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK)
+MARKERS = "osD^vPX"
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    # TrueType inside the PDF: text stays text, and publishers accept it.
+    "pdf.fonttype": 42,
+    # An SVG cannot hold a font: outlines look the same everywhere.
+    "svg.fonttype": "path",
+    "savefig.dpi": 300,
+}
+
+P = ParamSpec("P")
+
+
+def in_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw under these settings, whatever the user's own are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(), matplotlib.style.context(["default", STYLE]):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(width: Width, *, height: float = 0.62, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of a column's or a page's width, ``height`` times as high as a column is wide, and its axes."""
+    if width not in WIDTH_IN:
+        raise ConfigError("width", width, f"must be one of {', '.join(WIDTH_IN)}")
+    figure = Figure(figsize=(WIDTH_IN[width], height * WIDTH_IN["single"]), layout="constrained")
+    return figure, figure.subplots(**subplots)
+
+
+FIGURE = marked("a figure", b"\x89PNG", b"%PDF", b"<?xml", mark=b"hpc_oialr")
+# The mark by which an earlier figure is known. Dates would make two drawings of the same run differ.
+METADATA: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": "hpc_oialr"},
+    ".pdf": {"Creator": "hpc_oialr", "CreationDate": None},
+    ".svg": {"Creator": "hpc_oialr", "Date": None},
+}
+
+
+def save(figure: Figure, path: Path | str, *, inputs: Sequence[Path | str] = (), force: bool = False) -> Path:
+    """Write PNG, PDF or SVG, by the suffix; whole or not at all.
+
+    ``inputs`` and ``force`` are those of :func:`hpc_oialr.outputs.claim`. Raises OutputError if the path holds
+    something else than an earlier figure, and ConfigError for another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in METADATA:
+        raise ConfigError("--out", str(path), f"must end in {', '.join(METADATA)}", fix="E.g. stability.pdf.")
+    with (
+        new_file(claim(path, FIGURE, inputs=inputs, force=force)) as draft,
+        matplotlib.rc_context({**STYLE, "svg.hashsalt": "hpc_oialr"}),
+    ):
+        figure.savefig(draft, metadata=METADATA[path.suffix.lower()])
+    return path
+
+
+def with_grid(axes: Axes) -> Axes:
+    """Faint lines that help to read values off."""
+    axes.grid(visible=True, color="0.9", linewidth=0.5)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def plain_log_ticks(axis: Axis, *, factor: float = 1) -> None:
+    """Ticks at 1, 2, 5, 10 ... written out, of the values times ``factor``; powers beyond five decades."""
+    low, high = sorted(axis.get_view_interval())
+    if low > 0 and high / low > 1e5:
+        return
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def depth_map() -> LinearSegmentedColormap:
+    """Viridis without its lightest end, which is lost on white paper."""
+    kept = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231))
+    return LinearSegmentedColormap.from_list("depth", kept)
+
+
+def colour_bar(figure: Figure, axes: Axes, shown: ScalarMappable, label: str) -> Axis:
+    """A narrow bar beside the axes; returns its axis."""
+    bar = figure.colorbar(shown, ax=axes, label=label, pad=0.02, aspect=25)
+    bar.outline.set_visible(False)
+    return bar.ax.yaxis
+
+
+@in_style
+def stability(run: Spectra, *, width: Width = "single", title: str | None = None) -> Figure:
+    """Stability of every layer over training, coloured by depth; the first figure of arXiv 2401.08505.
+
+    The conversion to low rank is marked. ``title`` goes above the axes; a paper has a caption instead.
+
+    Examples
+    --------
+    ::
+
+        with hpc_oialr.spectra.open("runs/first") as run:
+            save(stability(run, width="double"), "stability.pdf")
+    """
+    figure, axes = new_figure(width, height=0.62 if width == "single" else 0.85)
+    layers, shades = list(run.values()), depth_map()
+    for number, layer in enumerate(layers):
+        known, colour = np.isfinite(layer.stability), shades(number / max(1, len(layers) - 1))
+        thin = 1.0 if len(layers) <= 40 else 0.5
+        axes.plot(layer.t[known], layer.stability[known], color=colour, linewidth=thin, label=layer.name)
+    _mark_conversions(axes, conversions(layers))
+    with_grid(axes)
+    axes.set_xlabel("step")
+    axes.set_ylabel("stability")
+    # The whole range from 0; less of it where all layers are stable and only the rest tells them apart.
+    values = run.events["stability"]
+    lowest = float(np.min(values, where=np.isfinite(values), initial=1.0))
+    bottom = lowest - 0.1 * (1 - lowest) if lowest > 0.5 else min(0.0, lowest - 0.02)
+    axes.set_ylim(bottom, 1 + 0.03 * (1 - bottom))
+    if title:
+        axes.set_title(title)
+    if len(layers) <= 6:
+        axes.legend(loc="best")
+    else:
+        bar = colour_bar(figure, axes, ScalarMappable(Normalize(1, len(layers)), shades), "depth (layer)")
+        bar.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
+def _mark_conversions(axes: Axes, steps: Sequence[int]) -> None:
+    """One line if all layers were converted at once, or a band from the first step to the last."""
+    if not steps:
+        return
+    if steps[0] == steps[-1]:
+        axes.axvline(steps[0], color=GREY, linestyle="--", linewidth=0.8)
+    else:
+        axes.axvspan(steps[0], steps[-1], color=GREY, alpha=0.15, linewidth=0)
+    axes.annotate(
+        "conversion",
+        (steps[-1], 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(2, 0),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=7,
+    )
+
+
+@in_style
+def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | None = None) -> Figure:
+    """Heat map of r over k by layer and step, from the dense beginning (1) to ``last_step``, where the run ended."""
+    edges, shares = share_of_k(run, last_step)
+    figure, axes = new_figure(width, height=float(np.clip(0.25 + 0.032 * len(run), 0.5, 1.35)))
+    rows = np.arange(len(run) + 1) + 0.5
+    # Rasterised inside a PDF: 100,000 rectangles would take seconds to show.
+    mesh = axes.pcolormesh(edges, rows, shares, vmin=0, vmax=1, cmap="cividis", rasterized=True)
+    axes.set_xlabel("step")
+    axes.invert_yaxis()
+    if len(run) <= 40:
+        # Of a long name its end, where names of one model differ.
+        most = 26 if width == "single" else 60
+        names = [name if len(name) <= most else f"\N{HORIZONTAL ELLIPSIS}{name[1 - most :]}" for name in run]
+        axes.set_yticks(np.arange(len(run)) + 1, names)
+        axes.tick_params(axis="y", length=0, labelsize=6 if len(run) <= 30 else 5)
+    else:
+        axes.set_ylabel("depth (layer)")
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    colour_bar(figure, axes, mesh, "$r\\,/\\,k$").set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+@in_style
+def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
+    """Spectra of one layer coloured by step, early ones dark; the cutoff and the noise edge of every event.
+
+    Cutoff: the smallest value that was kept, at events that cut. Noise edge: the height that noise alone would
+    reach, drawn where the spectrum passes it.
+    """
+    figure, axes = new_figure(width, height=0.72)
+    # More lines than 40 cannot be told apart.
+    rows, shades = spread(len(layer), 40), depth_map()
+    scale = Normalize(int(layer.t[rows[0]]), int(layer.t[rows[-1]]))
+    for row in rows:
+        s = layer.spectrum(int(row))
+        axes.plot(np.arange(1, len(s) + 1), s, color=shades(scale(layer.t[row])), linewidth=0.7)
+    cut = [int(row) for row in rows if layer["cut_values"][row] > 0]
+    if cut:
+        r = [int(layer.r[row]) for row in cut]
+        kept = [float(layer.spectrum(row)[at - 1]) for row, at in zip(cut, r, strict=True)]
+        axes.plot(r, kept, "o", color=VERMILION, markersize=3, label="cutoff", zorder=3)
+    known = rows[np.isfinite(layer["noise_edge"][rows])]
+    if len(known):
+        above, edge = np.maximum(layer["values_above_edge"][known], 1), layer["noise_edge"][known]
+        style = {"color": BLACK, "markersize": 4, "markeredgewidth": 0.8}
+        axes.plot(above, edge, "_", **style, label="noise edge", zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain_log_ticks(axes.xaxis)
+    plain_log_ticks(axes.yaxis)
+    axes.set_xlabel("index $i$")
+    axes.set_ylabel("singular value $s_i$")
+    with_grid(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left")
+    bar = colour_bar(figure, axes, ScalarMappable(scale, shades), "step")
+    bar.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+@in_style
+def share(runs: Sequence[Run], *, width: Width = "single") -> Figure:
+    """Metric against the share of trained parameters: one line a run, a point an evaluation; the last one is filled."""
+    figure, axes = new_figure(width, height=0.7)
+    evaluated = {number: run for number, run in enumerate(runs) if len(run.evaluations)}
+    for number, run in evaluated.items():
+        curve = run.evaluations
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        open_marker = {"markerfacecolor": "white", "markeredgewidth": 0.8}
+        axes.plot(curve.share, curve.value, label=run.name, **style, **open_marker)
+        axes.plot(curve.share[-1:], curve.value[-1:], linestyle="none", **style)
+    with_grid(axes)
+    axes.set_xscale("log")
+    plain_log_ticks(axes.xaxis, factor=100)
+    axes.set_xlabel("trained parameters (% of dense)")
+    # Training goes from many to few: so does the axis.
+    axes.invert_xaxis()
+    metric = " / ".join(sorted({run.evaluations.name for run in evaluated.values()})) or "metric"
+    if metric.endswith("accuracy"):
+        metric += " (%)"
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axes.set_ylabel(metric)
+    axes.legend(loc="best")
+    return figure
+
+
+@in_style
+def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
+    """Left the time of a step over training, right what each run cost over what the dense one did.
+
+    Raises :class:`DataError` unless one run is dense and another is not, and all have ended.
+    """
+    ratios, dense = ratios_to_dense(runs), dense_of(runs)
+    assert dense is not None
+    shape = {"height": 0.7, "ncols": 2} if width == "double" else {"height": 1.3, "nrows": 2}
+    figure, (times, bars) = new_figure(width, **shape)
+    for number, run in enumerate([dense, *(run for run in runs if run is not dense)]):
+        middle, seconds = step_seconds(run)
+        times.plot(middle, 1e3 * seconds, color=COLOURS[number % len(COLOURS)], label=run.name)
+    with_grid(times).set_ylim(bottom=0)
+    times.set_xlabel("step")
+    times.set_ylabel("time of a step (ms)")
+    times.legend(loc="best")
+    thickness = 0.8 / len(ratios)
+    for number, (name, values) in enumerate(ratios.items()):
+        places = np.arange(len(COSTS)) + thickness * (number + 0.5) - 0.4
+        colour = COLOURS[(number + 1) % len(COLOURS)]
+        drawn = bars.barh(places, list(values.values()), 0.9 * thickness, color=colour, label=name)
+        # Keeps a number readable where it stands on a line.
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        bars.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7, bbox=paper)
+    bars.axvline(1, color=GREY, linestyle="--", linewidth=0.8)
+    bars.set_yticks(np.arange(len(COSTS)), list(COSTS))
+    bars.tick_params(axis="y", length=0)
+    bars.invert_yaxis()
+    bars.margins(x=0.12)
+    bars.set_xlabel("relative to dense (dashed)")
+    if len(ratios) > 1:
+        bars.legend(loc="best")
+    return figure
+
+
+OF_RUNS: dict[str, Callable[..., Figure]] = {"share": share, "cost": cost}
+NAMES = ("stability", "r", "waterfall", *OF_RUNS)
+
+
+def figure_of(name: str, runs: Sequence[Run], *, layer: str | None, width: Width) -> Figure:
+    """One of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
+
+    Raises UnknownNameError for another figure or layer, and DataError if the runs do not hold what it shows.
+    """
+    if name in OF_RUNS:
+        return OF_RUNS[name](runs, width=width)
+    if name not in NAMES:
+        raise UnknownNameError("figure", name, NAMES)
+    if len(runs) > 1:
+        paths = ", ".join(str(run.folder.path) for run in runs)
+        raise DataError(f"there are {len(runs)} runs ({paths}); figure {name} shows one. Name one of them.")
+    run, record = runs[0], runs[0].spectra
+    if record is None or not len(record.events):
+        raise DataError(
+            f"{run.folder.path} has recorded no spectra; this figure shows them. Train with --record.spectra true."
+        )
+    match name:
+        case "stability":
+            return stability(record, width=width)
+        case "r":
+            return inner_dimension(record, width=width, last_step=run.last_step)
+        case _:
+            return waterfall(record[layer or record.layers[0]], width=width)
