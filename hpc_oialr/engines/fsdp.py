@@ -18,7 +18,7 @@ from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Sharded
-from hpc_oialr.lowrank.selection import kind_of
+from hpc_oialr.lowrank.targets import kind_of
 from hpc_oialr.torch_compat import forget_shapes, require_fsdp
 
 
@@ -144,7 +144,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
         parent = pending.pop()
         for child in parent.children():
             repeated = isinstance(parent, (nn.ModuleList, nn.Sequential))
-            if repeated and kind_of(child) is None and any(True for _ in child.parameters()):
+            if repeated and kind_of(type(child)) is None and any(True for _ in child.parameters()):
                 found.append(child)
             else:
                 pending.append(child)

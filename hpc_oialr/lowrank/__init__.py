@@ -9,8 +9,9 @@ from hpc_oialr.lowrank.conversion import (
     trainable_parameters,
     untied_state,
 )
-from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
+from hpc_oialr.lowrank.selection import Selection, select
 from hpc_oialr.lowrank.stored import match_structure
+from hpc_oialr.lowrank.targets import TargetWeight
 
 __all__ = [
     "LowRankWeight",

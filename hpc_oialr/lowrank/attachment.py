@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,31 +14,16 @@ from torch.utils.hooks import RemovableHandle
 _MARK = "_oialr_attachment"
 
 
-class Attached(Protocol):
-    """What a controller is told."""
-
-    def before_forward(self) -> None:
-        """Its model is about to be called."""
-
-    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
-        """``state`` is about to be loaded into ``module``, whose names in it begin with ``prefix``."""
-
-    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """``state`` is about to be loaded into one of its optimizers."""
-
-    def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """That has been done."""
-
-
 class Attachment:
     """Hooks of one controller on its model, on the owners of its layers and on its optimizers.
 
-    They hold the controller weakly. Copies and pickles of the model are tied to nothing.
+    The controller's ``before_forward``, ``before_load``, ``before_optimizer_load`` and ``after_optimizer_load`` are
+    called; it is held weakly. Copies and pickles of the model are tied to nothing.
     """
 
     __slots__ = ("__weakref__", "_controller", "_handles")
 
-    def __init__(self, controller: Attached | None = None) -> None:
+    def __init__(self, controller: Any = None) -> None:
         self._controller = None if controller is None else weakref.ref(controller)
         self._handles: list[RemovableHandle] = []
 
@@ -49,33 +34,31 @@ class Attachment:
         return Attachment, ()
 
     @property
-    def controller(self) -> Attached | None:
+    def controller(self) -> Any:
         """The controller; None in copies of the model, and when it is gone."""
         return None if self._controller is None else self._controller()
 
     def tie(self, model: nn.Module, owners: Iterable[nn.Module], optimizers: Iterable[Any]) -> None:
         """Put the hooks on; those of a controller that is gone are taken off.
 
-        Parameters
-        ----------
-        optimizers
-            Those inside a wrapper and the wrapper too: ZeroRedundancyOptimizer loads without calling the inner one's.
+        ``optimizers`` are those inside a wrapper and the wrapper too: ZeroRedundancyOptimizer loads without calling the
+        inner one's hooks.
         """
         untie(model)
-        self._handles = [model.register_forward_pre_hook(self.before_forward)]
+        self._handles = [model.register_forward_pre_hook(self._before_forward)]
         for module in {id(m): m for m in [model, *owners]}.values():
             self.cover(module)
         for optimizer in optimizers:
             if "_optimizer_load_state_dict_post_hooks" not in vars(optimizer):
                 continue  # no optimizer of torch's, or, as Accelerate's, never initialised as one
             self._handles += [
-                optimizer.register_load_state_dict_pre_hook(self.before_optimizer_load),
-                optimizer.register_load_state_dict_post_hook(self.after_optimizer_load),
+                optimizer.register_load_state_dict_pre_hook(self._before_optimizer_load),
+                optimizer.register_load_state_dict_post_hook(self._after_optimizer_load),
             ]
 
     def cover(self, module: nn.Module) -> None:
         """Let the controller know of what is loaded into ``module``."""
-        self._handles.append(module.register_load_state_dict_pre_hook(self.before_load))
+        self._handles.append(module.register_load_state_dict_pre_hook(self._before_load))
         setattr(module, _MARK, self)
 
     def release(self) -> None:
@@ -84,36 +67,28 @@ class Attachment:
             handle.remove()
         self._handles = []
 
-    def before_forward(self, module: nn.Module, inputs: Any) -> None:
-        """A forward pre-hook; not there for compiled code."""
-        if torch.compiler.is_compiling():
-            return
-        controller = self.controller
-        if controller is not None:
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        # Not there for compiled code.
+        if not torch.compiler.is_compiling() and (controller := self.controller) is not None:
             controller.before_forward()
 
-    def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A pre-hook of a module's ``load_state_dict``."""
-        controller, metadata = self.controller, rest[0]
-        if controller is not None:
-            controller.before_load(
-                module, state, prefix, assign=bool(metadata.get("assign_to_params_buffers"))
-            )
+    def _before_load(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any
+    ) -> None:
+        if (controller := self.controller) is not None:
+            assign = bool(metadata.get("assign_to_params_buffers"))
+            controller.before_load(module, state, prefix, assign=assign)
 
-    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """A pre-hook of an optimizer's ``load_state_dict``."""
-        controller = self.controller
-        if controller is not None:
+    def _before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        if (controller := self.controller) is not None:
             controller.before_optimizer_load(optimizer, state)
 
-    def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """A post-hook of an optimizer's ``load_state_dict``."""
-        controller = self.controller
-        if controller is not None:
+    def _after_optimizer_load(self, optimizer: Optimizer) -> None:
+        if (controller := self.controller) is not None:
             controller.after_optimizer_load(optimizer)
 
 
-def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached]]:
+def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """The controllers that are tied to modules of ``model``, with those modules and their names."""
     for name, module in model.named_modules():
         controller = controller_of(module)
@@ -121,11 +96,10 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached]]:
             yield name, module, controller
 
 
-def controller_of(module: nn.Module) -> Attached | None:
+def controller_of(module: nn.Module) -> Any:
     """The controller that is tied to this very module."""
     mark = module.__dict__.get(_MARK)
-    controller: Attached | None = None if mark is None else mark.controller
-    return controller
+    return None if mark is None else mark.controller
 
 
 def cover_child(parent: nn.Module, child: nn.Module) -> None:
@@ -138,14 +112,11 @@ def untie(model: nn.Module) -> None:
     """Take every attachment off the model and its modules, and off their optimizers."""
     for module in model.modules():
         mark = module.__dict__.pop(_MARK, None)
-        if mark is not None:
-            mark.release()
-            for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks):
-                _drop(hooks)
-
-
-def _drop(hooks: dict[int, Any]) -> None:
-    """Of a copy's hooks, which no handle belongs to, those that are an attachment's."""
-    for key, hook in list(hooks.items()):
-        if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), Attachment):
-            del hooks[key]
+        if mark is None:
+            continue
+        mark.release()
+        # A copy's hooks belong to no handle.
+        for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), Attachment):
+                    del hooks[key]

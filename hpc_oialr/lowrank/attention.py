@@ -36,34 +36,41 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
-        q, k, v = (self._to_batch_first(x, batched) for x in (query, key, value))
-        q, k, v = self._project(q, k, v, same=query is key and key is value)
-        k, v, extra = self._append_extra(k, v)
-        q, k, v = (self._split_heads(x) for x in (q, k, v))
-        mask = self._mask(attn_mask, key_padding_mask, batched, q, extra)
-        y, weights = self._attend(q, k, v, mask, need_weights)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return self._restore(y, weights, batched, average_attn_weights)
-
-    def _to_batch_first(self, x: Tensor, batched: bool) -> Tensor:
+        same, inputs = query is key and key is value, [query, key, value]
         if not batched:
-            return x.unsqueeze(0)
-        return x if self.batch_first else x.transpose(0, 1)
+            inputs = [x.unsqueeze(0) for x in inputs]
+        elif not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        q, k, v = self._project(inputs, same=same)
+        k, v, extra = self._append_extra(k, v)
+        q, k, v = (x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, batched, q, extra)
+        p, weights = self.dropout if self.training else 0.0, None
+        if need_weights:
+            scores = (q * self.head_dim**-0.5) @ k.mT
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
+            y = weights @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, p)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
 
-    def _project(self, q: Tensor, k: Tensor, v: Tensor, *, same: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, inputs: list[Tensor], *, same: bool) -> list[Tensor]:
+        """q, k and v (B, L, dim) from the three inputs, which are the ``same`` tensor in self-attention."""
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if "in_proj" not in self._modules:
             layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-            out = [layer(x) for layer, x in zip(layers, (q, k, v), strict=True)]
+            out = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
         elif same:
-            out = list(self.get_submodule("in_proj")(q).chunk(3, dim=-1))
+            out = list(self.get_submodule("in_proj")(inputs[0]).chunk(3, dim=-1))
         else:
-            out = [
-                _rows(self.get_submodule("in_proj"), x, part, self.embed_dim)
-                for part, x in enumerate((q, k, v))
-            ]
-        q, k, v = (x if b is None else x + b for x, b in zip(out, biases, strict=True))
-        return q, k, v
+            layer = self.get_submodule("in_proj")
+            out = [_rows(layer, x, part, self.embed_dim) for part, x in enumerate(inputs)]
+        return [x if b is None else x + b for x, b in zip(out, biases, strict=True)]
 
     def _append_extra(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Append ``bias_k``, ``bias_v`` and the zero key; returns how many keys were added."""
@@ -76,9 +83,6 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
             k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1) for x in (k, v))
             extra += 1
         return k, v, extra
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, batched: bool, q: Tensor, extra: int
@@ -96,25 +100,6 @@ class FactorisedMultiheadAttention(nn.MultiheadAttention):
         total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return F.pad(total, (0, extra)) if extra else total
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        p = self.dropout if self.training else 0.0
-        if not need_weights:
-            return F.scaled_dot_product_attention(q, k, v, mask, p), None
-        scores = (q * self.head_dim**-0.5) @ k.mT
-        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
-        return weights @ v, weights
-
-    def _restore(
-        self, y: Tensor, weights: Tensor | None, batched: bool, average: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if weights is not None and average:
-            weights = weights.mean(dim=1)
-        if not batched:
-            return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (y if self.batch_first else y.transpose(0, 1)), weights
-
 
 def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     """Apply the ``part``-th block of ``rows`` rows of a packed projection."""
@@ -124,7 +109,7 @@ def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
         return F.linear(F.linear(F.linear(x, Vh), S), U[block])
     if type(layer) is nn.Linear:
         return F.linear(x, layer.weight[block])
-    # Whatever an engine has made of it, e.g. a layer in blocks over processes.
+    # Whatever an engine has made of it, e.g. a layer sharded over processes.
     return cast(Tensor, layer(x))[..., block]
 
 
@@ -149,24 +134,16 @@ def unpack(attention: nn.MultiheadAttention) -> FactorisedMultiheadAttention:
     for parameter, module in PROJECTIONS.items():
         weight = attention._parameters.get(parameter)
         if weight is not None:
-            _remove_slot(attention, parameter)
-            attention.add_module(module, _linear_around(weight))
-            cover_child(attention, attention.get_submodule(module))
+            # The slot stays, empty, so that merging puts the weight back in its place among the parameters.
+            attention._parameters[parameter] = None
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = weight
+            attention.add_module(module, layer)
+            cover_child(attention, layer)
     attention.__class__ = FactorisedMultiheadAttention
     # torch's fused inference kernels read in_proj_weight; this flag keeps them off this layer.
     attention._qkv_same_embed_dim = False
     return cast(FactorisedMultiheadAttention, attention)
-
-
-def _remove_slot(attention: nn.Module, parameter: str) -> None:
-    # The slot stays, empty, so that merging puts the weight back in its place among the parameters.
-    attention._parameters[parameter] = None
-
-
-def _linear_around(weight: nn.Parameter) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = weight
-    return layer
 
 
 def repack(attention: FactorisedMultiheadAttention) -> nn.MultiheadAttention:

@@ -17,7 +17,8 @@ from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, un
 from hpc_oialr.lowrank.base import Crossover, LowRankWeight, rounding_bound, whole_shape
 from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
-from hpc_oialr.lowrank.selection import Selection, TargetWeight, select
+from hpc_oialr.lowrank.selection import Selection, select
+from hpc_oialr.lowrank.targets import TargetWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 

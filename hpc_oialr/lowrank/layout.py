@@ -1,4 +1,4 @@
-"""Where the rows and columns of one weight live: whole on every process, or in blocks on several."""
+"""Where the rows and columns of one weight live: replicated on every process, or sharded over several."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Replicated:
     """Every process holds every matrix whole.
 
-    The method asks a layout for blocks and gives blocks back, so that it is the same code for whole and
-    for split matrices; here a block is the matrix.
+    The method asks a layout for blocks and gives blocks back, so that it is the same code for replicated and
+    sharded matrices; here a block is the matrix. "Stored" is what a parameter or the optimizer's state holds.
 
     Attributes
     ----------
     group
-        The processes over which a matrix is split; None: it is not.
+        The processes over which a matrix is sharded; None: it is not.
     """
 
     group: dist.ProcessGroup | None = None
 
     def rows(self, weight: Tensor) -> Tensor:
         """This process's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
-        return weight.detach().reshape(weight.shape[0], -1)
+        return self.local(weight.detach()).reshape(-1, weight.numel() // weight.shape[0])
 
     def columns(self, Vh: Tensor) -> Tensor:
         """This process's columns of a stored ``Vh``: r x n_p."""
         return Vh.detach()
 
     def core(self, S: Tensor) -> Tensor:
-        """A stored core or its moment, whole (r x r); a collective call where it is split."""
-        return S.detach()
+        """A stored core or its moment, whole (r x r); a collective call where it is sharded."""
+        return whole(S.detach())
 
     def put_rows(self, block: Tensor, m: int) -> Tensor:
         """The stored form of a matrix with ``m`` rows, of which ``block`` is this process's part."""
@@ -55,21 +55,16 @@ class Replicated:
 
     def own_columns(self, n: int) -> slice:
         """Which of ``n`` columns are this process's."""
-        return slice(0, n)
+        return self.own_rows(n)
 
     def whole_columns(self, block: Tensor, n: int) -> Tensor:
         """The whole matrix (r x n) of which each process has its columns; a collective call."""
         return block
 
     def project(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T weight right^T``, whole on every process.
+        """``left^T weight right^T`` of a stored weight, whole on every process.
 
-        Parameters
-        ----------
-        weight
-            Stored, m x n with any number of axes.
-        left, right
-            This process's rows of an m x r matrix, and a whole r x n matrix.
+        ``left`` is this process's rows of an m x r matrix, ``right`` a whole r x n matrix.
         """
         return self.add(left.mT @ (self.rows(weight).to(left.dtype) @ right.mT))
 
@@ -92,22 +87,22 @@ REPLICATED = Replicated()
 class Sharded(Replicated):
     """Matrices as DTensors: weights and ``U`` in row blocks, ``Vh`` in column blocks where they fit.
 
-    A core is split too where ``split_cores``, otherwise every process holds it whole. Blocks are those
+    A core is sharded too where ``split_cores``, otherwise every process holds it whole. Blocks are those
     of ``torch.chunk``: equal but for the last ones, which may be empty.
 
     Parameters
     ----------
     mesh
-        Its last axis is the one over which matrices are split; they are equal along the one before it.
+        Its last axis is the one over which matrices are sharded; they are equal along the one before it.
     split_cores
         Whether cores are stored in row blocks.
     even_columns
-        FSDP2 splits columns only if all blocks are equal; ``Vh`` is stored in row blocks otherwise.
+        FSDP2 shards columns only if all blocks are equal; ``Vh`` is stored in row blocks otherwise.
 
     Notes
     -----
     Traffic of one process: :meth:`core` r^2 numbers, :meth:`project` r^2 (an all-reduce),
-    :meth:`whole_columns` r n.
+    :meth:`whole_columns` r n (an all-gather), ``Vh`` in row blocks r n / P each way (an all-to-all).
     """
 
     def __init__(self, mesh: DeviceMesh, *, split_cores: bool = True, even_columns: bool = True) -> None:
@@ -115,29 +110,18 @@ class Sharded(Replicated):
         self.group = mesh.get_group(mesh.ndim - 1)
         self.size, self.place = dist.get_world_size(self.group), dist.get_rank(self.group)
 
-    def placements(self, dim: int) -> Sequence[Placement]:
+    def placements(self, dim: int) -> list[Replicate | Shard]:
         """Sharded along ``dim`` over the last axis of the mesh, equal along the others."""
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(dim)]
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """This process's rows; a view."""
-        columns = weight.numel() // weight.shape[0]
-        return self.local(weight).reshape(-1, columns)
-
     def columns(self, Vh: Tensor) -> Tensor:
-        """This process's columns; an all-to-all of r n / P numbers where ``Vh`` is stored in rows."""
+        """An all-to-all where ``Vh`` is stored in row blocks."""
         r, n = Vh.shape
         block = self.local(Vh)
-        if self.stores_columns(n):
+        if self._stores_columns(n):
             return block
-        width = _length(self.own_columns(n))
-        sent = [[block[:, self.chunk(n, p)]] for p in range(self.size)]
-        shapes = [[(_length(self.chunk(r, p)), width)] for p in range(self.size)]
-        return torch.cat([piece for (piece,) in exchange(sent, shapes, self.group, block)])
-
-    def core(self, S: Tensor) -> Tensor:
-        """The whole core, gathered where it is split."""
-        return whole(S.detach())
+        shapes = [(_length(rows), _length(self.own_columns(n))) for rows in self._chunks(r)]
+        return torch.cat(self._exchange([block[:, columns] for columns in self._chunks(n)], shapes))
 
     def put_rows(self, block: Tensor, m: int) -> Tensor:
         """A DTensor of ``m`` rows."""
@@ -146,50 +130,41 @@ class Sharded(Replicated):
     def put_columns(self, block: Tensor, n: int) -> Tensor:
         """A DTensor of ``n`` columns, in column blocks if they are equal or may be unequal."""
         r = block.shape[0]
-        if self.stores_columns(n):
+        if self._stores_columns(n):
             return self.put(block, 1, (r, n))
-        height = _length(self.own_rows(r))
-        sent = [[block[self.chunk(r, p)]] for p in range(self.size)]
-        shapes = [[(height, _length(self.chunk(n, p)))] for p in range(self.size)]
-        pieces = [piece for (piece,) in exchange(sent, shapes, self.group, block)]
+        shapes = [(_length(self.own_rows(r)), _length(columns)) for columns in self._chunks(n)]
+        pieces = self._exchange([block[rows] for rows in self._chunks(r)], shapes)
         return self.put(torch.cat(pieces, dim=1), 0, (r, n))
 
-    def stores_columns(self, n: int) -> bool:
-        """Whether a ``Vh`` of ``n`` columns is stored in column blocks."""
+    def _stores_columns(self, n: int) -> bool:
         return not self.even_columns or n % self.size == 0
 
+    def _chunks(self, length: int) -> list[slice]:
+        return [chunk(length, self.size, place) for place in range(self.size)]
+
+    def _exchange(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        received = exchange([[piece] for piece in sent], [[shape] for shape in shapes], self.group, sent[0])
+        return [piece for (piece,) in received]
+
     def put_core(self, S: Tensor) -> Tensor:
-        """This process's rows of it where cores are split."""
-        if not self.split_cores:
-            return S
-        return self.put(S[self.own_rows(S.shape[0])], 0, S.shape)
+        """This process's rows of it where cores are sharded."""
+        return self.put(S[self.own_rows(S.shape[0])], 0, S.shape) if self.split_cores else S
 
     def put(self, block: Tensor, dim: int, shape: Sequence[int]) -> DTensor:
-        """A contiguous tensor of any ``shape`` that is split along ``dim``, of which ``block`` is here."""
+        """A contiguous tensor of any ``shape`` that is sharded along ``dim``, of which ``block`` is here."""
         block = block.contiguous()
         if block.untyped_storage().nbytes() > block.nbytes:
             # A view would keep the whole matrix alive.
             block = block.clone()
+        stride = torch.empty(shape, device="meta").stride()
+        placements = self.placements(dim)
         return DTensor.from_local(
-            block,
-            self.mesh,
-            self.placements(dim),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
+            block, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
-
-    def chunk(self, length: int, place: int) -> slice:
-        """What ``torch.chunk`` deals to a process."""
-        return chunk(length, self.size, place)
 
     def own_rows(self, m: int) -> slice:
         """As ``torch.chunk`` deals them."""
-        return self.chunk(m, self.place)
-
-    def own_columns(self, n: int) -> slice:
-        """As ``torch.chunk`` deals them."""
-        return self.own_rows(n)
+        return chunk(m, self.size, self.place)
 
     def whole_columns(self, block: Tensor, n: int) -> Tensor:
         """An all-gather of r n numbers."""
@@ -224,10 +199,7 @@ def exchange(
 ) -> list[list[Tensor]]:
     """An all-to-all of matrices of dtype and device of ``like``.
 
-    Parameters
-    ----------
-    sent, shapes
-        For each process the matrices that go to it, and the shapes of those that come from it.
+    For each process, ``sent`` holds the matrices that go to it and ``shapes`` the shapes of those that come from it.
     """
     flat = torch.cat([like.new_empty(0), *(piece.reshape(-1) for pieces in sent for piece in pieces)])
     sizes = [[m * n for m, n in expected] for expected in shapes]

@@ -26,6 +26,17 @@ def accumulation_hooks(parameter: Tensor) -> list[Any]:
     return _of_users(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+def _of_users(hooks: dict[int, Any] | None) -> list[Any]:
+    found = []
+    for hook in (hooks or {}).values():
+        plain = hook
+        while isinstance(plain, functools.partial):
+            plain = plain.func
+        if str(getattr(plain, "__module__", None)).split(".")[0] not in ENGINES:
+            found.append(hook)
+    return found
+
+
 def optimizer_in_hooks(parameter: Tensor, without: Sequence[Any] = ()) -> Any:
     """An optimizer of ``parameter`` that one of its hooks can reach; or None.
 
@@ -42,13 +53,6 @@ def optimizer_in_hooks(parameter: Tensor, without: Sequence[Any] = ()) -> Any:
             if held and not any(value is other for other in without):
                 return value
     return None
-
-
-def is_in_optimizer(parameter: Tensor) -> bool:
-    """Whether a group of any optimizer of the program holds it."""
-    lists = (each for each in gc.get_referrers(parameter) if type(each) is list)
-    groups = (group for each in lists for group in gc.get_referrers(each) if type(group) is dict)
-    return any(any(p is parameter for p in group.get("params", ())) for group in groups)
 
 
 def _reach(hook: Any) -> list[Any]:
@@ -68,30 +72,15 @@ def _reach(hook: Any) -> list[Any]:
 def _nested(values: Iterable[Any], depth: int) -> Iterator[Any]:
     for value in values:
         yield value
-        if depth and isinstance(value, (list, tuple, set)):
-            yield from _nested(value, depth - 1)
-        elif depth and isinstance(value, dict):
-            yield from _nested(value.values(), depth - 1)
+        if depth and isinstance(value, (list, tuple, set, dict)):
+            yield from _nested(value.values() if isinstance(value, dict) else value, depth - 1)
 
 
-def _of_users(hooks: dict[int, Any] | None) -> list[Any]:
-    return [hook for hook in (hooks or {}).values() if _origin(hook).split(".")[0] not in ENGINES]
-
-
-def _origin(hook: Any) -> str:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", None) or "")
-
-
-def pass_on_attributes(old: Tensor, new: Tensor) -> None:
-    """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``.
-
-    Tensors are left out: they are of the old shape.
-    """
-    for name, value in own_attributes(old).items():
-        if not isinstance(value, Tensor):
-            setattr(new, name, value)
+def is_in_optimizer(parameter: Tensor) -> bool:
+    """Whether a group of any optimizer of the program holds it."""
+    lists = (each for each in gc.get_referrers(parameter) if type(each) is list)
+    groups = (group for each in lists for group in gc.get_referrers(each) if type(group) is dict)
+    return any(any(p is parameter for p in group.get("params", ())) for group in groups)
 
 
 def own_attributes(parameter: Tensor) -> dict[str, Any]:
@@ -99,6 +88,13 @@ def own_attributes(parameter: Tensor) -> dict[str, Any]:
     if type(parameter) is not nn.Parameter or any(hasattr(parameter, name) for name in _OF_DEEPSPEED):
         return {}
     return {name: value for name, value in vars(parameter).items() if not name.startswith(_OF_TORCH)}
+
+
+def pass_on_attributes(old: Tensor, new: Tensor) -> None:
+    """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``, but tensors of the old shape."""
+    for name, value in own_attributes(old).items():
+        if not isinstance(value, Tensor):
+            setattr(new, name, value)
 
 
 def pass_on_hooks(old: Tensor, new: Tensor) -> None:

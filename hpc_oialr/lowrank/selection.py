@@ -7,43 +7,29 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from hpc_oialr.errors import ConfigError, ModelError, UnknownNameError
-from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.lowrank.refusals import Refusal, bare_matrices, shared_memory, use_refusal, value_refusal
+from hpc_oialr.lowrank.marks import gradient_hooks, own_attributes
+from hpc_oialr.lowrank.targets import KINDS, TargetWeight, every_weight, kind_of
 
 log = logging.getLogger(__name__)
 
-KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Conv1D")
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """Name of the layer kind, or None if it is not one of :data:`KINDS` (subclasses are unknown kinds)."""
-    return _kind_of_class(type(module))
-
-
-def _kind_of_class(layer: type[nn.Module]) -> str | None:
-    sharded = layer.__dict__.get("low_rank_kind")  # an engine's class, put on a layer of this kind
-    if sharded is not None:
-        return str(sharded)
-    if layer in (nn.Linear, NonDynamicallyQuantizableLinear):
-        return "Linear"
-    if layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention):
-        return layer.__name__
-    if layer.__name__ == "Conv1D" and layer.__module__ == "transformers.pytorch_utils":
-        return "Conv1D"
-    return None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Packages whose classes low-rank layers can take the place of.
+FORWARDS = ("torch", "transformers", "hpc_oialr")
 
 
 @dataclass(kw_only=True)
 class Selection:
-    """Which layers take part.
+    """Which layers become low-rank.
 
     Parameters
     ----------
@@ -85,80 +71,11 @@ class Selection:
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
-@dataclass(eq=False)
-class TargetWeight:
-    """One weight that can be low-rank: a layer's ``weight``, or an attention's input projection.
+class Refusal(NamedTuple):
+    """Why a weight stays dense, and whether the user should be warned of it since nothing in the settings says so."""
 
-    Attributes
-    ----------
-    name
-        Dotted name of the layer that holds, or will hold, the factors.
-    owner
-        The module with the dense parameter.
-    parameter
-        Name of the dense parameter in ``owner``.
-    kind
-        One of :data:`KINDS`.
-    """
-
-    name: str
-    owner: nn.Module
-    parameter: str
-    kind: str
-
-    @property
-    def holder(self) -> nn.Module:
-        """The module that holds the weight now: the owner, or an unpacked attention's projection."""
-        if isinstance(self.owner, FactorisedMultiheadAttention) and self.parameter in PROJECTIONS:
-            return self.owner.get_submodule(PROJECTIONS[self.parameter])
-        return self.owner
-
-    @property
-    def low_rank(self) -> LowRankWeight | None:
-        """The low-rank layer, or None while the weight is dense."""
-        holder = self.holder
-        return holder if isinstance(holder, LowRankWeight) else None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The dense weight (any number of axes); only before the conversion."""
-        parameter = self.stored
-        if parameter is None:
-            raise ModelError(
-                f"layer {self.name} has no parameter {self.weight_name!r} any more: it was parametrized, pruned or "
-                "removed after OIALR(...). Do so before, and the layer is left dense."
-            )
-        return parameter
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the dense weight in :attr:`holder`."""
-        return self.parameter if self.holder is self.owner else "weight"
-
-    @property
-    def stored(self) -> nn.Parameter | None:
-        """The dense weight; None where it was made something else than a parameter."""
-        return self.holder._parameters.get(self.weight_name)
-
-    @property
-    def trained(self) -> nn.Parameter:
-        """What the optimizer trains: the dense weight, later the core ``S``."""
-        layer = self.low_rank
-        return self.weight if layer is None else layer.S
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """m and n: (leading axis) x (all the rest)."""
-        layer = self.low_rank
-        if layer is not None:
-            return layer.m, layer.n
-        shape = whole_shape(self.weight)
-        return shape[0], shape.numel() // max(1, shape[0])
-
-    @property
-    def k(self) -> int:
-        """min(m, n)."""
-        return min(self.shape)
+    reason: str
+    warn: bool = False
 
 
 def select(
@@ -185,146 +102,127 @@ def examine(
 ) -> tuple[list[TargetWeight], dict[str, Refusal]]:
     """As :func:`select`, and why each of the others stays dense.
 
-    Raises
-    ------
-    ModelError
-        If a layer is low-rank that ``selection`` leaves out, and ``low_rank`` is set.
+    Raises :class:`ModelError` if a layer is low-rank that ``selection`` leaves out, and ``low_rank`` is set.
     """
     selection = selection or Selection()
     every = every_weight(model)
     targets = [target for target in every if low_rank or target.low_rank is None]
-    shared = Shared.of(model)
+    shared = shared_weights(model)
     refused = {}
     for target in targets:
-        refusal = _refusal(target, every, selection, shared, frozen=frozen)
-        if refusal is not None:
-            refused[target.name] = refusal
-            _require_dense(target, refusal)
+        refusal: Refusal | None = None
+        if target.kind not in selection.kinds or not selection.admits(target.name):
+            refusal = Refusal("not selected")
+        elif (selection.keep_last and target is every[-1]) or (selection.keep_first and target is every[0]):
+            refusal = Refusal("first or last layer")
+        elif target.low_rank is None:
+            refusal = unfit(target, shared, frozen=frozen)
+        if refusal is None:
+            m, n = target.shape
+            if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
+                refusal = Refusal(f"its shape {m} x {n} is too thin")
+        if refusal is None:
+            continue
+        if target.low_rank is not None:
+            raise ModelError(
+                f"layer {target.name} is low-rank already, but oialr.selection leaves it dense ({refusal.reason}). Give "
+                "the selection it was made with; or make it dense by hpc_oialr.merge(model, inplace=True), then the "
+                "optimizer."
+            )
+        refused[target.name] = refusal
     unknown, share = _unknown_kinds(model, targets)
-    _log_dense(model, targets, refused | unknown, share)
+    _log_dense(model, refused | unknown, share)
     return [target for target in targets if target.name not in refused], refused | unknown
 
 
-def _require_dense(target: TargetWeight, refusal: Refusal) -> None:
-    if target.low_rank is not None:
-        raise ModelError(
-            f"layer {target.name} is low-rank already, but oialr.selection leaves it dense ({refusal.reason}). Give the "
-            "selection it was made with; or make it dense by hpc_oialr.merge(model, inplace=True), then the optimizer."
-        )
-
-
-def _log_dense(
-    model: nn.Module, targets: Sequence[TargetWeight], refused: Mapping[str, Refusal], share: float
-) -> None:
-    if not refused:
-        return
-    owners = {target.name: target.owner for target in targets}
-    position = {module: i for i, module in enumerate(model.modules())}
-    modules = dict(model.named_modules())
-
-    def place(name: str) -> int:
-        parent = name if name in modules else name.rpartition(".")[0]
-        return position[owners[name] if name in owners else modules[parent]]
-
-    names = sorted(refused, key=place)
-    text = "; ".join(f"{name or 'the model itself'} ({refused[name].reason})" for name in names)
-    log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)
-
-
 def replaceable(model: nn.Module) -> tuple[list[TargetWeight], dict[str, str]]:
-    """Every target whose weight may be stored in another way, and the reason for each that must stay whole."""
-    targets, shared = [target for target in every_weight(model) if target.low_rank is None], Shared.of(model)
-    refused = {target.name: unfit(target, shared) for target in targets}
-    left = {name: refusal for name, refusal in refused.items() if refusal} | _unknown_kinds(model, targets)[0]
-    return [target for target in targets if target.name not in left], {
-        name: each.reason for name, each in left.items()
-    }
+    """Every dense target whose weight may be stored in another way, and the reason for each that must stay whole."""
+    targets, shared = (
+        [target for target in every_weight(model) if target.low_rank is None],
+        shared_weights(model),
+    )
+    refused = {target.name: refusal for target in targets if (refusal := unfit(target, shared))}
+    refused |= _unknown_kinds(model, targets)[0]
+    reasons = {name: refusal.reason for name, refusal in refused.items()}
+    return [target for target in targets if target.name not in refused], reasons
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What parameters of a model have in common.
+def unfit(target: TargetWeight, shared: Mapping[int, Refusal], *, frozen: bool = False) -> Refusal | None:
+    """Why the weight of a dense target must not be replaced, or None; ``frozen`` ones may be.
 
-    Attributes
-    ----------
-    uses
-        How often each parameter (by id) occurs.
-    memory
-        See :func:`~hpc_oialr.lowrank.refusals.shared_memory`.
+    ``shared`` comes from :func:`shared_weights`.
     """
-
-    uses: Counter[int]
-    memory: dict[int, str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Shared:
-        """Of this model, at this moment."""
-        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        return cls(uses, shared_memory(model))
-
-
-def every_weight(model: nn.Module) -> list[TargetWeight]:
-    """Every weight of a known kind, dense or low-rank, in the order of the dense model."""
-    targets: list[TargetWeight] = []
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        unpacked = isinstance(module, FactorisedMultiheadAttention) and _projects_at_low_rank(module)
-        kind = "MultiheadAttention" if unpacked else kind_of(module)
-        if module in inside:
-            continue
-        if kind == "MultiheadAttention":
-            for parameter, child in PROJECTIONS.items():
-                if module._parameters.get(parameter) is not None or (unpacked and child in module._modules):
-                    targets.append(
-                        TargetWeight(f"{name}.{child}" if name else child, module, parameter, kind)
-                    )
-                    inside |= {module._modules[child]} if unpacked else set()
-        elif isinstance(module, LowRankWeight):
-            targets.append(
-                TargetWeight(name, module, "weight", _kind_of_class(module.dense_class) or "Linear")
-            )
-        elif kind is not None and isinstance(getattr(module, "weight", None), Tensor):
-            targets.append(TargetWeight(name, module, "weight", kind))
-    return targets
+    weight = target.stored
+    if weight is None or parametrize.is_parametrized(target.holder):
+        return Refusal("its weight is parametrized")
+    if id(weight) in shared:
+        return shared[id(weight)]
+    if not weight.requires_grad and not frozen and weight.dtype.is_floating_point:
+        return Refusal("its weight is frozen")
+    if getattr(target.owner, "groups", 1) != 1:
+        return Refusal("it is a grouped convolution")
+    reason = _lost_in_conversion(target.holder, weight)
+    return None if reason is None else Refusal(reason, warn=True)
 
 
-def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
-    # TensorEngine splits projections as linear layers of their own.
-    inside = [attention._modules.get(child) for child in PROJECTIONS.values()]
-    return any(isinstance(m, LowRankWeight) and not hasattr(m, "shard_spec") for m in inside)
-
-
-def _refusal(
-    target: TargetWeight, targets: list[TargetWeight], selection: Selection, shared: Shared, *, frozen: bool
-) -> Refusal | None:
-    """Why a target stays dense, or None."""
-    if target.kind not in selection.kinds or not selection.admits(target.name):
-        return Refusal("not selected")
-    if (selection.keep_last and target is targets[-1]) or (selection.keep_first and target is targets[0]):
-        return Refusal("first or last layer")
-    refusal = unfit(target, shared, frozen=frozen) if target.low_rank is None else None
-    if refusal is not None:
-        return refusal
-    m, n = target.shape
-    if min(m, n) < selection.min_dim or max(m, n) > selection.max_aspect * min(m, n):
-        return Refusal(f"its shape {m} x {n} is too thin")
+def _lost_in_conversion(holder: nn.Module, weight: nn.Parameter) -> str | None:
+    """Why a weight cannot be factorised or what its user did to it would be lost, or None."""
+    # FakeTensor: the dry run of a plan has such.
+    if not (type(weight) in (Tensor, nn.Parameter, DTensor) or type(weight).__name__ == "FakeTensor"):
+        return f"its weight is a {type(weight).__name__}"
+    if weight.dtype not in DTYPES:
+        return f"its weight is of dtype {str(weight.dtype).removeprefix('torch.')}"
+    if weight.layout is not torch.strided:
+        return f"its weight is stored as {str(weight.layout).removeprefix('torch.')}"
+    tensors = [name for name, value in own_attributes(weight).items() if isinstance(value, Tensor)]
+    if tensors:
+        return f"its weight has tensors of its own, which a core cannot take: {', '.join(tensors)}"
+    if gradient_hooks(weight):
+        return "its weight has a gradient hook, which would not be called for a core"
+    own = {*holder.__dict__, *holder._parameters, *holder._buffers, *holder._modules}
+    taken = sorted((own & _reserved_names()) - set(getattr(holder, "low_rank_attributes", ())))
+    if taken:
+        return f"it has attributes of its own that a low-rank layer needs: {', '.join(taken)}"
+    forward = type(holder).forward
+    if str(getattr(forward, "__module__", "")).partition(".")[0] not in FORWARDS:
+        return f"the forward of {type(holder).__name__} was replaced for all its layers"
+    if "forward" in holder.__dict__:
+        return "its forward was replaced on this object"
     return None
 
 
-def unfit(target: TargetWeight, shared: Shared, *, frozen: bool = False) -> Refusal | None:
-    """Why the weight of a dense target must not be replaced, or None; ``frozen`` ones may be."""
-    holder, weight = target.holder, target.stored
-    if weight is None or parametrize.is_parametrized(holder):
-        return Refusal("its weight is parametrized")
-    if shared.uses[id(weight)] > 1:
-        return Refusal("its weight is tied to another layer's")
-    if not weight.requires_grad and not frozen and weight.dtype.is_floating_point:
-        return Refusal("its weight is frozen")
-    if id(weight) in shared.memory:
-        return Refusal(f"its weight shares memory with {shared.memory[id(weight)]}", warn=True)
-    if getattr(target.owner, "groups", 1) != 1:
-        return Refusal("it is a grouped convolution")
-    return value_refusal(weight) or use_refusal(holder, weight)
+def _reserved_names() -> frozenset[str]:
+    """Attributes of a dense layer that would get lost in its low-rank form, or get in its way."""
+    classes, names = [LowRankWeight], set(LowRankWeight.__annotations__)
+    while classes:
+        each = classes.pop()
+        classes += each.__subclasses__()
+        names |= vars(each).keys()
+    # A dense layer has its bias and its forward too; the latter is looked at on its own.
+    return frozenset(name for name in names - {"bias", "forward", "weight"} if not name.startswith("__"))
+
+
+def shared_weights(model: nn.Module) -> dict[int, Refusal]:
+    """The parameters (by id) that occur more than once, or share memory with another parameter or a buffer."""
+    spans = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+        if plain and tensor.layout is torch.strided and tensor.numel() > 0:
+            last = sum(
+                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            start = tensor.data_ptr()
+            spans.append((start, start + (last + 1) * tensor.itemsize, id(tensor), name))
+    others: dict[int, str] = {}
+    furthest = (0, 0, 0, "")
+    for span in sorted(spans, key=lambda span: span[:2]):
+        if span[0] < furthest[1]:
+            others.setdefault(span[2], furthest[3])
+            others.setdefault(furthest[2], span[3])
+        furthest = max(furthest, span, key=lambda each: each[1])
+    found = {key: Refusal(f"its weight shares memory with {name}", warn=True) for key, name in others.items()}
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return found | {key: Refusal("its weight is tied to another layer's") for key, n in uses.items() if n > 1}
 
 
 def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[dict[str, Refusal], float]:
@@ -334,37 +232,49 @@ def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[d
     """
     known = {id(p) for target in targets if (p := target.stored) is not None}
     total = max(1, sum(_numbers(p) for p in model.parameters()))
+    skipped = (nn.Embedding, nn.EmbeddingBag, LowRankWeight, parametrize.ParametrizationList)
     refused: dict[str, Refusal] = {}
     held = 0
     for name, module in model.named_modules():
-        if isinstance(
-            module, (nn.Embedding, nn.EmbeddingBag, LowRankWeight, parametrize.ParametrizationList)
-        ):
+        if isinstance(module, skipped):
             continue
-        if kind_of(module) is None and parametrize.is_parametrized(module):
+        unknown = kind_of(type(module)) is None
+        if unknown and parametrize.is_parametrized(module):
             refused[name] = Refusal("its weight is parametrized")
             continue
-        bare = dict(bare_matrices(module, known))
-        held += sum(map(_numbers, bare.values()))
-        plain = {key for key in bare if key.startswith("weight") and kind_of(module) is None}
-        if plain:
-            refused[name] = Refusal(_describe_kind(module, [bare[key] for key in plain], total))
-        for key in bare.keys() - plain:
-            refused[f"{name}.{key}" if name else key] = Refusal(_describe(bare[key], total))
+        weights = []
+        for key, p in module._parameters.items():
+            if p is None or id(p) in known or not _is_matrix(key, p):
+                continue
+            held += _numbers(p)
+            if unknown and key.startswith("weight"):
+                weights.append(p)
+            else:
+                shape = " x ".join(map(str, whole_shape(p)))
+                reason = f"a bare parameter, {shape}, {_numbers(p) / total:.0%} of all numbers"
+                refused[f"{name}.{key}" if name else key] = Refusal(reason)
+        if weights:
+            share = f", {sum(map(_numbers, weights)) / total:.0%} of all numbers"
+            if any(isinstance(weight, UninitializedParameter) for weight in weights):
+                share = " without a shape yet; call the model once before OIALR(...)"
+            refused[name] = Refusal(f"unknown kind {type(module).__name__}{share}")
     return refused, held / total
 
 
-def _describe_kind(module: nn.Module, weights: Sequence[Tensor], total: int) -> str:
-    kind = f"unknown kind {type(module).__name__}"
-    if any(isinstance(weight, UninitializedParameter) for weight in weights):
-        return f"{kind} without a shape yet; call the model once before OIALR(...)"
-    return f"{kind}, {sum(map(_numbers, weights)) / total:.0%} of all numbers"
-
-
-def _describe(parameter: Tensor, total: int) -> str:
-    shape = " x ".join(map(str, whole_shape(parameter)))
-    return f"a bare parameter, {shape}, {_numbers(parameter) / total:.0%} of all numbers"
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    if isinstance(parameter, UninitializedParameter):
+        return name.startswith("weight")
+    return sum(size > 1 for size in whole_shape(parameter)) > 1
 
 
 def _numbers(parameter: Tensor) -> int:
     return 0 if isinstance(parameter, UninitializedParameter) else whole_shape(parameter).numel()
+
+
+def _log_dense(model: nn.Module, refused: Mapping[str, Refusal], share: float) -> None:
+    """Name the dense layers in the order of the model; a bare parameter or projection stands where its module does."""
+    if refused:
+        place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        names = sorted(refused, key=lambda name: place.get(name, place.get(name.rpartition(".")[0], 0)))
+        text = "; ".join(f"{name or 'the model itself'} ({refused[name].reason})" for name in names)
+        log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)

@@ -14,7 +14,7 @@ from hpc_oialr.lowrank.attachment import attached, controller_of
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference, low_rank_layers
-from hpc_oialr.lowrank.selection import TargetWeight, every_weight
+from hpc_oialr.lowrank.targets import TargetWeight, every_weight
 
 
 class Stored(NamedTuple):
@@ -34,15 +34,8 @@ def stored_layers(
 ) -> dict[str, Stored]:
     """The layers of ``targets`` that are in a state dict, which is about to be loaded into ``module``.
 
-    Parameters
-    ----------
-    module, prefix
-        Part of ``root`` or all of it, and how its names in ``state`` begin.
-
-    Raises
-    ------
-    ModelError
-        If a layer is there twice, dense and low-rank, or of another shape.
+    ``module`` is a part of ``root`` or all of it, and its names in ``state`` begin with ``prefix``. Raises
+    :class:`ModelError` if a layer is there twice, dense and low-rank, or of another shape.
     """
     found = {}
     for target in targets:
@@ -141,32 +134,28 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     targets = [target for target in every_weight(model) if controller_of(target.owner) is None]
     stored = stored_layers(targets, model, model, state, "")
     _require_known(model, state)
-    changes = [(target, stored[target.name]) for target in targets if target.name in stored]
     changes = [
-        (target, form) for target, form in changes if form.r != (target.low_rank and target.low_rank.r)
+        (target, form)
+        for target in targets
+        if (form := stored.get(target.name)) and form.r != (target.low_rank and target.low_rank.r)
     ]
     if changes:
         _require_unwrapped(model, [target for target, _ in changes])
         leave_fused_inference(model)
     for target, form in changes:
-        layer = target.low_rank
-        if layer is not None:
-            layer.become_dense()
+        if target.low_rank is not None:
+            target.low_rank.become_dense()
         if form.U is not None and form.r is not None:
             empty_factors(target, form.r, factor_dtype=form.U.dtype)
     match_attention(targets, state, "", model, model)
-    return [
-        target.name
-        for target in every_weight(model)
-        if before.get(target.name) != (None if target.low_rank is None else target.low_rank.r)
-    ]
+    after = {target.name: target.low_rank and target.low_rank.r for target in every_weight(model)}
+    return [name for name, r in after.items() if before.get(name) != r]
 
 
 def _require_known(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise :class:`ModelError` if the state holds a low-rank layer that the model does not have."""
-    known = {f"{target.name}." if target.name else "" for target in every_weight(model)} | {
-        name.removesuffix("S") for name in model.state_dict()
-    }
+    known = {f"{target.name}." if target.name else "" for target in every_weight(model)}
+    known |= {name.removesuffix("S") for name in model.state_dict()}
     for key in state:
         path = key.removesuffix("S")
         if f"{path}S" == key and path not in known and {f"{path}U", f"{path}Vh"} <= state.keys():

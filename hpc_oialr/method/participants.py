@@ -12,8 +12,7 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import Selection, TargetWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.marks import accumulation_hooks, optimizer_in_hooks
-from hpc_oialr.lowrank.refusals import Refusal
-from hpc_oialr.lowrank.selection import Shared, examine, unfit
+from hpc_oialr.lowrank.selection import Refusal, examine, shared_weights, unfit
 from hpc_oialr.method.checks import shared_targets, trained_targets
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.stack import OptimizerStack
@@ -59,7 +58,7 @@ def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: Opt
     Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
     for :func:`~hpc_oialr.method.checks.check_structure`.
     """
-    shared = Shared.of(model)
+    shared = shared_weights(model)
     found = {
         target.name: unfit(target, shared, frozen=True) for target in targets if target.stored is not None
     }

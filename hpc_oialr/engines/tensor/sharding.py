@@ -27,7 +27,7 @@ from hpc_oialr.engines.tensor.layers import (
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import Sharded
-from hpc_oialr.lowrank.selection import TargetWeight
+from hpc_oialr.lowrank.targets import TargetWeight
 
 LINEAR = ("Linear", "Conv1D")
 
