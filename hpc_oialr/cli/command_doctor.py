@@ -42,60 +42,57 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run all checks, then print a table and a fix for each problem."""
-    from hpc_oialr.doctor.aggregate import aggregate
-    from hpc_oialr.doctor.checks import run_checks
+    from hpc_oialr.doctor.checks import aggregate, run_checks
     from hpc_oialr.doctor.context import CheckContext
-    from hpc_oialr.doctor.site import site_environment
 
-    around = site_environment(arguments.site)
-    context = CheckContext(
-        environ=around.environ,
-        folder=arguments.folder or Path(around.runs),
-        partition=arguments.partition or around.partition,
-        account=arguments.account or around.account,
+    context, findings = CheckContext.at_site(
+        arguments.site,
+        folder=arguments.folder,
+        partition=arguments.partition,
+        account=arguments.account,
         need_gib=arguments.need_gib,
         timeout_s=arguments.timeout_s,
     )
-    aggregated = aggregate(context, [*around.findings, *run_checks(context)])
-    if not aggregated.shown:
+    summary = aggregate(context, [*findings, *run_checks(context)])
+    if not summary.shown:
         return 0
     # Where processes cannot meet, each prints.
     out = console(of_every_process=True)
     if arguments.json:
-        out.print(as_json(context.node, aggregated), markup=False)
+        out.print(as_json(context.node, summary), markup=False)
     else:
-        show(out, context.node, aggregated)
-    return 1 if aggregated.problems else 0
+        show(out, context.node, summary)
+    return 1 if summary.problems else 0
 
 
-def as_json(node: str, aggregated: Any) -> str:
+def as_json(node: str, summary: Any) -> str:
     """For machines."""
-    rows = [{**vars(row.finding), "nodes": list(row.nodes)} for row in aggregated.rows]
+    rows = [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows]
     return json.dumps(
         {
             "node": node,
-            "processes": aggregated.processes,
-            "problems": len(aggregated.problems),
+            "processes": summary.processes,
+            "problems": len(summary.problems),
             "findings": rows,
         },
         indent=2,
     )
 
 
-def show(out: Console, node: str, aggregated: Any) -> None:
+def show(out: Console, node: str, summary: Any) -> None:
     """The table, then one line for each problem."""
-    title = node if aggregated.processes == 1 else f"{aggregated.processes} processes, seen from {node}"
+    title = node if summary.processes == 1 else f"{summary.processes} processes, seen from {node}"
     table = Table(title=title, title_justify="left")
     for column in ("check", "", "found"):
         table.add_column(column)
-    for row in aggregated.rows:
+    for row in summary.rows:
         finding = row.finding
         state = Text(finding.state, style=_COLOURS[finding.state])
         table.add_row(finding.name, state, Text(f"{finding.found}{f' [{row.where}]' if row.nodes else ''}"))
     out.print(table)
     for wanted in ("problem", "note"):
-        for finding in (row.finding for row in aggregated.rows if row.finding.state == wanted):
+        for finding in (row.finding for row in summary.rows if row.finding.state == wanted):
             if finding.fix:
                 out.print(f"{wanted:8} {finding.name}: {finding.fix}", markup=False)
-    if not aggregated.problems:
+    if not summary.problems:
         out.print("no problems", markup=False)

@@ -1,72 +1,136 @@
-"""All checks, run at the same time in threads, with a deadline."""
+"""All checks, run at the same time with a deadline; findings of all processes of a job in one table."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, problem
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
+from hpc_oialr.errors import WorldError
 
-# Longer than any program that a check waits for may take.
+Check = Callable[[CheckContext], list[Finding]]
+# By topic, in the order of the table.
+CHECKS: Mapping[str, Check] = {
+    "packages": packages.check_packages,
+    "DeepSpeed": packages.check_deepspeed,
+    "launcher": network.check_launcher,
+    "Slurm programs": slurm.check_programs,
+    "slurmctld": slurm.check_cluster,
+    "account": slurm.check_account,
+    "accounting": slurm.check_accounting,
+    "job": slurm.check_job,
+    "MPI": mpi.check_mpi,
+    "GPU": gpu.check_gpus,
+    "MASTER_ADDR": network.check_address,
+    "MASTER_PORT": network.check_port,
+    "interfaces": network.check_interfaces,
+    "run folder": files.check_folder,
+    "HDF5": files.check_hdf5,
+    "TMPDIR": files.check_tmpdir,
+    "threads": limits.check_threads,
+    "limits": limits.check_limits,
+}
+# Times the timeout of one program: longer than any check waits for its programs.
 _PATIENCE = 4
+_SLOW = 3
+_MOST_NODES = 4
 
 
-@dataclass(frozen=True)
-class Check:
-    """A topic and what looks at it."""
-
-    topic: str
-    look: Callable[[CheckContext], list[Finding]]
-
-
-# The order of the table.
-CHECKS = (
-    Check("packages", packages.check_packages),
-    Check("DeepSpeed", packages.check_deepspeed),
-    Check("launcher", network.check_launcher),
-    Check("Slurm programs", slurm.check_programs),
-    Check("slurmctld", slurm.check_cluster),
-    Check("account", slurm.check_account),
-    Check("accounting", slurm.check_accounting),
-    Check("job", slurm.check_job),
-    Check("MPI", mpi.check_mpi),
-    Check("GPU", gpu.check_gpus),
-    Check("MASTER_ADDR", network.check_address),
-    Check("MASTER_PORT", network.check_port),
-    Check("interfaces", network.check_interfaces),
-    Check("run folder", files.check_folder),
-    Check("HDF5", files.check_hdf5),
-    Check("TMPDIR", files.check_tmpdir),
-    Check("threads", limits.check_threads),
-    Check("limits", limits.check_limits),
-)
-
-
-def run_checks(context: CheckContext, checks: Sequence[Check] = CHECKS) -> list[Finding]:
-    """Findings of all checks, in their order; none of them can hang the caller."""
+def run_checks(context: CheckContext, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
+    """Findings of all checks, in their order; a check that hangs or raises is a finding, too."""
     found: dict[str, list[Finding]] = {}
 
-    def look(check: Check) -> None:
+    def look(topic: str) -> None:
         try:
-            found[check.topic] = check.look(context)
+            found[topic] = checks[topic](context)
         except Exception as error:
-            # A system that nobody has thought of must not hide what all other checks have found.
-            found[check.topic] = [note(check.topic, f"cannot be looked at: {type(error).__name__}: {error}")]
+            # A system that nobody has thought of must not hide what other checks have found.
+            found[topic] = [note(topic, f"cannot be looked at: {type(error).__name__}: {error}")]
 
     # Daemons: a thread that hangs is left behind.
-    threads = [threading.Thread(target=look, args=(check,), daemon=True) for check in checks]
+    threads = [threading.Thread(target=look, args=(topic,), daemon=True) for topic in checks]
     for thread in threads:
         thread.start()
     limit_s = _PATIENCE * context.timeout_s
     deadline = time.monotonic() + limit_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    for check in checks:
-        fix = "oialr doctor --timeout-s 60   (if the machine is only slow)"
-        late = [problem(check.topic, f"no answer within {limit_s:g} s", fix)]
-        found.setdefault(check.topic, late)
-    return [finding for check in checks for finding in found[check.topic]]
+    fix = "oialr doctor --timeout-s 60   (if the machine is only slow)"
+    for topic in checks:
+        found.setdefault(topic, [problem(topic, f"no answer within {limit_s:g} s", fix)])
+    return [finding for topic in checks for finding in found[topic]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding, and the nodes it is about; no nodes if all processes agree."""
+
+    finding: Finding
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The nodes, as text."""
+        more = f" and {len(self.nodes) - _MOST_NODES} more" if len(self.nodes) > _MOST_NODES else ""
+        return ", ".join(self.nodes[:_MOST_NODES]) + more
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows about so many processes, and whether this process prints them."""
+
+    rows: tuple[Row, ...]
+    processes: int
+    shown: bool
+
+    @property
+    def problems(self) -> list[Row]:
+        """Rows that need a fix."""
+        return [row for row in self.rows if row.finding.state == "problem"]
+
+
+def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
+    """Findings of all processes on rank 0; each process's own where they cannot meet.
+
+    A collective call if there are several processes; each sends its findings, some kB.
+    """
+    if context.size == 1:
+        return Summary(tuple(map(Row, findings)), 1, shown=True)
+    from hpc_oialr.distributed.world import World
+
+    limit_s = context.timeout_s * (1 if network.by_hand(context) else _SLOW)
+    try:
+        world = World.from_environment(device="cpu", timeout_s=limit_s, environ=context.environ)
+        try:
+            met = ok("World", f"{world.size} processes met")
+            everyone = world.all_gather_object((context.node, [*findings, met]))
+        finally:
+            world.close()
+    except WorldError as error:
+        fix = "oialr doctor on each node; look at MASTER_ADDR and MASTER_PORT"
+        fix = network.unset(context) if network.by_hand(context) else fix
+        return Summary(tuple(map(Row, [*findings, problem("World", str(error), fix)])), 1, shown=True)
+    return Summary(tuple(worst(everyone)), context.size, shown=context.is_main)
+
+
+def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Row]:
+    """The worst finding of each name, with the nodes where it was made unless all made the same.
+
+    ``everyone`` holds node and findings of each process.
+    """
+    by_name: dict[str, list[tuple[str, Finding]]] = {}
+    for node, findings in everyone:
+        for finding in findings:
+            by_name.setdefault(finding.name, []).append((node, finding))
+    rows = []
+    for made in by_name.values():
+        bad = max((finding for _, finding in made), key=lambda finding: finding.severity)
+        nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == bad.severity))
+        alike = all(finding.severity == bad.severity for _, finding in made)
+        # What only one process checks holds for all; but a problem may be its node's own.
+        of_all = bad.state != "problem" or set(nodes) == {node for node, _ in everyone}
+        rows.append(Row(bad, () if alike and of_all else nodes))
+    return rows

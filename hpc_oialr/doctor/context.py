@@ -1,23 +1,83 @@
-"""The process that the checks are about, as its launcher and its user describe it."""
+"""What checks are given, the process as its launcher and user describe it, and what they return."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
+from hpc_oialr.commands import Answer, run_command
 from hpc_oialr.distributed.environment import (
     LaunchInfo,
+    all_variables,
     gpus_per_node,
     in_step,
     launch_info,
     node_name,
     under_mpi,
 )
-from hpc_oialr.errors import WorldError, check_interval
+from hpc_oialr.errors import OIALRError, UnknownNameError, WorldError, check_interval
+from hpc_oialr.launch.site import ClusterConfig, read_site, site_file
 
+State = Literal["ok", "note", "problem"]
+STATES: tuple[State, ...] = ("ok", "note", "problem")
+SLURM_PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 _NO_GPU = ("", "-1", "NoDevFiles")
+_PROBE = Path(__file__).with_name("probe.py")
+_SLOW = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes
+    ----------
+    name
+        What was checked.
+    state
+        "ok"; "note": worth knowing, runs do without; "problem": a run would fail, hang or be slow.
+    found
+        What is the case.
+    fix
+        One line that puts it right; every problem has one.
+    """
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.state in STATES, self.state
+        assert self.fix or self.state != "problem", f"no fix for {self.name}"
+
+    @property
+    def severity(self) -> int:
+        """0, 1 or 2, the worst."""
+        return STATES.index(self.state)
+
+
+def ok(name: str, found: str) -> Finding:
+    """Nothing is wrong."""
+    return Finding(name, "ok", found)
+
+
+def note(name: str, found: str, fix: str = "") -> Finding:
+    """Worth knowing."""
+    return Finding(name, "note", found, fix)
+
+
+def problem(name: str, found: str, fix: str) -> Finding:
+    """A run would fail, hang or be slow."""
+    return Finding(name, "problem", found, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +87,15 @@ class CheckContext:
     Attributes
     ----------
     environ
-        Its variables; programs that a check starts get them too.
+        Its variables; programs that a check starts get them, too.
     folder
-        Where the run writes, or will.
+        Run folder, which need not exist.
     partition, account
         To be used with Slurm; None leaves them to the cluster.
     need_gib
         Space that the run needs in its folder (GiB).
     timeout_s
-        After so long a program counts as hung (s); one that loads torch or starts MPI after three times as long.
+        Time after which a program counts as hung (s); three times as long if it loads torch or starts MPI.
 
     Raises
     ------
@@ -54,19 +114,56 @@ class CheckContext:
         check_interval("need_gib", self.need_gib, 0, float("inf"))
         check_interval("timeout_s", self.timeout_s, 0, float("inf"))
 
-    @cached_property
-    def contradiction(self) -> str:
-        """What the launcher's variables get wrong; "" if they fit each other."""
-        try:
-            launch_info(self.environ)
-        except WorldError as error:
-            return str(error)
-        return ""
+    @classmethod
+    def at_site(
+        cls,
+        site: str | None,
+        *,
+        folder: Path | None = None,
+        partition: str | None = None,
+        account: str | None = None,
+        **limits: float,
+    ) -> tuple[CheckContext, list[Finding]]:
+        """This process, with the variables and options that a site file gives batch scripts; whether it runs here.
+
+        Raises :class:`UnknownNameError` that lists the sites if there is none of this name.
+        """
+        config, findings = ClusterConfig(environ=all_variables()), []
+        if site is not None:
+            try:
+                config, findings = read_site(site, in_job=True), [ok("site", f"{site}: its file runs here")]
+            except UnknownNameError:
+                raise
+            except OIALRError as error:
+                fix = f"module avail   (then correct {site_file(site)})"
+                findings = [problem("site", str(error), fix)]
+        environ = config.environ
+        # The site's options stand on sbatch's command line, which overrides its variables.
+        context = cls(
+            environ=environ,
+            folder=folder or Path(environ.get("OIALR_RUNS", "runs")),
+            partition=partition or config.sbatch.get("partition") or environ.get("SBATCH_PARTITION"),
+            account=account or config.sbatch.get("account") or environ.get("SBATCH_ACCOUNT"),
+            **limits,
+        )
+        return context, findings
 
     @cached_property
+    def _launch(self) -> LaunchInfo | str:
+        try:
+            return launch_info(self.environ)
+        except WorldError as error:
+            return str(error)
+
+    @property
+    def contradiction(self) -> str:
+        """What is wrong with the launcher's variables; "" if nothing is."""
+        return self._launch if isinstance(self._launch, str) else ""
+
+    @property
     def place(self) -> LaunchInfo | None:
-        """This process among all; None where variables contradict each other."""
-        return None if self.contradiction else launch_info(self.environ)
+        """Rank and world size; None where variables contradict each other."""
+        return None if isinstance(self._launch, str) else self._launch
 
     @property
     def size(self) -> int:
@@ -80,17 +177,15 @@ class CheckContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process asks what one alone should ask, e.g. Slurm."""
-        return (self.environ.get("SLURM_PROCID", "0") == "0") if self.place is None else self.place.rank == 0
+        """Whether this process asks what only one should ask, e.g. Slurm."""
+        return self.environ.get("SLURM_PROCID", "0") == "0" if self.place is None else self.place.rank == 0
 
     @property
     def first_of_node(self) -> bool:
-        """Whether this process looks at what all processes of its node share."""
-        return (
-            (self.environ.get("SLURM_LOCALID", "0") == "0")
-            if self.place is None
-            else self.place.local_rank == 0
-        )
+        """Whether this process checks what all processes of its node share."""
+        if self.place is None:
+            return self.environ.get("SLURM_LOCALID", "0") == "0"
+        return self.place.local_rank == 0
 
     @property
     def node(self) -> str:
@@ -112,3 +207,39 @@ class CheckContext:
         """Whether the job has GPUs, by its variables."""
         visible = self.environ.get("CUDA_VISIBLE_DEVICES", "")
         return bool(gpus_per_node(self.environ)) or visible not in _NO_GPU
+
+    @property
+    def has_slurm(self) -> bool:
+        """Whether any of Slurm's programs is here."""
+        return any(self.find(name) for name in SLURM_PROGRAMS)
+
+    @property
+    def asks_slurm(self) -> bool:
+        """Whether this process asks Slurm: rank 0 only, so that the controller gets one question instead of thousands."""
+        return self.is_main and self.has_slurm
+
+    def find(self, program: str) -> str | None:
+        """Path of a program, if there is one."""
+        return shutil.which(program, path=self.environ.get("PATH", os.defpath))
+
+    def run(self, *words: str, slow: bool = False) -> Answer:
+        """Run a program with the context's variables, for ``timeout_s`` at most, or three times as long."""
+        fds = []
+        # PMI2 gives a process a connection to the launcher, not an address.
+        number = self.environ.get("PMI_FD", "")
+        if number.isdigit():
+            with contextlib.suppress(OSError):
+                os.fstat(int(number))
+                fds.append(int(number))
+        timeout_s = self.timeout_s * (_SLOW if slow else 1)
+        return run_command(words, timeout_s=timeout_s, environ=self.environ, pass_fds=fds)
+
+    def probe(self, what: str, argument: str, *, slow: bool = False) -> tuple[dict[str, Any], Answer]:
+        """Run :file:`probe.py`: what it found as far as it got, and how it ended."""
+        answer = self.run(sys.executable, "-P", str(_PROBE), what, argument, slow=slow)
+        report: dict[str, Any] = {}
+        for line in answer.stdout.splitlines():
+            # Libraries write to standard output, too.
+            with contextlib.suppress(ValueError):
+                report.update(json.loads(line) if line.startswith("{") else {})
+        return report, answer

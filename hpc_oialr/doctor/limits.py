@@ -1,4 +1,4 @@
-"""Limits of the system: open files, locked memory, shared memory; threads against cores."""
+"""Threads against cores; limits of open files, locked memory and shared memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ import resource
 from pathlib import Path
 
 from hpc_oialr.distributed.environment import usable_cores
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _INFINIBAND, _SHARED = Path("/sys/class/infiniband"), Path("/dev/shm")
 _FILES, _FILES_A_PROCESS = 256, 4
-# Below these InfiniBand cannot register its buffers, and a container's default of 64 MiB starves NCCL.
+# With less, InfiniBand cannot register its buffers, and NCCL fails (containers have 64 MiB by default).
 _LOCKED_GIB, _SHARED_GIB = 1.0, 0.25
 _GIB = 2**30
 
 
 def check_limits(context: CheckContext) -> list[Finding]:
-    """All of them."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    findings = [judge_files(files, context.size)]
+    """All limits of the system."""
+    findings = [judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], context.size)]
     if _INFINIBAND.exists() and any(_INFINIBAND.iterdir()):
-        findings.append(judge_locked(locked))
+        findings.append(judge_locked(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]))
     if context.first_of_node and _SHARED.exists():
         space = os.statvfs(_SHARED)
         findings.append(judge_shared(context, space.f_blocks * space.f_frsize))
@@ -31,7 +28,7 @@ def check_limits(context: CheckContext) -> list[Finding]:
 
 
 def judge_files(limit: int, processes: int) -> Finding:
-    """Open files: process 0 holds connections to all others."""
+    """Open files: rank 0 holds connections to all others."""
     need = _FILES + _FILES_A_PROCESS * processes
     if limit == resource.RLIM_INFINITY or limit >= need:
         return ok("open files", "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}")
@@ -39,7 +36,7 @@ def judge_files(limit: int, processes: int) -> Finding:
 
 
 def judge_locked(limit: int) -> Finding:
-    """Locked memory, in bytes: InfiniBand's buffers."""
+    """Locked memory (bytes): InfiniBand's buffers."""
     if limit == resource.RLIM_INFINITY or limit >= _LOCKED_GIB * _GIB:
         return ok("locked memory", "enough for InfiniBand")
     fix = "ulimit -l unlimited   (where forbidden: the administrators, PropagateResourceLimitsExcept=MEMLOCK)"
@@ -47,66 +44,53 @@ def judge_locked(limit: int) -> Finding:
 
 
 def judge_shared(context: CheckContext, size: int) -> Finding:
-    """Shared memory, in bytes: NCCL's and data loaders'."""
+    """Shared memory (bytes), of NCCL and data loaders."""
     if size >= _SHARED_GIB * _GIB:
         return ok("/dev/shm", f"{size / _GIB:,.1f} GiB")
     found = f"{size / 2**20:,.0f} MiB: too little for NCCL and the workers of data loaders"
-    fix = "docker run --shm-size=8g, or NCCL_SHM_DISABLE=1"
     needed = context.local_size > 1 or context.gpus_asked
-    return problem("/dev/shm", found, fix) if needed else note("/dev/shm", found, fix)
+    return (problem if needed else note)("/dev/shm", found, "docker run --shm-size=8g, or NCCL_SHM_DISABLE=1")
 
 
 def check_threads(context: CheckContext) -> list[Finding]:
-    """OMP_NUM_THREADS against what one process, and all of its node, have."""
-    return [
-        judge_threads(context, usable_cores(), os.cpu_count() or 1),
-        *judge_binding(context, usable_cores()),
-    ]
+    """OMP_NUM_THREADS against the cores of this process and of its node."""
+    cores = usable_cores()
+    return [judge_threads(context, cores, os.cpu_count() or 1), *judge_binding(context, cores)]
 
 
 def judge_threads(context: CheckContext, cores: int, of_node: int) -> Finding:
-    """Whether threads outnumber cores.
-
-    Parameters
-    ----------
-    cores
-        That this process may run on.
-    of_node
-        All of the node's.
-    """
+    """Whether threads outnumber the ``cores`` that this process may use, or those of the node."""
     text, given = context.environ.get("OMP_NUM_THREADS"), _cpus_per_task(context)
-    # Processes that are not bound see the same cores, and share them.
-    share = max(1, min(cores, of_node // context.local_size))
-    fair = min(given, cores) if given else share
+    shared = f"{context.local_size} on the node share {of_node}"
     if text is None:
-        return ok("threads", f"as many as cores: {cores}, {context.local_size} on the node share {of_node}")
+        return ok("threads", f"as many as cores: {cores}, {shared}")
+    # Processes that are not bound see the same cores, and share them.
+    fair = min(given, cores) if given else max(1, min(cores, of_node // context.local_size))
     number = text.partition(",")[0].strip()
-    if not number.isdigit() or int(number) < 1:
-        fix = f"export OMP_NUM_THREADS={fair}"
-        return problem("threads", f"OMP_NUM_THREADS is {text!r}; must be a whole number", fix)
-    threads, fix = int(number), f"export OMP_NUM_THREADS={fair}"
-    if threads > cores:
-        return problem(
-            "threads", f"OMP_NUM_THREADS is {threads}, but this process may run on {cores} cores", fix
-        )
-    if given and threads > given:
-        return problem("threads", f"OMP_NUM_THREADS is {threads}, but a task has {given} cores", fix)
-    if threads * context.local_size > of_node:
+    threads = int(number) if number.isdigit() else 0
+    if threads < 1:
+        found = f"OMP_NUM_THREADS is {text!r}; must be a whole number"
+    elif threads > cores:
+        found = f"OMP_NUM_THREADS is {threads}, but this process may run on {cores} cores"
+    elif given and threads > given:
+        found = f"OMP_NUM_THREADS is {threads}, but a task has {given} cores"
+    elif threads * context.local_size > of_node:
         found = f"{context.local_size} processes with {threads} threads each share {of_node} cores of {context.node}"
-        return problem("threads", found, fix)
-    return ok("threads", f"{threads} on {cores} cores, {context.local_size} on the node share {of_node}")
+    else:
+        return ok("threads", f"{threads} on {cores} cores, {shared}")
+    return problem("threads", found, f"export OMP_NUM_THREADS={fair}")
 
 
 def judge_binding(context: CheckContext, cores: int) -> list[Finding]:
-    """Whether srun bound a task to fewer cores than the job asked for; since Slurm 22.05 it does if not told."""
+    """Whether srun bound a task to fewer cores than the job asked for, as it does since Slurm 22.05 unless told."""
     given = _cpus_per_task(context)
     if given is None or not context.in_step:
         return []
-    if cores < given:
-        found = f"SLURM_CPUS_PER_TASK is {given}, but srun bound this task to {cores}"
-        fix = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   (in the batch script, before srun)"
-        return [problem("binding", found, fix)]
-    return [ok("binding", f"{cores} cores, {given} asked for")]
+    if cores >= given:
+        return [ok("binding", f"{cores} cores, {given} asked for")]
+    found = f"SLURM_CPUS_PER_TASK is {given}, but srun bound this task to {cores}"
+    fix = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   (in the batch script, before srun)"
+    return [problem("binding", found, fix)]
 
 
 def _cpus_per_task(context: CheckContext) -> int | None:

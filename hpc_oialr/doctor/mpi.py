@@ -6,22 +6,20 @@ import re
 from typing import Any
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.programs import find, probe, run_command
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _EXTRA = 'pip install "hpc_oialr[mpi]"'
 _WITHOUT = "runs do without, over gloo"
 _PLUGIN = re.compile(r"\b(pmix|pmi2|cray_shasta)(?:_v\d+)?\b")
-# Libraries by the first words of their version; the plugins of srun that they speak, best first.
+# Plugins of srun that start programs of a library, best first, by the first words of the library's version.
 _SPOKEN = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cray_shasta", "pmi2")}
 _OTHERS = ("pmi2", "pmix")
 
 
 def check_mpi(context: CheckContext) -> list[Finding]:
-    """mpi4py and MPI in a process of their own; started there, except in a step without MPI."""
+    """Load MPI in a process of its own; start it there, except in a step of srun without MPI."""
     start = context.under_mpi or not context.in_step
-    report, answer = probe(context, "try_mpi", "start" if start else "load", slow=True)
+    report, answer = context.probe("mpi", "start" if start else "load", slow=True)
     library = report.get("library")
     if library is None:
         return [_not_loaded(context, report, answer)]
@@ -30,19 +28,24 @@ def check_mpi(context: CheckContext) -> list[Finding]:
         findings.append(judge_place(context, report, answer))
     elif start and not report.get("ended"):
         findings[0] = note("MPI", f"{library} does not start here: {answer.reason}; {_WITHOUT}")
-    return findings + _check_plugin(context, library)
+    if context.is_main and context.find("srun"):
+        answer = context.run("srun", "--mpi=list")
+        # If it fails, the controller's own line tells why.
+        if answer.code == 0:
+            wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
+            findings.append(judge_plugin(library, parse_plugins(answer.stdout + answer.stderr), wanted))
+    return findings
 
 
 def _not_loaded(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
-    """Runs use MPI only where it started them; elsewhere it is no fault to have none."""
+    """A problem only where MPI started the processes: other runs do not use it."""
     if report.get("missing") == "mpi4py":
         found, fix = f"no mpi4py ({report['error']})", _EXTRA
     elif report.get("missing") == "library":
         found = f"mpi4py finds no MPI library ({report['error']})"
         fix = "module load openmpi, or, as root: apt-get install openmpi-bin"
     else:
-        found = f"mpi4py cannot be loaded: {answer.reason}"
-        fix = f"pip uninstall mpi4py; {_EXTRA}"
+        found, fix = f"mpi4py cannot be loaded: {answer.reason}", f"pip uninstall mpi4py; {_EXTRA}"
     if context.under_mpi:
         return problem("MPI", f"{found}, and MPI started this process", fix)
     return note("MPI", f"{found}; {_WITHOUT}", fix)
@@ -64,34 +67,18 @@ def judge_place(context: CheckContext, report: dict[str, Any], answer: Answer) -
     return ok("MPI ranks", f"{found}, as {place.launcher} does")
 
 
-def _check_plugin(context: CheckContext, library: str) -> list[Finding]:
-    """Whether srun can start programs of the library."""
-    if not context.is_main or find(context, "srun") is None:
-        return []
-    answer = run_command(context, "srun", "--mpi=list")
-    if answer.code != 0:
-        return []  # the controller's own line tells why
-    wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
-    return [judge_plugin(library, parse_plugins(answer.stdout + answer.stderr), wanted)]
-
-
 def judge_plugin(library: str, plugins: list[str], wanted: str = "") -> Finding:
-    """Whether one of srun's plugins is one that the library speaks, and the one that batch scripts take.
-
-    Parameters
-    ----------
-    wanted
-        What ``OIALR_MPI`` or the site file makes of ``srun --mpi``; "" if nothing.
-    """
+    """Whether srun has a plugin for the library, and batch scripts take it (``wanted``, unless "")."""
     fits = [plugin for plugin in spoken(library) if plugin in plugins]
-    if fits and wanted not in ("", "none", *fits):
+    if not fits:
+        needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"
+        found = f"{library} needs srun's plugin {needs}, which has: {has}; every process would be rank 0 of 1"
+        fix = "srun --mpi=none, or the library's own mpirun (for pmix: libpmix2)"
+        return problem("MPI plugin", found, fix)
+    if wanted not in ("", "none", *fits):
         found = f"batch scripts take srun --mpi={wanted}; {library} needs {fits[0]}"
         return problem("MPI plugin", found, f"export OIALR_MPI={fits[0]}")
-    if fits:
-        return ok("MPI plugin", f"{library}: srun --mpi={fits[0]}")
-    needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"
-    found = f"{library} needs srun's plugin {needs}, which has: {has}; every process would be rank 0 of 1"
-    return problem("MPI plugin", found, "srun --mpi=none, or the library's own mpirun (for pmix: libpmix2)")
+    return ok("MPI plugin", f"{library}: srun --mpi={fits[0]}")
 
 
 def spoken(library: str) -> tuple[str, ...]:

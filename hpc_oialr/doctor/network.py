@@ -1,4 +1,4 @@
-"""How processes find and reach each other: launcher's variables, address, port, interfaces."""
+"""How processes find and reach each other: the launcher's variables, address, port, interfaces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
-STARTING = (
+_STARTING = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -17,16 +16,16 @@ STARTING = (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
-)
+]
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _INTERFACES = Path("/sys/class/net")
 _FIRST_UNPRIVILEGED = 1024
-# As many ports from here on are the project's own choice, see processes.environment.
-_BELOW = 20_000
+# The first port that runs choose by themselves, see distributed.environment.
+_FIRST_OWN = 20_000
 
 
 def check_launcher(context: CheckContext) -> list[Finding]:
-    """Who started this process, and whether its variables can be true."""
+    """What started this process, and whether its variables can be true."""
     place = context.place
     if place is None:
         return [problem("launcher", context.contradiction, unset(context))]
@@ -46,45 +45,38 @@ def by_hand(context: CheckContext) -> bool:
 
 
 def unset(context: CheckContext) -> str:
-    """The line that removes the variables of a launcher that is not there."""
-    names = [name for name in STARTING if name in context.environ]
+    """The line that removes variables of a launcher that is not there."""
+    names = [name for name in _STARTING if name in context.environ]
     return f"unset {' '.join(names)}" if names else "unset ${!SLURM_@} ${!OMPI_@} ${!PMI_@}"
 
 
 def check_address(context: CheckContext) -> list[Finding]:
-    """Whether the host of process 0 is known here, and whether the others can reach this one by its name."""
+    """Whether the host of rank 0 is known here, and the other nodes can reach this one by its name."""
     place = context.place
     if place is None or (place.size == 1 and "MASTER_ADDR" not in context.environ):
         return []
     host = context.environ.get("MASTER_ADDR", place.master_addr)
-    if unresolved([host]):
-        found = f"{host!r} cannot be resolved on {context.node}"
-        return [problem("MASTER_ADDR", found, _other_address(context))]
-    return [ok("MASTER_ADDR", f"{host} resolves"), *_own_name(context)]
-
-
-def _other_address(context: CheckContext) -> str:
-    if "SLURM_JOB_NODELIST" in context.environ:
-        return 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    if context.size == context.local_size:
-        return "export MASTER_ADDR=127.0.0.1"
-    return "export MASTER_ADDR=HOST   (name or address of the node of process 0)"
-
-
-def _own_name(context: CheckContext) -> list[Finding]:
-    """Gloo tells other nodes the address of this host's name; one of loopback leads them to themselves."""
-    several_nodes = context.size > context.local_size
-    if not several_nodes or "GLOO_SOCKET_IFNAME" in context.environ:
-        return []
-    addresses = _addresses(socket.gethostname())
-    if addresses and not all(address.startswith("127.") or address == "::1" for address in addresses):
-        return []
-    found = f"{socket.gethostname()} is {', '.join(addresses) or 'unknown'} to itself; other nodes cannot reach that"
-    return [note("host name", found, f"export GLOO_SOCKET_IFNAME={_likely_interface()}")]
+    several_nodes = place.size > place.local_size
+    if not addresses(host):
+        fix = "export MASTER_ADDR=HOST   (name or address of the node of process 0)"
+        if "SLURM_JOB_NODELIST" in context.environ:
+            fix = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        elif not several_nodes:
+            fix = "export MASTER_ADDR=127.0.0.1"
+        return [problem("MASTER_ADDR", f"{host!r} cannot be resolved on {context.node}", fix)]
+    findings = [ok("MASTER_ADDR", f"{host} resolves")]
+    if several_nodes and "GLOO_SOCKET_IFNAME" not in context.environ:
+        # Gloo tells other nodes the address of this host's name; a loopback address leads them to themselves.
+        name = socket.gethostname()
+        own = addresses(name)
+        if all(address.startswith("127.") or address == "::1" for address in own):
+            found = f"{name} is {', '.join(own) or 'unknown'} to itself; other nodes cannot reach that"
+            findings.append(note("host name", found, f"export GLOO_SOCKET_IFNAME={_likely_interface()}"))
+    return findings
 
 
 def check_port(context: CheckContext) -> list[Finding]:
-    """Whether the port where process 0 listens is free, and not one that the system gives to anybody."""
+    """Whether the port where rank 0 listens is free, and not one that the system gives to any program."""
     place = context.place
     if place is None or "TORCHELASTIC_RUN_ID" in context.environ:
         return []  # torchrun listens there already
@@ -92,9 +84,12 @@ def check_port(context: CheckContext) -> list[Finding]:
     if place.size == 1 and not given:
         return []
     port, (low, high) = place.master_port, ephemeral_range()
-    fix = "unset MASTER_PORT   (one is then derived from the job's number)"
-    if not given:
-        fix = f"export MASTER_PORT={_free_port(min(low, _BELOW))}"
+    if given:
+        fix = "unset MASTER_PORT   (one is then derived from the job's number)"
+    else:
+        below = range(min(low, _FIRST_OWN) - 1, _FIRST_UNPRIVILEGED, -1)
+        free = next((each for each in below if not in_use(each)), _FIRST_UNPRIVILEGED)
+        fix = f"export MASTER_PORT={free}"
     if low <= port <= high:
         found = f"{port} lies in {low}-{high}, from which the system gives ports to any program"
         return [problem("MASTER_PORT", found, fix)]
@@ -104,7 +99,7 @@ def check_port(context: CheckContext) -> list[Finding]:
 
 
 def ephemeral_range() -> tuple[int, int]:
-    """First and last of the ports that the system hands out by itself."""
+    """First and last of the ports that the system hands out."""
     try:
         low, high = _EPHEMERAL.read_text().split()
     except (OSError, ValueError):
@@ -113,7 +108,7 @@ def ephemeral_range() -> tuple[int, int]:
 
 
 def in_use(port: int) -> bool:
-    """Whether this process may not listen there."""
+    """Whether this process cannot listen there."""
     with socket.socket() as probe:
         # As torch's own store does: a connection that has just ended does not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -144,7 +139,7 @@ def check_interfaces(context: CheckContext) -> list[Finding]:
 
 
 def missing_interfaces(value: str, there: Sequence[str], *, exact: bool) -> list[str]:
-    """Entries of a variable that fit no interface.
+    """Entries of a variable that match no interface.
 
     NCCL takes beginnings of names, exact names after ``=``, and with ``^`` those it shall not use (NCCL's
     user guide, NCCL_SOCKET_IFNAME); gloo takes exact names.
@@ -161,7 +156,7 @@ def missing_interfaces(value: str, there: Sequence[str], *, exact: bool) -> list
     if value.startswith("^") and not exact:
         return []
     exact = exact or value.startswith("=")
-    # NCCL cuts a port behind a colon.
+    # NCCL ignores a port after a colon.
     names = [name.partition(":")[0] for name in value.removeprefix("=").split(",")]
     return [n for n in names if n not in there and (exact or not any(other.startswith(n) for other in there))]
 
@@ -172,11 +167,9 @@ def interfaces() -> list[str]:
 
 
 def _likely_interface() -> str:
-    """The one to use: InfiniBand before others that are up."""
-    up = [
-        name for name in interfaces() if _is_up(name) and not name.startswith(("lo", "docker", "veth", "br"))
-    ]
-    return min(up, key=lambda name: not name.startswith("ib"), default="lo")
+    """The interface to use: InfiniBand before others that are up."""
+    names = [name for name in interfaces() if not name.startswith(("lo", "docker", "veth", "br"))]
+    return min(filter(_is_up, names), key=lambda name: not name.startswith("ib"), default="lo")
 
 
 def _is_up(name: str) -> bool:
@@ -186,19 +179,10 @@ def _is_up(name: str) -> bool:
         return False
 
 
-def unresolved(hosts: Sequence[str]) -> list[str]:
-    """Hosts whose names no address is known for."""
-    return [host for host in hosts if not _addresses(host)]
-
-
-def _addresses(host: str) -> list[str]:
+def addresses(host: str) -> list[str]:
+    """Addresses of a host; none if its name cannot be resolved."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def _free_port(below: int) -> int:
-    ports = range(min(below, 65_536) - 1, _FIRST_UNPRIVILEGED, -1)
-    return next((port for port in ports if not in_use(port)), _FIRST_UNPRIVILEGED)

@@ -1,4 +1,4 @@
-"""Python packages: versions against what the package itself asks for, and its extras."""
+"""Python packages: installed versions against those that the package and its extras require."""
 
 from __future__ import annotations
 
@@ -8,37 +8,32 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.programs import probe
-from hpc_oialr.doctor.slurm import slurm_here
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _SELF = "hpc_oialr"
 
 
 def check_packages(context: CheckContext) -> list[Finding]:
-    """What is needed, then what is optional."""
+    """Required packages, then the extras: those that are installed must fit, submitit must be where Slurm is."""
     if not context.first_of_node:
         return []
     wrong = [text for requirement in required("") if (text := unfit(requirement))]
-    if wrong:
-        fix = f'pip install --upgrade "{_SELF}"'
-        return [problem("packages", "; ".join(wrong), fix), *_extras(context)]
     found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
-    return [ok("packages", found), *_extras(context)]
-
-
-def _extras(context: CheckContext) -> list[Finding]:
-    """Extras that are installed must fit; submitit must be there where jobs are submitted."""
-    absent, findings = [], []
-    for extra in extras():
-        states = [unfit(requirement) for requirement in required(extra)]
+    findings = [ok("packages", found)]
+    if wrong:
+        findings = [problem("packages", "; ".join(wrong), f'pip install --upgrade "{_SELF}"')]
+    absent = []
+    for extra in metadata.metadata(_SELF).get_all("Provides-Extra") or []:
+        needs = list(required(extra))
+        if any(need.name == _SELF for need in needs):
+            continue  # an extra that only gathers others
+        states = [unfit(need) for need in needs]
         if any("missing" in state for state in states):
             absent.append(extra)
         elif any(states):
             fix = f'pip install --upgrade "{_SELF}[{extra}]"'
             findings.append(problem(f"[{extra}]", "; ".join(filter(None, states)), fix))
-    if "slurm" in absent and slurm_here(context) and not context.in_step:
+    if "slurm" in absent and context.has_slurm and not context.in_step:
         absent.remove("slurm")
         fix = f'pip install "{_SELF}[slurm]"'
         findings.append(problem("submitit", "missing: oialr submit cannot submit jobs", fix))
@@ -48,14 +43,8 @@ def _extras(context: CheckContext) -> list[Finding]:
     return findings
 
 
-def extras() -> list[str]:
-    """Names of the extras, without those that only gather others."""
-    names = metadata.metadata(_SELF).get_all("Provides-Extra") or []
-    return [name for name in names if all(need.name != _SELF for need in required(name))]
-
-
 def required(extra: str) -> Iterator[Requirement]:
-    """What the package, or one of its extras, asks for on this machine."""
+    """What the package ("") or one of its extras requires on this machine."""
     for text in metadata.requires(_SELF) or ():
         requirement = Requirement(text)
         conditional = "extra" in str(requirement.marker or "")
@@ -77,10 +66,10 @@ def unfit(requirement: Requirement) -> str:
 
 
 def check_deepspeed(context: CheckContext) -> list[Finding]:
-    """Whether DeepSpeed, if it is installed, can be imported beside this torch; nothing is compiled."""
+    """Whether DeepSpeed, if it is installed, can be imported beside this torch."""
     if not context.first_of_node or any("missing" in unfit(need) for need in required("deepspeed")):
         return []
-    report, answer = probe(context, "try_deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
+    report, answer = context.probe("deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
     if "deepspeed" in report:
         return [ok("DeepSpeed", f"{report['deepspeed']} can be imported")]
     (need,) = required("deepspeed")

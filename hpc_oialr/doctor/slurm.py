@@ -11,36 +11,23 @@ from dataclasses import dataclass
 
 from hpc_oialr.commands import Answer
 from hpc_oialr.distributed.slurm_lists import expand_nodes
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
-from hpc_oialr.doctor.network import unresolved
-from hpc_oialr.doctor.programs import find, run_command
+from hpc_oialr.doctor.context import SLURM_PROGRAMS, CheckContext, Finding, note, ok, problem
+from hpc_oialr.doctor.network import addresses
 from hpc_oialr.errors import WorldError
 
-PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 _CREDENTIALS = re.compile(r"munge|authentication|auth_g_|credential", re.IGNORECASE)
 _LOOKED_UP = 8
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition, as sinfo tells of it.
-
-    Attributes
-    ----------
-    state
-        "up", "down", "drain" or "inact".
-    counts
-        Nodes that are allocated, idle, other (down or drained), and all of them.
-    nodes
-        Slurm's list.
-    """
+    """A partition in sinfo's words."""
 
     name: str
     default: bool
-    state: str
-    counts: tuple[int, ...]
-    nodes: str
+    state: str  # "up", "down", "drain" or "inact"
+    counts: tuple[int, ...]  # of nodes: allocated, idle, other (down or drained), all
+    nodes: str  # Slurm's list
 
     @property
     def works(self) -> bool:
@@ -48,24 +35,14 @@ class Partition:
         return self.state == "up" and sum(self.counts[:2]) > 0
 
 
-def slurm_here(context: CheckContext) -> bool:
-    """Whether any of Slurm's programs is here."""
-    return any(find(context, name) for name in PROGRAMS)
-
-
-def asks_slurm(context: CheckContext) -> bool:
-    """Whether this process asks Slurm: one of all, so that a thousand don't ask the controller at once."""
-    return context.is_main and slurm_here(context)
-
-
 def check_programs(context: CheckContext) -> list[Finding]:
-    """Slurm's programs; without any of them nothing else of Slurm is looked at."""
+    """Slurm's programs; without any of them nothing else of Slurm is checked."""
     if not context.is_main:
         return []
-    missing = [name for name in PROGRAMS if find(context, name) is None]
+    missing = [name for name in SLURM_PROGRAMS if context.find(name) is None]
     if not missing:
-        return [ok("Slurm programs", ", ".join(PROGRAMS))]
-    if len(missing) < len(PROGRAMS):
+        return [ok("Slurm programs", ", ".join(SLURM_PROGRAMS))]
+    if len(missing) < len(SLURM_PROGRAMS):
         fix = "module load slurm, or, as root: apt-get install slurm-client"
         return [problem("Slurm programs", f"missing: {', '.join(missing)}", fix)]
     if "SLURM_JOB_ID" in context.environ:
@@ -75,19 +52,19 @@ def check_programs(context: CheckContext) -> list[Finding]:
 
 def check_cluster(context: CheckContext) -> list[Finding]:
     """Controller, credentials, partition and node names, by one request."""
-    if not asks_slurm(context):
+    if not context.asks_slurm:
         return []
-    answer = run_command(context, "sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
+    answer = context.run("sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
-        return [unreachable(context, answer)]
+        return [_unreachable(context, answer)]
     partitions = parse_partitions(answer.stdout)
     findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
-    if find(context, "munge"):
+    if context.find("munge"):
         findings.append(ok("munge", "the controller took this user's credential"))
-    return [*findings, *check_partition(context, partitions), *check_nodes(context, partitions)]
+    return [*findings, _partition(context, partitions), *_nodes(context, partitions)]
 
 
-def unreachable(context: CheckContext, answer: Answer) -> Finding:
+def _unreachable(context: CheckContext, answer: Answer) -> Finding:
     """Why sinfo failed: no credential, no configuration, or no controller."""
     lines = [line for line in answer.stderr.splitlines() if _CREDENTIALS.search(line)]
     if lines:
@@ -95,20 +72,18 @@ def unreachable(context: CheckContext, answer: Answer) -> Finding:
         said = next((line for line in lines if "failed" in line), lines[-1]).removeprefix("sinfo: error: ")
         fix = f"systemctl start munge   (as root on {context.node}; otherwise tell the administrators)"
         return problem("munge", f"this user gets no credential: {said}", fix)
+    fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
     if "configuration source" in answer.stderr or "slurm.conf" in answer.stderr:
         fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
-        return problem("slurmctld", told("sinfo", answer), fix)
-    fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
-    return problem("slurmctld", told("sinfo", answer), fix)
+    return problem("slurmctld", _told("sinfo", answer), fix)
 
 
-def told(program: str, answer: Answer) -> str:
-    """Why a program failed, beginning with its name."""
+def _told(program: str, answer: Answer) -> str:
     return answer.reason if answer.reason.startswith(program) else f"{program}: {answer.reason}"
 
 
 def parse_partitions(text: str) -> list[Partition]:
-    """Partitions of sinfo's table; the default one carries a star.
+    """Partitions from sinfo's table; the default one has a star.
 
     Examples
     --------
@@ -122,24 +97,19 @@ def parse_partitions(text: str) -> list[Partition]:
     ]
 
 
-def check_partition(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
+def _partition(context: CheckContext, partitions: Sequence[Partition]) -> Finding:
     """The partition that is asked for, or the cluster's default one."""
     by_name = {partition.name: partition for partition in partitions}
+    first = next(iter(by_name), "NAME")
     default = next((p.name for p in partitions if p.default), None)
     names = context.partition.split(",") if context.partition else [default] if default else []
     if not names:
-        return [
-            note("partition", "the cluster has no default one", f"--partition {next(iter(by_name), 'NAME')}")
-        ]
+        return note("partition", "the cluster has no default one", f"--partition {first}")
     unknown = [name for name in names if name not in by_name]
     if unknown:
         near = difflib.get_close_matches(unknown[0], by_name, n=1)
         found = f"there is no {unknown[0]!r}; there are: {', '.join(by_name) or 'none'}"
-        return [
-            problem(
-                "partition", found, f"--partition {(near or [default or next(iter(by_name), 'NAME')])[0]}"
-            )
-        ]
+        return problem("partition", found, f"--partition {(near or [default or first])[0]}")
     idle = [by_name[name] for name in names if not by_name[name].works]
     if idle:
         others = [other.name for other in partitions if other.works]
@@ -147,11 +117,11 @@ def check_partition(context: CheckContext, partitions: Sequence[Partition]) -> l
         fix = f"--partition {others[0]}" if others else fix
         down = "has no node that is not down or drained"
         state = down if idle[0].state == "up" else f"is {idle[0].state}"
-        return [problem("partition", f"{idle[0].name!r} {state}; jobs there do not start", fix)]
-    return [ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))]
+        return problem("partition", f"{idle[0].name!r} {state}; jobs there do not start", fix)
+    return ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))
 
 
-def check_nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
+def _nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
     """Whether names of nodes resolve: all of the job, or the first few of the partition."""
     inside = context.environ.get("SLURM_JOB_NODELIST", "")
     wanted = (context.partition or "").split(",")
@@ -161,62 +131,61 @@ def check_nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[
     except WorldError as error:
         return [problem("nodes", str(error), "unset ${!SLURM_@}")]
     tried = names if inside else names[:_LOOKED_UP]
-    lost = unresolved(tried)
+    lost = [name for name in tried if not addresses(name)]
     if not tried:
         return []
     if not lost:
         return [ok("nodes", f"{len(tried)} of {len(names)} names looked up, all resolve")]
     found = f"{', '.join(lost[:4])} cannot be resolved on {context.node}"
     fix = f"export MASTER_ADDR=$(scontrol show node {lost[0]} | grep -oP 'NodeAddr=\\K\\S+')"
-    return [problem("nodes", found, fix) if inside else note("nodes", found, fix)]
+    return [(problem if inside else note)("nodes", found, fix)]
 
 
 def check_account(context: CheckContext) -> list[Finding]:
-    """The account that is asked for, by this user's associations."""
-    if context.account is None or not asks_slurm(context):
+    """The account that is asked for, against this user's associations."""
+    wanted = context.account
+    if wanted is None or not context.asks_slurm:
         return []
     try:
         user = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         user = str(os.geteuid())
     what = ["show", "associations", f"user={user}", "format=account"]
-    answer = run_command(context, "sacctmgr", "--noheader", "--parsable2", *what)
+    answer = context.run("sacctmgr", "--noheader", "--parsable2", *what)
     if answer.code != 0:
-        return [note("account", f"{context.account!r} cannot be checked: {answer.reason}")]
+        return [note("account", f"{wanted!r} cannot be checked: {answer.reason}")]
     names = list(dict.fromkeys(line.strip() for line in answer.stdout.splitlines() if line.strip()))
-    if context.account in names:
-        return [ok("account", f"{context.account} is one of {user}'s")]
+    if wanted in names:
+        return [ok("account", f"{wanted} is one of {user}'s")]
     if names:
-        near = difflib.get_close_matches(context.account, names, n=1) or names
-        found = f"{user} has no account {context.account!r}; has: {', '.join(names)}"
+        near = difflib.get_close_matches(wanted, names, n=1) or names
+        found = f"{user} has no account {wanted!r}; has: {', '.join(names)}"
         return [problem("account", found, f"--account {near[0]}")]
-    fix = f"sacctmgr add user {user} account={context.account}   (by the administrators)"
+    fix = f"sacctmgr add user {user} account={wanted}   (by the administrators)"
     return [problem("account", f"{user} has no account at all", fix)]
 
 
 def check_accounting(context: CheckContext) -> list[Finding]:
-    """Whether sacct knows of jobs of the past; runs do without."""
-    if not asks_slurm(context):
+    """Whether sacct knows past jobs; runs do without."""
+    if not context.asks_slurm:
         return []
-    answer = run_command(context, "sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
+    answer = context.run("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
     if answer.code == 0:
         return [ok("accounting", "sacct answers")]
-    return [
-        note("accounting", f"none: {told('sacct', answer)}; states of jobs come from squeue and run folders")
-    ]
+    found = f"none: {_told('sacct', answer)}; states of jobs come from squeue and run folders"
+    return [note("accounting", found)]
 
 
 def check_job(context: CheckContext) -> list[Finding]:
     """Whether the job that the variables name still runs: a shell may have outlived it."""
     job = context.environ.get("SLURM_JOB_ID")
-    if job is None or not asks_slurm(context):
+    if job is None or not context.asks_slurm:
         return []
-    answer = run_command(context, "squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    answer = context.run("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     states = answer.stdout.split()
     if answer.code == 0 and states:
         return [ok("job", f"{job} is {states[0]}")]
     if answer.code == 0 or "Invalid job id" in answer.stderr:
-        return [
-            problem("job", f"SLURM_JOB_ID is {job}, but there is no such job any more", "unset ${!SLURM_@}")
-        ]
+        found = f"SLURM_JOB_ID is {job}, but there is no such job any more"
+        return [problem("job", found, "unset ${!SLURM_@}")]
     return []

@@ -16,11 +16,9 @@ from support.crowd import Crowd, Say
 
 from hpc_oialr.cli.main import entry, main
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import packages, run_checks
-from hpc_oialr.doctor.aggregate import Row, aggregate, worst
-from hpc_oialr.doctor.checks import Check
-from hpc_oialr.doctor.context import CheckContext
-from hpc_oialr.doctor.finding import Finding, note, ok, problem
+from hpc_oialr.doctor import run_checks
+from hpc_oialr.doctor.checks import Row, aggregate, worst
+from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 from hpc_oialr.errors import ConfigError
 
 
@@ -30,16 +28,16 @@ def test_a_problem_has_a_fix():
 
 
 def test_findings_keep_the_order_of_checks(context):
-    checks = [Check(name, lambda _, name=name: [ok(name, "")]) for name in "cab"]
+    checks = {name: lambda _, name=name: [ok(name, "")] for name in "cab"}
     assert [finding.name for finding in run_checks(context(), checks)] == list("cab")
 
 
 def test_a_check_that_hangs_is_a_finding(context):
     never = threading.Event()
-    checks = [
-        Check("slow", lambda _: [ok("slow", str(never.wait(600)))]),
-        Check("quick", lambda _: [ok("quick", "")]),
-    ]
+    checks = {
+        "slow": lambda _: [ok("slow", str(never.wait(600)))],
+        "quick": lambda _: [ok("quick", "")],
+    }
     slow, quick = run_checks(context(timeout_s=0.05), checks)
     never.set()
     assert (slow.name, slow.state, slow.found) == ("slow", "problem", "no answer within 0.2 s")
@@ -51,7 +49,7 @@ def test_a_check_that_fails_hides_no_other(context):
     def fails(_: CheckContext) -> list[Finding]:
         raise OSError("no /proc here")
 
-    first, second = run_checks(context(), [Check("odd", fails), Check("b", lambda _: [ok("b", "")])])
+    first, second = run_checks(context(), {"odd": fails, "b": lambda _: [ok("b", "")]})
     assert (first.state, first.found) == ("note", "cannot be looked at: OSError: no /proc here")
     assert second.state == "ok"
 
@@ -102,7 +100,16 @@ def test_processes_that_cannot_meet_show_their_own(context):
 
 def without_deepspeed(replace: Callable[[Any, str, Any], None]) -> None:
     """Its import takes seconds; one test does it."""
-    replace(packages, "probe", lambda *_, **__: ({"deepspeed": "0"}, Answer(code=0)))
+    probe = CheckContext.probe
+
+    def quick(self: CheckContext, what: str, argument: str, **slow: bool) -> tuple[dict[str, Any], Answer]:
+        return (
+            ({"deepspeed": "0"}, Answer(code=0))
+            if what == "deepspeed"
+            else probe(self, what, argument, **slow)
+        )
+
+    replace(CheckContext, "probe", quick)
 
 
 def each_its_own(rank: int, size: int, say: Say, folder: str) -> None:

@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import files
-from hpc_oialr.doctor.finding import Finding
-from hpc_oialr.doctor.probes import try_folder, try_hdf5
+from hpc_oialr.doctor import CheckContext, Finding, files, probe
 
 HOLD = """
 import fcntl, sys
@@ -86,7 +84,7 @@ def test_a_disk_without_inodes(context, mounted):
 def test_little_space_as_the_system_tells_it(context, monkeypatch, tmp_path):
     space = SimpleNamespace(f_bavail=1, f_frsize=2**30, f_files=0, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda path: space)
-    report = try_folder.look(tmp_path) | {"works": True}
+    report = probe.look(tmp_path) | {"works": True}
     found = by_name(files.judge_folder(context(folder=tmp_path, need_gib=5.0), report))
     assert found["free space"].state == "problem"
     assert found["free space"].found.startswith("1.0 GiB on ")
@@ -118,12 +116,12 @@ def test_a_file_in_the_folders_place(context, tmp_path):
 
 def test_a_rename_that_leaves_the_old_file(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "replace", lambda self, target: None)
-    assert try_folder.use(tmp_path)["step"] == "rename"
+    assert probe.use(tmp_path)["step"] == "rename"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_server_that_does_not_answer(context, monkeypatch):
-    monkeypatch.setattr(files, "probe", lambda *_: ({}, Answer(trouble="hung")))
+    monkeypatch.setattr(CheckContext, "probe", lambda *_: ({}, Answer(trouble="hung")))
     (found,) = files.check_folder(context())
     assert found.state == "problem"
     assert found.found.endswith("gives no answer: no answer in time")
@@ -204,7 +202,7 @@ def test_a_file_system_without_locks(context, monkeypatch, tmp_path, capsys, num
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "x").touch()
-    report = {"lock": try_hdf5.lock(tmp_path / "x"), "locked": {}, "hdf5": "2.0.0", "failed": ""}
+    report = {"lock": probe.lock(tmp_path / "x"), "locked": {}, "hdf5": "2.0.0", "failed": ""}
     (found,) = files.judge_hdf5(context(folder=tmp_path), report, Answer(code=0))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert f"has no file locks ({os.strerror(number)})" in found.found

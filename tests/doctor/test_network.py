@@ -82,7 +82,7 @@ def test_an_address_that_does_not_resolve(context):
 
 
 def test_a_host_that_is_loopback_to_itself(context, monkeypatch):
-    monkeypatch.setattr(network, "_addresses", lambda host: ["127.0.1.1"])
+    monkeypatch.setattr(network, "addresses", lambda host: ["127.0.1.1"])
     address, name = network.check_address(context(STEP))
     assert (address.state, name.name, name.state) == ("ok", "host name", "note")
     assert "127.0.1.1 to itself" in name.found

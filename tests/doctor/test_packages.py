@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import packages
+from hpc_oialr.doctor import CheckContext, packages
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_old_submitit(context, installed):
 def test_deepspeed_that_cannot_be_imported(context, installed, monkeypatch):
     installed()
     answer = Answer(stderr="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
-    monkeypatch.setattr(packages, "probe", lambda *_, **__: ({}, answer))
+    monkeypatch.setattr(CheckContext, "probe", lambda *_, **__: ({}, answer))
     (found,) = packages.check_deepspeed(context())
     assert found.state == "problem"
     assert found.found == "cannot be imported: ImportError: cannot import name 'x' from 'torch'"

@@ -9,7 +9,6 @@ import pytest
 import hpc_oialr
 from hpc_oialr.doctor.context import CheckContext
 from hpc_oialr.doctor.network import check_interfaces
-from hpc_oialr.doctor.site import site_environment
 from hpc_oialr.errors import UnknownNameError
 
 SITE = """
@@ -34,12 +33,13 @@ def write(tmp_path: Path, script: str) -> str:
 
 
 def test_variables_of_a_site_count(tmp_path: Path) -> None:
-    around = site_environment(write(tmp_path, SITE))
-    assert [(found.name, found.state) for found in around.findings] == [("site", "ok")]
-    assert (around.partition, around.account, around.runs) == ("accelerated", "chemistry", "/scratch/runs")
+    around, findings = CheckContext.at_site(write(tmp_path, SITE))
+    assert [(found.name, found.state) for found in findings] == [("site", "ok")]
+    assert (around.partition, around.account) == ("accelerated", "chemistry")
+    assert around.folder == Path("/scratch/runs")
     assert around.environ["TWO"] == "a\nb=c"
     assert around.environ["SITE_MPI"] == "pmix"
-    (interface,) = check_interfaces(CheckContext(environ=around.environ))
+    (interface,) = check_interfaces(around)
     assert interface.found.startswith("ib 9: no interface ib 9 here")
 
 
@@ -47,16 +47,16 @@ def test_sites_of_this_repository_run_on_any_machine() -> None:
     files = list((Path(hpc_oialr.__file__).parent / "launch" / "sites").glob("*.sh"))
     assert files
     for file in files:
-        (found,) = site_environment(file.stem).findings
+        _, (found,) = CheckContext.at_site(file.stem)
         assert found.state == "ok", found
 
 
 def test_a_site_file_that_fails_in_a_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nload_module cuda/99"
-    (found,) = site_environment(write(tmp_path, script)).findings
+    _, (found,) = CheckContext.at_site(write(tmp_path, script))
     assert found.state == "ok"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    (found,) = site_environment(write(tmp_path, script)).findings
+    _, (found,) = CheckContext.at_site(write(tmp_path, script))
     assert found.state == "problem"
     assert found.found.endswith("load_module: command not found.")
 
@@ -66,8 +66,7 @@ def test_a_site_file_that_fails_in_a_job_only(tmp_path: Path, monkeypatch: pytes
     [("load_module cuda/99", "load_module: command not found"), ("exit 3", "exit code 3")],
 )
 def test_a_site_file_that_fails_here(tmp_path: Path, script: str, reason: str) -> None:
-    around = site_environment(write(tmp_path, f"{script}\nexport OIALR_SEEN=1\n"))
-    (found,) = around.findings
+    around, (found,) = CheckContext.at_site(write(tmp_path, f"{script}\nexport OIALR_SEEN=1\n"))
     assert (found.name, found.state) == ("site", "problem")
     assert reason in found.found
     assert found.fix == f"module avail   (then correct {tmp_path / 'site.sh'})"
@@ -77,11 +76,14 @@ def test_a_site_file_that_fails_here(tmp_path: Path, script: str, reason: str) -
 
 def test_an_unknown_site() -> None:
     with pytest.raises(UnknownNameError, match="unknown site 'atlantis'"):
-        site_environment("atlantis")
+        CheckContext.at_site("atlantis")
 
 
 def test_without_a_site_slurms_own_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (site_environment(None).partition, site_environment(None).runs) == (None, "runs")
+    around, findings = CheckContext.at_site(None)
+    assert (around.partition, around.folder, findings) == (None, Path("runs"), [])
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
-    assert (site_environment(None).partition, site_environment(None).account) == ("cpu", "physics")
+    around, _ = CheckContext.at_site(None)
+    assert (around.partition, around.account) == ("cpu", "physics")
+    assert CheckContext.at_site(None, partition="gpu")[0].partition == "gpu"

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_oialr.doctor import slurm
-from hpc_oialr.doctor.finding import Finding
-from hpc_oialr.doctor.programs import run_command
+from hpc_oialr.doctor.context import SLURM_PROGRAMS, Finding
 
 NO_MUNGE = """sinfo: error: If munged is up, restart with --num-threads=10
 sinfo: error: Munge encode failed: Failed to access "/run/munge/munge.socket.2": No such file or directory
@@ -50,14 +49,14 @@ def test_a_healthy_cluster(context):
 
 
 def test_no_slurm_is_one_note(context, programs):
-    programs.remove(*slurm.PROGRAMS)
+    programs.remove(*SLURM_PROGRAMS)
     who = context(account="physics")
     assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
     assert not slurm.check_cluster(who) + slurm.check_account(who) + slurm.check_accounting(who)
 
 
 def test_a_container_in_a_job_has_no_programs(context, programs):
-    programs.remove(*slurm.PROGRAMS)
+    programs.remove(*SLURM_PROGRAMS)
     (found,) = slurm.check_programs(context({"SLURM_JOB_ID": "7"}))
     assert (found.state, found.found) == ("note", "none inside this job, as in most containers")
 
@@ -105,7 +104,7 @@ def test_a_hanging_sinfo_is_ended_with_its_children(context, programs):
 
 def test_what_a_hanging_program_has_said_is_kept(context, programs):
     programs.hang("sinfo", "main*|up|localhost")
-    answer = run_command(context(timeout_s=0.5), "sinfo")
+    answer = context(timeout_s=0.5).run("sinfo")
     assert (answer.stdout, answer.code, answer.trouble) == ("main*|up|localhost\n", None, "hung")
 
 
