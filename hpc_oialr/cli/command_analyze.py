@@ -55,8 +55,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then print the file's path."""
-    from hpc_oialr.analyze import MatrixSelection, analyze
     from hpc_oialr.distributed import World
+    from hpc_oialr.report.analyze import MatrixSelection, analyze
 
     show_warnings()
     names = ("include", "exclude", "max_aspect")

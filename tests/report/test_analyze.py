@@ -12,12 +12,12 @@ from support.spawn import spawn
 from torch import nn
 
 from hpc_oialr import spectra
-from hpc_oialr.analyze import MatrixSelection, analyze
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, DataError, NonFiniteError
 from hpc_oialr.lowrank import Selection, select
 from hpc_oialr.method.engine import SingleEngine
 from hpc_oialr.method.stability_tracker import StabilityTracker
+from hpc_oialr.report.analyze import MatrixSelection, analyze
 from hpc_oialr.spectra.reader import Spectra
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpc_oialr.analyze.checkpoint import open_checkpoint
-from hpc_oialr.analyze.matrices import MatrixSelection
 from hpc_oialr.cli.command_analyze import _Lines
 from hpc_oialr.errors import DataError
+from hpc_oialr.report.analyze import MatrixSelection
+from hpc_oialr.report.checkpoint import open_checkpoint
 
 MATRIX = torch.randn(8, 8)
 FP8 = MATRIX.to(torch.float8_e4m3fn)
