@@ -2,7 +2,7 @@
 
 All-reduce, all-gather, reduce-scatter and broadcast over sizes, on 2 and 4 processes, by gloo, by NCCL where there
 are as many GPUs, and MPI's Allreduce where mpi4py and mpirun are there. Latency and bandwidth, as in
-`hpc_oialr/plan/timing.py`, are fitted to each and printed; `mean_error` is what is left.
+`hpc_oialr/plan/machine.py`, are fitted to each and printed; `mean_error` is what is left.
 
 `sharing`: time of a training step of one transformer layer, in P processes at once, over its time in one of them
 alone, each with its share of the cores as threads, in turn in one run. With 4 processes on 2 cores it holds what the
@@ -31,7 +31,7 @@ from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import on_processes
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.plan.timing import Link, measured_speeds
+from hpc_oialr.plan.machine import Link, measured_speeds
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 PROCESSES = (2, 4)

@@ -28,10 +28,10 @@ from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import ENGINES, free_port
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import SingleEngine
+from hpc_oialr.plan.machine import Machine, machine_of, this_machine
 from hpc_oialr.plan.planner import BEFORE, Planner
 from hpc_oialr.plan.schedule import predictable_rule
 from hpc_oialr.plan.scripted_run import ScriptedRun
-from hpc_oialr.plan.timing import Machine, machine_of, this_machine
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.record import MemoryMeter
 from hpc_oialr.train.load_config import load_config

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, console, is_main, show_warnings
-from hpc_oialr.errors import OIALRError
+from hpc_oialr.cli.console import add_command, add_force, is_main, show, writing
 from hpc_oialr.record.progress import clock_time
 
 EXAMPLES = """  oialr analyze checkpoint-500 checkpoint-1000 checkpoint-1500 --out spectra.h5
@@ -24,65 +23,44 @@ transformers writes it, or a run's checkpoints/step_NUMBER, all of one dense mod
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "write the spectra of a training's checkpoints, made here or elsewhere"
-    parser = add_command(commands, "analyze", summary=summary, examples=EXAMPLES)
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="file or folder")
-    parser.add_argument("--out", metavar="FILE.h5", type=Path, required=True, help="file to write")
-    parser.add_argument(
-        "--steps",
-        metavar="N",
-        type=int,
-        nargs="+",
-        help="of the checkpoints, in the order given; default the last numbers in their names",
-    )
-    parser.add_argument(
-        "--include",
-        metavar="PATTERN",
-        nargs="+",
-        help="shell patterns of layers that are measured; default all",
-    )
-    parser.add_argument(
-        "--exclude", metavar="PATTERN", nargs="+", help="of those that are not; default tables of embeddings"
-    )
-    parser.add_argument(
-        "--max-aspect", metavar="X", type=float, help="leave out matrices longer than that; default 10"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser = add_command(commands, "analyze", run, summary=summary, examples=EXAMPLES)
+    option = parser.add_argument
+    option("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="file or folder")
+    option("--out", metavar="FILE.h5", type=Path, required=True, help="file to write")
+    explained = "of the checkpoints, in the order given; default the last numbers in their names"
+    option("--steps", metavar="N", type=int, nargs="+", help=explained)
+    explained = "shell patterns of layers that are measured; default all"
+    option("--include", metavar="PATTERN", nargs="+", help=explained)
+    explained = "of those that are not; default tables of embeddings"
+    option("--exclude", metavar="PATTERN", nargs="+", help=explained)
+    option("--max-aspect", metavar="X", type=float, help="leave out matrices longer than that; default 10")
+    option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add_force(parser)
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, then print the file's path."""
+def run(arguments: argparse.Namespace) -> None:
     from hpc_oialr.distributed import World
     from hpc_oialr.report.analyze import MatrixSelection, analyze
 
-    show_warnings()
     names = ("include", "exclude", "max_aspect")
     given: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     selection = MatrixSelection(**given)
     world = World.from_environment(device=arguments.device)
     try:
-        out = analyze(
-            arguments.checkpoints,
-            arguments.out,
-            steps=arguments.steps,
-            selection=selection,
-            world=world,
-            progress=_Lines(),
-            force=arguments.force,
-        )
-    except OSError as error:
-        if isinstance(error, OIALRError):
-            raise
-        raise OIALRError(
-            f"{arguments.out} cannot be written ({error}); name another place by --out."
-        ) from error
+        with writing(arguments.out):
+            out = analyze(
+                arguments.checkpoints,
+                arguments.out,
+                steps=arguments.steps,
+                selection=selection,
+                world=world,
+                progress=_Lines(),
+                force=arguments.force,
+            )
     finally:
         world.close()
-    console().print(str(out), markup=False)
-    return 0
+    show(out)
 
 
 class _Lines:

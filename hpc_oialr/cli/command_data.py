@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
+from hpc_oialr.cli.console import add_command, add_force, show
 
 EXAMPLES = """  oialr data fetch fashion-mnist
   oialr data fetch fashion-mnist --data-dir /scratch/data
@@ -14,37 +14,27 @@ EXAMPLES = """  oialr data fetch fashion-mnist
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    summary = "fetch a data set once, checked by its checksums"
     parser = add_command(commands, "data", summary="fetch data sets, make tiny ones", examples=EXAMPLES)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    fetch = add_command(actions, "fetch", summary=summary, examples=EXAMPLES)
+    summary = "fetch a data set once, checked by its checksums"
+    fetch = add_command(actions, "fetch", run, summary=summary, examples=EXAMPLES)
     fetch.add_argument("name", metavar="NAME", help="name of the data set, e.g. fashion-mnist")
     fetch.add_argument("--data-dir", type=Path, metavar="DIR", help="folder that has it, or where to put it")
     add_force(fetch)
-    fetch.set_defaults(run=run)
     summary = "make a tiny stand-in of a data set's form, for smoke runs only"
-    sample = add_command(actions, "sample", summary=summary, examples=EXAMPLES)
+    sample = add_command(actions, "sample", run_sample, summary=summary, examples=EXAMPLES)
     sample.add_argument("name", metavar="NAME", help="imagenet, cifar-10 or ettm2")
-    sample.add_argument(
-        "folder", metavar="DIR", type=Path, help="new folder; left as it is if it has the sample"
-    )
-    sample.set_defaults(run=run_sample)
+    explained = "new folder; left as it is if it has the sample"
+    sample.add_argument("folder", metavar="DIR", type=Path, help=explained)
 
 
-def run_sample(arguments: argparse.Namespace) -> int:
-    """Make the sample, then print the folder."""
+def run_sample(arguments: argparse.Namespace) -> None:
     from hpc_oialr.data import write_sample
 
-    show_warnings()
-    console().print(str(write_sample(arguments.name, arguments.folder)), markup=False)
-    return 0
+    show(write_sample(arguments.name, arguments.folder))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Fetch, then print the folder."""
+def run(arguments: argparse.Namespace) -> None:
     from hpc_oialr.data import fetch
 
-    show_warnings()
-    console().print(str(fetch(arguments.name, arguments.data_dir, force=arguments.force)), markup=False)
-    return 0
+    show(fetch(arguments.name, arguments.data_dir, force=arguments.force))

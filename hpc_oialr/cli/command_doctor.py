@@ -23,21 +23,17 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "find out what would make a run fail here, and how to put it right"
-    parser = add_command(commands, "doctor", summary=summary, examples=EXAMPLES)
-    parser.add_argument("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
-    parser.add_argument("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
-    parser.add_argument("--partition", metavar="NAME", help="partition that jobs will ask for")
-    parser.add_argument("--account", metavar="NAME", help="account that jobs will ask for")
-    parser.add_argument(
-        "--need-gib", metavar="GIB", type=float, default=5.0, help="space the run needs; default 5"
-    )
-    parser.add_argument(
-        "--timeout-s", metavar="S", type=float, default=10.0, help="what takes longer hangs; default 10"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+    parser = add_command(commands, "doctor", run, summary=summary, examples=EXAMPLES)
+    option = parser.add_argument
+    option("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
+    option("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
+    option("--partition", metavar="NAME", help="partition that jobs will ask for")
+    option("--account", metavar="NAME", help="account that jobs will ask for")
+    option("--need-gib", metavar="GIB", type=float, default=5.0, help="space the run needs; default 5")
+    explained = "what takes longer hangs; default 10"
+    option("--timeout-s", metavar="S", type=float, default=10.0, help=explained)
+    option("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,32 +55,22 @@ def run(arguments: argparse.Namespace) -> int:
     # Where processes cannot meet, each prints.
     out = console(of_every_process=True)
     if arguments.json:
-        out.print(as_json(context.node, summary), markup=False)
+        content = {
+            "node": context.node,
+            "processes": summary.processes,
+            "problems": len(summary.problems),
+            "findings": [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows],
+        }
+        out.print(json.dumps(content, indent=2), markup=False)
     else:
-        show(out, context.node, summary)
+        _show(out, context.node, summary)
     return 1 if summary.problems else 0
 
 
-def as_json(node: str, summary: Any) -> str:
-    """For machines."""
-    rows = [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows]
-    return json.dumps(
-        {
-            "node": node,
-            "processes": summary.processes,
-            "problems": len(summary.problems),
-            "findings": rows,
-        },
-        indent=2,
-    )
-
-
-def show(out: Console, node: str, summary: Any) -> None:
+def _show(out: Console, node: str, summary: Any) -> None:
     """The table, then one line for each problem."""
     title = node if summary.processes == 1 else f"{summary.processes} processes, seen from {node}"
-    table = Table(title=title, title_justify="left")
-    for column in ("check", "", "found"):
-        table.add_column(column)
+    table = Table("check", "", "found", title=title, title_justify="left")
     for row in summary.rows:
         finding = row.finding
         state = Text(finding.state, style=_COLOURS[finding.state])

@@ -9,45 +9,42 @@ from typing import Any
 
 from rich.table import Table
 
-from hpc_oialr.cli.console import add_command, console
+from hpc_oialr.cli.console import add_command, console, show
 
 EXAMPLES = """  oialr info
   oialr info --json"""
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "show versions of torch, CUDA, MPI, NCCL, HDF5 and DeepSpeed, the machine and the git commit"
-    parser = add_command(commands, "info", summary=summary, examples=EXAMPLES)
+    parser = add_command(commands, "info", run, summary=summary, examples=EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Print what every run writes into its environment.json."""
     from hpc_oialr.record import environment_report
 
     report = environment_report()
     if arguments.json:
-        console().print(json.dumps(report, indent=2), markup=False)
-        return 0
+        show(json.dumps(report, indent=2))
+        return
     table = Table(show_header=False)
-    for name, value in flatten(report):
+    for name, value in _flatten(report):
         table.add_row(name, value)
     console().print(table)
-    return 0
 
 
-def flatten(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names and values as text; a dash for what is not there.
 
     Examples
     --------
-    >>> list(flatten({"a": {"b": 1, "c": None}}))
+    >>> list(_flatten({"a": {"b": 1, "c": None}}))
     [('a.b', '1'), ('a.c', '-')]
     """
     for name, value in report.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", "-" if value is None else str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
+from hpc_oialr.cli.console import add_command, console, show
 from hpc_oialr.launch.jobs import JobRow, find_runs, rows_of
 from hpc_oialr.launch.slurm import Slurm
 from hpc_oialr.record.progress import clock_time
@@ -20,59 +19,38 @@ EXAMPLES = """  oialr jobs
   oialr jobs --all
   oialr jobs runs/first runs/second"""
 
-COLUMNS = (
-    "job",
-    "run",
-    "state",
-    "requeues",
-    "step",
-    "ETA / time left",
-    "trained",
-    "mean r",
-    "loss",
-    "metric",
-)
+COLUMNS = "job", "run", "state", "requeues", "step", "ETA / time left", "trained", "mean r", "loss", "metric"
 UNKNOWN = "-"
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "list submitted runs: state, step, time to the end, last line of an error"
-    parser = add_command(commands, "jobs", summary=summary, examples=EXAMPLES)
+    parser = add_command(commands, "jobs", run, summary=summary, examples=EXAMPLES)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folders; default all under runs/")
     parser.add_argument("--all", action="store_true", help="completed runs too")
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Print a table, and a line for each error."""
-    show_warnings()
     found = rows_of(find_runs(arguments.runs), Slurm())
     every = arguments.all or arguments.runs
     rows = [row for row in found if every or row.state.state != "COMPLETED" or row.error]
     if rows:
-        show(rows)
-    hidden = len(found) - len(rows)
-    if hidden:
-        console().print(f"{hidden} completed: oialr jobs --all", markup=False)
-    elif not rows:
-        console().print("no submitted runs", markup=False)
-    return 0
-
-
-def show(rows: Sequence[JobRow]) -> None:
-    """Print the table and the errors."""
-    table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in cells(row)))
-    out = console()
-    out.print(table)
+        table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in _cells(row)))
+        console().print(table)
     for row in rows:
         if row.error:
-            out.print(f"{row.folder.path}: {row.error}", markup=False)
+            show(f"{row.folder.path}: {row.error}")
+    hidden = len(found) - len(rows)
+    if hidden:
+        show(f"{hidden} completed: oialr jobs --all")
+    elif not rows:
+        show("no submitted runs")
 
 
-def cells(row: JobRow) -> list[str]:
+def _cells(row: JobRow) -> list[str]:
     """One row of the table; a dash for what is not known."""
     progress, state = row.progress, row.state
     requeues = UNKNOWN if state.requeues is None else f"{state.requeues} of {row.job.max_requeues}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, show_warnings
+from hpc_oialr.cli.console import add_command, add_run
 from hpc_oialr.launch.job_file import read_job
 from hpc_oialr.launch.jobs import Over
 from hpc_oialr.launch.logs import follow, log_files
@@ -19,24 +18,19 @@ EXAMPLES = """  oialr logs runs/first
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "show what a run's process printed"
-    parser = add_command(commands, "logs", summary=summary, examples=EXAMPLES)
-    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the run has finished or its job is over"
-    )
+    parser = add_command(commands, "logs", run, summary=summary, examples=EXAMPLES)
+    add_run(parser)
+    explained = "go on until the run has finished or its job is over"
+    parser.add_argument("-f", "--follow", action="store_true", help=explained)
     parser.add_argument("--process", type=int, default=0, metavar="N", help="which process; default 0")
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Write the log to standard output as it is."""
-    show_warnings()
     folder = RunFolder(arguments.folder)
     files = log_files(folder, arguments.process)
     job = Over(read_job(folder)) if arguments.follow and folder.job.exists() else None
     for text in follow(files, lambda: not arguments.follow or folder.finished or (job is not None and job())):
         sys.stdout.write(text)
         sys.stdout.flush()
-    return 0

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, console
+from hpc_oialr.cli.console import add_command, add_force, show
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.recipes import batch_scripts, data_needed, find_recipe, recipes
 
@@ -17,33 +17,26 @@ EXAMPLES = """  oialr recipes
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = add_command(commands, "recipes", summary="list the recipes, or print one", examples=EXAMPLES)
+    summary = "list the recipes, or print one"
+    parser = add_command(commands, "recipes", run, summary=summary, examples=EXAMPLES)
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe's YAML")
-    parser.add_argument(
-        "--scripts", metavar="DIR", type=Path, help="write the batch scripts for sbatch into DIR/slurm"
-    )
+    explained = "write the batch scripts for sbatch into DIR/slurm"
+    parser.add_argument("--scripts", metavar="DIR", type=Path, help=explained)
     add_force(parser)
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Print a line for each, or a file; or write the batch scripts."""
     if arguments.scripts:
-        return _write_scripts(arguments.scripts / "slurm", force=arguments.force)
-    if arguments.name:
-        console().print(find_recipe(arguments.name).read_text(encoding="utf-8"), markup=False, end="")
-        return 0
-    found = recipes()
-    width = max(map(len, found))
-    for name, description in found.items():
-        console().print(f"{name:{width}}  {description} Data: {data_needed(name)}", markup=False)
-    return 0
-
-
-def _write_scripts(folder: Path, *, force: bool) -> int:
-    with new_folder(folder, "oialr recipes --scripts", force=force) as draft:
-        for script in batch_scripts():
-            shutil.copy(script, draft)
-    console().print(f"written: {folder}; e.g. sbatch --nodes=2 {folder}/fashion_mnist.sh", markup=False)
-    return 0
+        folder = arguments.scripts / "slurm"
+        with new_folder(folder, "oialr recipes --scripts", force=arguments.force) as draft:
+            for script in batch_scripts():
+                shutil.copy(script, draft)
+        show(f"written: {folder}; e.g. sbatch --nodes=2 {folder}/fashion_mnist.sh")
+    elif arguments.name:
+        show(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
+    else:
+        found = recipes()
+        width = max(map(len, found))
+        for name, description in found.items():
+            show(f"{name:{width}}  {description} Data: {data_needed(name)}")

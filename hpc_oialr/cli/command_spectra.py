@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, add_force, console, show_warnings
-from hpc_oialr.cli.spectra_plot import add_plot
+from hpc_oialr.cli.console import add_command, add_force, console, is_main, show, writing
 from hpc_oialr.errors import DataError, OIALRError
 from hpc_oialr.record import RunFolder
+
+if TYPE_CHECKING:
+    from hpc_oialr.spectra import Layer, Spectra
 
 EXAMPLES = """  oialr spectra show runs/first
   oialr spectra watch runs/first --layers "encoder.*"
@@ -24,170 +30,201 @@ EXAMPLES = """  oialr spectra show runs/first
   oialr spectra export runs/first --format parquet
   oialr spectra merge runs/first
   oialr spectra repair runs/first/spectra.h5"""
+PLOT_EXAMPLES = """  oialr spectra plot runs/first --figure stability --out stability.pdf
+  oialr spectra plot runs/first --figure waterfall --layer encoder.0 --width double --out waterfall.svg
+  oialr spectra plot runs/demo --figure cost --out cost.png"""
+FIGURES = {
+    "stability": "of every layer over training",
+    "r": "heat map of r by layer and step",
+    "waterfall": "singular values of one layer, with the cutoff and the noise edge",
+    "share": "metric against the share of trained parameters, of one or several runs",
+    "cost": "time and memory against the dense run: both runs, or the folder of oialr compare",
+}
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = add_command(
-        commands,
-        "spectra",
-        summary="show, watch, plot, export, merge or repair a run's spectra",
-        examples=EXAMPLES,
-    )
+    summary = "show, watch, plot, export, merge or repair a run's spectra"
+    parser = add_command(commands, "spectra", summary=summary, examples=EXAMPLES)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for add_action in (_add_show, _add_watch, add_plot, _add_export, _add_merge, _add_repair):
-        add_action(actions)
 
+    def action(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+        own = "\n".join(line for line in EXAMPLES.splitlines() if f" {name} " in line)
+        parser = add_command(actions, name, run, summary=summary, examples=own)
+        parser.add_argument("path", metavar="FILE", type=Path, help="a run's folder or its spectra.h5")
+        return parser
 
-def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    own = [line for line in EXAMPLES.splitlines() if f" {name} " in line]
-    parser = add_command(actions, name, summary=summary, examples="\n".join(own))
-    parser.add_argument("path", metavar="FILE", type=Path, help="a run's folder or its spectra.h5")
-    return parser
-
-
-def _add_show(actions: Any) -> None:
-    parser = _action(actions, "show", "show every layer as it stood after its last event")
-    parser.add_argument(
-        "--layers", metavar="PATTERN", default="*", help="shell pattern of names; default all"
-    )
-    parser.set_defaults(run=show)
-
-
-def _add_watch(actions: Any) -> None:
-    parser = _action(actions, "watch", "follow a running job's spectra, until it ends or Ctrl-C")
-    parser.add_argument(
-        "--layers", metavar="PATTERN", default="*", help="shell pattern of names; default all"
-    )
-    parser.add_argument(
-        "--every", metavar="SECONDS", type=float, default=2.0, help="time between two looks; default 2"
-    )
-    parser.set_defaults(run=watch)
-
-
-def _add_export(actions: Any) -> None:
-    parser = _action(actions, "export", "write tables of events, steps and singular values")
+    shown = action("show", run_show, "show every layer as it stood after its last event")
+    watched = action("watch", run_watch, "follow a running job's spectra, until it ends or Ctrl-C")
+    for parser in (shown, watched):
+        explained = "shell pattern of names; default all"
+        parser.add_argument("--layers", metavar="PATTERN", default="*", help=explained)
+    explained = "time between two looks; default 2"
+    watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help=explained)
+    _add_plot(actions)
+    parser = action("export", run_export, "write tables of events, steps and singular values")
     parser.add_argument("--format", choices=("csv", "parquet"), default="csv", help="default: csv")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write; default spectra_FORMAT in the run's"
-    )
+    explained = "folder to write; default spectra_FORMAT in the run's"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=explained)
     add_force(parser)
-    parser.set_defaults(run=export)
-
-
-def _add_merge(actions: Any) -> None:
-    parser = _action(actions, "merge", "join all files of a record whose run was stopped")
-    # What it always does now.
+    parser = action("merge", run_merge, "join all files of a record whose run was stopped")
+    # Accepted for old command lines; it always copies now.
     parser.add_argument("--copy", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=merge)
-
-
-def _add_repair(actions: Any) -> None:
-    parser = _action(actions, "repair", "save what can be read of a damaged record into a new file")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write; default FILE.repaired.h5")
+    parser = action("repair", run_repair, "save what can be read of a damaged record into a new file")
+    explained = "file to write; default FILE.repaired.h5"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=explained)
     add_force(parser)
-    parser.set_defaults(run=repair)
 
 
-def show(arguments: argparse.Namespace) -> int:
-    """Print the table."""
-    from hpc_oialr.cli.spectra_tables import layers_table
+def _add_plot(actions: Any) -> None:
+    summary = "draw a figure for a paper"
+    parser = add_command(actions, "plot", run_plot, summary=summary, examples=PLOT_EXAMPLES)
+    option = parser.add_argument
+    option("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder or its spectra.h5")
+    listed = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
+    explained = f"{listed}; default stability"
+    option("--figure", choices=tuple(FIGURES), default="stability", help=explained)
+    option("--layer", metavar="NAME", help="of the waterfall; default the first")
+    explained = "columns of a paper; default single"
+    option("--width", choices=("single", "double"), default="single", help=explained)
+    explained = "file to write, .png, .pdf or .svg; default FIGURE.png"
+    option("--out", type=Path, metavar="FILE", help=explained)
+    add_force(parser)
+
+
+def run_show(arguments: argparse.Namespace) -> None:
     from hpc_oialr.spectra import open
 
-    out = console()
     with open(arguments.path) as run:
-        table = layers_table(run, arguments.layers)
-    out.print(table)
-    return 0
+        console().print(layers_table(run, arguments.layers))
 
 
-def watch(arguments: argparse.Namespace) -> int:
-    """Show the table anew whenever it has changed.
-
-    Raises
-    ------
-    DataError
-        If there is neither a run nor a record.
-    """
+def run_watch(arguments: argparse.Namespace) -> None:
+    """Show the table anew whenever it has changed; DataError if there is neither a run nor a record."""
     from hpc_oialr.report.runs import Run
 
     Run(arguments.path)
     with Live(console=console(), auto_refresh=False) as live:
         for frame in frames(arguments.path, arguments.layers, arguments.every):
             live.update(frame, refresh=True)
-    return 0
 
 
 def frames(path: Path, pattern: str, every_s: float) -> Iterator[RenderableType]:
     """The table at one look after another; the last one after the run has ended."""
-    from hpc_oialr.cli.spectra_tables import finished
+    from hpc_oialr.spectra import open
 
     while True:
-        # Asked first, so that the last look sees all that was written.
-        last = finished(path)
-        yield _frame(path, pattern)
+        # Checked first, so that the last look sees all that was written.
+        last = _folder(path).finished
+        frame: RenderableType
+        try:
+            with open(path) as run:
+                frame = layers_table(run, pattern)
+        except DataError as error:
+            # Before the first event there is no file.
+            frame = Text(str(error))
+        yield frame
         if last:
             return
         time.sleep(every_s)
 
 
-def _frame(path: Path, pattern: str) -> RenderableType:
-    from hpc_oialr.cli.spectra_tables import layers_table
-    from hpc_oialr.spectra import open
+def run_plot(arguments: argparse.Namespace) -> None:
+    from hpc_oialr.report.plots import figure_of, save
+    from hpc_oialr.report.runs import find_runs
 
+    if not is_main():
+        return
+    runs = find_runs(arguments.runs)
+    figure = figure_of(arguments.figure, runs, layer=arguments.layer, width=arguments.width)
+    path = arguments.out or Path(f"{arguments.figure}.png")
     try:
-        with open(path) as run:
-            return layers_table(run, pattern)
-    except DataError as error:
-        # Before the first event there is no file.
-        return Text(str(error))
+        with writing(path):
+            save(figure, path, inputs=[run.folder.path for run in runs], force=arguments.force)
+    finally:
+        for run in runs:
+            run.close()
+    show(path)
 
 
-def export(arguments: argparse.Namespace) -> int:
-    """Write the files, then print their paths."""
+def run_export(arguments: argparse.Namespace) -> None:
     from hpc_oialr.spectra import open
-    from hpc_oialr.spectra.tables import export as write
+    from hpc_oialr.spectra.tables import export
 
     with open(arguments.path) as run:
-        written = write(run, arguments.format, arguments.out, force=arguments.force)
+        written = export(run, arguments.format, arguments.out, force=arguments.force)
     for path in written:
-        console().print(str(path), markup=False)
-    return 0
+        show(path)
 
 
-def merge(arguments: argparse.Namespace) -> int:
-    """Join, then print the path.
-
-    Raises
-    ------
-    FolderInUseError
-        If the run goes on: it joins its record itself, at its end.
-    """
+def run_merge(arguments: argparse.Namespace) -> None:
+    """Join all files; refused while the run goes on, which joins its record itself at its end."""
     from hpc_oialr.launch.slurm import job_over
     from hpc_oialr.record.owner import Claim
-    from hpc_oialr.spectra.store import merge as join
+    from hpc_oialr.spectra.store import merge
 
-    show_warnings()
-    folder = RunFolder(arguments.path if arguments.path.is_dir() else arguments.path.parent)
+    folder = _folder(arguments.path)
     claim = Claim("oialr spectra merge", job_over)
     try:
         with closing(claim.take(folder)) if folder.holds_run else nullcontext():
-            joined = join(arguments.path)
+            joined = merge(arguments.path)
+    except OIALRError:
+        raise
     except OSError as error:
-        if isinstance(error, OIALRError):
-            raise
         raise OIALRError(f"{arguments.path} cannot be merged ({error}); all files are as before.") from error
-    console().print(str(joined), markup=False)
-    return 0
+    show(joined)
 
 
-def repair(arguments: argparse.Namespace) -> int:
-    """Save, then tell what was lost."""
-    from hpc_oialr.spectra.repair import repair as save
+def run_repair(arguments: argparse.Namespace) -> None:
+    """Save what can be read, then list what was lost."""
+    from hpc_oialr.spectra.repair import repair
 
-    result = save(arguments.path, arguments.out, force=arguments.force)
+    result = repair(arguments.path, arguments.out, force=arguments.force)
     for sentence in result.lost:
-        console().print(f"lost: {sentence}", markup=False)
-    saved = f"saved: {result.events} rows of events of {result.layers} layers, in {result.target}"
-    console().print(saved, markup=False)
-    return 0
+        show(f"lost: {sentence}")
+    show(f"saved: {result.events} rows of events of {result.layers} layers, in {result.target}")
+
+
+# -- the table of layers -------------------------------------------------------------------------------
+
+_FIGURES = (
+    ("stability", "stability", "{:.3f}"),
+    ("stable rank", "stable_rank", "{:.1f}"),
+    ("above noise", "values_above_edge", "{:.0f}"),
+)
+
+
+def layers_table(run: Spectra, pattern: str = "*") -> Table:
+    """Each layer as it stood after its last event."""
+    table = Table(title=_headline(run), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold", min_width=20)
+    for column in ("k", "r", "r / k", "events", "step", *(title for title, _, _ in _FIGURES)):
+        table.add_column(column, justify="right")
+    for name, layer in run.items():
+        if fnmatchcase(name, pattern) and len(layer):
+            table.add_row(name, *_cells(layer))
+    return table
+
+
+def _cells(layer: Layer) -> Iterator[str]:
+    last, r = layer.events[-1], int(layer.r[-1])
+    yield from (str(layer.k), str(r), f"{r / layer.k:.1%}", str(len(layer)), str(last["t"]))
+    for _, field, form in _FIGURES:
+        yield "" if math.isnan(last[field]) else form.format(last[field])
+
+
+def _headline(run: Spectra) -> str:
+    """Path, number of layers and rows of events, last known step and loss."""
+    from hpc_oialr.record.metrics import read_last_metrics
+
+    parts = [str(run.path), f"{len(run)} layers", f"{len(run.events)} rows"]
+    # metrics.jsonl is written at once; the record may stand alone.
+    rows = [row for row in read_last_metrics(_folder(run.path).metrics) if "metric" not in row]
+    rows = rows or list(run.steps[-1:])
+    if rows:
+        step, loss = int(rows[-1]["step"]), rows[-1]["loss"]
+        parts += [f"step {step}"] if loss is None else [f"step {step}", f"loss {loss:.4f}"]
+    return ", ".join(parts)
+
+
+def _folder(path: Path) -> RunFolder:
+    return RunFolder(path if path.is_dir() else path.parent)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.cli.console import add_command, console, show_warnings
-from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
+from hpc_oialr.cli.console import add_command, add_recipe, show
+from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.request import EXECUTORS, Request
-from hpc_oialr.launch.slurm import NoAnswerError, ask
 from hpc_oialr.launch.submission import Submission
 
 ORIGIN = "the command line"
@@ -47,50 +45,44 @@ OPTIONS: tuple[tuple[str, type, str, str], ...] = (
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
     summary = "submit a recipe as a job that is requeued until the run is done"
-    parser = add_command(commands, "submit", summary=summary, examples=EXAMPLES, takes_settings=True)
-    parser.add_argument(
-        "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
-    )
+    parser = add_command(commands, "submit", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+    add_recipe(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     for option, kind, metavar, explanation in OPTIONS:
         parser.add_argument(option, type=kind, metavar=metavar, help=explanation)
-    parser.add_argument(
-        "--setup",
-        metavar="COMMAND",
-        action="append",
-        help="shell command before the training; may be repeated",
-    )
+    explained = "shell command before the training; may be repeated"
+    parser.add_argument("--setup", metavar="COMMAND", action="append", help=explained)
     parser.add_argument("--dry-run", action="store_true", help="print the script, and ask sbatch --test-only")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Submit, then print each job with its run folder."""
-    show_warnings()
     try:
-        request = request_of(arguments)
+        request = _request_of(arguments)
         submission = Submission.of(arguments.recipe, arguments.settings, request)
     except ConfigError as error:
         raise error.with_context(origin=error.origin or ORIGIN) from None
     except UnknownNameError as error:
-        raise _perhaps_an_option(error) from None
+        # A mistyped option looks like a setting, except that names of settings have dots.
+        if error.kind != "setting" or "." in error.name:
+            raise
+        options = [*(option for option, *_ in OPTIONS), "--out", "--setup", "--dry-run"]
+        raise UnknownNameError("option or setting", f"--{error.name}", options, origin=ORIGIN) from None
     if arguments.dry_run:
-        return show_script(submission.script())
+        return _show_script(submission.script())
     jobs = submission.submit()
     for job, each in zip(jobs, submission.runs, strict=True):
-        console().print(f"job {job.job_id}: {shlex.quote(str(each.folder))}", markup=False)
+        show(f"job {job.job_id}: {shlex.quote(str(each.folder))}")
     if request.executor == "debug":
         for job in jobs:
             job.results()
     return 0
 
 
-def request_of(arguments: argparse.Namespace) -> Request:
-    """The request of a command line."""
+def _request_of(arguments: argparse.Namespace) -> Request:
     given = {name: getattr(arguments, name, None) for name in parameter_names()}
-    given["folder"], given["array"] = arguments.out, seeds_of(arguments.array)
+    given["folder"], given["array"] = arguments.out, _seeds_of(arguments.array)
     return Request.of(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -99,44 +91,33 @@ def parameter_names() -> list[str]:
     return [field.name for field in fields(Request)]
 
 
-def seeds_of(text: str | None) -> dict[str, list[int]] | None:
+def _seeds_of(text: str | None) -> dict[str, list[int]] | None:
     """``seeds=0,4-6`` as an array.
 
     Examples
     --------
-    >>> seeds_of("seeds=0,4-6")
+    >>> _seeds_of("seeds=0,4-6")
     {'seeds': [0, 4, 5, 6]}
     """
     if text is None:
         return None
     name, _, values = text.partition("=")
     try:
-        return {name: [seed for part in values.split(",") for seed in _range(part)]}
+        bounds = [part.partition("-") for part in values.split(",")]
+        ranges = [range(int(first), int(last if dash else first) + 1) for first, dash, last in bounds]
     except ValueError:
         rule = "must be seeds=LIST, with numbers and ranges"
         raise ConfigError("array", text, rule, fix="E.g. seeds=0,1,2 or seeds=0-9.") from None
+    return {name: [seed for each in ranges for seed in each]}
 
 
-def _range(part: str) -> Sequence[int]:
-    first, dash, last = part.partition("-")
-    return range(int(first), int(last) + 1) if dash else [int(first)]
-
-
-def _perhaps_an_option(error: UnknownNameError) -> OIALRError:
-    """A mistyped option looks like a setting, which the dots in the names of settings tell apart."""
-    if error.kind != "setting" or "." in error.name:
-        return error
-    options = [*(option for option, *_ in OPTIONS), "--out", "--setup", "--dry-run"]
-    return UnknownNameError("option or setting", f"--{error.name}", options, origin=ORIGIN)
-
-
-def show_script(script: str) -> int:
+def _show_script(script: str) -> int:
     """Print a batch script, and what Slurm would do with it."""
-    console().print(script, markup=False)
+    show(script)
     try:
         answer = ask(["sbatch", "--test-only"], text=script)
     except NoAnswerError as error:
-        console().print(f"# sbatch --test-only: {error}", markup=False)
+        show(f"# sbatch --test-only: {error}")
         return 0 if "there is no sbatch" in str(error) else 1
-    console().print(f"# {(answer.stderr or answer.stdout).strip()}", markup=False)
+    show(f"# {(answer.stderr or answer.stdout).strip()}")
     return 0

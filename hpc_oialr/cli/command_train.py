@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_oialr.cli.console import add_command, console, show_warnings, summary_table
+from rich.table import Column, Table
+
+from hpc_oialr.cli.console import add_command, add_recipe, console, show
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.launch.job_file import note_job
 from hpc_oialr.launch.job_main import code_of, stop_requests
@@ -36,26 +38,17 @@ Later wins: defaults < recipe < command line."""
 
 
 def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = add_command(
-        commands, "train", summary="train a recipe or a YAML file", examples=EXAMPLES, takes_settings=True
-    )
-    parser.add_argument(
-        "recipe", metavar="RECIPE|FILE", help="name of a recipe (see oialr recipes), or a YAML file"
-    )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
-    parser.add_argument(
-        "--continue",
-        dest="go_on",
-        action="store_true",
-        help="go on with the run in --out, from its start if there is none yet; for batch scripts",
-    )
-    parser.add_argument(
-        "--dense", action="store_true", help="train the dense twin, with the recipe's dense settings"
-    )
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and stop")
-    parser.add_argument("--help_settings", action="store_true", help="explain all settings and stop")
-    parser.set_defaults(run=run)
+    summary = "train a recipe or a YAML file"
+    parser = add_command(commands, "train", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+    add_recipe(parser)
+    option = parser.add_argument
+    option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
+    explained = "go on with the run in --out, from its start if there is none yet; for batch scripts"
+    option("--continue", dest="go_on", action="store_true", help=explained)
+    explained = "train the dense twin, with the recipe's dense settings"
+    option("--dense", action="store_true", help=explained)
+    option("--print_config", action="store_true", help="print all settings as YAML and stop")
+    option("--help_settings", action="store_true", help="explain all settings and stop")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,16 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.train.load_config import dense_twin, load_config, make_parser
 
     if arguments.help_settings:
-        console().print(make_parser("oialr train RECIPE").format_help(), markup=False)
+        show(make_parser("oialr train RECIPE").format_help())
         return 0
     loaded = load_config(arguments.recipe, arguments.settings)
     loaded = dense_twin(loaded, own=True) if arguments.dense else loaded
     if arguments.print_config:
-        console().print(loaded.text, markup=False, end="")
+        show(loaded.text, end="")
         return 0
     if arguments.go_on and arguments.out is None:
         raise OIALRError("--continue needs --out DIR, the folder of the run to begin or to go on with.")
-    show_warnings()
     with stop_requests(loaded) as stop:
         return finish(_train(loaded, arguments, stop))
 
@@ -90,14 +82,28 @@ def _train(loaded: LoadedConfig, arguments: argparse.Namespace, stop: StopReques
 
 def finish(result: Result) -> int:
     """Print the closing table and the run's folder; the exit code."""
-    out = console()
-    if result.summary is not None:
-        out.print(summary_table(result.summary, _processes(result.summary)))
+    summary = result.summary
+    if summary is not None:
+        title = f"{summary['world_size']} process{'es' * (summary['world_size'] > 1)}, seed {summary['seed']}"
+        table = Table("", Column("", justify="right"), title=title, title_justify="left", show_header=False)
+        for label, key, form in summary_rows(summary):
+            table.add_row(label, form.format(summary[key]))
+        console().print(table)
     else:
-        out.print(f"stopped on request; go on with: {RunFolder(result.folder).resume_command}", markup=False)
-    out.print(f"run folder: {result.folder}", markup=False)
+        show(f"stopped on request; go on with: {RunFolder(result.folder).resume_command}")
+    show(f"run folder: {result.folder}")
     return code_of(result)
 
 
-def _processes(summary: dict[str, Any]) -> str:
-    return f"{summary['world_size']} process{'es' * (summary['world_size'] > 1)}, seed {summary['seed']}"
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, key and number format of what a table shows of a summary."""
+    form = "{:.2%}" if summary["metric_name"].endswith("accuracy") else "{:.4f}"
+    return [
+        (summary["metric_name"].replace("_", " "), "metric", form),
+        ("wall time (s)", "wall_s", "{:.1f}"),
+        ("of it updates (s)", "update_wall_s", "{:.2f}"),
+        ("trained parameters", "trainable_params", "{:,}"),
+        ("the same, dense", "dense_trainable_params", "{:,}"),
+        ("peak memory (GiB)", "peak_memory_gib", "{:.3f}"),
+        ("steps", "steps", "{:,}"),
+    ]

@@ -1,4 +1,4 @@
-"""What every command shares: where it prints, and how."""
+"""What the commands share: parsers, where they print, errors and warnings in one line."""
 
 from __future__ import annotations
 
@@ -7,19 +7,69 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
 from hpc_oialr.redaction import one_line
 
-# Errors that may befall one process alone; all others are the same everywhere.
+# Errors that may occur in one process alone; all others are the same everywhere.
 OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError, HostError)
 GRACE_S = 3.0
 _WIDE = 1000
+
+# -- parsers -------------------------------------------------------------------------------------------
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None] | None = None,
+    *,
+    summary: str,
+    examples: str,
+    takes_settings: bool = False,
+) -> argparse.ArgumentParser:
+    """A subcommand's parser with its help and examples; ``run`` may return an exit code."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(takes_settings=takes_settings)
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe that a command is about."""
+    explained = "name of a recipe (see oialr recipes), or a YAML file"
+    parser.add_argument("recipe", metavar="RECIPE|FILE", help=explained)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run that a command is about."""
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """The option that lets ``--out`` replace what the command did not write."""
+    explained = (
+        "replace what --out names, or files of the same names in that folder, though not written by oialr"
+    )
+    parser.add_argument("--force", action="store_true", help=explained)
+
+
+# -- output --------------------------------------------------------------------------------------------
 
 
 def is_main() -> bool:
@@ -31,7 +81,7 @@ def is_main() -> bool:
 
 
 def console(*, of_every_process: bool = False) -> Console:
-    """Standard output of the main process, nowhere for the others unless each is to print.
+    """Standard output of rank 0, nowhere for the others unless each is to print.
 
     A file or a pipe has no width, so nothing is cut there, unless ``COLUMNS`` is set.
     """
@@ -41,17 +91,33 @@ def console(*, of_every_process: bool = False) -> Console:
     return out
 
 
+def show(text: object, *, end: str = "\n") -> None:
+    """Print a path or a text as it is."""
+    console().print(str(text), markup=False, end=end)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the output, and the option that names another, if it cannot be written."""
+    try:
+        yield
+    except OIALRError:
+        raise
+    except OSError as error:
+        raise OIALRError(f"{path} cannot be written ({error}); name another place by --out.") from error
+
+
 def show_error(error: OIALRError) -> None:
-    """One line on standard error, from the main process or from the one that it befell."""
+    """One line on standard error, from rank 0 or from the process in which it occurred."""
     if is_main() or isinstance(error, OF_ONE_PROCESS):
         sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
     else:
-        # The launcher ends all processes when the first one leaves: the main one must get to its message.
+        # The launcher ends all processes when the first one leaves: rank 0 must get to its message.
         time.sleep(GRACE_S)
 
 
 def show_warnings() -> None:
-    """The package's warnings on standard error, from the main process."""
+    """The package's warnings on standard error, from rank 0."""
     logger = logging.getLogger("hpc_oialr")
     if not any(isinstance(handler, WarningLines) for handler in logger.handlers):
         logger.addHandler(WarningLines(logging.WARNING))
@@ -64,52 +130,3 @@ class WarningLines(logging.Handler):
         """Write the line."""
         if is_main():
             sys.stderr.write(one_line(f"oialr: {record.levelname.lower()}: {record.getMessage()}") + "\n")
-
-
-def add_command(
-    commands: Any, name: str, *, summary: str, examples: str, takes_settings: bool = False
-) -> argparse.ArgumentParser:
-    """A subcommand's parser with its help and examples."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(takes_settings=takes_settings)
-    return parser
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """The option that lets ``--out`` replace what the command did not write."""
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace what --out names, or files of the same names in that folder, though not written by oialr",
-    )
-
-
-def summary_table(summary: dict[str, Any], title: str) -> Table:
-    """One run's summary."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    for label, key, form in rows(summary):
-        table.add_row(label, form.format(summary[key]))
-    return table
-
-
-def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Label, key and number format of what a table shows of a summary."""
-    form = "{:.2%}" if summary["metric_name"].endswith("accuracy") else "{:.4f}"
-    return [
-        (summary["metric_name"].replace("_", " "), "metric", form),
-        ("wall time (s)", "wall_s", "{:.1f}"),
-        ("of it updates (s)", "update_wall_s", "{:.2f}"),
-        ("trained parameters", "trainable_params", "{:,}"),
-        ("the same, dense", "dense_trainable_params", "{:,}"),
-        ("peak memory (GiB)", "peak_memory_gib", "{:.3f}"),
-        ("steps", "steps", "{:,}"),
-    ]

@@ -27,7 +27,7 @@ from hpc_oialr.cli import (
     command_submit,
     command_train,
 )
-from hpc_oialr.cli.console import show_error
+from hpc_oialr.cli.console import show_error, show_warnings
 from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.mpi import leave_mpi
 from hpc_oialr.distributed.signals import end_at_once_upon, leave_upon_term, unwind_upon
@@ -81,18 +81,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`. An error is told in one line.
+    """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`. Errors that a user can fix take one line.
 
-    Settings of a run are left over by the parser and go to ``train`` and ``compare`` only. Errors of the operating
-    system, and memory that is not there, are the user's to put right too.
+    Those of the operating system and a lack of memory are among them. Settings of a run are left over by the parser;
+    only some commands take them.
     """
     parser = make_parser()
     arguments, settings = parser.parse_known_args(argv)
     if settings and not getattr(arguments, "takes_settings", False):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     arguments.settings = settings
+    show_warnings()
     try:
-        return int(arguments.run(arguments))
+        return arguments.run(arguments) or exit_codes.FINISHED
     except OIALRError as error:
         show_error(error)
         return exit_codes.of_error(error)
@@ -107,9 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script: :func:`main`, then out."""
+    """The console script."""
     tolerate_output_failures()
-    if _is_alone():
+    try:
+        alone = launch_info().size == 1
+    except WorldError:
+        alone = True  # the command reports it, or does not need it
+    if alone:
         unwind_upon(*_ENDING)
         code = main()
         end_at_once_upon(*_ENDING)
@@ -126,13 +131,6 @@ def entry() -> None:
     os._exit(exit_codes.of_task(code, launcher))
 
 
-def _is_alone() -> bool:
-    try:
-        return launch_info().size == 1
-    except WorldError:
-        return True  # the command tells what is wrong, or does not care
-
-
 def _code_of_main() -> int:
     code: object = 1
     try:
@@ -144,7 +142,3 @@ def _code_of_main() -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code if isinstance(code, int) else 1
-
-
-if __name__ == "__main__":
-    entry()

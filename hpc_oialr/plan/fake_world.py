@@ -51,13 +51,7 @@ class FakeWorld(World):
 
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[World]:
-    """A world of ``size`` processes, of which only ``rank`` exists; on the CPU.
-
-    Raises
-    ------
-    WorldError
-        If there is a process group already.
-    """
+    """A world of ``size`` processes, of which only ``rank`` exists; on the CPU."""
     if size == 1:
         yield World(device=torch.device("cpu"))
         return

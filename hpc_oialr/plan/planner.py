@@ -11,25 +11,30 @@ from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, EngineConfig, SingleEngine
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
-from hpc_oialr.plan.deployment import (
+from hpc_oialr.plan.fake_world import fake_tensors
+from hpc_oialr.plan.machine import GIB, Machine
+from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
+from hpc_oialr.plan.scripted_run import Measured
+from hpc_oialr.plan.step_cost import (
+    event_messages,
+    footprint,
+    messages,
+    sharded_event_bytes,
+    step_time,
+    svd_seconds,
+)
+from hpc_oialr.plan.trace_step import Step, StepTraces, trace_event, traced_context
+from hpc_oialr.plan.workload import (
     Deployment,
+    Workload,
     all_engines,
     data_processes,
     incompatibility,
     is_sharded,
     label,
 )
-from hpc_oialr.plan.fake_world import fake_tensors
-from hpc_oialr.plan.footprint import footprint
-from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
-from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.step_traces import StepTraces
-from hpc_oialr.plan.timing import Machine, step_time, svd_seconds
-from hpc_oialr.plan.trace_step import Step, sharded_event_bytes, trace_event, traced_context
-from hpc_oialr.plan.traffic import event_messages, messages
-from hpc_oialr.plan.workload import Workload
 
-GIB, MB = 1024**3, 1e6
+MB = 1e6
 # Of the phases that are looked at closely, which an event begins in.
 BEFORE = {"conversion": "dense", "update": "converted"}
 
@@ -37,14 +42,8 @@ BEFORE = {"conversion": "dense", "update": "converted"}
 class Planner:
     """Plans a workload on a machine.
 
-    Parameters
-    ----------
-    memory_gib
-        Of a process.
-    r_fraction
-        Share of k to which r falls under rules that depend on singular values.
-    weak
-        Keep the batch of a process, so that the global one grows; otherwise the global one is kept.
+    ``memory_gib`` of a process. ``r_fraction``: share of k to which r falls under rules that depend on singular
+    values. ``weak`` keeps the batch of a process, so that the global one grows; otherwise the global one is kept.
     """
 
     def __init__(
@@ -129,9 +128,9 @@ class Planner:
     ) -> list[dict[str, Any]]:
         """One for each number of nodes; units end the names, what does not exist is left out.
 
-        ``STAGE_...`` are figures of a step of one process (``STAGE_sent_mb``: the whole tensors its messages are
-        about), ``EVENT_...`` those of the conversion and of the first update; ``dense_s`` and ``oialr_s`` the time of
-        all steps, ``events_s`` the SVDs and factors of all events in it.
+        ``STAGE_...`` are figures of a step of one process (``STAGE_sent_mb``: the whole tensors its messages carry),
+        ``EVENT_...`` those of the conversion and of the first update; ``dense_s`` and ``oialr_s`` the time of all
+        steps, ``events_s`` the SVDs and factors of all events in it.
         """
         config, found = self.workload.config, []
         deployments = {count: self.deployment(count, per_node, engine) for count in nodes}
@@ -222,7 +221,7 @@ class Planner:
         sent = event_messages(phase, self.shapes, d.processes)
         sharded = is_sharded(engine, d.processes)
         svd_s = svd_seconds(phase, self.shapes, d, self.machine, sharded=sharded)
-        return svd_s, self.machine.messages_s(sent, d), sum(m.size for m in sent)
+        return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
     def _event_peak(self, phase: Phase, before: Step, d: Deployment, engine: EngineConfig) -> float:
         """From what one process alone holds during the event, by what the engine holds between steps."""
@@ -240,7 +239,9 @@ class Planner:
         # More processes than layers have no more results alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:
-            self._event_peaks[key] = trace_event(self.workload, phase, processes=key[0], held=key[1])
+            self._event_peaks[key] = trace_event(
+                self.workload, phase, self.rule, processes=key[0], held=key[1]
+            )
         return self._event_peaks[key] + resident - footprint(before, engine, 1).resident
 
     def _step_s(self, phase: Phase, figures: Mapping[str, float]) -> float:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from hpc_oialr.engines import EngineConfig
 from hpc_oialr.errors import ConfigError, UnknownNameError
-from hpc_oialr.plan import presets
-from hpc_oialr.plan.deployment import all_engines
+from hpc_oialr.plan.machine import Machine, cluster, gpu_machine, network_link, this_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import probe
-from hpc_oialr.plan.timing import Machine, this_machine
-from hpc_oialr.plan.workload import Workload
+from hpc_oialr.plan.workload import Workload, all_engines
 from hpc_oialr.train.config import RunConfig
 
 DEFAULT_NETWORK = "hdr200"
@@ -38,11 +36,9 @@ class Request:
     probe: bool = False
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("--nodes", self.nodes),
-            ("--gpus-per-node", [self.per_node]),
-            ("--adapters", [1 if self.adapters is None else self.adapters]),
-        ):
+        adapters = 1 if self.adapters is None else self.adapters
+        counts = {"--nodes": self.nodes, "--gpus-per-node": [self.per_node], "--adapters": [adapters]}
+        for name, values in counts.items():
             if not values or min(values) < 1:
                 raise ConfigError(name, list(values), "must be at least 1")
         if not 0 < self.r_fraction <= 1:
@@ -59,45 +55,34 @@ class Request:
             raise ConfigError("--adapters", self.adapters, rule, fix="Name it: --network, --gpu or --site.")
 
     @property
-    def cluster(self) -> presets.ClusterPreset | None:
-        """The site's preset."""
-        return presets.cluster(self.site) if self.site else None
-
-    @property
     def per_node(self) -> int:
         """Processes of a node: as given, the site's, or 1."""
         if self.gpus_per_node is not None:
             return self.gpus_per_node
-        return self.cluster.gpus_per_node if self.cluster else 1
+        return cluster(self.site).gpus_per_node if self.site else 1
 
     def machine(self) -> Machine:
         """Presets where any is named; otherwise the machine at hand, measured."""
-        site = self.cluster
+        site = cluster(self.site) if self.site else None
         gpu = self.gpu or (site.gpu if site else None)
         network = self.network or (site.network if site else None)
         adapters = self.adapters or (site.adapters if site else 1)
         if gpu is not None:
-            return presets.gpu_machine(gpu, network or DEFAULT_NETWORK, adapters)
+            return gpu_machine(gpu, network or DEFAULT_NETWORK, adapters)
         machine = this_machine(self.calibration)
         if network is None:
             return machine
-        link, source = presets.network_link(network)
+        link, source = network_link(network)
         return replace(machine, between=link, adapters=adapters, fitted={}, links=f"stated: {source}")
 
     def chosen_engines(self, of_recipe: EngineConfig) -> list[EngineConfig]:
-        """By name; the recipe's if there are none.
-
-        Raises
-        ------
-        UnknownNameError
-            Listing the valid names.
-        """
+        """By name; the recipe's if there are none."""
         if not self.engines:
             return [of_recipe]
         known = all_engines(self.per_node)
-        valid = {type(engine).__name__ for engine in known}
         if list(self.engines) == ["all"]:
             return known
+        valid = {type(engine).__name__ for engine in known}
         for name in self.engines:
             if name not in valid:
                 raise UnknownNameError("engine", name, [*valid, "all"])
@@ -105,13 +90,7 @@ class Request:
 
 
 def prepare(config: RunConfig, request: Request) -> tuple[Planner, list[EngineConfig]]:
-    """A planner, which has measured what is to be measured, and the engines to plan with.
-
-    Raises
-    ------
-    ConfigError, UnknownNameError, DataError
-        If names are unknown, or the data are needed and not on this machine.
-    """
+    """A planner, with steps measured if requested, and the engines to plan with."""
     workload, machine, per_node = Workload.of(config, request.samples), request.machine(), request.per_node
     engines = request.chosen_engines(config.engine)
     memory_gib = request.memory_gib or machine.memory_of_process_gib(per_node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,29 +30,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps between two events of the method.
+    """The steps between two events of the method."""
 
-    Attributes
-    ----------
-    start, steps
-        Steps done before it, and its length.
-    event
-        What it begins with.
-    before
-        r of each layer that the event works on, before it; k at the conversion.
-    r
-        r of each low-rank layer from now on; empty while the model is dense.
-    """
-
-    start: int
-    steps: int
-    event: Literal["start", "conversion", "update"]
-    before: Mapping[str, int]
-    r: Mapping[str, int]
+    start: int  # steps done before it
+    steps: int  # its length
+    event: Literal["start", "conversion", "update"]  # what it begins with
+    before: Mapping[str, int]  # r before the event of each layer it works on; k at the conversion
+    r: Mapping[str, int]  # of each low-rank layer from now on; empty while the model is dense
 
 
 def predictable_rule(rule: RankRule, r_fraction: float) -> tuple[RankRule, str | None]:
-    """The rule to plan with, and what was assumed: most rules depend on singular values, which a plan cannot know."""
+    """The rule to plan with, and what was assumed: most rules need singular values, which a plan cannot know."""
     if isinstance(rule, FixedFraction):
         return rule, None
     return (
@@ -67,16 +55,14 @@ def phases(
 ) -> list[Phase]:
     """Every phase of a run of ``total`` steps; one dense phase without the method.
 
-    Parameters
-    ----------
-    shapes
-        The layers that become low-rank, in the model's order.
-    rule
-        Instead of the recipe's; must not depend on singular values.
+    ``shapes`` in the model's order. ``rule``, instead of the recipe's, must not depend on singular values.
     """
     if config is None:
         return [Phase(0, total, "start", {}, {})]
-    times = list(_event_times(config, total))
+    # Steps done at the conversion, then at every update.
+    conversion = max(1, config.delay)
+    updates = range(config.delay + config.frequency, total + 1, config.frequency)
+    times = [conversion, *(t for t in updates if t > conversion)] if conversion <= total else []
     ends = [*times, total]
     found = [Phase(0, ends[0], "start", {}, {})]
     rule, limits, r = rule or config.rule, config.limits, dict[str, int]()
@@ -90,13 +76,3 @@ def phases(
             r = {**r, name: new}
         found.append(Phase(start, end - start, "update" if number else "conversion", before, r))
     return found
-
-
-def _event_times(config: OIALRConfig, total: int) -> Iterator[int]:
-    """Steps done at the conversion, then at every update."""
-    conversion = max(1, config.delay)
-    if conversion <= total:
-        yield conversion
-    for t in range(config.delay + config.frequency, total + 1, config.frequency):
-        if t > conversion:
-            yield t

@@ -1,23 +1,35 @@
-"""A run that goes through the phases of a plan in a few steps: the run's own code, events when asked for."""
+"""A run's own code on real tensors, in a few steps, with the method's events when asked for.
+
+Measures steps on one process (:func:`probe`), or runs as single processes of a large world (:func:`dry_run`).
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch
-from hpc_oialr.distributed import World
-from hpc_oialr.engines import SingleEngine
-from hpc_oialr.errors import DataError
+from hpc_oialr.distributed import World, open_channel
+from hpc_oialr.engines import DeepSpeed, EngineConfig, SingleEngine
+from hpc_oialr.errors import ConfigError, DataError
+from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.method.rules import RankRule
-from hpc_oialr.plan.trace_step import trained_parameters
+from hpc_oialr.plan.fake_world import fake_collectives, fake_world
 from hpc_oialr.plan.workload import NEVER, Workload
+from hpc_oialr.record.memory import resident_bytes
+from hpc_oialr.train.exchange import UpdateExchange
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.run_context import RunContext
 
@@ -26,18 +38,12 @@ _MAX_UPDATES = 200
 
 
 class ScriptedRun:
-    """Steps and events of a run of :meth:`Workload.run_context`, each when it is called.
-
-    Attributes
-    ----------
-    event_s
-        Wall time of the last event.
-    """
+    """Steps and events of a run of :meth:`Workload.run_context`, each when it is called."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.steps = 0
-        self.event_s = 0.0
+        self.event_s = 0.0  # wall time of the last event
         context.module.train()
 
     @property
@@ -48,7 +54,7 @@ class ScriptedRun:
         return controller
 
     def samples(self, batch: int) -> Batch:
-        """So many samples of the training data, for this process."""
+        """Training samples of this process."""
         return self.context.splits.train.gather(torch.arange(batch))
 
     def step(self, batch: int) -> float:
@@ -74,9 +80,10 @@ class ScriptedRun:
 
     def update(self) -> UpdateReport:
         """An update, after a step."""
-        self.method.config.frequency = 1
+        config = self.method.config
+        config.delay, config.frequency = min(config.delay, self.method.t), 1
         report = self._event()
-        self.method.config.frequency = NEVER
+        config.frequency = NEVER
         return report
 
     def settle(self, samples: Batch) -> None:
@@ -97,6 +104,14 @@ class ScriptedRun:
         return report
 
 
+def trained_parameters(context: RunContext) -> list[torch.nn.Parameter]:
+    """Parameters with gradients."""
+    return [p for p in context.module.parameters() if p.requires_grad]
+
+
+# -- measured steps ------------------------------------------------------------------------------------
+
+
 @dataclass
 class Measured:
     """Times on one process: of a step, by stage and batch, and of the conversion (s)."""
@@ -110,19 +125,8 @@ def probe(
 ) -> Measured:
     """Measure dense steps, the conversion, steps, updates until r stays, steps; on one process.
 
-    Parameters
-    ----------
-    rule
-        Chooses r, instead of the recipe's.
-    batches
-        Of the steps to be timed, each ``steps`` times after one that does not count.
-    threads
-        Of the steps; the conversion takes all of this process.
-
-    Raises
-    ------
-    DataError
-        If the data are not on this machine.
+    Each batch is timed ``steps`` times after one that does not count, with ``threads``; the conversion takes all
+    threads of this process. Raises DataError if the data are not on this machine.
     """
     if workload.assumption is not None:
         raise DataError(
@@ -146,3 +150,96 @@ def probe(
             found.steps[stage, batch] = statistics.median(times[1:])
     torch.set_num_threads(threads_before)
     return found
+
+
+# -- one process of many -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one process did."""
+
+    rank: int
+    size: int
+    seconds: float  # wall time of it all
+    svds: int  # SVDs of weights that it did at the conversion
+    resident_bytes: int  # between steps at the end
+    r: tuple[int, int]  # smallest and largest at the end
+    channel: str  # what carried the metrics
+
+
+def dry_run(
+    workload: Workload,
+    size: int,
+    *,
+    engine: EngineConfig | None = None,
+    rule: RankRule | None = None,
+    ranks: Sequence[int] | None = None,
+) -> Iterator[DryRun]:
+    """A step, a conversion, a step, an update, a step: as some ranks of ``size``, one after another.
+
+    On the CPU with one sample per process and made-up data, over torch's fake process group: whatever another
+    process would have sent is zero, and results of TSQR are made up in the right shapes. Default: the recipe's engine
+    and rule; the first, the middle and the last rank. Raises ConfigError under DeepSpeed, whose communication torch's
+    fake group cannot stand in for.
+    """
+    engine = engine or workload.config.engine
+    if isinstance(engine, DeepSpeed):
+        reason = "cannot be run without its processes; torch's fake process group is not DeepSpeed's"
+        raise ConfigError("engine", "DeepSpeed", reason, fix="Take DDP, FSDP or TensorParallel.")
+    for rank in ranks or sorted({0, size // 2, size - 1}):
+        with fake_world(rank, size) as world, fake_collectives(), warnings.catch_warnings():
+            # DDP's, where a process has one sample only.
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            yield _run_as(workload, world, engine, rule)
+
+
+def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRule | None) -> DryRun:
+    start = time.perf_counter()
+    batch = workload.config.train.accumulation
+    built = engine.build(world, workload.config.train.precision)
+    context = workload.run_context(built, batch=batch, rule=rule)
+    if isinstance(context.controller.model, DistributedDataParallel):
+        # DDP's own all-reduce waits for an answer.
+        context.controller.model.register_comm_hook(None, _all_reduce_alone)
+    # What shards that are all alike give may be anything, NaN included.
+    context.optimizer.register_step_pre_hook(_zero_gradients)
+    run, channel = ScriptedRun(context), open_channel(world)
+    exchange = UpdateExchange(channel, world)
+    samples = run.samples(batch)
+    run.train(samples)
+    conversion = run.convert()
+    exchange.start(conversion)
+    exchange.collect()
+    run.train(samples)
+    exchange.start(run.update())
+    exchange.collect()
+    run.step(batch)
+    r = context.controller.r.values()
+    return DryRun(
+        world.rank,
+        world.size,
+        time.perf_counter() - start,
+        sum(layer.seconds > 0 for layer in conversion.layers),
+        resident_bytes(context.module, context.optimizer),
+        (min(r), max(r)),
+        channel.name,
+    )
+
+
+def _all_reduce_alone(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    dist.all_reduce(bucket.buffer())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+# DDP checks the types themselves, not their names.
+_all_reduce_alone.__annotations__ |= {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
+
+
+def _zero_gradients(optimizer: Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                local(parameter.grad).zero_()

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 
 from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, SingleEngine, TensorEngine
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.method.basis import BasisUpdater
-from hpc_oialr.method.decompositions import core_rotations, weight_factors
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.oialr import OIALR
-from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_collectives, fake_tensors, fake_world
-from hpc_oialr.plan.schedule import LayerShape, Phase
+from hpc_oialr.plan.schedule import Phase
+from hpc_oialr.plan.scripted_run import ScriptedRun, trained_parameters
 from hpc_oialr.plan.tracer import Trace, Tracer
-from hpc_oialr.plan.workload import Workload
+from hpc_oialr.plan.workload import Deployment, Workload
 from hpc_oialr.record.memory import resident_tensors
 from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.run_context import AUTOCAST, RunContext
@@ -27,41 +27,23 @@ from hpc_oialr.train.run_context import AUTOCAST, RunContext
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes that live between steps on one process.
+    """Bytes that live between steps on one process."""
 
-    Attributes
-    ----------
-    trained, frozen
-        Parameters with and without gradients; the bases have none.
-    buffers
-        Of the model.
-    state
-        The optimizer's.
-    largest
-        The largest trained parameter.
-    """
-
-    trained: float
-    frozen: float
-    buffers: float
-    state: float
-    largest: float
+    trained: float  # parameters with gradients
+    frozen: float  # parameters without: the bases
+    buffers: float  # of the model
+    state: float  # of the optimizer
+    largest: float  # trained parameter
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one process: forward and backward pass, then the optimizer's update.
-
-    Attributes
-    ----------
-    half
-        Whether the precision is "bf16" or "fp16".
-    """
+    """One step of one process: forward and backward pass, then the optimizer's update."""
 
     resident: Resident
     passes: Trace
     update: Trace
-    half: bool = False
+    half: bool = False  # whether the precision is "bf16" or "fp16"
 
     @property
     def flops(self) -> float:
@@ -72,16 +54,10 @@ class Step:
 def trace_step(
     workload: Workload, engine: EngineConfig, *, processes: int, batch: int, r: Mapping[str, int]
 ) -> Step:
-    """One step of process 0, which has the most of everything.
+    """One step of rank 0, which has the most of everything, with ``batch`` samples.
 
-    ``DDP`` and ``DeepSpeed`` work on real tensors only; for them it is the step of the bare module.
-
-    Parameters
-    ----------
-    batch
-        Samples per process and step.
-    r
-        Inner dimension of every low-rank layer; empty: all layers are dense.
+    ``DDP`` and ``DeepSpeed`` work on real tensors only; for them it is the step of the bare module. ``r`` of every
+    low-rank layer; empty: all layers are dense.
     """
     bare = isinstance(engine, (DDP, DeepSpeed))
     with fake_world(0, 1 if bare else processes) as world:
@@ -107,26 +83,23 @@ def trace_step(
             return Step(_resident(context), forward.trace, update.trace, half)
 
 
-def traced_context(workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int]) -> RunContext:
+def traced_context(
+    workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int], rule: RankRule | None = None
+) -> RunContext:
     """A context of tensors without data, dense or with given r."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
     try:
-        # Its messages carry no gradients, and its layers are for GPUs.
-        context = workload.with_train(sync_batch_norm=False).run_context(engine, batch=batch)
+        # Messages of synchronised batch norm carry no gradients, and its layers are for GPUs.
+        workload = workload.with_train(sync_batch_norm=False)
+        context = workload.run_context(engine, batch=batch, rule=rule)
     finally:
         torch.set_default_dtype(before)
-    # Selects by values.
+    # A scaler selects by values.
     context.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if r:
-        assert isinstance(context.controller, OIALR)
         context.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
     return context
-
-
-def trained_parameters(context: RunContext) -> list[torch.nn.Parameter]:
-    """Parameters with gradients."""
-    return [p for p in context.module.parameters() if p.requires_grad]
 
 
 @contextmanager
@@ -135,90 +108,139 @@ def _gradients_noted(context: RunContext, tracer: Tracer) -> Iterator[None]:
     if isinstance(context.engine, FSDPEngine):
         yield
         return
-    handles = [
-        p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained_parameters(context)
-    ]
+    trained = trained_parameters(context)
+    handles = [p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained]
     yield
     for handle in handles:
         handle.remove()
 
 
 def _update(context: RunContext) -> None:
-    clip = context.config.train.gradient_clip
-    if isinstance(context.engine, TensorEngine):
-        # Selects by values; what it holds is a number per parameter.
-        clip = None
+    # Tensor parallelism clips by values; what that holds is a number per parameter.
+    clip = None if isinstance(context.engine, TensorEngine) else context.config.train.gradient_clip
     context.engine.update(context.optimizer, context.scaler, trained_parameters(context), clip)
 
 
 def _resident(context: RunContext) -> Resident:
     parameters = list(context.module.parameters())
+    trained = [local(p).nbytes for p in parameters if p.requires_grad]
     return Resident(
-        trained=sum(local(p).nbytes for p in parameters if p.requires_grad),
+        trained=sum(trained),
         frozen=sum(local(p).nbytes for p in parameters if not p.requires_grad),
         buffers=sum(b.nbytes for b in context.module.buffers()),
         state=sum(local(t).nbytes for t in resident_tensors(context.optimizer)),
-        largest=max(local(p).nbytes for p in parameters if p.requires_grad),
+        largest=max(trained),
     )
 
 
-def trace_event(workload: Workload, phase: Phase, *, processes: int, held: bool) -> float:
+def trace_event(
+    workload: Workload, phase: Phase, rule: RankRule | None, *, processes: int, held: bool
+) -> float:
     """Most bytes of one process during the event at the beginning of ``phase``; replicated matrices.
 
-    The SVDs are distributed over ``processes``; as many results as there are processes live at once.
-
-    Parameters
-    ----------
-    held
-        Whether something holds the old parameters until the end, as ``DistributedDataParallel`` does.
+    The SVDs are distributed over ``processes``; as many results as there are processes live at once. ``held``:
+    something keeps the old parameters until the end, as ``DistributedDataParallel`` does.
     """
     with fake_world(0, processes) as world, fake_tensors(), fake_collectives():
-        r = (
-            {name: phase.before.get(name, r) for name, r in phase.r.items()}
-            if phase.event == "update"
-            else {}
-        )
-        context = traced_context(workload, SingleEngine(world), batch=1, r=r)
-        controller, trained = context.controller, trained_parameters(context)
-        assert isinstance(controller, OIALR)
-        for parameter in trained:
+        update = phase.event == "update"
+        r = {name: phase.before.get(name, r) for name, r in phase.r.items()} if update else {}
+        run = ScriptedRun(traced_context(workload, SingleEngine(world), batch=1, r=r, rule=rule))
+        # Made-up values would have all bases repaired, which are not at the first update.
+        run.method.config.orthogonality_bound = math.inf
+        for parameter in trained_parameters(run.context):
             parameter.grad = torch.empty_like(parameter)
-        # Makes the optimizer's state.
-        context.engine.update(context.optimizer, context.scaler, trained, None)
-        keep_alive = list(context.module.parameters()) if held else []
-        del trained, parameter
-        tracer = Tracer(resident_tensors(context.module, context.optimizer), counted=True)
-        targets = [target for target in controller.targets if target.name in phase.before]
-        stack = OptimizerStack(context.optimizer)
-        with tracer, torch.no_grad():
-            # As OIALR does it, with the planned r.
-            changes = BasisUpdater(context.module, stack, controller.config, (), context.engine)
-            if phase.event == "conversion":
-                kept = [phase.r[target.name] for target in targets]
-                for factors in weight_factors(targets, kept, context.engine):
-                    i = factors.index
-                    changes.convert(targets[i], factors.U, factors.s[: kept[i]], factors.Vh)
-            else:
-                for core in core_rotations(targets, context.engine):
-                    target = targets[core.index]
-                    r_new = phase.r[target.name]
-                    assert target.low_rank is not None
-                    P, S, Qh = core.P[:, :r_new], core.s[:r_new], core.Qh[:r_new]
-                    changes.rotate(target.low_rank, target.name, P, S, Qh, repair=False)
-        del keep_alive
+        # The optimizer makes its state.
+        _update(run.context)
+        held_parameters = list(run.context.module.parameters()) if held else []
+        del parameter
+        tracer = Tracer(resident_tensors(run.context.module, run.context.optimizer), counted=True)
+        with tracer:
+            run.update() if update else run.convert()
+        del held_parameters
         return float(max(tracer.trace.live))
 
 
-def sharded_event_bytes(shapes: Mapping[str, LayerShape], phase: Phase, processes: int) -> float:
-    """Bytes beside what lives between steps, in fp32, where matrices are sharded over ``processes``; a formula.
+# -- many numbers of processes from a few traced steps -------------------------------------------------
 
-    One layer at a time. At the conversion (TSQR) process 0 has a copy of its rows, two k x k factors per level of
-    the tree, U and Vh of the last one and its own basis; at an update both factors of a core twice.
+
+class StepTraces:
+    """Traced steps of a workload, each made once.
+
+    Every quantity of a step is a constant, plus a part per sample of the process, plus a part sharded over processes.
+    With a fixed batch, per process or global, it is linear in the samples and in one over the number of processes.
     """
-    if phase.event == "update":
-        return 4.0 * max(6.0 * r * r for r in phase.before.values())
-    levels = math.ceil(math.log2(processes))
-    return 4.0 * max(
-        2.0 * shapes[name].m * shapes[name].n / processes + (2 * levels + 6) * k * k
-        for name, k in phase.before.items()
-    )
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._cache: dict[tuple[str, int, int, tuple[int, ...]], Step] = {}
+
+    def steps(
+        self, engine: EngineConfig, deployments: Sequence[Deployment], r: Mapping[str, int]
+    ) -> dict[Deployment, Step]:
+        """A step of every deployment; the smallest and the largest are traced, those between interpolated.
+
+        Where the operations of two differ, because layers compute in another way with fewer tokens or groups have
+        one member only, the one in the middle is traced too.
+        """
+        many = sorted({d for d in deployments if d.processes > 1}, key=lambda d: (1.0 / d.processes, d.batch))
+        ends = {*many[:1], *many[-1:], *(d for d in deployments if d.processes == 1)}
+        found = {d: self._traced(engine, d, r) for d in ends}
+        pending = [many]
+        while pending:
+            row = pending.pop()
+            if len(row) < 3:
+                continue
+            low, high = row[0], row[-1]
+            if _operations(found[low]) == _operations(found[high]):
+                for d in row[1:-1]:
+                    found[d] = _between(found[low], found[high], _weight(engine, low, d, high), d)
+                continue
+            at = len(row) // 2
+            found[row[at]] = self._traced(engine, row[at], r)
+            pending += [row[: at + 1], row[at:]]
+        return found
+
+    def _traced(self, engine: EngineConfig, d: Deployment, r: Mapping[str, int]) -> Step:
+        bare = d.processes == 1 or isinstance(engine, (DDP, DeepSpeed))
+        key = ("" if bare else repr(engine), 1 if bare else d.processes, d.batch, tuple(r.values()))
+        if key not in self._cache:
+            self._cache[key] = trace_step(self.workload, engine, processes=d.processes, batch=d.batch, r=r)
+        return self._cache[key]
+
+
+def _operations(step: Step) -> list[object]:
+    traces = step.passes, step.update
+    return [(len(t.live), [(m.collective, m.stride > 1) for m in t.messages]) for t in traces]
+
+
+def _weight(engine: EngineConfig, low: Deployment, d: Deployment, high: Deployment) -> float:
+    """Where ``d`` lies between two others: 0 at ``low``, 1 at ``high``."""
+    if isinstance(engine, (DDP, DeepSpeed)) and low.batch != high.batch:
+        return (d.batch - low.batch) / (high.batch - low.batch)
+    return (1 / d.processes - 1 / low.processes) / (1 / high.processes - 1 / low.processes)
+
+
+def _between(a: Step, b: Step, w: float, d: Deployment) -> Step:
+    def mix(x: float, y: float) -> float:
+        return x + w * (y - x)
+
+    def curve(x: Sequence[float], y: Sequence[float]) -> list[float]:
+        first, last = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        return list(first + w * (last - first))
+
+    def trace(x: Trace, y: Trace) -> Trace:
+        messages = [
+            replace(
+                m,
+                size=mix(m.size, n.size),
+                processes=m.processes if m.processes == n.processes else d.processes // m.stride,
+            )
+            for m, n in zip(x.messages, y.messages, strict=True)
+        ]
+        flops = Counter({dtype: round(mix(x.flops[dtype], y.flops[dtype])) for dtype in x.flops})
+        live, gradients = curve(x.live, y.live), curve(x.gradients, y.gradients)
+        return Trace(live, gradients, flops, mix(x.moved, y.moved), messages)
+
+    first, last = asdict(a.resident), asdict(b.resident)
+    resident = Resident(**{name: mix(first[name], last[name]) for name in first})
+    return Step(resident, trace(a.passes, b.passes), trace(a.update, b.update), a.half)

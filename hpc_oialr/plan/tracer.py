@@ -40,56 +40,30 @@ _COLLECTIVES = {
 
 @dataclass(frozen=True)
 class Message:
-    """One collective.
+    """One collective."""
 
-    Attributes
-    ----------
-    collective
-        "all_reduce", "all_gather", "reduce_scatter", "all_to_all" or "broadcast".
-    size
-        Bytes of the whole tensor: before an all-reduce, a reduce-scatter or an all-to-all, after an all-gather.
-    processes, stride
-        How many take part, and how far apart they are in rank.
-    """
-
-    collective: str
-    size: float
+    collective: str  # "all_reduce", "all_gather", "reduce_scatter", "all_to_all" or "broadcast"
+    size: float  # bytes of the whole tensor: after an all-gather, before the others
     processes: int
-    stride: int = 1
+    stride: int = 1  # how far apart they are in rank
 
 
 @dataclass
 class Trace:
-    """What was recorded.
+    """What was recorded."""
 
-    Attributes
-    ----------
-    live
-        After each operation, the bytes of all tensors made since the beginning.
-    gradients
-        Those of ``live`` that are gradients of parameters.
-    flops
-        Of matrix products and convolutions, by dtype.
-    moved
-        Bytes that all other operations read and write.
-    """
-
-    live: list[float] = field(default_factory=list)
-    gradients: list[float] = field(default_factory=list)
-    flops: Counter[str] = field(default_factory=Counter)
-    moved: float = 0.0
+    live: list[float] = field(default_factory=list)  # after each operation, bytes of all tensors made so far
+    gradients: list[float] = field(default_factory=list)  # those of ``live`` that are gradients
+    flops: Counter[str] = field(default_factory=Counter)  # of matrix products and convolutions, by dtype
+    moved: float = 0.0  # bytes that all other operations read and write
     messages: list[Message] = field(default_factory=list)
 
 
 class Tracer(TorchDispatchMode):
     """Records every operation while it is active.
 
-    Parameters
-    ----------
-    resident
-        Tensors that exist before; not in ``live`` unless ``counted``.
-    resizing
-        Whether storages may change their size, as FSDP2's do; slower.
+    ``resident`` tensors exist before; they are not in ``live`` unless ``counted``. ``resizing``: storages may change
+    their size, as FSDP2's do; slower.
     """
 
     def __init__(
@@ -108,7 +82,6 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and record it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:

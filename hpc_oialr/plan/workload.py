@@ -1,4 +1,4 @@
-"""What is planned: a recipe, shapes and dtypes of its data, and the number of training samples."""
+"""What is planned: a recipe with the shapes of its data, and on how many processes under which engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hpc_oialr.data import ArrayDataset, Batch, DataConfig, Splits
 from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import Engine, EngineConfig
+from hpc_oialr.engines import DDP, FSDP, DeepSpeed, Engine, EngineConfig, Single, TensorParallel
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.train.config import RunConfig
@@ -40,38 +40,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe and the shapes of its data.
-
-    Attributes
-    ----------
-    config
-        The recipe's settings.
-    specs
-        Of every tensor of a batch.
-    samples
-        Of the training data.
-    assumption
-        What was assumed of the data, if they are not on this machine.
-    """
+    """A recipe and the shapes of its data."""
 
     config: RunConfig
-    specs: Mapping[str, TensorSpec]
-    samples: int
-    assumption: str | None = None
+    specs: Mapping[str, TensorSpec]  # of every tensor of a batch
+    samples: int  # of the training data
+    assumption: str | None = None  # what was assumed of the data, if they are not on this machine
 
     @classmethod
     def of(cls, config: RunConfig, samples: int | None = None) -> Workload:
         """Read the shapes from the data or, where they are not on this machine, from the recipe.
 
-        Parameters
-        ----------
-        samples
-            Training samples; default those found, or ``KNOWN_SAMPLES``.
-
-        Raises
-        ------
-        DataError
-            If the data are missing, and neither the recipe nor ``samples`` says enough.
+        ``samples`` default to those found, or ``KNOWN_SAMPLES``. Raises DataError if the data are missing, and
+        neither the recipe nor ``samples`` says enough.
         """
         try:
             train = config.data.build().train
@@ -107,13 +88,7 @@ class Workload:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run.
-
-        Raises
-        ------
-        ConfigError
-            If there are fewer samples than a global batch holds.
-        """
+        """Steps of the whole run; raises ConfigError if there are fewer samples than a global batch holds."""
         train = self.config.train
         if self.samples < train.global_batch:
             rule = f"must not exceed the {self.samples} samples of the data set"
@@ -130,25 +105,12 @@ class Workload:
     ) -> RunContext:
         """A run under a built engine, in which conversion and updates wait until they are asked for.
 
-        Parameters
-        ----------
-        batch
-            Samples per process and step.
-        rule
-            Chooses r, instead of the recipe's.
-        fake_data
-            Made-up values instead of the recipe's data.
+        ``batch`` samples per process and step; ``rule`` instead of the recipe's; made-up data, or the recipe's.
         """
         config, method = self.config, self.config.oialr
         if method is not None:
-            method = replace(
-                method,
-                delay=NEVER,
-                frequency=NEVER,
-                rule=rule or method.rule,
-                stability_frequency=None,
-                stability_threshold=None,
-            )
+            method = replace(method, delay=NEVER, frequency=NEVER, rule=rule or method.rule)
+            method = replace(method, stability_frequency=None, stability_threshold=None)
         global_batch = batch * engine.data.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))
@@ -182,3 +144,69 @@ class _FakeData(ArrayDataset):
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         return self.workload.batch(len(indices))
+
+
+# -- processes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Nodes, processes on each, and samples per process and step."""
+
+    nodes: int
+    per_node: int
+    batch: int
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.nodes * self.per_node
+
+
+def data_processes(engine: EngineConfig, processes: int) -> int:
+    """Processes, or groups of them that share samples, over which a global batch is distributed."""
+    return processes // engine.size if isinstance(engine, TensorParallel) and processes > 1 else processes
+
+
+def is_sharded(engine: EngineConfig, processes: int) -> bool:
+    """Whether the method's matrices are sharded, so that several processes share each SVD."""
+    return isinstance(engine, (FSDP, TensorParallel)) and processes > 1
+
+
+def incompatibility(
+    engine: EngineConfig, processes: int, global_batch: int, *, accumulation: int, optimizer: str
+) -> str | None:
+    """Why an engine cannot work with so many processes and this batch, or None."""
+    if processes == 1:
+        return None
+    if isinstance(engine, Single):
+        return "Single is for one process"
+    if isinstance(engine, TensorParallel) and processes % engine.size:
+        return f"TensorParallel needs a multiple of {engine.size} processes"
+    if isinstance(engine, DeepSpeed) and optimizer == "MuonAdamW":
+        return "ZeRO cuts matrices into flat pieces, which Muon cannot step"
+    groups = data_processes(engine, processes)
+    if global_batch % groups or (global_batch // groups) % accumulation:
+        nearest = max(1, round(global_batch / (groups * accumulation))) * groups * accumulation
+        return f"{global_batch} samples cannot be distributed over {groups} processes; {nearest} can, or take --weak"
+    return None
+
+
+def label(engine: EngineConfig) -> str:
+    """An engine's name, with the setting that matters most.
+
+    Examples
+    --------
+    >>> label(DDP()), label(TensorParallel(size=4))
+    ('DDP', 'TensorParallel size 4')
+    """
+    name = type(engine).__name__
+    setting = {"TensorParallel": "size", "DeepSpeed": "stage", "FSDP": "replicas"}.get(name)
+    value = getattr(engine, setting) if setting else 1
+    return name if value == 1 and name != "DeepSpeed" else f"{name} {setting} {value}"
+
+
+def all_engines(per_node: int) -> list[EngineConfig]:
+    """One of each kind, tensor parallelism within a node."""
+    tensor: list[EngineConfig] = [TensorParallel(size=per_node)] if per_node > 1 else []
+    return [DDP(), FSDP(), *tensor, *(DeepSpeed(stage=stage) for stage in (1, 2, 3))]

@@ -10,11 +10,11 @@ import torch
 from support.made_runs import make_run
 from support.tiny_runs import write_recipe
 
+from hpc_oialr.cli.command_plan import write
 from hpc_oialr.cli.main import main
 from hpc_oialr.compare import compare
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.outputs import MARKER, OutputError, claim, marked, new_folder
-from hpc_oialr.plan.rows import write
 from hpc_oialr.train.load_config import load_config
 
 TEXT = marked("a text", b"text", mark=b"by us")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.rules import FixedFraction
-from hpc_oialr.plan.dry_run import dry_run
+from hpc_oialr.plan.scripted_run import dry_run
 
 
 @pytest.mark.parametrize("engine", [DDP(), FSDP(), TensorParallel(size=4)], ids=lambda e: type(e).__name__)

@@ -7,19 +7,18 @@ from dataclasses import replace
 import pytest
 
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
-from hpc_oialr.plan import presets
-from hpc_oialr.plan.deployment import Deployment, all_engines, data_processes, incompatibility
+from hpc_oialr.plan.machine import gpu_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.step_traces import StepTraces
-from hpc_oialr.plan.trace_step import Resident, Step, trace_step
+from hpc_oialr.plan.step_cost import messages
+from hpc_oialr.plan.trace_step import Resident, Step, StepTraces, trace_step
 from hpc_oialr.plan.tracer import Trace
-from hpc_oialr.plan.traffic import messages
+from hpc_oialr.plan.workload import Deployment, all_engines, data_processes, incompatibility
 
 
 @pytest.fixture(scope="module")
 def machine():
-    return presets.gpu_machine("a100-40", "hdr200", adapters=2)
+    return gpu_machine("a100-40", "hdr200", adapters=2)
 
 
 @pytest.fixture(scope="module")

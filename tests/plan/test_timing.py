@@ -12,12 +12,13 @@ import pytest
 
 from hpc_oialr.engines import DDP, TensorParallel
 from hpc_oialr.errors import DataError, UnknownNameError
-from hpc_oialr.plan import presets
-from hpc_oialr.plan.deployment import Deployment
+from hpc_oialr.plan import machine as presets
+from hpc_oialr.plan.machine import Link, Machine, this_machine
 from hpc_oialr.plan.schedule import LayerShape, Phase
-from hpc_oialr.plan.timing import Link, Machine, step_time, svd_seconds, this_machine
+from hpc_oialr.plan.step_cost import step_time, svd_seconds
 from hpc_oialr.plan.trace_step import Resident, Step
 from hpc_oialr.plan.tracer import Message, Trace
+from hpc_oialr.plan.workload import Deployment
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +89,7 @@ def test_neither_part_of_a_fit_is_negative():
     ],
 )
 def test_the_slowest_link_of_four_nodes_with_eight_processes(message, expected):
-    assert MACHINE.link(message, Deployment(nodes=4, per_node=8, batch=1)) == expected
+    assert MACHINE.link(message, per_node=8) == expected
 
 
 def test_processes_share_cores():
@@ -174,7 +175,7 @@ def test_measured_collectives_of_this_repository_are_explained():
     assert len(large) > 20
     for row in large:
         message = Message(row["collective"], row["bytes"], row["processes"])
-        seconds = machine.messages_s([message], Deployment(1, row["processes"], 1))
+        seconds = machine.messages_s([message], row["processes"])
         assert 0.5 < seconds / row["seconds"] < 2
 
 
