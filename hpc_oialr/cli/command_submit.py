@@ -11,6 +11,7 @@ from typing import Any
 from hpc_oialr.cli.console import add_command, add_recipe, show
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.request import EXECUTORS, Request
+from hpc_oialr.launch.slurm import NoAnswerError, ask
 from hpc_oialr.launch.submission import Submission
 
 ORIGIN = "the command line"
