@@ -22,9 +22,9 @@ from hpc_oialr.method.average_guard import AverageGuard, turned
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
-from hpc_oialr.optim.groups import GroupPlaces
+from hpc_oialr.optim.groups import GroupPlaces, order_cores
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.optim.state import order_cores, transform_average, transform_state
+from hpc_oialr.optim.state import transform_average, transform_state
 
 
 class BasisUpdater:

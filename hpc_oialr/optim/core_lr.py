@@ -1,4 +1,4 @@
-"""A learning rate of their own for cores, without touching the user's parameter groups."""
+"""A learning rate of their own for cores, without changing the user's parameter groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.optim.muon import CORE_LR_RATIO, MuonAdamW
-from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.optim.stack import Group, OptimizerStack
 from hpc_oialr.optim.state_kinds import KEPT_BY_WRAPPERS, kind_of, kinds_of
 
 # Their step does not grow with the gradient.
@@ -24,14 +24,14 @@ ADAPTIVE = (
     "Adopt", "AdEMAMix", "AdaBound", "AdaPNM", "DiffGrad", "Grams", "LaProp", "Lion", "MARS", "Mars", "NAdamW",
     "QHAdam", "RMSpropTF", "Rprop", "SignSGD", "StableAdamW", "Tiger", "Yogi",
 )  # fmt: skip
+_ATTRIBUTE = "_core_learning_rate"
 
 
 class CoreLearningRate:
-    """Multiplies the step that the optimizers give each core by a factor of its own.
+    """Multiplies the step that the optimizers give each core by a factor.
 
-    Groups, schedulers and scalers stay as they are: a hook before the step keeps the cores' values,
-    one after it stretches the difference. Equivalent to a learning rate times that factor in any
-    optimizer whose step is proportional to it. Costs a copy of the cores during the step.
+    Groups, schedulers and scalers stay as they are: a hook before the step copies the cores, one after it scales the
+    difference. Equivalent to a learning rate times that factor in any optimizer whose step is proportional to it.
 
     Copies and pickles of such an optimizer take the hooks along, which torch's own do not.
 
@@ -42,9 +42,9 @@ class CoreLearningRate:
     steps
         How often one of the optimizers has stepped.
     due
-        Cores that had a gradient in such a step; emptied by whoever looks.
+        Cores that had a gradient in such a step; cleared by the reader.
     replaced
-        Parameters that cores have taken the place of; emptied likewise.
+        Parameters that cores have replaced; cleared by the reader.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -72,11 +72,8 @@ class CoreLearningRate:
             copyreg.pickle(type(optimizer), _reduce_with_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value
-            for key, value in vars(self).items()
-            if key not in ("_before", "_handles", "due", "replaced")
-        }
+        left_out = ("_before", "_handles", "due", "replaced")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -90,18 +87,22 @@ class CoreLearningRate:
             self.replaced.append(ref(replaces))
         self.factors[core] = factor
 
+    def _groups(self) -> Iterator[Group]:
+        return (group for optimizer in self._optimizers for group in optimizer.param_groups)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of these optimizers."""
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        return (p for group in groups for p in group["params"])
+        return (p for group in self._groups() for p in group["params"])
 
     def at_rest(self, cores: Set[nn.Parameter]) -> bool:
         """Whether one of these has a learning rate of 0."""
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        return any(float(g.get("lr", 1.0)) == 0 and not cores.isdisjoint(g["params"]) for g in groups)
+        return any(
+            float(group.get("lr", 1.0)) == 0 and not cores.isdisjoint(group["params"])
+            for group in self._groups()
+        )
 
     def remove(self) -> None:
-        """Leave the optimizer's steps alone from now on."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         for optimizer in self._optimizers:
@@ -132,11 +133,8 @@ class CoreLearningRate:
         torch._foreach_add_(cores, list(steps))
 
 
-_ATTRIBUTE = "_core_learning_rate"
-
-
 def _reduce_with_hooks(optimizer: Optimizer) -> Any:
-    """As ``copy`` and ``pickle`` reduce an optimizer, and what gives its copy the hooks again."""
+    """As ``copy`` and ``pickle`` reduce an optimizer, and what registers the hooks of its copy."""
     reduced: Any = optimizer.__reduce_ex__(4)
     made, arguments, state = reduced[:3]
     if _ATTRIBUTE in vars(optimizer) and isinstance(state, dict):
@@ -150,16 +148,17 @@ def _reduce_with_hooks(optimizer: Optimizer) -> Any:
 def core_factor(stack: OptimizerStack, core: nn.Parameter, m: int, n: int, scale: float | str) -> float:
     """What the step of a core (r x r) of an m x n weight is multiplied by.
 
-    ``scale`` times what Muon's own shape factor loses when m x n becomes r x r. With
-    ``scale="auto"``: 1 for SGD, whose step does not depend on the basis, for a group of cores,
-    which has a learning rate of its own, and where the state holds weights; :func:`adam_scale` for Adam-like
-    optimizers; ``CORE_LR_RATIO`` for Muon.
+    ``scale`` times what Muon's own shape factor loses when m x n becomes r x r. With ``scale="auto"``: 1 for SGD, whose
+    step does not depend on the basis, for a group of cores, which has a learning rate of its own, and where the state
+    holds weights; :func:`adam_scale` for Adam-like optimizers; ``CORE_LR_RATIO`` for Muon.
     """
     r = core.shape[0]
     optimizer, group = stack.home(core)
     if isinstance(optimizer, Muon) or (isinstance(optimizer, MuonAdamW) and group["algorithm"] == "muon"):
-        automatic = 1.0 if group.get("cores") else CORE_LR_RATIO
-        return (automatic if isinstance(scale, str) else scale) * _muon_shape_factor(group, m, n, r)
+        if isinstance(scale, str):
+            scale = 1.0 if group.get("cores") else CORE_LR_RATIO
+        lost = max(m, n) / r if group.get("adjust_lr_fn") == "match_rms_adamw" else max(1.0, m / n)
+        return scale * float(lost**0.5)
     if not isinstance(scale, str):
         return scale
     names = {kind.__name__ for kind in type(optimizer).__mro__}
@@ -181,7 +180,7 @@ def check_core_factor(stack: OptimizerStack, parameter: nn.Parameter, scale: flo
 
 
 def _fixed_step(optimizer: Optimizer, core: nn.Parameter) -> str:
-    """State beside which a stretched step would be wrong: weights that the optimizer steps itself, a history."""
+    """State with which a scaled step would be wrong: weights that the optimizer steps itself, a history."""
     if isinstance(optimizer, LBFGS):
         return "its history of steps"
     keys = dict.fromkeys([*kinds_of(optimizer), *optimizer.state.get(core, {})])
@@ -196,10 +195,3 @@ def adam_scale(m: int, n: int, r: int) -> float:
     where the full ratio is 4 to 8 and its root 2 to 2.8.
     """
     return float((m * n) ** 0.25 / r**0.5)
-
-
-def _muon_shape_factor(group: dict[str, Any], m: int, n: int, r: int) -> float:
-    """The dense weight's shape factor over the square core's."""
-    if group.get("adjust_lr_fn") == "match_rms_adamw":
-        return float((max(m, n) / r) ** 0.5)
-    return float(max(1.0, m / n) ** 0.5)

@@ -1,21 +1,53 @@
-"""Where each parameter stood in the optimizer's groups, for weights that become dense again."""
+"""Replaces weights by cores, and cores by weights, in an optimizer's groups and state."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
-from torch.optim import Optimizer
 
 from hpc_oialr.lowrank import LowRankWeight, low_rank_layers
 from hpc_oialr.lowrank.attention import PROJECTIONS, FactorisedMultiheadAttention
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.optim.state import replace_parameter
+
+
+def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put ``new`` in the place of ``old`` with its state; a first core goes to the group for cores.
+
+    Only an optimizer with a group marked ``"cores"`` has such a group, see :class:`hpc_oialr.MuonAdamW`; in every
+    other one the groups keep their order and length.
+    """
+    leaf, home = stack.home(old)
+    cores = next((group for group in leaf.param_groups if group.get("cores")), home)
+    if cores is not home:
+        home["params"] = [p for p in home["params"] if p is not old]
+        cores["params"].append(new)
+    for group in stack.groups():
+        if any(p is old for p in group["params"]):
+            group["params"] = [new if p is old else p for p in group["params"]]
+    for _, states in stack.states():
+        state = states.pop(old, None)
+        if state and cores is not home and cores["algorithm"] == "muon" and "exp_avg" in state:
+            # Another algorithm goes on: AdamW's first moment is Muon's momentum.
+            state = {"momentum_buffer": state["exp_avg"]}
+        if state:
+            states[new] = state
+    stack.replace(old, new)
+
+
+def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter]) -> None:
+    """Sort the group for cores, so that it does not depend on the order of conversions."""
+    position = {id(p): i for i, p in enumerate(order)}
+    for group in stack.groups():
+        if group.get("cores"):
+            group["params"].sort(key=lambda p: position.get(id(p), len(position)))
 
 
 class GroupPlaces:
     """Replaces parameters in an optimizer, and remembers where the first of each stood.
 
-    A core leaves its weight's group where there is one marked ``"cores"`` (see :class:`hpc_oialr.MuonAdamW`); a
-    weight that comes back finds its place again, so that the order is that of a model which never was low-rank.
+    A core leaves its weight's group where there is one marked ``"cores"``; a weight that comes back returns to its
+    place, so that the order is that of a model which never was low-rank.
     """
 
     def __init__(self, stack: OptimizerStack, model: nn.Module) -> None:
@@ -23,22 +55,20 @@ class GroupPlaces:
         order = _dense_places(model)
         if low_rank_layers(model):
             _leave_out_bases(stack, model, order)
-        self._places: dict[nn.Parameter, tuple[int, int]] = {
-            p: (index, place)
-            for leaf in stack.leaves
-            for index, group in enumerate(leaf.param_groups)
-            for place, p in enumerate(group["params"])
-        }
+        self._places: dict[nn.Parameter, tuple[int, int]] = {}
         for leaf in stack.leaves:
-            self._expect_back(leaf, order)
-
-    def _expect_back(self, leaf: Optimizer, order: dict[nn.Parameter, int]) -> None:
-        """Where weights will stand whose cores are in the group for cores already: in the first of the others."""
-        cores = [p for group in leaf.param_groups if group.get("cores") for p in group["params"]]
-        homes = [i for i, group in enumerate(leaf.param_groups) if not group.get("cores")]
-        if cores and homes:
-            both = sorted([*leaf.param_groups[homes[0]]["params"], *cores], key=lambda p: order[p])
-            self._places |= {p: (homes[0], place) for place, p in enumerate(both)}
+            groups = leaf.param_groups
+            self._places |= {
+                p: (index, place)
+                for index, group in enumerate(groups)
+                for place, p in enumerate(group["params"])
+            }
+            # Weights whose cores are in the group for cores already belong to the first of the others.
+            cores = [p for group in groups if group.get("cores") for p in group["params"]]
+            home = next((i for i, group in enumerate(groups) if not group.get("cores")), None)
+            if cores and home is not None:
+                both = sorted([*groups[home]["params"], *cores], key=lambda p: order[p])
+                self._places |= {p: (home, place) for place, p in enumerate(both)}
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Put ``new`` in the place of ``old``."""
@@ -47,7 +77,7 @@ class GroupPlaces:
             self._places[new] = self._places.pop(old)
 
     def take_back(self, core: nn.Parameter, weight: nn.Parameter) -> None:
-        """Put a dense weight back where it stood before it became ``core``; another algorithm begins anew."""
+        """Put a dense weight back where it stood before it became ``core``; under another algorithm without state."""
         self.replace(core, weight)
         leaf, now = self._stack.home(weight)
         if not now.get("cores"):

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.newton_schulz import newton_schulz
 from hpc_oialr.linalg.svd import compute_dtype
+from hpc_oialr.linalg.work_plan import longest_processing_time
 from hpc_oialr.lowrank import Selection, low_rank_layers, select
-from hpc_oialr.lowrank.layout import local
-from hpc_oialr.optim.orthogonalise import orthogonalise
+from hpc_oialr.lowrank.layout import chunk, exchange, local
 
 Group = dict[str, Any]
+Map = Callable[[Tensor], Tensor]
 ALGORITHMS = ("muon", "adamw")
-
 
 # A core wants a somewhat larger step than the dense weight did: in exploratory runs of one seed, on
 # validation images, 1.6 times the best dense rate did better than 3 and 6 times.
@@ -40,8 +43,8 @@ def muon_adamw(
 ) -> MuonAdamW:
     """Muon for the weights that can become low-rank and for their cores, AdamW for every other parameter.
 
-    Three groups, each with a learning rate that schedulers see: dense matrices, cores (empty until
-    the conversion, then :class:`hpc_oialr.OIALR` moves each core there), and the rest.
+    The groups, each with a learning rate that schedulers see: dense matrices, cores (empty until the conversion, then
+    :class:`hpc_oialr.OIALR` moves each core there), and the rest, with and without weight decay.
 
     Parameters
     ----------
@@ -65,18 +68,14 @@ def muon_adamw(
     cores = [layer.S for layer in low_rank_layers(model).values()]
     taken = {id(p) for p in [*matrices, *cores]}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    decayed, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
     if core_lr is None:
         core_lr = CORE_LR_RATIO * lr if dense_algorithm == "muon" else 0.01
     groups = [
         {"params": matrices, "algorithm": dense_algorithm, "lr": lr},
         {"params": cores, "algorithm": "muon", "lr": core_lr, "cores": True},
-        {"params": [p for p in rest if p.dim() > 1], "algorithm": "adamw", "lr": adamw_lr},
-        {
-            "params": [p for p in rest if p.dim() <= 1],
-            "algorithm": "adamw",
-            "lr": adamw_lr,
-            "weight_decay": 0.0,
-        },
+        {"params": decayed, "algorithm": "adamw", "lr": adamw_lr},
+        {"params": others, "algorithm": "adamw", "lr": adamw_lr, "weight_decay": 0.0},
     ]
     return MuonAdamW(groups, **options)
 
@@ -85,10 +84,9 @@ class MuonAdamW(Optimizer):
     """Muon and AdamW side by side; each parameter group names its ``algorithm``.
 
     Muon's step: ``M <- momentum M + (1 - momentum) G``; ``D`` = Newton-Schulz of ``M`` (or of
-    Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of
-    equal shape go through Newton-Schulz in one batch; one that is split over processes goes whole to one of
-    them and back. Weights with more axes are flattened to
-    (leading axis) x (all the rest).
+    Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of equal shape go
+    through Newton-Schulz in one batch; a sharded one is gathered on one of its ranks and scattered again. Weights with
+    more axes are flattened to (leading axis) x (all the rest).
 
     Parameters
     ----------
@@ -152,7 +150,18 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """As torch's; options and shapes are checked here, before any step."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        if group["algorithm"] not in ALGORITHMS:
+            raise UnknownNameError("algorithm", str(group["algorithm"]), ALGORITHMS)
+        for name in ("lr", "weight_decay"):
+            if group[name] < 0:
+                raise ConfigError(name, group[name], "must not be negative")
+        if not 0 <= group["momentum"] < 1:
+            raise ConfigError("momentum", group["momentum"], "must lie in [0, 1)")
+        for p in group["params"]:
+            if group["algorithm"] == "muon" and p.dim() < 2:
+                fix = 'Give it algorithm="adamw", or use muon_adamw(model).'
+                raise ConfigError("params", tuple(p.shape), "must have at least two axes under Muon", fix=fix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After loading or unpickling: options that older checkpoints lack, and ``step`` where the kernel reads it."""
@@ -190,8 +199,11 @@ class MuonAdamW(Optimizer):
 
     def _muon(self, params: list[Tensor], group: Group) -> None:
         directions = self._momentum(params, group)
-        steps, dtype = group["newton_schulz_steps"], _newton_schulz_dtype(group, directions[0].dtype)
-        done = orthogonalise(directions, lambda batch: newton_schulz(batch, steps=steps, dtype=dtype))
+        dtype: torch.dtype | None = group["newton_schulz_dtype"]
+        if dtype is None and group["cores"]:
+            dtype = compute_dtype(directions[0].dtype)
+        iterate = partial(newton_schulz, steps=group["newton_schulz_steps"], dtype=dtype)
+        done = _orthogonalize(directions, iterate)
         torch._foreach_mul_(_parts(params), 1 - group["lr"] * group["weight_decay"])
         by_scale: defaultdict[float, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
@@ -201,7 +213,7 @@ class MuonAdamW(Optimizer):
             torch._foreach_add_(chosen, [done[i] for i in members], alpha=-group["lr"] * scale)
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """Fold the gradients into the momenta and return what is to be orthogonalised."""
+        """Fold the gradients into the momenta and return what is to be orthogonalized."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -219,15 +231,13 @@ class MuonAdamW(Optimizer):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        keys = ("exp_avg", "exp_avg_sq", "step")
-        columns = {key: _parts([self.state[p][key] for p in params]) for key in keys}
         adamw(
             _parts(params),
             _parts([cast(Tensor, p.grad) for p in params]),
-            columns["exp_avg"],
-            columns["exp_avg_sq"],
+            _parts([self.state[p]["exp_avg"] for p in params]),
+            _parts([self.state[p]["exp_avg_sq"] for p in params]),
             [],
-            columns["step"],
+            _parts([self.state[p]["step"] for p in params]),
             fused=group["fused"] and all(p.device.type in ("cpu", "cuda") for p in params),
             amsgrad=False,
             beta1=group["betas"][0],
@@ -239,13 +249,8 @@ class MuonAdamW(Optimizer):
         )
 
 
-def _newton_schulz_dtype(group: Group, of_directions: torch.dtype) -> torch.dtype | None:
-    chosen: torch.dtype | None = group["newton_schulz_dtype"]
-    return compute_dtype(of_directions) if chosen is None and group["cores"] else chosen
-
-
 def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process stores of each tensor: elementwise steps need no more."""
+    """What this rank stores of each tensor: elementwise steps need no more."""
     return [local(tensor) for tensor in tensors]
 
 
@@ -257,19 +262,57 @@ def _stored_like(parameter: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _check_group(group: Group) -> None:
-    if group["algorithm"] not in ALGORITHMS:
-        raise UnknownNameError("algorithm", str(group["algorithm"]), ALGORITHMS)
-    for name in ("lr", "weight_decay"):
-        if group[name] < 0:
-            raise ConfigError(name, group[name], "must not be negative")
-    if not 0 <= group["momentum"] < 1:
-        raise ConfigError("momentum", group["momentum"], "must lie in [0, 1)")
-    if group["algorithm"] == "muon" and any(p.dim() < 2 for p in group["params"]):
-        shape = next(tuple(p.shape) for p in group["params"] if p.dim() < 2)
-        raise ConfigError(
-            "params",
-            shape,
-            "must have at least two axes under Muon",
-            fix='Give it algorithm="adamw", or use muon_adamw(model).',
-        )
+def _orthogonalize(directions: Sequence[Tensor], iterate: Map) -> list[Tensor]:
+    """Newton-Schulz of every matrix: results of whole matrices, this rank's parts of sharded ones.
+
+    Sharded matrices (DTensors, along their first axis) are distributed over the ranks by cost, each is iterated whole
+    on one of them: an all-to-all of m n / P numbers a matrix brings the parts there, another one back.
+    """
+    results: dict[int, Tensor] = {}
+    whole = [i for i, d in enumerate(directions) if not isinstance(d, DTensor)]
+    results |= zip(whole, _batched([directions[i] for i in whole], iterate), strict=True)
+    groups: defaultdict[dist.ProcessGroup, list[int]] = defaultdict(list)
+    for i, direction in enumerate(directions):
+        if isinstance(direction, DTensor):
+            axis = next(a for a, p in enumerate(direction.placements) if isinstance(p, Shard))
+            groups[direction.device_mesh.get_group(axis)].append(i)
+    for group, members in groups.items():
+        results |= zip(members, _exchanged([directions[i] for i in members], group, iterate), strict=True)
+    return [results[i] for i in range(len(directions))]
+
+
+def _batched(matrices: Sequence[Tensor], iterate: Map) -> list[Tensor]:
+    """Matrices of one shape, dtype and device go through in one batch."""
+    flat = [matrix.reshape(matrix.shape[0], -1) for matrix in matrices]
+    batches: defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, matrix in enumerate(flat):
+        batches[matrix.shape, matrix.device, matrix.dtype].append(i)
+    for members in batches.values():
+        done = iterate(torch.stack([flat[i] for i in members]))
+        for i, result in zip(members, done.unbind(), strict=True):
+            flat[i] = result
+    return [result.view_as(matrix) for result, matrix in zip(flat, matrices, strict=True)]
+
+
+def _exchanged(directions: Sequence[Tensor], group: dist.ProcessGroup, iterate: Map) -> list[Tensor]:
+    """To the owners, through Newton-Schulz there, and back; all of one group, in one dtype."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    shapes = [(d.shape[0], d.numel() // d.shape[0]) for d in directions]
+    owners = longest_processing_time([float(m) * n * min(m, n) for m, n in shapes], size)
+    owned = [[i for i, owner in enumerate(owners) if owner == p] for p in range(size)]
+    stored = _parts(directions)
+    parts = [part.reshape(-1, n) for part, (_, n) in zip(stored, shapes, strict=True)]
+    rows = [[chunk(m, size, p) for p in range(size)] for m, _ in shapes]
+
+    def of_rank(i: int, p: int) -> tuple[int, int]:
+        return rows[i][p].stop - rows[i][p].start, shapes[i][1]
+
+    there = [[parts[i] for i in theirs] for theirs in owned]
+    expected = [[of_rank(i, p) for i in owned[rank]] for p in range(size)]
+    received = exchange(there, expected, group, parts[0])
+    done = _batched([torch.cat(pieces) for pieces in zip(*received, strict=True)], iterate)
+    back = [[matrix[rows[i][p]] for i, matrix in zip(owned[rank], done, strict=True)] for p in range(size)]
+    expected = [[of_rank(i, rank) for i in theirs] for theirs in owned]
+    received = exchange(back, expected, group, parts[0])
+    results = dict(zip(chain(*owned), chain(*received), strict=True))
+    return [results[i].view_as(part) for i, part in enumerate(stored)]

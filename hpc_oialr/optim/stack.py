@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ Group = dict[str, Any]
 State = MutableMapping[Any, dict[str, Any]]
 
 OWN_LISTS = ("LBFGS", "ZeroRedundancyOptimizer")
+_NO_LISTS = ("param_groups", "state", "defaults")
 _DEPTH = 4
 
 
@@ -37,7 +38,7 @@ class OptimizerStack:
     Raises
     ------
     ModelError
-        If one of them cannot go through a change of variables, or cannot be seen through.
+        If one of them cannot go through a change of variables, or its inner optimizer is not found.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -49,13 +50,22 @@ class OptimizerStack:
         for node in self.nodes:
             _check_class(node)
         for leaf in self.leaves:
-            _check_steps(leaf)
+            # OIALR scales the steps of cores in the optimizer's own hooks, which must exist and be called.
+            hooked = isinstance(leaf, Optimizer) and hasattr(leaf, "_optimizer_step_pre_hooks")
+            if not hooked or not getattr(type(leaf).step, "hooked", False):
+                raise ModelError(
+                    f"the optimizer {type(leaf).__name__} does not behave as a torch.optim.Optimizer (no step hooks): it "
+                    "is a wrapper whose inner optimizer was not found, or does not call super().__init__(). Pass the "
+                    "optimizer itself, the one made from model.parameters(); inner optimizers are looked for in a "
+                    "wrapper's attributes, and in lists and dictionaries there."
+                )
 
     def _descend(self, node: Any) -> None:
         if any(node is other for other in self.nodes):
             return
         self.nodes.append(node)
-        inside = list(_inside(node))
+        values = [value for key, value in getattr(node, "__dict__", {}).items() if key not in _NO_LISTS]
+        inside = [each for value in values for each in _members(value) if each is not node and _steps(each)]
         if not inside:
             self.leaves.append(node)
         for inner in inside:
@@ -63,12 +73,12 @@ class OptimizerStack:
 
     @property
     def name(self) -> str:
-        """What it is, from outside to inside, for messages."""
+        """Classes from outside to inside, for messages."""
         return " around ".join(type(node).__name__ for node in self.nodes)
 
     @property
     def partitioned(self) -> bool:
-        """Whether each process steps only some of the parameters."""
+        """Whether each rank steps only some of the parameters."""
         return any(_is(node, "ZeroRedundancyOptimizer") for node in self.nodes)
 
     def groups(self) -> list[Group]:
@@ -81,7 +91,7 @@ class OptimizerStack:
         for node in reversed(self.nodes):
             state = getattr(node, "state", None)
             if isinstance(state, MutableMapping):
-                # ZeroRedundancyOptimizer loads None for what other processes step.
+                # ZeroRedundancyOptimizer loads None for what other ranks step.
                 for key in [key for key, value in state.items() if value is None]:
                     del state[key]
                 found.setdefault(id(state), (node, state))
@@ -97,14 +107,9 @@ class OptimizerStack:
         return _each_once(p for group in self.groups() for p in group["params"])
 
     def home(self, parameter: nn.Parameter) -> tuple[Optimizer, Group]:
-        """The innermost optimizer and the group that hold a parameter.
+        """The innermost optimizer and the group that hold a parameter; raises :class:`ModelError` if none does.
 
-        Under ``ZeroRedundancyOptimizer`` another process's parameter is in the outer groups only.
-
-        Raises
-        ------
-        ModelError
-            If none holds it.
+        Under ``ZeroRedundancyOptimizer`` another rank's parameter is in the outer groups only.
         """
         for node in [*self.leaves, *self.nodes]:
             for group in node.param_groups:
@@ -127,19 +132,13 @@ class OptimizerStack:
                     _swap(value, old, new, _DEPTH)
 
     def check_lists(self, weights: dict[nn.Parameter, str]) -> None:
-        """Raise :class:`ModelError` if an optimizer keeps one of ``weights``, or a copy, in a place of its own.
-
-        Parameters
-        ----------
-        weights
-            What is to be replaced, with names.
-        """
+        """Raise :class:`ModelError` if an optimizer keeps one of ``weights`` (with names), or a copy, elsewhere."""
         names = {id(p): name for p, name in weights.items()}
         shapes = {tuple(p.shape): name for p, name in weights.items() if p.dim() > 1}
         for node in self.nodes:
             if any(_is(node, known) for known in OWN_LISTS):
                 continue
-            for place, value in _places(node, names):
+            for place, value in _places(node):
                 for found in tensors_in(value):
                     name = names.get(id(found)) or shapes.get(tuple(found.shape))
                     if name is not None:
@@ -149,12 +148,6 @@ class OptimizerStack:
                             "OIALR replaces the weight. "
                             f"Use an optimizer that finds its parameters in param_groups and state; {INSTEAD}."
                         )
-
-
-def _inside(node: Any) -> Iterator[Any]:
-    for key, value in list(vars(node).items()) if hasattr(node, "__dict__") else ():
-        if key not in ("param_groups", "state", "defaults"):
-            yield from (each for each in _members(value) if each is not node and _steps(each))
 
 
 def _members(value: Any) -> Iterable[Any]:
@@ -193,27 +186,15 @@ def _check_class(node: Any) -> None:
                 )
         if any(group.get("cores") for group in node.param_groups):
             raise ModelError(
-                "ZeroRedundancyOptimizer cannot deal a group of cores that is still empty; use FSDP to split Muon's "
-                "state, or the same learning rate for dense weights and cores (torch.optim.Muon)."
+                "ZeroRedundancyOptimizer cannot distribute a group of cores that is still empty; use FSDP to shard "
+                "Muon's state, or the same learning rate for dense weights and cores (torch.optim.Muon)."
             )
 
 
-def _check_steps(leaf: Any) -> None:
-    """OIALR scales the steps of cores in the optimizer's own hooks, which must exist and be called."""
-    hooked = isinstance(leaf, Optimizer) and hasattr(leaf, "_optimizer_step_pre_hooks")
-    if not hooked or not getattr(type(leaf).step, "hooked", False):
-        raise ModelError(
-            f"the optimizer {type(leaf).__name__} does not behave as a torch.optim.Optimizer (no step hooks): it is a "
-            "wrapper whose inner optimizer was not found, or does not call super().__init__(). Pass the optimizer "
-            "itself, the one made from model.parameters(); inner optimizers are looked for in a wrapper's attributes, "
-            "and in lists and dictionaries there."
-        )
-
-
-def _places(node: Any, names: dict[int, str]) -> Iterator[tuple[str, Any]]:
+def _places(node: Any) -> Iterator[tuple[str, Any]]:
     """Attributes, options of groups and global state: where lists of parameters would be."""
     for key, value in vars(node).items():
-        if key not in ("param_groups", "state", "defaults") and not any(map(_steps, _members(value))):
+        if key not in _NO_LISTS and not any(map(_steps, _members(value))):
             yield f"its attribute {key!r}", value
     for group in node.param_groups:
         for key, value in group.items():
@@ -242,26 +223,19 @@ def tensors_in(value: Any, depth: int = _DEPTH, *, objects: bool = False) -> Ite
 
 def _swap(value: Any, old: nn.Parameter, new: nn.Parameter, depth: int) -> None:
     """Replace ``old`` in place in nested lists and dictionaries, in values and keys."""
-    if not depth:
+    if not depth or not isinstance(value, (list, dict)):
         return
-    if isinstance(value, list):
-        for i, item in enumerate(value):
-            if item is old:
-                value[i] = new
-            else:
-                _swap(item, old, new, depth - 1)
-    elif isinstance(value, dict):
-        for key, item in list(value.items()):
-            if item is old:
-                value[key] = new
-            else:
-                _swap(item, old, new, depth - 1)
-        if any(key is old for key in value):
-            # In the old one's place: the order may be that of the parameters.
-            items = [(new if key is old else key, item) for key, item in value.items()]
-            value.clear()
-            value.update(items)
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        if item is old:
+            value[key] = new
+        else:
+            _swap(item, old, new, depth - 1)
+    if isinstance(value, dict) and any(key is old for key in value):
+        # In the old one's place: the order may be that of the parameters.
+        items = [(new if key is old else key, item) for key, item in value.items()]
+        value.clear()
+        value.update(items)
 
 
-def _each_once(items: Iterable[Any], identity: Callable[[Any], int] = id) -> list[Any]:
-    return list({identity(item): item for item in items}.values())
+def _each_once(items: Iterable[Any]) -> list[Any]:
+    return list({id(item): item for item in items}.values())

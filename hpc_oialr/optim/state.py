@@ -14,21 +14,16 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
-from hpc_oialr.optim.stack import Group, OptimizerStack, tensors_in
+from hpc_oialr.optim.stack import OptimizerStack, tensors_in
 from hpc_oialr.optim.state_kinds import FACTORED, INSTEAD, Kind
 
 NEVER_ZEROED = ("weight", "step size")
 
 
 def check_state(stack: OptimizerStack, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Raise :class:`ModelError` unless every tensor in the state of these parameters has a known meaning.
+    """Raise :class:`ModelError` unless every tensor in the state of these named weights and cores has a known meaning.
 
-    Nothing is changed. Call it for all layers before the first of them is touched.
-
-    Parameters
-    ----------
-    parameters
-        Names, for the message, and the weights or cores.
+    To be called for all layers before the first of them is changed.
     """
     for node, state in stack.states():
         if isinstance(node, LBFGS):
@@ -99,42 +94,6 @@ def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]
     ]
 
 
-def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put ``new`` in the place of ``old`` and hand it the state; a first core goes to the group for cores.
-
-    Only an optimizer with a group marked ``"cores"`` has such a place, see
-    :class:`hpc_oialr.MuonAdamW`; in every other one the groups keep their order and length.
-    """
-    leaf, home = stack.home(old)
-    cores = next((group for group in leaf.param_groups if group.get("cores")), home)
-    if cores is not home:
-        home["params"] = [p for p in home["params"] if p is not old]
-        cores["params"].append(new)
-    for group in stack.groups():
-        if any(p is old for p in group["params"]):
-            group["params"] = [new if p is old else p for p in group["params"]]
-    for _, states in stack.states():
-        state = states.pop(old, None)
-        if state:
-            states[new] = state if cores is home else _for_group(state, cores)
-    stack.replace(old, new)
-
-
-def _for_group(state: dict[str, Any], group: Group) -> dict[str, Any]:
-    """The state another algorithm goes on with: AdamW's first moment is Muon's momentum."""
-    if group["algorithm"] == "muon" and "exp_avg" in state:
-        return {"momentum_buffer": state["exp_avg"]}
-    return state
-
-
-def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter]) -> None:
-    """Sort the group for cores, so that it does not depend on who was converted first."""
-    position = {id(p): i for i, p in enumerate(order)}
-    for group in stack.groups():
-        if group.get("cores"):
-            group["params"].sort(key=lambda p: position.get(id(p), len(position)))
-
-
 @exact_arithmetic()
 def transform_state(
     optimizer: OptimizerStack | Optimizer,
@@ -146,16 +105,16 @@ def transform_state(
     core: bool = False,
     reset: bool = False,
 ) -> None:
-    """Move the state of a weight or a core into the basis of ``left`` and ``right``, in place of the old one.
+    """Transform the state of a weight or a core to the basis of ``left`` and ``right``, in place.
 
     Each tensor moves as its :data:`hpc_oialr.optim.state_kinds.Kind` says; step counters and other scalars
-    stay. L-BFGS forgets its history, whose curvature belongs to the old variables.
+    stay. L-BFGS loses its history, whose curvature belongs to the old variables.
 
     Parameters
     ----------
     left, right
         m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update;
-        of ``U`` this process's rows.
+        of ``U`` this rank's rows.
     layout
         How the optimizer's state is stored, and the new one will be.
     core

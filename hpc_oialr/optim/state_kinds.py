@@ -30,64 +30,15 @@ Kind = Literal["gradient", "centred", "square", "magnitude", "step size", "weigh
 Kinds = Mapping[str, Kind]
 
 # Keys whose meaning is the same in every optimizer that uses them.
-COMMON_KEYS: dict[str, Kind] = {
-    **dict.fromkeys(
-        [
-            "exp_avg",
-            "momentum_buffer",
-            "grad_avg",
-            "exp_avg_slow",
-            "exp_avg_diff",
-            "neg_exp_avg",
-            "previous_grad",
-            "prev_grad",
-            "last_grad",
-            "neg_pre_grad",
-            "slow_momentum",
-            "base_momentum",
-            "old_g",
-            "e_w",
-            "sharpness",
-            "kahan_comp",
-        ],
-        "gradient",
-    ),
-    **dict.fromkeys(
-        [
-            "exp_avg_sq",
-            "max_exp_avg_sq",
-            "exp_avg_var",
-            "max_exp_avg_var",
-            "square_avg",
-            "sum",
-            "acc_delta",
-            "grad_sum_sq",
-        ],
-        "square",
-    ),
-    "exp_inf": "magnitude",
-    **dict.fromkeys(
-        [
-            "z",
-            "ax",
-            "x0",
-            "slow_buffer",
-            "slow_params",
-            "slow_param",
-            "slow_weights",
-            "lookahead_slow_buff",
-            "backup_params",
-            "old_p",
-            "master",
-            "master_param",
-            "master_params",
-            "master_weight",
-            "master_weights",
-            "fp32_param",
-        ],
-        "weight",
-    ),
+_COMMON: dict[Kind, str] = {
+    "gradient": """exp_avg momentum_buffer grad_avg exp_avg_slow exp_avg_diff neg_exp_avg previous_grad prev_grad
+        last_grad neg_pre_grad slow_momentum base_momentum old_g e_w sharpness kahan_comp""",
+    "square": "exp_avg_sq max_exp_avg_sq exp_avg_var max_exp_avg_var square_avg sum acc_delta grad_sum_sq",
+    "magnitude": "exp_inf",
+    "weight": """z ax x0 slow_buffer slow_params slow_param slow_weights lookahead_slow_buff backup_params old_p
+        master master_param master_params master_weight master_weights fp32_param""",
 }
+COMMON_KEYS: dict[str, Kind] = {key: kind for kind, keys in _COMMON.items() for key in keys.split()}
 
 # Second moments of rank one: means over rows by the key of means over columns. Their product over the mean stays of
 # rank one in another basis.
@@ -104,9 +55,9 @@ KEPT_BY_WRAPPERS = frozenset(
 
 _ADAM: Kinds = {"exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
 _MOMENTUM: Kinds = {"momentum_buffer": "gradient"}
-_LION: Kinds = {"exp_avg": "gradient"}
+_FIRST: Kinds = {"exp_avg": "gradient"}
 _BELIEF: Kinds = {"exp_avg": "gradient", "exp_avg_var": "square", "max_exp_avg_var": "square"}
-_RMSPROP: Kinds = {"square_avg": "centred", "grad_avg": "gradient", "momentum_buffer": "gradient"}
+_CENTRED: Kinds = {"square_avg": "centred", "grad_avg": "gradient", **_MOMENTUM}
 _ADADELTA: Kinds = {"square_avg": "square", "acc_delta": "square"}
 _ADAMAX: Kinds = {"exp_avg": "gradient", "exp_inf": "magnitude"}
 _ADAN: Kinds = {
@@ -115,151 +66,104 @@ _ADAN: Kinds = {
 _MARS: Kinds = {**_ADAM, "last_grad": "gradient"}
 _MADGRAD: Kinds = {"grad_sum_sq": "square", "s": "gradient", "x0": "weight"}
 _FREE: Kinds = {"z": "weight", "x": "weight", "y": "weight", "exp_avg_sq": "square"}
-_ADAFACTOR: Kinds = {"exp_avg": "gradient"}
 _MUON: Kinds = {**_ADAM, **_MOMENTUM}
+_PLAIN: Kinds = {"momentum": "gradient"}
+
+# By package: meanings, and the classes that have them.
+_FAMILIES: dict[str, list[tuple[Kinds, str]]] = {
+    "hpc_oialr": [(_MUON, "MuonAdamW")],
+    "torch": [
+        (_ADAM, "Adam AdamW NAdam RAdam"),
+        (_MOMENTUM, "Muon SGD"),
+        (_FIRST, "Adafactor"),
+        (_ADADELTA, "Adadelta"),
+        (_ADAMAX, "Adamax"),
+        (_CENTRED, "RMSprop"),
+        ({"ax": "weight"}, "ASGD"),
+        ({"sum": "square"}, "Adagrad"),
+        ({"prev": "gradient", "step_size": "step size"}, "Rprop"),
+        ({}, "LBFGS"),
+    ],
+    "schedulefree": [
+        (
+            _FREE,
+            """AdamWScheduleFree AdamWScheduleFreeClosure AdamWScheduleFreePaper AdamWScheduleFreeReference
+            RAdamScheduleFree RAdamScheduleFreeClosure SGDScheduleFree SGDScheduleFreeClosure SGDScheduleFreeReference""",
+        )
+    ],
+    "bitsandbytes": [
+        ({"state1": "gradient"}, "Optimizer1State"),
+        ({"state1": "gradient", "state2": "square"}, "Optimizer2State"),
+    ],
+    "transformers": [(_FIRST, "Adafactor")],
+    "timm": [
+        (_ADAM, "AdamP AdamWLegacy Adopt LaProp Lamb NAdamLegacy NAdamW RAdamLegacy"),
+        (_MOMENTUM, "Lars SGDW"),
+        (_CENTRED, "RMSpropTF"),
+        (_BELIEF, "AdaBelief"),
+        (_ADAN, "Adan"),
+        (_FIRST, "Lion"),
+        (_MADGRAD, "MADGRAD"),
+        (_MARS, "Mars"),
+        (_MUON, "Muon"),
+        (_PLAIN, "SGDP"),
+    ],
+    "pytorch_optimizer": [
+        (_ADAM, "ADOPT AdaBound AdamP Grams LaProp Lamb PAdam QHAdam RAdam StableAdamW Yogi"),
+        (_MOMENTUM, "LARS QHM SGDW SignSGD"),
+        (_FIRST, "AdaFactor CAME Lion Tiger"),
+        (_BELIEF, "AdaBelief AdaNorm"),
+        (_FREE, "ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD"),
+        (_ADADELTA, "AdaDelta"),
+        (_ADAMAX, "AdaMax"),
+        (_ADAN, "Adan"),
+        (_MADGRAD, "MADGRAD"),
+        (_MARS, "MARS"),
+        (_PLAIN, "SGDP"),
+        ({"momentum_buffer": "weight"}, "AccSGD"),
+        ({**_ADAM, "exp_avg_slow": "gradient"}, "AdEMAMix"),
+        ({**_ADAM, "exp_avg_lr": "magnitude"}, "AdaMod"),
+        ({**_ADAM, "neg_exp_avg": "gradient"}, "AdaPNM"),
+        ({**_ADAM, "previous_grad": "gradient"}, "DiffGrad"),
+        ({**_PLAIN, "fim": "square"}, "FAdam"),
+        ({**_ADAM, "grok_exp_avg": "gradient"}, "GrokFastAdamW"),
+        ({"moments": "gradient"}, "NovoGrad"),
+        ({"pos_momentum": "gradient", "neg_momentum": "gradient"}, "PNM"),
+        ({**_ADAM, "slow_buffer": "weight"}, "Ranger"),
+    ],
+}
 
 # Package and class; a subclass has the meaning of its base, other keys are those of COMMON_KEYS.
 OPTIMIZERS: dict[str, Kinds] = {
-    "hpc_oialr.MuonAdamW": _MUON,
-    "torch.ASGD": {"ax": "weight"},
-    "torch.Adadelta": _ADADELTA,
-    "torch.Adafactor": _ADAFACTOR,
-    "torch.Adagrad": {"sum": "square"},
-    "torch.Adam": _ADAM,
-    "torch.AdamW": _ADAM,
-    "torch.Adamax": _ADAMAX,
-    "torch.LBFGS": {},
-    "torch.Muon": _MOMENTUM,
-    "torch.NAdam": _ADAM,
-    "torch.RAdam": _ADAM,
-    "torch.RMSprop": _RMSPROP,
-    "torch.Rprop": {"prev": "gradient", "step_size": "step size"},
-    "torch.SGD": _MOMENTUM,
-    **dict.fromkeys(
-        [
-            f"schedulefree.{name}ScheduleFree{variant}"
-            for name in ("AdamW", "RAdam", "SGD")
-            for variant in ("", "Closure")
-        ],
-        _FREE,
-    ),
-    "schedulefree.AdamWScheduleFreePaper": _FREE,
-    "schedulefree.AdamWScheduleFreeReference": _FREE,
-    "schedulefree.SGDScheduleFreeReference": _FREE,
-    "bitsandbytes.Optimizer1State": {"state1": "gradient"},
-    "bitsandbytes.Optimizer2State": {"state1": "gradient", "state2": "square"},
-    "transformers.Adafactor": _ADAFACTOR,
-    "timm.AdaBelief": _BELIEF,
-    "timm.AdamP": _ADAM,
-    "timm.AdamWLegacy": _ADAM,
-    "timm.Adan": _ADAN,
-    "timm.Adopt": _ADAM,
-    "timm.LaProp": _ADAM,
-    "timm.Lamb": _ADAM,
-    "timm.Lars": _MOMENTUM,
-    "timm.Lion": _LION,
-    "timm.MADGRAD": _MADGRAD,
-    "timm.Mars": _MARS,
-    "timm.Muon": _MUON,
-    "timm.NAdamLegacy": _ADAM,
-    "timm.NAdamW": _ADAM,
-    "timm.RAdamLegacy": _ADAM,
-    "timm.RMSpropTF": _RMSPROP,
-    "timm.SGDP": {"momentum": "gradient"},
-    "timm.SGDW": _MOMENTUM,
-    "pytorch_optimizer.ADOPT": _ADAM,
-    "pytorch_optimizer.AccSGD": {"momentum_buffer": "weight"},
-    "pytorch_optimizer.AdEMAMix": {**_ADAM, "exp_avg_slow": "gradient"},
-    "pytorch_optimizer.AdaBelief": _BELIEF,
-    "pytorch_optimizer.AdaBound": _ADAM,
-    "pytorch_optimizer.AdaDelta": _ADADELTA,
-    "pytorch_optimizer.AdaFactor": _ADAFACTOR,
-    "pytorch_optimizer.AdaMax": _ADAMAX,
-    "pytorch_optimizer.AdaMod": {**_ADAM, "exp_avg_lr": "magnitude"},
-    "pytorch_optimizer.AdaNorm": _BELIEF,
-    "pytorch_optimizer.AdaPNM": {**_ADAM, "neg_exp_avg": "gradient"},
-    "pytorch_optimizer.AdamP": _ADAM,
-    "pytorch_optimizer.Adan": _ADAN,
-    "pytorch_optimizer.CAME": _ADAFACTOR,
-    "pytorch_optimizer.DiffGrad": {**_ADAM, "previous_grad": "gradient"},
-    "pytorch_optimizer.FAdam": {"momentum": "gradient", "fim": "square"},
-    "pytorch_optimizer.Grams": _ADAM,
-    "pytorch_optimizer.GrokFastAdamW": {**_ADAM, "grok_exp_avg": "gradient"},
-    "pytorch_optimizer.LARS": _MOMENTUM,
-    "pytorch_optimizer.LaProp": _ADAM,
-    "pytorch_optimizer.Lamb": _ADAM,
-    "pytorch_optimizer.Lion": _LION,
-    "pytorch_optimizer.MADGRAD": _MADGRAD,
-    "pytorch_optimizer.MARS": _MARS,
-    "pytorch_optimizer.NovoGrad": {"moments": "gradient"},
-    "pytorch_optimizer.PAdam": _ADAM,
-    "pytorch_optimizer.PNM": {"pos_momentum": "gradient", "neg_momentum": "gradient"},
-    "pytorch_optimizer.QHAdam": _ADAM,
-    "pytorch_optimizer.QHM": _MOMENTUM,
-    "pytorch_optimizer.RAdam": _ADAM,
-    "pytorch_optimizer.Ranger": {**_ADAM, "slow_buffer": "weight"},
-    "pytorch_optimizer.SGDP": {"momentum": "gradient"},
-    "pytorch_optimizer.SGDW": _MOMENTUM,
-    "pytorch_optimizer.ScheduleFreeAdamW": _FREE,
-    "pytorch_optimizer.ScheduleFreeRAdam": _FREE,
-    "pytorch_optimizer.ScheduleFreeSGD": _FREE,
-    "pytorch_optimizer.SignSGD": _MOMENTUM,
-    "pytorch_optimizer.StableAdamW": _ADAM,
-    "pytorch_optimizer.Tiger": _LION,
-    "pytorch_optimizer.Yogi": _ADAM,
+    f"{package}.{name}": kinds
+    for package, families in _FAMILIES.items()
+    for name, kinds in sorted(
+        ((name, kinds) for kinds, names in families for name in names.split()), key=lambda each: each[0]
+    )
 }
 
-_FACTORED = "keeps sums over rows or columns in place of the matrix of second moments"
-_SKETCHED = "keeps its moments in a basis or preconditioner of its own"
 _QUANTISED = "keeps quantised state"
-_RATIO = "estimates one step size from sums over all entries, which a change of variables alters"
-_DUAL = "computes the weight anew from sums of gradients, entry by entry"
-_BACKWARD = "steps inside the backward pass, on parameters that it remembers"
 
 # By the name of the class, in whichever package, because such optimizers are copied from file to file.
 REFUSED: dict[str, str] = {
-    "timm.Adafactor": "keeps state of one form for small and of another for large matrices",
-    **dict.fromkeys(
-        ["AdafactorBigVision", "SM3", "Adalite", "EmoFact", "NorMuon"],
-        _FACTORED,
-    ),
-    **dict.fromkeys(["AdamMini", "Adam_mini", "Amos", "Nero", "RACS", "NvNovoGrad"], _FACTORED),
-    **dict.fromkeys(
-        [
-            "Shampoo",
-            "ScalableShampoo",
-            "DistributedShampoo",
-            "SOAP",
-            "Kron",
-            "PSGD",
-            "Alice",
-            "Conda",
-            "Fira",
-            "APOLLO",
-            "GaLore",
-            "GaLoreAdamW",
-            "GaLoreAdafactor",
-            "GaLoreAdamW8bit",
-            "DASH",
-            "SPlus",
-            "LoRARite",
-            "DeMo",
-            "SaRA",
-            "SPAM",
-            "KFAC",
-        ],
-        _SKETCHED,
-    ),
-    **dict.fromkeys(["FlashAdamW", "AdamW8bit", "Adam8bit", "AdamWFp8", "AdamW4bit"], _QUANTISED),
-    **dict.fromkeys(
-        ["Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"], _RATIO
-    ),
-    **dict.fromkeys(["FTRL", "Ftrl"], _DUAL),
-    **dict.fromkeys(["LOMO", "AdaLOMO", "AdaLomo"], _BACKWARD),
-    "AdaHessian": "keeps second derivatives of the dense weight",
-    "Adahessian": "keeps second derivatives of the dense weight",
-    "MSVAG": "subtracts a square of its first moment from its second, which a rotation may make negative",
-    "SparseAdam": "takes sparse gradients, a core's are dense",
+    name: reason
+    for reason, names in {
+        "keeps state of one form for small and of another for large matrices": "timm.Adafactor",
+        "keeps sums over rows or columns in place of the matrix of second moments": """AdafactorBigVision SM3 Adalite
+            EmoFact NorMuon AdamMini Adam_mini Amos Nero RACS NvNovoGrad""",
+        "keeps its moments in a basis or preconditioner of its own": """Shampoo ScalableShampoo DistributedShampoo SOAP
+            Kron PSGD Alice Conda Fira APOLLO GaLore GaLoreAdamW GaLoreAdafactor GaLoreAdamW8bit DASH SPlus LoRARite
+            DeMo SaRA SPAM KFAC""",
+        _QUANTISED: "FlashAdamW AdamW8bit Adam8bit AdamWFp8 AdamW4bit",
+        "estimates one step size from sums over all entries, which a change of variables alters": """Prodigy
+            DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD""",
+        "computes the weight anew from sums of gradients, entry by entry": "FTRL Ftrl",
+        "steps inside the backward pass, on parameters that it remembers": "LOMO AdaLOMO AdaLomo",
+        "keeps second derivatives of the dense weight": "AdaHessian Adahessian",
+        "subtracts a square of its first moment from its second, which a rotation may make negative": "MSVAG",
+        "takes sparse gradients, a core's are dense": "SparseAdam",
+    }.items()
+    for name in names.split()
 }
 INSTEAD = "AdamW, SGD, torch.optim.Muon, hpc_oialr.muon_adamw and schedule-free AdamW work"
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hpc_oialr import MuonAdamW
 from hpc_oialr.errors import ModelError
+from hpc_oialr.optim.groups import replace_parameter
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.optim.state import replace_parameter, transform_average, transform_state
+from hpc_oialr.optim.state import transform_average, transform_state
 
 
 def orthonormal(m: int, r: int) -> Tensor:
