@@ -1,4 +1,4 @@
-"""One :class:`World` from torchrun, srun, mpirun or a single process; equal replicas; metrics."""
+"""One :class:`World` from torchrun, srun, mpirun or a single process; checks of replicas; metric reduction."""
 
 from typing import TYPE_CHECKING
 

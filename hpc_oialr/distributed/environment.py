@@ -1,7 +1,7 @@
 """Rank, world size and rendezvous from launcher variables.
 
-The one place of the package that reads environment variables of launchers. All functions take a mapping and touch
-nothing else, but for the host file of ``srun -m arbitrary`` and the cores of this process.
+The one place of the package that reads environment variables of launchers. All functions take a mapping (default
+``os.environ``) and touch nothing else, but for the host file of ``srun -m arbitrary`` and the cores of this process.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_oialr.distributed.slurm_lists import expand_counts, expand_nodes, gpu_count
+from hpc_oialr.distributed.slurm import expand_counts, expand_nodes, gpu_count
 from hpc_oialr.errors import WorldError
 from hpc_oialr.redaction import is_secret, mask_text
+
+Environ = Mapping[str, str]
 
 # Slurm gives steps that are no srun (batch script, interactive shell) the highest 32-bit numbers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -30,22 +32,23 @@ _RECORDED = re.compile(
     r"|SLURM_(JOB_(ID|NAME|NODELIST|PARTITION|NUM_NODES)|NTASKS|NNODES|TASKS_PER_NODE|CPUS_PER_TASK|GPUS_PER_NODE"
     r"|STEP_ID|RESTART_COUNT|ARRAY_JOB_ID|ARRAY_TASK_ID|CLUSTER_NAME)"
 )
+_STALE = "Unset stale RANK, WORLD_SIZE, SLURM_* or OMPI_* variables."
 
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """One process's place among all.
+    """One rank's place among all.
 
     Attributes
     ----------
     rank, size
-        This process and how many there are.
+        This rank and how many there are.
     local_rank, local_size
-        The same among the processes of its node.
+        The same among the ranks of its node.
     launcher
         "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor).
     master_addr, master_port
-        Where process 0 listens.
+        Where rank 0 listens.
     spare_ports
         Where it listens if another program has that port.
     token
@@ -63,21 +66,27 @@ class LaunchInfo:
     token: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        _check_place("rank", self.rank, self.size, self.launcher)
-        _check_place("local rank", self.local_rank, self.local_size, self.launcher)
+        for what, place, of in (
+            ("rank", self.rank, self.size),
+            ("local rank", self.local_rank, self.local_size),
+        ):
+            if not 0 <= place < of:
+                raise WorldError(
+                    f"{what} is {place} of {of} ({self.launcher}); must lie in [0, {of}). {_STALE}"
+                )
         if self.local_size > self.size:
             raise WorldError(
                 f"{self.launcher} gives {self.local_size} processes on this node but {self.size} in all; a "
-                "node cannot hold more than all. Unset stale RANK, WORLD_SIZE, SLURM_* or OMPI_* variables."
+                f"node cannot hold more than all. {_STALE}"
             )
 
     @property
     def ports(self) -> tuple[int, ...]:
-        """All ports at which processes may meet, in the order in which they are tried."""
+        """All ports at which ranks may meet, in the order in which they are tried."""
         return (self.master_port, *self.spare_ports)
 
 
-def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+def launch_info(environ: Environ | None = None) -> LaunchInfo:
     """Find the launcher and this process's place, from ``os.environ`` by default.
 
     torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then
@@ -93,24 +102,37 @@ def launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     if "RANK" in env:
         return _from_torchrun(env)
     if "SUBMITIT_LOCAL_GLOBALID" in env:
-        return _from_submitit(env)
+        # submitit's local executor: all processes on this machine.
+        rank, size = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_NTASKS")
+        job = _required(env, "SUBMITIT_LOCAL_JOB_ID", "must be the number of the job")
+        return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", *_ports(env, f"{job}.0"))
     if _number(env, "OMPI_COMM_WORLD_SIZE", 0) > 1 or ("OMPI_COMM_WORLD_SIZE" in env and not in_step(env)):
-        return _from_open_mpi(env)
+        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+        return _from_mpi(env, names, env.get("PMIX_NAMESPACE", "mpi"))
     if _number(env, "PMI_SIZE", 0) > 1:
-        return _from_pmi(env)
+        # MPICH, Intel MPI and srun --mpi=pmi2; the last is told apart by its agreement with Slurm.
+        place = (_number(env, "PMI_RANK"), _number(env, "PMI_SIZE"))
+        if in_step(env) and place == (_number(env, "SLURM_PROCID"), _step_tasks(env)):
+            return _from_slurm(env)
+        return _from_mpi(env, ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"], "mpi")
     if in_step(env):
         return _from_slurm(env)
-    return _single(env)
+    if _number(env, "WORLD_SIZE", 1) > 1:
+        raise WorldError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set; both must be, or none. Start with "
+            "torchrun, srun or mpirun, or unset WORLD_SIZE."
+        )
+    return LaunchInfo(0, 1, 0, 1, "single", "127.0.0.1", *_ports(env, "single"))
 
 
-def in_step(environ: Mapping[str, str] | None = None) -> bool:
+def in_step(environ: Environ | None = None) -> bool:
     """Whether srun started this process; False in a batch script and in an ``salloc`` shell."""
     env = os.environ if environ is None else environ
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
     return step is not None and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
 
 
-def under_mpi(environ: Mapping[str, str] | None = None) -> bool:
+def under_mpi(environ: Environ | None = None) -> bool:
     """Whether mpirun, or srun with one of its MPI plugins, started this very process.
 
     False for a child of torchrun: what it inherits is the place of torchrun itself.
@@ -119,13 +141,13 @@ def under_mpi(environ: Mapping[str, str] | None = None) -> bool:
     return "TORCHELASTIC_RUN_ID" not in env and any(name in env for name in _MPI_LAUNCH)
 
 
-def node_name(environ: Mapping[str, str] | None = None) -> str:
+def node_name(environ: Environ | None = None) -> str:
     """This node's name; Slurm's where there is one, since several of its nodes may share a host."""
     env = os.environ if environ is None else environ
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def gpus_per_node(environ: Mapping[str, str] | None = None) -> int | None:
+def gpus_per_node(environ: Environ | None = None) -> int | None:
     """GPUs of this node that Slurm gave to the job, if it says so (``4`` or ``a100:4``)."""
     env = os.environ if environ is None else environ
     # The first is set for --gpus-per-node only, the second for --gres=gpu:4 and the like too.
@@ -137,28 +159,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def all_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def all_variables(environ: Environ | None = None) -> dict[str, str]:
     """All variables as they are now, for programs that are to run with the same or with a few more."""
     return dict(os.environ if environ is None else environ)
 
 
-def recorded_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def recorded_variables(environ: Environ | None = None) -> dict[str, str]:
     """Variables that change how a run behaves, for its record; no secrets."""
     env = os.environ if environ is None else environ
     kept = (name for name in sorted(env) if _RECORDED.fullmatch(name) and not is_secret(name))
     return {name: mask_text(env[name]) for name in kept}
 
 
-def _single(env: Mapping[str, str]) -> LaunchInfo:
-    if _number(env, "WORLD_SIZE", 1) > 1:
-        raise WorldError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']} but RANK is not set; both must be, or none. Start with "
-            "torchrun, srun or mpirun, or unset WORLD_SIZE."
-        )
-    return LaunchInfo(0, 1, 0, 1, "single", "127.0.0.1", *_ports(env, "single"))
-
-
-def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
+def _from_torchrun(env: Environ) -> LaunchInfo:
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     tasks = _step_tasks(env) if in_step(env) else 1
     if size == 1 and tasks > 1 and "TORCHELASTIC_RUN_ID" not in env:
@@ -170,38 +183,30 @@ def _from_torchrun(env: Mapping[str, str]) -> LaunchInfo:
         return LaunchInfo(rank, 1, 0, 1, "torchrun", "127.0.0.1", *_ports(env, "torchrun"))
     local_rank = _number(env, "LOCAL_RANK")
     local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1)
-    address = _required(env, "MASTER_ADDR", "must name the host of process 0")
-    _required(env, "MASTER_PORT", "must be a port that is free on the host of process 0")
+    address = _required(env, "MASTER_ADDR", "must name the host of rank 0")
+    _required(env, "MASTER_PORT", "must be a port that is free on the host of rank 0")
     return LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, *_ports(env, "torchrun"))
 
 
-def _from_submitit(env: Mapping[str, str]) -> LaunchInfo:
-    """submitit's local executor: all processes on this machine."""
-    rank, size = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_NTASKS")
-    ports = _ports(env, f"{_required(env, 'SUBMITIT_LOCAL_JOB_ID', 'must be the number of the job')}.0")
-    return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", *ports)
+def _from_mpi(env: Environ, names: list[str], salt: str) -> LaunchInfo:
+    """From the variables that hold rank, size, local rank and local size."""
+    rank, size, local_rank, local_size = (_number(env, name) for name in names)
+    if "MASTER_ADDR" in env:
+        address = env["MASTER_ADDR"]
+    elif size == local_size:
+        address = "127.0.0.1"
+    elif "SLURM_JOB_NODELIST" in env:
+        address = expand_nodes(env["SLURM_JOB_NODELIST"])[0]
+    else:
+        raise WorldError(
+            f"MASTER_ADDR is not set, and mpirun's {size} processes are on several nodes; it must name the "
+            "host of rank 0. Add: mpirun -x MASTER_ADDR=HOST (Open MPI), or -genv MASTER_ADDR HOST "
+            "(MPICH, Intel MPI)."
+        )
+    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, *_ports(env, salt))
 
 
-def _from_open_mpi(env: Mapping[str, str]) -> LaunchInfo:
-    rank, size = _number(env, "OMPI_COMM_WORLD_RANK"), _number(env, "OMPI_COMM_WORLD_SIZE")
-    local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
-    local_size = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    address = _mpi_address(env, size, local_size)
-    ports = _ports(env, env.get("PMIX_NAMESPACE", "mpi"))
-    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, *ports)
-
-
-def _from_pmi(env: Mapping[str, str]) -> LaunchInfo:
-    """MPICH, Intel MPI and ``srun --mpi=pmi2``; the last is told apart by its agreement with Slurm."""
-    rank, size = _number(env, "PMI_RANK"), _number(env, "PMI_SIZE")
-    if in_step(env) and (rank, size) == (_number(env, "SLURM_PROCID"), _step_tasks(env)):
-        return _from_slurm(env)
-    local_rank, local_size = _number(env, "MPI_LOCALRANKID"), _number(env, "MPI_LOCALNRANKS")
-    address = _mpi_address(env, size, local_size)
-    return LaunchInfo(rank, size, local_rank, local_size, "mpi", address, *_ports(env, "mpi"))
-
-
-def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
+def _from_slurm(env: Environ) -> LaunchInfo:
     rank, size, node = _number(env, "SLURM_PROCID"), _step_tasks(env), _number(env, "SLURM_NODEID")
     # Many batch scripts export it for srun; it must be the truth.
     if _number(env, "WORLD_SIZE", size) != size:
@@ -220,11 +225,11 @@ def _from_slurm(env: Mapping[str, str]) -> LaunchInfo:
     return LaunchInfo(rank, size, _number(env, "SLURM_LOCALID"), counts[node], "slurm", address, *ports)
 
 
-def _step_tasks(env: Mapping[str, str]) -> int:
+def _step_tasks(env: Environ) -> int:
     return int(_first_of(env, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
 
 
-def _slurm_address(env: Mapping[str, str]) -> str:
+def _slurm_address(env: Environ) -> str:
     """The node of task 0: the first of the sorted list, unless tasks were placed by a host file (``-m arbitrary``)."""
     if env.get("SLURM_DISTRIBUTION") != "arbitrary":
         nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
@@ -240,22 +245,8 @@ def _slurm_address(env: Mapping[str, str]) -> str:
         ) from None
 
 
-def _mpi_address(env: Mapping[str, str], size: int, local_size: int) -> str:
-    if "MASTER_ADDR" in env:
-        return env["MASTER_ADDR"]
-    if size == local_size:
-        return "127.0.0.1"
-    if "SLURM_JOB_NODELIST" in env:
-        return expand_nodes(env["SLURM_JOB_NODELIST"])[0]
-    raise WorldError(
-        f"MASTER_ADDR is not set, and mpirun's {size} processes are on several nodes; it must name the "
-        "host of process 0. Add: mpirun -x MASTER_ADDR=HOST (Open MPI), or -genv MASTER_ADDR HOST "
-        "(MPICH, Intel MPI)."
-    )
-
-
-def _ports(env: Mapping[str, str], salt: str) -> tuple[int, tuple[int, ...], str]:
-    """MASTER_PORT alone, or ports that all processes of a job find by themselves; and the run's token.
+def _ports(env: Environ, salt: str) -> tuple[int, tuple[int, ...], str]:
+    """MASTER_PORT alone, or ports that all ranks of a job find by themselves; and the run's token.
 
     Neighbouring jobs begin at different ports. Numbers repeat, after 798 job ids of Slurm; so the token must tell.
     """
@@ -269,7 +260,7 @@ def _ports(env: Mapping[str, str], salt: str) -> tuple[int, tuple[int, ...], str
     return first, tuple(spare), salt
 
 
-def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _number(env: Environ, name: str, default: int | None = None) -> int:
     if name not in env and default is not None:
         return default
     text = _required(env, name, "must be a whole number")
@@ -280,7 +271,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     return int(text)
 
 
-def _required(env: Mapping[str, str], name: str, rule: str) -> str:
+def _required(env: Environ, name: str, rule: str) -> str:
     if name not in env:
         raise WorldError(
             f"{name} is not set; {rule}. torchrun, srun and mpirun set what is needed: start with one of "
@@ -289,18 +280,10 @@ def _required(env: Mapping[str, str], name: str, rule: str) -> str:
     return env[name]
 
 
-def _first_of(env: Mapping[str, str], *names: str) -> str:
+def _first_of(env: Environ, *names: str) -> str:
     for name in names:
         if name in env:
             return env[name]
     raise WorldError(
         f"none of {', '.join(names)} is set inside a Slurm step; srun sets them. Pass --export=ALL to srun."
     )
-
-
-def _check_place(what: str, place: int, of: int, launcher: str) -> None:
-    if not 0 <= place < of:
-        raise WorldError(
-            f"{what} is {place} of {of} ({launcher}); must lie in [0, {of}). Unset stale RANK, WORLD_SIZE, "
-            "SLURM_* or OMPI_* variables."
-        )

@@ -28,8 +28,6 @@ def reported(what: str, rank: int, size: int, *, only_communication: bool = Fals
     ----------
     what
         What was under way, e.g. "an all-reduce".
-    rank, size
-        This process.
     only_communication
         Let RuntimeErrors through whose text is not that of a communication library: for code that
         also computes.
@@ -39,37 +37,20 @@ def reported(what: str, rank: int, size: int, *, only_communication: bool = Fals
     except OIALRError:
         raise
     except RuntimeError as error:
-        if only_communication and not is_communication(error):
+        # Gloo, NCCL or MPI raised it.
+        of_library = isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None
+        if only_communication and not of_library:
             raise
         raise lost(what, rank, size, str(error)) from error
 
 
 def lost(what: str, rank: int, size: int, reason: str) -> ProcessLostError:
-    """The error itself.
-
-    Parameters
-    ----------
-    reason
-        What the library below said.
-    """
+    """The error itself; ``reason`` is what the library below said."""
     return ProcessLostError(
-        f"process {rank} of {size}: {what} failed; every process must take part within the timeout "
+        f"rank {rank} of {size}: {what} failed; every rank must take part within the timeout "
         f"(train.timeout_s). Another one has died or hangs: see its log, then resume from the last checkpoint. "
         f"({reason})"
     )
-
-
-def is_communication(error: RuntimeError) -> bool:
-    """Whether gloo, NCCL or MPI raised it.
-
-    Examples
-    --------
-    >>> is_communication(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
-    True
-    >>> is_communication(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    False
-    """
-    return isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None
 
 
 def configure_nccl_watchdog(environ: MutableMapping[str, str], timeout_s: float) -> None:
@@ -78,18 +59,8 @@ def configure_nccl_watchdog(environ: MutableMapping[str, str], timeout_s: float)
     A collective that takes longer than the group's timeout ends the process by
     ``TORCH_NCCL_ASYNC_ERROR_HANDLING``. Should the watchdog itself hang inside CUDA, a monitor ends the
     process once there has been no heartbeat for ``TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC``, the timeout again, at
-    least a minute. Nothing is dumped first, since that waits for the other processes.
-
-    Parameters
-    ----------
-    environ
-        Changed in place; ``os.environ`` in a run.
-    timeout_s
-        The group's timeout (s).
-
-    References
-    ----------
-    PyTorch documentation, "PYTORCH ProcessGroupNCCL Environment Variables".
+    least a minute. Nothing is dumped first, since that waits for the other processes. See the PyTorch
+    documentation, "PYTORCH ProcessGroupNCCL Environment Variables".
     """
     environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _LEAVE_HARD)
     environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "1")

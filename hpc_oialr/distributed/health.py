@@ -19,7 +19,7 @@ _SKIP = "To start without this check: --train.health_check false"
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What one process says of itself.
+    """What one rank says of itself.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class NodeInfo:
     fault
         What is wrong with its device; "" if nothing is.
     device
-        Name of the device that no other process on the node may have; "" for a CPU.
+        Name of the device that no other rank on the node may have; "" for a CPU.
     versions
         Version of what must be the same everywhere, by name.
     """
@@ -40,15 +40,10 @@ class NodeInfo:
 
 
 def check_health(world: World, settings: str) -> None:
-    """Raise :class:`HealthError` on all processes unless each is fit and all are alike; a collective call.
+    """Raise :class:`HealthError` on all ranks unless each is fit and all are alike; a collective call.
 
-    Every process computes on its device; versions and settings are compared; a sum over all processes, on
-    the devices, must be right. Whether MPI counts the processes alike is seen when its channel is opened.
-
-    Parameters
-    ----------
-    settings
-        Digest of the run's settings.
+    Every rank computes on its device; versions, and ``settings``, a digest of the run's, are compared; a sum over all
+    ranks, on the devices, must be right. Whether MPI counts ranks alike is seen when its channel is opened.
     """
     everyone = world.all_gather_object(node_info(world, settings))
     check_devices(everyone)
@@ -59,38 +54,44 @@ def check_health(world: World, settings: str) -> None:
 
 
 def node_info(world: World, settings: str) -> NodeInfo:
-    """This process's."""
-    fault = _fault(world.device)
+    """This rank's."""
     versions = {
         "torch": torch.__version__,
         "hpc_oialr": hpc_oialr.__version__,
         "Python": platform.python_version(),
         "settings": settings,
     }
-    device = ""
+    fault = device = ""
+    try:
+        ones = torch.ones(64, 64, device=world.device)
+        total = float((ones @ ones).sum())
+        if total != 64.0**3:
+            fault = f"a sum that is 262144 came out as {total:g}"
+    except RuntimeError as error:
+        fault = " ".join(str(error).split())[:200]
     if world.device.type == "cuda" and not fault:
         device = f"GPU {torch.cuda.get_device_properties(world.device).uuid}"
     return NodeInfo(node_name(), fault, device, versions)
 
 
 def check_devices(everyone: Sequence[NodeInfo]) -> None:
-    """Raise :class:`HealthError` if a device does not compute or two processes share one."""
+    """Raise :class:`HealthError` if a device does not compute or two ranks share one."""
     faulty = [rank for rank, info in enumerate(everyone) if info.fault]
     if faulty:
-        found = f"cannot compute on its device ({everyone[faulty[0]].fault}); every process must"
+        found = f"cannot compute on its device ({everyone[faulty[0]].fault}); every rank must"
         raise _unfit([info.node for info in everyone], faulty, found)
     holders: dict[tuple[str, str], int] = {}
     for rank, info in enumerate(everyone):
         other = holders.setdefault((info.node, info.device), rank)
         if info.device and other != rank:
             raise HealthError(
-                f"processes {other} and {rank} on node {info.node} both compute on {info.device}; each must have "
-                f"its own. Ask for as many --gpus-per-node as --ntasks-per-node, and not for --gpus-per-task. {_SKIP}"
+                f"ranks {other} and {rank} on node {info.node} both compute on {info.device}; each must have its own. "
+                f"Ask for as many --gpus-per-node as --ntasks-per-node, and not for --gpus-per-task. {_SKIP}"
             )
 
 
 def check_versions(everyone: Sequence[NodeInfo]) -> None:
-    """Raise :class:`HealthError` that names the processes with another version than most."""
+    """Raise :class:`HealthError` that names the ranks with another version than most."""
     for name in everyone[0].versions:
         values = [info.versions[name] for info in everyone]
         usual = Counter(values).most_common(1)[0][0]
@@ -101,37 +102,22 @@ def check_versions(everyone: Sequence[NodeInfo]) -> None:
 
 
 def check_sums(nodes: Sequence[str], spreads: Sequence[tuple[float, float]]) -> None:
-    """Raise :class:`HealthError` that names the processes whose sum of 1 to P, in any of its copies, is wrong.
+    """Raise :class:`HealthError` that names the ranks whose sum of 1 to P is wrong in any of its copies.
 
-    Parameters
-    ----------
-    nodes
-        Node of each process.
-    spreads
-        Smallest and largest copy of each process's sum.
+    ``spreads``: smallest and largest copy of each rank's sum.
     """
     right = len(nodes) * (len(nodes) + 1) / 2
     wrong = [rank for rank, spread in enumerate(spreads) if spread != (right, right)]
     if wrong:
         low, high = spreads[wrong[0]]
-        found = f"was given {low:g} to {high:g} as the sum over all processes, which is {right:g}"
+        found = f"was given {low:g} to {high:g} as the sum over all ranks, which is {right:g}"
         raise _unfit(nodes, wrong, found)
 
 
 def _unfit(nodes: Sequence[str], ranks: Sequence[int], found: str) -> HealthError:
-    more = f" ({len(ranks) - 1} more processes like it)" if len(ranks) > 1 else ""
+    more = f" ({len(ranks) - 1} more ranks like it)" if len(ranks) > 1 else ""
     exclude = ",".join(dict.fromkeys(nodes[rank] for rank in ranks))
     return HealthError(
-        f"process {ranks[0]} of {len(nodes)} on node {nodes[ranks[0]]} {found}{more}. "
+        f"rank {ranks[0]} of {len(nodes)} on node {nodes[ranks[0]]} {found}{more}. "
         f"To leave out what is unfit: sbatch --exclude={exclude}. {_SKIP}"
     )
-
-
-def _fault(device: torch.device) -> str:
-    """Compute something whose result is known; what goes wrong."""
-    try:
-        ones = torch.ones(64, 64, device=device)
-        total = float((ones @ ones).sum())
-    except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
-    return "" if total == 64.0**3 else f"a sum that is 262144 came out as {total:g}"

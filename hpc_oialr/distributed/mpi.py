@@ -21,10 +21,8 @@ _END_S = 30.0
 def join_mpi(environ: Mapping[str, str] | None = None) -> Any:
     """The module ``mpi4py.MPI``, initialised for calls from this thread; the second call returns at once.
 
-    Raises
-    ------
-    ImportError, RuntimeError
-        If mpi4py, or an MPI library under it, is missing, or cannot meet the others by srun's plugin.
+    Raises ImportError or RuntimeError if mpi4py, or an MPI library under it, is missing, or cannot meet the others by
+    srun's plugin.
     """
     mpi4py: Any = importlib.import_module("mpi4py")
     if "mpi4py.MPI" not in sys.modules:
@@ -47,8 +45,8 @@ def leave_mpi_at_exit() -> None:
 def leave_mpi(within_s: float = _END_S) -> None:
     """End MPI if :func:`join_mpi` began it; a collective call, to be made after a run that went well only.
 
-    Should another process have died meanwhile, this one shows where it waits and leaves hard after
-    ``within_s`` seconds, with status 1.
+    Should another process have died meanwhile, this one shows where it waits and exits after ``within_s`` seconds,
+    with status 1.
     """
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():

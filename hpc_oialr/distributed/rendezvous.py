@@ -1,4 +1,4 @@
-"""Rendezvous of a run's processes; ports on which another program or run listens are skipped."""
+"""Rendezvous of a run's ranks; ports on which another program or run listens are skipped."""
 
 from __future__ import annotations
 
@@ -20,20 +20,14 @@ _TOKEN = "run"
 
 
 def rendezvous_store(info: LaunchInfo, timeout: timedelta) -> Store:
-    """The store through which processes find each other, with keys that no earlier group has used.
+    """The store through which ranks find each other, with keys that no earlier group has used.
 
-    Ports that were derived from a job's number may be taken by another program or job. Process 0 listens at the
-    first of ``info.ports`` that is free; the others ask each port whether the run is theirs.
+    Ports that were derived from a job's number may be taken by another program or job. Rank 0 listens at the
+    first of ``info.ports`` that is free; the others ask each port whether the run is theirs. Raises OSError or
+    RuntimeError if there is no store of this run within ``timeout``.
 
-    Raises
-    ------
-    OSError, RuntimeError
-        If there is no store of this run within ``timeout``.
-
-    Notes
-    -----
     A store may outlive its group: torchrun keeps one, and so does whoever still refers to it. A second group of the
-    same processes would find the addresses of the first one there, and wait for ever.
+    same ranks would find the addresses of the first one there, and wait for ever: hence the prefix.
     """
     if info.launcher == "torchrun":
         # torchrun's agent may hold the store. An IPv6 address needs brackets inside a URL.
@@ -71,7 +65,7 @@ def _connect(info: LaunchInfo, timeout: timedelta) -> Store:
 
 
 def _of_this_run(info: LaunchInfo, port: int, deadline: float) -> Store | None:
-    """The store at a port if process 0 of this run has made it."""
+    """The store at a port if rank 0 of this run has made it."""
     try:
         socket.create_connection((info.master_addr, port), timeout=_ANSWER_S).close()
     except OSError:
@@ -86,7 +80,7 @@ def _of_this_run(info: LaunchInfo, port: int, deadline: float) -> Store | None:
         except (RuntimeError, ValueError):
             return
 
-    # A listener that accepts and never answers would hold this process up for ever.
+    # A listener that accepts and never answers would hold this rank up for ever.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(max(0.0, min(_ANSWER_S + 1, deadline - time.monotonic())))
@@ -94,12 +88,6 @@ def _of_this_run(info: LaunchInfo, port: int, deadline: float) -> Store | None:
 
 
 def _store(info: LaunchInfo, port: int, timeout: timedelta) -> TCPStore:
-    return TCPStore(
-        info.master_addr,
-        port,
-        info.size,
-        info.rank == 0,
-        timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    is_master = info.rank == 0
+    options = {"wait_for_workers": False, "multi_tenant": True}
+    return TCPStore(info.master_addr, port, info.size, is_master, timeout, **options)

@@ -1,4 +1,4 @@
-"""Replicas must be equal bit for bit: a cheap hash of every layer, compared over all processes."""
+"""Replicas must be equal bit for bit: a cheap hash of every layer, compared over all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
-    """Raise :class:`ReplicaMismatchError` unless all processes hold equal bits.
+    """Raise :class:`ReplicaMismatchError` unless all ranks hold equal bits.
 
     Sends 16 bytes a name, by one all-reduce; names must be the same, in the same order, everywhere.
 
@@ -35,7 +35,7 @@ def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
     Raises
     ------
     ReplicaMismatchError
-        On every process; names the layers and the processes that differ from the majority.
+        On every rank; names the layers and the ranks that differ from the majority.
     """
     if world.size == 1 or not named:
         return
@@ -69,16 +69,16 @@ def bit_hash(tensor: Tensor) -> Tensor:
 
 
 def _explain(names: list[str], hashes: list[list[int]]) -> None:
-    """Name what differs; ties go to process 0."""
+    """Name what differs; ties go to rank 0."""
     lines = []
     for i, name in enumerate(names):
         held = [row[i] for row in hashes]
         usual = max(Counter(held).items(), key=lambda item: (item[1], item[0] == held[0]))[0]
         odd = [str(rank) for rank, value in enumerate(held) if value != usual]
         if odd:
-            lines.append(f"{name} (process {', '.join(odd)})")
+            lines.append(f"{name} (rank {', '.join(odd)})")
     more = " and more" if len(lines) > 10 else ""
     raise ReplicaMismatchError(
-        f"processes hold different bits: {'; '.join(lines[:10])}{more}; replicas must be equal after every "
-        "update. Something changed a parameter on one process only: look for a seed, a hook, a faulty node."
+        f"ranks hold different bits: {'; '.join(lines[:10])}{more}; replicas must be equal after every "
+        "update. Something changed a parameter on one rank only: look for a seed, a hook, a faulty node."
     )

@@ -1,7 +1,8 @@
-"""Signals that ask a run to stop: the handler only remembers the name."""
+"""Signals that ask a run or a command to stop."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -17,16 +18,11 @@ from hpc_oialr.errors import ConfigError
 NAMES = ("USR2", "USR1", "TERM", "HUP")
 # One Ctrl-C may come twice, from the terminal and from a launcher; a second one comes later than this (s).
 _TWICE_S = 0.3
+_PR_SET_PDEATHSIG = 1
 
 
 class SignalFlag:
-    """Which signal has come, if one has.
-
-    Parameters
-    ----------
-    interrupted
-        Called upon the first Ctrl-C; the second one raises KeyboardInterrupt.
-    """
+    """Which signal has come, if one has. ``interrupted`` is called upon the first Ctrl-C; the second one raises."""
 
     def __init__(self, interrupted: Callable[[], object] = lambda: None) -> None:
         self.name, self._interrupted, self._first = "", interrupted, 0.0
@@ -64,12 +60,8 @@ def catch_signals(
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    wanted = [
-        number_of(name)
-        for name in dict.fromkeys(names)
-        if name == names[0] or signal.getsignal(number_of(name)) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, flag) for number in wanted}
+    wanted = dict.fromkeys(name for name in names if name == names[0] or not _ignored(name))
+    before = {_number(name): signal.signal(_number(name), flag) for name in wanted}
     try:
         yield flag
     finally:
@@ -78,14 +70,14 @@ def catch_signals(
 
 
 def unwind_upon(*names: str) -> None:
-    """Let signals end the program as Ctrl-C does, which removes what is half-written; :func:`catch_signals` goes over it.
+    """Let signals end the program as Ctrl-C does, which removes what is half-written; :func:`catch_signals` overrides it.
 
     The exit code is 128 + the signal's number. A signal that the process was started to ignore stays ignored.
     """
     sys.unraisablehook = _raise_again
     for name in names:
-        if signal.getsignal(number_of(name)) != signal.SIG_IGN:
-            signal.signal(number_of(name), _unwind)
+        if not _ignored(name):
+            signal.signal(_number(name), _unwind)
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
@@ -108,17 +100,27 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 def end_at_once_upon(*names: str) -> None:
     """Give :func:`unwind_upon` up: the interpreter's end would print the exception."""
     for name in names:
-        if signal.getsignal(number_of(name)) is _unwind:
-            signal.signal(number_of(name), signal.SIG_DFL)
+        if signal.getsignal(_number(name)) is _unwind:
+            signal.signal(_number(name), signal.SIG_DFL)
 
 
 def leave_upon_term(code: int) -> None:
-    """Leave with an exit code upon TERM, until :func:`catch_signals` takes it over.
+    """Exit with a code upon TERM, until :func:`catch_signals` takes it over.
 
     A task of srun that another one's end ends must not die of the signal: srun would report that, and not the
     code of the one that had a reason.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
+def end_with_parent() -> None:
+    """Let the kernel send TERM to this process when its parent dies; on Linux only."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_name(field: str, name: str) -> None:
@@ -128,6 +130,9 @@ def check_name(field: str, name: str) -> None:
         raise ConfigError(field, name, f"must be one of {', '.join(NAMES)}", fix=fix)
 
 
-def number_of(name: str) -> signal.Signals:
-    """The signal called ``name``, without SIG."""
+def _number(name: str) -> signal.Signals:
     return signal.Signals[f"SIG{name}"]
+
+
+def _ignored(name: str) -> bool:
+    return signal.getsignal(_number(name)) == signal.SIG_IGN

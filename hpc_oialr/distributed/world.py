@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc_oialr.distributed.devices import choose_device, group_device
 from hpc_oialr.distributed.environment import LaunchInfo, gpus_per_node, launch_info, node_name
 from hpc_oialr.distributed.failures import configure_nccl_watchdog, reported
 from hpc_oialr.distributed.rendezvous import rendezvous_store
@@ -33,42 +33,37 @@ class Pending:
 
     world: World
     what: str
-    work: dist.Work
+    work: dist.Work | None
 
     def wait(self) -> None:
-        """Wait for it.
-
-        Raises
-        ------
-        WorldError
-            If another process has died or does not answer within the timeout.
-        """
+        """Wait for it; raises WorldError if another rank has died or does not answer within the timeout."""
+        assert self.work is not None
         with self.world.reported(self.what):
             self.work.wait()
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's view of the run.
+    """One rank's view of the run. With one rank every method returns at once and no process group exists.
 
-    With one process every method returns at once and no process group exists.
+    All collective calls raise WorldError if another rank has died or does not answer within the timeout.
 
     Attributes
     ----------
     rank, size
-        This process and how many there are.
+        This rank and how many there are.
     local_rank, local_size
-        The same among the processes of its node.
+        The same among the ranks of its node.
     device
-        Where this process computes.
+        Where this rank computes.
     launcher
         "single", "torchrun", "slurm", "mpi" or "adopted" (the group was there before).
     group
-        Process group; None stands for one process.
+        Process group; None stands for one rank.
     owns_group
         Whether :meth:`close` ends the group.
     timeout_s
-        After this long without an answer a process counts as dead (s); the group's own, if it was made here.
+        After this long without an answer a rank counts as dead (s); the group's own, if it was made here.
     """
 
     rank: int = 0
@@ -85,7 +80,7 @@ class World:
 
     @classmethod
     def single(cls, device: str | torch.device | None = None) -> World:
-        """One process, whatever the launcher says; ``device`` defaults to a GPU if there is one."""
+        """One rank, whatever the launcher says; ``device`` defaults to a GPU if there is one."""
         return cls(device=choose_device(None if device is None else str(device), 0, 1, None))
 
     @classmethod
@@ -97,17 +92,17 @@ class World:
         timeout_s: float = 600.0,
         environ: Mapping[str, str] | None = None,
     ) -> World:
-        """Join the processes that torchrun, srun or mpirun started; alone without one of them.
+        """Join the ranks that torchrun, srun or mpirun started; alone without one of them.
 
         Parameters
         ----------
         device
             "cpu" or "cuda"; default "cuda" if there is one. A GPU's index is the local rank, or 0
-            where each process sees one only.
+            where each rank sees one only.
         backend
             torch.distributed backend; default gloo for CPU tensors and NCCL for CUDA tensors.
         timeout_s
-            After this long without an answer a process counts as dead (s).
+            After this long without an answer a rank counts as dead (s).
         environ
             Variables to read; default ``os.environ``.
 
@@ -128,15 +123,17 @@ class World:
 
     @classmethod
     def current(cls, group: dist.ProcessGroup | None = None) -> World:
-        """The processes of ``group``, or of the process group that exists already, or this one alone.
+        """The ranks of ``group``, or of the process group that exists already, or this one alone.
 
-        A collective call where a group exists: processes tell each other their node's name.
+        A collective call where a group exists: ranks tell each other their node's name.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls.single()
         group = group or dist.group.WORLD
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        device = group_device(group)
+        # What the group can send: tensors on the GPU under NCCL, otherwise on the CPU.
+        nccl = "nccl" in str(dist.get_backend_config(group))
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
         if size == 1:
             return cls(device=device, launcher="adopted", group=None)
         nodes: list[Any] = [None] * size
@@ -145,71 +142,55 @@ class World:
         return cls(rank, size, local_rank, local_size, device, "adopted", group)
 
     def within(self, group: dist.ProcessGroup) -> World:
-        """The processes of a ``group`` that this one is in."""
+        """The ranks of a ``group`` that this one is in."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         return replace(self, rank=rank, size=size, group=group if size > 1 else None, owns_group=False)
 
-    # -- talking to the others -------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------
 
     @property
     def is_main(self) -> bool:
-        """Whether this is process 0, which alone writes and shows."""
+        """Whether this is rank 0, which alone writes and shows."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every rank is here."""
         self.any(False)
 
     def broadcast(self, tensor: Tensor, src: int) -> Pending | None:
-        """Send ``tensor`` from process ``src`` into every other's; call ``wait()`` before using it.
-
-        Returns
-        -------
-        Pending or None
-            None for one process: nothing is to be waited for.
-        """
+        """Send ``tensor`` from rank ``src`` into every other's; ``wait()`` before using it. None for one rank."""
         if self.size == 1:
             return None
         with self.reported("a broadcast"):
             work = dist.broadcast(tensor, group=self.group, group_src=src, async_op=True)
-        return self._pending("a broadcast", work)
+        return Pending(self, "a broadcast", work)
 
     def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
-        """Send process ``src``'s values into every process's tensors, all under way at once; waits for them."""
+        """Send rank ``src``'s values into every rank's tensors, all under way at once; waits for them."""
         for pending in [self.broadcast(tensor, src=src) for tensor in tensors]:
             if pending is not None:
                 pending.wait()
 
     def start_all_reduce(self, tensor: Tensor, op: Op = "sum") -> Pending | None:
-        """:meth:`all_reduce` that goes on beside other work; None for one process.
+        """:meth:`all_reduce` that goes on beside other work; None for one rank.
 
-        Every process must start it at the same place among its other collectives.
+        Every rank must start it at the same place among its other collectives.
         """
         if self.size == 1:
             return None
         with self.reported("an all-reduce"):
             work = dist.all_reduce(tensor, op=_OPS[op], group=self.group, async_op=True)
-        return self._pending("an all-reduce", work)
-
-    def _pending(self, what: str, work: dist.Work | None) -> Pending:
-        assert work is not None
-        return Pending(self, what, work)
+        return Pending(self, "an all-reduce", work)
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Tensor:
-        """Reduce ``tensor`` over all processes, in place; the same bits on each.
-
-        Raises
-        ------
-        WorldError
-            If another process has died or does not answer within the timeout.
-        """
+        """Reduce ``tensor`` over all ranks, in place; the same bits on each."""
         if self.size > 1:
             with self.reported("an all-reduce"):
                 dist.all_reduce(tensor, op=_OPS[op], group=self.group)
         return tensor
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """Every process's object, in order of rank; small ones only, they travel as pickles."""
+        """Every rank's object, in order; small ones only, they travel as pickles."""
         if self.size == 1:
             return [obj]
         gathered: list[Any] = [None] * self.size
@@ -218,7 +199,7 @@ class World:
         return gathered
 
     def broadcast_object(self, obj: T, src: int = 0) -> T:
-        """Process ``src``'s object; small ones only."""
+        """Rank ``src``'s object; small ones only."""
         if self.size == 1:
             return obj
         box: list[Any] = [obj]
@@ -227,7 +208,7 @@ class World:
         return box[0]  # type: ignore[no-any-return]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+        """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)], device=self.device)
@@ -245,21 +226,103 @@ class World:
         """Context that turns a failed communication inside into a :class:`WorldError`.
 
         For what talks to the others without this class: a wrapper's backward pass, a checkpoint.
-
-        Parameters
-        ----------
-        only_communication
-            Let other RuntimeErrors through as they are.
+        ``only_communication``: let other RuntimeErrors through as they are.
         """
         return reported(what, self.rank, self.size, only_communication=only_communication)
+
+
+class AsyncFlagReduce:
+    """A boolean reduced over all ranks asynchronously: set at one step, known at the next.
+
+    A step's flags are reduced while the next step computes, over gloo on the CPU: nothing waits for the GPU, and the
+    answer is there when it is read, unless a rank is more than a step behind. All read the same answer at the same
+    step. One rank has its answer at once. Sends one 32-bit number a step.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        on_gpu = world.group is not None and "gloo" not in str(dist.get_backend_config(world.group))
+        # The CPU, unless the group was made for GPUs only.
+        self._device = world.device if on_gpu else _CPU
+        self._under_way: tuple[Tensor, Pending] | None = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Send this step's flag and return whether any rank had set that of the step before; a collective call."""
+        if self.world.size == 1:
+            return flag
+        answer = self.settle()
+        word = torch.tensor([int(flag)], dtype=torch.int32, device=self._device)
+        pending = self.world.start_all_reduce(word, op="max")
+        assert pending is not None
+        self._under_way = word, pending
+        return answer
+
+    def settle(self) -> bool:
+        """The answer that is still under way; nothing is after this."""
+        if self._under_way is None:
+            return False
+        word, pending = self._under_way
+        self._under_way = None
+        pending.wait()
+        return bool(word.item())
+
+
+def choose_device(
+    name: str | None, local_rank: int, local_size: int, gpus_of_node: int | None
+) -> torch.device:
+    """The CPU, or the GPU of a local rank: that of its number, or GPU 0 where the launcher shows each rank its own only.
+
+    Parameters
+    ----------
+    name
+        "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one.
+    gpus_of_node
+        GPUs that the batch system gave to the job on this node, if known.
+
+    Raises
+    ------
+    WorldError
+        If there is no such device, or fewer GPUs than ranks.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise WorldError(f"device is {name!r}; must be 'cpu', 'cuda' or 'cuda:INDEX'.")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise WorldError(
+            f"device is {name!r} but torch {torch.__version__} sees no GPU; one must be visible. "
+            "Use 'cpu', or install a CUDA build."
+        )
+    index: int | None = device.index
+    if index is not None:
+        if local_size > 1:
+            raise WorldError(
+                f"device is {name!r} with {local_size} processes on this node; each must have its own. Use 'cuda'."
+            )
+        return device
+    if gpus_of_node is not None and gpus_of_node < local_size:
+        raise WorldError(
+            f"{local_size} processes share a node on which the job has {gpus_of_node} GPUs; each must have "
+            "its own. Correct --gpus-per-node or --ntasks-per-node."
+        )
+    visible = torch.cuda.device_count()
+    if visible != 1 and local_rank >= visible:
+        raise WorldError(
+            f"local rank {local_rank} of {local_size} has no GPU: {visible} are visible; each must have its "
+            "own. Start fewer processes per node, or ask for --gpus-per-node as many."
+        )
+    return torch.device("cuda", 0 if visible == 1 else local_rank)
 
 
 def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s: float) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         configure_nccl_watchdog(os.environ, timeout_s)
+    limit = timedelta(seconds=timeout_s)
     try:
-        limit = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
             store=rendezvous_store(info, limit),
@@ -271,7 +334,7 @@ def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s
     except (RuntimeError, ValueError, OSError) as error:
         ports = " or ".join(map(str, info.ports))
         raise WorldError(
-            f"process {info.rank} of {info.size} ({info.launcher}) could not meet the others at {info.master_addr}:"
-            f"{ports} within {timeout_s:g} s; all {info.size} must be started, and process 0 must be reachable there. "
-            f"Check the other processes' logs; if the port is in use, set MASTER_PORT. ({error})"
+            f"rank {info.rank} of {info.size} ({info.launcher}) could not meet the others at {info.master_addr}:"
+            f"{ports} within {timeout_s:g} s; all {info.size} must be started, and rank 0 must be reachable there. "
+            f"Check the other ranks' logs; if the port is in use, set MASTER_PORT. ({error})"
         ) from error

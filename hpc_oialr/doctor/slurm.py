@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.distributed.slurm_lists import expand_nodes
+from hpc_oialr.distributed.slurm import expand_nodes
 from hpc_oialr.doctor.context import SLURM_PROGRAMS, CheckContext, Finding, note, ok, problem
 from hpc_oialr.doctor.network import addresses
 from hpc_oialr.errors import WorldError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.distributed.environment import all_variables, launch_info
-from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
+from hpc_oialr.distributed.slurm import max_requeues, slurm_job
 from hpc_oialr.errors import DataError
 from hpc_oialr.launch.slurm import show_job
 from hpc_oialr.record.files import to_json, write_atomically

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.signals import NAMES, catch_signals
-from hpc_oialr.distributed.slurm_job import max_requeues, slurm_job
+from hpc_oialr.distributed.slurm import max_requeues, slurm_job
 from hpc_oialr.errors import ProcessLostError
 from hpc_oialr.exit_codes import FINISHED, PROCESS_LOST, STOPPED
 from hpc_oialr.launch.slurm import end_of, job_over

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hpc_oialr.distributed.slurm_lists import gpu_count
+from hpc_oialr.distributed.slurm import gpu_count
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.slurm import FORMS, seconds_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_oialr.commands import run_command
 from hpc_oialr.distributed.environment import all_variables
-from hpc_oialr.distributed.slurm_lists import gpu_count
+from hpc_oialr.distributed.slurm import gpu_count
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.launch.request import Request
 from hpc_oialr.launch.slurm import ORDER_S

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_oialr.distributed.environment import launch_info
-from hpc_oialr.distributed.identity import end_with_parent
-from hpc_oialr.distributed.signals import leave_upon_term
+from hpc_oialr.distributed.signals import end_with_parent, leave_upon_term
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
 from hpc_oialr.launch.pickle_safety import require_own

@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hpc_oialr.commands import run_command
 from hpc_oialr.distributed.environment import node_name
-from hpc_oialr.distributed.identity import process_space, started
-from hpc_oialr.distributed.slurm_job import slurm_job
+from hpc_oialr.distributed.slurm import slurm_job
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.record.run_folder import RunFolder
 
@@ -44,6 +44,30 @@ class FolderInUseError(OIALRError):
     """Another process works in the run folder."""
 
 
+def process_space() -> str:
+    """What processes must share to see each other under the same numbers: the running kernel and its namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return node_name()
+
+
+def started(pid: int) -> str:
+    """When a process of this space was started, exactly enough to tell it from a later one of its number.
+
+    "" if there is no such process, or only the entry of a dead one.
+    """
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        return run_command(["ps", "-o", "lstart=", "-p", str(pid)], timeout_s=10).stdout.strip()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Owner:
     """Who holds a folder.
@@ -55,7 +79,7 @@ class Owner:
     host, pid
         Where; process 0 for a job that was submitted and has not begun.
     space, started
-        What makes the process number unique; see :mod:`hpc_oialr.distributed.identity`.
+        What makes the process number unique.
     job, restarts
         The Slurm job, and how often it had been requeued; "" without one.
     since
@@ -74,25 +98,9 @@ class Owner:
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    @classmethod
-    def here(cls, command: str) -> Owner:
-        """This process."""
-        job = slurm_job()
-        return (
-            cls(command=command) if job is None else cls(command=command, job=job.id, restarts=job.restarts)
-        )
-
     def __str__(self) -> str:
         who = f"process {self.pid} on {self.host}" if self.pid else f"a job submitted on {self.host}"
         return f"{who}{f', job {self.job}' if self.job else ''} ({self.command}, since {self.since})"
-
-
-def _nobody_knows(job: str) -> bool | None:
-    return None
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,8 @@ class Claim:
     """
 
     command: str = "python"
-    job_over: Callable[[str], bool | None] = _nobody_knows
-    first: Callable[[], object] = _nothing
+    job_over: Callable[[str], bool | None] = lambda _: None
+    first: Callable[[], object] = lambda: None
 
     def check(self, folder: RunFolder) -> None:
         """Raise :class:`FolderInUseError` if another process holds the folder; else do what is to be done first."""
@@ -130,7 +138,9 @@ class Claim:
         OIALRError
             If the folder cannot be written.
         """
-        mine = Owner.here(self.command)
+        job = slurm_job()
+        of_job = ("", 0) if job is None else (job.id, job.restarts)
+        mine = Owner(command=self.command, job=of_job[0], restarts=of_job[1])
         draft = folder.path / f".owner.{mine.token}"
         try:
             folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -177,9 +187,7 @@ class Claim:
         over = self.job_over(holder.job) if holder.job and holder.job != mine.job else None
         if over is None:
             return 0.0 if silent_s > SILENT_S else -1.0
-        if not over:
-            return -1.0
-        return max(0.0, SILENT_JOB_S - silent_s)
+        return max(0.0, SILENT_JOB_S - silent_s) if over else -1.0
 
 
 class Ownership:
@@ -207,24 +215,21 @@ class Ownership:
     def look(self) -> str:
         """Why the folder is held no more, by a look at it; "" if it is, or if the file server does not answer."""
         with contextlib.suppress(OSError):
-            self._look()
-        return self.lost
-
-    def _look(self) -> None:
-        found = _read(self.folder.owner)
-        if found is None and self.folder.path.is_dir():
-            # Somebody has removed the file, but nobody has taken the folder. At once, as a half-written one is damaged.
-            draft = self.folder.path / f".owner.{uuid.uuid4().hex}"
-            try:
-                _write(draft, self.owner)
-                _link(draft, self.folder.owner)
-            finally:
-                draft.unlink(missing_ok=True)
             found = _read(self.folder.owner)
-        if found is None:
-            self.lost = f"{self.folder.path} was removed while its run was going on"
-        elif found[0].token != self.owner.token:
-            self.lost = f"{self.folder.path} was taken by {found[0]}"
+            if found is None and self.folder.path.is_dir():
+                # Somebody has removed the file, but nobody has taken the folder.
+                draft = self.folder.path / f".owner.{uuid.uuid4().hex}"
+                try:
+                    _write(draft, self.owner)
+                    _link(draft, self.folder.owner)
+                finally:
+                    draft.unlink(missing_ok=True)
+                found = _read(self.folder.owner)
+            if found is None:
+                self.lost = f"{self.folder.path} was removed while its run was going on"
+            elif found[0].token != self.owner.token:
+                self.lost = f"{self.folder.path} was taken by {found[0]}"
+        return self.lost
 
     def hand_over(self, job: str) -> None:
         """Leave the folder to a job that has been submitted."""
@@ -235,7 +240,7 @@ class Ownership:
         draft.replace(self.folder.owner)
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         self._stop()
         with contextlib.suppress(OSError):
             found = _read(self.folder.owner)
@@ -247,32 +252,35 @@ class Ownership:
         self._thread.join(timeout=5)
 
 
-def _write(path: Path, owner: Owner) -> None:
-    """A new file; fails where there is one."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"version": 1, **asdict(owner)}, file, indent=1)
+def _create(path: Path, content: bytes) -> None:
+    """A new file, on the disk; FileExistsError where there is one."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write(path: Path, owner: Owner) -> None:
+    _create(path, json.dumps({"version": 1, **asdict(owner)}, indent=1).encode())
 
 
 def _link(draft: Path, path: Path) -> bool:
     """Give a file its name unless there is one: at once, over NFS too. Whether that was done."""
     try:
         path.hardlink_to(draft)
+        return True
     except OSError as error:
         # The file server's first answer may have been lost.
         if draft.stat().st_nlink == 2:
             return True
         if isinstance(error, FileExistsError):
             return False
+    try:
         # A file system without links.
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(draft.read_bytes())
-    return True
+        _create(path, draft.read_bytes())
+        return True
+    except FileExistsError:
+        return False
 
 
 def _read(path: Path) -> tuple[Owner, float] | None:
@@ -299,15 +307,11 @@ def _remove(path: Path, dead: Owner, now: float) -> None:
     """Take a dead owner's file away, unless another process is at it or has come meanwhile.
 
     One process at a time may remove: else the second would take away the file of one who came after the first.
-
-    Parameters
-    ----------
-    now
-        Time of the file server (s).
+    ``now``: time of the file server (s).
     """
     lock = path.with_name(".owner.removal")
     try:
-        os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        _create(lock, b"")
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
             if now - lock.stat().st_mtime > _REMOVAL_S:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hpc_oialr.data import Batch
-from hpc_oialr.distributed.async_flag import AsyncFlagReduce
+from hpc_oialr.distributed.world import AsyncFlagReduce
 from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import snapshot

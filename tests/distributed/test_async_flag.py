@@ -6,7 +6,7 @@ import torch
 from support.spawn import spawn
 
 from hpc_oialr.distributed import World
-from hpc_oialr.distributed.async_flag import AsyncFlagReduce
+from hpc_oialr.distributed.world import AsyncFlagReduce
 
 
 def ask(rank: int, size: int) -> tuple[list[bool], bool, str]:

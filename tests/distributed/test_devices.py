@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from hpc_oialr.distributed.devices import choose_device, gpu_index
+from hpc_oialr.distributed.world import choose_device
 from hpc_oialr.errors import WorldError
+
+
+@pytest.fixture
+def visible_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
 @pytest.mark.parametrize(
@@ -14,16 +22,24 @@ from hpc_oialr.errors import WorldError
     [(0, 1, 1, None, 0), (3, 4, 4, 4, 3), (3, 4, 1, 4, 0), (3, 4, 1, None, 0), (1, 2, 8, None, 1)],
 )
 def test_one_visible_and_all_visible(
-    local_rank: int, local_size: int, visible: int, of_node: int | None, index: int
+    visible_gpus: Callable[[int], None],
+    local_rank: int,
+    local_size: int,
+    visible: int,
+    of_node: int | None,
+    index: int,
 ) -> None:
-    assert gpu_index(local_rank, local_size, visible, of_node) == index
+    visible_gpus(visible)
+    assert choose_device(None, local_rank, local_size, of_node) == torch.device("cuda", index)
 
 
-def test_more_processes_than_gpus() -> None:
+def test_more_processes_than_gpus(visible_gpus: Callable[[int], None]) -> None:
+    visible_gpus(2)
     with pytest.raises(WorldError, match=r"local rank 2 of 4 has no GPU: 2 are visible.*--gpus-per-node"):
-        gpu_index(2, 4, 2, None)
+        choose_device("cuda", 2, 4, None)
+    visible_gpus(1)
     with pytest.raises(WorldError, match=r"4 processes share a node .* has 1 GPUs.*--ntasks-per-node"):
-        gpu_index(0, 4, 1, 1)
+        choose_device("cuda", 0, 4, 1)
 
 
 def test_the_cpu() -> None:
@@ -42,10 +58,8 @@ def test_a_gpu_that_is_not_there() -> None:
         choose_device("cuda", 0, 1, None)
 
 
-def test_an_index_is_for_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_an_index_is_for_one_process_only(visible_gpus: Callable[[int], None]) -> None:
+    visible_gpus(4)
     assert choose_device("cuda:2", 0, 1, None) == torch.device("cuda", 2)
-    assert choose_device(None, 3, 4, 4) == torch.device("cuda", 3)
     with pytest.raises(WorldError, match=r"device is 'cuda:2' with 4 processes.*Use 'cuda'"):
         choose_device("cuda:2", 0, 4, None)

@@ -19,12 +19,12 @@ from hpc_oialr.errors import WorldError
 
 TIMEOUT_S = 8.0
 RULE = (
-    "failed; every process must take part within the timeout (train.timeout_s). Another one has died or hangs: "
+    "failed; every rank must take part within the timeout (train.timeout_s). Another one has died or hangs: "
     "see its log, then resume from the last checkpoint."
 )
 # Linear algebra on a group of the caller's own knows of no run and no recipe.
 SVD_RULE = (
-    "failed; every process of the group must call the same function within the timeout. "
+    "failed; every rank of the group must call the same function within the timeout. "
     "Another one has died or left: see its log."
 )
 # What holds an update of shards may be struck in its SVD or in what is sent before and after.
@@ -49,7 +49,7 @@ def check_survivors(crowd: Crowd, kind: str) -> None:
     for rank in range(size - 1):
         code, message = crowd.end(rank, TIMEOUT_S + 28)
         assert code == 1
-        assert message.startswith(f"ProcessLostError: process {rank} of {size}: ")
+        assert message.startswith(f"ProcessLostError: rank {rank} of {size}: ")
         assert any(rule in message for rule in RULES.get(kind, (RULE,))), message
 
 
@@ -111,7 +111,7 @@ def test_the_libraries_own_words_stand_at_the_end() -> None:
 
 def test_an_error_is_told_once() -> None:
     outer = World(rank=1, size=2).reported("a step")
-    with pytest.raises(WorldError, match=r"^process 1 of 2: the run's communication failed"), outer:
+    with pytest.raises(WorldError, match=r"^rank 1 of 2: the run's communication failed"), outer:
         fail(World(rank=1, size=2), "Connection closed by peer")
 
 

@@ -45,7 +45,7 @@ def unlike(rank: int, size: int) -> str:
 def test_processes_with_other_settings_all_learn_of_it() -> None:
     first, second = spawn(unlike, 2)
     assert first == second
-    assert first.startswith("process 1 of 2 on node ")
+    assert first.startswith("rank 1 of 2 on node ")
     assert " has settings of process 1, most have of process 0; all must be the same. " in first
 
 
@@ -54,8 +54,8 @@ def test_a_device_that_does_not_compute():
     with pytest.raises(HealthError) as caught:
         check_devices(crew(fault="CUDA error: uncorrectable ECC error encountered"))
     assert str(caught.value) == (
-        "process 2 of 4 on node a2 cannot compute on its device (CUDA error: uncorrectable ECC error encountered); "
-        "every process must. To leave out what is unfit: sbatch --exclude=a2. To start without this check: "
+        "rank 2 of 4 on node a2 cannot compute on its device (CUDA error: uncorrectable ECC error encountered); "
+        "every rank must. To leave out what is unfit: sbatch --exclude=a2. To start without this check: "
         "--train.health_check false"
     )
 
@@ -71,7 +71,7 @@ def test_two_processes_on_one_gpu():
         [NodeInfo("a1", "", "GPU x", {}), NodeInfo("a2", "", "GPU x", {}), NodeInfo("a1", "", "GPU y", {})]
     )
     with pytest.raises(
-        HealthError, match=r"processes 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"
+        HealthError, match=r"ranks 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"
     ):
         check_devices(
             [
@@ -96,7 +96,7 @@ def test_a_wrong_sum():
     check_sums(nodes, [(10.0, 10.0)] * 4)
     with pytest.raises(
         HealthError,
-        match=r"process 2 of 4 on node a2 was given 10 to 11 as the sum over all processes, which is 10 "
-        r"\(1 more processes like it\)\. .*--exclude=a2,a3\.",
+        match=r"rank 2 of 4 on node a2 was given 10 to 11 as the sum over all ranks, which is 10 "
+        r"\(1 more ranks like it\)\. .*--exclude=a2,a3\.",
     ):
         check_sums(nodes, [(10.0, 10.0), (10.0, 10.0), (10.0, 11.0), (0.0, 0.0)])

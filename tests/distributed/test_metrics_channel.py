@@ -70,7 +70,7 @@ def test_a_process_that_hangs_ends_mpi_after_the_timeout(tmp_path: Path) -> None
     ran = mpirun(2, "-m", "support.mpi_program", "stop", str(tmp_path))
     assert ran.returncode != 0
     told = json.loads((tmp_path / "0.json").read_text())
-    assert "the metrics' all-reduce over MPI failed; every process must take part" in told["error"]
+    assert "the metrics' all-reduce over MPI failed; every rank must take part" in told["error"]
     assert "(no answer within 3 s)" in told["error"]
     assert 2.5 < told["waited"] < 30
 

@@ -99,5 +99,5 @@ def compare(rank: int, size: int) -> str:
 def test_a_mismatch_names_layer_and_process() -> None:
     messages = spawn(compare, 3)
     assert len(set(messages)) == 1
-    assert "different bits: second (process 1); third (process 1); replicas must be equal" in messages[0]
+    assert "different bits: second (rank 1); third (rank 1); replicas must be equal" in messages[0]
     assert "first" not in messages[0]

@@ -102,7 +102,7 @@ def test_a_group_counts_its_own_processes() -> None:
 
 def test_a_process_that_never_comes_is_an_error() -> None:
     environ = launch_environment(0, 2, free_port())
-    with pytest.raises(WorldError, match=r"process 0 of 2 .* could not meet the others.*within 2 s"):
+    with pytest.raises(WorldError, match=r"rank 0 of 2 .* could not meet the others.*within 2 s"):
         World.from_environment(device="cpu", timeout_s=2, environ=environ)
 
 
@@ -128,7 +128,7 @@ def test_a_process_that_dies_leaves_the_others_an_error() -> None:
         child.join(timeout=60)
     assert not any(child.is_alive() for child in children)
     message = reports.get()
-    assert "process 0 of 2: an all-reduce failed; every process must take part within the timeout" in message
+    assert "rank 0 of 2: an all-reduce failed; every rank must take part within the timeout" in message
     assert "resume from the last checkpoint" in message
 
 

@@ -94,7 +94,7 @@ def test_processes_that_cannot_meet_show_their_own(context):
     assert (aggregated.processes, aggregated.shown) == (1, True)
     (row,) = aggregated.problems
     assert row.finding.name == "World"
-    assert "process 3 of 8 (torchrun) could not meet the others at localhost:9" in row.finding.found
+    assert "rank 3 of 8 (torchrun) could not meet the others at localhost:9" in row.finding.found
     assert row.finding.fix == "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
 
 

@@ -130,7 +130,7 @@ def _mismatch(rank: int, size: int) -> str:
 
 def test_a_changed_replica_is_named() -> None:
     for text in spawn(_mismatch, 2):
-        assert "processes hold different bits: 2 (process" in text
+        assert "ranks hold different bits: 2 (rank" in text
 
 
 def _failed_svd(rank: int, size: int) -> str:

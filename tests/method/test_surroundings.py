@@ -324,7 +324,7 @@ def test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_erro
     for late, outer, plain, joined in spawn(around, 2):
         assert "called by another DistributedDataParallel" in late
         assert late == outer
-        assert "processes hold different bits" in plain
+        assert "ranks hold different bits" in plain
         assert "4.weight" in plain or "4.bias" in plain
         assert "inside DistributedDataParallel.join()" in joined
 

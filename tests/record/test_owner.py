@@ -7,15 +7,13 @@ import os
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpc_oialr.distributed.identity import started
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.record import owner as module
-from hpc_oialr.record.owner import Claim, FolderInUseError, Owner, Ownership
+from hpc_oialr.record.owner import Claim, FolderInUseError, Owner, Ownership, started
 from hpc_oialr.record.run_folder import RunFolder
 
 
@@ -26,7 +24,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def held_by(folder: RunFolder, silent_s: float = 0.0, **fields: object) -> Owner:
     """As another process would have left it."""
-    owner = replace(Owner.here("oialr train"), **fields)  # type: ignore[arg-type]
+    owner = Owner(command="oialr train", **fields)  # type: ignore[arg-type]
     folder.path.mkdir(exist_ok=True)
     folder.owner.write_text(json.dumps({"version": 1, **vars(owner)}))
     os.utime(folder.owner, (time.time() - silent_s,) * 2)

@@ -69,12 +69,12 @@ def test_killed_stopped_and_resumed(recipe: Path, whole: Path, tmp_path: Path) -
     log = str(folder) + ".log"
     with Crowd(oialr, 2, log, "train", str(recipe), "--out", str(folder)) as crowd:
         message = strike_at(crowd, folder, 12, victim=0, number=signal.SIGKILL)
-        assert "process 1 of 2: " in message
+        assert "rank 1 of 2: " in message
         assert "Another one has died or hangs: see its log, then resume from the last checkpoint." in message
     with Crowd(oialr, 2, log, "resume", str(folder)) as crowd:
         message = strike_at(crowd, folder, 22, victim=1, number=signal.SIGSTOP)
-        assert "process 0 of 2: " in message
-        assert "every process must take part within the timeout (train.timeout_s)" in message
+        assert "rank 0 of 2: " in message
+        assert "every rank must take part within the timeout (train.timeout_s)" in message
     with Crowd(oialr, 2, log, "resume", str(folder)) as crowd:
         assert [crowd.end(rank)[0] for rank in range(2)] == [0, 0]
     expected, found = (json.loads((run / "summary.json").read_text()) for run in (whole, folder))

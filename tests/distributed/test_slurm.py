@@ -1,4 +1,4 @@
-"""Slurm's short forms against what they stand for."""
+"""Slurm's variables: the job around a process, and short forms against what they stand for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_oialr.distributed.slurm_lists import expand_counts, expand_nodes, gpu_count
-from hpc_oialr.errors import WorldError
+from hpc_oialr.distributed.slurm import (
+    SlurmJob,
+    expand_counts,
+    expand_nodes,
+    gpu_count,
+    max_requeues,
+    slurm_job,
+)
+from hpc_oialr.errors import ConfigError, WorldError
 
 NODE_LISTS = {
     "node1": ["node1"],
@@ -24,7 +31,9 @@ def test_node_lists(text: str) -> None:
     assert expand_nodes(text) == NODE_LISTS[text]
 
 
-@pytest.mark.parametrize("text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"])
+@pytest.mark.parametrize(
+    "text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[5,3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"]
+)
 def test_a_damaged_node_list_is_an_error(text: str) -> None:
     with pytest.raises(WorldError, match=r"node list is .* must look like 'a\[01-03,7\],b2'.*MASTER_ADDR"):
         expand_nodes(text)
@@ -51,3 +60,28 @@ def test_damaged_counts_are_an_error(text: str) -> None:
 @pytest.mark.parametrize(("text", "count"), [("", None), ("4", 4), ("a100:4", 4), ("a100:2,v100:1", 3)])
 def test_gpus_per_node(text: str, count: int | None) -> None:
     assert gpu_count(text) == count
+
+
+def test_no_job():
+    assert slurm_job({}) is None
+
+
+def test_a_job():
+    assert slurm_job({"SLURM_JOB_ID": "12"}) == SlurmJob("12")
+    env = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3", "SLURM_JOB_END_TIME": "1795512704"}
+    assert slurm_job(env) == SlurmJob("12", 3, 1795512704.0)
+
+
+def test_an_arrays_task_has_a_name_of_its_own():
+    """The last task bears the number of the whole array: to requeue that would requeue all."""
+    env = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "4"}
+    assert slurm_job(env) == SlurmJob("12_4")
+
+
+def test_how_often():
+    assert max_requeues({}) == 20
+    assert max_requeues({"OIALR_MAX_REQUEUES": "0"}) == 0
+    with pytest.raises(
+        ConfigError, match="OIALR_MAX_REQUEUES is '' .from the environment.; must be a whole number"
+    ):
+        max_requeues({"OIALR_MAX_REQUEUES": ""})
