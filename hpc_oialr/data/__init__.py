@@ -3,9 +3,8 @@
 from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.fetch import cache_root, fetch
-from hpc_oialr.data.image_arrays import FlipAndCrop
+from hpc_oialr.data.image_arrays import CIFAR10, FashionMNIST, FlipAndCrop
 from hpc_oialr.data.image_folder import ImageFolder, ResizedCrop
-from hpc_oialr.data.image_sets import CIFAR10, FashionMNIST
 from hpc_oialr.data.samples import write_sample
 from hpc_oialr.data.text import TextFolder
 from hpc_oialr.data.timeseries import TimeSeriesCSV

@@ -81,20 +81,16 @@ class GlobalBatches:
         full, tail = divmod(len(self.dataset), self.global_batch)
         return full if self.drop_last or not tail else full + 1
 
-    def order(self, epoch: int) -> Tensor:
-        """Positions in the order of an epoch, int64 [len(dataset)]."""
-        n = len(self.dataset)
-        return CounterRNG(self.seed, epoch).permutation(n) if self.shuffle else torch.arange(n)
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's slices of the global batches of one epoch, from the ``start``-th on.
 
         ``start`` is the step within the epoch to resume from. Torch's global generator is not touched.
         """
+        n, rng = len(self.dataset), CounterRNG(self.seed, epoch)
         loader = DataLoader(
-            _SliceDataset(self.dataset, CounterRNG(self.seed, epoch) if self.shuffle else None),
+            _SliceDataset(self.dataset, rng if self.shuffle else None),
             batch_size=None,
-            sampler=self._slices(epoch, start),
+            sampler=self._slices(rng.permutation(n) if self.shuffle else torch.arange(n), start),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_ignore_signals,
@@ -105,8 +101,8 @@ class GlobalBatches:
                 raise batch
             yield batch
 
-    def _slices(self, epoch: int, start: int) -> Iterator[list[int]]:
-        order, p, size = self.order(epoch), self.world_rank, self.world_size
+    def _slices(self, order: Tensor, start: int) -> Iterator[list[int]]:
+        p, size = self.world_rank, self.world_size
         for step in range(start, len(self)):
             whole = order[step * self.global_batch : (step + 1) * self.global_batch]
             part = whole[p * len(whole) // size : (p + 1) * len(whole) // size]

@@ -28,15 +28,10 @@ log = logging.getLogger(__name__)
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
     """``OIALR_DATA`` if it is set, else ``hpc_oialr`` in the user's cache (``XDG_CACHE_HOME``, ``~/.cache``).
 
-    Raises
-    ------
-    DataError
-        If neither is set and the user has no home.
+    Raises :class:`DataError` if neither is set and the user has no home.
 
     Examples
     --------
-    >>> str(cache_root({"OIALR_DATA": "/scratch/data"}))
-    '/scratch/data'
     >>> str(cache_root({"XDG_CACHE_HOME": "/home/me/.cache"}))
     '/home/me/.cache/hpc_oialr'
     """
@@ -54,25 +49,16 @@ def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
 
 @dataclass(frozen=True)
 class FetchableDataset:
-    """A data set that ``oialr data fetch`` gets.
+    """A data set that ``oialr data fetch`` gets, from the first of its sources that has it.
 
-    Attributes
-    ----------
-    name
-        On the command line, and of its folder in the cache.
-    sources
-        Tried in this order.
-    files
-        For each file its accepted sha256 checksums, or its size in bytes where a checked archive vouches for the
-        content. None at all: the source vouches for everything, and the folder must only not be empty.
-    option
-        The setting of a recipe that names the folder.
+    ``files`` has for each file its accepted sha256 checksums, or its size in bytes where a checked archive vouches for
+    the content. Without any, the source vouches for everything, and the folder must only not be empty.
     """
 
-    name: str
+    name: str  # on the command line, and of its folder in the cache
     sources: tuple[Source, ...]
     files: Mapping[str, tuple[str, ...] | int] = field(default_factory=dict)
-    option: str = "data_dir"
+    option: str = "data_dir"  # the setting of a recipe that names the folder
 
     def fault(self, folder: Path) -> str | None:
         """What is missing or damaged in a folder; None if it holds the data set."""
@@ -106,12 +92,10 @@ class FetchableDataset:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}. {self.fix_damage}") from error
-        accepted = self.files[path.name]
-        if not isinstance(accepted, int):
-            expected, found = " or ".join(accepted), hashlib.sha256(content).hexdigest()
-            if found not in accepted:
-                what = f"expected sha256 {expected}, found {found}"
-                raise DataError(f"{path} is damaged: {what}. {self.fix_damage}")
+        accepted, found = self.files[path.name], hashlib.sha256(content).hexdigest()
+        if not isinstance(accepted, int) and found not in accepted:
+            what = f"expected sha256 {' or '.join(accepted)}, found {found}"
+            raise DataError(f"{path} is damaged: {what}. {self.fix_damage}")
         return content
 
     @property
@@ -149,8 +133,6 @@ FASHION_MNIST_FILES = {
 }
 FASHION_MNIST_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
-# Images of each file, and bytes of each: a label and three planes.
-CIFAR10_IMAGES, CIFAR10_RECORD = 10_000, 1 + 3 * 32 * 32
 
 CATALOG = {
     dataset.name: dataset
@@ -190,7 +172,7 @@ CATALOG = {
                     tuple(f"cifar-10-batches-bin/{name}" for name in CIFAR10_FILES),
                 ),
             ),
-            dict.fromkeys(CIFAR10_FILES, CIFAR10_IMAGES * CIFAR10_RECORD),
+            dict.fromkeys(CIFAR10_FILES, 10_000 * (1 + 3 * 32 * 32)),
         ),
         FetchableDataset(
             "ettm2",
@@ -237,12 +219,8 @@ def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False)
 
     Raises
     ------
-    UnknownNameError
-        No such data set; lists the valid ones.
-    DataError
-        No source could deliver; lists what was tried and what to do.
-    OutputError
-        If files of these names with other content are in ``data_dir``.
+    UnknownNameError, DataError, OutputError
+        No such data set; no source could deliver; ``data_dir`` has other files of these names.
     """
     dataset = describe(name)
     if data_dir is None:

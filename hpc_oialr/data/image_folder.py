@@ -137,21 +137,10 @@ def require_pillow() -> None:
 
 
 class ImageFiles(ArrayDataset):
-    """Image files that are decoded when they are gathered.
+    """Image files below ``root``, decoded when they are gathered.
 
-    Parameters
-    ----------
-    root
-        Folder of the class folders.
-    names
-        Paths below it, as bytes in one array: a list of 1.3 million strings would be copied, page by page, into
-        every loader process.
-    labels
-        Class of each, int64 [N].
-    config
-        Sizes, normalisation and augmentation.
-    training
-        Whether views are random where random numbers are given; else the middle is seen.
+    Names are bytes in one array: a list of 1.3 million strings would be copied, page by page, into every loader
+    process.
     """
 
     def __init__(
@@ -207,8 +196,6 @@ class ImageFolder(DataConfig):
         Random part and flip of the training images; null = the middle.
     mean, std
         Of the channels, scaled to [0, 1]; ImageNet's.
-    limit
-        Use only the first so many training images of a fixed permutation.
     """
 
     path: str | None = None
@@ -238,7 +225,7 @@ class ImageFolder(DataConfig):
 
         train: ArrayDataset = part("train")
         if self.limit is not None:
-            # The first files are all of one class.
+            # The first of a fixed permutation: the first files are all of one class.
             train = train.subset(CounterRNG(SPLIT_SEED).permutation(len(train)))
         test = part("test") if (folder / "test").is_dir() else None
         return Splits(train, part("val"), test, classes=len(classes))

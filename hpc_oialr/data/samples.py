@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from hpc_oialr.data.fetch import CIFAR10_FILES, fetch
+from hpc_oialr.data.image_arrays import FashionMNIST
 from hpc_oialr.data.image_folder import require_pillow
-from hpc_oialr.data.image_sets import FashionMNIST
 from hpc_oialr.data.timeseries import read_series
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.outputs import resolved
@@ -91,8 +91,8 @@ def _cifar10(folder: Path) -> None:
 
 
 def _ettm2(folder: Path) -> None:
-    table = read_series(fetch("taylor-30-min") / "taylor_30_min.csv", ("value",))[""]
-    halves = np.array(table.values[0])
+    [series], _ = read_series(fetch("taylor-30-min") / "taylor_30_min.csv", ("value",))[""]
+    halves = np.array(series)
     # Half-hours and the means of neighbours: a value each quarter of an hour.
     demand = np.interp(np.arange(2 * len(halves) - 1) / 2, np.arange(len(halves)), halves)
     demand = (demand - demand.mean()) / demand.std()

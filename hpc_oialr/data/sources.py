@@ -26,15 +26,7 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A place to get a data set from.
-
-    Attributes
-    ----------
-    title
-        What log lines call it.
-    fill
-        Puts the files into an existing, empty folder; raises :class:`SourceError` or :class:`OSError`.
-    """
+    """A place to get a data set from; ``fill`` puts the files into an empty folder, or raises SourceError or OSError."""
 
     title: str
     fill: Callable[[Path], None]

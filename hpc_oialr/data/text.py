@@ -51,8 +51,6 @@ class TextFolder(DataConfig):
         Bytes of a sample.
     validation_fraction, test_fraction
         Share of the bytes, in whole documents; the same documents for every seed.
-    limit
-        Use only the first so many training sequences.
     """
 
     path: str | None = None
@@ -78,8 +76,11 @@ class TextFolder(DataConfig):
         """The documents, sorted by path; :class:`DataError` if there is none."""
         folder = self.folder()
         if not folder.is_dir():
-            own = "Set data.path to a folder of text files."
-            fix = describe("python-docs").fix if self.path is None else own
+            fix = (
+                describe("python-docs").fix
+                if self.path is None
+                else "Set data.path to a folder of text files."
+            )
             raise DataError(f"text folder {folder} does not exist. {fix}")
         found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
         if not found:

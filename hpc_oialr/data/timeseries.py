@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -22,12 +22,8 @@ from hpc_oialr.errors import ConfigError, DataError
 PARTS = ("training", "validation", "test")
 
 
-@dataclass
-class SeriesTable:
-    """Rows of one series: a list for each value column, NaN where empty, and times without zone, if it has them."""
-
-    values: list[list[float]]
-    times: list[datetime] = field(default_factory=list)
+# Of one series a list for each value column, NaN where empty, and times without zone, if it has them.
+SeriesTable = tuple[list[list[float]], list[datetime]]
 
 
 def read_series(
@@ -50,8 +46,8 @@ def read_series(
         raise DataError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(header) or 'none'}.")
     tables: dict[str, SeriesTable] = {}
     for row in rows:
-        table = tables.setdefault(row[id_column] if id_column else "", SeriesTable([[] for _ in columns]))
-        for values, column in zip(table.values, columns, strict=True):
+        series, times = tables.setdefault(row[id_column] if id_column else "", ([[] for _ in columns], []))
+        for values, column in zip(series, columns, strict=True):
             cell = row[column]
             try:
                 empty = cell is None or cell.strip().lower() in ("", "na", "nan")
@@ -68,9 +64,9 @@ def read_series(
                 time = datetime.fromisoformat((cell or "").strip().removesuffix("Z")).replace(tzinfo=None)
             except ValueError as error:
                 raise DataError(f"{where}; must be a time such as 2000-06-05T00:30:00.") from error
-            if table.times and time <= table.times[-1]:
+            if times and time <= times[-1]:
                 raise DataError(f"{where}, not later than the row before; sort the file by time.")
-            table.times.append(time)
+            times.append(time)
     if not tables:
         raise DataError(f"{path} has a header but no rows.")
     return tables
@@ -78,29 +74,13 @@ def read_series(
 
 @dataclass(frozen=True)
 class Series:
-    """One series, standardised by the mean and standard deviation of its training part.
+    """One series, standardised by its training part: ``original = values * std + mean``, for every variable."""
 
-    Attributes
-    ----------
-    name
-        Its id and column.
-    values
-        Standardised, 0 where nothing was observed, float32 [steps]; of several variables [steps, variables].
-    observed
-        1 or 0, float32, of the shape of ``values``.
-    calendar
-        Time features in [-0.5, 0.5], float32 [steps, features]; None without a time column.
-    bounds
-        Steps at which training and validation end.
-    mean, std
-        ``original = values * std + mean``; one of each for every variable.
-    """
-
-    name: str
-    values: Tensor
-    observed: Tensor
-    calendar: Tensor | None
-    bounds: tuple[int, int]
+    name: str  # its id and column
+    values: Tensor  # 0 where nothing was observed, float32 [steps]; of several variables [steps, variables]
+    observed: Tensor  # 1 or 0, float32, of the shape of values
+    calendar: Tensor | None  # see calendar_features; None without a time column
+    bounds: tuple[int, int]  # steps at which training and validation end
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
@@ -178,8 +158,6 @@ class TimeSeriesCSV(DataConfig):
         Share of the steps of each series.
     split_steps
         Steps of the training, validation and test part instead; later ones are left out.
-    limit
-        Use only the first so many training windows.
     """
 
     path: str | None = None
@@ -244,18 +222,20 @@ class TimeSeriesCSV(DataConfig):
         tables = read_series(
             path, self.columns, id_column=self.id_column, timestamp_column=self.timestamp_column
         )
-        series = [one for name, table in tables.items() for one in self._standardised(path, name, table)]
+        series = [one for name, table in tables.items() for one in self._standardised(path, name, *table)]
         return Splits(
             self._windows(path, series, 0),
             self._windows(path, series, 1) if self.split_steps or self.validation_fraction else None,
             self._windows(path, series, 2) if self.split_steps or self.test_fraction else None,
         )
 
-    def _standardised(self, path: Path, name: str, table: SeriesTable) -> list[Series]:
-        training, validation, end = self._ends(path, len(table.values[0]))
-        calendar = calendar_features(table.times[:end]) if table.times else None
+    def _standardised(
+        self, path: Path, name: str, columns: list[list[float]], times: list[datetime]
+    ) -> list[Series]:
+        training, validation, end = self._ends(path, len(columns[0]))
+        calendar = calendar_features(times[:end]) if times else None
         labels = [f"{name}/{column}" if name else column for column in self.columns]
-        values = np.array(table.values, dtype=np.float64)[:, :end]
+        values = np.array(columns, dtype=np.float64)[:, :end]
         seen = ~np.isnan(values)
         means, stds = [], []
         for label, row, there in zip(labels, values[:, :training], seen, strict=True):
@@ -272,8 +252,8 @@ class TimeSeriesCSV(DataConfig):
         if self.multivariate:
             joined = scaled.T.contiguous(), observed.T.contiguous()
             return [Series(", ".join(labels), *joined, calendar, bounds, tuple(means), tuple(stds))]
-        columns = zip(labels, scaled, observed, means, stds, strict=True)
-        return [Series(label, x, o, calendar, bounds, mean, std) for label, x, o, mean, std in columns]
+        alone = zip(labels, scaled, observed, means, stds, strict=True)
+        return [Series(label, x, o, calendar, bounds, mean, std) for label, x, o, mean, std in alone]
 
     def _ends(self, path: Path, steps: int) -> tuple[int, int, int]:
         """Where the three parts of a series of so many steps end."""

@@ -27,7 +27,7 @@ from hpc_oialr.spectra.schema import LayerRows, rows_of_update, together
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer's weight, m x n = (leading axis) x (all the rest), and the name of its tensor in the checkpoint."""
+    """A layer's weight, m x n = (leading axis) x (all the rest), and its tensor's name in the checkpoint."""
 
     layer: str
     tensor: str
@@ -62,13 +62,13 @@ class MatrixSelection(Selection):
                     "the file."
                 )
             found[layer] = Matrix(layer, name, m, n)
-        kept = sorted(found.values(), key=lambda each: _natural(each.layer))
+
+        def natural(matrix: Matrix) -> list[tuple[int, str]]:
+            parts = re.split(r"(\d+)", matrix.layer)
+            return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+        kept = sorted(found.values(), key=natural)
         return kept[self.keep_first : len(kept) - self.keep_last]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def layer_name(tensor: str) -> str | None:
@@ -119,16 +119,10 @@ def analyze(
 
     Raises
     ------
-    ConfigError
-        If steps are missing or equal.
-    DataError
-        If a checkpoint cannot be read, or they are not of one model.
-    NonFiniteError
-        If a weight holds NaN or Inf.
-    OutputError
-        If ``out`` is one of the checkpoints, or another file than an earlier analysis.
-    OSError
-        If the file cannot be written.
+    ConfigError, DataError, NonFiniteError
+        Steps are missing or equal; checkpoints cannot be read or are not of one model; a weight holds NaN or Inf.
+    OutputError, OSError
+        ``out`` is one of the checkpoints, or another file than an earlier analysis; it cannot be written.
     """
     world, selection, out = world or World.single(), selection or MatrixSelection(), Path(out)
     given = [Path(path) for path in paths]
@@ -169,9 +163,8 @@ def steps_of(paths: Sequence[Path], given: Sequence[int] | None = None) -> list[
         raise ConfigError("--steps", list(given), f"must be one for each of the {len(paths)} checkpoints")
     steps = list(given or ())
     for path in paths if given is None else ():
-        numbers = re.findall(
-            r"\d+", path.resolve().parent.name if path.name in FILES + INDICES else path.stem
-        )
+        name = path.resolve().parent.name if path.name in FILES + INDICES else path.stem
+        numbers = re.findall(r"\d+", name)
         if not numbers:
             rule = f"must be given: the name of {path} holds no number"
             raise ConfigError("--steps", None, rule, fix="E.g. --steps 100 200.")

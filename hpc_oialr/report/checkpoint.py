@@ -34,24 +34,12 @@ NESTED = ("state_dict", "model_state_dict", "model")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one checkpoint.
+    """The tensors of one checkpoint."""
 
-    Attributes
-    ----------
-    path
-        What the user named.
-    shapes
-        Shape of every floating-point tensor, by name.
-    tensor
-        Reads one of these, onto the CPU.
-    names
-        Of all tensors.
-    """
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    tensor: Callable[[str], Tensor]
-    names: Collection[str] = ()
+    path: Path  # what the user named
+    shapes: Mapping[str, tuple[int, ...]]  # of every floating-point tensor
+    tensor: Callable[[str], Tensor]  # reads one of these, onto the CPU
+    names: Collection[str] = ()  # of all tensors
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -14,20 +15,23 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import yaml
 
 from hpc_oialr import __version__
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.files import to_json
-from hpc_oialr.report.figure_data import ratios_to_dense
+from hpc_oialr.report.figure_data import conversions, ratios_to_dense, settling_steps
 from hpc_oialr.report.page_data import page_data
-from hpc_oialr.report.runs import Run
-from hpc_oialr.report.summary_text import metric_text, sentences
+from hpc_oialr.report.runs import Run, dense_of
+from hpc_oialr.spectra import Spectra
 
 SCRIPTS = ("decode.js", "theme.js", "charts.js", "layers.js", "spectrum.js", "runs.js", "page.js")
 REPORT = marked("a report page", b"<!DOCTYPE html>", mark=b"hpc_oialr ")
 NOTHING = "\N{EM DASH}"
+# The stability above which a layer counts as settled.
+STABLE = 0.95
 
 
 def write_report(runs: Sequence[Run], path: Path, *, force: bool = False) -> Path:
@@ -70,7 +74,7 @@ def page(runs: Sequence[Run], path: Path) -> str:
         seen="".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(runs)),
         summary=summary_table(runs),
         differences=difference_table(runs),
-        settings="".join(_all_settings(run) for run in runs if run.config),
+        settings="".join(all_settings(run) for run in runs if run.config),
         environment=environment_table(runs),
         files="".join(file_list(run, path) for run in runs),
         data="\n".join(data),
@@ -112,10 +116,17 @@ def table(
 
 def summary_table(runs: Sequence[Run]) -> str:
     """One row a run."""
-    head = (
-        *("run", "metric", "training time", "steps", "trained"),
-        *("peak memory", "updates", "processes", "seed"),
-    )
+    head = [
+        "run",
+        "metric",
+        "training time",
+        "steps",
+        "trained",
+        "peak memory",
+        "updates",
+        "processes",
+        "seed",
+    ]
     return table("All runs", head, [_summary(run) for run in runs])
 
 
@@ -143,7 +154,7 @@ def difference_table(runs: Sequence[Run]) -> str:
     """Settings that are not the same in all runs."""
     if len(runs) < 2:
         return "<p>There is one run only; nothing to compare its settings with.</p>"
-    rows = side_by_side([flat(run.config) for run in runs])
+    rows = side_by_side([run.config for run in runs])
     different = [(name, *cells) for name, cells in rows if len(set(cells)) > 1]
     if not different:
         return "<p>All settings are equal.</p>"
@@ -152,14 +163,14 @@ def difference_table(runs: Sequence[Run]) -> str:
 
 def environment_table(runs: Sequence[Run]) -> str:
     """What the runs ran on; rows that differ are marked."""
-    rows = side_by_side([flat(run.environment) for run in runs])
-    known = [(name, cells) for name, cells in rows if set(cells) != {NOTHING}]
-    differ = [number for number, (_, cells) in enumerate(known) if len(set(cells)) > 1]
-    named = [
-        (f"{name} (differs)" if number in differ else name, *cells)
-        for number, (name, cells) in enumerate(known)
-    ]
-    return table("What the runs ran on", ("", *(run.name for run in runs)), named, marked=differ)
+    rows: list[tuple[str, ...]] = []
+    differ: list[int] = []
+    for name, cells in side_by_side([run.environment for run in runs]):
+        if len(set(cells)) > 1:
+            differ.append(len(rows))
+        if set(cells) != {NOTHING}:
+            rows.append((f"{name} (differs)" if len(set(cells)) > 1 else name, *cells))
+    return table("What the runs ran on", ("", *(run.name for run in runs)), rows, marked=differ)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -179,13 +190,15 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, tuple[str, ...]]]:
+def side_by_side(settings: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
     """Rows of all names in the order in which they appear."""
+    columns = [flat(each) for each in settings]
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, tuple(column.get(name, NOTHING) for column in columns)) for name in names]
 
 
-def _all_settings(run: Run) -> str:
+def all_settings(run: Run) -> str:
+    """A run's settings, folded away."""
     text, title = escape(yaml.safe_dump(run.config, sort_keys=False)), escape(run.name)
     return f'<details><summary>All settings of {title}</summary><pre tabindex="0">{text}</pre></details>'
 
@@ -202,3 +215,107 @@ def file_list(run: Run, page: Path) -> str:
             way = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
             links += f'<li><a href="{quote(way)}">{escape(path.name)}</a></li>'
     return f"<h3>{escape(run.name)}</h3><ul class='files'>{links}</ul>"
+
+
+def sentences(runs: Sequence[Run]) -> Iterator[str]:
+    """One after the other; only what was recorded is told."""
+    dense = dense_of(runs)
+    for run in runs:
+        yield _result(run)
+        if dense is not None and run is not dense and run.summary and dense.summary:
+            yield _against(run, dense)
+        if run.spectra is not None and len(run.spectra.events):
+            yield from _stability(run.name, run.spectra)
+            yield from _inner_dimensions(run.name, run.spectra)
+            yield from _noise(run.name, run.spectra)
+
+
+def metric_text(value: float, name: str) -> str:
+    """Accuracies in per cent.
+
+    Examples
+    --------
+    >>> metric_text(0.8929, "test_accuracy"), metric_text(1.25, "test_loss")
+    ('89.29 %', '1.2500')
+    """
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4f}"
+
+
+def _result(run: Run) -> str:
+    summary = run.summary
+    if not run.folder.holds_run:
+        return f"{run.name} is a record of spectra alone, up to step {run.last_step:,}."
+    if not summary:
+        return f"{run.name} has not ended: {run.last_step:,} steps so far."
+    metric, share = summary["metric_name"], summary["trainable_params"] / summary["dense_trainable_params"]
+    return (
+        f"{run.name}: {metric.replace('_', ' ')} {metric_text(summary['metric'], metric)} after "
+        f"{summary['steps']:,} steps and {summary['wall_s']:.0f} s of training; {share:.1%} of the parameters "
+        "are trained at the end."
+    )
+
+
+def _against(run: Run, dense: Run) -> str:
+    own, other, curve = run.summary, dense.summary, dense.evaluations
+    text = (
+        f"Against {dense.name}, {run.name} took {own['wall_s'] / other['wall_s']:.2f} of the time and "
+        f"{own['peak_memory_gib'] / other['peak_memory_gib']:.2f} of the peak memory"
+    )
+    if not len(curve):
+        return text + "."
+    name = own["metric_name"]
+    text += f", and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
+    text += metric_text(other["metric"], name)
+    if own["wall_s"] < curve.wall_s[0]:
+        return f"{text}, which had not been evaluated after the same time."
+    at = float(np.interp(own["wall_s"], curve.wall_s, curve.value))
+    return f"{text} and stood at {metric_text(at, name)} after the same time."
+
+
+def _stability(name: str, record: Spectra) -> Iterator[str]:
+    settled = settling_steps(record, STABLE)
+    if not settled:
+        return
+    steps = sorted(step for step in settled.values() if math.isfinite(step))
+    if not steps:
+        yield f"In {name}, the stability of no layer stays above {STABLE:g}."
+        return
+    # The slowest tenth of the layers would hide when the others settle.
+    enough = math.ceil(0.9 * len(steps))
+    enough += sum(step == steps[enough - 1] for step in steps[enough:])
+    rest, count = "", len(settled)
+    if len(steps) < count:
+        never = [each for each, step in settled.items() if not math.isfinite(step)]
+        more = f" and {len(never) - 1} more" if len(never) > 1 else ""
+        rest = f"; that of {never[0]}{more} does not by the end"
+    elif len(steps) > enough:
+        rest = f", of all from step {steps[-1]:,.0f} on"
+    everyone = f"all {count} layers" if count > 1 else "its layer"
+    who = f"{enough} of {count} layers" if enough < count else everyone
+    yield f"In {name}, the stability of {who} stays above {STABLE:g} from step {steps[enough - 1]:,.0f} on{rest}."
+
+
+def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
+    converted = conversions(record.values())
+    if not converted:
+        return
+    shares = {layer.name: layer.r[-1] / layer.k for layer in record.values() if len(layer)}
+    least = min(shares, key=lambda each: shares[each])
+    when = f"at step {converted[0]:,}"
+    if converted[-1] > converted[0]:
+        when = f"from step {converted[0]:,} to {converted[-1]:,}"
+    least_text = f", least in {least} ({shares[least]:.1%})" if len(set(shares.values())) > 1 else ""
+    yield (
+        f"{name} was converted {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean of its "
+        f"{len(shares)} layer{'s' * (len(shares) > 1)}{least_text}."
+    )
+
+
+def _noise(name: str, record: Spectra) -> Iterator[str]:
+    layers = [layer for layer in record.values() if len(layer)]
+    above = [layer["values_above_edge"][-1] / layer["r_before"][-1] for layer in layers]
+    if known := [share for share in above if math.isfinite(share)]:
+        yield (
+            f"At the last event of each layer in {name}, {np.median(known):.0%} of its singular values (median) stand "
+            "above the edge that noise alone would reach."
+        )

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
@@ -45,43 +45,16 @@ WIDTH_IN = {"single": 3.4, "double": 7.0}
 BLACK, GREY, VERMILION = "#000000", "#767676", "#D55E00"
 COLOURS = ("#0072B2", VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK)
 MARKERS = "osD^vPX"
-
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.0,
-    "lines.markersize": 3.5,
-    # TrueType inside the PDF: text stays text, and publishers accept it.
-    "pdf.fonttype": 42,
-    # An SVG cannot hold a font: outlines look the same everywhere.
-    "svg.fonttype": "path",
-    "savefig.dpi": 300,
-}
+NAMES = ("stability", "r", "waterfall", "share", "cost")
+STYLE = str(resources.files(__package__) / "assets" / "paper.mplstyle")
 
 P = ParamSpec("P")
 
 
 def in_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw under these settings, whatever the user's own are."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(), matplotlib.style.context(["default", STYLE]):
-            return draw(*args, **kwargs)
-
-    return drawn
+    """Draw with this style, whatever the user's own settings are."""
+    styled: Callable[P, Figure] = matplotlib.style.context(["default", STYLE])(draw)
+    return styled
 
 
 def new_figure(width: Width, *, height: float = 0.62, **subplots: Any) -> tuple[Figure, Any]:
@@ -110,10 +83,8 @@ def save(figure: Figure, path: Path | str, *, inputs: Sequence[Path | str] = (),
     path = Path(path)
     if path.suffix.lower() not in METADATA:
         raise ConfigError("--out", str(path), f"must end in {', '.join(METADATA)}", fix="E.g. stability.pdf.")
-    with (
-        new_file(claim(path, FIGURE, inputs=inputs, force=force)) as draft,
-        matplotlib.rc_context({**STYLE, "svg.hashsalt": "hpc_oialr"}),
-    ):
+    target = claim(path, FIGURE, inputs=inputs, force=force)
+    with new_file(target) as draft, matplotlib.style.context(STYLE):
         figure.savefig(draft, metadata=METADATA[path.suffix.lower()])
     return path
 
@@ -167,42 +138,27 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
         known, colour = np.isfinite(layer.stability), shades(number / max(1, len(layers) - 1))
         thin = 1.0 if len(layers) <= 40 else 0.5
         axes.plot(layer.t[known], layer.stability[known], color=colour, linewidth=thin, label=layer.name)
-    _mark_conversions(axes, conversions(layers))
+    if converted := conversions(layers):
+        # One line if all layers were converted at once, or a band from the first step to the last.
+        first, last = converted[0], converted[-1]
+        if first == last:
+            axes.axvline(first, color=GREY, linestyle="--", linewidth=0.8)
+        else:
+            axes.axvspan(first, last, color=GREY, alpha=0.15, linewidth=0)
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (2, 0), "textcoords": "offset points"}
+        axes.annotate("conversion", (last, 0.02), **place, color=GREY, fontsize=7)
     with_grid(axes)
-    axes.set_xlabel("step")
-    axes.set_ylabel("stability")
     # The whole range from 0; less of it where all layers are stable and only the rest tells them apart.
     values = run.events["stability"]
     lowest = float(np.min(values, where=np.isfinite(values), initial=1.0))
     bottom = lowest - 0.1 * (1 - lowest) if lowest > 0.5 else min(0.0, lowest - 0.02)
-    axes.set_ylim(bottom, 1 + 0.03 * (1 - bottom))
-    if title:
-        axes.set_title(title)
+    axes.set(xlabel="step", ylabel="stability", ylim=(bottom, 1 + 0.03 * (1 - bottom)), title=title)
     if len(layers) <= 6:
         axes.legend(loc="best")
     else:
         bar = colour_bar(figure, axes, ScalarMappable(Normalize(1, len(layers)), shades), "depth (layer)")
         bar.set_major_locator(MaxNLocator(6, integer=True))
     return figure
-
-
-def _mark_conversions(axes: Axes, steps: Sequence[int]) -> None:
-    """One line if all layers were converted at once, or a band from the first step to the last."""
-    if not steps:
-        return
-    if steps[0] == steps[-1]:
-        axes.axvline(steps[0], color=GREY, linestyle="--", linewidth=0.8)
-    else:
-        axes.axvspan(steps[0], steps[-1], color=GREY, alpha=0.15, linewidth=0)
-    axes.annotate(
-        "conversion",
-        (steps[-1], 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(2, 0),
-        textcoords="offset points",
-        color=GREY,
-        fontsize=7,
-    )
 
 
 @in_style
@@ -252,12 +208,9 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
         above, edge = np.maximum(layer["values_above_edge"][known], 1), layer["noise_edge"][known]
         style = {"color": BLACK, "markersize": 4, "markeredgewidth": 0.8}
         axes.plot(above, edge, "_", **style, label="noise edge", zorder=3)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xlabel="index $i$", ylabel="singular value $s_i$", xscale="log", yscale="log")
     plain_log_ticks(axes.xaxis)
     plain_log_ticks(axes.yaxis)
-    axes.set_xlabel("index $i$")
-    axes.set_ylabel("singular value $s_i$")
     with_grid(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left")
@@ -278,9 +231,8 @@ def share(runs: Sequence[Run], *, width: Width = "single") -> Figure:
         axes.plot(curve.share, curve.value, label=run.name, **style, **open_marker)
         axes.plot(curve.share[-1:], curve.value[-1:], linestyle="none", **style)
     with_grid(axes)
-    axes.set_xscale("log")
+    axes.set(xlabel="trained parameters (% of dense)", xscale="log")
     plain_log_ticks(axes.xaxis, factor=100)
-    axes.set_xlabel("trained parameters (% of dense)")
     # Training goes from many to few: so does the axis.
     axes.invert_xaxis()
     metric = " / ".join(sorted({run.evaluations.name for run in evaluated.values()})) or "metric"
@@ -306,8 +258,7 @@ def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
         middle, seconds = step_seconds(run)
         times.plot(middle, 1e3 * seconds, color=COLOURS[number % len(COLOURS)], label=run.name)
     with_grid(times).set_ylim(bottom=0)
-    times.set_xlabel("step")
-    times.set_ylabel("time of a step (ms)")
+    times.set(xlabel="step", ylabel="time of a step (ms)")
     times.legend(loc="best")
     thickness = 0.8 / len(ratios)
     for number, (name, values) in enumerate(ratios.items()):
@@ -328,17 +279,13 @@ def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
     return figure
 
 
-OF_RUNS: dict[str, Callable[..., Figure]] = {"share": share, "cost": cost}
-NAMES = ("stability", "r", "waterfall", *OF_RUNS)
-
-
 def figure_of(name: str, runs: Sequence[Run], *, layer: str | None, width: Width) -> Figure:
-    """One of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
+    """The figure of one of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
 
     Raises UnknownNameError for another figure or layer, and DataError if the runs do not hold what it shows.
     """
-    if name in OF_RUNS:
-        return OF_RUNS[name](runs, width=width)
+    if name in ("share", "cost"):
+        return share(runs, width=width) if name == "share" else cost(runs, width=width)
     if name not in NAMES:
         raise UnknownNameError("figure", name, NAMES)
     if len(runs) > 1:
@@ -349,10 +296,8 @@ def figure_of(name: str, runs: Sequence[Run], *, layer: str | None, width: Width
         raise DataError(
             f"{run.folder.path} has recorded no spectra; this figure shows them. Train with --record.spectra true."
         )
-    match name:
-        case "stability":
-            return stability(record, width=width)
-        case "r":
-            return inner_dimension(record, width=width, last_step=run.last_step)
-        case _:
-            return waterfall(record[layer or record.layers[0]], width=width)
+    if name == "stability":
+        return stability(record, width=width)
+    if name == "r":
+        return inner_dimension(record, width=width, last_step=run.last_step)
+    return waterfall(record[layer or record.layers[0]], width=width)

@@ -165,9 +165,9 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
     for section in ("task", "model"):
         settings = {run.name: run.config.get(section) for run in runs}
         chosen = {
-            name: given["class_path"]
-            for name, given in settings.items()
-            if isinstance(given, dict) and given.get("class_path")
+            name: each["class_path"]
+            for name, each in settings.items()
+            if isinstance(each, dict) and "class_path" in each
         }
         if len(set(chosen.values())) > 1:
             told = ", ".join(f"{name} {choice}" for name, choice in chosen.items())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr.data.fetch import FetchableDataset
-from hpc_oialr.data.image_sets import parse_idx
+from hpc_oialr.data.image_arrays import parse_idx
 from hpc_oialr.errors import DataError
 
 

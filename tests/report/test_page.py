@@ -13,10 +13,9 @@ from support.made_runs import EVIL, NAMES, make_record, make_run
 
 from hpc_oialr.cli.main import main
 from hpc_oialr.report import page_data as page_data_module
-from hpc_oialr.report.page import difference_table, environment_table, file_list, page
+from hpc_oialr.report.page import difference_table, environment_table, file_list, page, sentences
 from hpc_oialr.report.page_data import ABSENT, DEPTH, LEVELS, floats, logarithms, page_data
 from hpc_oialr.report.runs import find_runs
-from hpc_oialr.report.summary_text import sentences
 
 
 def unpacked(packed):
@@ -85,10 +84,10 @@ def test_sentences_say_what_is_there(runs):
 
 
 def test_sentences_of_layers_that_do_not_settle(run, monkeypatch):
-    monkeypatch.setattr("hpc_oialr.report.summary_text.STABLE", 0.9715)
+    monkeypatch.setattr("hpc_oialr.report.page.STABLE", 0.9715)
     told = " ".join(sentences([run]))
     assert "the stability of all 3 layers stays above 0.9715 from step 50 on." in told
-    monkeypatch.setattr("hpc_oialr.report.summary_text.STABLE", 0.995)
+    monkeypatch.setattr("hpc_oialr.report.page.STABLE", 0.995)
     assert "the stability of no layer stays above 0.995." in " ".join(sentences([run]))
 
 

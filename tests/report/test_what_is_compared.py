@@ -7,9 +7,8 @@ import yaml
 from support.made_runs import make_run
 
 from hpc_oialr.errors import DataError
-from hpc_oialr.report.page import page
+from hpc_oialr.report.page import page, sentences
 from hpc_oialr.report.runs import find_runs
-from hpc_oialr.report.summary_text import sentences
 
 
 def set_config(folder, **sections):
