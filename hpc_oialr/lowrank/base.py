@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic, full_precision
 from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
-from hpc_oialr.lowrank.built_weight import BuiltWeight, Written, refuse_assignment, trackable
+from hpc_oialr.lowrank.built_weight import BuiltWeight, read_only, refuse_assignment
 from hpc_oialr.lowrank.execution import is_transformed, prefer_factored
 from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
 
@@ -110,14 +112,11 @@ class LowRankWeight(nn.Module):
     bases_trained
         Whether ``U`` and ``Vh`` may have gradients. While False, ``requires_grad_(True)`` of the model or of all
         its parameters leaves them frozen: it is undone at the next forward pass.
-    written
-        A weight the user has written in place and the bases cannot express; None otherwise.
     autocast_copies
         Keeps ``U`` and ``Vh`` in the dtype of autocast; None where an engine shards the factors.
     """
 
     bases_trained: bool = False
-    written: Written | None = None
     known_bases: tuple[int, ...] = ()
 
     U: nn.Parameter
@@ -200,8 +199,7 @@ class LowRankWeight(nn.Module):
                 basis.requires_grad_(False)
 
     def check_use(self) -> None:
-        """What every forward pass begins with: no write is lost, and frozen bases are frozen and orthonormal."""
-        self.refuse_lost_write()
+        """What every forward pass begins with: frozen bases are frozen and orthonormal."""
         self.keep_bases_frozen()
         if not (self.bases_trained or is_transformed()) and self.known_bases != self._stamp_of_bases():
             self._check_bases()
@@ -260,19 +258,14 @@ class LowRankWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in full precision, built anew at each access; for code that looks at ``layer.weight``.
-
-        What is written into it in place goes to the core if the bases can express it, as a multiple can or an
-        average with a weight of the same bases; otherwise the next use of the layer is an error.
-        """
-        if self.written is not None:
-            return BuiltWeight.of(self, self.written.values)
+        """The dense weight in full precision, for code that reads ``layer.weight``; writes into it are errors."""
         if torch.compiler.is_compiling():  # the settings of a compiled graph cannot be changed inside
             return self.matrix().reshape(self.dense_shape)
         # Writes into an inference tensor could not be noticed.
         with full_precision(), torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             W = self.matrix().reshape(self.dense_shape)
-        return BuiltWeight.of(self, W) if trackable(self.S) and not is_transformed() else W
+        ordinary = type(self.S) in (nn.Parameter, DTensor) and not self.S.is_meta and not is_transformed()
+        return read_only(W, weakref.ref(self)) if ordinary else W
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -285,11 +278,6 @@ class LowRankWeight(nn.Module):
             raise refuse_assignment(self)
         super().register_parameter(name, param)
 
-    def refuse_lost_write(self) -> None:
-        """Raise :class:`ModelError` if ``weight`` was written with what the bases cannot express."""
-        if self.written is not None:
-            raise self.written.error(self)
-
     def __prepare_scriptable__(self) -> None:
         raise ModelError(
             "torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge(model), or use torch.export, "
@@ -299,8 +287,6 @@ class LowRankWeight(nn.Module):
     @exact_arithmetic()
     def merged_weight(self) -> Tensor:
         """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
-        if self.written is not None:
-            return self.written.values.to(self.S.dtype, copy=True)
         U, S, Vh = (factor.to(compute_dtype(self.S.dtype)) for factor in self.factors)
         return (U @ (S @ Vh)).reshape(self.dense_shape).to(self.S.dtype)
 
@@ -350,10 +336,6 @@ class LowRankWeight(nn.Module):
         self._parameters.clear()
         self._parameters.update({"weight": weight, **rest})
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.refuse_lost_write()
-        super()._save_to_state_dict(*args)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept another r, or the dense weight: the layer takes the stored form before torch copies the values.
 
@@ -361,8 +343,6 @@ class LowRankWeight(nn.Module):
         says so if anything still holds the core that is replaced.
         """
         stored = [x for name in ("U", "S", "Vh") if isinstance(x := state_dict.get(prefix + name), Tensor)]
-        if len(stored) == 3:
-            self.written = None
         if controller_of(self) is None:
             core = self.S
             if len(stored) == 3:

@@ -110,8 +110,6 @@ def check_structure(
     for target in targets:
         holder, layer = target.holder, target.low_rank
         names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
-        if layer is not None:
-            layer.refuse_lost_write()
         if id(target.owner) not in present:
             _changed(target, "is no longer part of the model: it was replaced or removed")
         if any(holder._parameters.get(name) is None for name in names):

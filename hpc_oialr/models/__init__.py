@@ -3,8 +3,7 @@
 from hpc_oialr.models.autoformer import Autoformer
 from hpc_oialr.models.base import ModelConfig
 from hpc_oialr.models.gpt2 import GPT2
-from hpc_oialr.models.resnet import ResNet
-from hpc_oialr.models.resnet_rs import ResNetRS
+from hpc_oialr.models.resnet import ResNet, ResNetRS
 from hpc_oialr.models.vit import ViT
 
 __all__ = ["GPT2", "Autoformer", "ModelConfig", "ResNet", "ResNetRS", "ViT"]

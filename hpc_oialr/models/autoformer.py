@@ -8,13 +8,7 @@ from torch import nn
 
 from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, check_interval
-from hpc_oialr.models.base import (
-    ModelConfig,
-    check_at_least,
-    check_divides,
-    quiet_transformers,
-    require_input,
-)
+from hpc_oialr.models.base import ModelConfig, stock_model
 
 
 @dataclass(kw_only=True)
@@ -56,17 +50,9 @@ class Autoformer(ModelConfig):
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        check_at_least(
-            1,
-            dim=self.dim,
-            encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim,
-            moving_average=self.moving_average,
-            label_length=self.label_length,
-        )
-        check_divides("dim", self.dim, "heads", self.heads)
+        self.check_at_least(1, "dim", "encoder_layers", "decoder_layers", "heads", "mlp_dim")
+        self.check_at_least(1, "moving_average", "label_length")
+        self.check_divides("dim", "heads")
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
         if not self.lags or min(self.lags) < 1:
             raise ConfigError("lags", self.lags, "must hold at least one whole number of at least 1")
@@ -75,15 +61,13 @@ class Autoformer(ModelConfig):
 
     def build(self, example: Batch) -> nn.Module:
         """The model for series and windows like those of ``example``."""
-        past = require_input(example, "past_values", "Autoformer", "time series")
+        past = self.require_input(example, "past_values", "time series")
         context = past.shape[1] - max(self.lags)
         if context < self.label_length:
             rule = f"must be at most {context}, the data's past of {past.shape[1]} time steps less the largest lag"
             raise ConfigError("label_length", self.label_length, rule)
-        quiet_transformers()
-        from transformers import AutoformerConfig, AutoformerForPrediction
-
-        config = AutoformerConfig(
+        return stock_model(
+            "AutoformerForPrediction",
             prediction_length=example["future_values"].shape[1],
             context_length=context,
             input_size=1 if past.dim() == 2 else past.shape[2],
@@ -107,5 +91,3 @@ class Autoformer(ModelConfig):
             moving_average=self.moving_average,
             use_cache=False,
         )
-        model: nn.Module = AutoformerForPrediction(config)
-        return model

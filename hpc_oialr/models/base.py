@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -30,16 +30,30 @@ class ModelConfig(ABC):
     def build(self, example: Batch) -> nn.Module:
         """The model with fresh weights from torch's global generator.
 
-        Parameters
-        ----------
-        example
-            A batch of at least one sample; the model takes from it what the data decide.
-
-        Raises
-        ------
-        ConfigError
-            If the settings do not fit the data.
+        What the data decide is taken from ``example``, a batch of at least one sample; raises :class:`ConfigError` if
+        the settings do not fit it.
         """
+
+    def check_at_least(self, low: int, *names: str) -> None:
+        """Raise :class:`ConfigError` for the first of these settings below ``low``."""
+        for name in names:
+            if getattr(self, name) < low:
+                raise ConfigError(name, getattr(self, name), f"must be at least {low}")
+
+    def check_divides(self, name: str, divisor: str) -> None:
+        """Raise :class:`ConfigError` unless the setting ``divisor`` divides the setting ``name``."""
+        value, by = getattr(self, name), getattr(self, divisor)
+        if by < 1 or value % by:
+            raise ConfigError(name, value, f"must be a multiple of {divisor} = {by}")
+
+    def require_input(self, example: Batch, key: str, data: str) -> Tensor:
+        """The input ``key`` of ``example``, or a :class:`ConfigError` that names the data the model needs."""
+        if key not in example:
+            held = ", ".join(sorted(example))
+            rule = f"needs batches with {key!r}; the data give {held}"
+            fix = f"Choose {data} data, or another model."
+            raise ConfigError("class_path", type(self).__name__, rule, fix=fix)
+        return example[key]
 
 
 def quiet_transformers() -> None:
@@ -50,23 +64,11 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raise :class:`ConfigError` unless ``divisor`` divides ``value``."""
-    if divisor < 1 or value % divisor:
-        raise ConfigError(name, value, f"must be a multiple of {divisor_name} = {divisor}")
+def stock_model(name: str, **settings: Any) -> nn.Module:
+    """The class ``name`` of transformers with fresh weights, from ``settings`` of its config."""
+    quiet_transformers()
+    import transformers
 
-
-def check_at_least(low: int, **values: int) -> None:
-    """Raise :class:`ConfigError` for the first of ``values`` below ``low``."""
-    for name, value in values.items():
-        if value < low:
-            raise ConfigError(name, value, f"must be at least {low}")
-
-
-def require_input(example: Batch, key: str, model: str, data: str) -> Tensor:
-    """The input ``key`` of ``example``, or a :class:`ConfigError` that names the data a model wants."""
-    if key not in example:
-        held = ", ".join(sorted(example))
-        rule = f"needs batches with {key!r}; the data give {held}"
-        raise ConfigError("class_path", model, rule, fix=f"Choose {data} data, or another model.")
-    return example[key]
+    kind = getattr(transformers, name)
+    model: nn.Module = kind(kind.config_class(**settings))
+    return model

@@ -9,13 +9,7 @@ from torch import nn
 from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import check_interval
-from hpc_oialr.models.base import (
-    ModelConfig,
-    check_at_least,
-    check_divides,
-    quiet_transformers,
-    require_input,
-)
+from hpc_oialr.models.base import ModelConfig, stock_model
 
 
 @dataclass(kw_only=True)
@@ -42,17 +36,15 @@ class GPT2(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(1, dim=self.dim, depth=self.depth, heads=self.heads, vocabulary=self.vocabulary)
-        check_divides("dim", self.dim, "heads", self.heads)
+        self.check_at_least(1, "dim", "depth", "heads", "vocabulary")
+        self.check_divides("dim", "heads")
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
 
     def build(self, example: Batch) -> nn.Module:
         """The model; its context is the data's sequence length."""
-        tokens = require_input(example, "input_ids", "GPT2", "text")
-        quiet_transformers()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
+        tokens = self.require_input(example, "input_ids", "text")
+        return stock_model(
+            "GPT2LMHeadModel",
             vocab_size=self.vocabulary,
             n_positions=tokens.shape[1],
             n_embd=self.dim,
@@ -66,5 +58,3 @@ class GPT2(ModelConfig):
             use_cache=False,
             attn_implementation="sdpa",
         )
-        model: nn.Module = GPT2LMHeadModel(config)
-        return model

@@ -1,7 +1,9 @@
-"""Residual convolutional net."""
+"""Residual convolutional nets: the ResNet of transformers, and ResNet-RS from timm where that can be imported."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hpc_oialr.data.base import Batch
-from hpc_oialr.errors import ConfigError
-from hpc_oialr.models.base import ModelConfig, check_at_least, quiet_transformers, require_input
+from hpc_oialr.errors import ConfigError, MissingExtraError, check_interval
+from hpc_oialr.models.base import ModelConfig, quiet_transformers, stock_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -45,36 +49,31 @@ class ResNet(ModelConfig):
     classes: int = 1000
 
     def __post_init__(self) -> None:
-        check_at_least(1, stem=self.stem, classes=self.classes, channels=self.channels)
+        self.check_at_least(1, "stem", "classes", "channels")
         if len(self.dims) != len(self.depths) or not self.dims:
             raise ConfigError("dims", self.dims, f"must have one entry for each of depths = {self.depths}")
         if min(*self.dims, *self.depths) < 1:
             raise ConfigError(
                 "dims", self.dims, f"must, like depths = {self.depths}, hold numbers of at least 1"
             )
-        least = 4 * 2 ** (len(self.dims) - 1)
-        check_at_least(least, image_size=self.image_size)
+        self.check_at_least(4 * 2 ** (len(self.dims) - 1), "image_size")
 
     def build(self, example: Batch) -> nn.Module:
         """The model; the images must have the given channels, their size is adapted."""
-        pixels = require_input(example, "pixel_values", "ResNet", "image")
+        pixels = self.require_input(example, "pixel_values", "image")
         if pixels.shape[1] != self.channels:
-            raise ConfigError(
-                "channels", self.channels, f"must equal the data's, which have {pixels.shape[1]}"
-            )
-        quiet_transformers()
-        from transformers import ResNetConfig, ResNetForImageClassification
-
-        config = ResNetConfig(
+            rule = f"must equal the data's, which have {pixels.shape[1]}"
+            raise ConfigError("channels", self.channels, rule)
+        model = stock_model(
+            "ResNetForImageClassification",
             num_channels=self.channels,
             embedding_size=self.stem,
             hidden_sizes=list(self.dims),
             depths=list(self.depths),
             layer_type=self.block,
             num_labels=self.classes,
+            image_size=self.image_size,
         )
-        config.image_size = self.image_size
-        model: nn.Module = ResNetForImageClassification(config)
         if pixels.shape[-1] != self.image_size:
             model.register_forward_pre_hook(Resize(self.image_size), with_kwargs=True)
         return model
@@ -96,3 +95,81 @@ class Resize:
         pixels: Tensor = kwargs["pixel_values"]
         resized = interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
         return args, {**kwargs, "pixel_values": resized}
+
+
+@dataclass(kw_only=True)
+class ResNetRS(ModelConfig):
+    """timm's ``resnetrs101`` within ``transformers.TimmWrapperForImageClassification``. arXiv 2103.07579.
+
+    The ResNet of transformers has the same blocks, but no squeeze and excitation, ResNet-D's stem or dropout.
+    Which of the two a run trained is in its log and, as ``model``, in its ``summary.json``. Images of any
+    size will do, in evaluation another one than in training.
+
+    Parameters
+    ----------
+    depths
+        Blocks of each stage.
+    dropout
+        Probability, before the classifier; timm's only.
+    channels
+        Colour channels.
+    classes
+        Labels.
+    library
+        "timm" or "transformers"; "auto" takes timm where it can be imported.
+    """
+
+    depths: tuple[int, ...] = (3, 4, 23, 3)
+    dropout: float = 0.25
+    channels: int = 3
+    classes: int = 1000
+    library: Literal["auto", "timm", "transformers"] = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ConfigError("depths", self.depths, "must be four numbers of at least 1")
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+        self.check_at_least(1, "classes", "channels")
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model; the images must have the given channels.
+
+        Raises :class:`MissingExtraError` if timm was asked for and cannot be imported.
+        """
+        size = self.require_input(example, "pixel_values", "image").shape[-1]
+        reason = None if self.library == "transformers" else _why_no_timm()
+        if reason is not None and self.library == "timm":
+            raise MissingExtraError(f"timm ({reason})", "timm", purpose="model.library timm")
+        if reason is not None:
+            log.warning(
+                "the model is transformers' ResNet, which has no squeeze and excitation, not ResNet-RS: timm cannot "
+                "be imported (%s). Install it with: pip install 'hpc_oialr[timm]'; or choose: "
+                "--model.library transformers",
+                reason,
+            )
+        if reason is not None or self.library == "transformers":
+            size = max(size, 32)
+            plain = ResNet(image_size=size, channels=self.channels, depths=self.depths, classes=self.classes)
+            return plain.build(example)
+        quiet_transformers()
+        from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+        arguments = {"layers": list(self.depths), "drop_rate": self.dropout, "in_chans": self.channels}
+        config = TimmWrapperConfig(architecture="resnetrs101", num_labels=self.classes, model_args=arguments)
+        model: Any = TimmWrapperForImageClassification(config)
+        # transformers has drawn every weight anew, from one normal distribution.
+        model.timm_model.init_weights(zero_init_last=True)
+        log.info("the model is timm's resnetrs101")
+        return model  # type: ignore[no-any-return]
+
+
+def _why_no_timm() -> str | None:
+    """What importing timm raises, in one line; None if it can be imported.
+
+    It needs torchvision, which fails in many ways where it was built for another torch.
+    """
+    try:
+        importlib.import_module("timm")
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None

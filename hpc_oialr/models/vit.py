@@ -9,13 +9,7 @@ from torch import nn
 from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError, check_interval
-from hpc_oialr.models.base import (
-    ModelConfig,
-    check_at_least,
-    check_divides,
-    quiet_transformers,
-    require_input,
-)
+from hpc_oialr.models.base import ModelConfig, stock_model
 
 
 @dataclass(kw_only=True)
@@ -54,18 +48,9 @@ class ViT(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(
-            1,
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            classes=self.classes,
-            channels=self.channels,
-        )
-        check_divides("image_size", self.image_size, "patch_size", self.patch_size)
-        check_divides("dim", self.dim, "heads", self.heads)
+        self.check_at_least(1, "dim", "depth", "heads", "image_size", "patch_size", "classes", "channels")
+        self.check_divides("image_size", "patch_size")
+        self.check_divides("dim", "heads")
         if round(self.mlp_ratio * self.dim) < 1:
             raise ConfigError(
                 "mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width"
@@ -74,14 +59,12 @@ class ViT(ModelConfig):
 
     def build(self, example: Batch) -> nn.Module:
         """The model; the images must be of the given size and channels."""
-        pixels = require_input(example, "pixel_values", "ViT", "image")
+        pixels = self.require_input(example, "pixel_values", "image")
         if tuple(pixels.shape[1:]) != (self.channels, self.image_size, self.image_size):
             wanted = f"must be the side of the data's images, which are {tuple(pixels.shape[1:])}"
             raise ConfigError("image_size", self.image_size, f"{wanted} (channels, height, width)")
-        quiet_transformers()
-        from transformers import ViTConfig, ViTForImageClassification
-
-        config = ViTConfig(
+        return stock_model(
+            "ViTForImageClassification",
             image_size=self.image_size,
             patch_size=self.patch_size,
             num_channels=self.channels,
@@ -94,5 +77,3 @@ class ViT(ModelConfig):
             attention_probs_dropout_prob=self.dropout,
             attn_implementation="sdpa",
         )
-        model: nn.Module = ViTForImageClassification(config)
-        return model
