@@ -41,14 +41,16 @@ class BuiltWeight(Tensor):
             if name == "__set__" or name == "requires_grad_":
                 return _set(func, args, kwargs)
             given = list(_built([args, kwargs]))
-            if name == "set_" and given:  # which no version tells
-                raise _refused_write(given[0])
             versions = [tensor._version for tensor in given]
             result = func(*args, **kwargs)
             for tensor, version in zip(given, versions, strict=True):
                 if tensor._version != version:
                     raise _refused_write(tensor)
             return _follow(result, given)
+
+    def set_(self, *_: Any, **__: Any) -> Tensor:
+        """Refused here, as ``__torch_function__`` is not called for it."""
+        raise _refused_write(self)
 
 
 class BuiltShards(DTensor):
