@@ -51,7 +51,7 @@ class Demo:
         run = RunFolder(folder).create()
         self.recorder = Recorder(run, session, open_channel(world), {"config": loaded.tree})
         self.trainer = Trainer(session, CheckpointStore(run.checkpoints, world), self.recorder, settings={})
-        writer = self.recorder.spectra.writer
+        writer = self.recorder.spectra
         assert writer is not None
         self.writer, self.calls_s = writer, 0.0
         for name in ("write", "add_steps"):
@@ -62,7 +62,7 @@ class Demo:
 
     def block(self, steps: int, *, recording: bool) -> float:
         """Seconds of some steps; what is not on the disk yet is waited for outside of them."""
-        self.recorder.spectra.writer = self.writer if recording else None
+        self.recorder.spectra = self.writer if recording else None
         start = time.perf_counter()
         for batch in itertools.islice(self._batches, steps):
             self.trainer._step(batch)
@@ -91,7 +91,7 @@ def demo_in(folder: Path, steps: int) -> Iterator[Demo]:
     with process_settings(World.single("cpu")):
         demo = Demo(folder, steps)
         yield demo
-        demo.recorder.spectra.writer = demo.writer
+        demo.recorder.spectra = demo.writer
         demo.recorder.close()
 
 

@@ -21,8 +21,8 @@ from hpc_oialr.record.metrics import read_metrics
 from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import LoadedConfig, dense_twin
-from hpc_oialr.train.run import join, leave, on_main, owned, train_or_resume
-from hpc_oialr.train.stopping import StopRequest
+from hpc_oialr.train.run import joined, on_main, owned, train_or_resume
+from hpc_oialr.train.timing import StopRequest
 
 SIDES = ("dense", "oialr")
 _POLL_S = 0.2
@@ -200,15 +200,12 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def _run_here(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopRequest, claim: Claim) -> bool:
     """Train both in these processes; False if one was stopped on request."""
-    world = join(sides["oialr"])
-    with owned(RunFolder(folder), world, claim):
+    with joined(None, sides["oialr"]) as world, owned(RunFolder(folder), world, claim):
         on_main(world, lambda: _begin(sides, folder))
-        done = all(
+        return all(
             train_or_resume(loaded, folder / side, world=world, stop=stop, claim=claim).summary is not None
             for side, loaded in sides.items()
         )
-    leave(world)
-    return done
 
 
 def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopRequest) -> bool:

@@ -41,6 +41,14 @@ class ConfigError(OIALRError, ValueError):
             f"{prefix}{self.name}", self.value, self.rule, origin=origin or self.origin, fix=self.fix
         )
 
+    def in_section(self, section: str, origins: Mapping[str, str] | None = None) -> ConfigError:
+        """The same error with its setting's full dotted name, and the origin if it is known."""
+        parent, _, last = section.rpartition(".")
+        if self.name.partition(".")[0] != last:
+            parent = section
+        prefix = f"{parent}." if parent else ""
+        return self.with_context(prefix=prefix, origin=(origins or {}).get(f"{prefix}{self.name}"))
+
 
 class UnknownNameError(OIALRError, LookupError):
     """A name is not among the valid ones; the message lists them and the nearest match."""

@@ -19,7 +19,7 @@ from hpc_oialr.record.run_folder import RunFolder, default_folder
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
     from hpc_oialr.train.run import Result
-    from hpc_oialr.train.stopping import StopRequest
+    from hpc_oialr.train.timing import StopRequest
 
 EXAMPLES = """  oialr train fashion_mnist_vit
   oialr train fashion_mnist_vit --train.epochs 1 --oialr.delay 100 --out runs/first

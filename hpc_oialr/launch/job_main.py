@@ -23,7 +23,7 @@ from hpc_oialr.redaction import one_line
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
     from hpc_oialr.train.run import Result
-    from hpc_oialr.train.stopping import StopRequest
+    from hpc_oialr.train.timing import StopRequest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
 
     Raises :class:`ConfigError` now if ``OIALR_MAX_REQUEUES``, which is read at the end, is no number.
     """
-    from hpc_oialr.train.stopping import StopRequest
+    from hpc_oialr.train.timing import StopRequest
 
     def reason() -> str:
         return "Ctrl-C" if flag.name == "INT" else flag.name and f"signal {flag.name}"

@@ -171,7 +171,6 @@ class Submission:
 def _check_settings(recipe: str | Path, settings: Sequence[str], processes: int) -> TrainConfig:
     """The settings of the loop, if the recipe is valid and its batch can be divided among the processes."""
     from hpc_oialr.data.batches import check_shares
-    from hpc_oialr.train.config_tree import in_section
     from hpc_oialr.train.load_config import load_config
 
     loaded = load_config(recipe, settings)
@@ -182,7 +181,7 @@ def _check_settings(recipe: str | Path, settings: Sequence[str], processes: int)
         check_shares(loaded.config.train.global_batch, shares)
         loaded.config.train.check_accumulation(shares)
     except ConfigError as error:
-        raise in_section(error, section, loaded.origins) from None
+        raise error.in_section(section, loaded.origins) from None
     return loaded.config.train
 
 
@@ -194,7 +193,7 @@ def _check_free(run: RecipeRun) -> None:
         raise OIALRError(f"{folder.path} holds a finished run. Take another folder, or remove it.")
     if folder.holds_run:
         from hpc_oialr.train.load_config import load_config
-        from hpc_oialr.train.run import require_same_run
+        from hpc_oialr.train.same_run import require_same_run
 
         require_same_run(load_config(folder.config), load_config(run.recipe, run.settings), folder.path)
     if folder.job.exists():

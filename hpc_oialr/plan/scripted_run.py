@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch
-from hpc_oialr.distributed import World, open_channel
+from hpc_oialr.distributed import MetricsChannel, World, open_channel
 from hpc_oialr.engines import DeepSpeed, EngineConfig, SingleEngine
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.lowrank.layout import local
@@ -29,9 +29,9 @@ from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_collectives, fake_world
 from hpc_oialr.plan.workload import NEVER, Workload
 from hpc_oialr.record.memory import resident_bytes
-from hpc_oialr.train.exchange import UpdateExchange
-from hpc_oialr.train.one_step import forward_backward
+from hpc_oialr.record.update_metrics import pack
 from hpc_oialr.train.run_context import RunContext
+from hpc_oialr.train.trainer import forward_backward
 
 STAGES = ("dense", "converted", "end")
 _MAX_UPDATES = 200
@@ -205,15 +205,12 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
     # What shards that are all alike give may be anything, NaN included.
     context.optimizer.register_step_pre_hook(_zero_gradients)
     run, channel = ScriptedRun(context), open_channel(world)
-    exchange = UpdateExchange(channel, world)
     samples = run.samples(batch)
     run.train(samples)
     conversion = run.convert()
-    exchange.start(conversion)
-    exchange.collect()
+    _exchange(channel, world, conversion)
     run.train(samples)
-    exchange.start(run.update())
-    exchange.collect()
+    _exchange(channel, world, run.update())
     run.step(batch)
     r = context.controller.r.values()
     return DryRun(
@@ -225,6 +222,11 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
         (min(r), max(r)),
         channel.name,
     )
+
+
+def _exchange(channel: MetricsChannel, world: World, report: UpdateReport) -> None:
+    for event in report.all:
+        channel.start(pack(event, world.rank, world.size)).result()
 
 
 def _all_reduce_alone(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:

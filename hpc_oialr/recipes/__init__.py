@@ -21,17 +21,11 @@ def data_needed(recipe: str) -> str:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe: a name of this package, or a YAML file of your own.
-
-    Raises
-    ------
-    UnknownNameError
-        Listing the valid names.
-    """
+    """The file of a recipe: a name of this package, or a YAML file of the user's; UnknownNameError otherwise."""
     path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if path.is_file():
-            return path
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
         raise UnknownNameError("recipe file", str(recipe), recipes())
     if str(recipe) not in recipes():
         raise UnknownNameError("recipe", str(recipe), recipes())
@@ -39,13 +33,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def batch_scripts() -> list[Path]:
-    """The batch scripts for sbatch, from the repository or from where pip puts a package's data.
-
-    Raises
-    ------
-    OIALRError
-        If they were not installed.
-    """
+    """The batch scripts for sbatch, from the repository or from where pip puts a package's data."""
     places = (FOLDER.parents[1] / "slurm", Path(sysconfig.get_path("data")) / "share" / "hpc_oialr" / "slurm")
     found = next((scripts for place in places if (scripts := sorted(place.glob("*.sh")))), [])
     if not found:

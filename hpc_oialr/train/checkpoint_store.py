@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written beside, checksummed, renamed; the last few kept; damage found, not trusted.
+"""Checkpoints on disk: written as a draft, checksummed, renamed; damaged ones are skipped.
 
-A checkpoint is a folder ``step_00000123`` of safetensors files (torch.distributed.checkpoint, every process
-its share), ``state.json`` and ``manifest.json`` with the sha256 of all others. Nothing in it is pickled.
+A checkpoint is a folder ``RUN/checkpoints/step_00000123`` of safetensors files (torch.distributed.checkpoint, every
+process its share), ``state.json`` and ``manifest.json`` with the sha256 of all others. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -33,18 +33,9 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All methods but :meth:`steps` are collective calls.
+    """The checkpoints of one run, the last ``keep`` of them. All methods but :meth:`steps` are collective calls.
 
-    Parameters
-    ----------
-    folder
-        Seen by all processes.
-    world
-        The processes.
-    keep
-        How many of the last checkpoints stay.
-    lost
-        Why nothing may be written there any more; "" as long as it may. The main process's word counts.
+    ``lost`` returns why nothing may be written there any more, "" as long as it may; rank 0 is asked.
     """
 
     def __init__(
@@ -57,112 +48,83 @@ class CheckpointStore:
         return self.folder / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints that were completed, ascending; they may be damaged since."""
+        """Steps of all checkpoints that were completed, ascending; some may be damaged."""
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write one checkpoint; it exists only once it is complete and on the disk.
 
-        Parameters
-        ----------
-        tensors
-            By name. What all processes hold under one name is written once; DTensors as their shards.
-        state
-            The rest, fit for JSON; the main process's counts.
+        What all processes hold under one name is written once, DTensors as their shards. ``state`` is the rest, fit
+        for JSON, of rank 0.
 
         Raises
         ------
         CheckpointError
             On all processes, if one cannot write; earlier checkpoints stay.
         FolderLostError
-            On all processes, if the run's folder is gone, or another's by now.
+            On all processes, if the run's folder is gone, or taken by another process.
         """
         reason = self.world.broadcast_object(self._lost() if self.world.is_main else "")
         if reason:
             raise FolderLostError(f"{reason}; step {step} cannot be saved, and the run ends.")
         target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
-        try:
-            self._write(draft, target, step, tensors, state)
-        except CheckpointError:
-            if self.world.is_main:
-                shutil.rmtree(draft, ignore_errors=True)
-            raise
-        return target
-
-    def _write(
-        self, draft: Path, target: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-    ) -> None:
-        with self._together(target):
-            if self.world.is_main:
+        main, alone = self.world.is_main, self.world.size == 1
+        with self._together(target, draft):
+            if main:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
-        with self._together(target):
-            self._write_tensors(draft, tensors)
-            if self.world.is_main:
+        with self._together(target, draft):
+            writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+            with _without_warning():
+                save(dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=alone)
+            if main:
                 _write_json(draft / STATE, state)
-        with self._together(target):
+        with self._together(target, draft):
             mine = self._checksums(draft, sorted(path.name for path in draft.iterdir()))
-        sums = self._of_all(mine)
-        with self._together(target):
-            if self.world.is_main:
+        sums = self._gather(mine)
+        with self._together(target, draft):
+            if main:
                 _write_json(draft / MANIFEST, {"version": 1, "step": step, "files": sums})
                 _sync_folder(draft)
                 shutil.rmtree(target, ignore_errors=True)
                 draft.replace(target)
                 _sync_folder(self.folder)
-                self._prune()
+                old = [self.path(step) for step in self.steps()[: -self.keep]]
+                for path in (*old, *self.folder.glob(".step_*.draft")):
+                    shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
-    def _together(self, target: Path) -> Iterator[None]:
-        """What fails on one process fails on all; until all are through none goes on."""
+    def _together(self, target: Path, draft: Path) -> Iterator[None]:
+        """All processes wait for each other at the end; an error on one is raised on all."""
         failure = ""
         try:
             yield
         except (OSError, CheckpointException) as error:
-            failure = _cause(error)
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):
+                # torch tells every process of the failures of all; the first is enough.
+                cause = next((each for each, _ in error.failures.values()), error)
+            failure = f"{type(cause).__name__}: {cause}"
         failures = [text for text in self.world.all_gather_object(failure) if text]
         if failures:
+            if self.world.is_main:
+                shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(
                 f"{target} cannot be written ({failures[0]}). Make room, or let {target.parent} be a link to a "
                 "larger disk; earlier checkpoints are as they were."
-            )
-
-    def _write_tensors(self, draft: Path, tensors: Mapping[str, Tensor]) -> None:
-        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save(
-                dict(tensors),
-                storage_writer=writer,
-                process_group=self.world.group,
-                no_dist=self.world.size == 1,
             )
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
         """sha256 of this process's share of some files."""
         return {name: sha256_of(folder / name) for name in names[self.world.rank :: self.world.size]}
 
-    def _of_all(self, mine: dict[str, str]) -> dict[str, str]:
+    def _gather(self, mine: dict[str, str]) -> dict[str, str]:
         """All processes' checksums, by name."""
-        shared: dict[str, str] = {}
-        for part in self.world.all_gather_object(mine):
-            shared |= part
-        return dict(sorted(shared.items()))
-
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step), ignore_errors=True)
-        for draft in self.folder.glob(".step_*.draft"):
-            shutil.rmtree(draft, ignore_errors=True)
+        parts = self.world.all_gather_object(mine)
+        return dict(sorted(item for part in parts for item in part.items()))
 
     def latest(self) -> int | None:
-        """Step of the last checkpoint that is whole, or None if there is none at all.
-
-        Raises
-        ------
-        CheckpointError
-            If there are checkpoints but all are damaged.
-        """
+        """Step of the last intact checkpoint, None without any; CheckpointError if all are damaged."""
         steps: list[int] = self.world.broadcast_object(self.steps())
         for step in reversed(steps):
             damage = self.damage(step)
@@ -185,7 +147,7 @@ class CheckpointStore:
         missing = [name for name in manifest if not (path / name).is_file()]
         if self.world.any(bool(missing)):
             return f"{(missing or ['a file'])[0]} is missing"
-        found = self._of_all(self._checksums(path, sorted(manifest)))
+        found = self._gather(self._checksums(path, sorted(manifest)))
         wrong = [name for name, checksum in found.items() if checksum != manifest[name]]
         return f"the checksum of {wrong[0]} is wrong" if wrong else None
 
@@ -197,32 +159,24 @@ class CheckpointStore:
     def read_into(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors`` in place from the checkpoint; each process reads what it needs.
 
-        Raises
-        ------
-        CheckpointError
-            If the checkpoint lacks one of them, or holds it in another shape.
+        CheckpointError if the checkpoint lacks one of them, or holds it in another shape.
         """
         held = self.metadata(step)
         for name, tensor in tensors.items():
             shape = tuple(held[name][0]) if name in held else None
             if shape != tuple(tensor.shape):
-                found = f"in shape {shape}" if shape is not None else "not at all"
-                raise CheckpointError(
-                    f"{self.path(step)} holds {name} {found}; {tuple(tensor.shape)} is needed."
-                )
+                found = "not at all" if shape is None else f"in shape {shape}"
+                needed = f"{tuple(tensor.shape)} is needed"
+                raise CheckpointError(f"{self.path(step)} holds {name} {found}; {needed}.")
         if tensors:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                load(
-                    dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path(step))), no_dist=True
-                )
+            reader = HuggingFaceStorageReader(str(self.path(step)))
+            with _without_warning():
+                load(dict(tensors), storage_reader=reader, no_dist=True)
 
     def read(self, step: int, prefix: str) -> dict[str, Tensor]:
         """All tensors under ``prefix``, on the CPU, by the rest of their names."""
-        held = self.metadata(step)
-        tensors = {
-            k: torch.empty(shape, dtype=dtype) for k, (shape, dtype) in held.items() if k.startswith(prefix)
-        }
+        held = {name: kind for name, kind in self.metadata(step).items() if name.startswith(prefix)}
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in held.items()}
         self.read_into(step, tensors)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -233,12 +187,12 @@ class CheckpointStore:
         return {name: (item.size, item.properties.dtype) for name, item in items.items()}
 
 
-def _cause(error: OSError | CheckpointException) -> str:
-    if isinstance(error, CheckpointException):
-        found = [failure for failure, _ in error.failures.values()]
-        # All processes get the failures of all; the first says enough.
-        return f"{type(found[0]).__name__}: {found[0]}" if found else str(error)
-    return f"{type(error).__name__}: {error}"
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """One process needs no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _read_manifest(path: Path) -> dict[str, str] | str:
@@ -257,7 +211,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make names in a folder durable, not only the files' contents."""
+    """Make the names in a folder durable, not only the files' contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

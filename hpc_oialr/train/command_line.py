@@ -1,4 +1,4 @@
-"""Settings on the command line: ``--section.field value`` as a tree."""
+"""Settings as text: the YAML of recipes, and ``--section.field value`` on the command line."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 import yaml
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.train.config_tree import Tree
+
+Tree = dict[str, Any]
 
 _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
-_NUMBERS = (
-    (_INT, re.compile(r"^[-+]?(\d[\d_]*|0x[\da-fA-F_]*[\da-fA-F]|0o[0-7_]*[0-7]|0b[01_]*[01])$")),
-    (
-        _FLOAT,
-        re.compile(
-            r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-        ),
-    ),
-)
+_NUMBERS = {
+    _INT: r"^[-+]?(\d[\d_]*|0x[\da-fA-F_]*[\da-fA-F]|0o[0-7_]*[0-7]|0b[01_]*[01])$",
+    _FLOAT: r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$",
+}
+# No setting is of these types; a set, for one, has no order.
+_REFUSED = ("set", "omap", "pairs", "binary", "timestamp")
 
 
-class Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers, no dates, and no key twice.
 
     PyYAML takes 1e-3 for a word, 010 for 8, 1:30 for 90, and the last of two keys.
@@ -34,9 +32,8 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key.value, str)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice", key.start_mark
-                )
+                problem = f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -47,35 +44,28 @@ class Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every word that :class:`Loader` or PyYAML would take for something else."""
+    """Quotes every word that :class:`_Loader` or PyYAML would take for something else."""
 
 
-Loader.yaml_implicit_resolvers = {
+_Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern in _NUMBERS:
-    for _each in (Loader, _Dumper):
-        _each.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
-# No setting is of these types; a set, for one, has no order.
-Loader.yaml_constructors = {
+for _tag, _pattern in _NUMBERS.items():
+    for _each in (_Loader, _Dumper):
+        _each.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
+_Loader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] not in ("set", "omap", "pairs", "binary", "timestamp")
+    if tag is None or tag.rpartition(":")[2] not in _REFUSED
 }
-Loader.add_constructor(_INT, Loader.construct_whole_number)
+_Loader.add_constructor(_INT, _Loader.construct_whole_number)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text; safe types only.
-
-    Raises
-    ------
-    yaml.YAMLError
-        For whatever is wrong with it.
-    """
+    """The value of a YAML text, safe types only; ``yaml.YAMLError`` for whatever is wrong with it."""
     try:
-        return yaml.load(text, Loader=Loader)
+        return yaml.load(text, Loader=_Loader)
     except (ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         # PyYAML's constructors let these out: `!!int x`, a number of 5,000 digits, brackets without end.
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
@@ -89,34 +79,26 @@ def write_yaml(tree: Tree) -> str:
 def parse_settings(arguments: Sequence[str]) -> Tree:
     """``["--train.steps", "20", "--oialr=null"]`` -> ``{"train": {"steps": 20}, "oialr": None}``.
 
-    Values are YAML. The last one of several for a setting counts.
-
-    Raises
-    ------
-    OIALRError
-        For an argument that is no setting, or a setting without a value.
+    Values are YAML. The last one of several for a setting counts. Raises :class:`OIALRError` for an argument that is
+    no setting, and for a setting without a value.
     """
     tree: Tree = {}
     rest = list(arguments)
     while rest:
-        name, equals, value = rest.pop(0).partition("=")
+        name, equals, text = rest.pop(0).partition("=")
         if not name.startswith("--") or len(name) == 2:
             raise OIALRError(f"unexpected argument {name!r}; settings have the form --section.field value.")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise OIALRError(f"{name} has no value; settings have the form --section.field value.")
-            value = rest.pop(0)
-        _put(tree, name[2:].split("."), _value(name, value))
+            text = rest.pop(0)
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError:
+            origin = "(from the command line)"
+            raise OIALRError(f"{name} is {text!r} {origin}, which is no valid YAML value.") from None
+        _put(tree, name[2:].split("."), value)
     return tree
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        return read_yaml(text)
-    except yaml.YAMLError:
-        raise OIALRError(
-            f"{name} is {text!r} (from the command line), which is no valid YAML value."
-        ) from None
 
 
 def _put(tree: Tree, path: list[str], value: Any) -> None:

@@ -1,14 +1,20 @@
-"""From a recipe and the command line to a checked :class:`RunConfig`: YAML < command line."""
+"""From a recipe and the command line to a checked :class:`RunConfig`: defaults < recipe < command line.
+
+Settings are a tree of plain values. A choice of type is a mapping with ``class_path`` and ``init_args``, as jsonargparse
+writes it; on the way in the class name alone, or its settings without ``init_args``, will do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import math
 import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,23 +22,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from hpc_oialr.errors import ConfigError, OIALRError
+from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.recipes import find_recipe
 from hpc_oialr.system_errors import read_text
-from hpc_oialr.train.command_line import parse_settings, read_yaml, write_yaml
+from hpc_oialr.train.command_line import Tree, parse_settings, read_yaml, write_yaml
 from hpc_oialr.train.config import RunConfig
-from hpc_oialr.train.config_tree import (
-    Normaliser,
-    Tree,
-    choices,
-    field_types,
-    find_choice,
-    in_section,
-    is_choice,
-    merge_trees,
-    section_type,
-    short_path,
-)
 
 COMMAND_LINE = "the command line"
 # The largest seed of torch and NumPy.
@@ -41,24 +35,12 @@ LARGEST = 2**64 - 1
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A run's settings in their three forms.
-
-    Attributes
-    ----------
-    config
-        The checked object.
-    tree
-        Every setting, defaults included, as plain values.
-    origins
-        Where each given setting came from, by dotted name.
-    typed
-        What the command line gave, as plain values.
-    """
+    """A run's settings, checked."""
 
     config: RunConfig
-    tree: Tree
-    origins: Mapping[str, str]
-    typed: Tree = field(default_factory=dict)
+    tree: Tree  # every setting, defaults included, as plain values
+    origins: Mapping[str, str]  # where each given setting came from, by dotted name
+    typed: Tree = field(default_factory=dict)  # what the command line gave, as plain values
 
     @property
     def text(self) -> str:
@@ -67,7 +49,7 @@ class LoadedConfig:
 
 
 def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConfig:
-    """Read a recipe by name, or a YAML file, and the settings of the command line on top.
+    """Read a recipe by name, or a YAML file, with the settings of the command line on top.
 
     Raises
     ------
@@ -82,34 +64,13 @@ def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConf
     except yaml.YAMLError as error:
         raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     typed = parse_settings(arguments)
-    return dataclasses.replace(from_trees([(path.name, raw), (COMMAND_LINE, typed)]), typed=typed)
-
-
-def from_trees(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
-    """Merge trees, each with the name of its origin, later ones on top, and check the result."""
-    origins: dict[str, str] = {}
-    merged: Tree = {}
-    dense: Tree = {}
-    for origin, raw in layers:
-        normaliser = Normaliser(origin, origins)
-        own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
-        merged = merge_trees(merged, normaliser.section(own, RunConfig, merged))
-        twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
-        for name in ("oialr", "dense"):
-            if isinstance(twin, Mapping) and twin.get(name) is not None:
-                raise ConfigError(
-                    f"dense.{name}", twin[name], "has no effect: the dense twin has none", origin=origin
-                )
-        dense = merge_trees(dense, normaliser.section(twin, RunConfig, merge_trees(merged, dense), "dense"))
-    config = _build(RunConfig, merged, origins)
-    config.dense = dense or None
-    return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": dense or None}, origins)
+    return dataclasses.replace(_from_layers([(path.name, raw), (COMMAND_LINE, typed)]), typed=typed)
 
 
 def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
     """The same run without the method; with the recipe's ``dense`` settings if ``own``.
 
-    What was typed on the command line goes over them: ``--train.epochs 4`` is 4 epochs on both sides, and
+    Settings of the command line override them: ``--train.epochs 4`` is 4 epochs on both sides, and
     ``--dense.train.epochs 4`` on this one.
     """
     layers: list[tuple[str, Tree]] = [("config.yaml", {**loaded.tree, "dense": None})]
@@ -117,7 +78,7 @@ def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
         shared = {key: value for key, value in loaded.typed.items() if key not in ("oialr", "dense")}
         layers += [("dense", loaded.config.dense), (COMMAND_LINE, shared)]
         layers.append((COMMAND_LINE, loaded.typed.get("dense") or {}))
-    return from_trees([*layers, ("dense", {"oialr": None})])
+    return _from_layers([*layers, ("dense", {"oialr": None})])
 
 
 def make_parser(prog: str) -> jsonargparse.ArgumentParser:
@@ -127,46 +88,135 @@ def make_parser(prog: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, ``init_args`` left out, as on the command line.
+
+    Examples
+    --------
+    >>> flat({"train": {"steps": 3}, "engine": {"class_path": "DDP", "init_args": {"size": 2}}})
+    {'train.steps': 3, 'engine.class_path': 'DDP', 'engine.size': 2}
+    """
+    named: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix.removesuffix(".") if key == "init_args" else f"{prefix}{key}"
+        named |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return named
+
+
+def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
+    """Merge trees, each with the name of its origin, later ones on top, and check the result."""
+    origins: dict[str, str] = {}
+    merged: Tree = {}
+    dense: Tree = {}
+    for origin, raw in layers:
+        layer = _Layer(origin, origins)
+        own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
+        merged = _merge(merged, layer.section(own, RunConfig, merged))
+        twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
+        for name in ("oialr", "dense"):
+            if isinstance(twin, Mapping) and twin.get(name) is not None:
+                rule = "has no effect: the dense twin has none"
+                raise ConfigError(f"dense.{name}", twin[name], rule, origin=origin)
+        dense = _merge(dense, layer.section(twin, RunConfig, _merge(merged, dense), "dense"))
+    config = _build(RunConfig, merged, origins)
+    config.dense = dense or None
+    return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": dense or None}, origins)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """``over`` on top of ``base``, both normalised; another choice of type starts from its own defaults."""
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    if base.get("class_path") != over.get("class_path"):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+@dataclass
+class _Layer:
+    """Checks every key of a tree and brings choices into the form ``class_path``, ``init_args``.
+
+    ``origins`` takes the origin of every setting met, by its dotted name without ``init_args``.
+    """
+
+    origin: str
+    origins: dict[str, str]
+
+    def section(self, raw: Any, cls: type, base: Any, name: str = "") -> Tree:
+        """The settings of the dataclass ``cls``; ``base`` is what they will be merged into."""
+        if not isinstance(raw, Mapping):
+            raise self.error(name or "the run", raw, "must be a mapping of settings")
+        prefix, hints, settings = f"{name}." if name else "", _field_types(cls), {}
+        base = base if isinstance(base, Mapping) else {}
+        for key, value in raw.items():
+            full = f"{prefix}{key}"
+            if key not in hints:
+                valid = [f"{prefix}{k}" for k in hints]
+                raise UnknownNameError("setting", full, valid, origin=self.origin)
+            self.origins[full] = self.origin
+            inner = _section_type(hints[key])
+            if inner is None or value is None:
+                settings[key] = value
+            elif inspect.isabstract(inner):
+                default = next(f.default_factory for f in dataclasses.fields(cls) if f.name == key)
+                chosen = None if default is MISSING else type(default()).__name__
+                settings[key] = self.choice(value, inner, chosen, base.get(key), full)
+            else:
+                settings[key] = self.section(value, inner, base.get(key), full)
+        return settings
+
+    def choice(self, raw: Any, family: type, default: str | None, base: Any, name: str) -> Tree:
+        """One type of a family, by default that of ``base``, with its settings."""
+        raw = {"class_path": raw} if isinstance(raw, str) else raw
+        if not isinstance(raw, Mapping):
+            raise self.error(name, raw, f"must be one of {', '.join(sorted(_choices(family)))}")
+        base = base if isinstance(base, Mapping) else {}
+        path = raw.get("class_path", base.get("class_path", default))
+        if path is None:
+            rule = f"needs a class_path, one of {', '.join(sorted(_choices(family)))}"
+            raise self.error(name, dict(raw), rule)
+        cls = _find_choice(family, path, name, self.origin)
+        given = raw.get("init_args") or {}
+        if not isinstance(given, Mapping):
+            raise self.error(f"{name}.init_args", given, "must be a mapping of settings")
+        settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | dict(given)
+        inner = base.get("init_args") if base.get("class_path") == _short_path(cls) else {}
+        return {"class_path": _short_path(cls), "init_args": self.section(settings, cls, inner, name)}
+
+    def error(self, name: str, value: object, rule: str) -> ConfigError:
+        """An error with this origin."""
+        return ConfigError(name, value, rule, origin=self.origin)
+
+
+# -- from a tree to objects, and back ------------------------------------------------------------
+
+
 def _build(hint: Any, value: Any, origins: Mapping[str, str], name: str = "") -> Any:
     """The object of a normalised tree.
 
-    jsonargparse converts single values; of a whole tree it lets null pass everywhere, and anything inside a
-    required choice of type.
-
-    Raises
-    ------
-    ConfigError
-        For the first value that is missing, of another type or out of its range, with its full name and origin.
+    jsonargparse converts single values only: in a whole tree it lets null pass everywhere, and anything inside a
+    required choice of type. Raises for the first value that is missing, of another type or out of its range.
     """
-    cls = section_type(hint)
+    cls = _section_type(hint)
     if cls is None or value is None:
         return _leaf(hint, value, name, origins.get(name))
-    if is_choice(cls):
-        cls, value = find_choice(cls, value["class_path"], name), value["init_args"]
-    hints, prefix = field_types(cls), f"{name}." if name else ""
+    if inspect.isabstract(cls):
+        cls, value = _find_choice(cls, value["class_path"], name), value["init_args"]
+    hints, prefix = _field_types(cls), f"{name}." if name else ""
     for each in dataclasses.fields(cls):
-        needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-        given = each.name in value and (value[each.name] is not None or _optional(hints[each.name]))
-        if each.init and needed and not given:
-            family = section_type(hints[each.name])
-            valid = f"; valid: {', '.join(sorted(choices(family)))}" if family and is_choice(family) else ""
-            full = f"{prefix}{each.name}"
+        needed = each.init and each.default is MISSING and each.default_factory is MISSING
+        if needed and (
+            value.get(each.name) is None and not (each.name in value and _optional(hints[each.name]))
+        ):
+            family, full = _section_type(hints[each.name]), f"{prefix}{each.name}"
+            abstract = family is not None and inspect.isabstract(family)
+            valid = f"; valid: {', '.join(sorted(_choices(family)))}" if family and abstract else ""
             raise ConfigError(full, None, f"must be set{valid}", origin=origins.get(full))
     settings = {key: _build(hints[key], item, origins, f"{prefix}{key}") for key, item in value.items()}
     try:
         return cls(**settings)
     except ConfigError as error:
-        raise in_section(error, name, origins) from None
-
-
-def _as_tree(value: Any, hint: Any) -> Any:
-    """Every setting of an object, defaults included, as plain values."""
-    cls = section_type(hint)
-    if cls is None or value is None:
-        return list(value) if isinstance(value, tuple) else value
-    hints = field_types(type(value))
-    settings = {key: _as_tree(getattr(value, key), hints[key]) for key in hints}
-    return {"class_path": short_path(type(value)), "init_args": settings} if is_choice(cls) else settings
+        raise error.in_section(name, origins) from None
 
 
 def _leaf(hint: Any, value: Any, name: str, origin: str | None) -> Any:
@@ -198,6 +248,75 @@ def _leaf_parser(hint: Any) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _as_tree(value: Any, hint: Any) -> Any:
+    """Every setting of an object, defaults included, as plain values."""
+    cls = _section_type(hint)
+    if cls is None or value is None:
+        return list(value) if isinstance(value, tuple) else value
+    settings = {key: _as_tree(getattr(value, key), inner) for key, inner in _field_types(type(value)).items()}
+    if inspect.isabstract(cls):
+        return {"class_path": _short_path(type(value)), "init_args": settings}
+    return settings
+
+
+# -- types of settings ---------------------------------------------------------------------------
+
+
+def _section_type(hint: Any) -> type | None:
+    """The dataclass or the family of choices (an abstract class) in a field's type; None for a plain value."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        if inspect.isclass(option) and (dataclasses.is_dataclass(option) or inspect.isabstract(option)):
+            return option
+    return None
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _choices(family: type) -> dict[str, type]:
+    """The package's concrete types of a family by name; others are chosen by their full path."""
+    found: dict[str, type] = {}
+    cls: type
+    for cls in family.__subclasses__():
+        found |= _choices(cls)
+        if not inspect.isabstract(cls) and cls.__module__.startswith("hpc_oialr."):
+            found[cls.__name__] = cls
+    return found
+
+
+def _find_choice(family: type, path: Any, name: str, origin: str | None = None) -> type:
+    """The type called ``path``: a name of this package, or a full dotted path to the user's own."""
+    valid = _choices(family)
+    module, _, short = str(path).rpartition(".")
+    if module:
+        try:
+            found = getattr(importlib.import_module(module), short, None)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise ConfigError(name, path, f"cannot be imported ({error})", origin=origin) from None
+            found = None
+        except Exception as error:
+            rule = f"cannot be imported ({type(error).__name__}: {error})"
+            raise ConfigError(name, path, rule, origin=origin) from error
+        if inspect.isclass(found) and issubclass(found, family) and not inspect.isabstract(found):
+            return found
+    elif short in valid:
+        return valid[short]
+    raise UnknownNameError(f"{name} type", str(path), valid, origin=origin)
+
+
+def _short_path(cls: type) -> str:
+    """How a type is written: by its name alone if it is this package's."""
+    return cls.__name__ if cls.__module__.startswith("hpc_oialr.") else f"{cls.__module__}.{cls.__name__}"
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
 def _optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
@@ -207,6 +326,6 @@ def _type_name(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if _is_union(hint):
         return " | ".join(map(_type_name, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint)

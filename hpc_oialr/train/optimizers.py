@@ -1,4 +1,4 @@
-"""Optimizers as typed settings; a choice of optimizer is a choice of type."""
+"""Optimizers as typed settings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.lowrank import Selection
 from hpc_oialr.optim import muon_adamw
 
-_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 class OptimizerConfig(ABC):
     """Settings of one optimizer."""
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a dense ``model`` that is in its final place."""
+        """The optimizer of a dense ``model`` whose parameters are where they will stay."""
 
 
 @dataclass(kw_only=True)
@@ -47,11 +45,10 @@ class AdamW(OptimizerConfig):
     fused: bool = False
 
     def __post_init__(self) -> None:
-        _check_rates(lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
-        _check_betas(self.betas)
+        _check(self, "lr", "weight_decay", "eps")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over two groups, with and without weight decay."""
+        """Over two groups, with and without weight decay."""
         groups = decay_groups(model, self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused or None)
 
@@ -76,13 +73,12 @@ class SGD(OptimizerConfig):
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_rates(lr=self.lr, weight_decay=self.weight_decay)
-        check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
+        _check(self, "lr", "weight_decay")
         if self.nesterov and not self.momentum:
             raise ConfigError("nesterov", True, "needs a momentum above 0")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD over two groups, with and without weight decay."""
+        """Over two groups, with and without weight decay."""
         groups = decay_groups(model, self.weight_decay)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
@@ -127,47 +123,33 @@ class MuonAdamW(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
-        _check_rates(
-            lr=self.lr, adamw_lr=self.adamw_lr, core_lr=self.core_lr or 0.0, weight_decay=self.weight_decay
-        )
-        _check_betas(self.betas)
-        check_interval("momentum", self.momentum, 0, 1, closed=(True, False))
+        _check(self, "lr", "adamw_lr", "core_lr", "weight_decay")
         if self.newton_schulz_steps < 1:
             raise ConfigError("newton_schulz_steps", self.newton_schulz_steps, "must be at least 1")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Muon beside AdamW."""
-        return muon_adamw(
-            model,
-            lr=self.lr,
-            core_lr=self.core_lr,
-            adamw_lr=self.adamw_lr,
-            dense_algorithm=self.dense_algorithm,
-            selection=self.selection,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            newton_schulz_steps=self.newton_schulz_steps,
-            newton_schulz_dtype=_DTYPES[self.newton_schulz_dtype],
-            betas=self.betas,
-        )
+        dtypes = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+        settings = vars(self) | {"newton_schulz_dtype": dtypes[self.newton_schulz_dtype]}
+        return muon_adamw(model, **settings)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: those with two axes or more decay, the others don't."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() > 1]
-    vectors = [p for p in trained if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def _check_rates(**rates: float) -> None:
-    for name, value in rates.items():
-        if not value >= 0:
+def _check(settings: OptimizerConfig, *rates: str) -> None:
+    """What optimizers have in common: rates that must not be negative, betas and momentum in [0, 1)."""
+    for name in rates:
+        value = getattr(settings, name)
+        if not (value is None or value >= 0):
             raise ConfigError(name, value, "must not be negative")
-
-
-def _check_betas(betas: tuple[float, float]) -> None:
-    for beta in betas:
+    for beta in getattr(settings, "betas", ()):
         check_interval("betas", beta, 0, 1, closed=(True, False))
+    check_interval("momentum", getattr(settings, "momentum", 0.0), 0, 1, closed=(True, False))

@@ -1,4 +1,4 @@
-"""Settings of the whole process that a run needs, made in one place and taken back at its end."""
+"""What a run changes in its process, taken back at its end: kernels, threads, environment, log file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ import torch
 from hpc_oialr.distributed import World
 from hpc_oialr.distributed.environment import usable_cores
 from hpc_oialr.linalg.arithmetic import tf32_products
+from hpc_oialr.redaction import MaskingFormatter
 from hpc_oialr.torch_compat import recompile_limit
+
+log = logging.getLogger(__name__)
 
 # Every set of shapes is compiled once; torch gives a function up after 8.
 _RECOMPILES = 64
@@ -24,50 +28,68 @@ _RECOMPILES = 64
 def process_settings(world: World, *, tf32: bool = True, compiled: bool = False) -> Iterator[None]:
     """On CPUs reproducible kernels, and cores shared among the processes of a node; on CUDA TF32 or not.
 
-    At the end all is as before, also what libraries imported meanwhile have changed: environment variables, filters of
-    warnings, DeepSpeed's log level.
-
-    Parameters
-    ----------
-    tf32
-        Whether CUDA may multiply fp32 matrices in TF32.
-    compiled
-        Whether torch.compile must make a graph for every r.
+    With ``compiled``, torch.compile may make a graph for every r. At the end all is as before, also what libraries
+    imported meanwhile have changed: environment variables, filters of warnings, DeepSpeed's log level.
     """
+    deepspeed, environment = logging.getLogger("DeepSpeed"), dict(os.environ)
     with ExitStack() as stack, warnings.catch_warnings():
-        stack.callback(_restore_environment, dict(os.environ))
-        stack.callback(logging.getLogger("DeepSpeed").setLevel, logging.getLogger("DeepSpeed").level)
+        stack.callback(_restore_environment, environment)
+        stack.callback(deepspeed.setLevel, deepspeed.level)
         if compiled:
             stack.enter_context(recompile_limit(_RECOMPILES))
-        if world.device.type == "cpu":
-            _reproducible(stack)
-            _share_cores(stack, world)
-        else:
+        if world.device.type != "cpu":
             stack.enter_context(tf32_products(tf32))
+            yield
+            return
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic: Any = torch.utils.deterministic
+        fill = deterministic.fill_uninitialized_memory
+        stack.callback(setattr, deterministic, "fill_uninitialized_memory", fill)
+        # Filling fresh memory only helps to find reads of it, and costs time.
+        deterministic.fill_uninitialized_memory = False
+        cores, threads = usable_cores(), torch.get_num_threads()
+        # A launcher or OMP_NUM_THREADS that gives a process less than the whole node is left alone.
+        if world.local_size > 1 and threads >= cores:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(max(1, cores // world.local_size))
         yield
-
-
-def _reproducible(stack: ExitStack) -> None:
-    mode = torch.get_deterministic_debug_mode()
-    stack.callback(torch.set_deterministic_debug_mode, mode)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic: Any = torch.utils.deterministic
-    stack.callback(
-        setattr, deterministic, "fill_uninitialized_memory", deterministic.fill_uninitialized_memory
-    )
-    # Filling fresh memory only helps to find reads of it, and costs time.
-    deterministic.fill_uninitialized_memory = False
-
-
-def _share_cores(stack: ExitStack, world: World) -> None:
-    cores, threads = usable_cores(), torch.get_num_threads()
-    # A launcher or OMP_NUM_THREADS that gives a process less than the whole node is left alone.
-    if world.local_size > 1 and threads >= cores:
-        stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(max(1, cores // world.local_size))
 
 
 def _restore_environment(before: dict[str, str]) -> None:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@contextmanager
+def log_into(path: Path) -> Iterator[None]:
+    """Write this process's log into a file meanwhile; without the file a warning, no error."""
+    logger, before = logging.getLogger("hpc_oialr"), logging.getLogger("hpc_oialr").level
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        handler: logging.Handler = _LogFile(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): this process keeps no log.", path, error)
+        handler = logging.NullHandler()
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Drops lines that a full disk has no room for; logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Silent: metrics and checkpoints report that the disk is full."""
+
+    def close(self) -> None:
+        """Close; a last flush without room must hide no other error."""
+        with suppress(OSError):
+            super().close()

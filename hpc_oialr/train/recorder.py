@@ -1,45 +1,38 @@
-"""What a run writes down and shows, on the main process; the others only take part in sums."""
+"""What a run writes and shows: rank 0 writes, the others take part in the sums."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpc_oialr.distributed import MetricsChannel
+from hpc_oialr.distributed.metric_reduction import PendingReduction
+from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.record import MemoryMeter, MetricsWriter, RunFolder, Status, Throughput, make_progress
 from hpc_oialr.record.energy import EnergyMeter
-from hpc_oialr.record.update_metrics import SharedUpdate
-from hpc_oialr.train.exchange import UpdateExchange
-from hpc_oialr.train.probes import Probes
+from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
+from hpc_oialr.spectra.store import Chain
+from hpc_oialr.spectra.writer import SpectraWriter
 from hpc_oialr.train.run_context import RunContext
-from hpc_oialr.train.spectra_record import SpectraRecord
-from hpc_oialr.train.tensorboard import TensorBoard
-from hpc_oialr.train.timers import Timers
+from hpc_oialr.train.timing import Timers
 
-GIB = 1024**3
+log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes ``metrics.jsonl``, ``updates.jsonl`` and ``spectra.h5``, measures memory, and shows progress.
+    """Writes ``metrics.jsonl``, ``updates.jsonl`` and ``spectra.h5``, measures memory, shows progress.
 
-    Parameters
-    ----------
-    folder
-        The run's.
-    context
-        What is run.
-    channel
-        What carries the numbers of an update to the main process.
-    attributes
-        Of ``spectra.h5``.
-    deadline
-        Unix time of the job's end (s), if it has one.
+    Every rank makes the same calls. ``channel`` brings the numbers of an update to rank 0, ``attributes`` are
+    those of ``spectra.h5``, ``deadline`` is the Unix time of the job's end (s).
     """
 
     def __init__(
@@ -47,83 +40,103 @@ class Recorder:
         folder: RunFolder,
         context: RunContext,
         channel: MetricsChannel,
-        attributes: dict[str, Any],
+        attributes: Mapping[str, Any],
         *,
         deadline: float | None = None,
     ) -> None:
-        self.deadline = deadline
-        self.context, self.every = context, context.config.record.every
-        self.folder = folder
-        main = context.world.is_main
-        self.exchange = UpdateExchange(channel, context.world)
-        self.metrics = MetricsWriter(folder.metrics) if main else None
-        self.updates = MetricsWriter(folder.updates) if main else None
-        self.spectra = SpectraRecord(folder, context, attributes)
-        self.energy = EnergyMeter(context.world.device, first_of_node=context.world.local_rank == 0)
-        self.progress, self.throughput = make_progress(show=main), Throughput()
+        self.folder, self.context, self.channel, self.deadline = folder, context, channel, deadline
+        world, config = context.world, context.config.record
+        self.metrics = MetricsWriter(folder.metrics) if world.is_main else None
+        self.updates = MetricsWriter(folder.updates) if world.is_main else None
+        self.board: TensorBoard | None = None
+        self.spectra: SpectraWriter | None = None
+        if config.spectra is not False and world.is_main:
+            if config.side_folder is not None:
+                log.warning(
+                    "record.side_folder has no effect: while the disk is full spectra wait in memory."
+                )
+            chain = Chain(folder.spectra, attributes)
+            self.spectra = SpectraWriter(chain, context.controller.layers, queue_length=config.spectra_queue)
+        self.energy = EnergyMeter(world.device, first_of_node=world.local_rank == 0)
+        self.progress, self.throughput = make_progress(show=world.is_main), Throughput()
         self.meter = MemoryMeter(
             lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors()),
-            context.world.device,
-            processes=context.world.size,
+            world.device,
+            processes=world.size,
         )
-        self.board: TensorBoard | None = None
+        self._under_way: list[tuple[UpdateReport, PendingReduction]] = []
         self._evaluation: dict[str, Any] = {}
 
     def begin(self, step: int) -> None:
-        """Go on after ``step`` steps; records of later ones, of a run that was killed, are dropped."""
-        for writer in (self.metrics, self.updates):
+        """Continue after ``step`` steps; drop what a killed run recorded of later ones."""
+        for writer in (self.metrics, self.updates, self.spectra):
             if writer is not None:
                 writer.truncate_after(step)
-        self.spectra.begin(step)
         if self.metrics is not None and self.context.config.record.tensorboard:
             self.board = TensorBoard(self.folder.logs, step)
-        self.probes = Probes(self.context.config.oialr, step)
+        self._first = step
         with self.meter.probe():
             # The profiler takes a second to load: not in the first step.
             self.throughput.restart()
 
     def probe(self, step: int) -> AbstractContextManager[None]:
-        """Around the step after ``step`` steps: measure its memory if it may reach a new height."""
-        return self.meter.probe() if self.probes.due(step) else nullcontext()
+        """Around the step after ``step`` steps: measures its memory if that may be the highest so far.
+
+        That is so in the first two (the optimizer's state exists from the second on), and where the method may
+        convert or update for the first time, and in the step after. Later updates work on smaller factors.
+        """
+        method, steps = self.context.config.oialr, [self._first, self._first + 1]
+        if method is not None:
+            events = [method.delay, method.delay + method.frequency]
+            every = method.stability_frequency if method.stability_threshold is not None else None
+            if every is not None and step >= method.delay:
+                events += [t for t in (step, step + 1) if t % every == 0]
+            steps += [t + after for t in events for after in (-1, 0)]
+        return self.meter.probe() if step in steps else nullcontext()
 
     def step(self, step: int, loss: Tensor, waited_s: float, timers: Timers) -> None:
-        """After step number ``step``; a collective call at those that are written down."""
-        self.throughput.tick(self.context.units_per_step, waited_s)
-        if step % self.every == 0 or step == self.context.total_steps:
-            own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
-            total, joules = self.context.world.all_reduce(own).tolist()
-            self._write_step(step, total / self.context.world.size, joules, timers)
-
-    def _write_step(self, step: int, loss: float, joules: float, timers: Timers) -> None:
+        """Record step number ``step``; a collective call every ``record.every`` steps and at the end."""
+        context, world = self.context, self.context.world
+        self.throughput.tick(context.units_per_step, waited_s)
+        if step % context.config.record.every and step != context.total_steps:
+            return
+        own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
+        total, joules = world.all_reduce(own).tolist()
         if self.metrics is None:
             return
-        context, module = self.context, self.context.module
-        trained = trainable_parameters(module)
-        share = trained / dense_parameters(module)
-        unit = context.config.task.unit
-        row = {
+        trained, memory, unit = (
+            trainable_parameters(context.module),
+            self.meter.peak_bytes,
+            context.config.task.unit,
+        )
+        row: dict[str, Any] = {
             "step": step,
             "total_steps": context.total_steps,
-            "loss": loss,
+            "loss": total / world.size,
             "lr": context.rates.current,
             "wall_s": timers.wall,
             "data_wait_s": timers.seconds["data_wait"],
-            "trained_share": share,
+            "trained_share": trained / dense_parameters(context.module),
             f"{unit}_per_s": self.throughput.items_per_s,
         }
         self._write(row)
-        own = {"trained_parameters": trained, "memory_bytes": self.meter.peak_bytes, "energy_J": joules}
-        self.spectra.add_steps(row, timers, **own)
+        if self.spectra is not None:
+            fields = {name: row[name] for name in ("step", "loss", "lr", "wall_s")}
+            fields |= {
+                f"{name}_s": timers.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")
+            }
+            fields |= {"trained_parameters": trained, "memory_bytes": memory, "energy_J": joules}
+            self.spectra.add_steps(fields)
         status = Status(
             step=step,
             total_steps=context.total_steps,
             phase="low-rank" if context.controller.r else "full-rank",
-            loss=loss,
-            trained_share=share,
+            loss=row["loss"],
+            trained_share=row["trained_share"],
             rate=self.throughput.items_per_s,
             unit=unit,
             data_wait_share=self.throughput.data_wait_share,
-            memory_bytes=self.meter.peak_bytes,
+            memory_bytes=memory,
             eta_s=self.throughput.eta_s(context.total_steps - step),
             left_s=None if self.deadline is None else self.deadline - time.time(),
             **self._evaluation,
@@ -136,34 +149,35 @@ class Recorder:
                 writer.write(row)
 
     def update(self, report: UpdateReport) -> None:
-        """What the method did; a collective call. It is written down by :meth:`collect`."""
+        """Send what the method did in a step; a collective call. :meth:`collect` writes it."""
+        assert not self._under_way
+        world = self.context.world
         for event in report.all:
-            self.probes.saw(event)
-        self.exchange.start(report)
+            self._under_way.append((event, self.channel.start(pack(event, world.rank, world.size))))
 
     def collect(self) -> None:
-        """Write down what :meth:`update` was given last, as all processes saw it; a collective call.
+        """Write what :meth:`update` sent, as all processes saw it; a collective call.
 
         After the next step's backward pass, so that the exchange goes on beside it.
         """
-        for shared in self.exchange.collect():
-            self._collected(shared)
-
-    def _collected(self, shared: SharedUpdate) -> None:
-        self.spectra.write(shared.report)
-        if self.updates is None:
-            return
-        row = shared.row()
-        self.updates.write(row)
-        if self.board is not None:
-            self.board.write({"split": "update", **row})
-        if shared.report.kind != "stability":
-            self.progress.note(_note(shared))
+        events, self._under_way = self._under_way, []
+        for event, pending in events:
+            shared = unpack(event, pending.result())
+            if self.spectra is not None:
+                self.spectra.write(shared.report)
+            if self.updates is not None:
+                row = shared.row()
+                self.updates.write(row)
+                if self.board is not None:
+                    self.board.write({"split": "update", **row})
+                if event.kind != "stability":
+                    self.progress.note(_note(shared))
 
     def flush(self) -> None:
-        """:meth:`collect`, and see to it that all of the record is on the disk, as it must be at a checkpoint."""
+        """Put all of the record on the disk, as it must be before a checkpoint; a collective call."""
         self.collect()
-        self.spectra.flush()
+        if self.spectra is not None:
+            self.spectra.flush()
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""
@@ -172,29 +186,45 @@ class Recorder:
             return
         self._write({"step": step, "wall_s": wall_s, **row})
         self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
-        self.progress.note(
-            f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
-        )
-
-    def note(self, text: str) -> None:
-        """Show one line that stays."""
+        text = f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
         self.progress.note(text)
 
     def peak_memory_gib(self, before: float) -> float:
-        """Highest so far, and at least ``before`` (GiB)."""
-        return max(before, self.meter.peak_bytes / GIB)
+        """Highest so far, at least ``before`` (GiB)."""
+        return max(before, self.meter.peak_bytes / 1024**3)
 
     def finish(self) -> None:
-        """Make the record of a run that has come to its end one file."""
-        self.spectra.finish()
+        """Join the spectra of a finished run into one file."""
+        if self.spectra is not None:
+            self.spectra.finish()
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was."""
-        self.progress.close()
-        self.spectra.close()
-        for writer in (self.metrics, self.updates, self.board):
-            if writer is not None:
-                writer.close()
+        """Close the files and leave the terminal as it was, also after an error."""
+        for each in (self.progress, self.spectra, self.metrics, self.updates, self.board):
+            if each is not None:
+                each.close()
+
+
+class TensorBoard:
+    """Writes every number of a row of ``metrics.jsonl`` as a scalar; hides an earlier run's after ``step`` steps."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("tensorboard", "tensorboard", purpose="record.tensorboard") from None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row; its ``split`` leads the names."""
+        prefix = f"{row['split']}/" if "split" in row else "train/"
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("step", "total_steps"):
+                self._writer.add_scalar(prefix + name, value, row["step"])
+
+    def close(self) -> None:
+        """Write out what is left."""
+        self._writer.close()
 
 
 def _note(shared: SharedUpdate) -> str:

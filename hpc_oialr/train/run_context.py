@@ -4,66 +4,96 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.distributed import World
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, ModelError
+from hpc_oialr.lowrank import Selection, select
+from hpc_oialr.method.checks import trained_targets
 from hpc_oialr.method.engine import Engine, Peers
 from hpc_oialr.method.oialr import OIALR
-from hpc_oialr.train.batch_norm import synchronise_batch_norm
+from hpc_oialr.method.report import UpdateReport
+from hpc_oialr.method.stability_tracker import StabilityTracker
+from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.train.config import RunConfig
-from hpc_oialr.train.config_tree import in_section
-from hpc_oialr.train.controllers import Controller, Dense
-from hpc_oialr.train.fingerprint import fingerprint
 from hpc_oialr.train.schedules import LearningRates
-from hpc_oialr.train.seeds import seed_model, seed_process
 
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Dense:
+    """Training without the method, with the interface of :class:`hpc_oialr.OIALR`.
+
+    Every ``frequency`` steps it measures how stable the layers' bases are; never if that is None.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
+    ) -> None:
+        self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency
+        stack = OptimizerStack(optimizer)
+        self.targets = trained_targets(select(model, Selection()), stack) if frequency else []
+        self.layers = [target.name for target in self.targets]
+        self.r: dict[str, int] = {}
+        self._tracker = StabilityTracker(self.targets, engine, threshold=None)
+        self.model = engine.wrap(model, optimizer)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context in which gradients stay local."""
+        return self.engine.no_sync(self.model)
+
+    def step(self) -> UpdateReport | None:
+        """Count, and measure when due."""
+        self.t += 1
+        due = self.targets and self.frequency is not None and self.t % self.frequency == 0
+        return self._tracker.report(self.targets, self.t) if due else None
+
+    def rewrap(self) -> None:
+        """A new wrapper, in the state that a resumed run begins with."""
+        self.model = self.engine.rewrap(self.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state before its first update."""
+        return {"t": self.t, "updates": 0, "r": {}, "streaks": {}}
+
+    def tensor_state(self) -> dict[str, Tensor]:
+        """The bases kept for the next measurement; a collective call."""
+        return self._tracker.bases(self.targets)
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Load :meth:`state_dict`; ModelError if it is a low-rank run's."""
+        if state["r"]:
+            raise ModelError("the checkpoint is that of a low-rank run, but oialr is null here.")
+        self.t = int(state["t"])
+        self._tracker.restore(tensors or {}, state["streaks"])
+
+
 @dataclass
 class RunContext:
-    """The parts of a run.
-
-    Attributes
-    ----------
-    batches
-        Training batches; ``batches.epoch(e, start)`` gives this process's part.
-    controller
-        The method, or its dense stand-in; holds the model.
-    scaler
-        Loss scale for fp16; disabled otherwise.
-    total_steps
-        Length of the run.
-    identity
-        The dense model's fingerprint.
-    example
-        Shape and dtype of every tensor of a small batch: what the model was made for.
-    units_per_step
-        Images, tokens or windows of a global batch.
-    """
+    """The parts of a run."""
 
     config: RunConfig
     world: World
     splits: Splits
-    batches: GlobalBatches
-    controller: Controller
+    batches: GlobalBatches  # batches.epoch(e, start) gives this process's part
+    controller: Dense | OIALR  # holds the model
     optimizer: Optimizer
     rates: LearningRates
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # disabled unless the precision is fp16
     total_steps: int
-    identity: dict[str, Any]
-    example: dict[str, Any]
-    units_per_step: int
+    identity: dict[str, Any]  # class of the dense model, shape and dtype of every parameter and buffer
+    example: dict[str, Any]  # shape and dtype of every tensor of a small batch, for which the model was made
+    units_per_step: int  # images, tokens or windows of a global batch
 
     @property
     def engine(self) -> Engine:
@@ -76,8 +106,10 @@ class RunContext:
         return self.controller.module
 
     def autocast(self) -> torch.autocast:
-        """The run's precision for a forward pass."""
-        return autocast(self.config.train.precision, self.world.device)
+        """The run's precision for a forward pass: autocast to bf16 or fp16, no effect for the others."""
+        precision = self.config.train.precision
+        dtype = AUTOCAST.get(precision)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
 
     def place(self, batch: Batch) -> Batch:
         """A batch on the device, in float64 where the run is."""
@@ -85,6 +117,11 @@ class RunContext:
         if self.config.train.precision != "float64":
             return moved
         return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Rank 0's buffers on every process, as ``DistributedDataParallel`` does before each forward."""
+        self.world.share(self.module.buffers())
 
 
 def make_run_context(config: RunConfig, world: World) -> RunContext:
@@ -99,30 +136,43 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     with _section("data"):
         splits = config.data.build()
         if splits.validation is None and splits.test is None:
-            raise ConfigError(
-                "class_path", type(config.data).__name__, "leaves neither validation nor test data"
-            )
+            rule = "leaves neither validation nor test data"
+            raise ConfigError("class_path", type(config.data).__name__, rule)
     with _section("engine"):
         engine = config.engine.build(world, train.precision)
         engine.expect(
             global_batch=train.global_batch, accumulation=train.accumulation, clip=train.gradient_clip
         )
-    batches = _batches(config, engine.data, splits)
+    peers = engine.data
+    with _section("train"):
+        train.check_accumulation(peers.size)
+        batches = GlobalBatches(
+            splits.train,
+            train.global_batch,
+            world_rank=peers.rank,
+            world_size=peers.size,
+            seed=train.seed,
+            shuffle=True,
+            drop_last=True,
+            num_workers=train.workers,
+            pin_memory=peers.device.type == "cuda",
+        )
     total = train.total_steps(len(batches))
-    seed_model(train.seed)
+    torch.manual_seed(train.seed)
     sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
     config.task.check(sample, splits.classes, config.model)
     with _section("model"):
         module = config.model.build(sample)
-    if train.sync_batch_norm:
-        synchronise_batch_norm(module, engine.data)
-    identity = _place_model(module, config, world)
+    _prepare_model(module, config, world, peers)
+    # Before the engine shards tensors and changes the class.
+    tensors = {name: [list(t.shape), str(t.dtype)] for name, t in module.state_dict().items()}
+    identity = {"class": type(module).__name__, "tensors": tensors}
     engine.pairs = config.model.pairs
     engine.place(module)
     optimizer = config.optimizer.build(module)
     rates = config.schedule.build(optimizer, total, len(batches))
     controller = _controller(config, engine, module, optimizer, total)
-    seed_process(train.seed, 0, engine.data.rank)
+    seed_process(train.seed, 0, peers.rank)
     scaler = torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16")
     return RunContext(
         config=config,
@@ -140,62 +190,58 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     )
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast to bf16 or fp16; a context without effect for the others."""
-    return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+def seed_process(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators from ``step`` on, for dropout: another stream on every process."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
 
 
-def _batches(config: RunConfig, world: Peers, splits: Splits) -> GlobalBatches:
+def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Peers) -> None:
+    """Synchronise batch norms, move the model, recompute activations, compile; all in place."""
     train = config.train
-    with _section("train"):
-        train.check_accumulation(world.size)
-        return GlobalBatches(
-            splits.train,
-            train.global_batch,
-            world_rank=world.rank,
-            world_size=world.size,
-            seed=train.seed,
-            shuffle=True,
-            drop_last=True,
-            num_workers=train.workers,
-            pin_memory=world.device.type == "cuda",
-        )
-
-
-def _place_model(module: nn.Module, config: RunConfig, world: World) -> dict[str, Any]:
-    """Move and prepare the model in place; its fingerprint."""
-    train = config.train
+    if train.sync_batch_norm:
+        synchronise_batch_norm(module, peers)
     if train.precision == "float64" and not config.model.float64:
         name = type(config.model).__name__
         raise ConfigError("train.precision", "float64", f"{name} of transformers computes parts in float32")
-    _move(module, world.device, torch.float64 if train.precision == "float64" else torch.float32)
+    dtype = torch.float64 if train.precision == "float64" else torch.float32
+    floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    # Tensors without data, of which a plan makes its models, cannot be moved.
+    if any((t.device, t.dtype) != (world.device, dtype) for t in floating):
+        module.to(world.device, dtype)
     if train.activation_checkpointing:
-        _checkpoint_activations(module)
+        if not getattr(module, "supports_gradient_checkpointing", False):
+            rule = f"{type(module).__name__} cannot recompute its activations"
+            raise ConfigError("train.activation_checkpointing", True, rule, fix="Set it to false.")
+        # The name until transformers 5.
+        old = getattr(module, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(module, "activation_checkpointing_enable", old)
+        enable({"use_reentrant": False})
     if config.compile:
         module.compile()
-    return fingerprint(module)
 
 
-def _move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Unless all is there: tensors without data, of which a plan makes its models, cannot be moved."""
-    floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    if any((t.device, t.dtype) != (device, dtype) for t in floating):
-        module.to(device, dtype)
+def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:
+    """Let every batch norm take its statistics from the batches of all processes, in place.
 
-
-def _checkpoint_activations(module: nn.Module) -> None:
-    if not getattr(module, "supports_gradient_checkpointing", False):
-        rule = f"{type(module).__name__} cannot recompute its activations"
-        raise ConfigError("train.activation_checkpointing", True, rule, fix="Set it to false.")
-    # The name until transformers 5.
-    old = getattr(module, "gradient_checkpointing_enable", None)
-    enable: Any = getattr(module, "activation_checkpointing_enable", old)
-    enable({"use_reentrant": False})
+    On GPUs only: torch's ``SyncBatchNorm`` has no other kernels. Elsewhere each process uses its own batch, and a
+    warning says so. Sends 2 C + 1 numbers a layer of C channels forward, 2 C backward.
+    """
+    if world.size == 1:
+        return
+    if world.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, world.group)
+        return
+    log.warning(
+        "train.sync_batch_norm is true, but torch can do that on GPUs only: each of the %d processes takes "
+        "batch statistics from its own part of the batch.",
+        world.size,
+    )
 
 
 def _controller(
     config: RunConfig, engine: Engine, module: nn.Module, optimizer: Optimizer, total: int
-) -> Controller:
+) -> Dense | OIALR:
     frequency = config.record.frequency if config.record.spectra else None
     if config.oialr is None:
         return Dense(module, optimizer, engine, frequency=frequency)
@@ -217,4 +263,4 @@ def _section(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise in_section(error, name) from None
+        raise error.in_section(name) from None

@@ -1,4 +1,4 @@
-"""Which settings make a run the one it is, and which may change when it is resumed."""
+"""Whether a checkpoint or folder is of this run: its settings, data and model; and which settings may change."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from hpc_oialr.errors import CheckpointError
+from hpc_oialr.errors import CheckpointError, OIALRError
+from hpc_oialr.record import RunFolder
 from hpc_oialr.redaction import mask_tree
-from hpc_oialr.train.config_tree import flat
+from hpc_oialr.train.load_config import LoadedConfig, flat
 
 log = logging.getLogger(__name__)
 
-# Where, by whom and from which disk it is computed, and how often it is saved: not what is computed. ``dense`` holds
-# the settings of another run, the dense twin's. This list is the only one.
+# Where and by whom it is computed, from which disk, and how often it is saved: not what is computed. ``dense`` holds
+# the settings of another run, the dense twin. This list is the only one.
 RESUMABLE = (
     "engine",
     "train.device",
@@ -39,10 +41,9 @@ def may_change(name: str) -> bool:
 
 def fixed_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that may not change, by dotted name, as JSON holds them."""
-    fixed: dict[str, Any] = json.loads(
-        json.dumps({name: value for name, value in flat(tree).items() if not may_change(name)}, default=str)
-    )
-    return fixed
+    fixed = {name: value for name, value in flat(tree).items() if not may_change(name)}
+    as_json: dict[str, Any] = json.loads(json.dumps(fixed, default=str))
+    return as_json
 
 
 def stored(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,10 +61,10 @@ def _shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Names of settings that differ; a name that one version of the program has and the other has not does not count.
+    """Names of settings that differ.
 
     Every setting is stored, defaults too: a name that is missing on one side, in a section that both have, came or
-    went with a version.
+    went with a version of the program, and does not count.
     """
     names = []
     for name in {**there, **here}:
@@ -71,45 +72,45 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             same = there[name] == here[name]
         else:
             section = f"{name.rpartition('.')[0]}."
-            same = section != "." and all(
-                any(key.startswith(section) for key in side) for side in (there, here)
-            )
+            sides = (any(key.startswith(section) for key in side) for side in (there, here))
+            same = section != "." and all(sides)
         if not same:
             names.append(name)
     return names
 
 
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> None:
+    """Raise :class:`OIALRError` that names the first setting that must not differ but does."""
+    theirs, ours = fixed_settings(there.tree), fixed_settings(here.tree)
+    if names := differing(theirs, ours):
+        raise OIALRError(
+            f"{folder} holds a run with other settings: {names[0]} is {theirs.get(names[0])!r} there, "
+            f"{ours.get(names[0])!r} here{_others(names)}; only these may differ: {', '.join(RESUMABLE)}. "
+            f"Take another --out, or go on with the run as it is: {RunFolder(folder).resume_command}"
+        )
+
+
 def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """See that a checkpoint is of this run.
-
-    Parameters
-    ----------
-    state
-        Of the checkpoint; one of an older version tells its seed only.
-    where
-        Path of the checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        With the first setting that differs, its value then and now.
-    """
+    """Raise :class:`CheckpointError` with the first setting that differs from those of a checkpoint's ``state``."""
     known = state.get("settings")
     then: Mapping[str, Any]
     now: Mapping[str, Any]
     if known is None:
+        # Of an older version, which stored the seed only.
         then, now = {"train.seed": state["seed"]}, {"train.seed": settings["train.seed"]}
     elif known["sha256"] == _sha256(settings):
         return
     else:
         then, now = known["values"], _shareable(settings)
-    names = differing(then, now)
-    if names:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    if names := differing(then, now):
+        was, is_now = (repr(side[names[0]]) if names[0] in side else "not set" for side in (then, now))
         raise CheckpointError(
-            f"{where} is of another run: {names[0]} was {_shown(then, names[0])} then and is "
-            f"{_shown(now, names[0])} now{more}. Put the value in config.yaml back, or take "
-            "that file or checkpoint out of this folder."
+            f"{where} is of another run: {names[0]} was {was} then and is {is_now} now{_others(names)}. Put the "
+            "value in config.yaml back, or take that file or checkpoint out of this folder."
         )
     if only := sorted(set(then) ^ set(now)) if known is not None else []:
         log.warning(
@@ -128,8 +129,22 @@ def require_same_data(state: Mapping[str, Any], samples: Mapping[str, int], wher
             )
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "not set"
+def require_same_model(here: Mapping[str, Any], there: Mapping[str, Any], where: str) -> None:
+    """Raise :class:`CheckpointError` that names the first difference of two models' ``RunContext.identity``."""
+    difference = ""
+    ours, theirs = here["tensors"], there["tensors"]
+    if here["class"] != there["class"]:
+        difference = f"class {there['class']} there, {here['class']} here"
+    elif name := next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), ""):
+        difference = f"{name} is {_tensor_text(theirs.get(name))} there, {_tensor_text(ours.get(name))} here"
+    if difference:
+        raise CheckpointError(
+            f"{where} is of another model: {difference}. Resume with the model settings of the run's config.yaml."
+        )
+
+
+def _tensor_text(tensor: list[Any] | None) -> str:
+    return "missing" if tensor is None else f"{' x '.join(map(str, tensor[0])) or 'a scalar'} {tensor[1]}"
 
 
 def _sha256(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as typed settings: a factor for every step, a pure function of it."""
+"""Learning-rate schedules as typed settings: a factor that is a pure function of the step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScheduleConfig(ABC):
         """
 
     def build(self, optimizer: Optimizer, total: int, epoch: int = 1) -> LearningRates:
-        """The schedule of one run of ``total`` steps, ``epoch`` of them a pass over the training data."""
+        """The schedule of a run; arguments as for :meth:`factor`."""
         return LearningRates(optimizer, lambda step: self.factor(step, total, epoch))
 
 
@@ -93,31 +93,27 @@ class WarmupCosine(ScheduleConfig):
         check_interval("k_decay", self.k_decay, 0, math.inf)
         check_interval("final", self.final, 0, 1, closed=(True, True))
         for name in ("warmup_steps", "warmup_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(name, value, "must not be negative")
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(name, getattr(self, name), "must not be negative")
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise ConfigError("warmup_steps", self.warmup_steps, "cannot be given beside warmup_epochs")
 
     def factor(self, step: int, total: int, epoch: int = 1) -> float:
         """Warm-up, then cosine."""
-        warmup = self._warmup(total, epoch)
+        if self.warmup_epochs is not None:
+            warmup = round(self.warmup_epochs * epoch)
+        else:
+            warmup = round(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
         if step < warmup:
             return (step + 1) / warmup
         share = min(1.0, (step - warmup) / max(1, total - warmup))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share**self.k_decay))
 
-    def _warmup(self, total: int, epoch: int) -> int:
-        """Steps of the warm-up."""
-        if self.warmup_epochs is not None:
-            return round(self.warmup_epochs * epoch)
-        return round(self.warmup * total) if self.warmup_steps is None else self.warmup_steps
-
 
 class LearningRates:
     """Sets every group's learning rate to its first value times ``factor(step)``.
 
-    Groups keep their order when parameters in them are replaced, so nothing is to be done then.
+    Groups keep their order when the method replaces parameters in them.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -125,7 +121,7 @@ class LearningRates:
         self.base = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, step: int) -> None:
-        """Take the learning rates of step ``step`` (from 0)."""
+        """Set the learning rates of step ``step`` (from 0)."""
         factor = self.factor(step)
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = base * factor
@@ -140,5 +136,5 @@ class LearningRates:
         return {"base": list(self.base)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Load :meth:`state_dict`."""
         self.base = [float(base) for base in state["base"]]

@@ -1,27 +1,36 @@
-"""The training loop: one path for any number of processes, with the method or without it."""
+"""The training loop: one path for any number of processes, with the method or without it.
+
+One step is :meth:`Trainer._step`. It passes through the task's ``loss``, the engine's ``backward`` and ``update``
+and the controller's ``step``.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hpc_oialr.data import Batch
+from hpc_oialr.data import ArrayDataset, Batch, GlobalBatches
 from hpc_oialr.distributed.world import AsyncFlagReduce
 from hpc_oialr.errors import CheckpointError, FolderLostError
+from hpc_oialr.lowrank import dense_parameters, trainable_parameters
+from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.lowrank.layout import whole
+from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.torch_compat import graphs_compiled
-from hpc_oialr.train import snapshot
+from hpc_oialr.train import checkpoint
+from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.evaluation import evaluate
-from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.run_context import RunContext
-from hpc_oialr.train.snapshot import Progress
-from hpc_oialr.train.stopping import Stopping, StopRequest
-from hpc_oialr.train.timers import Timers
+from hpc_oialr.train.tasks import StepRNG
+from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +38,8 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Takes a run from where it stands to its end.
 
-    Parameters
-    ----------
-    context
-        Model, data and optimizer.
-    store
-        Where checkpoints go.
-    recorder
-        What writes and shows the run.
-    settings
-        Those that may not change; see :mod:`hpc_oialr.train.same_run`.
-    stop
-        What may end the run early. Once any process wants to stop, all write a checkpoint after the same
-        step, the next one, and stop.
+    ``settings`` are those that may not change, see :mod:`hpc_oialr.train.same_run`. Once ``stop`` makes any process
+    want to stop, all write a checkpoint after the same step, the next one, and stop.
     """
 
     def __init__(
@@ -53,36 +51,36 @@ class Trainer:
         settings: Mapping[str, Any],
         stop: StopRequest | None = None,
     ) -> None:
-        self.context, self.store, self.recorder = context, store, recorder
-        self.settings = settings
+        self.context, self.store, self.recorder, self.settings = context, store, recorder, settings
+        self.config = context.config
         self.stopping = Stopping(stop or StopRequest())
         self._stop_flag = AsyncFlagReduce(context.world)
-        self.config = context.config
         self.timers = Timers(context.world.device)
         self.progress = Progress()
         self.first_graphs: int | None = None
         self._trained: list[nn.Parameter] | None = None
-        self._evaluation_steps = _spread(self.config.train.evaluations, context.total_steps)
+        total, count = context.total_steps, min(self.config.train.evaluations, context.total_steps)
+        self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
         self._waited_s = 0.0
 
     def resume(self) -> None:
-        """Go on from the last whole checkpoint; from the start if there is none."""
+        """Continue from the last intact checkpoint; from the start if there is none."""
         step = self.store.latest()
         if step is not None:
-            self.progress = snapshot.load(self.store, step, self.context, self.timers, self.settings)
+            self.progress = checkpoint.load(self.store, step, self.context, self.timers, self.settings)
             self._saved = step
             self.stopping.saved(self.progress.checkpoint_s)
 
     def fit(self) -> bool:
-        """Train to the end; False if it was stopped on request, True otherwise.
+        """Train to the end; False if stopped on request.
 
         Raises
         ------
         NonFiniteError
             If a weight that is due for an SVD holds NaN or Inf.
         CheckpointError
-            If the last checkpoint cannot be written; without one on the way the training goes on.
+            If the last checkpoint cannot be written; without an earlier one the training goes on.
         """
         self.recorder.begin(self.progress.step)
         self.context.module.train()
@@ -100,10 +98,8 @@ class Trainer:
         self._stop_flag.settle()
         self.save()
         if stop:
-            self.recorder.note(f"stopped after step {self.progress.step}: {self.stopping.reason}")
+            self.recorder.progress.note(f"stopped after step {self.progress.step}: {self.stopping.reason}")
         return not stop
-
-    # -- one step --------------------------------------------------------------------------------
 
     def _step(self, batch: Batch) -> None:
         context, progress, step = self.context, self.progress, self.progress.step
@@ -118,7 +114,7 @@ class Trainer:
             start = time.perf_counter()
             report = context.controller.step()
             if report is not None:
-                self.timers.add("update", time.perf_counter() - start)
+                self.timers.seconds["update"] += time.perf_counter() - start
                 self._trained = None
                 self.recorder.update(report)
         progress.step = step + 1
@@ -139,11 +135,9 @@ class Trainer:
                 since = time.perf_counter()
                 batch = next(iterator)
                 self._waited_s = time.perf_counter() - since
-                self.timers.add("data_wait", self._waited_s)
+                self.timers.seconds["data_wait"] += self._waited_s
                 left -= 1
                 yield batch
-
-    # -- between steps ---------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
         """Keep the best metric, and count evaluations without a better one."""
@@ -155,22 +149,17 @@ class Trainer:
             progress.best_metric = value if better else progress.best_metric
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        """Evaluate on "validation" or "test" and write it down; a collective call."""
-        task, progress = self.config.task, self.progress
+        """Evaluate on "validation" or "test" and record it; a collective call."""
+        name, progress = self.config.task.metric, self.progress
         with self.timers.aside("eval"):
             metrics = evaluate(self.context, getattr(self.context.splits, split))
-        row = {
-            "split": split,
-            "metric_name": f"{split}_{task.metric}",
-            "metric": metrics[task.metric],
-            **metrics,
-        }
+        row = {"split": split, "metric_name": f"{split}_{name}", "metric": metrics[name], **metrics}
         progress.last = {"step": progress.step, **row}
         self.recorder.evaluation(progress.step, self.timers.wall, row)
         return row
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint on the way; without room for it the training goes on, to the next one."""
+        """Write a checkpoint every ``checkpoint.every`` steps; without room for one the training goes on."""
         every = self.config.checkpoint.every
         if every is None or self.progress.step % every:
             return
@@ -182,13 +171,7 @@ class Trainer:
             log.warning("step %d: %s The training goes on.", self.progress.step, error)
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one.
-
-        Raises
-        ------
-        CheckpointError
-            If it cannot be written.
-        """
+        """Write a checkpoint into ``RUN/checkpoints``, unless this step has one; CheckpointError if that fails."""
         if self._saved == self.progress.step:
             return
         self.recorder.flush()
@@ -196,12 +179,105 @@ class Trainer:
         self.progress.checkpoint_s = self.stopping.checkpoint_s
         before = self.timers.seconds["checkpoint"]
         with self.timers.aside("checkpoint"):
-            snapshot.save(self.store, self.context, self.progress, self.timers, self.settings)
+            checkpoint.save(self.store, self.context, self.progress, self.timers, self.settings)
         self.stopping.saved(self.timers.seconds["checkpoint"] - before)
         self._saved = self.progress.step
 
+    def summary(self) -> dict[str, Any]:
+        """``summary.json`` of a finished run; a collective call, the same on all ranks but for times and memory.
 
-def _spread(count: int, total: int) -> set[int]:
-    """``count`` steps, at most all, equally spaced, the last one at the end."""
-    count = min(count, total)
-    return {max(1, round(total * i / count)) for i in range(1, count + 1)}
+        Evaluates on the test set, or on the validation set if there is no test set.
+        """
+        context, progress = self.context, self.progress
+        split = "test" if context.splits.test is not None else "validation"
+        current = progress.last.get("split") == split and progress.last["step"] == progress.step
+        final = progress.last if current else self.evaluate(split)
+        module, seconds = context.module, self.timers.state_dict()
+        units = progress.step * context.units_per_step
+        return {
+            "model": context.identity["class"],
+            "metric": final["metric"],
+            "metric_name": final["metric_name"],
+            "best_metric": progress.best_metric,
+            "wall_s": seconds["wall"],
+            "update_wall_s": seconds["update"],
+            "data_wait_s": seconds["data_wait"],
+            "eval_wall_s": seconds["eval"],
+            "checkpoint_wall_s": seconds["checkpoint"],
+            f"{self.config.task.unit}_per_s": units / seconds["wall"] if seconds["wall"] else 0.0,
+            "steps": progress.step,
+            "trainable_params": trainable_parameters(module),
+            "dense_trainable_params": dense_parameters(module),
+            "total_params": sum(whole_shape(p).numel() for p in module.parameters()),
+            "peak_memory_gib": self.recorder.peak_memory_gib(progress.peak_memory_gib),
+            "peak_rss_gib": peak_rss_bytes() / 1024**3,
+            "r": context.controller.r,
+            "recompilations": 0 if self.first_graphs is None else graphs_compiled() - self.first_graphs,
+            "world_size": context.world.size,
+            "seed": self.config.train.seed,
+            "weights_sha256": weights_sha256(context.engine.model_tensors(module)),
+        }
+
+
+def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
+    """Gradients of the mean loss over the global batch; this process's mean loss, on the device.
+
+    ``batch`` is this process's part, on the device; ``step`` is the number of steps done.
+    """
+    train, losses = context.config.train, []
+    parts = {key: value.chunk(train.accumulation) for key, value in batch.items()}
+    for i in range(train.accumulation):
+        piece = {key: values[i] for key, values in parts.items()}
+        last = i == train.accumulation - 1
+        with nullcontext() if last else context.controller.no_sync():
+            with context.autocast():
+                loss = context.config.task.loss(context.controller.model, piece, StepRNG(train.seed, step, i))
+                loss = loss / train.accumulation
+            context.engine.backward(loss, context.scaler)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
+    """Loss and metrics of the model over ``dataset``, equal on all processes; a collective call.
+
+    Changes nothing in the run: no random numbers are drawn, and nothing is recompiled.
+    """
+    context.share_buffers()
+    module, peers, train = context.module, context.engine.data, context.config.train
+    batches = GlobalBatches(
+        dataset,
+        train.evaluation_batch * peers.size,
+        world_rank=peers.rank,
+        world_size=peers.size,
+        seed=train.seed,
+        shuffle=False,
+        drop_last=False,
+        num_workers=train.workers,
+    )
+    parts: list[Tensor] = []
+    module.eval()
+    with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
+        for batch in batches.epoch(0):
+            with context.autocast():
+                parts.append(context.config.task.totals(module, context.place(batch)))
+        while len(parts) < len(batches):
+            # A process without a share of the last batch: some engines gather parameters in every forward pass, in
+            # which all processes must take part. Its sample does not count.
+            with context.autocast():
+                part = context.config.task.totals(module, context.place(dataset.gather(torch.arange(1))))
+            parts.append(torch.zeros_like(part))
+    module.train()
+    shared = peers.all_gather_object(torch.stack(parts).sum(0).tolist())
+    return context.config.task.metrics(torch.tensor(shared, dtype=torch.float64).sum(0))
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes, dtypes and bits; a collective call, sharded tensors are gathered one by one."""
+    digest = hashlib.sha256()
+    for name, stored in sorted(tensors.items()):
+        tensor = whole(stored)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -14,8 +14,7 @@ from support.cases import seeds
 from support.tiny_runs import write_recipe
 
 from hpc_oialr.cli.main import main
-from hpc_oialr.train.config_tree import flat
-from hpc_oialr.train.load_config import load_config
+from hpc_oialr.train.load_config import flat, load_config
 
 VALUES = (
     *("null", ".nan", ".inf", "-1", "0", "1", "2", "3.5", "1e12", "1000000000000", str(2**63), str(2**64)),

@@ -16,7 +16,7 @@ from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import new_file
 from hpc_oialr.record.files import write_atomically
 from hpc_oialr.system_errors import of_system, read_json
-from hpc_oialr.train.run import _log_file
+from hpc_oialr.train.process_settings import log_into
 
 
 def one_error(capsys, *words):
@@ -87,9 +87,8 @@ def test_a_disk_that_is_full_is_told_with_the_output(tmp_path, capsys):
             with pytest.raises(OSError, match="No space left") as caught, new_file(disk / "out") as draft:
                 write(draft)
             assert str(of_system(caught.value)).startswith(f"{disk}/")
-        log = _log_file(disk / "process_0.log")
-        log.emit(logging.makeLogRecord({"msg": "a" * 20_000}))
-        log.close()
+        with log_into(disk / "process_0.log"):
+            logging.getLogger("hpc_oialr").info("a" * 20_000)
     assert capsys.readouterr().err == ""
 
 

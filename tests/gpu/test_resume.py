@@ -13,14 +13,14 @@ from support.tiny_runs import write_text_folder
 from hpc_oialr.data import TextFolder
 from hpc_oialr.distributed import World
 from hpc_oialr.models import GPT2
-from hpc_oialr.train import snapshot
+from hpc_oialr.train import checkpoint
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import Precision, RunConfig, TrainConfig
-from hpc_oialr.train.one_step import forward_backward
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW, OptimizerConfig
 from hpc_oialr.train.run_context import RunContext, make_run_context
 from hpc_oialr.train.tasks import LanguageModelling
-from hpc_oialr.train.timers import Timers
+from hpc_oialr.train.timing import Timers
+from hpc_oialr.train.trainer import forward_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -82,10 +82,10 @@ def test_a_resumed_run_goes_on(
     store = CheckpointStore(tmp_path / "checkpoints", World.single(device))
     first = new_session(text, device, optimizer, precision)
     list(go_on(first, 0, saved))
-    snapshot.save(store, first, snapshot.Progress(step=saved), Timers(device), {"seed": 0})
+    checkpoint.save(store, first, checkpoint.Progress(step=saved), Timers(device), {"seed": 0})
     expected = list(go_on(first, saved, STEPS))
     second = new_session(text, device, optimizer, precision)
-    assert snapshot.load(store, saved, second, Timers(device), {"seed": 0}).step == saved
+    assert checkpoint.load(store, saved, second, Timers(device), {"seed": 0}).step == saved
     for p in second.module.parameters():
         assert p.device.type == device.type
     found = list(go_on(second, saved, STEPS))

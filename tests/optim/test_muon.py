@@ -13,7 +13,7 @@ from torch import nn
 from hpc_oialr import MuonAdamW, Selection, muon_adamw
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.lowrank import convert
-from hpc_oialr.train.optimizer_state import restore
+from hpc_oialr.train.checkpoint import load_optimizer
 from hpc_oialr.train.optimizers import MuonAdamW as RecipeMuonAdamW
 
 
@@ -91,7 +91,7 @@ def load(way: str, optimizer: torch.optim.Optimizer, state: dict[str, Any], mode
         {key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]
     ]
     groups = [{"names": a, "options": b} for a, b in zip(held, options, strict=True)]
-    restore(model, optimizer, tensors, {"groups": groups, "values": {}})
+    load_optimizer(model, optimizer, tensors, {"groups": groups, "values": {}})
 
 
 @pytest.mark.parametrize("way", ["torch's", "the trainer's"])

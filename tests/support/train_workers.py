@@ -8,7 +8,7 @@ from typing import Any
 from hpc_oialr.record import read_metrics
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
-from hpc_oialr.train.stopping import StopRequest
+from hpc_oialr.train.timing import StopRequest
 
 
 def train_worker(

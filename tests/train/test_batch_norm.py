@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hpc_oialr.distributed import World
-from hpc_oialr.train.batch_norm import synchronise_batch_norm
+from hpc_oialr.train.run_context import synchronise_batch_norm
 
 
 def model() -> nn.Module:

@@ -13,7 +13,7 @@ from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import train_or_resume
-from hpc_oialr.train.stopping import StopRequest
+from hpc_oialr.train.timing import StopRequest
 
 WORLD = World.single("cpu")
 

@@ -20,7 +20,7 @@ from hpc_oialr.record.run_folder import RunFolder
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train, train_or_resume
 from hpc_oialr.train.same_run import differing, fixed_settings, stored
-from hpc_oialr.train.stopping import StopRequest
+from hpc_oialr.train.timing import StopRequest
 
 WORLD = World.single("cpu")
 

@@ -23,7 +23,7 @@ from hpc_oialr.spectra import Spectra, open
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import Result, resume, train
-from hpc_oialr.train.stopping import StopRequest
+from hpc_oialr.train.timing import StopRequest
 
 DENSE: dict[str, Any] = {"oialr": None, "record": {"spectra": True, "frequency": 3}, "train": {"steps": 14}}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_oialr.train.stopping import Stopping, StopRequest
+from hpc_oialr.train.timing import Stopping, StopRequest
 
 
 class Clock:

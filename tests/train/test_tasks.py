@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.models import Autoformer
-from hpc_oialr.train.tasks import Classification, Forecasting, LanguageModelling, StepRNG
-from hpc_oialr.train.tasks.mixing import cutmix, mixup
+from hpc_oialr.train.tasks import Classification, Forecasting, LanguageModelling, StepRNG, cutmix, mixup
 
 
 class Pixels(torch.nn.Module):

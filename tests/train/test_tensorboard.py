@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from hpc_oialr.errors import MissingExtraError
-from hpc_oialr.train.tensorboard import TensorBoard
+from hpc_oialr.train.recorder import TensorBoard
 
 
 def test_without_the_extra(tmp_path, monkeypatch):

@@ -1,0 +1,240 @@
+"""What a model is trained to do: its loss, its metric, and the sums from which the metric is made."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hpc_oialr.data.base import Batch
+from hpc_oialr.errors import ConfigError, check_interval
+
+
+@dataclass(frozen=True)
+class StepRNG:
+    """Where a run stands: run seed, step, and part of an accumulated step.
+
+    A task's random choices are a function of it, the same on every process.
+    """
+
+    seed: int
+    step: int
+    part: int = 0
+
+    def generator(self) -> np.random.Generator:
+        """A generator of this part of this step."""
+        return np.random.default_rng((self.seed, self.step, self.part))
+
+
+class Task(ABC):
+    """Settings of one task; a subclass is a task."""
+
+    inputs: ClassVar[tuple[str, ...]]  # what a batch must hold
+    outputs: ClassVar[str | None] = None  # the model's setting that is its number of labels or tokens
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    unit: ClassVar[str]  # what count() counts
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+        """Training loss, the mean over the samples of ``batch``; a scalar with a graph."""
+
+    @abstractmethod
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums over ``batch`` from which :meth:`metrics` makes means; float64, the count last."""
+
+    @abstractmethod
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """``loss`` and the metric, from the sums over a whole data set."""
+
+    def count(self, batch: Batch) -> int:
+        """How many units a batch holds; by default its samples."""
+        return len(batch[self.inputs[0]])
+
+    def check(self, example: Batch, classes: int | None, model: object) -> None:
+        """Raise :class:`ConfigError` unless data, model settings and this task fit each other.
+
+        ``example`` is a batch; ``classes`` is the data's number of labels or tokens, None if that is unknown.
+        """
+        if missing := [key for key in self.inputs if key not in example]:
+            rule = f"needs batches with {missing[0]!r}; the data give {', '.join(sorted(example))}"
+            fix = "Choose the task that belongs to the data."
+            raise ConfigError("task", type(self).__name__, rule, fix=fix)
+        chosen = getattr(model, self.outputs, None) if self.outputs else None
+        if chosen is not None and classes is not None and chosen < classes:
+            rule = f"must be at least {classes}: the data have that many"
+            raise ConfigError(f"model.{self.outputs}", chosen, rule)
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is better than ``best``."""
+        return best is None or (value > best if self.higher_is_better else value < best)
+
+
+@dataclass(kw_only=True)
+class Classification(Task):
+    """Cross-entropy of images; judged by accuracy, a share in [0, 1].
+
+    Parameters
+    ----------
+    label_smoothing
+        Share of the target that is spread over all classes.
+    mixup, cutmix
+        alpha of their Beta distributions; 0 = off. With both on, each batch draws one of them.
+        Partners come from the same process's share of the batch.
+    """
+
+    inputs = ("pixel_values", "labels")
+    outputs = "classes"
+    metric = "accuracy"
+    higher_is_better = True
+    unit = "images"
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_interval("label_smoothing", self.label_smoothing, 0, 1, closed=(True, False))
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, getattr(self, name), "must not be negative")
+
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+        """Mean cross-entropy of a batch with ``pixel_values`` (B x C x H x W) and ``labels`` (B)."""
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        if not (self.mixup or self.cutmix):
+            return self._cross_entropy(model(pixel_values=pixels).logits, labels)
+        generator = rng.generator()
+        if self.cutmix and (not self.mixup or generator.random() < 0.5):
+            pixels, own = cutmix(pixels, generator, self.cutmix)
+        else:
+            pixels, own = mixup(pixels, generator, self.mixup)
+        logits = model(pixel_values=pixels).logits
+        own_loss, partner_loss = (self._cross_entropy(logits, y) for y in (labels, labels.flip(0)))
+        return own * own_loss + (1 - own) * partner_loss
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(_at_least_fp32(logits), labels, label_smoothing=self.label_smoothing)
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the losses, number of right answers, number of images."""
+        logits, labels = _at_least_fp32(model(pixel_values=batch["pixel_values"]).logits), batch["labels"]
+        right = (logits.argmax(-1) == labels).sum()
+        loss = cross_entropy(logits, labels, reduction="sum")
+        return torch.stack([loss.double(), right.double(), right.new_tensor(len(labels)).double()])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """``loss`` and ``accuracy``."""
+        loss, right, count = totals.tolist()
+        return {"loss": loss / count, "accuracy": right / count}
+
+
+def mixup(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
+    """``lam x + (1 - lam) x'`` and lam, drawn from Beta(alpha, alpha). arXiv 1710.09412.
+
+    ``pixels`` is B x C x H x W; the partner x' is the same batch in reverse order.
+    """
+    lam = float(generator.beta(alpha, alpha))
+    return torch.lerp(pixels.flip(0), pixels, lam), lam
+
+
+def cutmix(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
+    """A rectangle of about 1 - lam of the area comes from the partner; also the share that does not. arXiv 1905.04899.
+
+    As :func:`mixup` otherwise.
+    """
+    height, width = pixels.shape[-2:]
+    side = (1 - float(generator.beta(alpha, alpha))) ** 0.5
+
+    def span(size: int) -> tuple[int, int]:
+        """An interval of about ``side * size`` around a random centre, cut at the borders."""
+        centre, half = int(generator.integers(size)), round(side * size / 2)
+        return max(0, centre - half), min(size, centre + half)
+
+    (top, bottom), (left, right) = span(height), span(width)
+    mixed = pixels.clone()
+    mixed[..., top:bottom, left:right] = pixels.flip(0)[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+@dataclass(kw_only=True)
+class Forecasting(Task):
+    """Likelihood of the future of a time series under the predicted distribution; judged by the MSE of its mean.
+
+    The MSE is in the units of the data, which are standardised. The model's predictions do not
+    depend on ``future_values``, which only the likelihood needs; so no sampling is done.
+    """
+
+    inputs = ("past_values", "future_values", "future_observed_mask")
+    optional_inputs = ("past_time_features", "past_observed_mask", "future_time_features")
+    metric = "mse"
+    higher_is_better = False
+    unit = "windows"
+
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+        """Mean negative log-likelihood."""
+        loss: Tensor = self._forward(model, batch).loss
+        return loss
+
+    def totals(self, model: Any, batch: Batch) -> Tensor:
+        """Sums over the observed values of loss, squared error and absolute error, and their number."""
+        outputs, observed = self._forward(model, batch), batch["future_observed_mask"].double()
+        predicted = model.output_distribution(outputs.params, loc=outputs.loc, scale=outputs.scale).mean
+        error = (predicted - batch["future_values"]).double() * observed
+        count = observed.sum()
+        return torch.stack([outputs.loss.double() * count, error.square().sum(), error.abs().sum(), count])
+
+    def _forward(self, model: nn.Module, batch: Batch) -> Any:
+        names = (*self.inputs, *self.optional_inputs)
+        return model(**{name: batch[name] for name in names if name in batch})
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """``loss`` (nats), ``mse`` and ``mae``."""
+        loss, squares, absolutes, count = totals.tolist()
+        return {"loss": loss / count, "mse": squares / count, "mae": absolutes / count}
+
+
+@dataclass(kw_only=True)
+class LanguageModelling(Task):
+    """Cross-entropy of the next byte; judged by bits per byte."""
+
+    inputs = ("input_ids", "labels")
+    outputs = "vocabulary"
+    metric = "bits_per_byte"
+    higher_is_better = False
+    unit = "tokens"
+
+    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+        """Mean cross-entropy of a batch with ``input_ids`` and ``labels`` (B x T), in nats."""
+        return cross_entropy(*self._predictions(model, batch))
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the losses and number of predicted bytes."""
+        logits, targets = self._predictions(model, batch)
+        loss = cross_entropy(logits, targets, reduction="sum").double()
+        return torch.stack([loss, loss.new_tensor(targets.numel())])
+
+    def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (N x V) and the bytes they predict (N): as in transformers, labels are not shifted."""
+        logits = _at_least_fp32(model(input_ids=batch["input_ids"]).logits)
+        return logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """``loss`` (nats), ``bits_per_byte`` and ``perplexity``."""
+        total, count = totals.tolist()
+        loss = total / count
+        return {"loss": loss, "bits_per_byte": loss / math.log(2), "perplexity": math.exp(min(loss, 700.0))}
+
+    def count(self, batch: Batch) -> int:
+        """Tokens."""
+        return batch["input_ids"].numel()
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
