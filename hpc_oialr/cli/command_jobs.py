@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _cells(row: JobRow) -> list[str]:
     """One row of the table; a dash for what is not known."""
-    progress, state = row.progress, row.state
+    state = row.state
     requeues = UNKNOWN if state.requeues is None else f"{state.requeues} of {row.job.max_requeues}"
-    step = UNKNOWN if progress.step is None else f"{progress.step} of {progress.total_steps}"
-    metric = f"{progress.metric_name} {_number(progress.metric, '.4f')}" if progress.metric_name else UNKNOWN
+    step = UNKNOWN if row.step is None else f"{row.step} of {row.total_steps}"
+    metric = f"{row.metric_name} {_number(row.metric, '.4f')}" if row.metric_name else UNKNOWN
     return [
         row.job.job_id,
         str(row.folder.path),
@@ -63,9 +63,9 @@ def _cells(row: JobRow) -> list[str]:
         requeues,
         step,
         _times(row),
-        _number(progress.trained_share, ".1%"),
-        _number(progress.r_mean, ".1f"),
-        _number(progress.loss, ".4f"),
+        _number(row.trained_share, ".1%"),
+        _number(row.r_mean, ".1f"),
+        _number(row.loss, ".4f"),
         metric,
     ]
 

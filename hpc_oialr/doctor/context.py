@@ -16,7 +16,6 @@ from typing import Any, Literal
 from hpc_oialr.commands import Answer, run_command
 from hpc_oialr.distributed.environment import (
     LaunchInfo,
-    all_variables,
     gpus_per_node,
     in_step,
     launch_info,
@@ -24,7 +23,7 @@ from hpc_oialr.distributed.environment import (
     under_mpi,
 )
 from hpc_oialr.errors import OIALRError, UnknownNameError, WorldError, check_interval
-from hpc_oialr.launch.site import ClusterConfig, read_site, site_file
+from hpc_oialr.launch.site import read_site, site_file
 
 State = Literal["ok", "note", "problem"]
 STATES: tuple[State, ...] = ("ok", "note", "problem")
@@ -128,15 +127,14 @@ class CheckContext:
 
         Raises :class:`UnknownNameError` that lists the sites if there is none of this name.
         """
-        config, findings = ClusterConfig(environ=all_variables()), []
-        if site is not None:
-            try:
-                config, findings = read_site(site, in_job=True), [ok("site", f"{site}: its file runs here")]
-            except UnknownNameError:
-                raise
-            except OIALRError as error:
-                fix = f"module avail   (then correct {site_file(site)})"
-                findings = [problem("site", str(error), fix)]
+        try:
+            config = read_site(site, in_job=True)
+            findings = [ok("site", f"{site}: its file runs here")] if site else []
+        except UnknownNameError:
+            raise
+        except OIALRError as error:
+            config = read_site(None)
+            findings = [problem("site", str(error), f"module avail   (then correct {site_file(site or '')})")]
         environ = config.environ
         # The site's options stand on sbatch's command line, which overrides its variables.
         context = cls(

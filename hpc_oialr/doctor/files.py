@@ -33,7 +33,16 @@ def check_folder(context: CheckContext) -> list[Finding]:
 def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
     """What the probe of the folder says of its use, space, number of files and owner."""
     there = Path(report["there"])
-    findings = [_usable(report)]
+    if report.get("works"):
+        findings = [ok("run folder", f"{there}: files are written, renamed at once and read back")]
+    else:
+        step, error = report.get("step", "be used"), report.get("error", "no answer in time")
+        number, fix = report.get("errno"), _ELSEWHERE
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            fix = f"df -h {quote(str(there))}; quota -s   (then delete what is not needed)"
+        elif number == errno.EACCES and report.get("owner") == os.geteuid():
+            fix = f"chmod u+rwx {quote(str(there))}"
+        findings = [problem("run folder", f"{there}: cannot {step}: {error}", fix)]
     if "free_bytes" in report:
         where, free = mount(there), report["free_bytes"] / 2**30
         fix = f"delete old runs, or {_ELSEWHERE}"
@@ -56,19 +65,6 @@ def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]
         else:
             findings.append(ok("owner", f"this user, mode {report['mode']:04o}"))
     return findings
-
-
-def _usable(report: dict[str, Any]) -> Finding:
-    there, number = report["there"], report.get("errno")
-    if report.get("works"):
-        return ok("run folder", f"{there}: files are written, renamed at once and read back")
-    found = f"{there}: cannot {report.get('step', 'be used')}: {report.get('error', 'no answer in time')}"
-    fix = _ELSEWHERE
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        fix = f"df -h {quote(there)}; quota -s   (then delete what is not needed)"
-    elif number == errno.EACCES and report.get("owner") == os.geteuid():
-        fix = f"chmod u+rwx {quote(there)}"
-    return problem("run folder", found, fix)
 
 
 def check_hdf5(context: CheckContext) -> list[Finding]:

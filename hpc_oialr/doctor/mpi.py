@@ -33,7 +33,7 @@ def check_mpi(context: CheckContext) -> list[Finding]:
         # If it fails, the controller's own line tells why.
         if answer.code == 0:
             wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
-            findings.append(judge_plugin(library, parse_plugins(answer.stdout + answer.stderr), wanted))
+            findings.append(judge_plugin(library, answer.stdout + answer.stderr, wanted))
     return findings
 
 
@@ -67,8 +67,13 @@ def judge_place(context: CheckContext, report: dict[str, Any], answer: Answer) -
     return ok("MPI ranks", f"{found}, as {place.launcher} does")
 
 
-def judge_plugin(library: str, plugins: list[str], wanted: str = "") -> Finding:
-    """Whether srun has a plugin for the library, and batch scripts take it (``wanted``, unless "")."""
+def judge_plugin(library: str, listed: str, wanted: str = "") -> Finding:
+    """Whether srun has a plugin for the library, and batch scripts take it (``wanted``, unless "").
+
+    ``listed`` is what ``srun --mpi=list`` prints.
+    """
+    lines = [line for line in listed.splitlines() if "plugin types" not in line]
+    plugins = list(dict.fromkeys(match[1] for line in lines for match in _PLUGIN.finditer(line)))
     fits = [plugin for plugin in spoken(library) if plugin in plugins]
     if not fits:
         needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"
@@ -90,15 +95,3 @@ def spoken(library: str) -> tuple[str, ...]:
     (('pmix',), ('pmi2', 'pmix'))
     """
     return next((plugins for name, plugins in _SPOKEN.items() if library.startswith(name)), _OTHERS)
-
-
-def parse_plugins(text: str) -> list[str]:
-    """Names of plugins in what ``srun --mpi=list`` prints.
-
-    Examples
-    --------
-    >>> parse_plugins("MPI plugin types are...\\n\\tnone\\n\\tpmi2\\nspecific pmix plugin versions available: pmix_v4")
-    ['pmi2', 'pmix']
-    """
-    listed = [line for line in text.splitlines() if "plugin types" not in line]
-    return list(dict.fromkeys(match[1] for line in listed for match in _PLUGIN.finditer(line)))

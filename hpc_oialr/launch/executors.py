@@ -8,24 +8,27 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from submitit import DebugExecutor, Executor, LocalExecutor, LocalJob, SlurmExecutor, SlurmJob
 from submitit.core.core import Job
-from submitit.core.utils import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 
 from hpc_oialr.distributed.environment import all_variables
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, OIALRError
 from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.request import Request
 from hpc_oialr.launch.site import ClusterConfig
-from hpc_oialr.launch.slurm import Slurm, limit_of
+from hpc_oialr.launch.slurm import Slurm
 
 _JOB = Path(__file__).with_name("job.sh")
+# In the place of the interpreter that runs submitit's main program; the folder is the last argument of both.
+_TASK = shlex.join([sys.executable, "-u", "-m", "hpc_oialr.launch.task"])
 # They make arrays, wait for the job's end, or override --requeue and --time.
 _NEVER = {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_NO_REQUEUE", "SBATCH_TIMELIMIT"}
 
@@ -75,63 +78,13 @@ class OwnLocalJob(_OwnPickles, LocalJob[Any]):
     """A job on this machine."""
 
 
-def _task(folder: Path) -> str:
-    return shlex.join([sys.executable, "-u", "-m", "hpc_oialr.launch.task", str(folder)])
-
-
 class RunsOnSlurm(SlurmExecutor):
     """Starts runs by srun inside a batch script."""
-
-    job_class = OwnSlurmJob
-
-    @property
-    def _submitit_command_str(self) -> str:
-        return _task(self.folder)
 
     @classmethod
     def affinity(cls) -> int:
         """Positive without srun, too: a dry run works anywhere."""
         return 2
-
-    def script(self, runs: int) -> str:
-        """The batch script of a run, or of an array of several."""
-        many: dict[str, Any] = {"map_count": runs} if runs > 1 else {}
-        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **many)
-
-    def submit_runs(self, calls: list[Any]) -> list[Job[Any]]:
-        """Submit one run, or several as an array."""
-        with only_as_written(self.script(len(calls))):
-            jobs = self.submit_array(calls)
-        return [OwnSlurmJob(self.folder, job.job_id, range(job.num_tasks)) for job in jobs]
-
-
-class RunsHere(LocalExecutor):
-    """Starts runs on this machine, in the background."""
-
-    job_class = OwnLocalJob
-
-    @property
-    def _submitit_command_str(self) -> str:
-        return _task(self.folder)
-
-
-@contextmanager
-def only_as_written(script: str) -> Iterator[None]:
-    """Hide ``SBATCH_*`` variables that would override lines of the script; those for other options stay.
-
-    Raises :class:`ConfigError` if they send the job to another cluster than the one that is asked about it.
-    """
-    given = all_variables()
-    if given.get("SBATCH_CLUSTERS", here := given.get("SLURM_CLUSTERS", "")) != here:
-        rule = f"must be that of SLURM_CLUSTERS, {here!r}, which squeue and scancel read"
-        raise ConfigError("SBATCH_CLUSTERS", given["SBATCH_CLUSTERS"], rule, fix="Set both, or neither.")
-    options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
-    names = {f"SBATCH_{option.upper().replace('-', '_')}" for option in options} | _NEVER
-    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(taken)
 
 
 def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str, signal: str) -> Executor:
@@ -141,14 +94,14 @@ def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str
     """
     match request.executor:
         case "slurm":
-            executor: Executor = RunsOnSlurm(folder)
+            executor: Executor = RunsOnSlurm(folder, python=_TASK)
             # submitit renders a script with them at once.
             executor.update_parameters(**_slurm_parameters(request, site, name, signal))
         case "local":
             if signal != "USR2":
                 rule = "must be USR2 with the executor 'local', which sends no other"
                 raise ConfigError("train.stop_signal", signal, rule)
-            executor = RunsHere(folder)
+            executor = LocalExecutor(folder, python=_TASK)
             executor.update_parameters(
                 tasks_per_node=request.processes_per_node,
                 gpus_per_node=request.gpus,
@@ -185,7 +138,56 @@ def _slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: 
         "additional_parameters": {
             **{option: value or True for option, value in site.sbatch.items()},
             "signal": f"{signal}@{request.signal_s}",
-            "time": limit_of(request.time_s),
+            "time": request.time.strip(),
             "requeue": True,
         },
     }
+
+
+def batch_script(executor: SlurmExecutor, runs: int) -> str:
+    """The batch script of a run, or of an array of several."""
+    many: dict[str, Any] = {"map_count": runs} if runs > 1 else {}
+    command = executor._submitit_command_str
+    return _make_sbatch_string(command, executor.folder, **executor.parameters, **many)
+
+
+def submit_runs(executor: Executor, calls: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
+    """Submit one run, or several as an array; raises :class:`OIALRError` if Slurm refuses."""
+    script = batch_script(executor, len(calls)) if isinstance(executor, SlurmExecutor) else ""
+    try:
+        # submitit prints sbatch's message, which the error holds.
+        with only_as_written(script), redirect_stderr(StringIO()):
+            jobs = executor.submit_array(calls)
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = " ".join(str(error).split()) or "sbatch says no reason"
+        raise OIALRError(f"Slurm refused the job: {reason}") from None
+    return [_own(job) for job in jobs]
+
+
+def _own(job: Job[Any]) -> Job[Any]:
+    tasks = range(job.num_tasks)
+    match job:
+        case SlurmJob():
+            return OwnSlurmJob(job.paths.folder, job.job_id, tasks)
+        case LocalJob():
+            return OwnLocalJob(job.paths.folder, job.job_id, tasks, job._process)
+    return job
+
+
+@contextmanager
+def only_as_written(script: str) -> Iterator[None]:
+    """Hide ``SBATCH_*`` variables that would override lines of the script; those for other options stay.
+
+    Raises :class:`ConfigError` if they send the job to another cluster than the one that is asked about it.
+    """
+    given = all_variables()
+    if given.get("SBATCH_CLUSTERS", here := given.get("SLURM_CLUSTERS", "")) != here:
+        rule = f"must be that of SLURM_CLUSTERS, {here!r}, which squeue and scancel read"
+        raise ConfigError("SBATCH_CLUSTERS", given["SBATCH_CLUSTERS"], rule, fix="Set both, or neither.")
+    options = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.MULTILINE)
+    names = {f"SBATCH_{option.upper().replace('-', '_')}" for option in options} | _NEVER
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

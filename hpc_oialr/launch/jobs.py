@@ -28,9 +28,13 @@ _JOB_ID = re.compile(r"\d+(_\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunProgress:
-    """The last figures of a run; None for those that are not there yet."""
+class JobRow:
+    """One submitted run: its job, the job's state, and the run's last figures, None for those that are not there yet."""
 
+    folder: RunFolder
+    job: JobFile
+    state: JobState  # COMPLETED or ENDED where only the run folder tells
+    error: str  # last telling line of the log, if the job failed
     step: int | None = None
     total_steps: int | None = None
     step_s: float | None = None  # time per step over the last rows
@@ -40,17 +44,6 @@ class RunProgress:
     metric_name: str = ""
     trained_share: float | None = None  # trained parameters, of the dense model's, in [0, 1]
     r_mean: float | None = None  # over layers, at the last update
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobRow:
-    """One submitted run: its job, the job's state, the run's progress."""
-
-    folder: RunFolder
-    job: JobFile
-    state: JobState  # COMPLETED or ENDED where only the run folder tells
-    progress: RunProgress
-    error: str = ""  # last telling line of the log, if the job failed
 
     @property
     def left_s(self) -> float | None:
@@ -62,10 +55,9 @@ class JobRow:
     @property
     def eta_s(self) -> float | None:
         """Time to the run's end, while it runs (s)."""
-        at = self.progress
-        if self.state.state != "RUNNING" or at.step is None or at.total_steps is None or at.step_s is None:
+        if self.state.state != "RUNNING" or self.step is None or not self.total_steps or self.step_s is None:
             return None
-        return max(0.0, (at.total_steps - at.step) * at.step_s - at.age_s)
+        return max(0.0, (self.total_steps - self.step) * self.step_s - self.age_s)
 
 
 def find_runs(given: Sequence[Path] = (), root: Path = ROOT) -> list[RunFolder]:
@@ -105,12 +97,12 @@ def rows_of(folders: Iterable[RunFolder], slurm: Slurm) -> list[JobRow]:
         if state.state == FORGOTTEN:
             state = replace(state, state="COMPLETED" if folder.finished else ENDED)
         reason = last_error(job) if state.over and not folder.finished else ""
-        rows.append(JobRow(folder=folder, job=job, state=state, progress=read_progress(folder), error=reason))
+        rows.append(JobRow(folder=folder, job=job, state=state, error=reason, **read_progress(folder)))
     return rows
 
 
-def read_progress(folder: RunFolder) -> RunProgress:
-    """Progress of the run in a folder; raises :class:`DataError` if its metrics are damaged."""
+def read_progress(folder: RunFolder) -> dict[str, Any]:
+    """Figures of :class:`JobRow` from a run folder; raises :class:`DataError` if its metrics are damaged."""
     rows = read_last_metrics(folder.metrics)
     steps = [row for row in rows if "loss" in row and "split" not in row]
     evaluations = [row for row in rows if "split" in row]
@@ -126,7 +118,7 @@ def read_progress(folder: RunFolder) -> RunProgress:
         figures |= {name: evaluations[-1].get(name) for name in ("metric", "metric_name")}
     if updates:
         figures["r_mean"] = updates[-1]["r_mean"]
-    return RunProgress(**figures)
+    return figures
 
 
 def states_of(jobs: Sequence[JobFile], slurm: Slurm) -> list[JobState]:

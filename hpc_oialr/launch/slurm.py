@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -24,7 +24,7 @@ _CHANGE_OUTPUT = (
     *("SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_JSON", "SLURM_YAML"),
 )
 # Names and widths of squeue's columns.
-_COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "StartTime": 24, "EndTime": 24, "Reason": 60}
+_COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "EndTime": 24, "Reason": 60}
 # Slurm does not answer; Slurm answers but no longer knows the job; the job is over but its run is not finished.
 UNKNOWN, FORGOTTEN, ENDED = "UNKNOWN", "FORGOTTEN", "ENDED"
 _OVER = {
@@ -43,7 +43,8 @@ class NoAnswerError(Exception):
 
 def ask(command: Sequence[str], *, text: str | None = None, timeout_s: float = QUESTION_S) -> Answer:
     """Run a program without a shell, with ``text`` as its input; raises :class:`NoAnswerError` if it fails."""
-    answer = run_command(command, timeout_s=timeout_s, environ=plain_variables(), text=text)
+    environ = {name: value for name, value in all_variables().items() if not name.startswith(_CHANGE_OUTPUT)}
+    answer = run_command(command, timeout_s=timeout_s, environ=environ, text=text)
     if answer.trouble == "hung":
         raise NoAnswerError(f"{command[0]} does not answer within {timeout_s:g} s")
     if answer.trouble == "missing":
@@ -53,26 +54,12 @@ def ask(command: Sequence[str], *, text: str | None = None, timeout_s: float = Q
     return answer
 
 
-def plain_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without variables that change the output of Slurm's programs.
-
-    Examples
-    --------
-    >>> plain_variables({"SQUEUE_PARTITION": "gpu", "SLURM_TIME_FORMAT": "relative", "SLURM_CONF": "/etc/slurm.conf"})
-    {'SLURM_CONF': '/etc/slurm.conf'}
-    """
-    return {
-        name: value for name, value in all_variables(environ).items() if not name.startswith(_CHANGE_OUTPUT)
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class JobState:
     """A job at this moment, in Slurm's words; None and "" for what is not known."""
 
     state: str
     requeues: int | None = None
-    start: datetime | None = None  # when it started, or is expected to
     end: datetime | None = None  # when it ended, or must end
     reason: str = ""  # why it waits
 
@@ -114,7 +101,7 @@ class Slurm:
             return found
         which = ["--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={','.join(rest)}"]
         try:
-            return parse_history(ask(["sacct", *which, "--format=JobID,State,Start,End"]).stdout) | found
+            return parse_history(ask(["sacct", *which, "--format=JobID,State,End"]).stdout) | found
         except NoAnswerError as error:
             self.warn_once(
                 "sacct",
@@ -135,7 +122,7 @@ def parse_queue(text: str) -> dict[str, JobState]:
 
     Examples
     --------
-    >>> line = f"{'12_0':40}{'RUNNING':20}{'1':12}{'2026-01-01T10:00:00':24}{'2026-01-01T14:00:00':24}{'None':60}"
+    >>> line = f"{'12_0':40}{'RUNNING':20}{'1':12}{'2026-01-01T14:00:00':24}{'None':60}"
     >>> parse_queue(line)["12_0"].end
     datetime.datetime(2026, 1, 1, 14, 0)
     """
@@ -147,12 +134,11 @@ def parse_queue(text: str) -> dict[str, JobState]:
         for width in _COLUMNS.values():
             row.append(line[:width].strip())
             line = line[width:]
-        job, state, requeues, start, end, reason = row
+        job, state, requeues, end, reason = row
         _require_job(job, state, "squeue")
         states[job] = JobState(
             state=state,
             requeues=int(requeues) if requeues.isdigit() else None,
-            start=_time(start),
             end=_time(end),
             reason="" if reason == "None" else reason,
         )
@@ -164,18 +150,16 @@ def parse_history(text: str) -> dict[str, JobState]:
 
     Examples
     --------
-    >>> parse_history("7|REQUEUED|Unknown|Unknown\\n7|CANCELLED by 0|Unknown|2026-01-01T14:00:00\\n")["7"]
-    ... # doctest: +NORMALIZE_WHITESPACE
-    JobState(state='CANCELLED', requeues=1, start=None, end=datetime.datetime(2026, 1, 1, 14, 0), reason='')
+    >>> parse_history("7|REQUEUED|Unknown\\n7|CANCELLED by 0|2026-01-01T14:00:00\\n")["7"]
+    JobState(state='CANCELLED', requeues=1, end=datetime.datetime(2026, 1, 1, 14, 0), reason='')
     """
     states: dict[str, JobState] = {}
     for line in text.splitlines():
-        job, state, start, end = (*line.split("|"), "", "", "")[:4]
+        job, state, end = (*line.split("|"), "", "")[:3]
         _require_job(job, state, "sacct")
         before = states.get(job)
         requeues = 0 if before is None or before.requeues is None else before.requeues + 1
-        word = state.split(" ")[0]
-        states[job] = JobState(state=word, requeues=requeues, start=_time(start), end=_time(end))
+        states[job] = JobState(state=state.split(" ")[0], requeues=requeues, end=_time(end))
     return states
 
 
@@ -196,10 +180,8 @@ def job_over(job: str) -> bool | None:
     """Whether a Slurm job will not run again; None if Slurm cannot be asked."""
     # Called repeatedly while a command waits for a folder; its result already says that nothing is known.
     slurm = Slurm(level=logging.INFO)
-    found = slurm.states([job]).get(job)
-    if found is not None:
-        return found.over
-    return True if slurm.reached else None
+    state = slurm.states([job]).get(job)
+    return state.over if state else True if slurm.reached else None
 
 
 def show_job(job: str) -> dict[str, str]:
@@ -231,16 +213,3 @@ def seconds_of(text: str) -> int | None:
     parts = [int(part) for part in match.groups()[1:] if part is not None]
     units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
     return 86_400 * int(match["days"] or 0) + sum(p * unit for p, unit in zip(parts, units, strict=False))
-
-
-def limit_of(seconds: int) -> str:
-    """A time limit as Slurm writes it.
-
-    Examples
-    --------
-    >>> limit_of(14400), limit_of(216000)
-    ('04:00:00', '2-12:00:00')
-    """
-    hours, rest = divmod(seconds, 3600)
-    days, hours = divmod(hours, 24)
-    return f"{f'{days}-' if days else ''}{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"

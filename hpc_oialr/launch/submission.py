@@ -6,9 +6,9 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, redirect_stderr, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from io import StringIO
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -24,7 +24,7 @@ from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
-    from submitit import Executor, Job
+    from submitit import Job
 
     from hpc_oialr.train.config import TrainConfig
 
@@ -100,11 +100,14 @@ class Submission:
 
     def script(self) -> str:
         """The batch script; raises :class:`ConfigError` with an executor that has none."""
-        script = getattr(self._executor(), "script", None)
-        if script is None:
+        if self.request.executor != "slurm":
             rule = "has no batch script to look at"
             raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
-        return str(script(len(self.runs)))
+        executors = _executors()
+        executor = executors.make_executor(
+            self.request, self.site, self._files, self.folder.name, self.signal
+        )
+        return str(executors.batch_script(executor, len(self.runs)))
 
     def submit(self) -> list[Job[Any]]:
         """Submit; each run folder then holds its ``job.json``.
@@ -113,7 +116,10 @@ class Submission:
         """
         for run in self.runs:
             _check_free(run)
-        new, executor = not self.folder.exists(), self._executor()
+        executors, new = _executors(), not self.folder.exists()
+        executor = executors.make_executor(
+            self.request, self.site, self._files, self.folder.name, self.signal
+        )
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
             # Ctrl-C takes effect before or after: a job whose folder does not name it would run unnoticed.
@@ -126,7 +132,7 @@ class Submission:
             for folder in folders:
                 folder.create()
             try:
-                jobs = _submit(executor, self.runs)
+                jobs: list[Job[Any]] = executors.submit_runs(executor, self.runs)
             except (OIALRError, OSError):
                 stack.close()
                 if new:
@@ -149,15 +155,6 @@ class Submission:
     @property
     def _files(self) -> Path:
         return self.folder / "submitit"
-
-    def _executor(self) -> Executor:
-        try:
-            from hpc_oialr.launch.executors import make_executor
-        except ImportError as error:
-            if error.name is None or error.name.partition(".")[0] != "submitit":
-                raise
-            raise MissingExtraError("submitit", "slurm", purpose="Submitting a run") from None
-        return make_executor(self.request, self.site, self._files, self.folder.name, self.signal)
 
     def _remove_made(self, folders: Sequence[RunFolder]) -> None:
         """Remove what :meth:`submit` made; files that somebody else has put there stay."""
@@ -211,15 +208,10 @@ def _tell() -> None:
         os.write(2, b"\noialr: the job is being submitted; oialr cancel ends it, Ctrl-C again: end at once\n")
 
 
-def _submit(executor: Executor, runs: Sequence[RecipeRun]) -> list[Job[Any]]:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+def _executors() -> Any:
+    """The module that needs submitit."""
+    if find_spec("submitit") is None:
+        raise MissingExtraError("submitit", "slurm", purpose="Submitting a run")
+    from hpc_oialr.launch import executors
 
-    submit_runs = getattr(executor, "submit_runs", executor.submit_array)
-    try:
-        # submitit prints sbatch's message, which the error holds.
-        with redirect_stderr(StringIO()):
-            return list(submit_runs(list(runs)))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise OIALRError(
-            f"Slurm refused the job: {' '.join(str(error).split()) or 'sbatch says no reason'}"
-        ) from None
+    return executors

@@ -45,7 +45,7 @@ def entry() -> None:
         # Without its controller the process would go on unseen, and the next submission find the folder in use.
         end_with_parent()
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[-1]))
     except SystemExit as left:
         code = left.code or 0
     except OIALRError as error:

@@ -108,16 +108,16 @@ def test_in_a_step_without_mpi_it_is_not_started(context, mpi4py):
     ],
 )
 def test_plugins(library, plugins, state, fix):
-    found = mpi.judge_plugin(library, plugins)
+    found = mpi.judge_plugin(library, "\n".join(["MPI plugin types are...", "\tnone", *plugins]))
     assert (found.name, found.state) == ("MPI plugin", state)
     assert found.fix.startswith(fix)
 
 
 def test_the_plugin_that_batch_scripts_take():
-    found = mpi.judge_plugin("Open MPI v4.1.4", ["pmi2", "pmix"], "pmi2")
+    found = mpi.judge_plugin("Open MPI v4.1.4", "pmi2\npmix", "pmi2")
     assert (found.state, found.fix) == ("problem", "export OIALR_MPI=pmix")
     assert found.found == "batch scripts take srun --mpi=pmi2; Open MPI v4.1.4 needs pmix"
-    assert mpi.judge_plugin("Open MPI v4.1.4", ["pmi2", "pmix"], "none").state == "ok"
+    assert mpi.judge_plugin("Open MPI v4.1.4", "pmi2\npmix", "none").state == "ok"
 
 
 def test_srun_without_the_librarys_plugin(context, programs, mpi4py):

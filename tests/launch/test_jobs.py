@@ -68,10 +68,9 @@ def test_a_running_job(slurm, tmp_path):
     )
     (row,) = rows_of(find_runs(), Slurm())
     assert (row.state.state, row.state.requeues, row.error) == ("RUNNING", 3, "")
-    progress = row.progress
-    assert (progress.step, progress.total_steps, progress.step_s) == (40, 100, 0.5)
-    assert (progress.metric, progress.metric_name, progress.r_mean) == (0.75, "test_accuracy", 12.5)
-    assert (progress.loss, progress.trained_share) == (0.025, 0.25)
+    assert (row.step, row.total_steps, row.step_s) == (40, 100, 0.5)
+    assert (row.metric, row.metric_name, row.r_mean) == (0.75, "test_accuracy", 12.5)
+    assert (row.loss, row.trained_share) == (0.025, 0.25)
     assert 0 < row.eta_s <= 30
     assert 500 < row.left_s <= 600
     (call,) = slurm.calls

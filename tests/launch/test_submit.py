@@ -38,7 +38,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --partition=gpu
 #SBATCH --requeue
 #SBATCH --signal=USR1@60
-#SBATCH --time=1-12:00:00
+#SBATCH --time=1-12
 
 # setup
 export OIALR_MAX_REQUEUES=5
@@ -51,7 +51,7 @@ module load cuda
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {folder}/submitit/%j_%t_log.out --error {folder}/submitit/%j_%t_log.err \
 --open-mode=append --cpu-bind=cores '--mpi=p x' \
-{python} -u -m hpc_oialr.launch.task {folder}/submitit
+{python} -u -m hpc_oialr.launch.task -u -m submitit.core._submit {folder}/submitit
 """
 NASTY = """it's "$(touch broken)" `touch broken` ; touch broken"""
 
@@ -207,6 +207,9 @@ def test_names_with_quotes_and_commands_are_only_names(slurm, recipe, tmp_path):
         "-u",
         "-m",
         "hpc_oialr.launch.task",
+        "-u",
+        "-m",
+        "submitit.core._submit",
         str(files),
     ]
     header = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
@@ -325,6 +328,7 @@ def test_a_folder_with_another_run(slurm, recipe, tmp_path):
 def test_submitit_is_missing(slurm, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.delitem(sys.modules, "hpc_oialr.launch.executors", raising=False)
+    monkeypatch.delattr(hpc_oialr.launch, "executors", raising=False)
     with pytest.raises(
         MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"
     ):

@@ -31,7 +31,7 @@ def test_two_processes(tmp_path, monkeypatch, capfd):
     summary, nothing = job.results()
     assert (summary["steps"], summary["world_size"], nothing) == (10, 2, None)
     (row,) = rows_of(find_runs(), Slurm())
-    assert (row.state.state, row.progress.step, row.progress.total_steps) == ("COMPLETED", 10, 10)
+    assert (row.state.state, row.step, row.total_steps) == ("COMPLETED", 10, 10)
     capfd.readouterr()
     assert main(["logs", "runs/first", "-f"]) == 0
     assert "conversion of" in capfd.readouterr().out

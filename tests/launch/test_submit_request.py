@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch import Request
-from hpc_oialr.launch.slurm import limit_of, seconds_of
+from hpc_oialr.launch.slurm import seconds_of
 
 
 def test_defaults():
@@ -91,11 +89,6 @@ def test_unknown_names(parameters, text):
     if "node" in parameters:
         assert "time='01:00:00'" in str(caught.value)
         assert str(caught.value).endswith("Did you mean 'nodes'?")
-
-
-@given(st.integers(0, 10**7))
-def test_a_limit_is_read_as_it_is_written(seconds):
-    assert seconds_of(limit_of(seconds)) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "1-", "1:2:3:4", "-5", "1:", "1 2", "٣:", "one"])

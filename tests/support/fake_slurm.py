@@ -78,7 +78,6 @@ def _squeue(answers: dict[str, Any], arguments: list[str]) -> None:
         row = {
             "JobArrayID": job,
             "RestartCnt": 0,
-            "StartTime": "N/A",
             "EndTime": "N/A",
             "Reason": "None",
             **fields,
@@ -92,7 +91,7 @@ def _sacct(answers: dict[str, Any], arguments: list[str]) -> int:
         sys.stderr.write("Slurm accounting storage is disabled\n")
         return 1
     for job, states in answers["history"].items():
-        sys.stdout.write("".join(f"{job}|{state}|Unknown|Unknown\n" for state in states))
+        sys.stdout.write("".join(f"{job}|{state}|Unknown\n" for state in states))
     return 0
 
 
