@@ -61,30 +61,4 @@ __all__ = [
     "trainable_parameters",
 ]
 
-offer(
-    __name__,
-    {
-        "hpc_oialr.lowrank": (
-            "Selection",
-            "dense_parameters",
-            "low_rank_layers",
-            "match_structure",
-            "merge",
-            "trainable_parameters",
-        ),
-        "hpc_oialr.method.config": ("OIALRConfig",),
-        "hpc_oialr.method.oialr": ("OIALR",),
-        "hpc_oialr.method.report": ("LayerUpdate", "UpdateReport"),
-        "hpc_oialr.method.rules": (
-            "CumulativeSum",
-            "Energy",
-            "FixedFraction",
-            "NoiseEdge",
-            "RankLimits",
-            "RankRule",
-            "RelativeCutoff",
-            "StableRank",
-        ),
-        "hpc_oialr.optim": ("MuonAdamW", "muon_adamw", "register_optimizer_state"),
-    },
-)
+offer(__name__)

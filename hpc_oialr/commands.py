@@ -1,4 +1,4 @@
-"""Run another program: it may be missing, fail or hang, so each runs with a timeout."""
+"""Run another program with a timeout: it may be missing, fail or hang."""
 
 from __future__ import annotations
 
@@ -16,26 +16,16 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program said.
-
-    Attributes
-    ----------
-    stdout, stderr
-        Its standard output and error, as far as it came.
-    code
-        Its exit code; None if it did not come to its end.
-    trouble
-        "missing", "refused" (it cannot be started), "hung" or "".
-    """
+    """Output of a program."""
 
     stdout: str = ""
     stderr: str = ""
-    code: int | None = None
-    trouble: Literal["", "missing", "refused", "hung"] = ""
+    code: int | None = None  # None if it did not exit by itself
+    trouble: Literal["", "missing", "refused", "hung"] = ""  # refused: it cannot be started
 
     @property
     def reason(self) -> str:
-        """Why it failed, in one line: the last that it said."""
+        """Why it failed: its last line of output."""
         if self.trouble == "hung":
             return "no answer in time"
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
@@ -50,18 +40,9 @@ def run_command(
     text: str | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Answer:
-    """Run a program to its end, without a shell; it is ended, with its children, if it hangs.
+    """Run a program without a shell; after ``timeout_s`` it is killed with its children.
 
-    Parameters
-    ----------
-    timeout_s
-        Longest wait (s).
-    environ
-        Its variables; default this process's.
-    text
-        Standard input.
-    pass_fds
-        Files that stay open in it.
+    ``environ``: its variables, by default this process's; ``text``: standard input; ``pass_fds``: files that stay open.
     """
     try:
         process = subprocess.Popen(
@@ -82,7 +63,7 @@ def run_command(
     try:
         stdout, stderr = process.communicate(text, timeout=timeout_s)
     except BaseException as error:
-        # Children too, and upon Ctrl-C as well, which does not reach another session.
+        # Children too, and on Ctrl-C as well, which does not reach another session.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         if not isinstance(error, subprocess.TimeoutExpired):
@@ -90,6 +71,6 @@ def run_command(
         try:
             return Answer(*process.communicate(timeout=_REAPING_S), trouble="hung")
         except subprocess.TimeoutExpired:
-            # It waits inside the kernel, for a file server say, and dies when that answers.
+            # It waits inside the kernel, e.g. for a file server, and dies when that answers.
             return Answer(trouble="hung")
     return Answer(stdout, stderr, process.returncode)

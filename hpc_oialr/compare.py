@@ -32,21 +32,11 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two finished runs.
+    """Two finished runs."""
 
-    Attributes
-    ----------
-    folder
-        Holds both run folders and ``compare.json``.
-    result
-        Content of ``compare.json``.
-    curves
-        For each side, (training seconds, metric) of every evaluation.
-    """
-
-    folder: Path
-    result: dict[str, Any]
-    curves: Mapping[str, Curve]
+    folder: Path  # of both run folders and compare.json
+    result: dict[str, Any]  # content of compare.json
+    curves: Mapping[str, Curve]  # of each side, (training seconds, metric) of every evaluation
 
 
 def compare(
@@ -57,32 +47,12 @@ def compare(
     stop: StopRequest | None = None,
     claim: Claim | None = None,
 ) -> Comparison | None:
-    """Train the dense twin, then the recipe, and compare them.
+    """Train the dense twin, then the recipe, and compare them; None if stopped on request, to be called again.
 
-    Each runs in a fresh process, so that memory and caches of one do not serve the other; started as
-    several processes, both run in them one after the other.
-
-    Parameters
-    ----------
-    loaded
-        The recipe, with the method.
-    folder
-        Gets the run folders ``dense`` and ``oialr``, and ``compare.json``.
-    own
-        The dense twin takes the recipe's ``dense`` settings; otherwise the same ones, so the same steps.
-    stop
-        What may end it early; the same call goes on with it.
-    claim
-        How the folders are claimed.
-
-    Returns
-    -------
-    The comparison; None if it was stopped on request.
-
-    Raises
-    ------
-    OIALRError
-        If the recipe trains dense anyway, the folder holds a comparison, or a run fails.
+    Each runs in a fresh process, so that neither uses memory or caches of the other; started as several processes,
+    both run in them one after the other. ``own``: the dense twin takes the recipe's ``dense`` settings; otherwise the
+    same ones, so the same steps. Raises OIALRError if the recipe trains dense anyway, the folder holds a comparison,
+    or a run fails.
     """
     if loaded.config.oialr is None:
         raise OIALRError(
@@ -100,13 +70,7 @@ def compare(
 
 
 def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
-    """Write both sides' settings; goes on with a comparison of the same ones that was stopped.
-
-    Raises
-    ------
-    OIALRError
-        If the folder holds a finished comparison, or anything else under these names.
-    """
+    """Write both sides' settings, or accept a stopped comparison of the same ones; refuse any other content."""
     if (folder / "compare.json").exists():
         raise OIALRError(f"{folder} holds a comparison already. Take another --out.")
     if RunFolder(folder).holds_run or RunFolder(folder).job.exists():
@@ -147,9 +111,7 @@ def judge(dense: Mapping[str, Any], oialr: Mapping[str, Any], dense_curve: Curve
 
 
 def metric_at(curve: Curve, wall_s: float) -> float | None:
-    """A curve's metric after ``wall_s`` seconds, between two evaluations by a straight line.
-
-    None before the first evaluation, of which nothing is known; the last value after the last.
+    """A curve's metric after ``wall_s`` seconds, interpolated; None before the first evaluation.
 
     Examples
     --------
@@ -175,13 +137,7 @@ def evaluation_curve(metrics: Path) -> list[tuple[float, float]]:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Metric against wall time for both runs; needs matplotlib.
-
-    Raises
-    ------
-    ImportError
-        If there is no matplotlib.
-    """
+    """Metric against wall time for both runs; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -222,7 +178,7 @@ def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopReques
 
 
 def _wait(run: subprocess.Popen[bytes], stop: StopRequest) -> int:
-    """A run's exit code; a signal that came to this process alone is handed on. Ctrl-C goes to both anyway."""
+    """A run's exit code; signals that reach this process alone are passed on, which Ctrl-C needs not."""
     told = False
     with run:
         while True:

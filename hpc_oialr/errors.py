@@ -13,18 +13,8 @@ class OIALRError(Exception):
 class ConfigError(OIALRError, ValueError):
     """A setting is out of its range or does not fit the others.
 
-    Parameters
-    ----------
-    name
-        Dotted name of the setting, e.g. ``"oialr.rule.beta"``.
-    value
-        The value that was given.
-    rule
-        What it must satisfy, e.g. ``"must lie in (0, 1)"``.
-    origin
-        Where the value came from (a file, the command line), if known.
-    fix
-        One sentence that says what to do.
+    ``name`` is dotted, e.g. "oialr.rule.beta"; ``rule`` is what the value must satisfy, e.g. "must lie in (0, 1)";
+    ``origin`` is a file or the command line, if known; ``fix`` is one sentence that says what to do.
     """
 
     def __init__(
@@ -51,7 +41,7 @@ class ConfigError(OIALRError, ValueError):
 
 
 class UnknownNameError(OIALRError, LookupError):
-    """A name is not among the valid ones; the message lists them and the nearest match."""
+    """A name is not among the valid ones; the message lists them and suggests the nearest match."""
 
     def __init__(
         self,
@@ -90,7 +80,7 @@ class NonFiniteError(OIALRError, ArithmeticError):
 
 
 class ReplicaMismatchError(OIALRError, RuntimeError):
-    """Processes that must hold equal bits do not."""
+    """Replicas that must be equal bit for bit are not."""
 
 
 class WorldError(OIALRError, RuntimeError):
@@ -102,19 +92,19 @@ class ProcessLostError(WorldError):
 
 
 class HealthError(OIALRError, RuntimeError):
-    """A node or process is not fit for the run, found before it begins."""
+    """A node or process is not fit for the run, detected before it starts."""
 
 
 class HostError(OIALRError, RuntimeError):
-    """The operating system refuses something, or memory is short; befalls one process, not all."""
+    """The operating system refuses something, or memory is short; occurs in one process, not all."""
 
 
 class DataError(OIALRError, FileNotFoundError):
-    """A data file is missing, damaged or of another form."""
+    """A data file is missing, damaged or has another format."""
 
 
 class SampleError(DataError):
-    """One sample cannot be read: befalls the process whose turn it is, not the others."""
+    """One sample cannot be read; occurs in the process that loads it, not the others."""
 
 
 class CheckpointError(OIALRError, RuntimeError):
@@ -122,7 +112,7 @@ class CheckpointError(OIALRError, RuntimeError):
 
 
 class FolderLostError(CheckpointError):
-    """The run's folder is gone, or belongs to another process now: nothing may be written there any more."""
+    """The run's folder is gone, or belongs to another process now: nothing may be written there."""
 
 
 def check_interval(

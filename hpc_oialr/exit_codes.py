@@ -1,17 +1,17 @@
-"""How a run tells its batch script what became of it.
+"""Exit codes of a run, for its batch script.
 
 =====  ==========================================================================================
 code   meaning
 =====  ==========================================================================================
 0      finished
-2      stopped by what the user can put right; the reason is the last line on standard error
-75     stopped on request, a checkpoint is written: start the same command again (EX_TEMPFAIL)
+2      stopped by an error that the user can fix; the reason is the last line on standard error
+75     stopped on request with a checkpoint: start the same command again (EX_TEMPFAIL)
 76     another process died or hung: start again from the last checkpoint
 other  a crash, or 128 + the number of the signal that killed it
 =====  ==========================================================================================
 
-srun returns the highest code of its tasks, and when one leaves it ends the others, which leave with 76 then. So tasks
-of srun leave with 200 more for an error that starting again does not cure: 202 instead of 2, 201 instead of 1.
+srun returns the highest code of its tasks, and when one exits it ends the others, which then exit with 76. So tasks
+of srun add 200 for an error that a restart does not cure: 202 instead of 2, 201 instead of 1.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LAST_SMALL = 54
 
 
 def of_error(error: OIALRError) -> int:
-    """The code of a run that ended with ``error``."""
+    """Of a run that ended with ``error``."""
     return PROCESS_LOST if isinstance(error, ProcessLostError) else USER_ERROR
 
 
 def of_task(code: int, launcher: str) -> int:
-    """The code with which one process of several leaves.
+    """Of one process of several.
 
     Examples
     --------

@@ -26,33 +26,12 @@ FORMATS: tuple[Format, ...] = ("dense", "lowrank")
 def export(
     run: Path, form: Format, *, out: Path | None = None, step: int | None = None, force: bool = False
 ) -> Path:
-    """Write a checkpoint's model into a folder ``RUN/export/dense`` or ``RUN/export/lowrank``.
+    """Write a checkpoint's model, by default the last, into ``RUN/export/dense`` or ``RUN/export/lowrank``, or ``out``.
 
-    Parameters
-    ----------
-    run
-        Folder of a run.
-    form
-        "dense": ``model.safetensors`` with the original names and, for a transformers model,
-        ``config.json``, so that its class's ``from_pretrained`` loads the folder. "lowrank": factors as
-        ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and ``lowrank.json`` with r and the shape of every layer.
-    out
-        Another folder; new, empty, or of an earlier export.
-    step
-        Checkpoint to take; default the last.
-    force
-        Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
-
-    Returns
-    -------
-    The folder.
-
-    Raises
-    ------
-    CheckpointError
-        If the run has no such checkpoint, or it is damaged.
-    OutputError
-        If the folder holds what no export wrote.
+    "dense": ``model.safetensors`` with the original names and, for a transformers model, ``config.json``, so that its
+    class's ``from_pretrained`` loads the folder. "lowrank": factors as ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and
+    ``lowrank.json`` with r and the shape of every layer. Raises CheckpointError if the run has no such checkpoint or
+    it is damaged, OutputError if the folder holds what no export wrote (see :func:`hpc_oialr.outputs.new_folder`).
     """
     target = out or run / "export" / form
     with new_folder(target, "oialr export", inputs=[run], force=force) as folder:
@@ -74,13 +53,7 @@ def _write(model: nn.Module, form: Format, folder: Path) -> None:
 
 
 def load_model(run: Path, *, step: int | None = None) -> nn.Module:
-    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay so.
-
-    Raises
-    ------
-    CheckpointError
-        If the run has no such checkpoint, or it is damaged.
-    """
+    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay low-rank."""
     if not (run / "config.yaml").exists():
         raise CheckpointError(f"{run} holds no run: there is no {run / 'config.yaml'}.")
     world = World.single("cpu")
@@ -94,7 +67,7 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
 
 
 def build_model(config: RunConfig, state: dict[str, Any]) -> nn.Module:
-    """A model of a checkpoint's structure, its values still to be filled in; no data are needed."""
+    """A model of a checkpoint's structure, without its values; needs no data."""
     example = {
         key: torch.zeros(shape, dtype=getattr(torch, dtype))
         for key, (shape, dtype) in state["example"].items()

@@ -1,35 +1,29 @@
 """Names of a package that are imported when they are first used.
 
-``import torch`` takes seconds, on a busy login node half a minute: what only lists jobs must not wait for it.
+``import torch`` takes seconds, on a busy login node half a minute: a command that only lists jobs must not wait for it.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
-def offer(package: str, homes: Mapping[str, Iterable[str]]) -> None:
-    """Let a package offer names of other modules without importing these.
-
-    Parameters
-    ----------
-    package
-        Name of the package; call this in its ``__init__.py``.
-    homes
-        Names by the module that defines them.
-    """
+def offer(package: str) -> None:
+    """Let a package offer, on demand, what its ``__init__.py`` imports under ``if TYPE_CHECKING``; call it there."""
     module = sys.modules[package]
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    module.__dict__["_homes"] = {alias.name: node.module for node in imports for alias in node.names}
     module.__class__ = _Package
-    module.__dict__["_homes"] = {name: home for home, names in homes.items() for name in names}
 
 
 class _Package(ModuleType):
-    """A package that imports the homes of its names on demand."""
-
     def __getattr__(self, name: str) -> Any:
         home = self.__dict__["_homes"].get(name)
         if home is None:
@@ -39,7 +33,7 @@ class _Package(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        # The import system hangs every submodule onto its package; a function of the same name goes before it.
+        # The import system sets every submodule on its package; a function of the same name takes precedence.
         if not (isinstance(value, ModuleType) and name in self.__dict__["_homes"]):
             super().__setattr__(name, value)
 

@@ -1,7 +1,7 @@
-"""What a command may write over: nothing, but its own earlier output, and with ``--force`` one named file.
+"""What a command may overwrite: its own earlier output, and with ``--force`` one named file; nothing else.
 
-Every ``--out`` goes through here before any work is done. A command's own earlier output is known by its content,
-never by its name.
+Every ``--out`` is checked here before any work is done. A command's own earlier output is known by its content, never
+by its name.
 """
 
 from __future__ import annotations
@@ -30,18 +30,10 @@ class OutputError(OIALRError):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output file.
+    """A kind of output file."""
 
-    Attributes
-    ----------
-    title
-        E.g. "a report page"; completes "X exists and is not ...".
-    is_own
-        Whether a file is an earlier output of this kind.
-    """
-
-    title: str
-    is_own: Callable[[Path], bool]
+    title: str  # e.g. "a report page"; completes "X exists and is not ..."
+    is_own: Callable[[Path], bool]  # whether a file is an earlier output of this kind
 
 
 def marked(title: str, *beginnings: bytes, mark: bytes) -> Kind:
@@ -59,21 +51,11 @@ def marked(title: str, *beginnings: bytes, mark: bytes) -> Kind:
 def claim(
     path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool | None = False
 ) -> Path:
-    """The file to write for an output path, if that destroys nothing; links are followed.
+    """The file to write for an output path; raises :class:`OutputError` if that would destroy something.
 
-    Parameters
-    ----------
-    inputs
-        Files and folders that are read: they, and what lies in them, are never written over, except by an
-        earlier output of the same kind.
-    force
-        Replace this one file, whatever it is; but no input, no folder and no device. None where there is no such
-        option.
-
-    Raises
-    ------
-    OutputError
-        If something is there that the command did not write.
+    Links are followed. ``inputs`` are files and folders that are read: they and their contents are never overwritten,
+    except an earlier output of the same kind. ``force`` replaces this one file, but no input, no folder and no device;
+    None where there is no such option.
     """
     target = resolved(path)
     if not target.exists():
@@ -102,7 +84,7 @@ def claim(
 
 
 def _holder(target: Path, inputs: Sequence[Path | str]) -> Path | None:
-    """The input folder in which a file lies, also under another name (a hard link)."""
+    """The input folder that holds a file, also under another name (a hard link)."""
     found = target.stat()
     for folder in (each for each in map(Path, inputs) if each.is_dir()):
         if target.is_relative_to(folder.resolve()):
@@ -114,7 +96,7 @@ def _holder(target: Path, inputs: Sequence[Path | str]) -> Path | None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A write that fails says to which output, also from safetensors, whose error is no OSError."""
+    """Name the output in the error of a write, also of safetensors, whose error is no OSError."""
     try:
         yield
     except Exception as error:
@@ -128,9 +110,9 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A name beside a file that :func:`claim` gave; what is written there takes its place at the end, at once.
+    """A temporary name beside ``target``; what is written there replaces it at the end, at once.
 
-    After an error nothing of it is left. The name keeps the suffix, by which some libraries choose the format.
+    After an error nothing is left. The name keeps the suffix, by which some libraries choose the format.
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         draft = Path(scratch) / f"new{target.suffix}"
@@ -145,23 +127,11 @@ def new_file(target: Path) -> Iterator[Path]:
 def new_folder(
     path: Path | str, command: str, *, inputs: Sequence[Path | str] = (), force: bool = False
 ) -> Iterator[Path]:
-    """An empty folder to write files into; at the end they go into ``path``, and the rest of it is left alone.
+    """An empty folder to write files into; at the end they are moved into ``path``, whose other files stay.
 
-    ``path`` must be new, empty, or hold nothing but what the same command wrote there and nobody has changed.
-
-    Parameters
-    ----------
-    command
-        E.g. "oialr export".
-    inputs
-        Folders that are read: none of them, and nothing in them, is written into, unless that is the case.
-    force
-        Write into a folder with other content: files of the same names are replaced, all others stay.
-
-    Raises
-    ------
-    OutputError
-        If something else is there; before anything is written.
+    ``path`` must be new, empty, or hold only what the same ``command`` (e.g. "oialr export") wrote there and nobody has
+    changed, and may lie in ``inputs``, folders that are read, only then. ``force`` writes into a folder with other
+    content: files of the same names are replaced. Raises :class:`OutputError` before anything is written.
     """
     target = resolved(path)
     earlier = _check_folder(path, target, command, inputs=inputs, force=force)
@@ -192,9 +162,8 @@ def _check_folder(
     if not target.is_dir():
         raise OutputError(f"{path} is a file, and the output is a folder. Name a new folder.")
     listed = _marker(target, command)
-    own = [
-        name for name, sha in listed.items() if (target / name).is_file() and sha256_of(target / name) == sha
-    ]
+    files = {name: target / name for name in listed if (target / name).is_file()}
+    own = [name for name, file in files.items() if sha256_of(file) == listed[name]]
     others = sorted({each.name for each in target.iterdir()} - {*own, *((MARKER,) if listed else ())})
     if not others:
         return own
@@ -223,13 +192,7 @@ def _marker(folder: Path, command: str) -> Mapping[str, str]:
 
 
 def require_absent(folder: Path, names: Sequence[str], what: str) -> None:
-    """Raise :class:`OutputError` if a folder holds one of the names that will be written there.
-
-    Parameters
-    ----------
-    what
-        What is begun there, e.g. "a run".
-    """
+    """Raise :class:`OutputError` if a folder holds one of the names that ``what``, e.g. "a run", will write there."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file, and {what} needs a folder. Name a new folder: --out")
     for name in names:
@@ -242,7 +205,7 @@ def require_absent(folder: Path, names: Sequence[str], what: str) -> None:
 
 
 def resolved(path: Path | str) -> Path:
-    """The path with links followed; raises :class:`OutputError` for links that lead round in a circle."""
+    """The path with links followed; raises :class:`OutputError` for a circle of links."""
     try:
         target = Path(path).resolve()
     except (OSError, RuntimeError) as error:
@@ -254,9 +217,6 @@ def resolved(path: Path | str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Checksum of a file of any size, read piece by piece."""
-    digest = hashlib.sha256()
+    """Checksum of a file of any size."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Keep secrets out of what a run writes down: passwords in addresses, tokens, keys."""
+"""Mask secrets in what a run writes: passwords in addresses, tokens, keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FORM = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether a name hints at a secret.
+    """Whether a name indicates a secret.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def is_secret(name: str) -> bool:
 
 
 def mask_text(text: str) -> str:
-    """A text without the secrets that can be told by their form.
+    """A text without the secrets that can be recognised by their form.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def mask_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same as one line without secrets; what a path may hold of line breaks and terminal codes is escaped.
+    """The same as one line; line breaks and terminal codes, which a path may hold, are escaped.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def one_line(text: str) -> str:
 
 
 def mask_tree(value: Any, name: str = "") -> Any:
-    """Settings without secrets: strings whose name hints at one, and what :func:`mask_text` finds in the others.
+    """Settings without secrets: strings whose name indicates one, and what :func:`mask_text` finds in others.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def mask_tree(value: Any, name: str = "") -> Any:
 
 
 class MaskingFormatter(logging.Formatter):
-    """A log's lines, tracebacks included, without secrets."""
+    """Formats log lines, tracebacks included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""

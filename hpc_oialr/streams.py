@@ -1,17 +1,21 @@
-"""Standard output and error that cannot end a run: closed pipes, full disks, terminals without UTF-8."""
+"""Standard output and error: failures that must not end a run, and messages of compiled libraries to drop.
+
+Closed pipes, full disks and terminals without UTF-8 lose output, nothing else.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 
 class TolerantStream:
-    """A text stream whose writes are dropped from the first one on that fails; all else is the stream's own.
+    """A text stream that drops its writes once one has failed.
 
     The file descriptor then points to the null device, so that libraries that write there, and Python's last
     flush, do not fail either.
@@ -45,7 +49,7 @@ class TolerantStream:
 
 
 def tolerate_output_failures() -> None:
-    """Let nothing that happens to standard output or error end this process; for programs, not for libraries."""
+    """Let no failure of standard output or error end this process; for programs, not for libraries."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -56,3 +60,37 @@ def tolerate_output_failures() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, cast(TextIO, TolerantStream(stream)))
+
+
+@contextlib.contextmanager
+def without_lines(markers: Sequence[bytes]) -> Iterator[None]:
+    """While active, drop lines that hold one of the markers from file descriptor 2, where C++ code writes directly.
+
+    All other lines are held back and passed on at the end, in order, so use it around short pieces only.
+    """
+    _flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with tempfile.TemporaryFile() as held:
+            os.dup2(held.fileno(), 2)
+            try:
+                yield
+            finally:
+                _flush()
+                os.dup2(kept, 2)
+                held.seek(0)
+                rest = b"".join(line for line in held if not any(marker in line for marker in markers))
+                with contextlib.suppress(OSError):
+                    while rest:
+                        rest = rest[os.write(kept, rest) :]
+    finally:
+        os.close(kept)
+
+
+def _flush() -> None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.flush()

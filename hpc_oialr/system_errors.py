@@ -1,4 +1,4 @@
-"""What the operating system refuses, as one line with the path and the fix."""
+"""Errors of the operating system as one line with the path and the fix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIXES = {
 
 
 def of_system(error: Exception) -> HostError | None:
-    """What the operating system or a lack of memory forbids, in one line with path and fix; None if it is neither."""
+    """An error of the operating system or a lack of memory in one line with path and fix; None if it is neither."""
     if isinstance(error, UnicodeDecodeError):
         return HostError(
             f"a file that must be UTF-8 text is not: byte {error.start}, {error.reason}. Name a text file."
@@ -58,13 +58,7 @@ def _of_os(error: OSError) -> HostError:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file a user named.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read or is no UTF-8; names the path.
-    """
+    """The text of a file; raises DataError with the path if it cannot be read or is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -76,13 +70,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read or is damaged; names the path.
-    """
+    """The value in a JSON file; raises DataError with the path if it cannot be read or is damaged."""
     try:
         return json.loads(read_text(path))
     except ValueError as error:

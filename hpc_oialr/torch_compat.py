@@ -1,9 +1,9 @@
 """Every private name of torch that the package uses, each looked up when it is first needed.
 
-Private names come, move and go between versions. ``import hpc_oialr`` and training on one process or under
-``DistributedDataParallel`` need none of those listed in ``_HOMES``: a torch without one of them loses the engine or
-the command that is built on it, which says so before any work is done. Tested with torch 2.11 to 2.14. Attributes of
-torch's own objects are read in ``engines/ddp_wrapper.py`` and ``engines/fsdp_groups.py``.
+Private names move between versions. ``import hpc_oialr`` and training on one process or under
+``DistributedDataParallel`` need none of those listed in ``_HOMES``: without one of them only the engine or command
+built on it fails, before any work is done. Attributes of torch's own objects are read in ``engines/ddp_wrapper.py``
+and ``engines/fsdp_groups.py``.
 """
 
 from __future__ import annotations
@@ -86,29 +86,22 @@ def _find(name: str, purpose: str = "this") -> Any:
 
 
 def require_dtensors(purpose: str) -> None:
-    """See that :func:`forget_shapes` will work.
-
-    Raises
-    ------
-    TorchVersionError
-        With ``purpose`` and the name that is missing.
-    """
+    """Raise TorchVersionError, with the missing name, if :func:`forget_shapes` will not work."""
     for name in _OF_DTENSORS:
         _find(name, purpose)
 
 
 def require_fsdp(purpose: str) -> None:
-    """See that FSDP2's parameters can be replaced; raises as :func:`require_dtensors` does."""
+    """Raise TorchVersionError, with the missing name, if FSDP2's parameters cannot be replaced."""
     require_dtensors(purpose)
     for name in ("FSDPParam", "ParamModuleInfo"):
         _find(name, purpose)
 
 
 def forget_shapes() -> None:
-    """Empty torch's unbounded tables of how operations on DTensors split their results (as of torch 2.13).
+    """Clear torch's unbounded caches of how operations on DTensors split their results (as of torch 2.13).
 
-    They gain a hundred objects a layer at each change of r, and none is asked for again. The next step fills them
-    anew: some milliseconds.
+    They gain a hundred objects a layer at each change of r that are never used again; refilling takes milliseconds.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
@@ -120,14 +113,14 @@ def forget_shapes() -> None:
 
 
 def forget_groups() -> None:
-    """Empty that one of these tables which refers to process groups, and would keep them alive."""
+    """Clear the cache that refers to process groups, and would keep them alive."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
 
 
 def fsdp_param_groups(module: nn.Module) -> list[Any]:
-    """FSDP2's parameter groups of one module that ``fully_shard`` has seen: one at most before torch 2.13."""
+    """FSDP2's parameter groups of a module after ``fully_shard``: one at most before torch 2.13."""
     state = module._get_fsdp_state()  # type: ignore[operator]
     several = getattr(state, "_fsdp_param_groups", None)
     if several is not None:
@@ -141,7 +134,7 @@ def has_final_buckets(wrapper: DistributedDataParallel) -> bool:
 
 
 def onednn_enabled() -> bool:
-    """Whether oneDNN is there, is not switched off, and offers its linear product."""
+    """Whether oneDNN is available, enabled, and has its linear product."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
@@ -150,13 +143,13 @@ def onednn_enabled() -> bool:
 
 
 def register_onednn_flops() -> None:
-    """Tell ``torch.utils.flop_counter`` how many operations :func:`onednn_linear` takes, which it does not know."""
+    """Tell ``torch.utils.flop_counter`` how many operations :func:`onednn_linear` takes."""
+
+    def flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
     if torch.backends.mkldnn.is_available():
-        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_onednn_flops)
-
-
-def _onednn_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
+        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(flops)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -165,13 +158,13 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def transforms_active() -> bool:
-    """Whether ``torch.func`` or a forward-mode derivative looks on; yes, should torch no longer tell."""
+    """Whether ``torch.func`` or forward-mode AD is active; True if torch has no such flag any more."""
     told = getattr(torch._C, "_are_functorch_transforms_active", None)
     return getattr(forward_ad, "_current_level", 0) >= 0 or told is None or told()
 
 
 def active_ddp_module() -> DistributedDataParallel | None:
-    """The ``DistributedDataParallel`` whose forward pass is under way."""
+    """The ``DistributedDataParallel`` whose forward pass is running."""
     active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
     return active
 
@@ -189,7 +182,7 @@ def graphs_compiled() -> int:
 
 @contextmanager
 def recompile_limit(times: int) -> Iterator[None]:
-    """Let torch.compile make so many graphs of one function meanwhile; past its own limit of 8 it gives up."""
+    """While active, let torch.compile make so many graphs of one function; its own limit is 8."""
     config: Any = torch._dynamo.config
     before = config.recompile_limit
     config.recompile_limit = times

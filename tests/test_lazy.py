@@ -24,7 +24,8 @@ def test_every_name_is_there_and_no_module(package):
 def test_a_function_goes_before_the_submodule_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "workshop").mkdir()
     (tmp_path / "workshop" / "__init__.py").write_text(
-        "from hpc_oialr.lazy import offer\noffer(__name__, {'workshop.work': ('work',)})\n"
+        "from typing import TYPE_CHECKING\nfrom hpc_oialr.lazy import offer\n"
+        "if TYPE_CHECKING:\n    from workshop.work import work\noffer(__name__)\n"
     )
     (tmp_path / "workshop" / "work.py").write_text("def work():\n    return 'done'\n")
     monkeypatch.syspath_prepend(tmp_path)

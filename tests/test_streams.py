@@ -47,7 +47,7 @@ def test_output_that_fails_ends_nothing(tmp_path, shell, variables):
 FILTERED = """
 import os, sys
 from pathlib import Path
-from hpc_oialr.stderr_filter import without_lines
+from hpc_oialr.streams import without_lines
 with without_lines([b"chatter"]):
     try:
         os.write(2, b"chatter 1\\nan error\\nchatter 2\\n")

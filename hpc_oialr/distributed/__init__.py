@@ -12,12 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LaunchInfo", "MetricsChannel", "World", "check_equal", "launch_info", "open_channel"]
 
-offer(
-    __name__,
-    {
-        "hpc_oialr.distributed.environment": ("LaunchInfo", "launch_info"),
-        "hpc_oialr.distributed.metric_reduction": ("MetricsChannel", "open_channel"),
-        "hpc_oialr.distributed.replicas": ("check_equal",),
-        "hpc_oialr.distributed.world": ("World",),
-    },
-)
+offer(__name__)

@@ -27,7 +27,7 @@ from hpc_oialr.engines.ddp_wrapper import (
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.layout import REPLICATED
-from hpc_oialr.stderr_filter import without_lines
+from hpc_oialr.streams import without_lines
 
 # Torch's bucket where nothing is set, and its first one, which is small so that sending begins early.
 _BUCKET_MB, _FIRST_BUCKET_MB = 25.0, 1.0

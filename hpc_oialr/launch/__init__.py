@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "submit"]
 
-offer(__name__, {"hpc_oialr.launch.request": ("Request",), "hpc_oialr.launch.submission": ("submit",)})
+offer(__name__)

@@ -26,14 +26,4 @@ __all__ = [
     "resident_bytes",
 ]
 
-offer(
-    __name__,
-    {
-        "hpc_oialr.record.environment_report": ("environment_report",),
-        "hpc_oialr.record.memory": ("MemoryMeter", "peak_rss_bytes", "resident_bytes"),
-        "hpc_oialr.record.metrics": ("MetricsWriter", "read_metrics"),
-        "hpc_oialr.record.throughput": ("Throughput",),
-        "hpc_oialr.record.progress": ("Progress", "Status", "make_progress"),
-        "hpc_oialr.record.run_folder": ("RunFolder",),
-    },
-)
+offer(__name__)

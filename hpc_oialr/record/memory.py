@@ -19,7 +19,7 @@ from hpc_oialr import torch_compat
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.record.tensor_tracker import TensorTracker
-from hpc_oialr.stderr_filter import without_lines
+from hpc_oialr.streams import without_lines
 
 Subject = nn.Module | torch.optim.Optimizer | Tensor
 Change = tuple[int, int]  # (nanoseconds since the epoch, bytes)

@@ -16,7 +16,7 @@ from hpc_oialr.distributed import World
 from hpc_oialr.engines import make_engine
 from hpc_oialr.record import MemoryMeter, peak_rss_bytes, resident_bytes
 from hpc_oialr.record.tensor_tracker import TensorTracker
-from hpc_oialr.stderr_filter import without_lines
+from hpc_oialr.streams import without_lines
 
 MB = 1 << 20
 
