@@ -20,14 +20,8 @@ LEADING = 0.25
 class BasisChange(NamedTuple):
     """From one SVD to the next; NaN where there was none before.
 
-    Attributes
-    ----------
-    stability
-        ``<U1 Vh1, U2 Vh2>_F / k``; see :func:`basis_stability`.
-    angle_U, angle_Vh
-        Largest principal angle between the leading subspaces (rad); see :func:`smallest_cosines`.
-    r_distance
-        ``||R2 - R1||_F / ||R1||_F`` of the weights' QR; see :func:`triangular_factor`.
+    :func:`basis_stability`; largest principal angles between the leading subspaces (rad), see
+    :func:`smallest_cosines`; ``||R2 - R1||_F / ||R1||_F`` of the weights' QR, see :func:`triangular_factor`.
     """
 
     stability: float = math.nan

@@ -42,7 +42,6 @@ class OptimizerStack:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.given = optimizer
         self.nodes: list[Any] = []
         self.leaves: list[Optimizer] = []
         for each in optimizer if isinstance(optimizer, (list, tuple)) and optimizer else [optimizer]:
@@ -70,11 +69,6 @@ class OptimizerStack:
             self.leaves.append(node)
         for inner in inside:
             self._descend(inner)
-
-    @property
-    def name(self) -> str:
-        """Classes from outside to inside, for messages."""
-        return " around ".join(type(node).__name__ for node in self.nodes)
 
     @property
     def partitioned(self) -> bool:
@@ -116,8 +110,9 @@ class OptimizerStack:
                 if any(p is parameter for p in group["params"]):
                     leaf = node if node in self.leaves else OptimizerStack(node).leaves[0]
                     return leaf, group
+        names = " around ".join(type(node).__name__ for node in self.nodes)
         raise ModelError(
-            f"a trained weight or core of shape {tuple(parameter.shape)} is in no group of the optimizer ({self.name}): "
+            f"a trained weight or core of shape {tuple(parameter.shape)} is in no group of the optimizer ({names}): "
             "the optimizer was made anew, or its groups were changed, behind OIALR's back. Keep the optimizer that was "
             "given to OIALR(...), or make a new OIALR(...) with the new one."
         )

@@ -40,38 +40,36 @@ def check_state(stack: OptimizerStack, parameters: Sequence[tuple[str, nn.Parame
 def _check_value(
     stack: OptimizerStack, node: Any, key: str, value: Any, name: str, shape: torch.Size
 ) -> None:
-    optimizer = type(node).__name__
+    where = f"{type(node).__name__}'s state {key!r} of {name}"
     if not isinstance(value, Tensor):
         if any(tensor.numel() > 1 for tensor in tensors_in(value, objects=True)):
             raise ModelError(
-                f"{optimizer}'s state {key!r} of {name} is a {type(value).__name__} of tensors, which cannot follow the "
-                f"weight through W = U S Vh. {INSTEAD}."
+                f"{where} is a {type(value).__name__} of tensors, which cannot follow the weight through W = U S Vh. "
+                f"{INSTEAD}."
             )
         return
     if value.dim() == 0 or (value.numel() == 1 and value.shape != shape):
         return
     if value.shape != shape and value.dim() == 2 and len({*value.shape}) == 1 and len(value) <= min(shape):
         raise ModelError(
-            f"{optimizer}'s state {key!r} of {name} has shape {tuple(value.shape)}, as of a core with r = {len(value)}, "
-            f"but the weight is {tuple(shape)}: the optimizer's state is of another structure than the model. Call "
+            f"{where} has shape {tuple(value.shape)}, as of a core with r = {len(value)}, but the weight is "
+            f"{tuple(shape)}: the optimizer's state is of another structure than the model. Call "
             "hpc_oialr.match_structure(model, state_dict) and model.load_state_dict(state_dict) with the model's state "
             "of the same checkpoint, then make the optimizer and load its state."
         )
     # A subclass from elsewhere stores something else than its values.
     ordinary = type(value).__module__.startswith("torch.") or type(value) is Tensor
-    ordinary = ordinary and value.is_floating_point()
-    if value.shape != shape or not ordinary:
-        what = (
-            "quantised or not of real numbers" if value.shape == shape else "factored, sketched or quantised"
-        )
+    if value.shape != shape or not (ordinary and value.is_floating_point()):
+        of_shape = value.shape == shape
+        what = "quantised or not of real numbers" if of_shape else "factored, sketched or quantised"
         raise ModelError(
-            f"{optimizer}'s state {key!r} of {name} has shape {tuple(value.shape)} and dtype {value.dtype} where the "
-            f"weight has {tuple(shape)}: state that is {what} cannot follow the weight through W = U S Vh. {INSTEAD}."
+            f"{where} has shape {tuple(value.shape)} and dtype {value.dtype} where the weight has {tuple(shape)}: state "
+            f"that is {what} cannot follow the weight through W = U S Vh. {INSTEAD}."
         )
     if stack.kind(node, key) is None:
         # Where wrappers write into the state of what they wrap, the outermost has probably written it.
-        outer = (other for other in stack.nodes if getattr(other, "state", None) is node.state)
-        optimizer = type(next(outer, node)).__name__
+        outer = next((other for other in stack.nodes if getattr(other, "state", None) is node.state), node)
+        optimizer = type(outer).__name__
         raise ModelError(
             f"{optimizer}'s state {key!r} of {name} has the weight's shape and an unknown meaning, so that it cannot "
             f"follow W = U S Vh. Say what it is before OIALR(...): hpc_oialr.register_optimizer_state({optimizer}, "
@@ -193,6 +191,4 @@ class _Move:
 @exact_arithmetic()
 def transform_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
-    return (left.mT @ (value.reshape(left.shape[0], right.shape[1]).to(left.dtype) @ right.mT)).to(
-        value.dtype
-    )
+    return REPLICATED.project(value, left, right).to(value.dtype)

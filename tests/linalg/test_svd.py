@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.basis_change import orthogonality_error
-from hpc_oialr.linalg.svd import _attempts, svd
+from hpc_oialr.linalg.svd import _attempts, svd, svds
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,3 +75,26 @@ def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     single, double = torch.float32, torch.float64
     assert calls[:2] == [(single, (5, 3), "gesvdj"), (single, (5, 3), "gesvd")]
     assert calls[2:] == [(double, (5, 3), None), (double, (3, 5), None)]
+
+
+@pytest.mark.parametrize("converges", [True, False])
+def test_a_batch_is_one_call_on_a_gpu_and_a_loop_where_it_fails(
+    monkeypatch: pytest.MonkeyPatch, converges: bool
+) -> None:
+    matrices = [torch.randn(6, 4) for _ in range(3)]
+    alone = [svd(A) for A in matrices]
+    original, calls = torch.linalg.svd, []
+
+    def recorded(A: torch.Tensor, **options: object) -> object:
+        calls.append(tuple(A.shape))
+        if A.dim() == 3 and not converges:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(A, full_matrices=False)
+
+    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    found = list(svds(matrices, "abc"))
+    assert calls == [(3, 6, 4), *([] if converges else [(6, 4)] * 3)]
+    for ours, theirs in zip(found, alone, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
