@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. Each sets RECIPE, smoke() with the settings of a smoke run, SAMPLE for the
-# data it needs then, and root; then it sources this file.
+# Shared by the scripts of this folder. Each sets RECIPE, SAMPLE and smoke() (data and settings of a smoke run) and
+# root; then it sources this file.
 #
 #   sbatch --nodes=4 slurm/vit_b16.sh --train.epochs 30                    in the repository's root
 #   SITE=horeka slurm/vit_b16.sh --nodes=4 -- --train.epochs 30            submits itself, with the site's options
@@ -10,7 +10,7 @@
 # Settings (environment):
 #   SITE              name of a file in hpc_oialr/launch/sites, or a path  generic
 #   VARIANT=dense     the dense twin of the recipe
-#   OIALR_OUT         run folder; one that holds a run is gone on with     OIALR_RUNS/RECIPE-JOB
+#   OIALR_OUT         run folder; an unfinished run in it is resumed       OIALR_RUNS/RECIPE-JOB
 #   OIALR_RUNS        where run folders go                                 runs
 #   OIALR_VENV        virtual environment                                  .venv of the repository, if there is one
 #   OIALR_IMAGE       Apptainer image, instead
@@ -43,7 +43,7 @@ SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
 # shellcheck source=../hpc_oialr/launch/sites/generic.sh
 source "$site"
 
-# On a login node: what stands before -- goes to sbatch, after the site's options; the rest are settings.
+# On a login node: words before -- go to sbatch, after the site's options; the rest are settings.
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   options=()
   while [[ $# -gt 0 && $1 != -- ]]; do options+=("$1"); shift; done
@@ -65,8 +65,6 @@ else
   oialr=(python -m hpc_oialr)
 fi
 [[ $package != "$root"/* ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-
-# Address and port of the rendezvous: oialr takes them from the job's nodes and number, unless the site sets them.
 
 srun=(srun "${SITE_SRUN[@]}")
 mpi=${OIALR_MPI:-$SITE_MPI}

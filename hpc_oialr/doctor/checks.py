@@ -4,64 +4,66 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
-from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
+from hpc_oialr.doctor.context import CheckContext, Finding, Scope, note, ok, problem
 from hpc_oialr.errors import WorldError
 
 Check = Callable[[CheckContext], list[Finding]]
-# By topic, in the order of the table.
-CHECKS: Mapping[str, Check] = {
-    "packages": packages.check_packages,
-    "DeepSpeed": packages.check_deepspeed,
-    "launcher": network.check_launcher,
-    "Slurm programs": slurm.check_programs,
-    "slurmctld": slurm.check_cluster,
-    "account": slurm.check_account,
-    "accounting": slurm.check_accounting,
-    "job": slurm.check_job,
-    "MPI": mpi.check_mpi,
-    "GPU": gpu.check_gpus,
-    "MASTER_ADDR": network.check_address,
-    "MASTER_PORT": network.check_port,
-    "interfaces": network.check_interfaces,
-    "run folder": files.check_folder,
-    "HDF5": files.check_hdf5,
-    "TMPDIR": files.check_tmpdir,
-    "threads": limits.check_threads,
-    "limits": limits.check_limits,
-}
+# Topic, which processes run the check, and the check; in the order of the table.
+CHECKS: Sequence[tuple[str, Scope, Check]] = (
+    ("packages", "node", packages.check_packages),
+    ("DeepSpeed", "node", packages.check_deepspeed),
+    ("launcher", "process", network.check_launcher),
+    ("Slurm programs", "main", slurm.check_programs),
+    ("slurmctld", "slurm", slurm.check_cluster),
+    ("account", "slurm", slurm.check_account),
+    ("accounting", "slurm", slurm.check_accounting),
+    ("job", "slurm", slurm.check_job),
+    ("MPI", "process", mpi.check_mpi),
+    ("GPU", "process", gpu.check_gpus),
+    ("MASTER_ADDR", "process", network.check_address),
+    ("MASTER_PORT", "process", network.check_port),
+    ("interfaces", "node", network.check_interfaces),
+    ("run folder", "node", files.check_folder),
+    ("HDF5", "node", files.check_hdf5),
+    ("TMPDIR", "node", files.check_tmpdir),
+    ("threads", "process", limits.check_threads),
+    ("limits", "process", limits.check_limits),
+)
 # Times the timeout of one program: longer than any check waits for its programs.
 _PATIENCE = 4
 _SLOW = 3
 _MOST_NODES = 4
 
 
-def run_checks(context: CheckContext, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
-    """Findings of all checks, in their order; a check that hangs or raises is a finding, too."""
+def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]] = CHECKS) -> list[Finding]:
+    """Findings of this process's checks, in their order; a check that hangs or raises is a finding, too."""
+    due = {topic: check for topic, scope, check in checks if context.does(scope)}
     found: dict[str, list[Finding]] = {}
 
     def look(topic: str) -> None:
         try:
-            found[topic] = checks[topic](context)
+            found[topic] = due[topic](context)
         except Exception as error:
             # A system that nobody has thought of must not hide what other checks have found.
             found[topic] = [note(topic, f"cannot be looked at: {type(error).__name__}: {error}")]
 
     # Daemons: a thread that hangs is left behind.
-    threads = [threading.Thread(target=look, args=(topic,), daemon=True) for topic in checks]
+    threads = [threading.Thread(target=look, args=(topic,), daemon=True) for topic in due]
     for thread in threads:
         thread.start()
     limit_s = _PATIENCE * context.timeout_s
     deadline = time.monotonic() + limit_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    fix = "oialr doctor --timeout-s 60   (if the machine is only slow)"
-    for topic in checks:
-        found.setdefault(topic, [problem(topic, f"no answer within {limit_s:g} s", fix)])
-    return [finding for topic in checks for finding in found[topic]]
+    late, fix = (
+        f"no answer within {limit_s:g} s",
+        "oialr doctor --timeout-s 60   (if the machine is only slow)",
+    )
+    return [each for topic in due for each in found.get(topic, [problem(topic, late, fix)])]
 
 
 @dataclass(frozen=True)

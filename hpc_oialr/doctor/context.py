@@ -26,6 +26,7 @@ from hpc_oialr.errors import OIALRError, UnknownNameError, WorldError, check_int
 from hpc_oialr.launch.site import read_site, site_file
 
 State = Literal["ok", "note", "problem"]
+Scope = Literal["process", "node", "main", "slurm"]
 STATES: tuple[State, ...] = ("ok", "note", "problem")
 SLURM_PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 _NO_GPU = ("", "-1", "NoDevFiles")
@@ -35,24 +36,12 @@ _SLOW = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's table.
+    """One line of the doctor's table."""
 
-    Attributes
-    ----------
-    name
-        What was checked.
-    state
-        "ok"; "note": worth knowing, runs do without; "problem": a run would fail, hang or be slow.
-    found
-        What is the case.
-    fix
-        One line that puts it right; every problem has one.
-    """
-
-    name: str
-    state: State
+    name: str  # what was checked
+    state: State  # "note": worth knowing, runs do without; "problem": a run would fail, hang or be slow
     found: str
-    fix: str = ""
+    fix: str = ""  # one line that puts it right; every problem has one
 
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
@@ -81,33 +70,14 @@ def problem(name: str, found: str, fix: str) -> Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckContext:
-    """One process.
+    """The process that checks are about; raises :class:`ConfigError` if a limit is not positive."""
 
-    Attributes
-    ----------
-    environ
-        Its variables; programs that a check starts get them, too.
-    folder
-        Run folder, which need not exist.
-    partition, account
-        To be used with Slurm; None leaves them to the cluster.
-    need_gib
-        Space that the run needs in its folder (GiB).
-    timeout_s
-        Time after which a program counts as hung (s); three times as long if it loads torch or starts MPI.
-
-    Raises
-    ------
-    ConfigError
-        If ``need_gib`` or ``timeout_s`` is not positive.
-    """
-
-    environ: Mapping[str, str]
-    folder: Path = Path("runs")
-    partition: str | None = None
+    environ: Mapping[str, str]  # passed on to programs that a check starts
+    folder: Path = Path("runs")  # the run folder, which need not exist
+    partition: str | None = None  # None: the cluster's
     account: str | None = None
-    need_gib: float = 5.0
-    timeout_s: float = 10.0
+    need_gib: float = 5.0  # space that the run needs in its folder
+    timeout_s: float = 10.0  # for a program; three times as long if it loads torch or starts MPI
 
     def __post_init__(self) -> None:
         check_interval("need_gib", self.need_gib, 0, float("inf"))
@@ -175,15 +145,24 @@ class CheckContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process asks what only one should ask, e.g. Slurm."""
+        """Whether this process is rank 0."""
         return self.environ.get("SLURM_PROCID", "0") == "0" if self.place is None else self.place.rank == 0
 
-    @property
-    def first_of_node(self) -> bool:
-        """Whether this process checks what all processes of its node share."""
-        if self.place is None:
-            return self.environ.get("SLURM_LOCALID", "0") == "0"
-        return self.place.local_rank == 0
+    def does(self, scope: Scope) -> bool:
+        """Whether this process runs checks of a scope.
+
+        "slurm": rank 0, where any of Slurm's programs is, so that the controller gets one question instead of thousands.
+        """
+        match scope:
+            case "process":
+                return True
+            case "node":
+                local = self.environ.get("SLURM_LOCALID", "0")
+                return local == "0" if self.place is None else self.place.local_rank == 0
+            case "main":
+                return self.is_main
+            case "slurm":
+                return self.is_main and self.has_slurm
 
     @property
     def node(self) -> str:
@@ -210,11 +189,6 @@ class CheckContext:
     def has_slurm(self) -> bool:
         """Whether any of Slurm's programs is here."""
         return any(self.find(name) for name in SLURM_PROGRAMS)
-
-    @property
-    def asks_slurm(self) -> bool:
-        """Whether this process asks Slurm: rank 0 only, so that the controller gets one question instead of thousands."""
-        return self.is_main and self.has_slurm
 
     def find(self, program: str) -> str | None:
         """Path of a program, if there is one."""

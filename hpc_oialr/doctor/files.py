@@ -20,8 +20,6 @@ _ELSEWHERE = "--folder DIR, and --out DIR for the run: a folder of your own on a
 
 def check_folder(context: CheckContext) -> list[Finding]:
     """Use the run folder, in a process of its own: a file server may hang its clients."""
-    if not context.first_of_node:
-        return []
     report, answer = context.probe("folder", str(context.folder.absolute()))
     if answer.trouble == "hung" or not report:
         found = f"the file system of {context.folder} gives no answer: {answer.reason}"
@@ -69,8 +67,6 @@ def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]
 
 def check_hdf5(context: CheckContext) -> list[Finding]:
     """File locks in the run folder: HDF5 locks each file, and some parallel file systems have no locks."""
-    if not context.first_of_node:
-        return []
     report, answer = context.probe("hdf5", str(context.folder.absolute()))
     return judge_hdf5(context, report, answer)
 
@@ -104,7 +100,7 @@ def judge_hdf5(context: CheckContext, report: dict[str, Any], answer: Answer) ->
 def check_tmpdir(context: CheckContext) -> list[Finding]:
     """Temporary files: torch, MPI and compilers put sockets and caches there."""
     given = context.environ.get("TMPDIR")
-    if given is None or not context.first_of_node:
+    if given is None:
         return []
     try:
         with tempfile.NamedTemporaryFile(dir=given) as file:

@@ -21,7 +21,7 @@ def check_limits(context: CheckContext) -> list[Finding]:
     findings = [judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], context.size)]
     if _INFINIBAND.exists() and any(_INFINIBAND.iterdir()):
         findings.append(judge_locked(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]))
-    if context.first_of_node and _SHARED.exists():
+    if context.does("node") and _SHARED.exists():
         space = os.statvfs(_SHARED)
         findings.append(judge_shared(context, space.f_blocks * space.f_frsize))
     return findings

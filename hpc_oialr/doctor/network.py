@@ -121,8 +121,6 @@ def in_use(port: int) -> bool:
 
 def check_interfaces(context: CheckContext) -> list[Finding]:
     """Whether the interfaces that NCCL and gloo are told to use exist."""
-    if not context.first_of_node:
-        return []
     there = interfaces()
     findings = []
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):

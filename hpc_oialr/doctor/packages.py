@@ -15,8 +15,6 @@ _SELF = "hpc_oialr"
 
 def check_packages(context: CheckContext) -> list[Finding]:
     """Required packages, then the extras: those that are installed must fit, submitit must be where Slurm is."""
-    if not context.first_of_node:
-        return []
     wrong = [text for requirement in required("") if (text := unfit(requirement))]
     found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     findings = [ok("packages", found)]
@@ -67,7 +65,7 @@ def unfit(requirement: Requirement) -> str:
 
 def check_deepspeed(context: CheckContext) -> list[Finding]:
     """Whether DeepSpeed, if it is installed, can be imported beside this torch."""
-    if not context.first_of_node or any("missing" in unfit(need) for need in required("deepspeed")):
+    if any("missing" in unfit(need) for need in required("deepspeed")):
         return []
     report, answer = context.probe("deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
     if "deepspeed" in report:

@@ -37,8 +37,6 @@ class Partition:
 
 def check_programs(context: CheckContext) -> list[Finding]:
     """Slurm's programs; without any of them nothing else of Slurm is checked."""
-    if not context.is_main:
-        return []
     missing = [name for name in SLURM_PROGRAMS if context.find(name) is None]
     if not missing:
         return [ok("Slurm programs", ", ".join(SLURM_PROGRAMS))]
@@ -52,8 +50,6 @@ def check_programs(context: CheckContext) -> list[Finding]:
 
 def check_cluster(context: CheckContext) -> list[Finding]:
     """Controller, credentials, partition and node names, by one request."""
-    if not context.asks_slurm:
-        return []
     answer = context.run("sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
         return [_unreachable(context, answer)]
@@ -144,7 +140,7 @@ def _nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Findi
 def check_account(context: CheckContext) -> list[Finding]:
     """The account that is asked for, against this user's associations."""
     wanted = context.account
-    if wanted is None or not context.asks_slurm:
+    if wanted is None:
         return []
     try:
         user = pwd.getpwuid(os.geteuid()).pw_name
@@ -167,8 +163,6 @@ def check_account(context: CheckContext) -> list[Finding]:
 
 def check_accounting(context: CheckContext) -> list[Finding]:
     """Whether sacct knows past jobs; runs do without."""
-    if not context.asks_slurm:
-        return []
     answer = context.run("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
     if answer.code == 0:
         return [ok("accounting", "sacct answers")]
@@ -179,7 +173,7 @@ def check_accounting(context: CheckContext) -> list[Finding]:
 def check_job(context: CheckContext) -> list[Finding]:
     """Whether the job that the variables name still runs: a shell may have outlived it."""
     job = context.environ.get("SLURM_JOB_ID")
-    if job is None or not context.asks_slurm:
+    if job is None:
         return []
     answer = context.run("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     states = answer.stdout.split()

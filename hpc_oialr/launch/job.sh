@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What every batch script does around its run; sourced by slurm/common.sh and by the scripts of `oialr submit`.
+# Requeue, signals and srun of every batch script; sourced by slurm/common.sh and by the scripts of `oialr submit`.
 
 # The last thing a job does.
 oialr_launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 trap 'sh "$oialr_launch/requeue.sh" "$?"' EXIT
 
-# Signals may reach this shell alone: #SBATCH --signal=B:USR2@120, scancel --batch. bash would end by them, or act on
-# them only after srun. TERM is what Slurm ends a job with, and sends to all processes itself.
+# Signals may reach this shell only: #SBATCH --signal=B:USR2@120, scancel --batch. They would end bash, or be handled
+# only after srun. TERM ends a job, and Slurm sends it to all processes itself.
 oialr_run='' oialr_signal=''
 oialr_forward() {
   oialr_signal=$1
-  # srun hands on USR1 and USR2, but kills its tasks upon HUP.
+  # srun forwards USR1 and USR2, but kills its tasks upon HUP.
   case $1 in
     TERM) ;;
     HUP) [[ -z $oialr_run ]] || kill -s USR2 "$oialr_run" 2>/dev/null || true ;;
@@ -22,13 +22,13 @@ for oialr_each in USR2 USR1 HUP TERM; do
   trap "oialr_forward $oialr_each" "$oialr_each"
 done
 
-# Slurm's srun, which hands on to the processes what reaches this shell; its code.
+# Runs Slurm's srun, forwards signals to it, and returns its code.
 srun() {
   local code
-  # HDF5 locks files in a way that parallel file systems do not have.
+  # HDF5 locks files, which some parallel file systems do not support.
   export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  # Since 22.05 srun does not take this from the job.
+  # Since Slurm 22.05 srun does not inherit --cpus-per-task from the job.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # One process that dies ends the step, instead of leaving the others waiting.
   command srun --kill-on-bad-exit=1 --wait=60 "$@" &
@@ -37,7 +37,7 @@ srun() {
   while :; do
     oialr_signal='' code=0
     wait "$oialr_run" || code=$?
-    # A signal may have ended the waiting, and not srun.
+    # A signal may have interrupted wait while srun goes on.
     [[ -n $oialr_signal ]] || break
   done
   oialr_run=

@@ -1,7 +1,7 @@
 #!/bin/sh
-# requeue.sh CODE: the last command of a batch script. Puts the job back into the queue if its run, which left with
-# CODE (see hpc_oialr/exit_codes.py), was stopped before its end and can go on: so often and no more. Leaves with CODE.
-# Plain sh: on a host whose image holds all the rest.
+# requeue.sh CODE: the last command of a batch script. Requeues the job if its run, which exited with CODE (see
+# hpc_oialr/exit_codes.py), was stopped before its end and can be resumed, OIALR_MAX_REQUEUES times at most. Exits with
+# CODE. Plain sh, since a host that runs images may have no Python.
 case ${1:-} in
   '' | *[!0-9]*)
     echo 'usage: requeue.sh EXIT_CODE_OF_THE_RUN' >&2
@@ -10,7 +10,7 @@ case ${1:-} in
 esac
 code=$1
 job=${SLURM_JOB_ID:-}
-# Slurm gives the number of a whole array to its last task.
+# The last task of an array has the number of the whole array.
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 limit=${OIALR_MAX_REQUEUES:-20}

@@ -49,12 +49,7 @@ class ClusterConfig:
 def read_site(site: str | None, *, in_job: bool = False) -> ClusterConfig:
     """Source a site file, on a login node or (``in_job``) with its part for jobs if this is one.
 
-    Raises
-    ------
-    UnknownNameError
-        If there is no site of this name; lists the names.
-    OIALRError
-        If the file fails, or gives an option in a short form.
+    Raises :class:`OIALRError` if there is no such site, the file fails, or gives an option in a short form.
     """
     if site is None:
         return ClusterConfig(environ=all_variables())

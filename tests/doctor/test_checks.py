@@ -28,16 +28,16 @@ def test_a_problem_has_a_fix():
 
 
 def test_findings_keep_the_order_of_checks(context):
-    checks = {name: lambda _, name=name: [ok(name, "")] for name in "cab"}
+    checks = [(name, "process", lambda _, name=name: [ok(name, "")]) for name in "cab"]
     assert [finding.name for finding in run_checks(context(), checks)] == list("cab")
 
 
 def test_a_check_that_hangs_is_a_finding(context):
     never = threading.Event()
-    checks = {
-        "slow": lambda _: [ok("slow", str(never.wait(600)))],
-        "quick": lambda _: [ok("quick", "")],
-    }
+    checks = [
+        ("slow", "process", lambda _: [ok("slow", str(never.wait(600)))]),
+        ("quick", "process", lambda _: [ok("quick", "")]),
+    ]
     slow, quick = run_checks(context(timeout_s=0.05), checks)
     never.set()
     assert (slow.name, slow.state, slow.found) == ("slow", "problem", "no answer within 0.2 s")
@@ -49,7 +49,7 @@ def test_a_check_that_fails_hides_no_other(context):
     def fails(_: CheckContext) -> list[Finding]:
         raise OSError("no /proc here")
 
-    first, second = run_checks(context(), {"odd": fails, "b": lambda _: [ok("b", "")]})
+    first, second = run_checks(context(), [("odd", "process", fails), ("b", "main", lambda _: [ok("b", "")])])
     assert (first.state, first.found) == ("note", "cannot be looked at: OSError: no /proc here")
     assert second.state == "ok"
 

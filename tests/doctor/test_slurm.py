@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_oialr.doctor import slurm
+from hpc_oialr.doctor import run_checks, slurm
 from hpc_oialr.doctor.context import SLURM_PROGRAMS, Finding
 
 NO_MUNGE = """sinfo: error: If munged is up, restart with --num-threads=10
@@ -52,7 +52,7 @@ def test_no_slurm_is_one_note(context, programs):
     programs.remove(*SLURM_PROGRAMS)
     who = context(account="physics")
     assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
-    assert not slurm.check_cluster(who) + slurm.check_account(who) + slurm.check_accounting(who)
+    assert not who.does("slurm")
 
 
 def test_a_container_in_a_job_has_no_programs(context, programs):
@@ -220,5 +220,6 @@ def test_one_process_of_a_job_asks(context, programs):
     }
     who = context(step)
     assert who.place is not None
-    assert not slurm.check_programs(who) + slurm.check_cluster(who) + slurm.check_job(who)
+    assert not who.does("main")
+    assert "slurmctld" not in by_name(run_checks(who))
     assert not (programs.path / "sinfo.pid").exists()
