@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from hpc_oialr.record.environment_report import environment_report
     from hpc_oialr.record.memory import MemoryMeter, peak_rss_bytes, resident_bytes
     from hpc_oialr.record.metrics import MetricsWriter, read_metrics
-    from hpc_oialr.record.progress import Progress, Status, make_progress
+    from hpc_oialr.record.progress import Progress, Status, Throughput, make_progress
     from hpc_oialr.record.run_folder import RunFolder
-    from hpc_oialr.record.throughput import Throughput
 
 __all__ = [
     "MemoryMeter",

@@ -14,36 +14,36 @@ log = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
 
+# Joules counted so far; raises OSError, ValueError or RuntimeError.
 Counter = Callable[[], float]
 
 
 class EnergyMeter:
-    """Adds up hardware counters, which cost microseconds to read and miss nothing between two looks.
+    """Adds up hardware counters, which cost microseconds to read and miss nothing between two readings.
 
-    A GPU's counter is read by the process that computes on it, a node's processors by the node's first process:
-    the sum over all processes counts each once. If the device that computes cannot be read all is NaN; beside a
+    A GPU's counter is read by the rank that computes on it, a node's processors by the node's first rank:
+    the sum over all ranks counts each once. If the device that computes cannot be read all is NaN; beside a
     GPU the processors are left out where they cannot be, since RAPL's files are often readable by root only.
+
+    Needs the extra ``energy`` for GPUs (nvidia-ml-py). perun measures by the same counters, around whole programs.
 
     Parameters
     ----------
     device
-        Where this process computes.
+        Where this rank computes.
     first_of_node
-        Whether this process answers for the node's processors.
+        Whether this rank answers for the node's processors.
     powercap
         The folder of RAPL's files.
-
-    Notes
-    -----
-    Needs the extra ``energy`` for GPUs (nvidia-ml-py). perun measures by the same counters, around whole programs.
     """
 
     def __init__(self, device: torch.device, *, first_of_node: bool, powercap: Path = POWERCAP) -> None:
-        gpus = [_gpu_counter(device)] if device.type == "cuda" else []
-        processors = _processor_counters(powercap) if first_of_node else []
-        readable = bool(processors) or not first_of_node
-        self._complete = all(gpus) if gpus else readable
-        self._counters = [counter for counter in (*gpus, *processors) if counter is not None]
+        self._counters = _processor_counters(powercap) if first_of_node else []
+        self._complete = bool(self._counters) or not first_of_node
+        if device.type == "cuda":
+            gpu = _gpu_counter(device)
+            self._complete = gpu is not None
+            self._counters += [gpu] if gpu is not None else []
         self._last = self._read()
 
     def since_last(self) -> float:
@@ -62,47 +62,30 @@ class EnergyMeter:
             return math.nan
 
 
-class Wrapping:
-    """A counter that starts again from 0 after its highest value.
+class _Package:
+    """RAPL's counter of one processor package, which starts again from 0 after its highest value."""
 
-    Examples
-    --------
-    >>> values = iter([8.0, 2.0, 3.0])
-    >>> counter = Wrapping(lambda: next(values), highest=10.0)
-    >>> counter(), counter(), counter()
-    (8.0, 12.0, 13.0)
-    """
-
-    def __init__(self, read: Counter, highest: float) -> None:
-        self._read, self._highest = read, highest
-        self._last = self._rounds = 0.0
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "energy_uj"
+        self._highest = int((folder / "max_energy_range_uj").read_text())
+        self._last = self._rounds = 0
+        self()
 
     def __call__(self) -> float:
-        """What has been counted since the first call, and the value at that one."""
-        value = self._read()
+        value = int(self._file.read_text())
         if value < self._last:
             self._rounds += self._highest
         self._last = value
-        return self._rounds + value
+        return (self._rounds + value) / 1e6
 
 
 def _processor_counters(powercap: Path) -> list[Counter]:
     """One for each package; its parts (cores, graphics) are in it. None at all if one may not be read."""
     packages = sorted(powercap.glob("intel-rapl:?")) + sorted(powercap.glob("intel-rapl:??"))
-    counters = [_package_counter(package) for package in packages]
-    return [] if None in counters else [counter for counter in counters if counter is not None]
-
-
-def _package_counter(package: Path) -> Counter | None:
-    def read() -> float:
-        return int((package / "energy_uj").read_text()) / 1e6
-
     try:
-        read()
-        highest = int((package / "max_energy_range_uj").read_text()) / 1e6
+        return [_Package(package) for package in packages]
     except (OSError, ValueError):
-        return None
-    return Wrapping(read, highest)
+        return []
 
 
 def _gpu_counter(device: torch.device) -> Counter | None:

@@ -25,13 +25,29 @@ def environment_report() -> dict[str, Any]:
 
     What is not there is None. Variables whose name hints at a secret are left out.
     """
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    found = [torch.cuda.get_device_properties(index) for index in gpus]
+    mpi = (_output(("mpirun", "--version")) or "").strip().splitlines()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "libraries": _libraries(),
-        "machine": _machine(),
-        "gpus": _gpus(),
+        "libraries": {
+            "cuda": torch.version.cuda,
+            "nccl": _nccl(),
+            "mpi": mpi[0].strip() if mpi else None,
+            "hdf5": h5py.version.hdf5_version,
+        },
+        "machine": {
+            "node": node_name(),
+            "system": platform.platform(),
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "usable_cores": usable_cores(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found],
         "git": _git(),
         "variables": recorded_variables(),
     }
@@ -45,15 +61,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _libraries() -> dict[str, str | None]:
-    return {
-        "cuda": torch.version.cuda,
-        "nccl": _nccl(),
-        "mpi": _first_line(("mpirun", "--version")),
-        "hdf5": h5py.version.hdf5_version,
-    }
-
-
 def _nccl() -> str | None:
     if not torch.cuda.is_available():
         return None
@@ -63,32 +70,13 @@ def _nccl() -> str | None:
         return None
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "node": node_name(),
-        "system": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-
-
 def _cpu_model() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or None
+        lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or None)
-
-
-def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found]
 
 
 def _git(source: Path = _SOURCE) -> dict[str, Any] | None:
@@ -100,11 +88,6 @@ def _git(source: Path = _SOURCE) -> dict[str, Any] | None:
     commit = _output((*git, "rev-parse", "HEAD"))
     changes = _output((*git, "status", "--porcelain", "--untracked-files=no"))
     return {"commit": commit and commit.strip(), "dirty": bool(changes)}
-
-
-def _first_line(command: Sequence[str]) -> str | None:
-    output = _output(command)
-    return output.splitlines()[0].strip() if output and output.strip() else None
 
 
 def _output(command: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import sys
 import time
@@ -18,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from hpc_oialr import torch_compat
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.lowrank.layout import local
-from hpc_oialr.record.tensor_tracker import TensorTracker
 from hpc_oialr.streams import without_lines
+from hpc_oialr.torch_compat import TorchDispatchMode, tree_leaves
 
 Subject = nn.Module | torch.optim.Optimizer | Tensor
 Change = tuple[int, int]  # (nanoseconds since the epoch, bytes)
@@ -36,6 +37,9 @@ class MemoryMeter:
     and what the operating system reports is far from the tensors' size; there a probed step is run
     under the profiler, which sees each allocation, those inside of compiled code too.
 
+    A probe takes some 10 us per operation on top of the step; the first one about a second more, in
+    which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
+
     Parameters
     ----------
     subjects
@@ -45,11 +49,6 @@ class MemoryMeter:
         Where the run computes.
     processes
         Of the run: with more than one a :class:`TensorTracker` takes the profiler's place.
-
-    Notes
-    -----
-    A probe takes some 10 us per operation on top of the step; the first one about a second more, in
-    which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class MemoryMeter:
             # Buckets that no operation has touched, as in a conversion.
             subjects = tuple(self._subjects())
             unseen = max(0, resident_bytes(*subjects) - tracker.live_bytes)
-            self._probed = max(self._probed, tracker.peak_bytes + min(unseen, bucket_bytes(*subjects)))
+            self._probed = max(self._probed, tracker.peak_bytes + min(unseen, _bucket_bytes(*subjects)))
             return
         subjects = tuple(self._subjects())
         before = resident_bytes(*subjects)
@@ -98,7 +97,8 @@ class MemoryMeter:
             yield
         del watched
         changes = sorted([*deaths, *_allocations(profiler)])
-        self._probed = max(self._probed, before + highest_sum(change for _, change in changes))
+        highest = max(itertools.accumulate((size for _, size in changes), initial=0))
+        self._probed = max(self._probed, before + highest)
 
 
 def _watch_deaths(tensors: Iterable[Tensor]) -> tuple[list[Change], list[weakref.ref[Any]]]:
@@ -112,7 +112,7 @@ def _watch_deaths(tensors: Iterable[Tensor]) -> tuple[list[Change], list[weakref
     return deaths, [weakref.ref(storage, on_death(storage.nbytes())) for storage in storages]
 
 
-def _allocations(profiler: profile) -> list[Change]:
+def _allocations(profiler: profile) -> Iterator[Change]:
     """(time, bytes) of allocations, and of the deaths of what was allocated under the profiler.
 
     Other deaths are left out: the allocator's table may hold a stale size for them, from an earlier probe.
@@ -120,43 +120,96 @@ def _allocations(profiler: profile) -> list[Change]:
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    events = sorted(_walk(results.experimental_event_tree()))
+    stack: list[Any] = list(results.experimental_event_tree())
+    found: list[tuple[int, int, int]] = []
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        kind, fields = event.typed
+        if torch_compat.is_allocation(kind):
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     live: set[int] = set()
-    changes = []
-    for moment, address, size in events:
+    for moment, address, size in sorted(found):
         if size > 0:
             live.add(address)
         elif address in live:
             live.remove(address)
         else:
             continue
-        changes.append((moment, size))
-    return changes
+        yield moment, size
 
 
-def _walk(roots: list[Any]) -> Iterator[tuple[int, int, int]]:
-    stack = list(roots)
-    while stack:
-        event = stack.pop()
-        stack.extend(event.children)
-        kind, fields = event.typed
-        if torch_compat.is_allocation(kind):
-            yield event.start_time_ns, fields.ptr, fields.alloc_size
+class TensorTracker(TorchDispatchMode):
+    """The highest number of bytes that tensors hold at once, while it is active; without the profiler.
 
+    Sees what every operation returns, not what it needs inside. What an operation is given and none has
+    returned counts from then on; if it outlives the tracker, like DDP's buckets, it was there all along. The
+    profiler sees more, but crashes the process now and then while gloo's threads work (torch 2.13), so that
+    it is for one process only.
 
-def highest_sum(changes: Iterable[int]) -> int:
-    """Highest running sum, 0 at the start included.
+    After each operation all live storages are added up, since FSDP2 frees and fills its own by resizing:
+    some microseconds per thousand of them.
 
-    Examples
-    --------
-    >>> highest_sum([4, -3, 2, 5, -8])
-    8
+    Parameters
+    ----------
+    tensors
+        Alive already.
+
+    Attributes
+    ----------
+    peak_bytes
+        Highest so far.
     """
-    total = highest = 0
-    for change in changes:
-        total += change
-        highest = max(highest, total)
-    return highest
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live: dict[int, weakref.ref[Any]] = {}
+        self._found: list[tuple[int, weakref.ref[Any]]] = []  # with the highest number of bytes before it
+        for tensor in tensors:
+            self._watch(tensor)
+        self.peak_bytes = self.live_bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count what it is given and returns."""
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and self._watch(leaf):
+                self._found.append((self.peak_bytes, weakref.ref(_storage(leaf))))
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        """Add what outlives the tracker to what was alive before it was found."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        outlived = 0
+        for before, found in reversed(self._found):
+            storage = found()
+            outlived += 0 if storage is None else storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, before + outlived)
+
+    @property
+    def live_bytes(self) -> int:
+        """What is alive now."""
+        alive = [storage() for storage in list(self._live.values())]
+        return sum(storage.nbytes() for storage in alive if storage is not None)
+
+    def _watch(self, tensor: Tensor) -> bool:
+        """Whether its storage is new here."""
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key in self._live:
+            return False
+        self._live[key] = weakref.ref(storage, lambda _: self._live.pop(key, None))
+        return True
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
 
 
 def resident_tensors(*subjects: Subject) -> Iterator[Tensor]:
@@ -174,6 +227,14 @@ def resident_tensors(*subjects: Subject) -> Iterator[Tensor]:
             yield from _tensors_in(subject if isinstance(subject, Tensor) else subject.state)
 
 
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
 def resident_bytes(*subjects: Subject) -> int:
     """Bytes of :func:`resident_tensors`, each storage counted once, and of DDP's gradient buckets.
 
@@ -183,28 +244,18 @@ def resident_bytes(*subjects: Subject) -> int:
         Models, wrapped or not, optimizers, and single tensors.
     """
     storages = _storages(resident_tensors(*subjects)).values()
-    return sum(storage.nbytes() for storage in storages) + bucket_bytes(*subjects)
+    return sum(storage.nbytes() for storage in storages) + _bucket_bytes(*subjects)
 
 
-def bucket_bytes(*subjects: Subject) -> int:
-    """Bytes of DDP's gradient buckets that no gradient shows."""
-    wrapped = [subject for subject in subjects if isinstance(subject, DistributedDataParallel)]
-    return sum(_bucket_bytes(subject) for subject in wrapped)
-
-
-def _bucket_bytes(model: DistributedDataParallel) -> int:
-    """Buckets that no gradient shows; 0 before they are rebuilt in the second step, within sight of a probe."""
-    if not torch_compat.has_final_buckets(model):
-        return 0
-    trained = [p for p in model.parameters() if p.requires_grad]
-    seen = _storages(p.grad for p in trained if p.grad is not None and model.gradient_as_bucket_view)
-    return max(0, sum(p.nbytes for p in trained) - sum(storage.nbytes() for storage in seen.values()))
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident set size of this process so far, as the operating system counts it (bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _bucket_bytes(*subjects: Subject) -> int:
+    """DDP's gradient buckets that no gradient shows; 0 before they are rebuilt in the second step, seen by a probe."""
+    total = 0
+    for model in subjects:
+        if isinstance(model, DistributedDataParallel) and torch_compat.has_final_buckets(model):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            seen = _storages(p.grad for p in trained if p.grad is not None and model.gradient_as_bucket_view)
+            total += max(0, sum(p.nbytes for p in trained) - sum(s.nbytes() for s in seen.values()))
+    return total
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
@@ -212,12 +263,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
+def peak_rss_bytes() -> int:
+    """Highest resident set size of this process so far, as the operating system counts it (bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -39,7 +39,7 @@ class MetricsWriter:
             log.warning("%s was no regular file; it is %s now.", self.path, aside.name)
         self._file = self.path.open("ab", buffering=0)
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
-        self._drop_torn_line()
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, which must hold an integer ``step``; NaN becomes null."""
@@ -75,10 +75,6 @@ class MetricsWriter:
             log.warning("%s: %d lines are lost (%s).", self.path, len(self._waiting), error)
         self._file.close()
 
-    def _drop_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        os.truncate(self.path, content.rfind(b"\n") + 1)
-
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All records of a file, also of one that is being written: a torn last line is left out.
@@ -91,10 +87,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str, Any]]:
-    """The records in a file's last bytes: quick for a long run; none if there is no file.
-
-    Damaged lines are left out, with a warning.
-    """
+    """As :func:`read_metrics`, of a file's last bytes: quick for a long run; none if there is no file."""
     try:
         with Path(path).open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - size)
@@ -107,19 +100,19 @@ def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str,
 
 def _records(lines: list[bytes], path: Path | str, *, last: bool = False) -> list[dict[str, Any]]:
     """Records of whole lines; ``last`` if these are the last lines of more."""
-    found = [_record(line) for line in lines]
-    bad = [number for number, record in enumerate(found, start=1) if record is None]
+    records, bad = [], []
+    for number, line in enumerate(lines):
+        try:
+            # A block of zeros may stand before a line that is whole.
+            record: Any = json.loads(line.strip(b"\0"))
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            bad.append(number)
     if bad:
-        where = f"line {bad[0] - 1 - len(lines)} from the end" if last else f"line {bad[0]}"
+        where = f"line {bad[0] - len(lines)} from the end" if last else f"line {bad[0] + 1}"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         log.warning("%s of %s%s: no JSON object with a step; left out.", where, path, more)
-    return [record for record in found if record is not None]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        # A block of zeros may stand before a line that is whole.
-        record: Any = json.loads(line.strip(b"\0"))
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return records

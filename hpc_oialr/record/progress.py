@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere; and how fast it goes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+Clock = Callable[[], float]
 _REFRESH_S = 0.25
 
 
@@ -58,9 +59,25 @@ class Status:
     metric_name: str = ""
     left_s: float | None = None
 
+    def words(self) -> list[str]:
+        """One figure each."""
+        of_the_job = "" if self.left_s is None else f" of {clock_time(max(0.0, self.left_s))} left in the job"
+        evaluation = [] if self.metric is None else [f"{self.metric_name} {self.metric:.4f}"]
+        return [
+            f"step {self.step}/{self.total_steps}",
+            self.phase,
+            f"loss {self.loss:.4f}",
+            *evaluation,
+            f"trained {self.trained_share:.1%}",
+            f"{self.rate:,.0f} {self.unit}/s",
+            f"data wait {self.data_wait_share:.0%}",
+            f"memory {self.memory_bytes / 2**30:.2f} GiB",
+            f"ETA {clock_time(self.eta_s)}{of_the_job}",
+        ]
 
-class Progress(Protocol):
-    """Shows a run; every method returns at once."""
+
+class Progress:
+    """Shows a run; this one shows nothing. Every method returns at once."""
 
     def update(self, status: Status, *, evaluated: bool = False) -> None:
         """Show the status; ``evaluated`` says that the metric is new."""
@@ -72,51 +89,10 @@ class Progress(Protocol):
         """Leave the terminal as it was."""
 
 
-def make_progress(
-    *, show: bool = True, live: bool | None = None, stream: TextIO | None = None, every_s: float = 10.0
-) -> Progress:
-    """The display that fits.
-
-    Parameters
-    ----------
-    show
-        False on all processes but the main one.
-    live
-        Whether to draw over what was drawn; default: if the stream is a terminal.
-    stream
-        Where to; default standard error.
-    every_s
-        Seconds between plain lines.
-    """
-    stream = stream or sys.stderr
-    if not show:
-        return SilentProgress()
-    return (
-        LiveProgress(stream)
-        if (stream.isatty() if live is None else live)
-        else PlainProgress(stream, every_s)
-    )
-
-
-class SilentProgress:
-    """Shows nothing."""
-
-    def update(self, status: Status, *, evaluated: bool = False) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class PlainProgress:
+class PlainProgress(Progress):
     """One line every so many seconds, and at each evaluation."""
 
-    def __init__(
-        self, stream: TextIO, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, stream: TextIO, every_s: float = 10.0, clock: Clock = time.monotonic) -> None:
         self._stream, self._every_s, self._clock = stream, every_s, clock
         self._next = clock()
 
@@ -124,21 +100,18 @@ class PlainProgress:
         """Write a line if one is due."""
         if evaluated or status.step >= status.total_steps or self._clock() >= self._next:
             self._next = self._clock() + self._every_s
-            self.note(" | ".join(describe(status)))
+            self.note(" | ".join(status.words()))
 
     def note(self, text: str) -> None:
         """Write a line."""
         self._stream.write(text + "\n")
         self._stream.flush()
 
-    def close(self) -> None:
-        """Nothing: lines stay."""
 
-
-class LiveProgress:
+class LiveProgress(Progress):
     """A bar and a line of figures, redrawn at most four times a second."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
         # Drawn by the caller, not by a thread of its own, which would take turns with the training step.
         self._live = Live(console=Console(file=stream), auto_refresh=False)
         self._clock, self._next = clock, clock()
@@ -149,7 +122,7 @@ class LiveProgress:
         if evaluated or status.step >= status.total_steps or self._clock() >= self._next:
             self._next = self._clock() + _REFRESH_S
             bar = ProgressBar(total=status.total_steps, completed=status.step)
-            self._live.update(Group(bar, Text("  ".join(describe(status)))), refresh=True)
+            self._live.update(Group(bar, Text("  ".join(status.words()))), refresh=True)
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
@@ -160,35 +133,80 @@ class LiveProgress:
         self._live.stop()
 
 
-def describe(status: Status) -> list[str]:
-    """The status in words, one figure each."""
-    parts = [
-        f"step {status.step}/{status.total_steps}",
-        status.phase,
-        f"loss {status.loss:.4f}",
-        f"trained {status.trained_share:.1%}",
-        f"{status.rate:,.0f} {status.unit}/s",
-        f"data wait {status.data_wait_share:.0%}",
-        f"memory {status.memory_bytes / 2**30:.2f} GiB",
-        f"ETA {clock_time(status.eta_s)}{_of_the_job(status.left_s)}",
-    ]
-    if status.metric is not None:
-        parts.insert(3, f"{status.metric_name} {status.metric:.4f}")
-    return parts
+def make_progress(
+    *, show: bool = True, live: bool | None = None, stream: TextIO | None = None, every_s: float = 10.0
+) -> Progress:
+    """The display that fits.
 
-
-def _of_the_job(left_s: float | None) -> str:
-    return "" if left_s is None else f" of {clock_time(max(0.0, left_s))} left in the job"
+    Parameters
+    ----------
+    show
+        False on all ranks but rank 0.
+    live
+        Whether to draw over what was drawn; default: if the stream is a terminal.
+    stream
+        Where to; default standard error.
+    every_s
+        Seconds between plain lines.
+    """
+    stream = stream or sys.stderr
+    if not show:
+        return Progress()
+    live = stream.isatty() if live is None else live
+    return LiveProgress(stream) if live else PlainProgress(stream, every_s)
 
 
 def clock_time(seconds: float) -> str:
     """Hours, minutes and seconds.
 
-    Examples
-    --------
     >>> clock_time(65), clock_time(3 * 3600 + 61.4)
     ('1:05', '3:01:01')
     """
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+class Throughput:
+    """Items per second, share of time spent waiting for data, time left: exponential averages over the last steps.
+
+    Parameters
+    ----------
+    memory
+        Number of steps after which one counts about a third.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(self, *, memory: int = 20, clock: Clock = time.monotonic) -> None:
+        self._keep = 1 - 1 / memory
+        self._clock = clock
+        self._weight = self._items = self._seconds = self._waited = 0.0
+        self._last = clock()
+
+    def tick(self, items: int, waited_s: float = 0.0) -> None:
+        """Count one step of so many items, of which so many seconds went by waiting for data."""
+        now = self._clock()
+        self._weight = self._weight * self._keep + 1
+        self._items = self._items * self._keep + items
+        self._seconds = self._seconds * self._keep + (now - self._last)
+        self._waited = self._waited * self._keep + waited_s
+        self._last = now
+
+    def restart(self) -> None:
+        """Leave out the time since the last step: evaluations and checkpoints are no training."""
+        self._last = self._clock()
+
+    @property
+    def items_per_s(self) -> float:
+        """Items per second; 0 before the first step."""
+        return self._items / self._seconds if self._seconds else 0.0
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the time in which the step waited for data, in [0, 1]."""
+        return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
+
+    def eta_s(self, steps: int) -> float:
+        """Seconds until so many more steps are done; 0 before the first step."""
+        return steps * self._seconds / self._weight if self._weight else 0.0

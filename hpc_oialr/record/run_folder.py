@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from hpc_oialr.record.files import to_json, write_atomically
 from hpc_oialr.system_errors import read_json
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run's files, and how they are written.
 
@@ -23,6 +21,20 @@ class RunFolder:
     ----------
     path
         The folder.
+    config, environment, summary
+        The effective configuration; versions and machine; what came out, written last.
+    metrics, updates
+        One JSON object a line: losses and evaluations; times of every update, and means over its layers.
+    spectra
+        Singular values of every layer and update.
+    checkpoints, logs
+        Folders.
+    settings
+        With which settings the checkpoints may be continued; there from the run's begin.
+    job
+        What was submitted to do this run, and as which job; there for submitted runs only.
+    owner
+        Who works in the folder now; there while somebody does.
 
     Examples
     --------
@@ -30,71 +42,25 @@ class RunFolder:
     'runs/demo/metrics.jsonl'
     """
 
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
-
-    @property
-    def config(self) -> Path:
-        """The effective configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions and machine."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def updates(self) -> Path:
-        """Times of every event of the method, and means over its layers; one JSON object a line."""
-        return self.path / "updates.jsonl"
-
-    @property
-    def spectra(self) -> Path:
-        """Singular values of every layer and update."""
-        return self.path / "spectra.h5"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """Folder of log files."""
-        return self.path / "logs"
-
-    @property
-    def summary(self) -> Path:
-        """What came out; written last."""
-        return self.path / "summary.json"
-
-    @property
-    def job(self) -> Path:
-        """What was submitted to do this run, and as which job; there for submitted runs only."""
-        return self.path / "job.json"
-
-    @property
-    def owner(self) -> Path:
-        """Who works in the folder now; there while somebody does."""
-        return self.path / "owner.json"
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.updates = self.path / "updates.jsonl"
+        self.spectra = self.path / "spectra.h5"
+        self.checkpoints = self.path / "checkpoints"
+        self.settings = self.checkpoints / "settings.json"
+        self.logs = self.path / "logs"
+        self.summary = self.path / "summary.json"
+        self.job = self.path / "job.json"
+        self.owner = self.path / "owner.json"
 
     @property
     def resume_command(self) -> str:
         """What to type to go on with the run."""
         name = str(self.path)
         return f"oialr resume {shlex.quote(f'./{name}' if name.startswith('-') else name)}"
-
-    @property
-    def settings(self) -> Path:
-        """Of which settings the checkpoints must be; there from the run's begin."""
-        return self.checkpoints / "settings.json"
 
     @property
     def holds_run(self) -> bool:
@@ -111,24 +77,12 @@ class RunFolder:
             return False
 
     def require_new(self) -> None:
-        """See that a run can begin here without writing over anything.
-
-        Raises
-        ------
-        OutputError
-            If a file of a name that a run writes is there, and no run or job has made the folder.
-        """
-        if not (self.holds_run or self.owner.exists() or self.job.exists()):
-            written = (
-                self.environment,
-                self.metrics,
-                self.updates,
-                self.spectra,
-                self.checkpoints,
-                self.summary,
-                *self.path.glob("spectra.h5.???*"),
-            )
-            require_absent(self.path, [path.name for path in written], "a run")
+        """Raise OutputError if a file that a run writes is there, and no run or job has made the folder."""
+        if self.holds_run or self.owner.exists() or self.job.exists():
+            return
+        files = (self.environment, self.metrics, self.updates, self.spectra, self.checkpoints, self.summary)
+        names = [path.name for path in (*files, *self.path.glob("spectra.h5.???*"))]
+        require_absent(self.path, names, "a run")
 
     def create(self) -> RunFolder:
         """Make the folder and those inside, readable by their owner only; what exists is kept."""

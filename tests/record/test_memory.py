@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import make_engine
 from hpc_oialr.record import MemoryMeter, peak_rss_bytes, resident_bytes
-from hpc_oialr.record.tensor_tracker import TensorTracker
+from hpc_oialr.record.memory import TensorTracker
 from hpc_oialr.streams import without_lines
 
 MB = 1 << 20
