@@ -49,11 +49,9 @@ def rounding_bound(dtype: torch.dtype) -> float:
 class AutocastCopies:
     """Copies of a layer's frozen ``U`` and ``Vh`` in the dtype of autocast, made when the factors have changed.
 
-    Autocast remembers its casts of what is trained, not of what is frozen: two kernels and 6 bytes a number in each
-    forward pass. Copies hardly raise the peak of a step, since autograd keeps the casts of all layers until their
-    backward pass anyway (not under activation checkpointing); between steps they add 2 bytes a number to the 4 of
-    the factors. Those stay in fp32: stored in bf16 (``oialr.factor_dtype``) they would need no copies, but each
-    rotation would round them anew. Copies are no part of a layer's state: not saved, copied or moved with it.
+    Autocast caches its casts of trained weights only: frozen ones cost two kernels and 6 bytes a number in each forward
+    pass. Copies add 2 bytes a number between steps, and hardly anything to the peak, as autograd keeps the casts of all
+    layers until their backward pass anyway. They are no part of a layer's state: not saved, copied or moved with it.
     """
 
     def __init__(self) -> None:
@@ -95,37 +93,22 @@ class AutocastCopies:
 class LowRankWeight(nn.Module):
     """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
 
-    Instances are made by :meth:`adopt` from a dense layer, *in place*: the object stays, its class
-    changes. So hooks, names, references held elsewhere, ``training`` and every other attribute of
-    the dense layer survive the conversion, and :func:`hpc_oialr.merge` turns it back.
-
-    Attributes
-    ----------
-    U, S, Vh
-        Parameters, m x r, r x r and r x n.
-    dense_class
-        The class the layer had, and gets back when it is merged.
-    dense_shape
-        Shape of the dense weight; m x n is (leading axis) x (all the rest).
-    crossover
-        See :func:`hpc_oialr.lowrank.execution.prefer_factored`; a number, or one for each dtype of the products.
-    bases_trained
-        Whether ``U`` and ``Vh`` may have gradients. While False, ``requires_grad_(True)`` of the model or of all
-        its parameters leaves them frozen: it is undone at the next forward pass.
-    autocast_copies
-        Keeps ``U`` and ``Vh`` in the dtype of autocast; None where an engine shards the factors.
+    :meth:`adopt` changes the class of a dense layer *in place*, so that hooks, names, references held elsewhere and
+    every attribute survive the conversion, and :func:`hpc_oialr.merge` turns it back.
     """
-
-    bases_trained: bool = False
-    known_bases: tuple[int, ...] = ()
 
     U: nn.Parameter
     S: nn.Parameter
     Vh: nn.Parameter
     bias: nn.Parameter | None
-    dense_class: type[nn.Module]
-    dense_shape: torch.Size
-    crossover: Crossover
+    dense_class: type[nn.Module]  # the layer's class before the conversion, and after merging
+    dense_shape: torch.Size  # m x n is (leading axis) x (all the rest)
+    crossover: Crossover  # see prefer_factored; a number, or one for each dtype of the products
+    # Whether U and Vh may have gradients; while False, requires_grad_(True) is undone at the next forward pass.
+    bases_trained: bool = False
+    # Where, and after how many writes, U and Vh were last found orthonormal.
+    known_bases: tuple[int, ...] = ()
+    # None where an engine shards the factors.
     autocast_copies: AutocastCopies | None = None
 
     @classmethod
@@ -146,20 +129,18 @@ class LowRankWeight(nn.Module):
         """New parameters; the core gets attributes and ``requires_grad`` of ``like``."""
         for name, factor in (("U", U), ("S", S), ("Vh", Vh)):
             factor = factor.contiguous()
+            # A view of a message or of several layers' results would keep all of it.
             if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
-                factor = (
-                    factor.clone()
-                )  # a view of a message or of several layers' results would keep all of it
+                factor = factor.clone()
             trained = name == "S" and like.requires_grad
             self.register_parameter(name, nn.Parameter(factor, requires_grad=trained))
         pass_on_attributes(like, self.S)
         self.known_bases = self._stamp_of_bases()
 
     def set_factors(self, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
-        """Take new factors; returns whether r changed and the parameters are therefore new objects.
+        """Take new factors; returns whether r changed, in which case the parameters are new objects.
 
-        A parameter of another shape must be a new object: autograd's accumulation node and the
-        autocast cache keep the old shape otherwise.
+        Autograd's accumulation node and the autocast cache would keep the old shape of an old one.
         """
         if S.shape == self.S.shape:
             with torch.no_grad():
@@ -212,15 +193,17 @@ class LowRankWeight(nn.Module):
         return (*(p.data_ptr() for p in bases), *(p._version for p in bases))
 
     def bases_error(self) -> float:
-        """The larger one of ``||U^T U - I||_F / sqrt(r)`` and that of ``Vh``."""
+        """The larger of ``||U^T U - I||_F / sqrt(r)`` and that of ``Vh``; 0 if sharded or not loaded yet."""
+        whole = not isinstance(self.U, DTensor) and (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.n)
+        if self.S.is_meta or not whole or not bool(self.S.any()):
+            return 0.0
         return max(orthogonality_error(self.U), orthogonality_error(self.Vh.mT))
 
     @exact_arithmetic()
     def _check_bases(self) -> None:
         """Raise :class:`ModelError` if what has been written into ``U`` and ``Vh`` is no basis."""
         stamp = self._stamp_of_bases()
-        whole = (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.n) and bool(self.S.any())
-        if stamp and whole and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if stamp and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
             error = self.bases_error()
             if not error <= rounding_bound(self.U.dtype):
                 raise written_bases(str(self), error)
@@ -337,11 +320,7 @@ class LowRankWeight(nn.Module):
         self._parameters.update({"weight": weight, **rest})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept another r, or the dense weight: the layer takes the stored form before torch copies the values.
-
-        A layer of a controller leaves that to the controller, which takes the optimizer along. Without one a warning
-        says so if anything still holds the core that is replaced.
-        """
+        """Take the stored r, or become dense, before torch copies the values; a controller does that for its layers."""
         stored = [x for name in ("U", "S", "Vh") if isinstance(x := state_dict.get(prefix + name), Tensor)]
         if controller_of(self) is None:
             core = self.S

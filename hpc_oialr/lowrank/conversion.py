@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype, svd
@@ -42,10 +41,7 @@ def convert_weight(
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:
-    """Replace the dense weight of ``target`` by U (m x r), S (r x r), Vh (r x n); weight and gradient are freed.
-
-    ``U`` and ``Vh`` are stored in ``factor_dtype``, by default that of the weight, which ``S`` takes always.
-    """
+    """Replace the dense weight of ``target``, which is freed; U and Vh are stored in ``factor_dtype`` or its dtype."""
     if target.kind == "MultiheadAttention":
         unpack(target.owner)  # type: ignore[arg-type]
     weight = target.weight
@@ -130,7 +126,11 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
         model = copy.deepcopy(model)
         untie(model)
     layers = low_rank_layers(model)
-    written = [name for name, layer in layers.items() if _is_written(layer)]
+    written = [
+        name
+        for name, layer in layers.items()
+        if not layer.bases_trained and layer.bases_error() > rounding_bound(layer.U.dtype)
+    ]
     if written:
         # A copy whose parameters were averaged or decayed one by one is a product of three wrong factors.
         warnings.warn(
@@ -148,13 +148,6 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "dense_use_nested_tensor"):
             module.use_nested_tensor = module.__dict__.pop("dense_use_nested_tensor")
     return model
-
-
-def _is_written(layer: LowRankWeight) -> bool:
-    # Factors that are still to be filled from a checkpoint are zero.
-    if layer.bases_trained or isinstance(layer.U, DTensor) or layer.S.is_meta or not bool(layer.S.any()):
-        return False
-    return layer.bases_error() > rounding_bound(layer.U.dtype)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankWeight]:

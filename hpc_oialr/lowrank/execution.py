@@ -41,25 +41,16 @@ def merged_cost(tokens: int, m: int, n: int, r: int) -> int:
 
 
 def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1.0) -> bool:
-    """Whether factored execution is the faster one.
+    """Whether factored execution is faster for this many rows of input (for a convolution: output positions).
 
-    Parameters
-    ----------
-    tokens
-        Rows of the layer's input (for a convolution: output positions).
-    m, n, r
-        Shape of the weight and its inner dimension.
-    crossover
-        Ratio of factored to merged multiply-adds at which both take the same time: 1 by the count
-        alone, below 1 where a measurement found the thin products of the factored form less efficient.
+    ``crossover`` is the ratio of factored to merged multiply-adds at which both take the same time: 1 by the count
+    alone, less where a measurement found the thin products of the factored form less efficient.
 
-    Examples
-    --------
     >>> prefer_factored(1024, 768, 768, 192), prefer_factored(1024, 768, 768, 700)
     (True, False)
     """
-    # Decided without the tokens where that is possible: they are a symbol under torch.export and torch.compile, and
-    # a comparison would tie the program to this side of the border.
+    # Decided without the tokens where possible: they are a symbol under torch.export and torch.compile, and a
+    # comparison would tie the program to this side of the border.
     if factored_cost(1, m, n, r) <= crossover * dense_cost(1, m, n):
         return True
     if torch.compiler.is_exporting():
@@ -68,11 +59,11 @@ def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1
 
 
 def crossover_by_dtype(path: str | Path) -> dict[torch.dtype, float]:
-    """:func:`measured_crossover` for each dtype a layer may run in; float32's, with a warning, where none is measured."""
+    """:func:`measured_crossover` for each dtype a layer may run in; that of float32 where none is measured."""
     found = {torch.float32: measured_crossover(path)}
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        # fp16 goes through the same units as bf16, and the benchmark has no rows of its own for it, nor for float64.
-        name = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    # fp16 goes through the same units as bf16, and the benchmark has no rows of its own for it, nor for float64.
+    rows_of = {torch.bfloat16: "bfloat16", torch.float16: "bfloat16", torch.float64: "float64"}
+    for dtype, name in rows_of.items():
         try:
             found[dtype] = measured_crossover(path, name)
         except ConfigError:
@@ -87,10 +78,9 @@ def crossover_by_dtype(path: str | Path) -> dict[torch.dtype, float]:
 
 
 def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
-    """The crossover found by ``python -m benchmarks.layer --out FILE`` on the machine at hand, from rows of ``dtype``.
+    """The crossover from rows of ``dtype`` in a result file of ``python -m benchmarks.layer --out FILE``; at most 1.
 
-    Between the measured points the logarithm of factored time over merged time is taken as linear in
-    the ratio of their multiply-adds; the crossover is where it passes zero, at most 1.
+    The logarithm of factored time over merged time is fitted as linear in the ratio of their multiply-adds.
     """
     fix = "Run python -m benchmarks.layer."
     try:
@@ -108,10 +98,7 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
 
 
 def is_transformed() -> bool:
-    """Whether a compiler, exporter, tracer, ``torch.func`` transform or forward-mode derivative is active.
-
-    Kernels that only reverse-mode autograd knows must not be called then.
-    """
+    """Whether anything but reverse-mode autograd looks on: a compiler, tracer, ``torch.func`` or forward-mode AD."""
     # First, since torch.compile cannot look behind the others.
     if torch.compiler.is_compiling():
         return True
@@ -164,9 +151,9 @@ def onednn_kernel(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | Non
 
 
 class _OneDNN(torch.autograd.Function):
-    """``y`` and ``a = x A^T`` (B x r), which is kept for the gradient of S in place of x.
+    """``y``, and ``a = x A^T`` (B x r), which is kept for the gradient of S in place of x.
 
-    ``a`` is an output, though no one uses it, so that a second derivative finds its way from it back to x.
+    ``a`` is an output so that a second derivative finds its way from it back to x.
     """
 
     @staticmethod

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,6 @@ from hpc_oialr.lowrank.execution import factored_linear
 class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]
     """``y = x (U S Vh)^T + b``; autograd keeps ``x Vh^T`` (B x r) instead of ``x`` (B x n) when factored."""
 
-    in_features: int
-    out_features: int
-
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n), output (..., m)."""
         if not self.factored(_tokens(input)):
@@ -30,9 +25,6 @@ class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]
 
 class LowRankConv1D(LowRankWeight):
     """transformers' ``Conv1D``: ``y = x (U S Vh) + b``, the weight is stored input by output."""
-
-    nf: int
-    nx: int
 
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m), output (..., n)."""
@@ -47,56 +39,35 @@ def _tokens(x: Tensor) -> int:
     return 0 if x.is_nested else math.prod(x.shape[:-1])
 
 
-class _LowRankConv(LowRankWeight):
+class _LowRankConv(LowRankWeight, nn.modules.conv._ConvNd):  # type: ignore[misc, override]
     """A convolution with kernel ``Vh`` (r filters), then two of extent one: S and U.
 
     The dense kernel (out x in x extent...) is ``U S Vh`` after flattening to out x rest; groups = 1.
     """
 
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
-    convolve: Callable[..., Tensor]
-
     def forward(self, input: Tensor) -> Tensor:
         """Input (B, in, extents), output (B, out, extents), as the dense layer's."""
+        dims = len(self.kernel_size)
         # Output positions of the batch, up to the border: the tokens of the cost formula.
-        extents = input.shape[-len(self.kernel_size) :]
-        positions = input.shape[0] if input.dim() > len(self.kernel_size) + 1 else 1
-        for extent, stride in zip(extents, self.stride, strict=True):
+        positions = input.shape[0] if input.dim() > dims + 1 else 1
+        for extent, stride in zip(input.shape[-dims:], self.stride, strict=True):
             positions *= -(-extent // stride)
         if not self.factored(positions):
-            return self._conv(input, self.matrix().reshape(self.dense_shape), self.bias)
+            return self._conv_forward(input, self.matrix().reshape(self.dense_shape), self.bias)
         U, S, Vh = self.matched_factors(self.S.dtype)
-        ones = (1,) * len(self.kernel_size)
-        t = self._conv(input, Vh.reshape(self.r, *self.dense_shape[1:]), None)
-        t = type(self).convolve(t, S.reshape(*S.shape, *ones))
-        return type(self).convolve(t, U.reshape(*U.shape, *ones), self.bias)
-
-    def _conv(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return type(self).convolve(x, kernel, bias, self.stride, padding, self.dilation)
+        convolve, ones = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1], (1,) * dims
+        t = self._conv_forward(input, Vh.reshape(self.r, *self.dense_shape[1:]), None)
+        t = convolve(t, S.reshape(*S.shape, *ones))
+        return convolve(t, U.reshape(*U.shape, *ones), self.bias)
 
 
 class LowRankConv1d(_LowRankConv, nn.Conv1d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv1d``."""
 
-    convolve = staticmethod(torch.conv1d)
-
 
 class LowRankConv2d(_LowRankConv, nn.Conv2d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv2d``."""
 
-    convolve = staticmethod(torch.conv2d)
-
 
 class LowRankConv3d(_LowRankConv, nn.Conv3d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv3d``."""
-
-    convolve = staticmethod(torch.conv3d)

@@ -16,14 +16,9 @@ class Replicated:
 
     The method asks a layout for blocks and gives blocks back, so that it is the same code for replicated and
     sharded matrices; here a block is the matrix. "Stored" is what a parameter or the optimizer's state holds.
-
-    Attributes
-    ----------
-    group
-        The processes over which a matrix is sharded; None: it is not.
     """
 
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None  # over which a matrix is sharded
 
     def rows(self, weight: Tensor) -> Tensor:
         """This process's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
@@ -62,14 +57,11 @@ class Replicated:
         return block
 
     def project(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T weight right^T`` of a stored weight, whole on every process.
-
-        ``left`` is this process's rows of an m x r matrix, ``right`` a whole r x n matrix.
-        """
+        """``left^T weight right^T`` of a stored weight, whole; ``left`` is this process's rows, ``right`` is whole."""
         return self.add(left.mT @ (self.rows(weight).to(left.dtype) @ right.mT))
 
     def project_core(self, S: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T S right^T`` of a stored core, whole on every process; ``left`` and ``right`` are whole."""
+        """``left^T S right^T`` of a stored core, whole on every process, as are ``left`` and ``right``."""
         return left.mT @ (self.core(S).to(left.dtype) @ right.mT)
 
     def add(self, part: Tensor) -> Tensor:
@@ -93,7 +85,7 @@ class Sharded(Replicated):
     Parameters
     ----------
     mesh
-        Its last axis is the one over which matrices are sharded; they are equal along the one before it.
+        Matrices are sharded over its last axis, and equal along the one before it.
     split_cores
         Whether cores are stored in row blocks.
     even_columns
@@ -197,10 +189,7 @@ def exchange(
     group: dist.ProcessGroup | None,
     like: Tensor,
 ) -> list[list[Tensor]]:
-    """An all-to-all of matrices of dtype and device of ``like``.
-
-    For each process, ``sent`` holds the matrices that go to it and ``shapes`` the shapes of those that come from it.
-    """
+    """An all-to-all: for each process the matrices ``sent`` to it and the ``shapes`` that come from it."""
     flat = torch.cat([like.new_empty(0), *(piece.reshape(-1) for pieces in sent for piece in pieces)])
     sizes = [[m * n for m, n in expected] for expected in shapes]
     received = flat.new_empty(sum(map(sum, sizes)))
@@ -213,8 +202,6 @@ def exchange(
 def chunk(length: int, parts: int, place: int) -> slice:
     """The ``place``-th of ``parts`` blocks as ``torch.chunk`` cuts them; the last ones may be short or empty.
 
-    Examples
-    --------
     >>> [chunk(5, 4, place) for place in range(4)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
     """

@@ -30,24 +30,12 @@ def kind_of(layer: type[nn.Module]) -> str | None:
 
 @dataclass(eq=False)
 class TargetWeight:
-    """One weight that can be low-rank: a layer's ``weight``, or an attention's input projection.
+    """One weight that can be low-rank: a layer's ``weight``, or an attention's input projection."""
 
-    Attributes
-    ----------
-    name
-        Dotted name of the layer that holds, or will hold, the factors.
-    owner
-        The module with the dense parameter.
-    parameter
-        Name of the dense parameter in ``owner``.
-    kind
-        One of :data:`KINDS`.
-    """
-
-    name: str
-    owner: nn.Module
-    parameter: str
-    kind: str
+    name: str  # dotted name of the layer that holds, or will hold, the factors
+    owner: nn.Module  # has the dense parameter
+    parameter: str  # its name in the owner
+    kind: str  # one of KINDS
 
     @property
     def holder(self) -> nn.Module:
@@ -65,8 +53,7 @@ class TargetWeight:
     @property
     def weight(self) -> nn.Parameter:
         """The dense weight (any number of axes); only before the conversion."""
-        parameter = self.stored
-        if parameter is None:
+        if (parameter := self.stored) is None:
             raise ModelError(
                 f"layer {self.name} has no parameter {self.weight_name!r} any more: it was parametrized, pruned or "
                 "removed after OIALR(...). Do so before, and the layer is left dense."
@@ -92,8 +79,7 @@ class TargetWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """m and n: (leading axis) x (all the rest)."""
-        layer = self.low_rank
-        if layer is not None:
+        if (layer := self.low_rank) is not None:
             return layer.m, layer.n
         shape = whole_shape(self.weight)
         return shape[0], shape.numel() // max(1, shape[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -75,26 +76,17 @@ class ResNet(ModelConfig):
             image_size=self.image_size,
         )
         if pixels.shape[-1] != self.image_size:
-            model.register_forward_pre_hook(Resize(self.image_size), with_kwargs=True)
+            model.register_forward_pre_hook(partial(resize, size=self.image_size), with_kwargs=True)
         return model
 
 
-class Resize:
-    """Forward pre-hook that resizes ``pixel_values`` to a square of side ``size``.
-
-    A hook leaves class and parameter names of the model as they are.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with ``pixel_values`` (B x C x size x size)."""
-        pixels: Tensor = kwargs["pixel_values"]
-        resized = interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        return args, {**kwargs, "pixel_values": resized}
+def resize(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook that resizes ``pixel_values`` to a square; class and parameter names stay as they are."""
+    pixels: Tensor = kwargs["pixel_values"]
+    resized = interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    return args, {**kwargs, "pixel_values": resized}
 
 
 @dataclass(kw_only=True)
