@@ -91,12 +91,8 @@ def load(
 ) -> Progress:
     """Load the checkpoint of ``step`` into a fresh run; returns where the run stands.
 
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint is of a run with other settings, on other data, or of another model.
-    ModelError
-        If its low-rank layers are not among those the settings select.
+    CheckpointError if it is of a run with other settings, on other data, or of another model; ModelError if its
+    low-rank layers are not among those the settings select.
     """
     state, where = store.read_state(step), str(store.path(step))
     require_settings(state, settings, where)
@@ -159,14 +155,12 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
                 values.setdefault(names[parameter], {})[key] = value
     groups = []
     for group in optimizer.param_groups:
-        options = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
-        plain = {
-            key: value
-            for key, value in options.items()
-            if key != "params"
-            and all(isinstance(item, _PLAIN) for item in (value if isinstance(value, list) else [value]))
-        }
-        groups.append({"names": [names[p] for p in group["params"]], "options": plain})
+        options = {}
+        for key, value in group.items():
+            items = value if isinstance(value, list | tuple) else [value]
+            if key != "params" and all(isinstance(item, _PLAIN) for item in items):
+                options[key] = list(value) if isinstance(value, tuple) else value
+        groups.append({"names": [names[p] for p in group["params"]], "options": options})
     return tensors, {"groups": groups, "values": values}
 
 

@@ -55,14 +55,8 @@ class CheckpointStore:
         """Write one checkpoint; it exists only once it is complete and on the disk.
 
         What all processes hold under one name is written once, DTensors as their shards. ``state`` is the rest, fit
-        for JSON, of rank 0.
-
-        Raises
-        ------
-        CheckpointError
-            On all processes, if one cannot write; earlier checkpoints stay.
-        FolderLostError
-            On all processes, if the run's folder is gone, or taken by another process.
+        for JSON, of rank 0. On all processes CheckpointError if one cannot write, earlier checkpoints stay;
+        FolderLostError if the run's folder is gone, or taken by another process.
         """
         reason = self.world.broadcast_object(self._lost() if self.world.is_main else "")
         if reason:

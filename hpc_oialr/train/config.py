@@ -1,4 +1,4 @@
-"""One run as one typed object; every field is checked when it is made."""
+"""The settings of a run as typed objects that check their fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainConfig:
     epochs
         Length of the run in passes over the training data.
     steps
-        Length of the run in steps; goes before ``epochs``.
+        Length of the run in steps; overrides ``epochs``.
     global_batch
         Samples per step, all processes together.
     accumulation
@@ -41,7 +41,7 @@ class TrainConfig:
     gradient_clip
         Largest 2-norm of the gradient of all parameters together; null = off.
     seed
-        Everything random follows from it.
+        Of everything random.
     evaluations
         How many, equally spaced in steps, the last one at the end.
     evaluation_batch
@@ -57,15 +57,15 @@ class TrainConfig:
     device
         "cpu", "cuda"; null = CUDA where there is one.
     timeout_s
-        A process that lets the others wait this long counts as dead, and ends the run, which goes on from its
-        last checkpoint (s). Must be longer than the largest layer's SVD, than writing a checkpoint, and than
-        the time between the first process's start and the last one's.
+        A process that keeps the others waiting this long counts as dead and ends the run, which can be resumed (s).
+        Must be longer than the SVD of the largest layer, than a checkpoint, and than the time between the start of
+        the first process and of the last.
     stop_signal
         Upon this signal, and upon TERM, a run writes a checkpoint and stops with exit code 75: "USR2", "USR1"
         (which NCCL uses too), "TERM" or "HUP".
     health_check
-        Before anything else, see that every process has its device, that a sum over all is right, and that
-        versions and settings are the same everywhere.
+        Check first that every process has its device, that an all-reduce is right, and that versions and settings
+        are the same everywhere.
     """
 
     epochs: float | None = None
@@ -91,9 +91,8 @@ class TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ConfigError("epochs", None, "must be set, or steps", fix="E.g. --train.epochs 3")
         for name in ("epochs", "steps", "gradient_clip", "early_stopping"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(name, value, "must be positive")
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(name, getattr(self, name), "must be positive")
         for name in ("global_batch", "accumulation", "evaluations", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
@@ -158,7 +157,7 @@ class RecordConfig:
         Steps between two measurements of dense matrices, where ``spectra`` is true and the method has no
         ``stability_frequency`` of its own. Each costs an SVD of every matrix.
     spectra_writer
-        "single": rank 0 writes. The only way that is left; the key is kept for recipes that name it.
+        "single": rank 0 writes. The only choice; kept for recipes that name it.
     spectra_queue
         How many events may wait to be written beside the training.
     side_folder
@@ -188,7 +187,7 @@ class RecordConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run.
+    """A run.
 
     Parameters
     ----------

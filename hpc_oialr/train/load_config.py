@@ -51,12 +51,8 @@ class LoadedConfig:
 def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConfig:
     """Read a recipe by name, or a YAML file, with the settings of the command line on top.
 
-    Raises
-    ------
-    UnknownNameError
-        For an unknown recipe, setting or type; lists the valid ones.
-    ConfigError
-        For a value of the wrong type or out of its range; names its origin.
+    UnknownNameError for an unknown recipe, setting or type lists the valid ones; ConfigError for a value of the wrong
+    type or out of its range names its origin.
     """
     path = find_recipe(recipe)
     try:
@@ -204,10 +200,9 @@ def _build(hint: Any, value: Any, origins: Mapping[str, str], name: str = "") ->
         cls, value = _find_choice(cls, value["class_path"], name), value["init_args"]
     hints, prefix = _field_types(cls), f"{name}." if name else ""
     for each in dataclasses.fields(cls):
-        needed = each.init and each.default is MISSING and each.default_factory is MISSING
-        if needed and (
-            value.get(each.name) is None and not (each.name in value and _optional(hints[each.name]))
-        ):
+        required = each.init and each.default is MISSING and each.default_factory is MISSING
+        null_given = each.name in value and _optional(hints[each.name])
+        if required and value.get(each.name) is None and not null_given:
             family, full = _section_type(hints[each.name]), f"{prefix}{each.name}"
             abstract = family is not None and inspect.isabstract(family)
             valid = f"; valid: {', '.join(sorted(_choices(family)))}" if family and abstract else ""

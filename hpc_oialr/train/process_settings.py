@@ -29,7 +29,7 @@ def process_settings(world: World, *, tf32: bool = True, compiled: bool = False)
     """On CPUs reproducible kernels, and cores shared among the processes of a node; on CUDA TF32 or not.
 
     With ``compiled``, torch.compile may make a graph for every r. At the end all is as before, also what libraries
-    imported meanwhile have changed: environment variables, filters of warnings, DeepSpeed's log level.
+    have changed: environment variables, filters of warnings, DeepSpeed's log level.
     """
     deepspeed, environment = logging.getLogger("DeepSpeed"), dict(os.environ)
     with ExitStack() as stack, warnings.catch_warnings():
@@ -64,7 +64,7 @@ def _restore_environment(before: dict[str, str]) -> None:
 
 @contextmanager
 def log_into(path: Path) -> Iterator[None]:
-    """Write this process's log into a file meanwhile; without the file a warning, no error."""
+    """Write this process's log into a file; warns if that cannot be opened."""
     logger, before = logging.getLogger("hpc_oialr"), logging.getLogger("hpc_oialr").level
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)

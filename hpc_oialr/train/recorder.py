@@ -104,27 +104,22 @@ class Recorder:
         total, joules = world.all_reduce(own).tolist()
         if self.metrics is None:
             return
-        trained, memory, unit = (
-            trainable_parameters(context.module),
-            self.meter.peak_bytes,
-            context.config.task.unit,
-        )
+        trained, memory = trainable_parameters(context.module), self.meter.peak_bytes
+        unit, seconds = context.config.task.unit, timers.seconds
         row: dict[str, Any] = {
             "step": step,
             "total_steps": context.total_steps,
             "loss": total / world.size,
             "lr": context.rates.current,
             "wall_s": timers.wall,
-            "data_wait_s": timers.seconds["data_wait"],
+            "data_wait_s": seconds["data_wait"],
             "trained_share": trained / dense_parameters(context.module),
             f"{unit}_per_s": self.throughput.items_per_s,
         }
         self._write(row)
         if self.spectra is not None:
-            fields = {name: row[name] for name in ("step", "loss", "lr", "wall_s")}
-            fields |= {
-                f"{name}_s": timers.seconds[name] for name in ("update", "data_wait", "eval", "checkpoint")
-            }
+            fields = {name: row[name] for name in ("step", "loss", "lr", "wall_s", "data_wait_s")}
+            fields |= {f"{name}_s": seconds[name] for name in ("update", "eval", "checkpoint")}
             fields |= {"trained_parameters": trained, "memory_bytes": memory, "energy_J": joules}
             self.spectra.add_steps(fields)
         status = Status(
@@ -158,7 +153,7 @@ class Recorder:
     def collect(self) -> None:
         """Write what :meth:`update` sent, as all processes saw it; a collective call.
 
-        After the next step's backward pass, so that the exchange goes on beside it.
+        Called after the next step's backward pass, with which the exchange overlaps.
         """
         events, self._under_way = self._under_way, []
         for event, pending in events:

@@ -56,25 +56,9 @@ def train(
 ) -> Result:
     """Train from the start in a new run folder; a collective call.
 
-    Parameters
-    ----------
-    loaded
-        The run's settings.
-    folder
-        Run folder; must not hold a run.
-    world
-        The processes; default those of the launcher.
-    stop
-        What may end the run early.
-    claim
-        How the folder is claimed.
-
-    Raises
-    ------
-    FolderInUseError
-        If another process works in the folder.
-    OIALRError
-        If the folder holds a run, or settings, data and world do not fit each other.
+    ``world`` are by default the launcher's processes, ``stop`` may end the run early, ``claim`` says who claims the
+    folder. FolderInUseError if another process works in the folder; another OIALRError if it holds a run, or if
+    settings, data and world do not fit each other.
     """
     with joined(world, loaded) as world:
         # A default name holds the time, which the processes may have read in different seconds.
@@ -97,17 +81,16 @@ def train_or_resume(
 ) -> Result:
     """Begin a run, resume it if ``folder`` holds it, or return at once if it is finished; a collective call.
 
-    The same call serves the first job of a run and every one after it. Parameters as for :func:`train`.
-
-    Raises
-    ------
-    OIALRError
-        If the folder holds a run with other settings, except for those under ``RESUMABLE``.
+    The same call serves the first job of a run and every one after it. OIALRError if the folder holds a run with
+    other settings, except for those under ``RESUMABLE``; the rest as for :func:`train`.
     """
     run_folder = RunFolder(folder)
     if run_folder.holds_run:
         require_same_run(load_config(run_folder.config), loaded, folder)
-    return _unless_finished(loaded, run_folder, world, stop, claim)
+    if run_folder.finished:
+        return Result(folder, run_folder.read_summary())
+    with joined(world, loaded) as world:
+        return _run(loaded, run_folder, world, stop, claim)
 
 
 def resume(
@@ -120,36 +103,28 @@ def resume(
 ) -> Result:
     """Resume a run from its last intact checkpoint, or from its start if it has none; a collective call.
 
-    Checkpoints do not depend on the engine and the number of processes that wrote them.
-
-    Parameters
-    ----------
-    settings
-        As on the command line, e.g. ``["--engine", "FSDP"]``; those under ``RESUMABLE`` only.
-    folder, world, stop, claim
-        As for :func:`train`.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder holds no run, or all its checkpoints are damaged or of another model.
-    OIALRError
-        For a setting that would make it another run.
+    Checkpoints do not depend on the engine and the number of processes that wrote them. ``settings`` are as on the
+    command line, e.g. ``["--engine", "FSDP"]``, those under ``RESUMABLE`` only. CheckpointError if the folder holds
+    no run, or all its checkpoints are damaged or of another model; the rest as for :func:`train`.
     """
-    return _unless_finished(load_run(folder, settings), RunFolder(folder), world, stop, claim)
+    loaded, run_folder = load_run(folder, settings), RunFolder(folder)
+    if run_folder.finished:
+        return Result(folder, run_folder.read_summary())
+    with joined(world, loaded) as world:
+        return _run(loaded, run_folder, world, stop, claim)
 
 
 def load_run(folder: Path, settings: Sequence[str] = ()) -> LoadedConfig:
     """The settings of the run in a folder, with others on top; errors as for :func:`resume`."""
-    run_folder = RunFolder(folder)
-    if not run_folder.holds_run:
-        raise CheckpointError(f"{folder} holds no run: there is no {run_folder.config}.")
+    config = RunFolder(folder).config
+    if not config.exists():
+        raise CheckpointError(f"{folder} holds no run: there is no {config}.")
     for setting in (word for word in settings if word.startswith("--")):
         name = setting[2:].partition("=")[0]
         if not may_change(name):
             rule = f"cannot change when a run is resumed; those that can: {', '.join(RESUMABLE)}"
             raise OIALRError(f"{name} {rule}. Start another run with oialr train.")
-    return load_config(run_folder.config, settings)
+    return load_config(config, settings)
 
 
 @contextmanager
@@ -191,19 +166,6 @@ def owned(folder: RunFolder, world: World, claim: Claim) -> Iterator[Ownership |
         yield held
 
 
-def _unless_finished(
-    loaded: LoadedConfig,
-    folder: RunFolder,
-    world: World | None,
-    stop: StopRequest | None,
-    claim: Claim | None,
-) -> Result:
-    if folder.finished:
-        return Result(folder.path, folder.read_summary())
-    with joined(world, loaded) as world:
-        return _run(loaded, folder, world, stop, claim)
-
-
 def _run(
     loaded: LoadedConfig, folder: RunFolder, world: World, stop: StopRequest | None, claim: Claim | None
 ) -> Result:
@@ -220,10 +182,8 @@ def _run(
         channel = open_channel(world)
         # What cannot run at all fails here, before there is a folder.
         context = make_run_context(config, world)
-        with (
-            owned(folder, world, claim) as held,
-            log_into(folder.logs / f"process_{world.rank}.log"),
-        ):
+        log_file = folder.logs / f"process_{world.rank}.log"
+        with owned(folder, world, claim) as held, log_into(log_file):
             if world.is_main:
                 _begin_folder(folder, loaded)
             world.barrier()

@@ -127,10 +127,7 @@ class RunContext:
 def make_run_context(config: RunConfig, world: World) -> RunContext:
     """Load the data, then make model, optimizer and method from the run's seed.
 
-    Raises
-    ------
-    ConfigError, DataError, ModelError
-        If settings, data, world and model do not fit each other.
+    ConfigError, DataError or ModelError if settings, data, world and model do not fit each other.
     """
     train = config.train
     with _section("data"):

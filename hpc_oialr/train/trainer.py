@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Takes a run from where it stands to its end.
+    """Trains from where a run stands to its end.
 
     ``settings`` are those that may not change, see :mod:`hpc_oialr.train.same_run`. Once ``stop`` makes any process
     want to stop, all write a checkpoint after the same step, the next one, and stop.
@@ -75,12 +75,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False if stopped on request.
 
-        Raises
-        ------
-        NonFiniteError
-            If a weight that is due for an SVD holds NaN or Inf.
-        CheckpointError
-            If the last checkpoint cannot be written; without an earlier one the training goes on.
+        NonFiniteError if a weight that is due for an SVD holds NaN or Inf, CheckpointError if the last checkpoint
+        cannot be written; the training continues if an earlier one cannot.
         """
         self.recorder.begin(self.progress.step)
         self.context.module.train()
@@ -159,7 +155,7 @@ class Trainer:
         return row
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint every ``checkpoint.every`` steps; without room for one the training goes on."""
+        """Write a checkpoint every ``checkpoint.every`` steps; the training continues if the disk is full."""
         every = self.config.checkpoint.every
         if every is None or self.progress.step % every:
             return
@@ -263,8 +259,8 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
             with context.autocast():
                 parts.append(context.config.task.totals(module, context.place(batch)))
         while len(parts) < len(batches):
-            # A process without a share of the last batch: some engines gather parameters in every forward pass, in
-            # which all processes must take part. Its sample does not count.
+            # A process without a share of the last batch: some engines gather parameters in every forward pass, which
+            # is a collective call. Its sample does not count.
             with context.autocast():
                 part = context.config.task.totals(module, context.place(dataset.gather(torch.arange(1))))
             parts.append(torch.zeros_like(part))
