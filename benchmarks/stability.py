@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Row, arguments, finish
-from hpc_oialr.report.figure_data import settling_steps
 from hpc_oialr.report.plots import save, stability
+from hpc_oialr.report.runs import settling_steps
 from hpc_oialr.spectra import Spectra
 from hpc_oialr.spectra import open as open_spectra
 

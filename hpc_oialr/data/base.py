@@ -54,18 +54,12 @@ class SubsetView(ArrayDataset):
 
 @dataclass(frozen=True)
 class Splits:
-    """Parts of a data set; a part that was not asked for is None.
-
-    Attributes
-    ----------
-    classes
-        Number of labels or tokens; None where there are none.
-    """
+    """Parts of a data set; a part that was not asked for is None."""
 
     train: ArrayDataset
     validation: ArrayDataset | None
     test: ArrayDataset | None
-    classes: int | None = None
+    classes: int | None = None  # labels or tokens; None where there are none
 
 
 class DataConfig(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.errors import ConfigError, SampleError
 
 
+@dataclass(eq=False)
 class GlobalBatches:
     """Distributes a data set over processes in global batches.
 
@@ -23,10 +25,8 @@ class GlobalBatches:
 
     Parameters
     ----------
-    dataset
-        The samples.
-    global_batch
-        Samples per step over all processes.
+    dataset, global_batch
+        The samples, and how many of them make a step over all processes.
     world_rank, world_size
         This process and the number of processes.
     seed
@@ -49,31 +49,26 @@ class GlobalBatches:
         distributed evenly in training.
     """
 
-    def __init__(
-        self,
-        dataset: ArrayDataset,
-        global_batch: int,
-        *,
-        world_rank: int = 0,
-        world_size: int = 1,
-        seed: int,
-        shuffle: bool,
-        drop_last: bool,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        self.dataset, self.global_batch = dataset, global_batch
-        self.world_rank, self.world_size = world_rank, world_size
-        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        check_shares(global_batch, world_size)
-        n = len(dataset)
-        if n == 0 or (drop_last and global_batch > n):
+    dataset: ArrayDataset
+    global_batch: int
+    _: KW_ONLY
+    world_rank: int = 0
+    world_size: int = 1
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        size, n = self.world_size, len(self.dataset)
+        check_shares(self.global_batch, size)
+        if n == 0 or (self.drop_last and self.global_batch > n):
             rule = f"must not exceed the {n} samples of the data set"
-            raise ConfigError("global_batch", global_batch, rule)
-        tail = n % global_batch
-        if shuffle and not drop_last and tail % world_size:
-            rule = f"the last {tail} of {n} samples cannot be dealt evenly to {world_size} processes"
+            raise ConfigError("global_batch", self.global_batch, rule)
+        tail = n % self.global_batch
+        if self.shuffle and not self.drop_last and tail % size:
+            rule = f"the last {tail} of {n} samples cannot be dealt evenly to {size} processes"
             raise ConfigError("drop_last", False, rule, fix="Set it to true.")
 
     def __len__(self) -> int:

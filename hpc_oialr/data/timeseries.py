@@ -135,23 +135,17 @@ class TimeSeriesCSV(DataConfig):
 
     Parameters
     ----------
-    path
-        The CSV, or a folder with one; not given: the fetched ``dataset``.
-    dataset
-        Name of a data set that ``oialr data fetch`` gets.
-    columns
-        Value columns.
-    multivariate
-        The columns are variables of one series, forecast together.
+    path, dataset
+        The CSV, or a folder with one; not given: the ``dataset`` that ``oialr data fetch`` gets.
+    columns, multivariate
+        Value columns; if multivariate they are variables of one series, forecast together.
     id_column
         Column that tells series apart.
     timestamp_column
         Column of ISO 8601 times, ascending. With it, each step has features for time of day, day of
         week, day of month and day of year beside its age in the window; without it, the age alone.
-    context_length
-        Steps the model sees, without its lags.
-    horizon
-        Steps to forecast.
+    context_length, horizon
+        Steps the model sees, without its lags, and steps to forecast.
     lags_sequence
         How far back the model's lagged inputs reach; a window has ``max(lags_sequence)`` more past steps.
     validation_fraction, test_fraction

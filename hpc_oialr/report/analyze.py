@@ -102,20 +102,15 @@ def analyze(
 
     Parameters
     ----------
-    paths
-        Checkpoints of one model, dense; see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`.
-    out
-        File to write, of the schema in :mod:`hpc_oialr.spectra.schema`.
-    steps
-        Of the checkpoints; default the numbers in their names.
-    selection
-        Which layers.
-    world
-        The processes; default this one alone.
+    paths, steps
+        Dense checkpoints of one model, see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`, and their steps;
+        default the numbers in their names.
+    out, force
+        File to write, see :mod:`hpc_oialr.spectra.schema`; ``force`` replaces one that no analysis wrote.
+    selection, world
+        Which layers, and which processes; default all matrices, and this process alone.
     progress
         Called after each of this process's layers with how many are done, of how many.
-    force
-        Replace a file that no analysis wrote; see :func:`hpc_oialr.outputs.claim`.
 
     Raises
     ------

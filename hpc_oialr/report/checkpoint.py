@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import DataError
 from hpc_oialr.system_errors import read_json
+from hpc_oialr.train.checkpoint_store import CheckpointStore
 
 # What a folder holds, in the order in which it is looked for: the names that transformers gives.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -127,9 +129,6 @@ def _indexed(index: Path) -> Checkpoint:
 
 def _of_run(path: Path) -> Checkpoint:
     """``checkpoints/step_00000123`` of a run of this project, dense so far."""
-    from hpc_oialr.distributed import World
-    from hpc_oialr.train.checkpoint_store import CheckpointStore
-
     step = int(path.name.removeprefix("step_"))
     store = CheckpointStore(path.parent, World.single("cpu"))
     try:
@@ -142,18 +141,16 @@ def _of_run(path: Path) -> Checkpoint:
             f"run's spectra.h5; for the merged weights: oialr export {path.parent.parent} --format dense "
             f"--step {step}"
         )
-    held = {
-        name.removeprefix("model."): each
-        for name, each in store.metadata(step).items()
-        if name.startswith("model.") and each[1].is_floating_point
-    }
+    held = {name: each for name, each in store.metadata(step).items() if each[1].is_floating_point}
+    shapes = {n.removeprefix("model."): tuple(held[n][0]) for n in held if n.startswith("model.")}
 
     def tensor(name: str) -> Tensor:
-        read = torch.empty(held[name][0], dtype=held[name][1])
+        shape, dtype = held[f"model.{name}"]
+        read = torch.empty(shape, dtype=dtype)
         store.read_into(step, {f"model.{name}": read})
         return read
 
-    return Checkpoint(path, {name: tuple(shape) for name, (shape, _) in held.items()}, tensor)
+    return Checkpoint(path, shapes, tensor)
 
 
 def _load(path: Path) -> Any:

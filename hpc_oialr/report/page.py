@@ -22,9 +22,8 @@ from hpc_oialr import __version__
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.files import to_json
-from hpc_oialr.report.figure_data import conversions, ratios_to_dense, settling_steps
 from hpc_oialr.report.page_data import page_data
-from hpc_oialr.report.runs import Run, dense_of
+from hpc_oialr.report.runs import Run, conversions, dense_of, ratios_to_dense, settling_steps
 from hpc_oialr.spectra import Spectra
 
 SCRIPTS = ("decode.js", "theme.js", "charts.js", "layers.js", "spectrum.js", "runs.js", "page.js")

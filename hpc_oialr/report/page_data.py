@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_oialr.report.figure_data import conversions, spread, step_seconds
-from hpc_oialr.report.runs import Curve, Run
+from hpc_oialr.report.runs import Curve, Run, conversions, spread, step_seconds
 from hpc_oialr.spectra import Layer, Spectra
 from hpc_oialr.spectra.schema import kind_words
 
@@ -80,7 +79,8 @@ def _layers(record: Spectra, last_step: int) -> dict[str, Any]:
 
 def _spectrum(layer: Layer) -> dict[str, Any]:
     """At most 100 of a layer's spectra, each at 64 indices as far apart as a logarithmic axis shows them."""
-    rows, indices = spread(len(layer), SPECTRA), log_indices(layer.k, INDICES)
+    rows = spread(len(layer), SPECTRA)
+    indices = np.unique(np.geomspace(1, layer.k, INDICES).round().astype(np.int64)) - 1
     events = layer.events[rows]
     return {
         "index": (indices + 1).tolist(),
@@ -92,17 +92,6 @@ def _spectrum(layer: Layer) -> dict[str, Any]:
         "noise_edge": _or_none(events["noise_edge"]),
         "above": _or_none(events["values_above_edge"]),
     }
-
-
-def log_indices(k: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of the indices below k, dense at the beginning, with the first and the last.
-
-    Examples
-    --------
-    >>> log_indices(4, 64).tolist(), log_indices(100, 8).tolist()
-    ([0, 1, 2, 3], [0, 1, 3, 6, 13, 26, 51, 99])
-    """
-    return np.unique(np.geomspace(1, k, most).round().astype(np.int64)) - 1
 
 
 def _curve(curve: Curve) -> dict[str, Any]:

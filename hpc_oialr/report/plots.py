@@ -14,15 +14,16 @@ import numpy as np
 
 from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.outputs import claim, marked, new_file
-from hpc_oialr.report.figure_data import (
+from hpc_oialr.report.runs import (
     COSTS,
+    Run,
     conversions,
+    dense_of,
     ratios_to_dense,
     share_of_k,
     spread,
     step_seconds,
 )
-from hpc_oialr.report.runs import Run, dense_of
 from hpc_oialr.spectra import Layer, Spectra
 
 try:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
 def fake(content: bytes | None = CONTENT) -> Source:
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, names: Collection[str]) -> None:
         if content is None:
             raise SourceError("nothing today")
         (folder / "a.csv").write_bytes(content)
@@ -35,7 +36,7 @@ def fake(content: bytes | None = CONTENT) -> Source:
 
 
 def dataset(*sources: Source) -> FetchableDataset:
-    return FetchableDataset("toy", sources, {"a.csv": (SHA,)})
+    return FetchableDataset("toy", {"a.csv": (SHA,)}, sources)
 
 
 def test_sources_are_tried_in_turn_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +67,7 @@ def test_damaged_copy_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_all_failed_lists_what_was_tried(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        fetch_into(dataset(fake(None), local_folder("/nowhere", ("a.csv",))), tmp_path)
+        fetch_into(dataset(fake(None), local_folder("/nowhere")), tmp_path)
     message = str(caught.value)
     assert f"toy could not be fetched into {tmp_path / 'toy'}. Tried fake: nothing today; " in message
     assert "folder /nowhere: [Errno 2] No such file or directory" in message
@@ -110,11 +111,11 @@ def test_mirror(tmp_path: Path) -> None:
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.csv").write_bytes(CONTENT)
     (tmp_path / "new").mkdir()
-    address = (tmp_path / "web").as_uri() + "/"
-    mirror(address, ("a.csv",)).fill(tmp_path / "new")
+    source = mirror((tmp_path / "web").as_uri())
+    source.fill(tmp_path / "new", ("a.csv",))
     assert (tmp_path / "new" / "a.csv").read_bytes() == CONTENT
     with pytest.raises(OSError, match="urlopen error"):
-        mirror(address, ("b.csv",)).fill(tmp_path / "new")
+        source.fill(tmp_path / "new", ("b.csv",))
 
 
 def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
@@ -144,7 +145,7 @@ def test_debian_package_is_unpacked_without_root(
 ) -> None:
     programs(tmp_path / "bin", monkeypatch, apt_get=apt, dpkg=DPKG)
     (tmp_path / "new").mkdir()
-    debian_package("p", "usr/x", "*.txt").fill(tmp_path / "new")
+    debian_package("p", "usr/x", "*.txt").fill(tmp_path / "new", ())
     files = [file.relative_to(tmp_path / "new") for file in (tmp_path / "new").rglob("*") if file.is_file()]
     assert files == [Path("sub/a.txt")]
 
@@ -152,10 +153,10 @@ def test_debian_package_is_unpacked_without_root(
 def test_debian_package_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, apt_get="echo first >&2; echo E: no such package >&2; exit 100")
     with pytest.raises(SourceError, match=r"^apt-get failed with exit code 100: E: no such package$"):
-        debian_package("p", "usr/x", "*.txt").fill(tmp_path)
+        debian_package("p", "usr/x", "*.txt").fill(tmp_path, ())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SourceError, match=r"^apt-get is not installed$"):
-        debian_package("p", "usr/x", "*.txt").fill(tmp_path)
+        debian_package("p", "usr/x", "*.txt").fill(tmp_path, ())
 
 
 def test_pypi_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +166,10 @@ def test_pypi_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, python=pip)
     monkeypatch.setattr(sys, "executable", "python")
     (tmp_path / "new").mkdir()
-    pypi_wheel("toy==1", ("toy/data/a.csv",)).fill(tmp_path / "new")
+    pypi_wheel("toy==1", "toy/data").fill(tmp_path / "new", ("a.csv",))
     assert (tmp_path / "new" / "a.csv").read_bytes() == CONTENT
-    with pytest.raises(SourceError, match=r"toy-1-py3-none-any\.whl does not give toy/b\.csv"):
-        pypi_wheel("toy==1", ("toy/b.csv",)).fill(tmp_path / "new")
+    with pytest.raises(SourceError, match=r"toy-1-py3-none-any\.whl does not give b\.csv"):
+        pypi_wheel("toy==1", "toy/data").fill(tmp_path / "new", ("b.csv",))
 
 
 def test_program_that_hangs_is_stopped(tmp_path: Path) -> None:

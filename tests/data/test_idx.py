@@ -53,8 +53,8 @@ def test_checksum_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     path.write_bytes(b"right")
     right, wrong = hashlib.sha256(b"right").hexdigest(), hashlib.sha256(b"wrong").hexdigest()
-    assert FetchableDataset("toy", (), {"x.gz": (wrong, right)}).read(path) == b"right"
-    other = FetchableDataset("toy", (), {"x.gz": (wrong,), "y.gz": (wrong,)})
+    assert FetchableDataset("toy", {"x.gz": (wrong, right)}, ()).read(path) == b"right"
+    other = FetchableDataset("toy", {"x.gz": (wrong,), "y.gz": (wrong,)}, ())
     with pytest.raises(DataError) as caught:
         other.read(path)
     assert str(caught.value).startswith(

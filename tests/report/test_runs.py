@@ -6,14 +6,15 @@ from support.made_runs import NAMES, make_record, make_run
 from support.spectra_reports import report, writer_of
 
 from hpc_oialr.errors import DataError
-from hpc_oialr.report.figure_data import (
+from hpc_oialr.report.runs import (
     conversions,
+    dense_of,
+    find_runs,
     ratios_to_dense,
     settling_steps,
     share_of_k,
     step_seconds,
 )
-from hpc_oialr.report.runs import dense_of, find_runs
 
 
 def test_a_comparison_holds_two_runs(runs):
