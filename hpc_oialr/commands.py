@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 _REAPING_S = 1.0
@@ -39,6 +40,7 @@ def run_command(
     environ: Mapping[str, str] | None = None,
     text: str | None = None,
     pass_fds: Sequence[int] = (),
+    cwd: Path | None = None,
 ) -> Answer:
     """Run a program without a shell; after ``timeout_s`` it is killed with its children.
 
@@ -55,6 +57,7 @@ def run_command(
             errors="replace",
             start_new_session=True,
             pass_fds=pass_fds,
+            cwd=cwd,
         )
     except FileNotFoundError as error:
         return Answer(stderr=str(error), trouble="missing")

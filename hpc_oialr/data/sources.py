@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from hpc_oialr.commands import run_command
 from hpc_oialr.outputs import sha256_of
 
 # For a program, and for a server's next bytes.
@@ -141,15 +141,10 @@ def _only(folder: Path, pattern: str) -> Path:
 
 def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float = TIMEOUT_S) -> None:
     """Run a program; raise :class:`SourceError` with the last line of its output if that fails."""
-    program = command[0]
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, timeout=timeout_s, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError as error:
-        raise SourceError(f"{program} is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise SourceError(f"{program} took longer than {timeout_s:g} s") from error
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise SourceError(f"{program} failed with exit code {done.returncode}: {last}")
+    answer = run_command(command, timeout_s=timeout_s, cwd=cwd)
+    if answer.trouble == "hung":
+        raise SourceError(f"{command[0]} took longer than {timeout_s:g} s")
+    if answer.trouble:
+        raise SourceError(f"{command[0]} is not installed" if answer.trouble == "missing" else answer.reason)
+    if answer.code:
+        raise SourceError(f"{command[0]} failed with exit code {answer.code}: {answer.reason}")

@@ -127,7 +127,8 @@ def test_every_form_of_checkpoint_gives_the_same(files: list[Path], tmp_path: Pa
         wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
         torch.save({"state_dict": wrapped, "optimizer": {"lr": 0.1}, "epoch": 3}, forms["nested"][-1])
         own = {f"model.{name}": tensor for name, tensor in state.items()} | {"rng.0": torch.zeros(4)}
-        forms["own"].append(store.save(step, own, {"controller": {"r": {}}}))
+        store.save(step, own, {"controller": {"r": {}}})
+        forms["own"].append(store.path(step))
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         torch.save(state, folder / "pytorch_model.bin")
@@ -203,9 +204,9 @@ def test_damaged_and_missing_files(files: list[Path], tmp_path: Path) -> None:
 
 def test_a_low_rank_run_has_its_spectra_already(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", World.single("cpu"))
-    path = store.save(5, {"model.0.U": torch.ones(4, 2)}, {"controller": {"r": {"0": 2}}})
+    store.save(5, {"model.0.U": torch.ones(4, 2)}, {"controller": {"r": {"0": 2}}})
     with pytest.raises(DataError, match=r"of a low-rank run \(1 layers\).*oialr export .* --step 5"):
-        analyze([path], tmp_path / "out.h5")
+        analyze([store.path(5)], tmp_path / "out.h5")
 
 
 def test_checkpoints_must_be_of_one_model(tmp_path: Path) -> None:
