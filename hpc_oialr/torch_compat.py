@@ -3,7 +3,7 @@
 Private names move between versions. ``import hpc_oialr`` and training on one process or under
 ``DistributedDataParallel`` need none of those listed in ``_HOMES``: without one of them only the engine or command
 built on it fails, before any work is done. Attributes of torch's own objects are read in ``engines/ddp_wrapper.py``
-and ``engines/fsdp_groups.py``.
+and ``engines/fsdp.py``.
 """
 
 from __future__ import annotations

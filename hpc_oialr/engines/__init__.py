@@ -1,10 +1,9 @@
-"""Engines: how a model's processes share its gradients, behind one interface."""
+"""Engines: how a model's ranks share its gradients, behind one interface."""
 
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine
-from hpc_oialr.engines.factory import make_engine
 from hpc_oialr.engines.fsdp import FSDPEngine
-from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel
+from hpc_oialr.engines.settings import DDP, FSDP, DeepSpeed, EngineConfig, Single, TensorParallel, make_engine
 from hpc_oialr.engines.tensor.engine import TensorEngine
 from hpc_oialr.method.engine import Engine, SingleEngine, adopt
 

@@ -1,4 +1,4 @@
-"""What the engines of several processes share."""
+"""What the engines of several ranks share."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from hpc_oialr.method.engine import Engine
 
 
 class GroupEngine(Engine):
-    """An engine of a process group.
-
-    Attributes
-    ----------
-    world
-        All processes.
-    """
+    """An engine of a process group; ``world`` holds all ranks."""
 
     world: World
 
     def send_initial(self, module: nn.Module) -> None:
-        """Process 0's parameters and buffers on every process, before anything is split."""
+        """Rank 0's parameters and buffers on every rank, before anything is split."""
         self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
 
     def check_replicas(self, named: Mapping[str, Sequence[Tensor]]) -> None:

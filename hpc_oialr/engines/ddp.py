@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,7 +26,6 @@ from hpc_oialr.engines.ddp_wrapper import (
 )
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight
-from hpc_oialr.lowrank.layout import REPLICATED
 from hpc_oialr.streams import without_lines
 
 # Torch's bucket where nothing is set, and its first one, which is small so that sending begins early.
@@ -55,7 +54,7 @@ class DDPEngine(GroupEngine):
     Parameters
     ----------
     world
-        The processes.
+        All ranks.
     find_unused_parameters, gradient_as_bucket_view
         As in ``DistributedDataParallel``. Bucket views save one copy of the gradients.
     bucket_cap_mb
@@ -64,17 +63,17 @@ class DDPEngine(GroupEngine):
     Notes
     -----
     Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
-    any trained parameter is not wrapped. There is one wrapper for the whole run: a change of shapes renews it inside,
-    so that whoever holds it goes on calling it.
+    any trained parameter is not wrapped. There is one wrapper for the whole run, which is rebuilt inside when shapes
+    change, so that whoever holds it goes on calling it.
 
-    The sum over three CPU processes or more depends on where in its bucket a gradient lies, and a wrapper
+    The sum over three CPU ranks or more depends on where in its bucket a gradient lies, and a wrapper
     orders its buckets anew after its first step, unless it looks for unused parameters. There it always
-    does, so that a run that was stopped at any step and resumed has the bits of the undisturbed one. This
+    does, so that a run that was stopped at any step and resumed has the bits of an uninterrupted one. This
     takes 1 to 2 ms a step for 150 parameters.
     """
 
-    layout = REPLICATED
     whole_factors = True
+    wrapper: DistributedDataParallel | None = None
 
     def __init__(
         self,
@@ -85,13 +84,14 @@ class DDPEngine(GroupEngine):
         bucket_cap_mb: float | None = None,
     ) -> None:
         self.world = world
+        # Whether buckets must stay as they are for the sake of equal bits.
+        self._keeps_order = world.size > 2 and world.device.type == "cpu"
         self._options: dict[str, Any] = {
             "process_group": world.group,
-            "find_unused_parameters": find_unused_parameters or _keeps_order(world),
+            "find_unused_parameters": find_unused_parameters or self._keeps_order,
             "gradient_as_bucket_view": gradient_as_bucket_view,
         }
         self._bucket_cap_mb = bucket_cap_mb
-        self._wrapped: DistributedDataParallel | None = None
         self._outer: nn.Module | None = None
         self._ignored: list[nn.Parameter] = []
 
@@ -99,21 +99,14 @@ class DDPEngine(GroupEngine):
     def adopting(cls, model: DistributedDataParallel, outer: nn.Module | None = None) -> DDPEngine:
         """An engine that goes on with a wrapper its user made: the object, its group, devices, options and hooks.
 
-        Parameters
-        ----------
-        outer
-            What the user calls, if something is around the wrapper: ``torch.compile``'s module.
-
-        Raises
-        ------
-        ModelError
-            If an option of the wrapper does not bear that parameters are replaced.
+        ``outer`` is what the user calls, if something is around the wrapper: ``torch.compile``'s module. Raises
+        :class:`ModelError` if an option of the wrapper does not allow that parameters are replaced.
         """
         require_renewable(model)
         engine = cls(World.current(model.process_group))
         engine._ignored = ignored_parameters(model)
         engine._bucket_cap_mb = options_of(model)["bucket_cap_mb"]
-        engine._wrapped, engine._outer = model, model if outer is None else outer
+        engine.wrapper, engine._outer = model, model if outer is None else outer
         return engine
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
@@ -123,35 +116,35 @@ class DDPEngine(GroupEngine):
         if not _trained(module):
             self.send_initial(module)
             return module
-        if _keeps_order(self.world):
-            _spend_warning(self._options)
+        if self._keeps_order:
+            # Torch says once that no parameter is unused, which is known; it may, with stderr filtered.
+            with without_lines([b"find_unused_parameters=True was specified"]):
+                DistributedDataParallel(nn.Linear(1, 1), **self._options)(torch.zeros(1, 1))
         return self._make(module, init_sync=True)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The same wrapper, made anew inside; its user may go on calling it."""
-        wrapper = self._wrapped
+        """The same wrapper, rebuilt inside; its user may go on calling it."""
+        wrapper = self.wrapper
         if wrapper is None:
             return self._make(module, init_sync=False) if _trained(module) else module
-        if not _trained(module):
-            # Hooks of an adopted wrapper that has nothing to average do no harm.
-            return self._give_up(wrapper) if self._outer is None else self._outer
-        keep_ignored(wrapper, self._ignored)
-        renew(wrapper, bucket_cap_mb=self._bucket_mb(module))
+        if _trained(module):
+            keep_ignored(wrapper, self._ignored)
+            renew(wrapper, bucket_cap_mb=self._bucket_mb(module))
+        elif self._outer is None:
+            release(wrapper)
+            self.wrapper = None
+            return module
+        # Hooks of an adopted wrapper that has nothing to average do no harm.
         return wrapper if self._outer is None else self._outer
 
     def _make(self, module: nn.Module, *, init_sync: bool) -> nn.Module:
-        self._wrapped = DistributedDataParallel(
+        self.wrapper = DistributedDataParallel(
             module, init_sync=init_sync, bucket_cap_mb=self._bucket_mb(module), **self._options
         )
-        return self._wrapped
+        return self.wrapper
 
     def _bucket_mb(self, module: nn.Module) -> float:
         return self._bucket_cap_mb or bucket_mb(sum(p.nbytes for p in module.parameters() if p.requires_grad))
-
-    def _give_up(self, wrapper: DistributedDataParallel) -> nn.Module:
-        release(wrapper)
-        self._wrapped = None
-        return wrapper.module  # type: ignore[no-any-return]
 
     def gather(self, target: TargetWeight) -> None:
         """See that the values are those that are trained, not ``mixed_precision``'s copies."""
@@ -162,37 +155,17 @@ class DDPEngine(GroupEngine):
         """Those that the wrapper leaves out."""
         return {id(p) for p in self._ignored}
 
-    @property
-    def wrapper(self) -> DistributedDataParallel | None:
-        """Torch's wrapper, without anything around it."""
-        return self._wrapped
-
     def check_step(self) -> None:
-        """Refuse ``join()``: a process that has run out of samples takes part in no update."""
-        if self._wrapped is not None and joining(self._wrapped):
+        """Refuse ``join()``: a rank that has run out of samples takes no part in updates."""
+        if self.wrapper is not None and joining(self.wrapper):
             raise ModelError(
                 "oialr.step() inside DistributedDataParallel.join(): a process that has run out of samples takes no more "
                 "steps, and updates are made by all together. Give all processes equally many batches."
             )
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module inside."""
-        return model.module if isinstance(model, DistributedDataParallel) else model
-
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """``DistributedDataParallel.no_sync``."""
-        return nullcontext() if self._wrapped is None else self._wrapped.no_sync()
-
-
-def _keeps_order(world: World) -> bool:
-    """Whether buckets must stay as they are for the sake of equal bits."""
-    return world.size > 2 and world.device.type == "cpu"
-
-
-def _spend_warning(options: Mapping[str, Any]) -> None:
-    """Let torch say once that no parameter is unused, which we know, with stderr filtered."""
-    with without_lines([b"find_unused_parameters=True was specified"]):
-        DistributedDataParallel(nn.Linear(1, 1), **options)(torch.zeros(1, 1))
+        return nullcontext() if self.wrapper is None else self.wrapper.no_sync()
 
 
 def _trained(module: nn.Module) -> bool:

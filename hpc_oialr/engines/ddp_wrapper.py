@@ -17,8 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.errors import ModelError
 
-Hook = tuple[Callable[..., Any], object]
-
 MIB = 1024**2
 
 # Arguments that say how to begin, or that are refused; all others are read back from the wrapper's attributes.
@@ -36,7 +34,6 @@ _NOT_KEPT = {
 _OWN_STATE = ("require_backward_grad_sync", "broadcast_bucket_size", "_ddp_sink_clone")
 # Modules of torch whose hooks apply the optimizer to one bucket's parameters.
 _STEPPING_HOOKS = ("optimizer_overlap_hooks", "ddp_zero_hook")
-_BUILTIN_HOOK = "BuiltinCommHookType."
 
 
 def options_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def _refuse(option: str, reason: str) -> None:
 
 
 def joining(wrapper: DistributedDataParallel) -> bool:
-    """Whether processes may run out of samples one by one, as in ``with wrapper.join()``."""
+    """Whether ranks may run out of samples one by one, as in ``with wrapper.join()``."""
     return bool(wrapper._join_config.enable)
 
 
@@ -87,12 +84,6 @@ def keep_ignored(wrapper: DistributedDataParallel, parameters: Iterable[nn.Param
         module = wrapper.module
         here = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in ids}
         module._ddp_params_and_buffers_to_ignore = here | wrapper.parameters_to_ignore
-
-
-def comm_hooks(wrapper: DistributedDataParallel) -> list[Hook]:
-    """The communication hooks that its user has registered."""
-    # With mixed_precision there is torch's own, and no room for another.
-    return [] if wrapper.mixed_precision is not None else list(wrapper._comm_hooks)
 
 
 def release(wrapper: DistributedDataParallel) -> None:
@@ -120,23 +111,18 @@ def full_precision(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def renew(wrapper: DistributedDataParallel, *, bucket_cap_mb: float) -> None:
-    """Make the wrapper's buckets and hooks anew, for the parameters that its module has now; nothing is sent.
+    """Rebuild the wrapper's buckets and hooks for the parameters that its module has now; nothing is sent.
 
     The object stays, with all options, with everything that its user has set or registered on it, and with the
-    ``no_sync`` it may be in. State that communication hooks keep by bucket is forgotten, see :func:`forget_buckets`.
-
-    Parameters
-    ----------
-    bucket_cap_mb
-        Size of buckets (MiB), where the wrapper has no list of sizes.
-
-    Raises
-    ------
-    ModelError
-        If a communication hook keeps tensors by bucket and cannot be told.
+    ``no_sync`` it may be in. State that communication hooks keep by bucket is dropped, see :func:`forget_buckets`.
+    ``bucket_cap_mb`` is the size of buckets (MiB), where the wrapper has no list of sizes.
     """
     options = options_of(wrapper) | {"bucket_cap_mb": bucket_cap_mb}
-    hooks, builtin = comm_hooks(wrapper), _builtin_hook(wrapper)
+    # With mixed_precision there is torch's own hook, and no room for another.
+    hooks = [] if wrapper.mixed_precision is not None else list(wrapper._comm_hooks)
+    # Torch keeps no record of a builtin one but its log's.
+    logged = str(wrapper._get_ddp_logging_data().get("comm_hook", ""))
+    builtin = BuiltinCommHookType.__members__.get(logged.removeprefix("BuiltinCommHookType."))
     for hook, state in hooks:
         forget_buckets(hook, state)
     release(wrapper)
@@ -150,14 +136,6 @@ def renew(wrapper: DistributedDataParallel, *, bucket_cap_mb: float) -> None:
         wrapper.register_comm_hook(state, hook)
     if builtin is not None:
         wrapper._register_builtin_comm_hook(builtin)
-
-
-def _builtin_hook(wrapper: DistributedDataParallel) -> BuiltinCommHookType | None:
-    """Torch keeps no record of it but its log's."""
-    name = str(wrapper._get_ddp_logging_data().get("comm_hook", ""))
-    if not name.startswith(_BUILTIN_HOOK):
-        return None
-    return BuiltinCommHookType.__members__[name.removeprefix(_BUILTIN_HOOK)]
 
 
 def forget_buckets(hook: Callable[..., Any], state: object) -> None:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
-from hpc_oialr.engines.deepspeed_json import (
-    Recipe,
-    check_precision,
-    check_recipe,
-    check_sections,
-    filled,
-    stage_of,
-)
-from hpc_oialr.engines.deepspeed_library import forget_groups, import_deepspeed
-from hpc_oialr.engines.zero_cores import stretch_core_steps
+from hpc_oialr.engines.deepspeed_json import ZeroConfig
 from hpc_oialr.engines.zero_live import LiveZero, taken
 from hpc_oialr.engines.zero_partitions import MASTER, Part, frozen_part
-from hpc_oialr.errors import ModelError
+from hpc_oialr.errors import MissingExtraError, ModelError
 from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
-from hpc_oialr.lowrank.layout import REPLICATED, Sharded
+from hpc_oialr.lowrank.layout import Sharded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,32 +37,33 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
+# What DeepSpeed 0.19 calls and torch 2.13 deprecates; nothing that a run could change.
+_DEPRECATED = (
+    "`torch.jit.script",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+)
+
+
 class DeepSpeedEngine(GroupEngine):
-    """ZeRO 1, 2 and 3: optimizer state, gradients and parameters dealt over the processes.
+    """ZeRO 1, 2 and 3: optimizer state, gradients and parameters sharded over ranks.
 
     The optimizer given to :meth:`wrap` stays the one that the method, schedulers and checkpoints see.
     Between changes its state is empty: DeepSpeed steps an optimizer of the same type, whose options
-    follow the given one's before every step. ``U`` and ``Vh`` are not in it; stage 3 deals them too.
+    follow the given one's before every step. ``U`` and ``Vh`` are not in it; stage 3 shards them too.
 
-    DeepSpeed takes hold of the model at the first forward pass; until then module and optimizer are
+    DeepSpeed's engine is made at the first forward pass; until then module and optimizer are
     ordinary ones, into which a checkpoint can be loaded.
 
     Parameters
     ----------
     world
-        The processes; two or more, of the default process group.
-    given
-        Content of a DeepSpeed JSON; "auto" is filled in.
+        All ranks; two or more, of the default process group.
+    given, origin
+        Content of a DeepSpeed JSON, where "auto" is filled in; and where it is from, for messages.
     precision
         "fp32", "bf16" or "fp16". In the latter two the module is in that dtype, ``U`` and ``Vh``
         included, and ZeRO holds the trained parameters in fp32; the run's autocast stays on.
-    origin
-        Where ``given`` is from, for messages.
-
-    Attributes
-    ----------
-    builds
-        How often DeepSpeed's engine was made.
 
     Notes
     -----
@@ -75,25 +71,23 @@ class DeepSpeedEngine(GroupEngine):
     1/32 of the trained numbers; in bf16 2 + 2 + 12 bytes. The gradients' part stays between steps. In a step 1/8 of
     the model is gathered at most, or one layer.
 
-    A change of r rebuilds DeepSpeed's engine. Meanwhile each process keeps its own part of the fp32
-    values and moments in host memory, and whole are only: the weights of at most as many layers (on GPUs batches) as
-    there are processes, the moments of one layer, and in stages 1 and 2 one tensor at a time when parts
-    are dealt anew (two times its size sent). Stage 3 deals new factors at once, and moves no part of
+    A change of r rebuilds DeepSpeed's engine. Meanwhile each rank keeps its own part of the fp32
+    values and moments in host memory. Whole on a rank are only the weights of at most as many layers (on GPUs batches)
+    as there are ranks, the moments of one layer, and in stages 1 and 2 one tensor at a time when parts
+    are sharded anew (two times its size sent). Stage 3 shards new factors at once, and moves no part of
     parameters that stay. DeepSpeed's constructor broadcasts the module's parameters once more.
     """
 
-    layout = REPLICATED
     steps_itself = True
 
     def __init__(
         self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = ""
     ) -> None:
-        self.stage = stage_of(given, origin)
-        check_sections(given, origin)
-        check_precision(given, precision, origin)
+        self._json = ZeroConfig(given, precision, origin)
+        self.stage = self._json.stage
         self.world = world
-        self.builds = 0
-        self._given, self._precision, self._origin = given, precision, origin
+        self.builds = 0  # how often DeepSpeed's engine was made
+        self._precision = precision
         self._dtype = DTYPES[precision]
         self._library = import_deepspeed(world)
         self._factors: Mapping[nn.Parameter, float] = {}
@@ -103,28 +97,31 @@ class DeepSpeedEngine(GroupEngine):
 
     @property
     def replicas(self) -> World:
-        """The processes that store the same; each alone where stage 3 has dealt the parameters."""
+        """The ranks that store the same; each alone where stage 3 has sharded the parameters."""
         return self.world if self.stage < 3 or self._live is None else World(device=self.world.device)
 
     # -- the model's life ------------------------------------------------------------------------
 
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
         """Raise :class:`ConfigError` if the JSON's batch sizes or clipping are not the recipe's."""
-        check_recipe(self._given, Recipe(global_batch, accumulation, clip), self.world.size, self._origin)
+        self._json.check_step(
+            ranks=self.world.size, global_batch=global_batch, accumulation=accumulation, clip=clip
+        )
 
     def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
         """Multiply the steps of these parameters; looked at whenever DeepSpeed's engine is made."""
         self._factors = factors
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-        """The module in what will make DeepSpeed's engine at its first call.
-
-        Raises
-        ------
-        ModelError
-            If the optimizer cannot step flat pieces of parameters.
-        """
-        self._template, self._module = _require_elementwise(optimizer), module
+        """The module in what will make DeepSpeed's engine at its first call."""
+        name = type(optimizer).__name__
+        if optimizer is None or name not in ELEMENTWISE:
+            raise ModelError(
+                f"the optimizer is {name}; under DeepSpeed it must be one of {', '.join(ELEMENTWISE)}: ZeRO cuts "
+                "matrices into flat pieces, whose numbers must be stepped one by one. Take the engine DDP or FSDP for "
+                "Muon."
+            )
+        self._template, self._module = optimizer, module
         self.send_initial(module)
         self._wrapped = _Wrapped(self, module)
         return self._wrapped
@@ -141,12 +138,8 @@ class DeepSpeedEngine(GroupEngine):
             self._template.state.clear()
         return self._wrapped
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module inside."""
-        return model.module if isinstance(model, _Wrapped) else model
-
     def end(self) -> None:
-        """Take DeepSpeed off the module, and let it forget the process group."""
+        """Take DeepSpeed off the module, and drop its process groups."""
         if self._live is not None:
             live, self._live = self._live, None
             live.end()
@@ -170,57 +163,58 @@ class DeepSpeedEngine(GroupEngine):
         trained, everything = (
             sum(whole_shape(p).numel() for p in group) for group in (parts, self._module.parameters())
         )
+        # An optimizer of the same type, options and parameters, without state and hooks.
+        twin = copy.copy(self._template)
+        twin.state = defaultdict(dict)
+        groups = [group for group in self._template.param_groups if group["params"]]
+        twin.param_groups = [{**group, "params": list(group["params"])} for group in groups]
         engine, *_ = self._library.initialize(
             model=self._module,
-            optimizer=_twin(self._template),
-            config=filled(self._given, self._precision, trained=trained, parameters=everything),
+            optimizer=twin,
+            config=self._json.filled(trained=trained, parameters=everything),
             dist_init_required=False,
         )
-        self._keep_autocast(engine)
+        if self._precision != "fp32":
+            # DeepSpeed would switch the run's autocast off in the forward pass, where evaluations have it on.
+            engine._config.torch_autocast_enabled, engine._config.torch_autocast_dtype = True, self._dtype
         self._live = LiveZero(engine, self._module, self.world, self._dtype)
         self._live.partitions.restore(parts)
         if self._loss_scaler is not None:
             vars(self._live.zero.loss_scaler).update(vars(self._loss_scaler))
-        stretch_core_steps(self._live.partitions, self._factors)
+        self._live.partitions.stretch_steps(self._factors)
         self.builds += 1
-
-    def _keep_autocast(self, engine: Any) -> None:
-        """DeepSpeed would switch the run's autocast off in the forward pass, where evaluations have it on."""
-        if self._precision != "fp32":
-            settings = engine._config
-            settings.torch_autocast_enabled, settings.torch_autocast_dtype = True, self._dtype
 
     # -- a change of layers ----------------------------------------------------------------------
 
     @torch.no_grad()
     def gather(self, target: TargetWeight) -> None:
-        """Bring a layer's parameters to every process, whole, trained ones in fp32."""
+        """Bring a layer's parameters to every rank, whole, trained ones in fp32."""
         if self._live is not None:
             for parameter in _parameters(target):
                 self._live.gather(parameter)
 
     @torch.no_grad()
-    def gather_moments(self, parameter: nn.Parameter) -> None:
-        """Bring a parameter's moments to every process, whole."""
+    def _gather_moments(self, parameter: nn.Parameter) -> None:
+        """Bring a parameter's moments to every rank, whole."""
         if self._live is not None:
             state = dict(self._live.moments(parameter)) | self._live.scalars(parameter)
             if state:
                 self._template.state[parameter] = state
 
     def release(self, target: TargetWeight) -> None:
-        """Let go of what :meth:`gather` brought; nothing has been changed."""
+        """Free what :meth:`gather` brought; nothing has been changed."""
         if self._live is not None:
             for parameter in _parameters(target):
                 self._live.release(parameter)
 
     @torch.no_grad()
-    def on_replace(self, layer: LowRankWeight) -> None:
-        """Put new values where DeepSpeed has them; deal new parameters, and free those that are gone."""
+    def _on_replace(self, layer: LowRankWeight) -> None:
+        """Put new values where DeepSpeed has them; shard new parameters, and free those that are gone."""
         if self._live is not None:
             self._live.on_replace(layer, self._template)
 
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
-        """Under stage 3 this process's part, without the padding, which may hold anything; otherwise all."""
+        """Under stage 3 this rank's part, without the padding, which may hold anything; otherwise all."""
         if hasattr(parameter, "ds_tensor"):
             return frozen_part(parameter, self.world).values[MASTER]
         return parameter.detach()
@@ -240,17 +234,14 @@ class DeepSpeedEngine(GroupEngine):
     # -- one step --------------------------------------------------------------------------------
 
     @contextmanager
-    def _unfinished(self) -> Iterator[None]:
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
+        """The step goes on after the next backward pass; stages 2 and 3 sum gradients over ranks in each."""
         engine = self.running().engine
         engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
             engine.set_gradient_accumulation_boundary(True)
-
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """The step goes on after the next backward pass; stages 2 and 3 sum gradients over processes in each."""
-        return self._unfinished()
 
     def backward(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
         """DeepSpeed's backward pass, with its own loss scale; that of ``scaler`` if a checkpoint changed it."""
@@ -281,11 +272,11 @@ class DeepSpeedEngine(GroupEngine):
 
     @cached_property
     def _rows(self) -> Sharded:
-        """How a tensor that all hold for a moment is cut, for checkpoints that no process could hold alone."""
+        """How a tensor that all hold for a moment is cut, for checkpoints that no rank could hold alone."""
         return Sharded(init_device_mesh(self.world.device.type, (self.world.size,)))
 
     def _row_block(self, whole: Tensor) -> Tensor:
-        """This process's rows; a tensor without axes stays whole."""
+        """This rank's rows; a tensor without axes stays whole."""
         return (
             self._rows.put(whole[self._rows.own_rows(len(whole))], 0, whole.shape) if whole.dim() else whole
         )
@@ -312,13 +303,7 @@ class DeepSpeedEngine(GroupEngine):
                 optimizer.state[parameter] = state
 
     def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Nothing: module and optimizer are ordinary ones until the first step.
-
-        Raises
-        ------
-        ModelError
-            If there was one.
-        """
+        """Nothing: module and optimizer are ordinary ones until the first step, after which nothing can be loaded."""
         if self._live is not None:
             raise ModelError(
                 "a checkpoint cannot be loaded after the first step under DeepSpeed; load it into a fresh run."
@@ -343,21 +328,43 @@ def _parameters(target: TargetWeight) -> tuple[nn.Parameter, ...]:
     return (target.weight,) if layer is None else layer.factors
 
 
-def _require_elementwise(optimizer: Optimizer | None) -> Optimizer:
-    name = type(optimizer).__name__
-    if optimizer is None or name not in ELEMENTWISE:
-        raise ModelError(
-            f"the optimizer is {name}; under DeepSpeed it must be one of {', '.join(ELEMENTWISE)}: ZeRO cuts matrices "
-            "into flat pieces, whose numbers must be stepped one by one. Take the engine DDP or FSDP for Muon."
-        )
-    return optimizer
+def import_deepspeed(world: World) -> Any:
+    """The module ``deepspeed``, prepared for the ranks of ``world``; :class:`MissingExtraError` without it.
+
+    Its log is kept to errors: it warns of each optimizer that is not on its list. On CPUs it would compile
+    an all-reduce through shared memory at the first start (over a minute); gloo does the same without it.
+    """
+    # What it reads from the environment, whoever started the processes.
+    place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    if world.device.type == "cpu":
+        # How many "devices" a node has: else it runs numactl, a process, at every reduction of a gradient.
+        place["LOCAL_SIZE"] = world.local_size
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in place.items():
+        os.environ.setdefault(name, str(value))
+    for message in _DEPRECATED:
+        warnings.filterwarnings("ignore", message=message)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingExtraError("deepspeed", "deepspeed", purpose="the engine DeepSpeed") from error
+    if world.device.type == "cpu":
+        # Its table of what it could compile, which it would fill by running the compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
 
 
-def _twin(template: Optimizer) -> Optimizer:
-    """An optimizer of the same type, options and parameters, without state and hooks."""
-    twin = copy.copy(template)
-    twin.state = defaultdict(dict)
-    twin.param_groups = [
-        {**group, "params": list(group["params"])} for group in template.param_groups if group["params"]
-    ]
-    return twin
+def forget_groups() -> None:
+    """Empty DeepSpeed's table of process groups, which end now; it would use them in a next run."""
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for name, value in list(vars(groups).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
+        elif name.startswith("_") and name.endswith("GROUP") and isinstance(value, dict):
+            value.clear()

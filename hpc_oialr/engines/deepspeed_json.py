@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import ConfigError
 
-STAGES = (1, 2, 3)
 HALF = ("bf16", "fp16")
 
 # What would change how parameters are held or stepped behind the method's back.
@@ -21,51 +19,24 @@ _REFUSED = {
     "torch_autocast": "train.precision is used",
     "tensor_parallel": "the engine TensorParallel splits layers",
     "compression_training": "OIALR replaces what it would compress",
-}
-_REFUSED_ZERO = {
-    "offload_optimizer": "optimizer state stays on the device",
-    "offload_param": "parameters stay on the device",
-    "zero_hpz_partition_size": "parameters have one partition",
-    "mics_shard_size": "parameters are dealt over all processes",
-    "zero_quantized_weights": "masters must be kept exactly",
-    "zero_quantized_nontrainable_weights": "bases must be kept exactly",
+    "zero_optimization.offload_optimizer": "optimizer state stays on the device",
+    "zero_optimization.offload_param": "parameters stay on the device",
+    "zero_optimization.zero_hpz_partition_size": "parameters have one partition",
+    "zero_optimization.mics_shard_size": "parameters are sharded over all ranks",
+    "zero_optimization.zero_quantized_weights": "masters must be kept exactly",
+    "zero_optimization.zero_quantized_nontrainable_weights": "bases must be kept exactly",
 }
 
 # The part of a model that one of DeepSpeed's buffers takes where the JSON leaves its size open. DeepSpeed's own
 # sizes are for models of billions of parameters; a smaller model would lie whole in each buffer.
 BUFFERS_IN_MODEL = 32
-# It gathers ahead as long as no more than this part of the model is gathered; without a bound it never lets
-# go of what it has gathered ahead before the backward pass (0.19.8).
+# It gathers ahead as long as no more than this part of the model is gathered; without a bound it never frees
+# what it has gathered ahead before the backward pass (0.19.8).
 LIVE_PARTS_IN_MODEL = 8
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the recipe says about a step; None where nobody knows.
-
-    Attributes
-    ----------
-    global_batch
-        Samples of one step on all processes.
-    accumulation
-        Backward passes of one step.
-    clip
-        2-norm to which gradients are clipped; None: they are not.
-    """
-
-    global_batch: int
-    accumulation: int
-    clip: float | None
-
-
 def read_json(path: str) -> dict[str, Any]:
-    """Content of a DeepSpeed JSON.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such file, or it holds no JSON object.
-    """
+    """Content of a DeepSpeed JSON; :class:`ConfigError` if there is no such file, or it holds no JSON object."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,37 +48,82 @@ def read_json(path: str) -> dict[str, Any]:
     return content
 
 
-def stage_of(given: dict[str, Any], origin: str) -> int:
-    """ZeRO stage of a JSON.
+class ZeroConfig:
+    """A DeepSpeed JSON that fits the run, or a :class:`ConfigError` that names the key.
 
-    Raises
-    ------
-    ConfigError
-        Unless it is 1, 2 or 3.
+    Parameters
+    ----------
+    given
+        Its content; values may be "auto".
+    precision
+        Of the run: "fp32", "bf16" or "fp16".
+    origin
+        Where it is from, for messages.
     """
-    zero = given.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in STAGES:
-        raise ConfigError(
-            "zero_optimization.stage",
-            stage,
-            "must be 1, 2 or 3",
-            origin=origin,
-            fix="Without ZeRO take the engine DDP: it does the same.",
-        )
-    return int(stage)
 
-
-def check_sections(given: dict[str, Any], origin: str) -> None:
-    """Raise :class:`ConfigError` for sections that cannot work here."""
-    zero = given.get("zero_optimization", {})
-    for section, refused, prefix in ((given, _REFUSED, ""), (zero, _REFUSED_ZERO, "zero_optimization.")):
-        for key, reason in refused.items():
-            value = section.get(key)
+    def __init__(self, given: dict[str, Any], precision: str, origin: str) -> None:
+        self._given, self._precision, self._origin = given, precision, origin
+        zero = given.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+        if stage not in (1, 2, 3):
+            fix = "Without ZeRO take the engine DDP: it does the same."
+            raise self._error("zero_optimization.stage", stage, "must be 1, 2 or 3", fix)
+        self.stage = int(stage)
+        for key, reason in _REFUSED.items():
+            *section, name = key.split(".")
+            value = (zero if section else given).get(name)
             if value not in (None, False, "auto") and not _is_off(value):
-                raise ConfigError(
-                    f"{prefix}{key}", value, f"must not be there: {reason}", origin=origin, fix="Remove it."
+                raise self._error(key, value, f"must not be there: {reason}", "Remove it.")
+        summed = given.get("data_types", {}).get("grad_accum_dtype", "auto")
+        if precision == "bf16" and summed not in ("auto", None, "bf16") and self.stage == 1:
+            rule = "must be bf16 in stage 1, which DeepSpeed replaces by another optimizer otherwise"
+            raise self._error("data_types.grad_accum_dtype", summed, rule, "Take stage 2.")
+        for name in HALF:
+            enabled = given.get(name, {}).get("enabled", "auto")
+            if enabled not in ("auto", precision == name):
+                rule = f"must agree with train.precision, which is {precision}"
+                raise self._error(
+                    f"{name}.enabled", enabled, rule, 'Write "auto", or change train.precision.'
                 )
+
+    def _error(self, key: str, value: Any, rule: str, fix: str) -> ConfigError:
+        return ConfigError(key, value, rule, origin=self._origin, fix=fix)
+
+    def check_step(self, *, ranks: int, global_batch: int, accumulation: int, clip: float | None) -> None:
+        """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's, or left to it."""
+        share = f"train.global_batch / (train.accumulation x {ranks} processes)"
+        expected = {
+            "train_batch_size": (global_batch, "train.global_batch"),
+            "train_micro_batch_size_per_gpu": (global_batch // (ranks * accumulation), share),
+            "gradient_accumulation_steps": (accumulation, "train.accumulation"),
+            "gradient_clipping": (clip or 0.0, "train.gradient_clip"),
+        }
+        for key, (value, name) in expected.items():
+            found = self._given.get(key, "auto")
+            if found not in ("auto", value):
+                rule = f"must be {value}, as {name} says"
+                raise self._error(key, found, rule, 'Write "auto", or change the recipe.')
+
+    def filled(self, *, trained: int, parameters: int) -> dict[str, Any]:
+        """What DeepSpeed is given: no "auto" is left, and a step is one backward pass to it.
+
+        The engine tells DeepSpeed by itself which backward pass is a step's last, and clips as the recipe
+        says; so it needs neither the batch sizes nor the clipping. ``trained`` and ``parameters`` are the numbers in
+        the model's trained parameters and in all of them, for :func:`sizes`.
+        """
+        content: dict[str, Any] = without_auto(self._given)
+        zero: dict[str, Any] = sizes(trained, parameters, self.stage) | content["zero_optimization"]
+        zero["reduce_bucket_size"] = max(1, min(int(zero["reduce_bucket_size"]), trained))
+        content.pop("train_batch_size", None)
+        for name in HALF:
+            content[name] = {**content.get(name, {}), "enabled": self._precision == name}
+        return content | {
+            "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+        }
 
 
 def _is_off(value: Any) -> bool:
@@ -117,82 +133,8 @@ def _is_off(value: Any) -> bool:
     return value in (1, -1) and value is not True
 
 
-def check_precision(given: dict[str, Any], precision: str, origin: str) -> None:
-    """Raise :class:`ConfigError` unless the JSON's precision is the recipe's, or left to it."""
-    summed = given.get("data_types", {}).get("grad_accum_dtype", "auto")
-    if precision == "bf16" and summed not in ("auto", None, "bf16") and stage_of(given, origin) == 1:
-        raise ConfigError(
-            "data_types.grad_accum_dtype",
-            summed,
-            "must be bf16 in stage 1, which DeepSpeed replaces by another optimizer otherwise",
-            origin=origin,
-            fix="Take stage 2.",
-        )
-    for name in HALF:
-        enabled = given.get(name, {}).get("enabled", "auto")
-        if enabled != "auto" and enabled != (precision == name):
-            raise ConfigError(
-                f"{name}.enabled",
-                enabled,
-                f"must agree with train.precision, which is {precision}",
-                origin=origin,
-                fix='Write "auto", or change train.precision.',
-            )
-
-
-def check_recipe(given: dict[str, Any], recipe: Recipe, processes: int, origin: str) -> None:
-    """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's, or left to it."""
-    share = recipe.global_batch // (processes * recipe.accumulation)
-    expected = {
-        "train_batch_size": (recipe.global_batch, "train.global_batch"),
-        "train_micro_batch_size_per_gpu": (
-            share,
-            f"train.global_batch / (train.accumulation x {processes} processes)",
-        ),
-        "gradient_accumulation_steps": (recipe.accumulation, "train.accumulation"),
-        "gradient_clipping": (recipe.clip or 0.0, "train.gradient_clip"),
-    }
-    for key, (value, name) in expected.items():
-        found = given.get(key, "auto")
-        if found not in ("auto", value):
-            raise ConfigError(
-                key,
-                found,
-                f"must be {value}, as {name} says",
-                origin=origin,
-                fix='Write "auto", or change the recipe.',
-            )
-
-
-def filled(given: dict[str, Any], precision: str, *, trained: int, parameters: int) -> dict[str, Any]:
-    """What DeepSpeed is given: no "auto" is left, and a step is one backward pass to it.
-
-    The engine tells DeepSpeed by itself which backward pass is a step's last, and clips as the recipe
-    says; so it needs neither the batch sizes nor the clipping.
-
-    Parameters
-    ----------
-    trained, parameters
-        Numbers in the model's trained parameters and in all of them; see :func:`sizes`.
-    """
-    content: dict[str, Any] = without_auto(given)
-    zero: dict[str, Any] = content["zero_optimization"]
-    zero = sizes(trained, parameters, zero["stage"]) | zero
-    zero["reduce_bucket_size"] = max(1, min(int(zero["reduce_bucket_size"]), trained))
-    content.pop("train_batch_size", None)
-    for name in HALF:
-        content[name] = {**content.get(name, {}), "enabled": precision == name}
-    return content | {
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-    }
-
-
 def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
-    """Sizes in numbers, by the model's, at most DeepSpeed's own.
+    """Sizes of buffers in numbers, by the model's, at most DeepSpeed's own.
 
     The buffer for gradients takes 1/32 of them, what stage 3 gathers before its use or keeps for a next use
     1/32 of the model, and it stops doing so once 1/8 is gathered; parameters of at most ``sqrt(parameters)``

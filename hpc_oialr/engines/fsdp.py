@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from hpc_oialr import torch_compat
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
-from hpc_oialr.engines.fsdp_groups import groups, replace_parameters
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.targets import kind_of
-from hpc_oialr.torch_compat import forget_shapes, require_fsdp
+
+if TYPE_CHECKING:
+    from hpc_oialr.torch_compat import FSDPParam
 
 
 class FSDPEngine(GroupEngine):
-    """Shards every parameter over processes, with its gradient and its optimizer state.
+    """Shards every parameter over ranks, with its gradient and its optimizer state.
 
     ``U`` and ``Vh`` are sharded and gathered like the others, but have no gradient and no reduce-scatter.
 
     Parameters
     ----------
     world
-        The processes; two or more.
+        All ranks; two or more.
     replicas
-        Groups of processes that hold the whole model each (HSDP); gradients are averaged over them.
+        Groups of ranks that hold the whole model each (HSDP); gradients are averaged over them.
     reshard_after_forward
         As in ``fully_shard``.
     gather_dtype
@@ -42,7 +46,7 @@ class FSDPEngine(GroupEngine):
 
     Notes
     -----
-    A step gathers each parameter twice (forward and backward), ``(P - 1)/P`` of its size a process, and
+    A step gathers each parameter twice (forward and backward), ``(P - 1)/P`` of its size a rank, and
     reduce-scatters the gradient of what is trained. Blocks (children of ``nn.ModuleList`` and
     ``nn.Sequential`` at the outermost level) are gathered one by one, the rest of the model as one.
     """
@@ -56,31 +60,34 @@ class FSDPEngine(GroupEngine):
         gather_dtype: torch.dtype | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        require_fsdp("FSDPEngine")
+        torch_compat.require_fsdp("FSDPEngine")
+        assert dist.is_initialized()
         self.world = world
-        self.mesh = _mesh(world, replicas) if mesh is None else mesh
-        self.layout: Sharded = Sharded(self.mesh)
+        if mesh is None and replicas == 1:
+            mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        elif mesh is None:
+            shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+            mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+        self.mesh = mesh
+        self.layout: Sharded = Sharded(mesh)
         self._reshard = reshard_after_forward
-        self._root: nn.Module | None = None
         summed = None if gather_dtype is None else torch.float32
         self._precision = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=summed)
-        self._replicas = World(device=world.device)
-        if self.mesh.ndim > 1:
-            self._replicas = world.within(self.mesh.get_group(0))
+        self._replicas = world.within(mesh.get_group(0)) if mesh.ndim > 1 else World(device=world.device)
 
     @classmethod
     def adopting(cls, module: FSDPModule) -> FSDPEngine:
         """An engine that goes on with a model its user has sharded by ``fully_shard``, the root included."""
         assert isinstance(module, nn.Module)
-        return cls(World.current(), mesh=next(groups(module)).mesh_info.mesh)
+        return cls(World.current(), mesh=next(_groups(module)).mesh_info.mesh)
 
     @property
     def replicas(self) -> World:
-        """The processes that hold the same shards."""
+        """The ranks that hold the same shards."""
         return self._replicas
 
     def place(self, module: nn.Module) -> None:
-        """Send process 0's values to all, then shard block by block, in place."""
+        """Send rank 0's values to all, then shard block by block, in place."""
         self.send_initial(module)
         for block in [*blocks(module), module]:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=self._reshard, mp_policy=self._precision)
@@ -93,44 +100,45 @@ class FSDPEngine(GroupEngine):
         return module
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The module itself: only layers whose r changed were sharded anew, by :meth:`on_replace`."""
-        forget_shapes()
+        """The module itself: only layers whose r changed were sharded anew, by :meth:`replacing`."""
+        torch_compat.forget_shapes()
         return module
 
     def gather(self, target: TargetWeight) -> None:
-        """See that nothing is left gathered, as after a forward pass without a backward."""
-        assert self._root is not None
+        """Free what is left gathered, as after a forward pass without a backward."""
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def on_replace(self, layer: LowRankWeight) -> None:
-        """Let FSDP2 know the new parameters of one layer, and forget the old ones."""
-        assert self._root is not None
-        replace_parameters(self._root, layer)
+    def _on_replace(self, layer: LowRankWeight) -> None:
+        """Let FSDP2 manage the factors of ``layer``, which are DTensors, in place of the parameters that are gone.
 
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        FSDP2 makes its parameter groups once and has no public way to change them. Its bookkeeping of one
+        parameter is an ``FSDPParam``; those of one layer are swapped in the group they are in (internals as of torch
+        2.11 to 2.14). Hooks, groups and all other parameters stay.
+        """
+        for group in _groups(self._root):
+            gone = [member for member in group.fsdp_params if not _is_current(member)]
+            if not gone:
+                continue
+            for member in gone:
+                member._post_load_hook_handle.remove()
+            known = {member.sharded_param for member in group.fsdp_params}
+            new = [(name, p) for name, p in layer.named_parameters(recurse=False) if p not in known]
+            stay = [member for member in group.fsdp_params if member not in gone]
+            group.fsdp_params[:] = stay + [_managed(group, layer, name, p) for name, p in new]
+            group._init_mp_dtypes()
+            return
+
+    @contextmanager
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
         """Gradients are summed in the next backward pass outside; they stay whole until then."""
-        return _unsynchronised(wrapped)
-
-
-@contextmanager
-def _unsynchronised(wrapped: nn.Module) -> Iterator[None]:
-    assert isinstance(wrapped, FSDPModule)
-    wrapped.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        wrapped.set_requires_gradient_sync(True)
-
-
-def _mesh(world: World, replicas: int) -> DeviceMesh:
-    assert dist.is_initialized()
-    kind = world.device.type
-    if replicas == 1:
-        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    shape = (replicas, world.size // replicas)
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        assert isinstance(wrapped, FSDPModule)
+        wrapped.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -149,3 +157,35 @@ def blocks(module: nn.Module) -> list[nn.Module]:
             else:
                 pending.append(child)
     return found
+
+
+def _groups(root: nn.Module) -> Iterator[Any]:
+    """FSDP2's parameter groups of a model."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            yield from torch_compat.fsdp_param_groups(module)
+
+
+def _is_current(member: FSDPParam) -> bool:
+    info = member._module_info
+    return info.module._parameters.get(info.param_name) is member.sharded_param
+
+
+def _managed(group: Any, layer: nn.Module, name: str, parameter: nn.Parameter) -> FSDPParam:
+    """FSDP2's bookkeeping of a parameter that is a DTensor already, made from its shape alone."""
+    assert isinstance(parameter, DTensor)
+    shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    split = next(p for p in parameter.placements if isinstance(p, Shard))
+    member = torch_compat.FSDPParam(
+        nn.Parameter(shape, requires_grad=parameter.requires_grad),
+        torch_compat.ParamModuleInfo(layer, name),
+        group.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        lambda _: split,
+        group.mp_policy,
+        group.offload_policy,
+    )
+    layer._parameters[name] = parameter
+    member.reset_sharded_param()
+    return member

@@ -1,12 +1,15 @@
-"""Engines as typed settings; a choice of engine is a choice of type."""
+"""Which engine a run gets: settings, where a choice of engine is a choice of type, or what a model is wrapped in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.ddp import DDPEngine
@@ -18,37 +21,48 @@ from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.engine import Engine, SingleEngine
 
 
+def make_engine(world: World, **ddp_options: Any) -> Engine:
+    """:class:`SingleEngine` for one process, for more a :class:`DDPEngine` with these options."""
+    return SingleEngine(world) if world.size == 1 else DDPEngine(world, **ddp_options)
+
+
+def engine_of(model: nn.Module) -> tuple[Engine, nn.Module]:
+    """The engine of a wrapped model or of one of several ranks, and the module inside; a collective call.
+
+    A model in ``DistributedDataParallel`` keeps its group and options, one that ``fully_shard`` has sharded
+    its mesh; a plain one gets the process group that exists.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return DDPEngine.adopting(model), model.module
+    if isinstance(model, FSDPModule):
+        return FSDPEngine.adopting(model), model
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, DistributedDataParallel):
+        return DDPEngine.adopting(compiled, outer=model), compiled.module
+    return make_engine(World.current()), model
+
+
 class EngineConfig(ABC):
     """Settings of one engine. One process alone needs none: every engine is then :class:`SingleEngine`."""
 
     def build(self, world: World, precision: str) -> Engine:
-        """The engine of these processes.
+        """The engine of these ranks; a :class:`ConfigError` if it cannot work with so many.
 
         Parameters
         ----------
         precision
             Of the run: "fp32", "bf16", "fp16" or "float64".
-
-        Raises
-        ------
-        ConfigError
-            If it cannot work with this many processes.
         """
+        self.shares(world.size)
         return SingleEngine(world) if world.size == 1 else self._of_many(world, precision)
 
     def shares(self, processes: int) -> int:
-        """Into how many parts a global batch is dealt.
-
-        Raises
-        ------
-        ConfigError
-            If the engine cannot work with this many processes.
-        """
+        """Into how many parts a global batch is split; a :class:`ConfigError` if it cannot run on so many."""
         return processes
 
     @abstractmethod
     def _of_many(self, world: World, precision: str) -> Engine:
-        """The engine of two processes or more."""
+        """The engine of two ranks or more."""
 
 
 @dataclass(kw_only=True)
@@ -58,20 +72,17 @@ class Single(EngineConfig):
     def shares(self, processes: int) -> int:
         """One; see :class:`EngineConfig`."""
         if processes > 1:
-            raise self._of_one(processes)
+            rule = f"is for one process, and {processes} were started"
+            raise ConfigError("engine", "Single", rule, fix="Take DDP or FSDP.")
         return 1
 
     def _of_many(self, world: World, precision: str) -> Engine:
-        raise self._of_one(world.size)
-
-    def _of_one(self, processes: int) -> ConfigError:
-        rule = f"is for one process, and {processes} were started"
-        return ConfigError("engine", "Single", rule, fix="Take DDP or FSDP.")
+        raise AssertionError("shares() has refused it")
 
 
 @dataclass(kw_only=True)
 class DDP(EngineConfig):
-    """``DistributedDataParallel``: every process holds the whole model.
+    """``DistributedDataParallel``: every rank holds the whole model.
 
     Parameters
     ----------
@@ -106,8 +117,7 @@ class DeepSpeed(EngineConfig):
         must agree with the recipe's, an "optimizer" or "scheduler" section is an error: the recipe has both.
         Buffers whose size it leaves open are sized by the model, at most as DeepSpeed would.
     stage
-        ZeRO stage where there is no JSON: 1 deals optimizer state over the processes, 2 gradients too, 3
-        parameters too.
+        ZeRO stage where there is no JSON: 1 shards optimizer state over ranks, 2 gradients too, 3 parameters too.
     """
 
     config: str | None = None
@@ -130,7 +140,7 @@ class FSDP(EngineConfig):
     Parameters
     ----------
     replicas
-        Groups that hold the whole model each (HSDP), e.g. one a node; 1 = shards over all processes.
+        Groups that hold the whole model each (HSDP), e.g. one a node; 1 = shards over all ranks.
     reshard_after_forward
         Free a block's gathered parameters after its forward pass, and gather them again in the backward.
     """
@@ -143,25 +153,19 @@ class FSDP(EngineConfig):
             raise ConfigError("replicas", self.replicas, "must be at least 1")
 
     def shares(self, processes: int) -> int:
-        """One a process; see :class:`EngineConfig`."""
+        """One a rank; see :class:`EngineConfig`."""
         if processes > 1 and processes % self.replicas:
             raise ConfigError("replicas", self.replicas, f"must divide the {processes} processes")
         return processes
 
     def _of_many(self, world: World, precision: str) -> Engine:
-        self.shares(world.size)
         gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return FSDPEngine(
-            world,
-            replicas=self.replicas,
-            reshard_after_forward=self.reshard_after_forward,
-            gather_dtype=gathered,
-        )
+        return FSDPEngine(world, **asdict(self), gather_dtype=gathered)
 
 
 @dataclass(kw_only=True)
 class TensorParallel(EngineConfig):
-    """Each layer split over several processes, which work on the same samples.
+    """Each layer split over several ranks, which work on the same samples.
 
     Parameters
     ----------
@@ -188,7 +192,6 @@ class TensorParallel(EngineConfig):
         return max(1, processes // self.size)
 
     def _of_many(self, world: World, precision: str) -> Engine:
-        self.shares(world.size)
         if precision == "fp16":
             rule = "cannot be used with TensorParallel, whose processes would each choose a loss scale"
             raise ConfigError("train.precision", "fp16", rule, fix="Take bf16.")

@@ -1,4 +1,4 @@
-"""One life of DeepSpeed's engine, from its making to the next change of r: what it holds, how layers change."""
+"""What one of DeepSpeed's engines holds, from its making to the next change of r, and how layers change in it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,13 @@ from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 
 
 class LiveZero:
-    """What DeepSpeed holds of a module, tensor by tensor.
-
-    Parameters
-    ----------
-    engine
-        DeepSpeed's, around ``module``, with ZeRO 1, 2 or 3.
-    dtype
-        The module's parameters are in it.
-
-    Attributes
-    ----------
-    new
-        Parts of parameters that the module has got since.
-    """
+    """What DeepSpeed's ``engine``, with ZeRO 1, 2 or 3, holds of a module whose parameters are in ``dtype``."""
 
     def __init__(self, engine: Any, module: nn.Module, world: World, dtype: torch.dtype) -> None:
         self.engine, self.zero = engine, engine.optimizer
         self.partitions = Partitions(self.zero, world)
         self.dealt = self.partitions.fixed
-        self.new: dict[nn.Parameter, Part] = {}
+        self.new: dict[nn.Parameter, Part] = {}  # of parameters that the module has got since
         self._module, self._world, self._dtype = module, world, dtype
         self._opened: dict[nn.Parameter, Tensor] = {}
         self._left: list[nn.Parameter] = []
@@ -77,7 +64,7 @@ class LiveZero:
     # -- a change of layers ----------------------------------------------------------------------
 
     def gather(self, parameter: nn.Parameter) -> None:
-        """Let a parameter hold its whole values, trained ones in fp32; a collective call."""
+        """Show a parameter's whole values in it, trained ones in fp32; a collective call."""
         trained = parameter in self.partitions.places
         exact = not trained or self._dtype == torch.float32
         if parameter in self._opened or (exact and not self.dealt):
@@ -88,12 +75,12 @@ class LiveZero:
         parameter.data = self.whole(parameter)
 
     def release(self, parameter: nn.Parameter) -> None:
-        """Let go of what :meth:`gather` brought, if it did."""
+        """Free what :meth:`gather` brought, if it did."""
         if parameter in self._opened:
             parameter.data = self._opened.pop(parameter)
 
     def on_replace(self, layer: LowRankWeight, optimizer: Optimizer) -> None:
-        """Put a layer's new values where DeepSpeed has them; deal its new parameters, free those that are gone."""
+        """Put a layer's new values where DeepSpeed has them; shard its new parameters, free those that are gone."""
         donor = next(iter(self._opened), None)
         for parameter in layer.factors:
             known = parameter in self.partitions.places
@@ -135,7 +122,7 @@ class LiveZero:
     # -- the end ---------------------------------------------------------------------------------
 
     def parts(self, trained: Iterable[nn.Parameter]) -> dict[nn.Parameter, Part]:
-        """This process's part of every parameter, in host memory."""
+        """This rank's part of every parameter, in host memory."""
         return {p: self.new.pop(p) if p in self.new else self.partitions.part(p).kept() for p in trained}
 
     def end(self) -> None:
@@ -156,7 +143,7 @@ class LiveZero:
 
 
 def taken(parameter: nn.Parameter, optimizer: Optimizer, world: World) -> Part:
-    """This process's part of an ordinary parameter and of its state, which leaves the optimizer."""
+    """This rank's part of an ordinary parameter and of its state, which leaves the optimizer."""
     state = optimizer.state.pop(parameter, {})
     tensors = values_and_moments(parameter, state)
     return Part.own(tensors, {key: value for key, value in state.items() if key not in tensors}, world)

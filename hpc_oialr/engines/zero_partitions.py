@@ -1,4 +1,4 @@
-"""This process's part of every trained parameter under ZeRO: fp32 values, moments, their way through a rebuild.
+"""This rank's part of every trained parameter under ZeRO: fp32 values, moments, their way through a rebuild.
 
 The only file that knows where DeepSpeed keeps them (as of 0.19).
 """
@@ -6,7 +6,8 @@ The only file that knows where DeepSpeed keeps them (as of 0.19).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class Place:
-    """``numel`` values of a parameter, from its ``start`` on, are at ``offset`` of this process's ``flat``."""
+    """``numel`` values of a parameter, from its ``start`` on, are at ``offset`` of this rank's ``flat``."""
 
     flat: Tensor
     offset: int
@@ -51,7 +52,7 @@ class Part:
 
     @classmethod
     def own(cls, tensors: dict[str, Tensor], scalars: dict[str, Any], world: World) -> Part:
-        """This process's part of whole tensors, as ZeRO-3 deals them; a copy in host memory."""
+        """This rank's part of whole tensors, as ZeRO-3 shards them; a copy in host memory."""
         numel = tensors[MASTER].numel()
         length = -(-numel // world.size)
         start = min(numel, world.rank * length)
@@ -67,7 +68,7 @@ class Part:
         return Part(self.start, values, copy.deepcopy(self.scalars))
 
     def whole(self, key: str, shape: torch.Size, world: World) -> Tensor:
-        """All processes' parts together; one all-reduce of the tensor's size."""
+        """All ranks' parts together; one all-reduce of the tensor's size."""
         total = torch.zeros(shape.numel(), dtype=torch.float32, device=world.device)
         part = self.values[key]
         total[self.start : self.start + part.numel()] = part.to(total.device)
@@ -75,20 +76,12 @@ class Part:
 
 
 class Partitions:
-    """What one live ZeRO optimizer holds on this process.
-
-    Parameters
-    ----------
-    zero
-        DeepSpeed's optimizer of stage 1, 2 or 3.
-    world
-        The processes.
-    """
+    """What ``zero``, DeepSpeed's live optimizer of stage 1, 2 or 3, holds on this rank."""
 
     def __init__(self, zero: Any, world: World) -> None:
         self.inner: torch.optim.Optimizer = zero.optimizer
         self.world = world
-        # Stage 3 deals each parameter on its own, so that its parts do not move when others change.
+        # Stage 3 shards each parameter on its own, so that its parts do not move when others change.
         self.fixed = hasattr(zero, "fp32_partitioned_groups_flat")
         if self.fixed:
             _share_masters(zero)
@@ -103,42 +96,63 @@ class Partitions:
         return Part(place.start, values, {key: v for key, v in state.items() if key not in moments})
 
     def write(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """Take this process's part of whole tensors."""
-        for key, target in self.part(parameter).values.items():
-            self._take(target, tensors[key].reshape(-1), self.places[parameter])
+        """Take this rank's part of whole tensors."""
+        place = self.places[parameter]
+        for key, mine in self.part(parameter).values.items():
+            mine.copy_(tensors[key].reshape(-1)[place.start : place.start + place.numel])
 
     def restore(self, parts: dict[nn.Parameter, Part]) -> None:
         """Take over values, moments and counters of all parameters; ``parts`` is emptied on the way.
 
-        Stage 3 sends nothing. Stages 1 and 2 move the boundaries between processes: one all-reduce of each
+        Stage 3 sends nothing. Stages 1 and 2 move the boundaries between ranks: one all-reduce of each
         tensor, one after another.
         """
-        for flat, members in self._members():
-            example = parts[members[0]]
+        members: dict[int, list[nn.Parameter]] = {}
+        for parameter, place in self.places.items():
+            members.setdefault(id(place.flat), []).append(parameter)
+        for parameters in members.values():
+            flat, example = self.places[parameters[0]].flat, parts[parameters[0]]
             for key in example.values:
                 if key != MASTER:
                     self.inner.state[flat][key] = torch.zeros_like(flat, requires_grad=False)
             self.inner.state[flat].update(copy.deepcopy(example.scalars))
-            for parameter in members:
-                self._restore(parameter, parts.pop(parameter))
+            for parameter in parameters:
+                stored, place = parts.pop(parameter), self.places[parameter]
+                for key, mine in self.part(parameter).values.items():
+                    if self.fixed:
+                        mine.copy_(stored.values[key])
+                    else:
+                        shape, part = whole_shape(parameter), slice(place.start, place.start + place.numel)
+                        mine.copy_(stored.whole(key, shape, self.world).view(-1)[part])
 
-    def _restore(self, parameter: nn.Parameter, stored: Part) -> None:
-        place = self.places[parameter]
-        for key, target in self.part(parameter).values.items():
-            if self.fixed:
-                target.copy_(stored.values[key])
-            else:
-                self._take(target, stored.whole(key, whole_shape(parameter), self.world).view(-1), place)
+    def stretch_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
+        """Do for this rank's part of each core what :class:`hpc_oialr.optim.core_lr.CoreLearningRate` does.
 
-    def _members(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
-        members: dict[int, tuple[Tensor, list[nn.Parameter]]] = {}
+        ``factors`` multiply a parameter's step, weight decay included; 1 for the others.
+        """
+        parts: defaultdict[int, list[tuple[Tensor, float]]] = defaultdict(list)
         for parameter, place in self.places.items():
-            members.setdefault(id(place.flat), (place.flat, []))[1].append(parameter)
-        yield from members.values()
+            factor = factors.get(parameter, 1.0)
+            if factor != 1.0 and place.numel:
+                parts[id(place.flat)].append((self.part(parameter).values[MASTER], factor))
+        before: list[tuple[Tensor, Tensor, float]] = []
 
-    @staticmethod
-    def _take(target: Tensor, whole: Tensor, place: Place) -> None:
-        target.copy_(whole[place.start : place.start + place.numel])
+        @torch.no_grad()
+        def remember(inner: torch.optim.Optimizer, *_: Any) -> None:
+            # ZeRO steps one flat piece after another.
+            stepped = [flat for group in inner.param_groups for flat in group["params"]]
+            found = [part for flat in stepped for part in parts.get(id(flat), ())]
+            before[:] = [(values, values.clone(), factor) for values, factor in found]
+
+        @torch.no_grad()
+        def stretch(*_: Any) -> None:
+            for values, old, factor in before:
+                values.add_((values - old).mul_(factor - 1.0))
+            before.clear()
+
+        if parts:
+            self.inner.register_step_pre_hook(remember)
+            self.inner.register_step_post_hook(stretch)
 
 
 def _is_like(value: Any, flat: Tensor) -> bool:
@@ -159,7 +173,7 @@ def _share_masters(zero: Any) -> None:
 
 
 def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
-    """Stages 1 and 2: a group's parameters in a row, cut into equal pieces, one a process."""
+    """Stages 1 and 2: a group's parameters in a row, cut into equal pieces, one a rank."""
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
             found = parameter._hp_mapping
@@ -171,7 +185,7 @@ def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
 
 
 def _by_parameter(zero: Any, world: World) -> Iterator[tuple[nn.Parameter, Place]]:
-    """Stage 3: each parameter cut into equal pieces, the last ones padded; a process's pieces in a row."""
+    """Stage 3: each parameter cut into equal pieces, the last ones padded; a rank's pieces in a row."""
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:

@@ -18,7 +18,6 @@ from hpc_oialr.lowrank.base import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fused_inference
 from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.stored import Stored
-from hpc_oialr.method.average_guard import AverageGuard, turned
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
@@ -28,14 +27,10 @@ from hpc_oialr.optim.state import transform_average, transform_state
 
 
 class BasisUpdater:
-    """Applies conversions and rotations to a model, its optimizer and its running averages.
+    """Applies conversions and rotations to a model, its optimizer and its running averages, e.g. ``AveragedModel``.
 
-    Parameters
-    ----------
-    optimizer
-        Its groups keep their order; a core takes the place of its weight.
-    averages
-        Copies of the model with averaged weights, e.g. ``torch.optim.swa_utils.AveragedModel``.
+    All changes are made inside ``engine.changing(model)``. The optimizer's groups keep their order; a core takes the
+    place of its weight.
     """
 
     def __init__(
@@ -51,34 +46,32 @@ class BasisUpdater:
         self._groups = GroupPlaces(optimizer, model)
         self.core_lr = CoreLearningRate(optimizer.leaves)
         engine.scale_steps(self.core_lr.factors)
-        self.factor_dtype = getattr(torch, config.factor_dtype) if config.factor_dtype else None
-        self.crossover = (
-            config.crossover
-            if not isinstance(config.crossover, str)
-            else crossover_by_dtype(config.crossover)
-        )
-        inside = [getattr(average, "module", average) for average in averages]
-        self._averages = [self._targets_by_name(average) for average in inside]
-        self.guards = [AverageGuard(model, *pair) for pair in zip(inside, self._averages, strict=True)]
+        crossover = config.crossover
+        self._options: dict[str, Any] = {
+            "factor_dtype": getattr(torch, config.factor_dtype) if config.factor_dtype else None,
+            "crossover": crossover_by_dtype(crossover) if isinstance(crossover, str) else crossover,
+        }
+        # The averaged modules, with their layers by name.
+        self.averages: list[tuple[nn.Module, dict[str, TargetWeight]]] = []
+        for average in (getattr(average, "module", average) for average in averages):
+            leave_fused_inference(average)
+            targets = select(average, config.selection, frozen=True, low_rank=True)
+            self.averages.append((average, {target.name: target for target in targets}))
         leave_fused_inference(model)
 
-    def _targets_by_name(self, average: nn.Module) -> dict[str, TargetWeight]:
-        leave_fused_inference(average)
-        targets = select(average, self.config.selection, frozen=True, low_rank=True)
-        return {target.name: target for target in targets}
+    def twins(self, target: TargetWeight) -> list[TargetWeight]:
+        """The same layer in every average."""
+        return [targets[target.name] for _, targets in self.averages]
+
+    def order(self, targets: Sequence[TargetWeight]) -> None:
+        """Sort what conversions in any order, on any number of ranks, have put into the optimizer."""
+        order_cores(self.optimizer, [target.trained for target in targets])
 
     def adopt(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
-        """Take over those of ``targets`` that are low-rank already; which they are.
-
-        Raises
-        ------
-        ModelError
-            If the engine has them in parts, or a running average has another r.
-        """
+        """Take over those of ``targets`` that are low-rank already, and return them."""
         found = [target for target in targets if target.low_rank is not None]
         for target in found:
-            layer = target.low_rank
-            assert layer is not None
+            layer = _layer(target)
             if not self.engine.whole_factors:
                 raise ModelError(
                     f"layer {target.name} is low-rank already, which {type(self.engine).__name__} cannot take over. Make "
@@ -92,7 +85,7 @@ class BasisUpdater:
                         f"layer {target.name} is low-rank with r = {layer.r}, but not so, or in other bases, in a "
                         "running average. Make averages from the model as it is, then load their state."
                     )
-            layer.crossover, layer.autocast_copies = self.crossover, AutocastCopies()
+            layer.crossover, layer.autocast_copies = self._options["crossover"], AutocastCopies()
             self._set_step(layer)
         if found:
             self.order(targets)
@@ -102,88 +95,100 @@ class BasisUpdater:
     def convert(self, target: TargetWeight, U: Tensor, s: Tensor, Vh: Tensor) -> None:
         """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
 
-        Parameters
-        ----------
-        U, s, Vh
-            This process's rows of m x r, all r values, and its columns of r x n.
+        ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, ``s`` all r values.
         """
         weight, layout, (m, n) = target.weight, self.layout, target.shape
         reset = not self.config.carry_moments
-        self.engine.gather_moments(weight)
-        transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
-        stored = (layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n))
-        gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
-        layer = self._convert(target, *stored)
-        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
-        self._groups.replace(weight, layer.S)
-        self._set_step(layer, replaces=weight)
-        self.engine.on_replace(layer)
+        with self.engine.replacing(target):
+            transform_state(
+                self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset
+            )
+            stored = layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n)
+            gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
+            layer = convert_weight(target, *stored, **self._options)
+            self._take_place(weight, layer)
+            self._set_step(layer, replaces=weight)
         layer.S.grad = gradient
-        for average in self._averages:
-            twin = average[target.name]
-            average_core = transform_average(twin.weight, U, Vh)
-            self._convert(twin, U.clone(), average_core, Vh.clone()).S.requires_grad_(False)
-
-    def _convert(self, target: TargetWeight, U: Tensor, S: Tensor, Vh: Tensor) -> LowRankWeight:
-        return convert_weight(target, U, S, Vh, factor_dtype=self.factor_dtype, crossover=self.crossover)
+        for twin in self.twins(target):
+            core = transform_average(twin.weight, U, Vh)
+            convert_weight(twin, U.clone(), core, Vh.clone(), **self._options).S.requires_grad_(False)
 
     @exact_arithmetic()
-    def shell(self, target: TargetWeight, r: int, U: Tensor | None = None, Vh: Tensor | None = None) -> None:
-        """Convert to zero factors of inner dimension ``r``; a checkpoint fills them.
+    def rotate(self, target: TargetWeight, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool) -> None:
+        """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``, with P (r x r'), s and Qh (r' x r) cut to the new r'.
 
-        Parameters
-        ----------
-        U, Vh
-            The bases that are to come, if they are known: moments and averages go over to them. Otherwise the
-            optimizer begins anew for this layer.
+        ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S.
         """
+        layer, layout = _layer(target), self.layout
+        core, dtype = layer.S, compute_dtype(layer.S.dtype)
+        U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
+        if repair:
+            U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
+        reset = not self.config.carry_moments and len(s) < layer.r
+        with self.engine.replacing(target):
+            transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
+            gradient = self._gradient(core, P, Qh, core=True)
+            U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
+            for twin in map(_layer, self.twins(target)):
+                twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
+            self._set_factors(layer, U, S, Vh)
+        if gradient is not None and layer.S.grad is not None:
+            layer.S.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
+        else:
+            layer.S.grad = gradient
+
+    # -- the structure of a checkpoint -----------------------------------------------------------
+
+    @exact_arithmetic()
+    def restructure(
+        self, target: TargetWeight, r: int | None, U: Tensor | None = None, Vh: Tensor | None = None
+    ) -> None:
+        """Give a layer zero factors of inner dimension ``r``, or a dense weight if None, for a checkpoint to fill.
+
+        With the bases ``U`` and ``Vh`` that the checkpoint holds, moments and averages are transformed into them.
+        Otherwise the optimizer starts with empty state for this layer.
+        """
+        with self.engine.replacing(target):
+            if r is None:
+                self._restore(target)
+            elif target.low_rank is None:
+                self._empty(target, r, U, Vh)
+            else:
+                self._reshape(target, r, U, Vh)
+
+    def _empty(self, target: TargetWeight, r: int, U: Tensor | None, Vh: Tensor | None) -> None:
         weight = target.weight
         self._transform(weight, U, Vh, core=False)
         layer = empty_factors(target, r, layout=self.layout, **self._options)
-        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
-        self._groups.replace(weight, layer.S)
+        self._take_place(weight, layer)
         if U is not None and Vh is not None:
             layer.set_factors(U, layer.S.detach(), Vh)
         self._set_step(layer)
-        self.engine.on_replace(layer)
-        for average in self._averages:
-            value = average[target.name].weight.detach()
-            twin = empty_factors(average[target.name], r, **self._options)
-            twin.S.requires_grad_(False)
+        for twin in self.twins(target):
+            value = twin.weight.detach()
+            factors = empty_factors(twin, r, **self._options)
+            factors.S.requires_grad_(False)
             if U is not None and Vh is not None:
-                twin.set_factors(U, transform_average(value, U, Vh), Vh)
+                factors.set_factors(U, transform_average(value, U, Vh), Vh)
 
-    @exact_arithmetic()
-    def reshape(
-        self, target: TargetWeight, r: int, U: Tensor | None = None, Vh: Tensor | None = None
-    ) -> None:
-        """Zero factors of another inner dimension ``r``, or of other bases to come; as :meth:`shell`."""
-        layer = target.low_rank
-        assert layer is not None
+    def _reshape(self, target: TargetWeight, r: int, U: Tensor | None, Vh: Tensor | None) -> None:
+        layer = _layer(target)
         core, dtype = layer.S, compute_dtype(layer.S.dtype)
         left = right = None
         if U is not None and Vh is not None:
             U, Vh = U.to(core.device, dtype), Vh.to(core.device, dtype)
             left, right = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
         self._transform(core, left, right, core=True)
-        for average in self._averages:
-            twin = average[target.name].low_rank
-            assert twin is not None
-            if left is not None and right is not None and U is not None and Vh is not None:
+        for twin in map(_layer, self.twins(target)):
+            if U is not None and Vh is not None and left is not None and right is not None:
                 twin.set_factors(U, transform_average(twin.S, left, right), Vh)
             else:
                 twin.set_factors(*_zeros(twin, r))
         empty = _zeros(layer, r)
-        if layer.set_factors(empty[0] if U is None else U, empty[1], empty[2] if Vh is None else Vh):
-            self._groups.replace(core, layer.S)
-            self._set_step(layer, replaces=core)
-        self.engine.on_replace(layer)
+        self._set_factors(layer, empty[0] if U is None else U, empty[1], empty[2] if Vh is None else Vh)
 
-    @exact_arithmetic()
-    def restore(self, target: TargetWeight) -> None:
-        """Back to a dense weight ``U S Vh``, for a checkpoint of the dense phase, which fills it."""
-        layer = target.low_rank
-        assert layer is not None
+    def _restore(self, target: TargetWeight) -> None:
+        layer = _layer(target)
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
         self._transform(core, layer.U.to(dtype).mT, layer.Vh.to(dtype).mT, core=True)
@@ -195,10 +200,24 @@ class BasisUpdater:
                     state[key] = value.reshape(shape)
         self.core_lr.factors.pop(core, None)
         self._groups.take_back(core, target.weight)
-        for average in self._averages:
-            twin = average[target.name].low_rank
-            assert twin is not None
+        for twin in map(_layer, self.twins(target)):
             twin.become_dense()
+
+    # -- parts of a change -----------------------------------------------------------------------
+
+    def _take_place(self, weight: nn.Parameter, layer: LowRankWeight) -> None:
+        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
+        self._groups.replace(weight, layer.S)
+
+    def _set_factors(self, layer: LowRankWeight, U: Tensor, S: Tensor, Vh: Tensor) -> None:
+        core = layer.S
+        if layer.set_factors(U, S, Vh):
+            self._groups.replace(core, layer.S)
+            self._set_step(layer, replaces=core)
+
+    def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
+        factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
+        self.core_lr.set(layer.S, factor, replaces=replaces)
 
     def _transform(
         self, parameter: nn.Parameter, left: Tensor | None, right: Tensor | None, *, core: bool
@@ -213,55 +232,6 @@ class BasisUpdater:
         reset = not self.config.carry_moments
         transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
 
-    def twins(self, target: TargetWeight) -> list[TargetWeight]:
-        """The same layer in every average."""
-        return [average[target.name] for average in self._averages]
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"factor_dtype": self.factor_dtype, "crossover": self.crossover}
-
-    def order(self, targets: Sequence[TargetWeight]) -> None:
-        """Sort what conversions in any order, on any number of processes, have put into the optimizer."""
-        order_cores(self.optimizer, [target.trained for target in targets])
-
-    @exact_arithmetic()
-    def rotate(
-        self, layer: LowRankWeight, name: str, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool
-    ) -> bool:
-        """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; returns whether r changed.
-
-        Parameters
-        ----------
-        P, s, Qh
-            r x r', r' and r' x r, already cut to the new r'.
-        repair
-            Re-orthogonalise the new bases by QR, ``U = Q R``, with both R folded into S.
-        """
-        dtype, layout, core = compute_dtype(layer.S.dtype), self.layout, layer.S
-        U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
-        if repair:
-            U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
-        reset = not self.config.carry_moments and len(s) < layer.r
-        self.engine.gather_moments(core)
-        transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
-        gradient = self._gradient(core, P, Qh, core=True)
-        U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
-        for average in self._averages:
-            twin = average[name].low_rank
-            assert twin is not None
-            twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
-        reshaped = layer.set_factors(U, S, Vh)
-        if reshaped:
-            self._groups.replace(core, layer.S)
-            self._set_step(layer, replaces=core)
-        self.engine.on_replace(layer)
-        if gradient is not None and layer.S.grad is not None:
-            layer.S.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
-        else:
-            layer.S.grad = gradient
-        return reshaped
-
     def _gradient(self, parameter: nn.Parameter, left: Tensor, right: Tensor, *, core: bool) -> Tensor | None:
         """What has been accumulated so far, in the new basis."""
         gradient = parameter.grad
@@ -270,9 +240,16 @@ class BasisUpdater:
         project = self.layout.project_core if core else self.layout.project
         return self.layout.put_core(project(gradient, left, right).to(gradient.dtype).contiguous())
 
-    def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
-        factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
-        self.core_lr.set(layer.S, factor, replaces=replaces)
+
+def _layer(target: TargetWeight) -> LowRankWeight:
+    assert target.low_rank is not None
+    return target.low_rank
+
+
+def turned(layer: LowRankWeight, stored: Stored) -> bool:
+    """Whether stored bases differ from a layer's, which has the same r."""
+    pairs = ((layer.U, stored.U), (layer.Vh, stored.Vh))
+    return any(new is not None and not torch.equal(old, new.to(old)) for old, new in pairs)
 
 
 def _zeros(layer: LowRankWeight, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,14 +262,13 @@ def reorthogonalise(
     """Orthonormal bases of the same product: ``U = Q1 R1``, ``Vh^T = Q2 R2``, ``S <- R1 S R2^T``.
 
     Signs are chosen so that both R have positive diagonals and the bases hardly turn. With a ``group``
-    each process has some of the rows of ``U`` and of the columns of ``Vh``.
+    each rank has some of the rows of ``U`` and of the columns of ``Vh``.
     """
-    Q1, R1 = _positive_qr(U, group)
-    Q2, R2 = _positive_qr(Vh.mT, group)
+
+    def positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+        Q, R = tsqr(A, group)
+        signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
+        return Q * signs, signs[:, None] * R
+
+    (Q1, R1), (Q2, R2) = positive_qr(U), positive_qr(Vh.mT)
     return Q1, R1 @ S @ R2.mT, Q2.mT
-
-
-def _positive_qr(A: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    Q, R = tsqr(A, group)
-    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
-    return Q * signs, signs[:, None] * R

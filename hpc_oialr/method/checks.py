@@ -1,10 +1,8 @@
-"""Do model and optimizer fit, before any work is done."""
+"""What must hold before any work is done: model and optimizer fit together, and their values are finite."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import NoReturn
 from weakref import ReferenceType as Ref
 
 import torch
@@ -19,14 +17,21 @@ from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
 
-log = logging.getLogger(__name__)
-
-# Numbers of a parameter that is compared between processes at every update.
+# Numbers of a parameter that is compared between ranks at every update.
 _SMALL = 1 << 16
 
 
+def require_unattached(model: nn.Module) -> None:
+    """Raise :class:`ModelError` if another controller changes layers of this model."""
+    for name, _, first in attached(model):
+        raise ModelError(
+            f"{name or 'the model'} belongs to {first!r} already; two controllers would change its layers behind each "
+            "other's back. Go on with the first one, or call its detach() before making another."
+        )
+
+
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
-    """Raise :class:`ModelError` unless the optimizer holds parameters of the model, on their device."""
+    """Raise :class:`ModelError` unless the optimizer holds parameters of the model, and its state is on their device."""
     names = {id(p): name for name, p in model.named_parameters()}
     held = optimizer.parameters()
     foreign = [p for p in held if id(p) not in names]
@@ -37,30 +42,46 @@ def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
             "was copied, moved or wrapped. Make it from model.parameters() after the model is in its final place."
         )
     for p in held:
-        _check_state_device(names[id(p)], p, optimizer)
+        for key, value in [item for _, state in optimizer.states() for item in state.get(p, {}).items()]:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.device != p.device:
+                raise ModelError(
+                    f"the optimizer's state {key!r} of {names[id(p)]} is on {value.device}, the parameter on "
+                    f"{p.device}: the optimizer was made before the model was moved. Move the model first, then make "
+                    "the optimizer."
+                )
 
 
-def _check_state_device(name: str, p: nn.Parameter, optimizer: OptimizerStack) -> None:
-    for key, value in [item for _, state in optimizer.states() for item in state.get(p, {}).items()]:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.device != p.device:
-            raise ModelError(
-                f"the optimizer's state {key!r} of {name} is on {value.device}, the parameter on {p.device}: the "
-                "optimizer was made before the model was moved. Move the model first, then make the optimizer."
-            )
+def check_structure(
+    module: nn.Module, targets: Sequence[TargetWeight], weights: Mapping[str, Ref[nn.Parameter]]
+) -> None:
+    """Raise :class:`ModelError`, naming the layer, if it is not as it was when the controller was made.
 
-
-def trained_targets(targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> list[TargetWeight]:
-    """The targets whose weight or core the optimizer trains; the others stay as they are."""
-    held = {id(p) for p in optimizer.parameters()}
-    return [target for target in targets if id(target.trained) in held]
+    ``weights`` are the dense weights that the optimizer was made with, by layer.
+    """
+    present = {id(m) for m in module.modules()}
+    for target in targets:
+        holder, layer = target.holder, target.low_rank
+        names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
+        if id(target.owner) not in present:
+            what = "is no longer part of the model: it was replaced or removed"
+        elif any(holder._parameters.get(name) is None for name in names):
+            what = f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed"
+        elif layer is None and target.name in weights and weights[target.name]() is not target.weight:
+            what = "has another weight object than the one the optimizer was made with: it was replaced"
+        else:
+            continue
+        raise ModelError(
+            f"layer {target.name} {what} after OIALR(...). Change the model first, make the optimizer from its "
+            "parameters, then OIALR(...); values may be changed in place at any time."
+        )
 
 
 def check_change(
     targets: Sequence[TargetWeight], optimizer: OptimizerStack, engine: Engine, core_lr_scale: float | str
 ) -> None:
-    """Raise, on every process alike, unless the optimizer can follow a change of these layers.
+    """Raise, on every rank alike, unless the optimizer can follow a change of these layers.
 
-    Nothing has been changed then. Where each process has some of the state only, one all-reduce of a number.
+    Nothing has been changed then. Where each rank has some of the state only, one all-reduce of a number.
 
     Raises
     ------
@@ -87,69 +108,8 @@ def check_change(
         raise error
 
 
-def require_unattached(model: nn.Module) -> None:
-    """Raise :class:`ModelError` if another controller changes layers of this model."""
-    for name, _, first in attached(model):
-        raise ModelError(
-            f"{name or 'the model'} belongs to {first!r} already; two controllers would change its layers behind each "
-            "other's back. Go on with the first one, or call its detach() before making another."
-        )
-
-
-def check_structure(
-    module: nn.Module, targets: Sequence[TargetWeight], weights: Mapping[str, Ref[nn.Parameter]]
-) -> None:
-    """Raise :class:`ModelError`, naming the layer, if it is not as it was when the controller was made.
-
-    Parameters
-    ----------
-    weights
-        The dense weights that the optimizer was made with, by layer.
-    """
-    present = {id(m) for m in module.modules()}
-    for target in targets:
-        holder, layer = target.holder, target.low_rank
-        names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
-        if id(target.owner) not in present:
-            _changed(target, "is no longer part of the model: it was replaced or removed")
-        if any(holder._parameters.get(name) is None for name in names):
-            _changed(
-                target, f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed"
-            )
-        if layer is None and target.name in weights and weights[target.name]() is not target.weight:
-            _changed(
-                target, "has another weight object than the one the optimizer was made with: it was replaced"
-            )
-
-
-def _changed(target: TargetWeight, what: str) -> NoReturn:
-    raise ModelError(
-        f"layer {target.name} {what} after OIALR(...). Change the model first, make the optimizer from its parameters, "
-        "then OIALR(...); values may be changed in place at any time."
-    )
-
-
-def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:
-    """Trained parameters beside the cores: all small ones, or else the smallest; those of ids ``without`` are left out.
-
-    They show whether processes still share their gradients, at little cost.
-    """
-    cores = {id(layer.S) for layer in low_rank_layers(module).values()} | set(without)
-    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in cores}
-    small = {name: p for name, p in plain.items() if p.numel() <= _SMALL}
-    return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])
-
-
-def shared_targets(targets: Sequence[TargetWeight], ignored: Collection[int]) -> list[TargetWeight]:
-    """The targets whose weight all processes share; the log names the others, which a wrapper leaves out."""
-    left = [target.name for target in targets if id(target.trained) in ignored]
-    if left:
-        log.info("left dense: %s (DistributedDataParallel ignores their weights)", ", ".join(left))
-    return [target for target in targets if id(target.trained) not in ignored]
-
-
 def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
-    """Raise :class:`NonFiniteError`, naming the layers, on every process before anything is changed.
+    """Raise :class:`NonFiniteError`, naming the layers, on every rank before anything is changed.
 
     One read-back; where parameters are split, one all-reduce of a number a layer.
     """
@@ -174,14 +134,19 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
 def require_own_bases(layer: LowRankWeight, name: str, error: float, stored: torch.dtype) -> None:
     """Raise :class:`ModelError` if rounding cannot explain that the frozen bases are no longer orthonormal.
 
-    Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well.
-
-    Parameters
-    ----------
-    error
-        ``||U^T U - I||_F / sqrt(r)`` or that of Vh, the larger one.
-    stored
-        Dtype in which the bases are kept between steps.
+    Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well. ``error`` is
+    the larger ``||Q^T Q - I||_F / sqrt(r)`` of both, ``stored`` their dtype between steps.
     """
     if error > rounding_bound(stored) and not layer.bases_trained:
         raise written_bases(name, error)
+
+
+def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:
+    """Trained parameters beside the cores: all small ones, or else the smallest; those of ids ``without`` are left out.
+
+    They show whether ranks still share their gradients, at little cost.
+    """
+    cores = {id(layer.S) for layer in low_rank_layers(module).values()} | set(without)
+    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in cores}
+    small = {name: p for name, p in plain.items() if p.numel() <= _SMALL}
+    return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])

@@ -26,13 +26,13 @@ class OIALRConfig:
     rule
         Chooses r from the singular values.
     limits
-        Every choice goes through these.
+        Limits on what ``rule`` chooses.
     selection
-        Which layers take part.
+        Which layers become low-rank.
     layer_share_step
         Updates start at the last layers and reach this share more of the layers each time; 1 = all at once.
     stability_frequency
-        Measure every layer's stability each so many full-rank steps; None = not.
+        Measure every layer's stability every so many full-rank steps; None = not.
     stability_threshold
         Convert each layer on its own, once its stability has stayed at or above this for
         ``stability_patience`` measurements in a row, not before ``delay``; None = all at ``delay``.
@@ -41,7 +41,7 @@ class OIALRConfig:
     core_lr_scale
         The step of a core over the step its optimizer would give it; "auto" chooses by optimizer.
     carry_moments
-        Carry the optimizer's moments through every change of basis; False zeroes them, as published.
+        Transform the optimizer's moments at every change of basis; False zeroes them, as published.
     factor_dtype
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
     orthogonality_bound
@@ -76,7 +76,19 @@ class OIALRConfig:
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
         if not isinstance(self.orthogonality_bound, str):
             check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
-        self._check_stability()
+        if self.stability_frequency is not None and self.stability_frequency < 1:
+            raise ConfigError(
+                "stability_frequency", self.stability_frequency, "must be at least 1 step, or null"
+            )
+        if self.stability_threshold is not None:
+            check_interval("stability_threshold", self.stability_threshold, 0, 1)
+            if self.stability_frequency is None:
+                raise ConfigError(
+                    "stability_threshold",
+                    self.stability_threshold,
+                    "needs measurements",
+                    fix="Set stability_frequency, e.g. to a fifth of delay.",
+                )
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
         if isinstance(self.crossover, str):
@@ -90,19 +102,3 @@ class OIALRConfig:
             return self.orthogonality_bound
         # Rounding alone takes bases of bf16 to 1.6e-3 at every update, which a repair in fp32 cannot change.
         return max(1e-4, torch.finfo(stored).eps)
-
-    def _check_stability(self) -> None:
-        if self.stability_frequency is not None and self.stability_frequency < 1:
-            raise ConfigError(
-                "stability_frequency", self.stability_frequency, "must be at least 1 step, or null"
-            )
-        if self.stability_threshold is None:
-            return
-        check_interval("stability_threshold", self.stability_threshold, 0, 1)
-        if self.stability_frequency is None:
-            raise ConfigError(
-                "stability_threshold",
-                self.stability_threshold,
-                "needs measurements",
-                fix="Set stability_frequency, e.g. to a fifth of delay.",
-            )

@@ -1,43 +1,34 @@
-"""The SVDs of an event: one layer a process where matrices are whole, all processes on each where they are split."""
+"""The SVDs of conversions and updates: whole matrices dealt over ranks, sharded ones computed by all together."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.basis_change import angles_of, gram_error
+from hpc_oialr.linalg.basis_change import angles_of, gram_error, smallest_cosines
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.stability import rotation_cosines, rotation_stability
 from hpc_oialr.method.svd_scheduler import Job, Result, distribute
 
-# Of the results that wait on a GPU to be read back together, with what an engine may bring to hand a core out:
+# Of the results that wait on a GPU to be read back together, with what an engine may gather for a core:
 # 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results.
 WINDOW_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A weight's leading factors.
+    """The leading factors of one of the targets' weights.
 
-    Attributes
-    ----------
-    index
-        Which of the targets.
-    U, Vh
-        This process's rows of m x r and columns of r x n.
-    s
-        All k singular values.
-    seconds
-        Time of the SVD where it was done (s); 0 elsewhere.
+    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, ``s`` all k singular values; ``seconds`` is the
+    time of the SVD where it was computed (s), 0 elsewhere.
     """
 
     index: int
@@ -49,22 +40,17 @@ class Factors:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A core's factors ``S = P diag(s) Qh``, whole on every process, and what was read back of them.
+    """A core's factors ``S = P diag(s) Qh``, whole on every rank, and the figures read back to the host.
 
     Attributes
     ----------
-    index
-        Which of the targets.
-    P, s, Qh
-        On the device.
     spectrum
         ``s`` on the CPU.
-    stability, angles
-        Of the bases against those before; see :mod:`hpc_oialr.method.stability`.
-    errors
-        Orthogonality errors of ``U`` and ``Vh`` before.
+    figures
+        Attributes of :class:`~hpc_oialr.method.report.LayerUpdate`: stability and angles of the new bases against the
+        old ones, orthogonality errors of the old ones.
     seconds
-        Time of the SVD where it was done (s); 0 elsewhere.
+        Time of the SVD where it was computed (s); 0 elsewhere.
     """
 
     index: int
@@ -72,54 +58,54 @@ class Rotation:
     s: Tensor
     Qh: Tensor
     spectrum: Tensor
-    stability: float
-    angles: tuple[float, float]
-    errors: tuple[float, float]
+    figures: dict[str, float]
     seconds: float
+
+    @property
+    def error(self) -> float:
+        """The larger orthogonality error of ``U`` and ``Vh`` before the rotation."""
+        return max(self.figures["orthogonality_error_U"], self.figures["orthogonality_error_Vh"])
 
 
 def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
     """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
 
-    Whole weights are dealt over the processes by cost; what is sent is ``r (m + n) + k`` numbers a layer.
-    Of a weight in row blocks each process works on its own, which it never shows to another: it sends
-    triangles of at most k^2 numbers log2 P times, and no process holds more than ``k max(m, n)`` numbers
-    beside its block, of one layer at a time.
+    Whole weights are dealt over the ranks by cost, and ``r (m + n) + k`` numbers a layer are sent. Of a weight in row
+    blocks each rank works on its own block: it sends triangles of at most k^2 numbers log2 P times, and holds at most
+    ``k max(m, n)`` numbers beside its block, of one layer at a time.
     """
-    return _dealt(targets, kept, engine) if engine.layout.group is None else _blockwise(targets, kept, engine)
+    if engine.layout.group is not None:
+        for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
+            start = time.perf_counter()
+            U, s, Vh = split_svd(target, engine)
+            yield Factors(index, U[:, :r], s, Vh[:r], time.perf_counter() - start)
+        return
 
+    def job(target: TargetWeight, r: int) -> Job:
+        def pack(factors: SVD) -> Tensor:
+            U, s, Vh = factors
+            return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
 
-def _dealt(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    jobs = [_weight_job(target, r, engine) for target, r in zip(targets, kept, strict=True)]
-    for result in distribute(jobs, engine.world):
+        return weight_job(target, engine, pack, target.k + r * sum(target.shape))
+
+    for result in distribute(list(map(job, targets, kept)), engine.world):
         (m, n), k, r = targets[result.index].shape, targets[result.index].k, kept[result.index]
         s, U, Vh = result.values.split([k, m * r, r * n])
         yield Factors(result.index, U.view(m, r), s, Vh.view(r, n), result.seconds)
 
 
-def _weight_job(target: TargetWeight, r: int, engine: Engine) -> Job:
-    (m, n), k = target.shape, target.k
+def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
+    """The SVD of a whole dense weight, which ``engine`` gathers first; ``pack`` makes ``size`` values of it."""
 
     def prepare() -> Tensor:
         engine.gather(target)
-        return target.weight.detach().reshape(m, n)
+        return target.weight.detach().reshape(target.shape)
 
-    def pack(factors: SVD) -> Tensor:
-        U, s, Vh = factors
-        return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
-
-    return Job(LayerWork(target.name, m, n), prepare, pack, k + r * (m + n), target.weight)
-
-
-def _blockwise(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
-        start = time.perf_counter()
-        U, s, Vh = split_svd(target, engine)
-        yield Factors(index, U[:, :r], s, Vh[:r], time.perf_counter() - start)
+    return Job(LayerWork(target.name, *target.shape), prepare, pack, size, target.weight)
 
 
 def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a dense layer's weight in row blocks: this process's rows of U, s, its columns of Vh; a collective call."""
+    """Of a dense layer's weight in row blocks: this rank's rows of U, s, its columns of Vh; a collective call."""
     engine.gather(target)
     layout = engine.layout
     U, s, Vh, _ = tsqr_svd(layout.rows(target.weight), layout.group, name=target.name)
@@ -127,75 +113,27 @@ def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
 
 
 def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[Rotation]:
-    """``S = P diag(s) Qh`` of low-rank layers, dealt over the processes; sends ``2 r^2 + r + 4`` numbers a layer.
+    """``S = P diag(s) Qh`` of low-rank layers, dealt over the ranks; sends ``2 r^2 + r + 4`` numbers a layer.
 
     On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows.
 
     Raises
     ------
     NonFiniteError
-        On every process, if no SVD of a core converged.
+        On every rank, if no SVD of a core converged.
     """
     jobs = [_core_job(target, engine) for target in targets]
     failed: list[int] = []
     for results in _windows(distribute(jobs, engine.world, careful=False), jobs):
         for rotation in _read_back(results, targets, engine):
             # Not finite wherever any value of P or Qh is not.
-            if math.isfinite(rotation.stability) and bool(torch.isfinite(rotation.spectrum).all()):
+            if math.isfinite(rotation.figures["stability"]) and bool(torch.isfinite(rotation.spectrum).all()):
                 yield rotation
             else:
                 failed.append(rotation.index)
-    # All processes have read the same values. What the first driver could not do goes through all others.
+    # All ranks have read the same values. Where the first driver failed, the others are tried.
     for result in distribute([jobs[i] for i in failed], engine.world) if failed else ():
         yield from _read_back([replace(result, index=failed[result.index])], targets, engine)
-
-
-def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Result]]:
-    """Results in groups: on a CPU one by one, since nothing is won by keeping them."""
-    most = WINDOW_NUMBERS if jobs and jobs[0].like.is_cuda else 0
-    window: list[Result] = []
-    numbers = 0.0
-    for result in results:
-        window.append(result)
-        numbers += jobs[result.index].size + (jobs[result.index].work.held or 0)
-        if numbers > most:
-            yield window
-            window, numbers = [], 0.0
-    if window:
-        yield window
-
-
-def _read_back(
-    results: Sequence[Result], targets: Sequence[TargetWeight], engine: Engine
-) -> Iterator[Rotation]:
-    """Wait for the figures of all ``results`` together."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    figures: list[Tensor] = []
-    for result in results:
-        layer = _layer(targets[result.index])
-        r = layer.r
-        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
-        if engine.layout.group is not None:
-            errors = _errors(layer, engine)
-        P, Qh = P.view(r, r), Qh.view(r, r)
-        parts.append((P, s, Qh))
-        figures += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
-    read = torch.cat(figures).cpu().split([len(s) + 5 for _, s, _ in parts])
-    for result, (P, s, Qh), values in zip(results, parts, read, strict=True):
-        spectrum, rest = values.split([len(s), 5])
-        angle_U, angle_Vh = angles_of(rest[1:3])
-        stability, _, _, error_U, error_Vh = rest.tolist()
-        yield Rotation(
-            index=result.index,
-            P=P,
-            s=s,
-            Qh=Qh,
-            spectrum=spectrum.to(s.dtype),
-            stability=stability,
-            angles=(angle_U, angle_Vh),
-            errors=(error_U, error_Vh),
-            seconds=result.seconds,
-        )
 
 
 def _core_job(target: TargetWeight, engine: Engine) -> Job:
@@ -208,13 +146,73 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
 
     def pack(factors: SVD) -> Tensor:
         P, s, Qh = factors
-        # Of split bases all processes measure the errors together, afterwards.
+        # Of split bases all ranks measure the errors together, afterwards.
         errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
         return torch.cat([s, P.reshape(-1), Qh.reshape(-1), rotation_cosines(P, Qh), errors.to(s)])
 
-    # Some engines bring U and Vh too when they open a layer.
+    # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
     return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
+
+
+def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Result]]:
+    """Results in groups: on a CPU one by one, since nothing is won by keeping them."""
+    most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
+    window, numbers = list[Result](), 0
+    for result in results:
+        window.append(result)
+        numbers += jobs[result.index].size + (jobs[result.index].work.held or 0)
+        if numbers > most:
+            yield window
+            window, numbers = [], 0
+    if window:
+        yield window
+
+
+def _read_back(
+    results: Sequence[Result], targets: Sequence[TargetWeight], engine: Engine
+) -> Iterator[Rotation]:
+    """Wait for the figures of all ``results`` together."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    sent: list[Tensor] = []
+    for result in results:
+        layer = _layer(targets[result.index])
+        r = layer.r
+        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
+        if engine.layout.group is not None:
+            errors = _errors(layer, engine)
+        P, Qh = P.view(r, r), Qh.view(r, r)
+        parts.append((P, s, Qh))
+        sent += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
+    read = torch.cat(sent).cpu().split([len(s) + 5 for _, s, _ in parts])
+    for result, (P, s, Qh), values in zip(results, parts, read, strict=True):
+        spectrum, rest = values.split([len(s), 5])
+        stability, _, _, error_U, error_Vh = rest.tolist()
+        angle_U, angle_Vh = angles_of(rest[1:3])
+        figures = {
+            "stability": stability,
+            "orthogonality_error_U": error_U,
+            "orthogonality_error_Vh": error_Vh,
+            "subspace_angle_U": angle_U,
+            "subspace_angle_Vh": angle_Vh,
+        }
+        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), figures, result.seconds)
+
+
+def rotation_stability(P: Tensor, Qh: Tensor) -> Tensor:
+    """Stability between ``(U, Vh)`` and its rotation ``(U P, Qh Vh)``: ``sum(P o Qh^T) / r`` (float64, shape ()).
+
+    Not finite if any entry of ``P`` or ``Qh`` is not.
+    """
+    return (P * Qh.mT).sum(dtype=torch.float64) / int(P.shape[0])
+
+
+def rotation_cosines(P: Tensor, Qh: Tensor) -> Tensor:
+    """Cosines of the largest principal angles of the leading subspaces between ``(U, Vh)`` and ``(U P, Qh Vh)`` (2).
+
+    The Gram products of the bases are the rotations themselves.
+    """
+    return smallest_cosines(P, Qh.mT)
 
 
 def _layer(target: TargetWeight) -> LowRankWeight:

@@ -29,12 +29,8 @@ class ForeignSteps:
     rates of dense weights, and keeps the old parameters when shapes change. One that finds its parameters in a place
     where nobody can look, such as a closure, goes on with the dense weights and leaves the cores as they are.
 
-    Parameters
-    ----------
-    core_lr
-        Counts the steps of the optimizer given to the controller.
-    engine
-        Nothing is compared where it steps an optimizer of its own.
+    ``core_lr`` counts the steps of the optimizer given to the controller; nothing is compared where the ``engine`` steps
+    an optimizer of its own.
     """
 
     def __init__(self, core_lr: CoreLearningRate, engine: Engine) -> None:
@@ -92,19 +88,24 @@ class ForeignSteps:
         """To be called when values are loaded."""
         self._versions = {}
 
+    def remember(self, targets: Iterable[TargetWeight]) -> None:
+        """To be called when the method itself has written."""
+        self._versions, self._values = _versions(targets), {}
+
     def _warn_of_lists(self) -> None:
         """A list of parameters that was made before a change, for clipping or decay say, has no cores in it."""
-        if any(each() is not None for each in self._core_lr.replaced):
+        replaced = self._core_lr.replaced
+        if any(each() is not None for each in replaced):
             gc.collect()  # of an optimizer that is no more, as in a run that is resumed in the same process
-        held = [p for each in self._core_lr.replaced if (p := each()) is not None]
-        self._core_lr.replaced.clear()
+        held = [p for each in replaced if (p := each()) is not None]
+        replaced.clear()
         if not held:
             return
         ids = {id(p) for p in held}
-        kinds = (list, tuple, dict)
-        holders = [each for each in gc.get_referrers(*held) if type(each) in kinds and each is not held]
-        holders = [each for each in holders if not _is_of_wrapper(each)]
-        found = {id(p): p for each in holders for p in _values(each) if id(p) in ids}
+        holders = [each for each in gc.get_referrers(*held) if type(each) in (list, tuple, dict)]
+        holders = [each for each in holders if each is not held and not _is_of_wrapper(each)]
+        items = ([*each.keys(), *each.values()] if isinstance(each, dict) else each for each in holders)
+        found = {id(p): p for each in items for p in each if id(p) in ids}
         if found:
             first = tuple(next(iter(found.values())).shape)
             warnings.warn(
@@ -139,10 +140,6 @@ class ForeignSteps:
                 "OIALR has replaced. Let it read optimizer.param_groups or model.parameters() anew in each step."
             )
 
-    def remember(self, targets: Iterable[TargetWeight]) -> None:
-        """To be called when the method itself has written."""
-        self._versions, self._values = _versions(targets), {}
-
 
 def _is_of_wrapper(container: Any) -> bool:
     """Whether it is DistributedDataParallel's own list, of which torch.compile keeps an older one."""
@@ -150,17 +147,8 @@ def _is_of_wrapper(container: Any) -> bool:
     return any(each.get("_module_parameters") is container for each in holders)
 
 
-def _values(container: Any) -> Iterable[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else container
-
-
 def _versions(targets: Iterable[TargetWeight]) -> dict[int, int]:
     """How often each weight or core has been written; a weight that its user took away is left out."""
-    found: dict[int, int] = {}
-    for target in targets:
-        holder = target.holder
-        name = target.parameter if holder is target.owner else "weight"
-        parameter = holder._parameters.get("S" if target.low_rank is not None else name)
-        if isinstance(parameter, nn.Parameter):
-            found[id(parameter)] = parameter._version
-    return found
+    layers = ((target, target.low_rank) for target in targets)
+    held = [target.stored if layer is None else layer._parameters.get("S") for target, layer in layers]
+    return {id(p): p._version for p in held if isinstance(p, nn.Parameter)}

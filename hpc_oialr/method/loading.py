@@ -8,19 +8,18 @@ part of the model: it goes on from where it is, unless its state is loaded as we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
+from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
-from hpc_oialr.method.average_guard import turned
-from hpc_oialr.method.basis import BasisUpdater
+from hpc_oialr.method.basis import BasisUpdater, turned
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.state_kinds import FACTORED
 
@@ -46,6 +45,7 @@ class Loader:
         self._root, self.targets, self._basis, self._engine = root, targets, basis, engine
         self.empty: set[str] = set()
         self.optimizer_loaded = False
+        self.guards = [AverageGuard(root, *average) for average in basis.averages]
 
     def take(self, r: Mapping[str, int]) -> list[str]:
         """Give every layer its r, or make it dense if it has none; names of the layers changed."""
@@ -55,9 +55,9 @@ class Loader:
                 f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
                 "it belongs to another model or to another oialr.selection."
             )
-        changed = self._restructure(
-            {target.name: int(r[target.name]) if target.name in r else None for target in self.targets}
-        )
+        wanted = {target.name: int(r[target.name]) if target.name in r else None for target in self.targets}
+        with self._engine.changing(self._root):
+            changed = self._restructure(wanted)
         self.empty |= set(changed) & set(r)
         return changed
 
@@ -79,31 +79,64 @@ class Loader:
                 "ones; load without assign."
             )
         stored = stored_layers(self.targets, module, self._root, state, prefix)
-        changed = self._restructure(stored)
-        for target in match_attention(self.targets, state, prefix, module, self._root):
-            for twin in self._basis.twins(target):
-                match = unpack if isinstance(target.owner, FactorisedMultiheadAttention) else None
-                pack(twin) if match is None else match(twin.owner)  # type: ignore[arg-type]
+        with self._engine.changing(self._root):
+            changed = self._restructure(stored)
+            for target in match_attention(self.targets, state, prefix, module, self._root):
+                for twin in self._basis.twins(target):
+                    if isinstance(target.owner, FactorisedMultiheadAttention):
+                        unpack(cast(Any, twin.owner))
+                    else:
+                        pack(twin)
         self.empty -= stored.keys()
         return changed
 
     def _restructure(self, wanted: Mapping[str, Stored | int | None]) -> list[str]:
-        changes = differences(
-            self.targets, wanted, turn=self._engine.whole_factors and not self.optimizer_loaded
-        )
-        reshaped = [change.target.name for change in changes if change.reshaped]
-        if reshaped:
-            require_changeable(reshaped, changes, self._engine, optimizer_loaded=self.optimizer_loaded)
-        apply_changes(self._basis, changes)
+        """Change what is not as wanted; for each layer a stored form, or r or None (dense) if values come later."""
+        whole = self._engine.whole_factors
+        turn = whole and not self.optimizer_loaded
+        changes: list[tuple[TargetWeight, int | None, Stored]] = []
+        reshaped: list[str] = []
+        for target in (target for target in self.targets if target.name in wanted):
+            form, layer = wanted[target.name], target.low_rank
+            stored = form if isinstance(form, Stored) else Stored(None, None)
+            r = form.r if isinstance(form, Stored) else form
+            if r != (None if layer is None else layer.r):
+                reshaped.append(target.name)
+                changes.append((target, r, stored))
+            # In other bases of the same r only the moments change.
+            elif turn and layer is not None and stored.U is not None and turned(layer, stored):
+                changes.append((target, r, stored))
+        if reshaped and self.optimizer_loaded:
+            raise ModelError(
+                f"layer {reshaped[0]} changes its structure after the optimizer's state was loaded, which belongs to "
+                f"one structure only: {ORDER}."
+            )
+        fresh = all(target.low_rank is None and stored.U is None for target, _, stored in changes)
+        if reshaped and not (whole or fresh):
+            raise ModelError(
+                f"layer {reshaped[0]} is stored with another r, which {type(self._engine).__name__} cannot take on in "
+                "a model that is in use: make a fresh, dense model, call oialr.load_state_dict, then load the model's "
+                "state."
+            )
+        for target, r, stored in changes:
+            self._basis.restructure(target, r, stored.U, stored.Vh)
         if reshaped:
             self._basis.order(self.targets)
         return reshaped
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """Remember it, and refuse state of another structure."""
+        """Remember it, and raise :class:`ModelError` for state of another structure than a layer has."""
         # Accelerate's prepare() loads an optimizer's state into itself, with nothing in it yet.
         self.optimizer_loaded |= any(optimizer.state.get(target.trained) for target in self.targets)
-        require_same_shapes(self.targets, optimizer)
+        for target in self.targets:
+            shape = whole_shape(target.trained)
+            for key, value in (optimizer.state.get(target.trained) or {}).items():
+                if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
+                    form = "dense" if target.low_rank is None else f"of r = {target.low_rank.r}"
+                    raise ModelError(
+                        f"the optimizer's state {key!r} of layer {target.name} has shape {tuple(value.shape)}, but "
+                        f"the layer is {form} here ({tuple(shape)}): {ORDER}."
+                    )
 
     def check_values(self) -> None:
         """Raise :class:`ModelError` if a layer that is about to be used has no values yet."""
@@ -113,76 +146,48 @@ class Loader:
             self.empty.clear()
 
 
-@dataclass(frozen=True)
-class Change:
-    """What is to be done to one layer.
-
-    Attributes
-    ----------
-    r
-        The new inner dimension; None: dense.
-    U, Vh
-        The bases that are to come, if they are known.
-    reshaped
-        Whether the trained parameter becomes another one; otherwise only the moments go over to other bases.
-    """
-
-    target: TargetWeight
-    r: int | None
-    U: Tensor | None
-    Vh: Tensor | None
-    reshaped: bool
-
-
-def differences(
-    targets: Sequence[TargetWeight], wanted: Mapping[str, Stored | int | None], *, turn: bool
-) -> list[Change]:
-    """Where layers are not as they are ``wanted``.
+class AverageGuard:
+    """Refuses a state of another structure or of other bases for one running average, which follows its model's bases.
 
     Parameters
     ----------
-    wanted
-        For each layer its stored form; or only r, or None for dense: its values are yet to come then.
-    turn
-        Whether other bases of the same r count too.
+    model, average
+        The trained model, and the module that holds averages of its weights.
+    targets
+        The layers of ``average`` that follow those of ``model``, by name.
     """
-    changes = []
-    for target in (target for target in targets if target.name in wanted):
-        form, layer = wanted[target.name], target.low_rank
-        stored = form if isinstance(form, Stored) else Stored(None, None)
-        r = stored.r if isinstance(form, Stored) else form
-        reshaped = r != (None if layer is None else layer.r)
-        if reshaped or (turn and layer is not None and stored.U is not None and turned(layer, stored)):
-            changes.append(Change(target, r, stored.U, stored.Vh, reshaped))
-    return changes
 
+    def __init__(self, model: nn.Module, average: nn.Module, targets: Mapping[str, TargetWeight]) -> None:
+        self._model, self._average, self._targets = model, average, targets
 
-def require_changeable(
-    names: Sequence[str], changes: Sequence[Change], engine: Engine, *, optimizer_loaded: bool
-) -> None:
-    """Raise :class:`ModelError` unless these layers may take another structure now, with the call to make."""
-    if optimizer_loaded:
-        raise ModelError(
-            f"layer {names[0]} changes its structure after the optimizer's state was loaded, which belongs to one "
-            f"structure only: {ORDER}."
-        )
-    fresh = all(change.target.low_rank is None and change.U is None for change in changes)
-    if not (engine.whole_factors or fresh):
-        raise ModelError(
-            f"layer {names[0]} is stored with another r, which {type(engine).__name__} cannot take on in a model that "
-            "is in use: make a fresh, dense model, call oialr.load_state_dict, then load the model's state."
-        )
+    def __repr__(self) -> str:
+        """For the message that refuses a controller of its own."""
+        return "another model, of which it is a running average"
 
+    def tie(self) -> None:
+        """Watch what is loaded into the average, or into one of its layers."""
+        untie(self._average)
+        attachment = Attachment(cast(Any, self))
+        holders = [module for target in self._targets.values() for module in (target.owner, target.holder)]
+        for module in {id(m): m for m in (self._average, *holders)}.values():
+            attachment.cover(module)
 
-def apply_changes(basis: BasisUpdater, changes: Sequence[Change]) -> None:
-    """Give layers their new structure, with optimizer, averages and step sizes; their values are yet to be loaded."""
-    for change in changes:
-        if change.r is None:
-            basis.restore(change.target)
-        elif change.target.low_rank is None:
-            basis.shell(change.target, change.r, change.U, change.Vh)
-        else:
-            basis.reshape(change.target, change.r, change.U, change.Vh)
+    def release(self) -> None:
+        """Allow any state to be loaded."""
+        untie(self._average)
+
+    def before_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
+        """Raise :class:`ModelError` unless the state is in the bases that the model has now."""
+        layers = low_rank_layers(self._model)
+        stored = stored_layers(list(self._targets.values()), module, self._average, state, prefix)
+        for name, form in stored.items():
+            layer = layers.get(name)
+            if form.r != (None if layer is None else layer.r) or (layer and turned(layer, form)):
+                raise ModelError(
+                    f"the state of a running average holds layer {name} in another r or other bases than the model has. "
+                    "Load the model's state of the same checkpoint first, then the average's; or let go of both by "
+                    "oialr.detach() if training has ended."
+                )
 
 
 def require_values(bases: Mapping[str, Tensor]) -> None:
@@ -204,19 +209,6 @@ def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             f"the optimizer's groups hold {here} parameters, those of the state {there}: cores and dense weights are in "
             f"groups of their own. {ORDER[0].upper()}{ORDER[1:]}."
         )
-
-
-def require_same_shapes(targets: Sequence[TargetWeight], optimizer: Optimizer) -> None:
-    """Raise :class:`ModelError` if the optimizer was given state of another structure than a layer has."""
-    for target in targets:
-        shape = whole_shape(target.trained)
-        for key, value in (optimizer.state.get(target.trained) or {}).items():
-            if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
-                form = "dense" if target.low_rank is None else f"of r = {target.low_rank.r}"
-                raise ModelError(
-                    f"the optimizer's state {key!r} of layer {target.name} has shape {tuple(value.shape)}, but the "
-                    f"layer is {form} here ({tuple(shape)}): {ORDER}."
-                )
 
 
 def _has_shape(key: str, value: Tensor, shape: Sequence[int]) -> bool:

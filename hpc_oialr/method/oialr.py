@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +12,6 @@ from torch.optim import Optimizer
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.method.basis import BasisUpdater
@@ -28,12 +25,12 @@ from hpc_oialr.method.checks import (
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.decompositions import Factors, Rotation, core_rotations, weight_factors
+from hpc_oialr.method.decompositions import core_rotations, weight_factors
 from hpc_oialr.method.engine import Engine, adopt
 from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
-from hpc_oialr.method.report import Kind, LayerUpdate, UpdateReport, layer_update
+from hpc_oialr.method.report import LayerUpdate, StepReport, UpdateReport, layer_update
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 
@@ -99,29 +96,30 @@ class OIALR:
         self.updates = 0
         if averages and self.engine.layout.group is not None:
             raise ModelError(
-                f"{len(averages)} running averages were given, but the engine splits each matrix over processes; "
+                f"{len(averages)} running averages were given, but the engine splits each matrix over ranks; "
                 "averages must be whole. Average the exported models, or use DistributedDataParallel."
             )
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
-        self._changes = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
-        adopted = self._changes.adopt(self.targets)
-        self._watch = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
-        self._model = self.engine.wrap(self.module, optimizer)
-        self._loader = Loader(self.module, self.targets, self._changes, self.engine)
+        self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
+        adopted = self._basis.adopt(self.targets)
+        self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
+        self.engine.model = self.engine.wrap(self.module, optimizer)
+        self._loader = Loader(self.module, self.targets, self._basis, self.engine)
         if adopted:
-            # Values may be yet to come, and a wrapper may have been made before the layers were.
+            # Values may be loaded later, and a wrapper may have been made before the layers were.
             self._loader.empty = {target.name for target in adopted}
             self.rewrap()
         self._tie()
-        self._foreign = ForeignSteps(self._changes.core_lr, self.engine)
+        self._foreign = ForeignSteps(self._basis.core_lr, self.engine)
         self._foreign.remember(self.targets)
 
     def _tie(self) -> None:
-        self._given = {target.name: weakref.ref(target.weight) for target in self._dense()}
+        self._given: dict[str, weakref.ref[nn.Parameter]] = {}
+        self._note_weights(self.layers)
         self._attachment = Attachment(self)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
-        for guard in self._changes.guards:
+        for guard in self._loader.guards:
             guard.tie()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,22 +132,22 @@ class OIALR:
         return {key: value for key, value in vars(self).items() if key not in ("_given", "_attachment")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state, and tie the model in it."""
+        """Take the state, and attach to the model in it."""
         vars(self).update(state)
         self._tie()
 
     def __repr__(self) -> str:
-        """Where it stands."""
+        """Steps done, and how many layers are low-rank."""
         model = type(self.module).__name__
         return f"OIALR(step {self.t}, {len(self.r)} of {len(self.targets)} layers of {model} low-rank)"
 
     @property
     def model(self) -> nn.Module:
-        """What to call in the loop: the model as it was given, in a ``DistributedDataParallel`` where processes need one.
+        """What to call in the loop: the model as it was given, in a ``DistributedDataParallel`` where ranks need one.
 
         The object stays the same for the whole run; a wrapper of the user's own may be called just as well.
         """
-        return self._model
+        return self.engine.model
 
     @property
     def r(self) -> dict[str, int]:
@@ -158,26 +156,26 @@ class OIALR:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers that take part, in the model's order."""
+        """Names of the layers that are or become low-rank, in the model's order."""
         return [target.name for target in self.targets]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Context for all but the last backward pass of an accumulated step: gradients stay local."""
-        return self.engine.no_sync(self._model)
+        return self.engine.no_sync(self.model)
 
     def rewrap(self) -> None:
-        """The wrapper's buckets made anew, as a resumed run begins with; nothing is broadcast."""
-        self._model = self.engine.rewrap(self.module)
+        """Rebuild the wrapper's buckets, as a resumed run starts with; nothing is broadcast."""
+        self.engine.model = self.engine.rewrap(self.module)
 
     def detach(self) -> None:
-        """Let go of model and optimizer: layers stay as they are, and cores get the step their optimizer gives them."""
+        """Release model and optimizer: layers stay as they are, and cores get the step their optimizer gives them."""
         untie(self.module)
-        for guard in self._changes.guards:
+        for guard in self._loader.guards:
             guard.release()
-        self._changes.core_lr.remove()
+        self._basis.core_lr.remove()
 
     def before_forward(self) -> None:
-        """Called before every forward pass of the model: refuse what would go wrong without a word."""
+        """Called before every forward pass of the model: raise for what would otherwise go wrong silently."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
 
@@ -194,170 +192,147 @@ class OIALR:
             If layers, weights or the optimizer's groups were changed in between, its state cannot follow, or another
             optimizer trains the weights; nothing has been changed.
         ReplicaMismatchError
-            If processes hold different factors after an update, or different values of what is not low-rank.
+            If ranks hold different factors after an update, or different values of what is not low-rank.
         """
         self.engine.check_step()
         self._foreign.check(self.targets)
         self._loader.optimizer_loaded = False
         self.t += 1
-        report = self._advance()
+        report = StepReport(self.t, self.engine.world.size)
+        low_rank = self._low_rank()
+        if measured := self._due_for_measurement():
+            with report.part("stability", measured) as layers:
+                layers += self._tracker.measure(measured)
+        if settled := self._settled():
+            with report.part("conversion", settled) as layers:
+                layers += self._convert(settled)
+        if due := self._due_for_update(low_rank):
+            with report.part("update", due) as layers:
+                layers += self._update(due)
         self._frozen.remember(self.targets)
-        return report
+        return report.result()
 
-    def _advance(self) -> UpdateReport | None:
-        """Measure, convert what has settled, update what was low-rank before: whatever is due in this step."""
-        done: list[UpdateReport] = []
-        low_rank = [target for target in self.targets if target.low_rank is not None]
-        if self._stability_due():
-            done.append(self._watch.report(self._fit(self._dense()), self.t))
-        settled = self._fit(self._settled())
-        if settled:
-            done.append(self._convert(settled))
-        if low_rank and self._update_due():
-            self.updates += 1
-            due = [target for target in self._next_to_update() if target in low_rank]
-            if due:
-                done.append(self._update(due))
-        return replace(done[-1], earlier=tuple(done[:-1])) if done else None
-
-    def _fit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
-        """Without those that the user has made unfit since the start; they take part no more, and are named."""
-        unfit = drop_unfit(self.module, targets, self._optimizers) if targets else set()
-        self.targets = self._loader.targets = [target for target in self.targets if target.name not in unfit]
-        return [target for target in targets if target.name not in unfit]
-
-    def _stability_due(self) -> bool:
+    def _due_for_measurement(self) -> list[TargetWeight]:
         every = self.config.stability_frequency
-        return every is not None and self.t % every == 0 and bool(self._dense())
+        return self._fit(self._dense()) if every is not None and self.t % every == 0 else []
 
     def _settled(self) -> list[TargetWeight]:
         """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable.
 
-        A weight that has been frozen from the start waits until it is trained.
+        A weight that has been frozen by the user from the start waits until it is trained.
         """
         if self.t < self.config.delay:
             return []
         dense = [target for target in self._dense() if not self._frozen.waits(target)]
-        if self.config.stability_threshold is None:
-            return dense
-        streaks, patience = self._watch.streaks, self.config.stability_patience
-        return [target for target in dense if streaks.get(target.name, 0) >= patience]
+        if self.config.stability_threshold is not None:
+            streaks, patience = self._tracker.streaks, self.config.stability_patience
+            dense = [target for target in dense if streaks.get(target.name, 0) >= patience]
+        return self._fit(dense)
 
-    def _update_due(self) -> bool:
+    def _due_for_update(self, low_rank: list[TargetWeight]) -> list[TargetWeight]:
+        """Every nu steps: the last layers first, at every update a larger share; without cores the user has frozen."""
         since = self.t - self.config.delay
-        return since > 0 and since % self.config.frequency == 0
-
-    def _next_to_update(self) -> list[TargetWeight]:
-        """The last layers first, at every update a larger share; without those whose core the user has frozen."""
+        if not low_rank or since <= 0 or since % self.config.frequency:
+            return []
+        self.updates += 1
         share = min(1.0, self.config.layer_share_step * self.updates)
         first = len(self.targets) - max(1, round(share * len(self.targets)))
-        return [target for target in self.targets[first:] if not self._frozen(target)]
-
-    def _dense(self) -> list[TargetWeight]:
-        return [target for target in self.targets if target.low_rank is None]
+        return [target for target in self.targets[first:] if target in low_rank and not self._frozen(target)]
 
     @exact_arithmetic()
-    def _convert(self, targets: list[TargetWeight]) -> UpdateReport:
+    def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
         """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
-        start = time.perf_counter()
         self._foreign.check_conversion(targets, self._optimizers.nodes)
-        check_structure(self.module, targets, self._given)
-        check_change(targets, self._optimizers, self.engine, self.config.core_lr_scale)
-        require_finite(targets, self.engine)
+        self._check(targets, stateful=targets)
         # What the user has frozen meanwhile keeps its value: nothing is cut off.
         kept = [
             target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets
         ]
-        layers: dict[int, LayerUpdate] = {}
-        try:
-            for factors in weight_factors(targets, kept, self.engine):
-                layers[factors.index] = self._freeze_basis(
-                    targets[factors.index], factors, kept[factors.index]
-                )
-        finally:
-            self._changes.order(self.targets)
-        self._after_change([target.name for target in targets], reshaped=True)
-        sent = sum(target.k + r * sum(target.shape) for target, r in zip(targets, kept, strict=True))
-        return self._report("conversion", _in_order(layers), start, sent)
+        done: dict[int, LayerUpdate] = {}
+        with self.engine.changing(self.module):
+            try:
+                for found in weight_factors(targets, kept, self.engine):
+                    target, r = targets[found.index], kept[found.index]
+                    self._basis.convert(target, found.U, found.s[:r], found.Vh)
+                    self._tracker.forget(target.name)
+                    done[found.index] = layer_update(target, target.k, found.s, found.seconds)
+            finally:
+                self._basis.order(self.targets)
+        self._check_replicas(targets)
+        return [done[i] for i in sorted(done)]
 
     @exact_arithmetic()
-    def _update(self, targets: list[TargetWeight]) -> UpdateReport:
+    def _update(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
-        start = time.perf_counter()
+        self._check(targets, stateful=self._low_rank())
+        done: dict[int, LayerUpdate] = {}
+        with self.engine.changing(self.module):
+            for found in core_rotations(targets, self.engine):
+                target, layer = targets[found.index], targets[found.index].low_rank
+                assert layer is not None
+                r, dtype = layer.r, self.engine.basis_dtype(layer)
+                require_own_bases(layer, target.name, found.error, dtype)
+                wanted = self.config.rule.choose(found.spectrum, layer.m, layer.n)
+                keep = self.config.limits.apply(wanted, r, layer.k)
+                P, s, Qh = found.P[:, :keep], found.s[:keep], found.Qh[:keep]
+                self._basis.rotate(target, P, s, Qh, repair=found.error > self.config.bound_on_errors(dtype))
+                done[found.index] = layer_update(target, r, found.spectrum, found.seconds, **found.figures)
+        self._check_replicas(targets)
+        return [done[i] for i in sorted(done)]
+
+    # -- what it works on ------------------------------------------------------------------------
+
+    def _dense(self) -> list[TargetWeight]:
+        return [target for target in self.targets if target.low_rank is None]
+
+    def _low_rank(self) -> list[TargetWeight]:
+        return [target for target in self.targets if target.low_rank is not None]
+
+    def _fit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
+        """Without those that the user has made unfit since the start, which are named in a warning and dropped."""
+        unfit = drop_unfit(self.module, targets, self._optimizers) if targets else set()
+        self.targets = self._loader.targets = [target for target in self.targets if target.name not in unfit]
+        return [target for target in targets if target.name not in unfit]
+
+    def _note_weights(self, names: Iterable[str]) -> None:
+        """Remember the dense weights of these layers, which must not be replaced by others."""
+        self._given |= {
+            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in names
+        }
+
+    def _check(self, targets: list[TargetWeight], *, stateful: list[TargetWeight]) -> None:
+        """What must hold before ``targets`` change; ``stateful`` are those whose optimizer state is checked."""
         check_structure(self.module, targets, self._given)
-        low_rank = [target for target in self.targets if target.low_rank is not None]
-        check_change(low_rank, self._optimizers, self.engine, self.config.core_lr_scale)
+        check_change(stateful, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(targets, self.engine)
-        layers: dict[int, LayerUpdate] = {}
-        for rotation in core_rotations(targets, self.engine):
-            layers[rotation.index] = self._rotate_and_cut(targets[rotation.index], rotation)
-        self._after_change(
-            [target.name for target in targets], reshaped=any(u.cut_values for u in layers.values())
-        )
-        sent = sum(2 * u.r_before**2 + u.r_before + 4 for u in layers.values())
-        return self._report("update", _in_order(layers), start, sent)
-
-    # -- one layer -------------------------------------------------------------------------------
-
-    def _freeze_basis(self, target: TargetWeight, factors: Factors, r: int) -> LayerUpdate:
-        self._changes.convert(target, factors.U, factors.s[:r], factors.Vh)
-        self._watch.forget(target.name)
-        return layer_update(target, target.k, factors.s, None, (0.0, 0.0), factors.seconds)
-
-    def _rotate_and_cut(self, target: TargetWeight, rotation: Rotation) -> LayerUpdate:
-        layer = target.low_rank
-        assert layer is not None
-        P, s, Qh, r = rotation.P, rotation.s, rotation.Qh, layer.r
-        wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
-        keep = self.config.limits.apply(wanted, r, layer.k)
-        stored = self.engine.basis_dtype(layer)
-        drifted = max(rotation.errors) > self.config.bound_on_errors(stored)
-        require_own_bases(layer, target.name, max(rotation.errors), stored)
-        self._changes.rotate(layer, target.name, P[:, :keep], s[:keep], Qh[:keep], repair=drifted)
-        update = layer_update(
-            target, r, rotation.spectrum, rotation.stability, rotation.errors, rotation.seconds
-        )
-        angle_U, angle_Vh = rotation.angles
-        return replace(update, subspace_angle_U=angle_U, subspace_angle_Vh=angle_Vh)
-
-    def _after_change(self, names: Sequence[str], *, reshaped: bool) -> None:
-        """Nothing is rebuilt when no shape changed; replicas must be equal bit for bit either way."""
-        layers, local = low_rank_layers(self.module), self.engine.layout.local
-        for layer in layers.values():
+        for layer in low_rank_layers(self.module).values():
             layer.keep_bases_frozen()
-        if reshaped:
-            self.rewrap()
+
+    def _check_replicas(self, targets: list[TargetWeight]) -> None:
+        """Ranks must hold equal bits after every change."""
         self._foreign.remember(self.targets)
-        factors = {name: [local(p) for p in layers[name].factors] for name in names}
+        layers, local = low_rank_layers(self.module), self.engine.layout.local
+        factors = {target.name: [local(p) for p in layers[target.name].factors] for target in targets}
         plain = plain_parameters(self.module, self.engine.ignored)
         rest = {name: [self.engine.local_shard(p)] for name, p in plain.items()}
         self.engine.check_replicas(factors | rest)
-
-    def _report(
-        self, kind: Kind, layers: tuple[LayerUpdate, ...], start: float, numbers: int
-    ) -> UpdateReport:
-        width = compute_dtype(self.targets[0].trained.dtype).itemsize
-        sent = numbers * width * (self.engine.world.size - 1)
-        return UpdateReport(
-            t=self.t, kind=kind, layers=layers, seconds=time.perf_counter() - start, bytes_sent=sent
-        )
 
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the r of every low-rank layer; plain numbers, fit for JSON."""
-        return {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._watch.streaks)}
+        return {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._tracker.streaks)}
 
     def tensor_state(self) -> dict[str, Tensor]:
         """The bases kept for measuring stability in the full-rank phase; a collective call."""
-        return self._watch.bases(self._dense())
+        return self._tracker.bases(self._dense())
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Take the structure of a checkpoint: counters, and layers of the stored r, still empty.
 
         The model's state may be loaded before or after it, the optimizer's after one of them: its state belongs to the
-        structure. A forward pass before the model's state is there is refused.
+        structure. A forward pass before the model's state is there raises an error.
 
         Raises
         ------
@@ -365,34 +340,23 @@ class OIALR:
             If a stored layer is not among this model's, the optimizer's state was loaded before its structure, or the
             bases are missing on which the moment of conversion depends.
         """
-        self._watch.require(tensors, state["streaks"])
+        self._tracker.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"])
-        self._given |= {
-            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in changed
-        }
+        self._note_weights(changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
-        self._watch.restore(tensors or {}, state["streaks"])
-        if changed or state["r"]:
+        self._tracker.restore(tensors or {}, state["streaks"])
+        if state["r"] and not changed:
             self.rewrap()
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
         """Called before every ``load_state_dict`` of the model: its layers take the structure of what is loaded."""
         self._foreign.forget()
-        changed = self._loader.before_load(module, state, prefix, assign=assign)
-        self._given |= {
-            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in changed
-        }
-        if changed:
-            self.rewrap()
+        self._note_weights(self._loader.before_load(module, state, prefix, assign=assign))
 
     def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Called before every ``load_state_dict`` of the optimizer: groups of another structure are refused."""
+        """Called before every ``load_state_dict`` of the optimizer: groups of another structure raise an error."""
         require_same_groups(optimizer, state)
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """Called after it: so is state of another structure."""
+        """Called after it: state of another structure raises an error."""
         self._loader.after_optimizer_load(optimizer)
-
-
-def _in_order(layers: dict[int, LayerUpdate]) -> tuple[LayerUpdate, ...]:
-    return tuple(layers[i] for i in sorted(layers))

@@ -1,7 +1,8 @@
-"""Which layers take part at a given moment: fit for a conversion, and not frozen by the user."""
+"""Which layers become low-rank at a given moment: fit for a conversion, and not frozen by the user."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,9 +14,10 @@ from hpc_oialr.lowrank import Selection, TargetWeight
 from hpc_oialr.lowrank.layout import Sharded
 from hpc_oialr.lowrank.marks import accumulation_hooks, optimizer_in_hooks
 from hpc_oialr.lowrank.selection import Refusal, examine, shared_weights, unfit
-from hpc_oialr.method.checks import shared_targets, trained_targets
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.stack import OptimizerStack
+
+log = logging.getLogger(__name__)
 
 
 def find_participants(
@@ -23,23 +25,23 @@ def find_participants(
 ) -> list[TargetWeight]:
     """The targets that are to become low-rank or are it already, those that are frozen at the moment included.
 
-    Warns of layers that stay dense although no setting says so.
-
-    Raises
-    ------
-    ModelError
-        If the settings leave no layer.
+    Warns of layers that stay dense although no setting says so; :class:`ModelError` if the settings leave no layer.
     """
-    targets, refused = examine(model, selection, frozen=True, low_rank=True)
-    trained = trained_targets(targets, optimizer)
-    refused |= {
-        target.name: Refusal("its weight is not in the optimizer")
-        for target in targets
-        if target not in trained
-    }
-    targets = shared_targets(trained, engine.ignored)
-    refused |= {target.name: r for target in targets if (r := _layout_refusal(target, engine)) is not None}
-    targets = [target for target in targets if target.name not in refused]
+    found, refused = examine(model, selection, frozen=True, low_rank=True)
+    held = {id(p) for p in optimizer.parameters()}
+    targets: list[TargetWeight] = []
+    ignored: list[str] = []
+    for target in found:
+        if id(target.trained) not in held:
+            refused[target.name] = Refusal("its weight is not in the optimizer")
+        elif id(target.trained) in engine.ignored:
+            ignored.append(target.name)
+        elif (refusal := _layout_refusal(target, engine)) is not None:
+            refused[target.name] = refusal
+        else:
+            targets.append(target)
+    if ignored:
+        log.info("left dense: %s (DistributedDataParallel ignores their weights)", ", ".join(ignored))
     unforeseen = {name: refusal.reason for name, refusal in refused.items() if refusal.warn}
     if not targets and not unforeseen:
         some = "; ".join(f"{name or 'the model'} ({each.reason})" for name, each in list(refused.items())[:5])
@@ -47,25 +49,32 @@ def find_participants(
             f"no layer of the model can be converted: {some or 'it has none'}{', ...' if len(refused) > 5 else ''}. The "
             "log names the reason for each (level INFO)."
         )
-    _check_hooks(targets, optimizer)
+    _warn_of_hooks(targets, optimizer)
     _warn_dense(unforeseen)
     return targets
+
+
+def trained_targets(targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> list[TargetWeight]:
+    """The targets whose weight or core the optimizer trains; the others stay as they are."""
+    held = {id(p) for p in optimizer.parameters()}
+    return [target for target in targets if id(target.trained) in held]
 
 
 def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> set[str]:
     """Names of those dense targets that the user has made unfit for a conversion since the start, with a warning.
 
-    Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was taken away is
+    Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was removed is
     for :func:`~hpc_oialr.method.checks.check_structure`.
     """
     shared = shared_weights(model)
-    found = {
-        target.name: unfit(target, shared, frozen=True) for target in targets if target.stored is not None
+    reasons = {
+        target.name: refusal.reason
+        for target in targets
+        if target.stored is not None and (refusal := unfit(target, shared, frozen=True)) is not None
     }
-    _warn_dense({name: refusal.reason for name, refusal in found.items() if refusal})
-    unfit_names = {name for name, refusal in found.items() if refusal}
-    _check_hooks([target for target in targets if target.name not in unfit_names], optimizer)
-    return unfit_names
+    _warn_dense(reasons)
+    _warn_of_hooks([target for target in targets if target.name not in reasons], optimizer)
+    return set(reasons)
 
 
 class FrozenByUser:
@@ -88,7 +97,11 @@ class FrozenByUser:
     def __call__(self, target: TargetWeight) -> bool:
         """Whether the weight or core of a target is frozen."""
         p = _trained(target)
-        return p is not None and not p.requires_grad and self._versions.get(target.name) in (None, _stamp(p))
+        return (
+            p is not None
+            and not p.requires_grad
+            and self._versions.get(target.name) in (None, (id(p), p._version))
+        )
 
     def waits(self, target: TargetWeight) -> bool:
         """Whether a weight has been frozen from the start: it becomes low-rank once it is trained."""
@@ -98,21 +111,16 @@ class FrozenByUser:
         """To be called at the end of every step."""
         targets = list(targets)
         self._waiting = {target.name for target in targets if self.waits(target)}
-        off = (
-            (target.name, p)
+        self._versions = {
+            target.name: (id(p), p._version)
             for target in targets
             if (p := _trained(target)) is not None and not p.requires_grad
-        )
-        self._versions = {name: _stamp(p) for name, p in off}
+        }
 
 
 def _trained(target: TargetWeight) -> nn.Parameter | None:
     layer = target.low_rank
     return target.stored if layer is None else layer.S
-
-
-def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
-    return id(parameter), parameter._version
 
 
 def _layout_refusal(target: TargetWeight, engine: Engine) -> Refusal | None:
@@ -137,17 +145,14 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
         )
 
 
-def _check_hooks(targets: Iterable[TargetWeight], optimizer: OptimizerStack) -> None:
+def _warn_of_hooks(targets: Iterable[TargetWeight], optimizer: OptimizerStack) -> None:
     """Warn of hooks that a core will not have, and of optimizers that step a weight in one of them.
 
     The latter are an error as soon as cores have been left untrained in steps in which other parameters were trained, see
     :mod:`~hpc_oialr.method.foreign_steps`.
     """
-    weights = {
-        target.name: target.stored
-        for target in targets
-        if target.low_rank is None and target.stored is not None
-    }
+    dense = (target for target in targets if target.low_rank is None)
+    weights = {target.name: weight for target in dense if (weight := target.stored) is not None}
     for name, weight in weights.items():
         stepping = optimizer_in_hooks(weight, optimizer.nodes)
         if stepping is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
+
+from hpc_oialr.linalg.svd import compute_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +35,7 @@ class LayerUpdate:
     orthogonality_error_U, orthogonality_error_Vh
         ``||Q^T Q - I||_F / sqrt(r)`` before this update; 0 while dense.
     seconds
-        Time of the SVD on a process that did it (s); 0 on the others.
+        Time of the SVD on a rank that computed it (s); 0 on the others.
     subspace_angle_U, subspace_angle_Vh
         Largest principal angle between the leading quarters of this basis and of the one before (rad); None
         where there was none. See :func:`~hpc_oialr.linalg.basis_change.smallest_cosines`.
@@ -45,9 +50,9 @@ class LayerUpdate:
     r_before: int
     r: int
     singular_values: Tensor
-    stability: float | None
-    orthogonality_error_U: float
-    orthogonality_error_Vh: float
+    stability: float | None = None
+    orthogonality_error_U: float = 0.0
+    orthogonality_error_Vh: float = 0.0
     seconds: float
     subspace_angle_U: float | None = None
     subspace_angle_Vh: float | None = None
@@ -70,9 +75,9 @@ class UpdateReport:
     kind
         "stability" (a measurement in the full-rank phase), "conversion" or "update".
     seconds
-        Wall time of it on this process (s).
+        Wall time on this rank (s).
     bytes_sent
-        Bytes broadcast in all, by all processes together.
+        Bytes broadcast by all ranks together.
     earlier
         What the same step did before it, e.g. a measurement before a conversion; in this order.
     """
@@ -96,27 +101,57 @@ class UpdateReport:
         return cut or any(each.reshaped for each in self.earlier)
 
 
+# Numbers broadcast for one layer: U, s and Vh; P, s, Qh and four figures; s and a BasisChange.
+_NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
+    "conversion": lambda layer: layer.r * (layer.m + layer.n) + layer.r_before,
+    "update": lambda layer: 2 * layer.r_before**2 + layer.r_before + 4,
+    "stability": lambda layer: layer.r + 4,
+}
+
+
+class StepReport:
+    """Collects the report of step ``t``: times each part, and counts what it sends to ``size - 1`` other ranks."""
+
+    def __init__(self, t: int, size: int) -> None:
+        self._t, self._receivers = t, size - 1
+        self._parts: list[UpdateReport] = []
+
+    @contextmanager
+    def part(self, kind: Kind, targets: Sequence[TargetWeight]) -> Iterator[list[LayerUpdate]]:
+        """Time the block, which adds to the yielded list what it did to each of ``targets``."""
+        start, layers = time.perf_counter(), list[LayerUpdate]()
+        yield layers
+        width = compute_dtype(targets[0].trained.dtype).itemsize
+        sent = sum(map(_NUMBERS_SENT[kind], layers)) * width * self._receivers
+        seconds = time.perf_counter() - start
+        self._parts.append(
+            UpdateReport(t=self._t, kind=kind, layers=tuple(layers), seconds=seconds, bytes_sent=sent)
+        )
+
+    def result(self) -> UpdateReport | None:
+        """The last part, with the others as ``earlier``; None if nothing was done."""
+        parts = self._parts
+        return replace(parts[-1], earlier=tuple(parts[:-1])) if parts else None
+
+
 def layer_update(
-    target: TargetWeight,
-    r_before: int,
-    s: Tensor,
-    stability: float | None,
-    errors: tuple[float, float],
-    seconds: float,
+    target: TargetWeight, r_before: int, s: Tensor, seconds: float, **figures: float
 ) -> LayerUpdate:
     """The report of a low-rank layer, as it is now."""
-    layer = target.low_rank
+    (m, n), layer, values = target.shape, target.low_rank, kept_values(s)
     assert layer is not None
     return LayerUpdate(
         name=target.name,
-        m=layer.m,
-        n=layer.n,
+        m=m,
+        n=n,
         r_before=r_before,
         r=layer.r,
-        # Not a view: that would keep all factors alive for as long as someone keeps the report.
-        singular_values=s.float().cpu().clone(),
-        stability=stability,
-        orthogonality_error_U=errors[0],
-        orthogonality_error_Vh=errors[1],
+        singular_values=values,
         seconds=seconds,
+        **figures,
     )
+
+
+def kept_values(s: Tensor) -> Tensor:
+    """Singular values for a report; a copy, since a view would keep all factors alive as long as the report."""
+    return s.float().cpu().clone()

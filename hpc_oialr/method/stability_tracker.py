@@ -1,11 +1,10 @@
-"""Stability in the full-rank phase: who has settled since the last look."""
+"""Stability of the bases in the full-rank phase: which layers have settled since the last measurement."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,30 +13,20 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.basis_change import BasisChange, basis_change
 from hpc_oialr.linalg.svd import SVD, compute_dtype
-from hpc_oialr.linalg.work_plan import LayerWork, longest_processing_time, svd_cost
+from hpc_oialr.linalg.work_plan import longest_processing_time, svd_cost
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.method.checks import require_finite
-from hpc_oialr.method.decompositions import split_svd
+from hpc_oialr.method.decompositions import split_svd, weight_job
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.report import LayerUpdate, UpdateReport
+from hpc_oialr.method.report import LayerUpdate, kept_values
 from hpc_oialr.method.svd_scheduler import Job, distribute
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One layer's singular values, what has changed since its last SVD, and time (s)."""
-
-    index: int
-    s: Tensor
-    change: BasisChange
-    seconds: float
 
 
 class StabilityTracker:
     """Measures every dense layer's stability against its last basis.
 
-    A layer is always measured by the same process, which alone keeps its last SVD, in host memory, and
-    sends k + 4 values. Where weights are split each process keeps its rows of ``U`` and columns of ``Vh``.
+    A layer is always measured by the same rank, which alone keeps its last SVD, in host memory, and
+    sends k + 4 values. Where weights are split each rank keeps its rows of ``U`` and columns of ``Vh``.
 
     Attributes
     ----------
@@ -53,58 +42,38 @@ class StabilityTracker:
         self.streaks: dict[str, int] = {}
         self._bases: dict[str, SVD] = {}
 
-    def report(self, targets: Sequence[TargetWeight], t: int) -> UpdateReport:
-        """Measure these layers, all dense, after ``t`` steps; sends ``k + 4`` numbers a layer.
+    @exact_arithmetic()
+    def measure(self, targets: Sequence[TargetWeight]) -> list[LayerUpdate]:
+        """Measure these layers, all dense; one report each.
 
         Raises
         ------
         NonFiniteError
             If a weight holds NaN or Inf.
         """
-        start = time.perf_counter()
         require_finite(targets, self.engine)
-        layers = self.measure(targets)
-        numbers = sum(
-            (target.k + len(BasisChange._fields)) * compute_dtype(target.trained.dtype).itemsize
-            for target in targets
-        )
-        seconds, sent = time.perf_counter() - start, numbers * (self.world.size - 1)
-        return UpdateReport(t=t, kind="stability", layers=layers, seconds=seconds, bytes_sent=sent)
+        if self.engine.layout.group is not None:
+            return [self._measure_together(target) for target in targets]
 
-    @exact_arithmetic()
-    def measure(self, targets: Sequence[TargetWeight]) -> tuple[LayerUpdate, ...]:
-        """Measure these layers, all dense; one report each."""
-        updates: dict[int, LayerUpdate] = {}
-        for look in self._split(targets) if self.engine.layout.group is not None else self._dealt(targets):
-            target = targets[look.index]
-            self._count(target.name, look.change.stability)
-            updates[look.index] = measured(target.name, target.shape, look.s, look.change, look.seconds)
-        return tuple(updates[i] for i in sorted(updates))
+        def job(target: TargetWeight) -> Job:
+            def pack(factors: SVD) -> Tensor:
+                return torch.cat([factors.s, factors.s.new_tensor(self._change(target, factors))])
 
-    def _dealt(self, targets: Sequence[TargetWeight]) -> Iterator[Measurement]:
-        jobs = [self._job(target) for target in targets]
+            return weight_job(target, self.engine, pack, target.k + len(BasisChange._fields))
+
         owners = [self.owners[target.name] for target in targets]
-        for result in distribute(jobs, self.world, owners=owners):
-            self.engine.release(targets[result.index])
-            s, change = result.values.split([targets[result.index].k, len(BasisChange._fields)])
-            yield Measurement(result.index, s, BasisChange(*change.tolist()), result.seconds)
+        updates: dict[int, LayerUpdate] = {}
+        for result in distribute(list(map(job, targets)), self.world, owners=owners):
+            target = targets[result.index]
+            self.engine.release(target)
+            s, change = result.values.split([target.k, len(BasisChange._fields)])
+            updates[result.index] = self._count(target, s, BasisChange(*change.tolist()), result.seconds)
+        return [updates[i] for i in sorted(updates)]
 
-    def _job(self, target: TargetWeight) -> Job:
-        def prepare() -> Tensor:
-            self.engine.gather(target)
-            return target.weight.detach().reshape(target.shape)
-
-        def pack(factors: SVD) -> Tensor:
-            return torch.cat([factors.s, factors.s.new_tensor(self._change(target, factors))])
-
-        size = target.k + len(BasisChange._fields)
-        return Job(LayerWork(target.name, *target.shape), prepare, pack, size, target.weight)
-
-    def _split(self, targets: Sequence[TargetWeight]) -> Iterator[Measurement]:
-        for index, target in enumerate(targets):
-            start = time.perf_counter()
-            now = SVD(*split_svd(target, self.engine))
-            yield Measurement(index, now.s, self._change(target, now), time.perf_counter() - start)
+    def _measure_together(self, target: TargetWeight) -> LayerUpdate:
+        start = time.perf_counter()
+        now = SVD(*split_svd(target, self.engine))
+        return self._count(target, now.s, self._change(target, now), time.perf_counter() - start)
 
     def _change(self, target: TargetWeight, now: SVD) -> BasisChange:
         """Since the last SVD, of which this one takes the place."""
@@ -117,9 +86,10 @@ class StabilityTracker:
             last, now, layout.group, whole=lambda Vh: layout.whole_columns(Vh, target.shape[1])
         )
 
-    def _count(self, name: str, agreement: float) -> None:
-        settled = self.threshold is not None and agreement >= self.threshold
-        self.streaks[name] = self.streaks.get(name, 0) + 1 if settled else 0
+    def _count(self, target: TargetWeight, s: Tensor, change: BasisChange, seconds: float) -> LayerUpdate:
+        settled = self.threshold is not None and change.stability >= self.threshold
+        self.streaks[target.name] = self.streaks.get(target.name, 0) + 1 if settled else 0
+        return measured(target.name, target.shape, s, change, seconds)
 
     def forget(self, name: str) -> None:
         """Drop what is kept of a layer that was converted."""
@@ -158,22 +128,15 @@ class StabilityTracker:
             )
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
-        """Take back what :meth:`bases` gave, whole, in place of what is kept; each process keeps its own only."""
+        """Take back what :meth:`bases` gave, whole, in place of what is kept; each rank keeps its own only."""
         self.streaks = dict(streaks)
         self._bases.clear()
         layout, split = self.engine.layout, self.engine.layout.group is not None
-        mine = [
-            name
-            for name, owner in self.owners.items()
-            if f"{name}.s" in bases and (split or owner == self.world.rank)
-        ]
-        for name in mine:
-            U, s, Vh = (bases[f"{name}.{part}"] for part in SVD._fields)
-            self._bases[name] = SVD(
-                U[layout.own_rows(U.shape[0])].clone(),
-                s.clone(),
-                Vh[:, layout.own_columns(Vh.shape[1])].contiguous(),
-            )
+        for name, owner in self.owners.items():
+            if f"{name}.s" in bases and (split or owner == self.world.rank):
+                U, s, Vh = (bases[f"{name}.{part}"] for part in SVD._fields)
+                rows, columns = layout.own_rows(U.shape[0]), layout.own_columns(Vh.shape[1])
+                self._bases[name] = SVD(U[rows].clone(), s.clone(), Vh[:, columns].contiguous())
 
 
 def measured(
@@ -188,10 +151,8 @@ def measured(
         n=n,
         r_before=k,
         r=k,
-        singular_values=s.float().cpu().clone(),
+        singular_values=kept_values(s),
         stability=stability,
-        orthogonality_error_U=0.0,
-        orthogonality_error_Vh=0.0,
         seconds=seconds,
         subspace_angle_U=angle_U,
         subspace_angle_Vh=angle_Vh,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_oialr.method.noise import noise_edge
+from hpc_oialr.method.rules import noise_edge
 
 Values = NDArray[np.floating]
 
@@ -84,7 +84,7 @@ def bulk_edge(s: Values, m: int, n: int) -> float:
     """Largest singular value that noise alone would have in an m x n matrix; NaN if it cannot be told.
 
     The noise level comes from the median of all k values; once more than half of them are cut, the bulk is gone.
-    See :func:`hpc_oialr.method.noise.noise_edge`.
+    See :func:`hpc_oialr.method.rules.noise_edge`.
     """
     middle = (min(m, n) - 1) // 2
     return noise_edge(float(s[middle]), m, n) if middle < len(s) else math.nan

@@ -17,10 +17,10 @@ from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.lowrank import Selection, select
-from hpc_oialr.method.checks import trained_targets
 from hpc_oialr.method.engine import Engine, Peers
 from hpc_oialr.method.oialr import OIALR
-from hpc_oialr.method.report import UpdateReport
+from hpc_oialr.method.participants import trained_targets
+from hpc_oialr.method.report import StepReport, UpdateReport
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.train.config import RunConfig
@@ -55,8 +55,11 @@ class Dense:
     def step(self) -> UpdateReport | None:
         """Count, and measure when due."""
         self.t += 1
-        due = self.targets and self.frequency is not None and self.t % self.frequency == 0
-        return self._tracker.report(self.targets, self.t) if due else None
+        report = StepReport(self.t, self.engine.world.size)
+        if self.targets and self.frequency is not None and self.t % self.frequency == 0:
+            with report.part("stability", self.targets) as layers:
+                layers += self._tracker.measure(self.targets)
+        return report.result()
 
     def rewrap(self) -> None:
         """A new wrapper, in the state that a resumed run begins with."""

@@ -27,17 +27,8 @@ from support.spawn import spawn
 from hpc_oialr import muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeed, SingleEngine
-from hpc_oialr.engines.deepspeed_json import (
-    Recipe,
-    check_precision,
-    check_recipe,
-    check_sections,
-    filled,
-    read_json,
-    sizes,
-    stage_of,
-)
-from hpc_oialr.engines.deepspeed_library import import_deepspeed
+from hpc_oialr.engines.deepspeed import import_deepspeed
+from hpc_oialr.engines.deepspeed_json import ZeroConfig, read_json, sizes
 from hpc_oialr.errors import ConfigError, MissingExtraError, ModelError
 
 installed = pytest.mark.skipif(
@@ -212,7 +203,7 @@ def test_files(tmp_path) -> None:
     with pytest.raises(ConfigError, match="must hold a JSON object, not a list"):
         read_json(str(path))
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert stage_of(read_json(str(path)), "ds.json") == 2
+    assert ZeroConfig(read_json(str(path)), "fp32", "ds.json").stage == 2
 
 
 @pytest.mark.parametrize("given", [{}, {"zero_optimization": {"stage": 0}}])
@@ -221,7 +212,7 @@ def test_without_zero(given: dict[str, Any]) -> None:
         ConfigError,
         match=r"zero_optimization.stage is 0 \(from ds.json\); must be 1, 2 or 3. Without ZeRO take the",
     ):
-        stage_of(given, "ds.json")
+        ZeroConfig(given, "fp32", "ds.json")
 
 
 @pytest.mark.parametrize(
@@ -240,8 +231,13 @@ def test_without_zero(given: dict[str, Any]) -> None:
 )
 def test_sections_that_cannot_work(given: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_sections(given, "ds.json")
-    check_sections({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, "ds.json")
+        made(given)
+    made({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}})
+
+
+def made(given: dict[str, Any], precision: str = "fp32") -> ZeroConfig:
+    """Of stage 2 unless it says something else."""
+    return ZeroConfig({"zero_optimization": {"stage": 2}} | given, precision, "ds.json")
 
 
 def test_precision_must_agree() -> None:
@@ -249,16 +245,16 @@ def test_precision_must_agree() -> None:
         ConfigError,
         match=r"bf16.enabled is True \(from ds.json\); must agree with train.precision, which is fp32.",
     ):
-        check_precision({"bf16": {"enabled": True}}, "fp32", "ds.json")
+        made({"bf16": {"enabled": True}})
     with pytest.raises(ConfigError, match="bf16.enabled is False"):
-        check_precision({"bf16": {"enabled": False}}, "bf16", "ds.json")
+        made({"bf16": {"enabled": False}}, "bf16")
     stage_1 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     with pytest.raises(ConfigError, match=r"data_types.grad_accum_dtype is 'fp32' .*Take stage 2."):
-        check_precision(stage_1, "bf16", "ds.json")
-    check_precision({"fp16": {"enabled": "auto"}}, "bf16", "ds.json")
+        made(stage_1, "bf16")
+    made({"fp16": {"enabled": "auto"}}, "bf16")
 
 
-RECIPE = Recipe(global_batch=64, accumulation=2, clip=1.0)
+RECIPE: dict[str, Any] = {"ranks": 4, "global_batch": 64, "accumulation": 2, "clip": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +280,7 @@ RECIPE = Recipe(global_batch=64, accumulation=2, clip=1.0)
 )
 def test_a_step_must_be_the_recipes(key: str, value: float, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_recipe({key: value}, RECIPE, 4, "ds.json")
+        made({key: value}).check_step(**RECIPE)
 
 
 def test_auto_is_filled_in() -> None:
@@ -294,8 +290,8 @@ def test_auto_is_filled_in() -> None:
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
     }
-    check_recipe(given, RECIPE, 4, "ds.json")
-    content = filled(given, "bf16", trained=3200, parameters=3200)
+    made(given).check_step(**RECIPE)
+    content = made(given, "bf16").filled(trained=3200, parameters=3200)
     assert content["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 100, "overlap_comm": False}
     assert content["bf16"]["enabled"] is True
     assert content["fp16"]["enabled"] is False
@@ -319,5 +315,5 @@ def test_sizes_follow_the_model_and_what_is_given_stays() -> None:
         "stage3_param_persistence_threshold": 100_000,
     }, "DeepSpeed's own"
     given = {"stage": 3, "reduce_bucket_size": 10**6, "stage3_param_persistence_threshold": 0}
-    zero = filled({"zero_optimization": given}, "fp32", trained=320_000, parameters=640_000)
+    zero = made({"zero_optimization": given}).filled(trained=320_000, parameters=640_000)
     assert zero["zero_optimization"] == sizes(320_000, 640_000, 3) | given | {"reduce_bucket_size": 320_000}

@@ -252,7 +252,7 @@ def test_a_model_its_user_has_sharded():
 
 def test_averages_must_be_whole():
     message = spawn(averaging, 2)[0]
-    assert "1 running averages were given, but the engine splits each matrix over processes" in message
+    assert "1 running averages were given, but the engine splits each matrix over ranks" in message
 
 
 def test_settings():

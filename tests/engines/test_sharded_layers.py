@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.tensor.collectives import gather_from, scatter_to
-from hpc_oialr.engines.tensor.sharding import shard_dense, shard_low_rank
+from hpc_oialr.engines.tensor.layers import shard_dense, shard_low_rank
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.lowrank.conversion import convert_weight
 from hpc_oialr.lowrank.layout import Sharded

@@ -16,7 +16,6 @@ def test_nothing_is_wrapped() -> None:
     assert isinstance(engine, SingleEngine)
     assert engine.wrap(module) is module
     assert engine.rewrap(module) is module
-    assert engine.unwrap(module) is module
     with engine.no_sync(module):
         module(torch.ones(1, 2)).sum().backward()
     assert module.weight.grad is not None

@@ -16,7 +16,7 @@ from hpc_oialr.linalg.basis_change import (
     triangular_factor,
 )
 from hpc_oialr.linalg.svd import SVD, svd
-from hpc_oialr.method.stability import rotation_cosines
+from hpc_oialr.method.decompositions import rotation_cosines
 
 SHAPES = [(30, 12), (12, 30), (16, 16), (5, 1)]
 

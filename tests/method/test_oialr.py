@@ -350,14 +350,14 @@ def test_memory_of_the_conversion_stays_below_dense() -> None:
     limits = RankLimits(at_conversion=0.5)
     oialr = OIALR(model, optimizer, OIALRConfig(delay=2, frequency=100, limits=limits))
     held = []
-    original = oialr._changes.convert
+    original = oialr._basis.convert
 
     def convert(*args: object) -> None:
         original(*args)  # type: ignore[arg-type]
         state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
         held.append(sum(x.numel() for x in [*model.parameters(), *state]))
 
-    oialr._changes.convert = convert  # type: ignore[assignment]
+    oialr._basis.convert = convert  # type: ignore[assignment]
     for _ in range(2):
         model(torch.randn(4, 128)).sum().backward()
         optimizer.step()

@@ -151,7 +151,7 @@ def _failed_svd(rank: int, size: int) -> str:
 def test_a_failed_svd_stops_every_process() -> None:
     first, second = spawn(_failed_svd, 2)
     assert "no SVD of" in first
-    assert "no SVD on the process that had to do it" in second
+    assert "no SVD on the rank that had to do it" in second
 
 
 def _accumulate(rank: int, size: int) -> float:
@@ -190,7 +190,7 @@ def _watch(rank: int, size: int) -> tuple[dict[str, Any], list[str], int]:
     for t in range(6):
         oialr.step()
         if t == 2:
-            kept = len(oialr._watch._bases)
+            kept = len(oialr._tracker._bases)
             tensors = oialr.tensor_state()
     return oialr.state_dict(), sorted(tensors), kept
 

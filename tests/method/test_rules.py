@@ -20,7 +20,7 @@ from hpc_oialr import (
     StableRank,
 )
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.method.noise import marchenko_pastur_median, noise_edge
+from hpc_oialr.method.rules import marchenko_pastur_median, noise_edge
 
 SPECTRUM = torch.tensor([10.0, 5.0, 4.0, 1.0, 0.5, 0.1])
 

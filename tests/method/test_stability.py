@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.linalg.basis_change import basis_stability as stability
-from hpc_oialr.method.stability import rotation_stability
+from hpc_oialr.method.decompositions import rotation_stability
 
 
 def basis(m: int, r: int, seed: int) -> Tensor:

@@ -298,14 +298,14 @@ def test_a_failed_conversion_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatc
     model = model_of(20, 24, 12)
     oialr = controller(model)
     train(oialr, 2)
-    plain, count = oialr._changes.convert, iter(range(9))
+    plain, count = oialr._basis.convert, iter(range(9))
 
     def fail(*arguments: Tensor) -> None:
         if next(count) == 2:
             raise torch.cuda.OutOfMemoryError("made up")
         plain(*arguments)
 
-    monkeypatch.setattr(oialr._changes, "convert", fail)
+    monkeypatch.setattr(oialr._basis, "convert", fail)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         train(oialr, 1)
     assert len(oialr.r) == 2

@@ -15,7 +15,7 @@ from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
 from hpc_oialr.distributed import World, check_equal
 from hpc_oialr.distributed.metric_reduction import TorchChannel
 from hpc_oialr.engines import DeepSpeedEngine, Engine, FSDPEngine, TensorEngine, make_engine
-from hpc_oialr.engines.deepspeed_library import import_deepspeed
+from hpc_oialr.engines.deepspeed import import_deepspeed
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 

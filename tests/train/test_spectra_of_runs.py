@@ -17,7 +17,7 @@ from support.train_workers import stop_at_step
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.basis_change import basis_stability
-from hpc_oialr.method.stability import rotation_stability
+from hpc_oialr.method.decompositions import rotation_stability
 from hpc_oialr.record import read_metrics
 from hpc_oialr.spectra import Spectra, open
 from hpc_oialr.train.checkpoint_store import CheckpointStore

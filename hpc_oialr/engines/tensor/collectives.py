@@ -1,12 +1,13 @@
 """Collectives of tensor parallelism with their gradients.
 
-A tensor of features (..., n) is *whole* (equal on every process), a *block* (this process's columns, dealt
-as :class:`~hpc_oialr.lowrank.layout.Sharded` deals them) or *partial* (the whole is the sum over processes).
+A tensor of features (..., n) is *whole* (equal on every rank), a *block* (this rank's columns, split
+as :class:`~hpc_oialr.lowrank.layout.Sharded` splits them) or *partial* (the whole is the sum over ranks).
 Gradients come in the same three states; each function below says which it takes and gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,88 +20,69 @@ from hpc_oialr.lowrank.layout import Sharded
 
 
 def reduce_from(x: Tensor, layout: Sharded) -> Tensor:
-    """The whole of a partial ``x``; what follows is done alike on every process, so its gradient is whole.
+    """The whole of a partial ``x``; what follows is done alike on every rank, so its gradient is whole.
 
     One all-reduce of ``x``'s size forward, nothing backward.
     """
-    return _apply(_ReduceFrom, x, layout.group)
+    return _apply(x, _sum, _same, layout, 0)
 
 
 def copy_to(x: Tensor, layout: Sharded) -> Tensor:
-    """A whole ``x`` that each process uses for a part of the work: its gradients are partial.
+    """A whole ``x`` that each rank uses for a part of the work: its gradients are partial.
 
     Nothing forward, one all-reduce of ``x``'s size backward.
     """
-    return _apply(_CopyTo, x, layout.group)
+    return _apply(x, _same, _sum, layout, 0)
 
 
 def scatter_to(x: Tensor, layout: Sharded) -> Tensor:
-    """This process's block of a whole ``x`` (..., n): nothing forward, an all-gather of ``x`` backward."""
-    return _apply(_ScatterTo, x, layout)
+    """This rank's block of a whole ``x`` (..., n): nothing forward, an all-gather of ``x`` backward."""
+    return _apply(x, _block, _gather, layout, x.shape[-1])
 
 
 def gather_from(x: Tensor, n: int, layout: Sharded) -> Tensor:
-    """The whole (..., n) of blocks ``x``, used alike on every process: an all-gather forward, nothing backward."""
-    return _apply(_GatherFrom, x, n, layout)
+    """The whole (..., n) of blocks ``x``, used alike on every rank: an all-gather forward, nothing backward."""
+    return _apply(x, _gather, _block, layout, n)
 
 
-def _apply(function: type[Function], *arguments: Any) -> Tensor:
-    return cast(Tensor, function.apply(*arguments))
+Operation = Callable[[Tensor, Sharded, int], Tensor]
 
 
-# Each backward pass is the forward pass of the opposite function, so that derivatives of any order are right.
-class _ReduceFrom(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _sum(x, group)
+class _Linear(Function):
+    """A linear operation whose transpose is another; the backward pass swaps them, to any order of derivative."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _apply(_CopyTo, grads[0], ctx.group), None
-
-
-class _CopyTo(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(
+        ctx: Any, x: Tensor, operation: Operation, transpose: Operation, layout: Sharded, n: int
+    ) -> Tensor:
+        ctx.backward_arguments = transpose, operation, layout, n
+        return operation(x, layout, n)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _apply(_ReduceFrom, grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(grads[0], *ctx.backward_arguments), None, None, None, None
 
 
-class _ScatterTo(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Sharded) -> Tensor:
-        ctx.layout, ctx.n = layout, x.shape[-1]
-        return x[..., layout.own_columns(ctx.n)].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _apply(_GatherFrom, grads[0], ctx.n, ctx.layout), None
+def _apply(x: Tensor, *arguments: Any) -> Tensor:
+    return cast(Tensor, _Linear.apply(x, *arguments))  # type: ignore[no-untyped-call]
 
 
-class _GatherFrom(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, n: int, layout: Sharded) -> Tensor:
-        ctx.layout = layout
-        return _gather(x, n, layout)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _apply(_ScatterTo, grads[0], ctx.layout), None, None
+def _same(x: Tensor, layout: Sharded, n: int) -> Tensor:
+    return x.view_as(x)
 
 
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _sum(x: Tensor, layout: Sharded, n: int) -> Tensor:
     # A copy: the tensor may be a view, or a gradient that autograd hands to others too.
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, group=layout.group)
     return x
 
 
-def _gather(x: Tensor, n: int, layout: Sharded) -> Tensor:
+def _block(x: Tensor, layout: Sharded, n: int) -> Tensor:
+    return x[..., layout.own_columns(n)].contiguous()
+
+
+def _gather(x: Tensor, layout: Sharded, n: int) -> Tensor:
     """Blocks travel padded to the largest one, because an all-gather wants equal sizes."""
     chunk = -(-n // layout.size)
     x = F.pad(x, (0, chunk - x.shape[-1])).contiguous()

@@ -1,10 +1,11 @@
-"""Tensor parallelism: several processes compute each layer together, from the same samples."""
+"""Tensor parallelism: several ranks compute each layer together, from the same samples."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hpc_oialr.distributed import World
-from hpc_oialr.engines.averaging import average_gradients
 from hpc_oialr.engines.base import GroupEngine
-from hpc_oialr.engines.tensor.layers import ShardedDense, ShardedFactors
+from hpc_oialr.engines.tensor.layers import LINEAR, ShardedDense, ShardedFactors, shard_dense, shard_low_rank
 from hpc_oialr.engines.tensor.pairs import bridges
-from hpc_oialr.engines.tensor.sharding import LINEAR, shard_dense, shard_low_rank
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.attention import unpack
 from hpc_oialr.lowrank.base import LowRankWeight
@@ -29,18 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class TensorEngine(GroupEngine):
-    """Splits every layer over ``size`` processes, and deals the batch to groups of that many.
+    """Splits every layer over ``size`` ranks, and deals the batch to groups of that many.
 
     Dense weights, ``U`` and ``Vh`` live in blocks as DTensors, with their gradients and their optimizer
-    state; cores, norms, embeddings and biases of whole outputs are whole. A group of ``size`` processes works
+    state; cores, norms, embeddings and biases of whole outputs are whole. A group of ``size`` ranks works
     on the same samples and holds one model; gradients are averaged over groups after the backward pass.
 
     Parameters
     ----------
     world
-        The processes; neighbours in rank share a model.
+        All ranks; neighbours share a model.
     size
-        Processes to a model; a divisor of ``world.size``.
+        Ranks to a model; a divisor of ``world.size``.
     bucket_mb
         Gradients travel joined up to this size (MiB).
 
@@ -68,16 +67,13 @@ class TensorEngine(GroupEngine):
 
     @property
     def data(self) -> World:
-        """One process of each group that shares a model."""
+        """One rank of each group that shares a model."""
         return self._data
 
-    @property
-    def replicas(self) -> World:
-        """The processes that hold the same blocks."""
-        return self._data
+    replicas = data  # they hold the same blocks
 
     def place(self, module: nn.Module) -> None:
-        """Send process 0's values to all, then keep this process's blocks, in place."""
+        """Send rank 0's values to all, then keep this rank's blocks, in place."""
         self.send_initial(module)
         for attention in [m for m in module.modules() if type(m) is nn.MultiheadAttention]:
             unpack(attention)
@@ -104,7 +100,7 @@ class TensorEngine(GroupEngine):
         """
         if not any(isinstance(m, (ShardedDense, ShardedFactors)) for m in module.modules()):
             raise ModelError(
-                f"{type(module).__name__} has no layer that is split over processes; call engine.place(model) "
+                f"{type(module).__name__} has no layer that is split over ranks; call engine.place(model) "
                 "before the optimizer is made."
             )
         return self.rewrap(module)
@@ -115,16 +111,13 @@ class TensorEngine(GroupEngine):
         forget_shapes()
         return module
 
-    def on_replace(self, layer: LowRankWeight) -> None:
+    def _on_replace(self, layer: LowRankWeight) -> None:
         """See that a layer that has become low-rank computes in blocks."""
         shard_low_rank(layer)
 
-    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Gradients are averaged after the next backward pass outside."""
-        return self._without_averaging()
-
     @contextmanager
-    def _without_averaging(self) -> Iterator[None]:
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
+        """Gradients are averaged after the next backward pass outside."""
         self._averaging = False
         try:
             yield
@@ -150,3 +143,29 @@ class TensorEngine(GroupEngine):
         factor = (norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             local(gradient).mul_(factor.to(gradient.dtype))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor], world: World, *, bucket_mb: float = 25.0) -> None:
+    """Replace each gradient by its mean over the ranks of ``world``; of a DTensor's, the local part.
+
+    ``parameters`` are in the same order on every rank. One all-reduce of every number, joined up to ``bucket_mb``
+    (MiB), all buckets at once: a copy of the gradients for as long as it takes.
+    """
+    if world.size == 1:
+        return
+    by_dtype: defaultdict[torch.dtype, list[list[Tensor]]] = defaultdict(list)
+    for gradient in (local(p.grad) for p in parameters if p.grad is not None):
+        buckets = by_dtype[gradient.dtype]
+        if not buckets or sum(g.nbytes for g in buckets[-1]) + gradient.nbytes > bucket_mb * 2**20:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    under_way = []
+    for bucket in (bucket for buckets in by_dtype.values() for bucket in buckets):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world.size)
+        under_way.append((bucket, flat, world.start_all_reduce(flat)))
+    for bucket, flat, pending in under_way:
+        assert pending is not None
+        pending.wait()
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])

@@ -1,8 +1,9 @@
-"""Layers whose weight is split over processes: dense and low-rank forms of the same layer.
+"""Layers whose weight is split over ranks: dense and low-rank forms of the same layer, and how a layer becomes one.
 
 ``nn.Linear`` (weight out x in) holds rows of the weight, that is, a block of its outputs; transformers'
 ``Conv1D`` (in x out) a block of its inputs. The low-rank forms are the same for both: a block of the inputs
 times a block of one basis, *one all-reduce of tokens x r*, the whole core, then a block of the other basis.
+Kernels of convolutions are small beside activations: every rank gathers the kernel and computes the whole layer.
 
 Every class is put on a living layer in place of its ordinary one, like the low-rank classes themselves.
 """
@@ -10,16 +11,20 @@ Every class is put on a living layer in place of its ordinary one, like the low-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hpc_oialr.engines.tensor.collectives import copy_to, gather_from, reduce_from, scatter_to
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankLinear
+from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import Sharded, local, whole
+from hpc_oialr.lowrank.targets import TargetWeight
+
+LINEAR = ("Linear", "Conv1D")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class ShardSpec:
     layout
         How its matrices are split.
     input_block, output_block
-        Whether it takes and gives this process's block of features, or the whole.
+        Whether it takes and gives this rank's block of features, or the whole.
     dense_class
         The layer's class when it is neither split nor low-rank.
     """
@@ -45,12 +50,8 @@ class ShardSpec:
         return self
 
     def input_part(self, x: Tensor) -> Tensor:
-        """This process's block of the input."""
+        """This rank's block of the input."""
         return x if self.input_block else scatter_to(x, self.layout)
-
-    def whole_input(self, x: Tensor, n: int) -> Tensor:
-        """The whole input (..., n), of which this process uses all for a part of the work."""
-        return copy_to(gather_from(x, n, self.layout) if self.input_block else x, self.layout)
 
     def output(self, y: Tensor, n: int, bias: Tensor | None) -> Tensor:
         """The output from its block, biased; the bias is stored as the output is."""
@@ -68,7 +69,7 @@ class ShardedDense(nn.Module):
 
 
 class ShardedLinear(ShardedDense, nn.Linear):
-    """``y_p = x W_p^T``: each process computes a block of the outputs from all inputs.
+    """``y_p = x W_p^T``: each rank computes a block of the outputs from all inputs.
 
     Forward, an all-gather of the input if it is in blocks, and of the output if it must be whole. Backward,
     an all-reduce of ``dx`` (tokens x n).
@@ -78,12 +79,11 @@ class ShardedLinear(ShardedDense, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
-        spec = self.shard_spec
-        return spec.output(
-            F.linear(spec.whole_input(input, self.in_features), local(self.weight)),
-            self.out_features,
-            self.bias,
-        )
+        spec, x = self.shard_spec, input
+        if spec.input_block:
+            x = gather_from(x, self.in_features, spec.layout)
+        y = F.linear(copy_to(x, spec.layout), local(self.weight))
+        return spec.output(y, self.out_features, self.bias)
 
 
 class ShardedConv1D(ShardedDense):
@@ -107,6 +107,33 @@ class ShardedConv1D(ShardedDense):
         return y + local(self.bias).to(y.dtype)
 
 
+class _ShardedConv(ShardedDense, nn.modules.conv._ConvNd):
+    """A convolution with its kernel in blocks of output channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the ordinary layer's; an all-gather of the kernel forward, nothing backward."""
+        kernel = cast(DTensor, self.weight).full_tensor()
+        return self._conv_forward(input, kernel, self.bias)
+
+
+class ShardedConv1d(_ShardedConv, nn.Conv1d):
+    """See :class:`_ShardedConv`."""
+
+    low_rank_kind = "Conv1d"
+
+
+class ShardedConv2d(_ShardedConv, nn.Conv2d):
+    """See :class:`_ShardedConv`."""
+
+    low_rank_kind = "Conv2d"
+
+
+class ShardedConv3d(_ShardedConv, nn.Conv3d):
+    """See :class:`_ShardedConv`."""
+
+    low_rank_kind = "Conv3d"
+
+
 class ShardedFactors(LowRankWeight):
     """A low-rank layer with ``U`` in row blocks, ``Vh`` in column blocks and the core whole."""
 
@@ -126,17 +153,9 @@ class ShardedFactors(LowRankWeight):
 def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Sharded) -> Tensor:
     """``up core (sum_p down_p x_p)``: a block of the outputs from a block of the inputs.
 
-    Parameters
-    ----------
-    x
-        (..., n_p).
-    down, core, up
-        This process's r x n_p, the whole r x r, this process's m_p x r.
-
-    Notes
-    -----
-    Two all-reduces of tokens x r: of ``z = sum_p down_p x_p`` forward, and of the gradient of ``core z``
-    backward. Both are whole afterwards, and so ``dS`` is the same on every process without more traffic.
+    ``x`` is (..., n_p), ``down`` this rank's r x n_p, ``core`` the whole r x r, ``up`` this rank's m_p x r. Two
+    all-reduces of tokens x r: of ``z = sum_p down_p x_p`` forward, and of the gradient of ``core z``
+    backward. Both are whole afterwards, and so ``dS`` is the same on every rank without more traffic.
     """
     z = reduce_from(F.linear(x, down), layout)
     return F.linear(copy_to(F.linear(z, core), layout), up)
@@ -159,6 +178,56 @@ class ShardedLowRankConv1D(ShardedFactors, LowRankConv1D):
         """Input (..., m or m_p), output (..., n or n_p)."""
         spec = self.shard_spec
         U, S, Vh = self.blocks(self.S.dtype)
-        return spec.output(
-            through_core(spec.input_part(x), U.mT, S.mT, Vh.mT, spec.layout), self.n, self.bias
-        )
+        y = through_core(spec.input_part(x), U.mT, S.mT, Vh.mT, spec.layout)
+        return spec.output(y, self.n, self.bias)
+
+
+class ShardedLowRankConv1d(ShardedFactors, LowRankConv1d):  # type: ignore[misc, override]
+    """Low-rank ``nn.Conv1d`` whose bases are gathered for use."""
+
+
+class ShardedLowRankConv2d(ShardedFactors, LowRankConv2d):  # type: ignore[misc, override]
+    """Low-rank ``nn.Conv2d`` whose bases are gathered for use."""
+
+
+class ShardedLowRankConv3d(ShardedFactors, LowRankConv3d):  # type: ignore[misc, override]
+    """Low-rank ``nn.Conv3d`` whose bases are gathered for use."""
+
+
+DENSE: dict[str, type[ShardedDense]] = {
+    kind.low_rank_kind: kind
+    for kind in (ShardedLinear, ShardedConv1D, ShardedConv1d, ShardedConv2d, ShardedConv3d)
+}
+LOW_RANK: dict[type[LowRankWeight], type[ShardedFactors]] = {
+    LowRankLinear: ShardedLowRankLinear,
+    LowRankConv1D: ShardedLowRankConv1D,
+    LowRankConv1d: ShardedLowRankConv1d,
+    LowRankConv2d: ShardedLowRankConv2d,
+    LowRankConv3d: ShardedLowRankConv3d,
+}
+
+
+@torch.no_grad()
+def shard_dense(target: TargetWeight, layout: Sharded, *, input_block: bool, output_block: bool) -> None:
+    """Keep this rank's rows of a dense weight that all ranks hold, and of its bias if ``output_block``.
+
+    ``input_block`` and ``output_block`` as in :class:`ShardSpec`.
+    """
+    layer = target.holder
+    spec = ShardSpec(layout, input_block, output_block, type(layer))
+    layer.__class__ = DENSE[target.kind]
+    cast(ShardedDense, layer).shard_spec = spec
+    for name in ("weight", "bias") if output_block else ("weight",):
+        parameter = layer._parameters.get(name)
+        if parameter is not None:
+            rows = layout.own_rows(parameter.shape[0])
+            stored = layout.put(parameter.detach()[rows], 0, parameter.shape)
+            layer._parameters[name] = nn.Parameter(stored, requires_grad=parameter.requires_grad)
+
+
+def shard_low_rank(layer: LowRankWeight) -> None:
+    """Let a split layer that was just converted compute in blocks."""
+    twin = LOW_RANK.get(type(layer))
+    if twin is not None:
+        layer.__class__ = twin
+        layer.dense_class = cast(ShardedFactors, layer).shard_spec.dense_class

@@ -1,10 +1,11 @@
-"""Layers between which features may stay split: nothing there looks at more than one block."""
+"""Layers between which features may stay split: nothing there uses more than one block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import nn
 
@@ -33,7 +34,7 @@ class ColumnRowPair:
 
     Notes
     -----
-    Attention's dropout draws the same mask for each process's heads.
+    Attention's dropout draws the same mask for each rank's heads.
     """
 
     parent: str
@@ -48,53 +49,38 @@ class Bridge:
 
     first: tuple[str, ...]
     second: str
-    heads: int | None = None
+    heads: int = 0
 
 
 def bridges(
     model: nn.Module, pairs: Sequence[ColumnRowPair], targets: Mapping[str, TargetWeight], size: int
 ) -> list[Bridge]:
-    """Where features can stay split into ``size`` equal blocks between layers of ``targets``.
+    """Where features can stay split into ``size`` equal blocks between the split linear layers ``targets``.
 
-    Parameters
-    ----------
-    pairs
-        What is known of the model; ``nn.Sequential(linear, element-wise, linear)`` is found without.
-    targets
-        Split linear layers by name.
+    ``pairs`` is what is known of the model; ``nn.Sequential(linear, element-wise, linear)`` is found without.
     """
-    found = [*_named(model, pairs), *_sequential(model)]
-    return [bridge for bridge in found if _holds(bridge, targets, size)]
-
-
-def _named(model: nn.Module, pairs: Sequence[ColumnRowPair]) -> Iterator[Bridge]:
+    found: list[Bridge] = []
     for pair in pairs:
         for name, module in model.named_modules():
             if fnmatchcase(name, pair.parent):
-                heads = None if pair.heads is None else getattr(module, pair.heads, 1)
-                yield Bridge(tuple(f"{name}.{c}" for c in pair.first), f"{name}.{pair.second}", heads)
-
-
-def _sequential(model: nn.Module) -> Iterator[Bridge]:
+                first = tuple(f"{name}.{child}" for child in pair.first)
+                heads = 0 if pair.heads is None else getattr(module, pair.heads, 1)
+                found.append(Bridge(first, f"{name}.{pair.second}", heads))
     for name, module in model.named_modules():
-        if type(module) is not nn.Sequential:
-            continue
-        last: str | None = None
-        for child, layer in module.named_children():
-            if isinstance(layer, ELEMENTWISE):
-                continue
-            full = f"{name}.{child}" if name else child
-            if last is not None:
-                yield Bridge((last,), full)
-            last = full
+        if type(module) is nn.Sequential:
+            children = module.named_children()
+            prefix = f"{name}." if name else ""
+            row = [prefix + child for child, layer in children if not isinstance(layer, ELEMENTWISE)]
+            found += [Bridge((before,), after) for before, after in pairwise(row)]
 
+    def fits(bridge: Bridge) -> bool:
+        if not targets.keys() >= {*bridge.first, bridge.second}:
+            return False
+        width = features(targets[bridge.second])[0]
+        equal = all(features(targets[name])[1] == width for name in bridge.first)
+        return equal and width % size == 0 and bridge.heads % size == 0
 
-def _holds(bridge: Bridge, targets: Mapping[str, TargetWeight], size: int) -> bool:
-    if any(name not in targets for name in (*bridge.first, bridge.second)):
-        return False
-    width = features(targets[bridge.second])[0]
-    equal = all(features(targets[name])[1] == width for name in bridge.first)
-    return equal and width % size == 0 and (bridge.heads is None or bridge.heads % size == 0)
+    return [bridge for bridge in found if fits(bridge)]
 
 
 def features(target: TargetWeight) -> tuple[int, int]:
