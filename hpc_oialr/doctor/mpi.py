@@ -89,8 +89,6 @@ def judge_plugin(library: str, listed: str, wanted: str = "") -> Finding:
 def spoken(library: str) -> tuple[str, ...]:
     """Plugins of srun that start programs of a library, best first.
 
-    Examples
-    --------
     >>> spoken("Open MPI v4.1.4"), spoken("Intel(R) MPI Library 2021.13")
     (('pmix',), ('pmi2', 'pmix'))
     """

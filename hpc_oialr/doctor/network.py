@@ -19,9 +19,6 @@ _STARTING = [
 ]
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _INTERFACES = Path("/sys/class/net")
-_FIRST_UNPRIVILEGED = 1024
-# The first port that runs choose by themselves, see distributed.environment.
-_FIRST_OWN = 20_000
 
 
 def check_launcher(context: CheckContext) -> list[Finding]:
@@ -29,9 +26,7 @@ def check_launcher(context: CheckContext) -> list[Finding]:
     place = context.place
     if place is None:
         return [problem("launcher", context.contradiction, unset(context))]
-    where = (
-        f"process {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {context.node}"
-    )
+    where = f"rank {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {context.node}"
     if by_hand(context):
         found = f"{where}, by RANK and WORLD_SIZE alone: no torchrun, srun or mpirun started it"
         return [note("launcher", found, unset(context))]
@@ -58,7 +53,7 @@ def check_address(context: CheckContext) -> list[Finding]:
     host = context.environ.get("MASTER_ADDR", place.master_addr)
     several_nodes = place.size > place.local_size
     if not addresses(host):
-        fix = "export MASTER_ADDR=HOST   (name or address of the node of process 0)"
+        fix = "export MASTER_ADDR=HOST   (name or address of the node of rank 0)"
         if "SLURM_JOB_NODELIST" in context.environ:
             fix = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         elif not several_nodes:
@@ -76,26 +71,27 @@ def check_address(context: CheckContext) -> list[Finding]:
 
 
 def check_port(context: CheckContext) -> list[Finding]:
-    """Whether the port where rank 0 listens is free, and not one that the system gives to any program."""
-    place = context.place
-    if place is None or "TORCHELASTIC_RUN_ID" in context.environ:
-        return []  # torchrun listens there already
-    given = "MASTER_PORT" in context.environ
-    if place.size == 1 and not given:
+    """Whether rank 0 can listen, and MASTER_PORT is not a port that the system gives to any program."""
+    place, given = context.place, "MASTER_PORT" in context.environ
+    # torchrun listens already.
+    if place is None or "TORCHELASTIC_RUN_ID" in context.environ or (place.size == 1 and not given):
         return []
-    port, (low, high) = place.master_port, ephemeral_range()
+    low, high = ephemeral_range()
+    fix = f"export MASTER_PORT=PORT   (one that is free on {context.node}, below {low})"
     if given:
         fix = "unset MASTER_PORT   (one is then derived from the job's number)"
-    else:
-        below = range(min(low, _FIRST_OWN) - 1, _FIRST_UNPRIVILEGED, -1)
-        free = next((each for each in below if not in_use(each)), _FIRST_UNPRIVILEGED)
-        fix = f"export MASTER_PORT={free}"
-    if low <= port <= high:
-        found = f"{port} lies in {low}-{high}, from which the system gives ports to any program"
+        if low <= place.master_port <= high:
+            found = (
+                f"{place.master_port} lies in {low}-{high}, from which the system gives ports to any program"
+            )
+            return [problem("MASTER_PORT", found, fix)]
+    if place.rank != 0:
+        return [ok("MASTER_PORT", str(place.master_port))]
+    free = [port for port in place.ports if not in_use(port)]
+    if not free:
+        found = f"{', '.join(map(str, place.ports))} is in use on {context.node}"
         return [problem("MASTER_PORT", found, fix)]
-    if place.rank == 0 and in_use(port):
-        return [problem("MASTER_PORT", f"{port} is in use on {context.node}", fix)]
-    return [ok("MASTER_PORT", f"{port}, outside {low}-{high}" + (", is free" if place.rank == 0 else ""))]
+    return [ok("MASTER_PORT", f"{free[0]} is free")]
 
 
 def ephemeral_range() -> tuple[int, int]:
@@ -142,8 +138,6 @@ def missing_interfaces(value: str, there: Sequence[str], *, exact: bool) -> list
     NCCL takes beginnings of names, exact names after ``=``, and with ``^`` those it shall not use (NCCL's
     user guide, NCCL_SOCKET_IFNAME); gloo takes exact names.
 
-    Examples
-    --------
     >>> missing_interfaces("ib,eth1", ["lo", "eth0", "ib0"], exact=False)
     ['eth1']
     >>> missing_interfaces("ib", ["ib0"], exact=True), missing_interfaces("=ib", ["ib0"], exact=False)

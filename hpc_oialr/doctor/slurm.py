@@ -81,8 +81,6 @@ def _told(program: str, answer: Answer) -> str:
 def parse_partitions(text: str) -> list[Partition]:
     """Partitions from sinfo's table; the default one has a star.
 
-    Examples
-    --------
     >>> parse_partitions("main*|up|3/0/1/4|node[1-4]")
     [Partition(name='main', default=True, state='up', counts=(3, 0, 1, 4), nodes='node[1-4]')]
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit import DebugExecutor, Executor, LocalExecutor, LocalJob, SlurmExecutor, SlurmJob
 from submitit.core.core import Job
@@ -22,9 +22,10 @@ from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.errors import ConfigError, OIALRError
 from hpc_oialr.launch.pickle_safety import require_own
-from hpc_oialr.launch.request import Request
-from hpc_oialr.launch.site import ClusterConfig
 from hpc_oialr.launch.slurm import Slurm
+
+if TYPE_CHECKING:
+    from hpc_oialr.launch.submission import Submission
 
 _JOB = Path(__file__).with_name("job.sh")
 # In the place of the interpreter that runs submitit's main program; the folder is the last argument of both.
@@ -87,20 +88,18 @@ class RunsOnSlurm(SlurmExecutor):
         return 2
 
 
-def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str, signal: str) -> Executor:
-    """The executor of a request, whose files lie in ``folder``; ``name`` is the job's, ``signal`` its warning.
-
-    Raises :class:`ConfigError` if the executor cannot send the signal.
-    """
+def make_executor(submission: Submission) -> Executor:
+    """The executor of a submission; raises :class:`ConfigError` if it cannot send the run's signal."""
+    request, folder = submission.request, submission.files
     match request.executor:
         case "slurm":
             executor: Executor = RunsOnSlurm(folder, python=_TASK)
             # submitit renders a script with them at once.
-            executor.update_parameters(**_slurm_parameters(request, site, name, signal))
+            executor.update_parameters(**_slurm_parameters(submission))
         case "local":
-            if signal != "USR2":
+            if submission.signal != "USR2":
                 rule = "must be USR2 with the executor 'local', which sends no other"
-                raise ConfigError("train.stop_signal", signal, rule)
+                raise ConfigError("train.stop_signal", submission.signal, rule)
             executor = LocalExecutor(folder, python=_TASK)
             executor.update_parameters(
                 tasks_per_node=request.processes_per_node,
@@ -113,12 +112,13 @@ def make_executor(request: Request, site: ClusterConfig, folder: Path, name: str
     return executor
 
 
-def _slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: str) -> dict[str, Any]:
+def _slurm_parameters(submission: Submission) -> dict[str, Any]:
+    request, site = submission.request, submission.site
     # job.sh comes first, so that it sees a site file that fails, too.
     sources = [_JOB] if site.file is None else [_JOB, site.file]
     return {
         **{key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
-        "job_name": name,
+        "job_name": submission.folder.name,
         "nodes": request.nodes,
         "ntasks_per_node": request.processes_per_node,
         "cpus_per_task": request.cpus_per_task,
@@ -137,18 +137,19 @@ def _slurm_parameters(request: Request, site: ClusterConfig, name: str, signal: 
         "srun_args": ["--open-mode=append", *site.srun],
         "additional_parameters": {
             **{option: value or True for option, value in site.sbatch.items()},
-            "signal": f"{signal}@{request.signal_s}",
+            "signal": f"{submission.signal}@{request.signal_s}",
             "time": request.time.strip(),
             "requeue": True,
         },
     }
 
 
-def batch_script(executor: SlurmExecutor, runs: int) -> str:
+def batch_script(executor: Executor, runs: int) -> str:
     """The batch script of a run, or of an array of several."""
+    assert isinstance(executor, SlurmExecutor)
     many: dict[str, Any] = {"map_count": runs} if runs > 1 else {}
     command = executor._submitit_command_str
-    return _make_sbatch_string(command, executor.folder, **executor.parameters, **many)
+    return str(_make_sbatch_string(command, executor.folder, **executor.parameters, **many))
 
 
 def submit_runs(executor: Executor, calls: Sequence[Callable[[], Any]]) -> list[Job[Any]]:

@@ -120,8 +120,6 @@ class Slurm:
 def parse_queue(text: str) -> dict[str, JobState]:
     """States from squeue's table.
 
-    Examples
-    --------
     >>> line = f"{'12_0':40}{'RUNNING':20}{'1':12}{'2026-01-01T14:00:00':24}{'None':60}"
     >>> parse_queue(line)["12_0"].end
     datetime.datetime(2026, 1, 1, 14, 0)
@@ -148,8 +146,6 @@ def parse_queue(text: str) -> dict[str, JobState]:
 def parse_history(text: str) -> dict[str, JobState]:
     """States from sacct's table, which has one line for each time a job was started.
 
-    Examples
-    --------
     >>> parse_history("7|REQUEUED|Unknown\\n7|CANCELLED by 0|2026-01-01T14:00:00\\n")["7"]
     JobState(state='CANCELLED', requeues=1, end=datetime.datetime(2026, 1, 1, 14, 0), reason='')
     """
@@ -201,8 +197,6 @@ def end_of(job: str) -> float | None:
 def seconds_of(text: str) -> int | None:
     """Seconds of a time limit; None if it has none of Slurm's forms.
 
-    Examples
-    --------
     >>> [seconds_of(text) for text in ("90", "1:30", "04:00:00", "2-12", "1-0:30", "1-0:30:15")]
     [5400, 90, 14400, 216000, 88200, 88215]
     >>> seconds_of("4 hours")

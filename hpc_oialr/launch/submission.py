@@ -103,11 +103,10 @@ class Submission:
         if self.request.executor != "slurm":
             rule = "has no batch script to look at"
             raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
-        executors = _executors()
-        executor = executors.make_executor(
-            self.request, self.site, self._files, self.folder.name, self.signal
-        )
-        return str(executors.batch_script(executor, len(self.runs)))
+        _require_submitit()
+        from hpc_oialr.launch.executors import batch_script, make_executor
+
+        return batch_script(make_executor(self), len(self.runs))
 
     def submit(self) -> list[Job[Any]]:
         """Submit; each run folder then holds its ``job.json``.
@@ -116,10 +115,10 @@ class Submission:
         """
         for run in self.runs:
             _check_free(run)
-        executors, new = _executors(), not self.folder.exists()
-        executor = executors.make_executor(
-            self.request, self.site, self._files, self.folder.name, self.signal
-        )
+        _require_submitit()
+        from hpc_oialr.launch.executors import make_executor, submit_runs
+
+        new, executor = not self.folder.exists(), make_executor(self)
         folders = [RunFolder(run.folder) for run in self.runs]
         with ExitStack() as stack:
             # Ctrl-C takes effect before or after: a job whose folder does not name it would run unnoticed.
@@ -128,11 +127,11 @@ class Submission:
             held = [stack.enter_context(closing(claim.take(folder))) for folder in folders]
             # Readable by the owner only.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._files.mkdir(mode=0o700, exist_ok=True)
+            self.files.mkdir(mode=0o700, exist_ok=True)
             for folder in folders:
                 folder.create()
             try:
-                jobs: list[Job[Any]] = executors.submit_runs(executor, self.runs)
+                jobs = submit_runs(executor, self.runs)
             except (OIALRError, OSError):
                 stack.close()
                 if new:
@@ -146,19 +145,20 @@ class Submission:
                     processes=self.request.processes,
                     max_requeues=self.request.max_requeues,
                     # submitit's names.
-                    output=self._files / f"{job.job_id}_%t_log.%s",
+                    output=self.files / f"{job.job_id}_%t_log.%s",
                 ).write(folder)
                 if self.request.executor == "slurm":
                     ownership.hand_over(job.job_id)
         return jobs
 
     @property
-    def _files(self) -> Path:
+    def files(self) -> Path:
+        """Where submitit keeps its files."""
         return self.folder / "submitit"
 
     def _remove_made(self, folders: Sequence[RunFolder]) -> None:
         """Remove what :meth:`submit` made; files that somebody else has put there stay."""
-        shutil.rmtree(self._files, ignore_errors=True)
+        shutil.rmtree(self.files, ignore_errors=True)
         made = [path for folder in folders for path in (folder.logs, folder.checkpoints)]
         for path in (*made, *(folder.path for folder in folders), self.folder):
             with suppress(OSError):
@@ -208,10 +208,6 @@ def _tell() -> None:
         os.write(2, b"\noialr: the job is being submitted; oialr cancel ends it, Ctrl-C again: end at once\n")
 
 
-def _executors() -> Any:
-    """The module that needs submitit."""
+def _require_submitit() -> None:
     if find_spec("submitit") is None:
         raise MissingExtraError("submitit", "slurm", purpose="Submitting a run")
-    from hpc_oialr.launch import executors
-
-    return executors

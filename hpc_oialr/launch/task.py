@@ -69,8 +69,6 @@ def at_local_limit(elapsed_s: float, environ: Mapping[str, str] | None = None) -
 
     The controller then starts the tasks again, five times at most, if one of them exits with submitit's code for that.
 
-    Examples
-    --------
     >>> limit = {"SUBMITIT_LOCAL_TIMEOUT_S": "600", "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "120"}
     >>> at_local_limit(100.0, limit), at_local_limit(481.0, limit), at_local_limit(481.0, {})
     (False, True, False)

@@ -97,15 +97,20 @@ def test_a_port_in_use(context, taken_port, wide_range):
     assert finding.found == f"{taken_port} is in use on node1"
     assert finding.fix.startswith("unset MASTER_PORT")
     (other,) = network.check_port(context(TORCHRUN | {"MASTER_PORT": str(taken_port), "RANK": "1"}))
-    assert other.state == "ok", "only process 0 listens"
+    assert other.state == "ok", "only rank 0 listens"
 
 
-def test_the_projects_own_port_in_use(context, monkeypatch):
-    place = context(STEP).place
-    monkeypatch.setattr(network, "in_use", lambda port: port == place.master_port)
+def test_ports_of_the_project_in_use(context, monkeypatch):
+    """Runs take the next of their own ports, so only all of them together are a problem."""
+    first, *spare = context(STEP).place.ports
+    monkeypatch.setattr(network, "in_use", lambda port: port == first)
     (finding,) = network.check_port(context(STEP))
+    assert (finding.state, finding.found) == ("ok", f"{spare[0]} is free")
+    monkeypatch.setattr(network, "in_use", lambda port: True)
+    (finding,) = network.check_port(context(STEP | {"SLURMD_NODENAME": "node1"}))
     assert finding.state == "problem"
-    assert finding.fix == "export MASTER_PORT=19999"
+    assert finding.found.startswith(f"{first}, {spare[0]}, ")
+    assert finding.fix.startswith("export MASTER_PORT=PORT   (one that is free on node1")
 
 
 def test_a_port_that_the_system_hands_out(context):

@@ -327,8 +327,6 @@ def test_a_folder_with_another_run(slurm, recipe, tmp_path):
 
 def test_submitit_is_missing(slurm, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    monkeypatch.delitem(sys.modules, "hpc_oialr.launch.executors", raising=False)
-    monkeypatch.delattr(hpc_oialr.launch, "executors", raising=False)
     with pytest.raises(
         MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"
     ):
