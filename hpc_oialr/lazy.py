@@ -13,13 +13,18 @@ from types import ModuleType
 from typing import Any
 
 
+def imports_for_types(file: str | None) -> dict[str, str]:
+    """Names that a module imports under ``if TYPE_CHECKING``, each with its home."""
+    tree = ast.parse(Path(str(file)).read_text(encoding="utf-8"))
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
 def offer(package: str) -> None:
     """Let a package offer, on demand, what its ``__init__.py`` imports under ``if TYPE_CHECKING``; call it there."""
     module = sys.modules[package]
-    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    blocks = [node for node in tree.body if isinstance(node, ast.If)]
-    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    module.__dict__["_homes"] = {alias.name: node.module for node in imports for alias in node.names}
+    module.__dict__["_homes"] = imports_for_types(module.__file__)
     module.__class__ = _Package
 
 

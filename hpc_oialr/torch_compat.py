@@ -1,9 +1,9 @@
 """Every private name of torch that the package uses, each looked up when it is first needed.
 
 Private names move between versions. ``import hpc_oialr`` and training on one process or under
-``DistributedDataParallel`` need none of those listed in ``_HOMES``: without one of them only the engine or command
-built on it fails, before any work is done. Attributes of torch's own objects are read in ``engines/ddp_wrapper.py``
-and ``engines/fsdp.py``.
+``DistributedDataParallel`` need none of those imported under ``TYPE_CHECKING``: without one of them only the engine or
+command built on it fails, before any work is done. Attributes of torch's own objects are read in
+``engines/ddp_wrapper.py`` and ``engines/fsdp.py``.
 """
 
 from __future__ import annotations
@@ -22,44 +22,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import register_flop_formula
 
 from hpc_oialr.errors import TorchVersionError
+from hpc_oialr.lazy import imports_for_types
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "CollectiveOp",
-    "FSDPParam",
-    "FakeStore",
-    "FakeTensorMode",
-    "ParamModuleInfo",
-    "TorchDispatchMode",
-    "collective_ops",
-    "sync_ops",
-    "tree_leaves",
-]
+    "CollectiveOp", "FSDPParam", "FakeStore", "FakeTensorMode", "ParamModuleInfo", "TorchDispatchMode",
+    "_clear_sharding_prop_cache", "_gen_transform_infos", "clear_redistribute_planner_cache", "collective_ops",
+    "sync_ops", "tree_leaves",
+]  # fmt: skip
 
 # Oldest and newest torch that the tests have run with.
 TESTED = "2.11 to 2.14"
 
-_HOMES = {
-    "CollectiveOp": "torch.distributed._tools.fake_collectives",
-    "FSDPParam": "torch.distributed.fsdp._fully_shard._fsdp_param",
-    "FakeStore": "torch.testing._internal.distributed.fake_pg",
-    "FakeTensorMode": "torch._subclasses.fake_tensor",
-    "ParamModuleInfo": "torch.distributed.fsdp._fully_shard._fsdp_param",
-    "TorchDispatchMode": "torch.utils._python_dispatch",
-    "_clear_sharding_prop_cache": "torch.distributed.tensor.debug",
-    "_gen_transform_infos": "torch.distributed.tensor._redistribute",
-    "clear_redistribute_planner_cache": "torch.distributed.tensor._redistribute",
-    "collective_ops": "torch.distributed._tools.fake_collectives",
-    "sync_ops": "torch.distributed._tools.fake_collectives",
-    "tree_leaves": "torch.utils._pytree",
-}
+_HOMES = imports_for_types(__file__)
 _OF_DTENSORS = (
     "FakeTensorMode",
     "_clear_sharding_prop_cache",
@@ -103,20 +87,15 @@ def forget_shapes() -> None:
 
     They gain a hundred objects a layer at each change of r that are never used again; refilling takes milliseconds.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
-
     forget_groups()
-    clear_redistribute_planner_cache()
-    _gen_transform_infos.cache_clear()
-    FakeTensorMode.cache_clear()
+    _find("clear_redistribute_planner_cache")()
+    _find("_gen_transform_infos").cache_clear()
+    _find("FakeTensorMode").cache_clear()
 
 
 def forget_groups() -> None:
     """Clear the cache that refers to process groups, and would keep them alive."""
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
+    _find("_clear_sharding_prop_cache")()
 
 
 def fsdp_param_groups(module: nn.Module) -> list[Any]:

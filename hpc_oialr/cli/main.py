@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from hpc_oialr import __version__, exit_codes
-from hpc_oialr.cli import (
-    command_analyze,
-    command_cancel,
-    command_compare,
-    command_data,
-    command_doctor,
-    command_export,
-    command_info,
-    command_jobs,
-    command_logs,
-    command_plan,
-    command_recipes,
-    command_report,
-    command_resume,
-    command_spectra,
-    command_submit,
-    command_train,
-)
 from hpc_oialr.cli.console import show_error, show_warnings
 from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.mpi import leave_mpi
@@ -35,25 +18,11 @@ from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.streams import tolerate_output_failures
 from hpc_oialr.system_errors import of_system
 
+# In the order of the help; each in its command_NAME.py.
 COMMANDS = (
-    command_train,
-    command_compare,
-    command_recipes,
-    command_data,
-    command_resume,
-    command_export,
-    command_spectra,
-    command_report,
-    command_analyze,
-    command_info,
-    command_plan,
-    command_doctor,
-    command_submit,
-    command_jobs,
-    command_logs,
-    command_cancel,
+    *("train", "compare", "recipes", "data", "resume", "export", "spectra", "report", "analyze"),
+    *("info", "plan", "doctor", "submit", "jobs", "logs", "cancel"),
 )
-
 _ENDING = ("INT", "TERM", "HUP")
 
 EXAMPLES = """examples:
@@ -75,8 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hpc_oialr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    for name in COMMANDS:
+        importlib.import_module(f"hpc_oialr.cli.command_{name}").add(commands)
     return parser
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import DDP, EngineConfig, SingleEngine
+from hpc_oialr.engines import DDP, EngineConfig, Single, SingleEngine
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_tensors
@@ -24,15 +24,7 @@ from hpc_oialr.plan.step_cost import (
     svd_seconds,
 )
 from hpc_oialr.plan.trace_step import Step, StepTraces, trace_event, traced_context
-from hpc_oialr.plan.workload import (
-    Deployment,
-    Workload,
-    all_engines,
-    data_processes,
-    incompatibility,
-    is_sharded,
-    label,
-)
+from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
 
 MB = 1e6
 # Of the phases that are looked at closely, which an event begins in.
@@ -68,8 +60,8 @@ class Planner:
         """Prefer measured steps to counted operations, and take SVDs to be as fast as a measured conversion."""
         self.measured = measured
         if measured.conversion_s:
-            conversion, alone = self.first_events["conversion"], Deployment(1, 1, 1)
-            expected_s = svd_seconds(conversion, self.shapes, alone, self.machine, sharded=False)
+            conversion, alone = self.first_events["conversion"], Deployment(Single(), 1, 1)
+            expected_s = svd_seconds(conversion, self.shapes, alone, self.machine)
             speed = self.machine.svd_flops * expected_s / measured.conversion_s
             self.machine = replace(self.machine, svd_flops=speed)
 
@@ -120,8 +112,8 @@ class Planner:
     def deployment(self, nodes: int, per_node: int, engine: EngineConfig) -> Deployment:
         """So many processes, each with its share of the batch."""
         batch = self.workload.config.train.global_batch
-        groups = data_processes(engine, per_node if self.weak else nodes * per_node)
-        return Deployment(nodes, per_node, max(1, batch // max(1, groups)))
+        groups = Deployment(engine, 1 if self.weak else nodes, per_node).groups
+        return Deployment(engine, nodes, per_node, max(1, batch // max(1, groups)))
 
     def rows(
         self, nodes: Sequence[int], per_node: int, engine: EngineConfig, *, advise: bool = True
@@ -135,7 +127,7 @@ class Planner:
         config, found = self.workload.config, []
         deployments = {count: self.deployment(count, per_node, engine) for count in nodes}
         for count, d in deployments.items():
-            batch = d.batch * data_processes(engine, d.processes) if self.weak else config.train.global_batch
+            batch = d.batch * d.groups if self.weak else config.train.global_batch
             row: dict[str, Any] = {
                 "engine": label(engine),
                 "nodes": count,
@@ -144,24 +136,22 @@ class Planner:
                 "global_batch": batch,
             }
             accumulation, optimizer = config.train.accumulation, type(config.optimizer).__name__
-            reason = incompatibility(
-                engine, d.processes, batch, accumulation=accumulation, optimizer=optimizer
-            )
+            reason = d.incompatibility(batch, accumulation=accumulation, optimizer=optimizer)
             found.append(row if reason is None else {**row, "fits": False, "advice": reason})
         possible = [deployments[row["nodes"]] for row in found if "fits" not in row]
-        steps = {name: self._traces.steps(engine, possible, phase.r) for name, phase in self.stages.items()}
+        steps = {name: self._traces.steps(possible, phase.r) for name, phase in self.stages.items()}
         for row in found:
             if "fits" in row:
                 continue
             d = deployments[row["nodes"]]
-            row |= self._figures(d, engine, row["global_batch"], {name: s[d] for name, s in steps.items()})
+            row |= self._figures(d, row["global_batch"], {name: s[d] for name, s in steps.items()})
             row["fits"] = row["peak_gib"] <= self.memory_gib
-            row["advice"] = self.advice(engine, d, nodes) if advise and not row["fits"] else ""
+            row["advice"] = self.advice(d, nodes) if advise and not row["fits"] else ""
         return found
 
-    def advice(self, engine: EngineConfig, d: Deployment, nodes: Sequence[int]) -> str:
+    def advice(self, d: Deployment, nodes: Sequence[int]) -> str:
         """For a run that does not fit: engines that do, on as many or on how many more nodes, or what to try."""
-        others = [other for other in all_engines(d.per_node) if label(other) != label(engine)]
+        others = [other for other in all_engines(d.per_node) if label(other) != label(d.engine)]
         for count in (d.nodes, *(n for n in sorted(nodes) if n > d.nodes)):
             tried = [self.rows([count], d.per_node, other, advise=False)[0] for other in others]
             good = [f"{row['engine']} ({row['peak_gib']:.2f} GiB)" for row in tried if row["fits"]]
@@ -174,15 +164,13 @@ class Planner:
             )
         return "no engine fits; try a smaller --train.global_batch or a larger --train.accumulation"
 
-    def _figures(
-        self, d: Deployment, engine: EngineConfig, global_batch: int, steps: Mapping[str, Step]
-    ) -> dict[str, Any]:
+    def _figures(self, d: Deployment, global_batch: int, steps: Mapping[str, Step]) -> dict[str, Any]:
         total = self.workload.with_train(global_batch=global_batch).total_steps
         figures: dict[str, Any] = {"steps": total}
         for name, step in steps.items():
-            memory, sent = footprint(step, engine, d.processes), messages(step, engine, d.processes)
+            memory, sent = footprint(step, d), messages(step, d)
             measured_s = self.measured.steps.get((name, d.batch)) if self.measured else None
-            compute_s, waiting_s = step_time(step, sent, engine, d, self.machine, measured_s)
+            compute_s, waiting_s = step_time(step, sent, d, self.machine, measured_s)
             of_step = {
                 "parameters_gib": memory.parameters / GIB,
                 "gradients_gib": memory.gradients / GIB,
@@ -197,15 +185,15 @@ class Planner:
             }
             figures |= {f"{name}_{key}": value for key, value in of_step.items()}
         for name, phase in self.first_events.items():
-            svd_s, waiting_s, sent_bytes = self._event(phase, d, engine)
+            svd_s, waiting_s, sent_bytes = self._event(phase, d)
             figures |= {
-                f"{name}_peak_gib": self._event_peak(phase, steps[BEFORE[name]], d, engine) / GIB,
+                f"{name}_peak_gib": self._event_peak(phase, steps[BEFORE[name]], d) / GIB,
                 f"{name}_s": svd_s + waiting_s,
                 f"{name}_svd_s": svd_s,
                 f"{name}_sent_mb": sent_bytes / MB,
             }
         run = self.phases(total)
-        events_s = sum(sum(self._event(phase, d, engine)[:2]) for phase in run[1:])
+        events_s = sum(sum(self._event(phase, d)[:2]) for phase in run[1:])
         basis = "measured steps" if self.measured else f"{self.machine.speeds.partition(':')[0]} speeds"
         return {
             **figures,
@@ -216,25 +204,24 @@ class Planner:
             "events_s": events_s,
         }
 
-    def _event(self, phase: Phase, d: Deployment, engine: EngineConfig) -> tuple[float, float, float]:
+    def _event(self, phase: Phase, d: Deployment) -> tuple[float, float, float]:
         """Seconds of SVDs and of messages, and bytes sent."""
         sent = event_messages(phase, self.shapes, d.processes)
-        sharded = is_sharded(engine, d.processes)
-        svd_s = svd_seconds(phase, self.shapes, d, self.machine, sharded=sharded)
+        svd_s = svd_seconds(phase, self.shapes, d, self.machine)
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
-    def _event_peak(self, phase: Phase, before: Step, d: Deployment, engine: EngineConfig) -> float:
+    def _event_peak(self, phase: Phase, before: Step, d: Deployment) -> float:
         """From what one process alone holds during the event, by what the engine holds between steps."""
-        memory = footprint(before, engine, d.processes)
+        memory = footprint(before, d)
         resident = memory.resident
-        if memory.gradients and isinstance(engine, DDP):
+        if memory.gradients and isinstance(d.engine, DDP):
             # New buckets are made before the old ones are freed.
             resident += memory.gradients
             for name, r in phase.before.items():
                 shape = self.shapes[name]
                 trained = shape.m * shape.n if phase.event == "conversion" else r * r
                 resident -= 4.0 * (trained - phase.r[name] ** 2)
-        if is_sharded(engine, d.processes):
+        if d.sharded:
             return resident + sharded_event_bytes(self.shapes, phase, d.processes)
         # More processes than layers have no more results alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
@@ -242,7 +229,7 @@ class Planner:
             self._event_peaks[key] = trace_event(
                 self.workload, phase, self.rule, processes=key[0], held=key[1]
             )
-        return self._event_peaks[key] + resident - footprint(before, engine, 1).resident
+        return self._event_peaks[key] + resident - footprint(before, Deployment(d.engine, 1, 1)).resident
 
     def _step_s(self, phase: Phase, figures: Mapping[str, float]) -> float:
         """Of a step of any phase: between "converted" and "end", by the operations of the low-rank layers."""

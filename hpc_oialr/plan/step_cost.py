@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, TensorParallel
+from hpc_oialr.engines import DDP, DeepSpeed, TensorParallel
 from hpc_oialr.engines.ddp import bucket_mb
 from hpc_oialr.engines.deepspeed_json import BUFFERS_IN_MODEL, LIVE_PARTS_IN_MODEL
 from hpc_oialr.linalg.work_plan import LayerWork, svd_cost, svd_rounds
@@ -50,16 +50,16 @@ class Footprint:
         return self.resident + self.activations
 
 
-def footprint(step: Step, engine: EngineConfig, processes: int) -> Footprint:
-    """What one of ``processes`` holds in a step of :func:`hpc_oialr.plan.trace_step.trace_step`.
+def footprint(step: Step, d: Deployment) -> Footprint:
+    """What one process holds in a step of :func:`hpc_oialr.plan.trace_step.trace_step`.
 
     DDP: all that one process alone holds, with every gradient in a bucket at all times. ZeRO: a formula of its
     partitions, around the activations of the bare module.
     """
-    model = step.resident
+    model, engine = step.resident, d.engine
     parameters = model.trained + model.frozen + model.buffers
     alone = max(_highest(step.passes, 1.0), _highest(step.update, 1.0))
-    if processes == 1 or not isinstance(engine, (DDP, DeepSpeed)):
+    if d.processes == 1 or not isinstance(engine, (DDP, DeepSpeed)):
         return Footprint(parameters, model.state, 0.0, alone)
     if isinstance(engine, DDP):
         in_buckets = max(_highest(step.passes, 0.0), _highest(step.update, 0.0))
@@ -69,7 +69,7 @@ def footprint(step: Step, engine: EngineConfig, processes: int) -> Footprint:
     # and 2 hold those in fp32 too. They, moments and gradients are sharded, and gradients travel through a buffer;
     # stage 3 also shards parameters, except those gathered at the moment. The optimizer steps each process's
     # part as one flat parameter.
-    share, width = 1.0 / processes, 0.5 if step.half else 1.0
+    share, width = 1.0 / d.processes, 0.5 if step.half else 1.0
     module, gradients = width * (model.trained + model.frozen), width * share * model.trained
     state, masters = share * model.state, share * model.trained
     buffer = width * model.trained / BUFFERS_IN_MODEL
@@ -107,15 +107,15 @@ def sharded_event_bytes(shapes: Mapping[str, LayerShape], phase: Phase, processe
 # -- messages ------------------------------------------------------------------------------------------
 
 
-def messages(step: Step, engine: EngineConfig, processes: int) -> list[Message]:
+def messages(step: Step, d: Deployment) -> list[Message]:
     """All messages of a step.
 
     DDP: every gradient once, in buckets, and the model's buffers. ZeRO 1 and 2: every gradient is reduced and
     scattered, every trained parameter gathered; ZeRO 3 gathers every parameter twice.
     """
+    engine, processes, resident = d.engine, d.processes, step.resident
     if processes == 1:
         return []
-    resident = step.resident
     if isinstance(engine, DDP):
         sent = [Message("broadcast", resident.buffers, processes)] if resident.buffers else []
         left = resident.trained
@@ -155,7 +155,6 @@ def event_messages(phase: Phase, shapes: Mapping[str, LayerShape], processes: in
 def step_time(
     step: Step,
     sent: Sequence[Message],
-    engine: EngineConfig,
     d: Deployment,
     machine: Machine,
     measured_s: float | None = None,
@@ -171,7 +170,7 @@ def step_time(
     else:
         passes_s = compute_s = measured_s * machine.slowdown(d.per_node)
     # Activations of tensor parallelism must arrive before the next layer; gradients may be sent meanwhile.
-    tensor = engine.size if isinstance(engine, TensorParallel) else 0
+    tensor = d.engine.size if isinstance(d.engine, TensorParallel) else 0
     blocking = [m for m in sent if tensor and m.stride == 1 and m.processes == tensor]
     beside_s = machine.messages_s([m for m in sent if m not in blocking], d.per_node)
     hidden_s = machine.overlap * BACKWARD_SHARE * passes_s
@@ -185,18 +184,16 @@ def _counted_s(trace: Trace, machine: Machine, d: Deployment) -> float:
     return max(busy_s, len(trace.live) * machine.launch_s)
 
 
-def svd_seconds(
-    phase: Phase, shapes: Mapping[str, LayerShape], d: Deployment, machine: Machine, *, sharded: bool
-) -> float:
+def svd_seconds(phase: Phase, shapes: Mapping[str, LayerShape], d: Deployment, machine: Machine) -> float:
     """Time of an event's SVDs, until the last process has finished.
 
-    ``sharded``: at the conversion all processes work on each weight, one after another (TSQR). Otherwise, and for the
-    r x r matrices of an update, SVDs are distributed by cost.
+    At the conversion of sharded weights all processes work on one after another (TSQR). All other SVDs are distributed
+    by cost.
     """
     sizes = [(r, r) for r in phase.before.values()]
     if phase.event == "conversion":
         sizes = [(shapes[name].m, shapes[name].n) for name in phase.before]
-    if sharded and phase.event == "conversion":
+    if d.sharded and phase.event == "conversion":
         flops = sum(svd_cost(m, n, d.processes) for m, n in sizes)
     else:
         rounds = svd_rounds([LayerWork("", m, n) for m, n in sizes], d.processes)

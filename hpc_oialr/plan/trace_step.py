@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from hpc_oialr.engines import DDP, DeepSpeed, EngineConfig, FSDPEngine, SingleEngine, TensorEngine
+from hpc_oialr.engines import FSDPEngine, SingleEngine, TensorEngine
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.rules import RankRule
@@ -51,25 +51,18 @@ class Step:
         return float(sum(self.passes.flops.values()) + sum(self.update.flops.values()))
 
 
-def trace_step(
-    workload: Workload, engine: EngineConfig, *, processes: int, batch: int, r: Mapping[str, int]
-) -> Step:
-    """One step of rank 0, which has the most of everything, with ``batch`` samples.
-
-    ``DDP`` and ``DeepSpeed`` work on real tensors only; for them it is the step of the bare module. ``r`` of every
-    low-rank layer; empty: all layers are dense.
-    """
-    bare = isinstance(engine, (DDP, DeepSpeed))
-    with fake_world(0, 1 if bare else processes) as world:
-        built = engine.build(world, workload.config.train.precision)
+def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int]) -> Step:
+    """One step of rank 0, which has the most of everything; ``r`` of every low-rank layer, none if all are dense."""
+    with fake_world(0, 1 if d.bare else d.processes) as world:
+        built = d.engine.build(world, workload.config.train.precision)
         with fake_tensors():
-            context = traced_context(workload, built, batch=batch, r=r)
+            context = traced_context(workload, built, batch=d.batch, r=r)
             context.module.train()
             resizing = isinstance(context.engine, FSDPEngine)
             forward = Tracer(resident_tensors(context.module, context.optimizer), resizing=resizing)
             with _gradients_noted(context, forward), forward:
                 # Made here, so that it counts: on a GPU it is copied there in each step.
-                samples = workload.batch(batch)
+                samples = workload.batch(d.batch)
                 forward_backward(context, samples, 0)
             # The optimizer makes its state in its first update; the second one is like all others.
             _update(context)
@@ -174,17 +167,15 @@ class StepTraces:
         self.workload = workload
         self._cache: dict[tuple[str, int, int, tuple[int, ...]], Step] = {}
 
-    def steps(
-        self, engine: EngineConfig, deployments: Sequence[Deployment], r: Mapping[str, int]
-    ) -> dict[Deployment, Step]:
-        """A step of every deployment; the smallest and the largest are traced, those between interpolated.
+    def steps(self, deployments: Sequence[Deployment], r: Mapping[str, int]) -> dict[Deployment, Step]:
+        """A step of every deployment of one engine; the smallest and the largest are traced, those between interpolated.
 
         Where the operations of two differ, because layers compute in another way with fewer tokens or groups have
         one member only, the one in the middle is traced too.
         """
         many = sorted({d for d in deployments if d.processes > 1}, key=lambda d: (1.0 / d.processes, d.batch))
         ends = {*many[:1], *many[-1:], *(d for d in deployments if d.processes == 1)}
-        found = {d: self._traced(engine, d, r) for d in ends}
+        found = {d: self._traced(d, r) for d in ends}
         pending = [many]
         while pending:
             row = pending.pop()
@@ -193,18 +184,17 @@ class StepTraces:
             low, high = row[0], row[-1]
             if _operations(found[low]) == _operations(found[high]):
                 for d in row[1:-1]:
-                    found[d] = _between(found[low], found[high], _weight(engine, low, d, high), d)
+                    found[d] = _between(found[low], found[high], _weight(low, d, high), d)
                 continue
             at = len(row) // 2
-            found[row[at]] = self._traced(engine, row[at], r)
+            found[row[at]] = self._traced(row[at], r)
             pending += [row[: at + 1], row[at:]]
         return found
 
-    def _traced(self, engine: EngineConfig, d: Deployment, r: Mapping[str, int]) -> Step:
-        bare = d.processes == 1 or isinstance(engine, (DDP, DeepSpeed))
-        key = ("" if bare else repr(engine), 1 if bare else d.processes, d.batch, tuple(r.values()))
+    def _traced(self, d: Deployment, r: Mapping[str, int]) -> Step:
+        key = ("" if d.bare else repr(d.engine), 1 if d.bare else d.processes, d.batch, tuple(r.values()))
         if key not in self._cache:
-            self._cache[key] = trace_step(self.workload, engine, processes=d.processes, batch=d.batch, r=r)
+            self._cache[key] = trace_step(self.workload, d, r)
         return self._cache[key]
 
 
@@ -213,9 +203,9 @@ def _operations(step: Step) -> list[object]:
     return [(len(t.live), [(m.collective, m.stride > 1) for m in t.messages]) for t in traces]
 
 
-def _weight(engine: EngineConfig, low: Deployment, d: Deployment, high: Deployment) -> float:
+def _weight(low: Deployment, d: Deployment, high: Deployment) -> float:
     """Where ``d`` lies between two others: 0 at ``low``, 1 at ``high``."""
-    if isinstance(engine, (DDP, DeepSpeed)) and low.batch != high.batch:
+    if d.bare and low.batch != high.batch:
         return (d.batch - low.batch) / (high.batch - low.batch)
     return (1 / d.processes - 1 / low.processes) / (1 / high.processes - 1 / low.processes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -151,45 +151,50 @@ class _FakeData(ArrayDataset):
 
 @dataclass(frozen=True)
 class Deployment:
-    """Nodes, processes on each, and samples per process and step."""
+    """Processes on nodes under an engine, and samples per process and step."""
 
+    engine: EngineConfig = field(hash=False)  # mutable settings
     nodes: int
     per_node: int
-    batch: int
+    batch: int = 1
 
     @property
     def processes(self) -> int:
         """In all."""
         return self.nodes * self.per_node
 
+    @property
+    def groups(self) -> int:
+        """Processes, or groups of them that share samples, over which a global batch is distributed."""
+        if isinstance(self.engine, TensorParallel) and self.processes > 1:
+            return self.processes // self.engine.size
+        return self.processes
 
-def data_processes(engine: EngineConfig, processes: int) -> int:
-    """Processes, or groups of them that share samples, over which a global batch is distributed."""
-    return processes // engine.size if isinstance(engine, TensorParallel) and processes > 1 else processes
+    @property
+    def sharded(self) -> bool:
+        """Whether the method's matrices are sharded, so that several processes share each SVD."""
+        return isinstance(self.engine, (FSDP, TensorParallel)) and self.processes > 1
 
+    @property
+    def bare(self) -> bool:
+        """Whether a step is traced without the engine: DDP and DeepSpeed work on real tensors only."""
+        return self.processes == 1 or isinstance(self.engine, (DDP, DeepSpeed))
 
-def is_sharded(engine: EngineConfig, processes: int) -> bool:
-    """Whether the method's matrices are sharded, so that several processes share each SVD."""
-    return isinstance(engine, (FSDP, TensorParallel)) and processes > 1
-
-
-def incompatibility(
-    engine: EngineConfig, processes: int, global_batch: int, *, accumulation: int, optimizer: str
-) -> str | None:
-    """Why an engine cannot work with so many processes and this batch, or None."""
-    if processes == 1:
+    def incompatibility(self, global_batch: int, *, accumulation: int, optimizer: str) -> str | None:
+        """Why the engine cannot work with so many processes and this batch, or None."""
+        engine, groups = self.engine, self.groups
+        if self.processes == 1:
+            return None
+        if isinstance(engine, Single):
+            return "Single is for one process"
+        if isinstance(engine, TensorParallel) and self.processes % engine.size:
+            return f"TensorParallel needs a multiple of {engine.size} processes"
+        if isinstance(engine, DeepSpeed) and optimizer == "MuonAdamW":
+            return "ZeRO cuts matrices into flat pieces, which Muon cannot step"
+        if global_batch % groups or (global_batch // groups) % accumulation:
+            nearest = max(1, round(global_batch / (groups * accumulation))) * groups * accumulation
+            return f"{global_batch} samples cannot be distributed over {groups} processes; {nearest} can, or take --weak"
         return None
-    if isinstance(engine, Single):
-        return "Single is for one process"
-    if isinstance(engine, TensorParallel) and processes % engine.size:
-        return f"TensorParallel needs a multiple of {engine.size} processes"
-    if isinstance(engine, DeepSpeed) and optimizer == "MuonAdamW":
-        return "ZeRO cuts matrices into flat pieces, which Muon cannot step"
-    groups = data_processes(engine, processes)
-    if global_batch % groups or (global_batch // groups) % accumulation:
-        nearest = max(1, round(global_batch / (groups * accumulation))) * groups * accumulation
-        return f"{global_batch} samples cannot be distributed over {groups} processes; {nearest} can, or take --weak"
-    return None
 
 
 def label(engine: EngineConfig) -> str:

@@ -94,7 +94,7 @@ def test_info(capsys):
     assert "torch" in json.loads(run(capsys, "info", "--json")[1])["packages"]
 
 
-@pytest.mark.parametrize("command", [module.__name__.rpartition("_")[2] for module in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

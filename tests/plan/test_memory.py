@@ -22,15 +22,15 @@ from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.step_cost import footprint, sharded_event_bytes
 from hpc_oialr.plan.trace_step import Resident, Step, trace_step
 from hpc_oialr.plan.tracer import Trace
-from hpc_oialr.plan.workload import TensorSpec, Workload
+from hpc_oialr.plan.workload import Deployment, TensorSpec, Workload
 from hpc_oialr.record import MemoryMeter
 from hpc_oialr.train.load_config import load_config
 
 
 def test_weights_gradients_and_moments_of_one_process():
     """Two weights of 1 MiB: each once, two moments, a gradient; activations are small."""
-    step = trace_step(two_layers(512, 1), DDP(), processes=1, batch=1, r={})
-    found = footprint(step, DDP(), 1)
+    step = trace_step(two_layers(512, 1), Deployment(DDP(), 1, 1, 1), {})
+    found = footprint(step, Deployment(DDP(), 1, 1))
     assert found.parameters == 2 * MIB
     assert found.state == 4 * MIB + 8, "two moments and a counter each"
     assert found.peak / MIB == pytest.approx(8.0, abs=0.02)
@@ -38,23 +38,23 @@ def test_weights_gradients_and_moments_of_one_process():
 
 def test_buckets_of_ddp_are_always_there():
     """A bucket for both gradients, and one gradient on its way into it."""
-    step = trace_step(two_layers(512, 1), DDP(), processes=4, batch=1, r={})
-    assert footprint(step, DDP(), 4).peak / MIB == pytest.approx(2 + 4 + 2 + 1, abs=0.02)
+    step = trace_step(two_layers(512, 1), Deployment(DDP(), 4, 1, 1), {})
+    assert footprint(step, Deployment(DDP(), 4, 1)).peak / MIB == pytest.approx(2 + 4 + 2 + 1, abs=0.02)
     apart = DDP(gradient_as_bucket_view=False)
-    assert footprint(step, apart, 4).peak / MIB == pytest.approx(2 + 4 + 2 + 2, abs=0.02)
+    assert footprint(step, Deployment(apart, 4, 1)).peak / MIB == pytest.approx(2 + 4 + 2 + 2, abs=0.02)
 
 
 def test_activations_of_a_large_batch():
     """At most four: the batch, what ReLU gave, the gradient behind it, the gradient before it."""
     batch, width = 1 << 15, 8
-    step = trace_step(two_layers(width, batch), DDP(), processes=1, batch=batch, r={})
-    assert footprint(step, DDP(), 1).activations / MIB == pytest.approx(4.0, abs=0.01)
+    step = trace_step(two_layers(width, batch), Deployment(DDP(), 1, 1, batch), {})
+    assert footprint(step, Deployment(DDP(), 1, 1)).activations / MIB == pytest.approx(4.0, abs=0.01)
 
 
 def test_shards_of_fsdp():
     """Between steps a quarter of everything."""
-    step = trace_step(two_layers(512, 1), FSDP(), processes=4, batch=1, r={})
-    found = footprint(step, FSDP(), 4)
+    step = trace_step(two_layers(512, 1), Deployment(FSDP(), 4, 1, 1), {})
+    found = footprint(step, Deployment(FSDP(), 4, 1))
     assert found.parameters == 2 * MIB // 4
     assert found.state == pytest.approx(MIB, abs=64)
 
@@ -91,8 +91,8 @@ def test_a_step_as_measured(recipe, engine, processes, precision, resident, peak
     tokens = TensorSpec((64,), torch.int64)
     config = replace(config, model=model, train=train)
     workload = Workload(config, {"input_ids": tokens, "labels": tokens}, samples=8)
-    step = trace_step(workload, engine, processes=processes, batch=2, r={})
-    found = footprint(step, engine, processes)
+    d = Deployment(engine, processes, 1, batch=2)
+    found = footprint(trace_step(workload, d, {}), d)
     assert found.peak / MIB == pytest.approx(peak, rel=0.07)
     if resident is not None:
         assert found.resident / MIB == pytest.approx(resident, rel=0.02)
@@ -102,7 +102,7 @@ def test_one_process_needs_no_engine():
     """100 bytes trained, 60 frozen, 4 of buffers, 200 of moments; 30 live, then 40 of which 25 are gradients."""
     passes = Trace(live=[30.0, 40.0], gradients=[0.0, 25.0])
     step = Step(Resident(100, 60, 4, 200, 50), passes, Trace(live=[35.0], gradients=[35.0]))
-    found = footprint(step, DeepSpeed(stage=3), 1)
+    found = footprint(step, Deployment(DeepSpeed(stage=3), 1, 1))
     assert (found.resident, found.peak) == (364, 364 + 40)
 
 

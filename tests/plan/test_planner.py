@@ -13,7 +13,7 @@ from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_cost import messages
 from hpc_oialr.plan.trace_step import Resident, Step, StepTraces, trace_step
 from hpc_oialr.plan.tracer import Trace
-from hpc_oialr.plan.workload import Deployment, all_engines, data_processes, incompatibility
+from hpc_oialr.plan.workload import Deployment, all_engines
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,11 @@ def rows(planner):
 
 def test_an_interpolated_step_is_as_if_traced(workload):
     """By the batch under DDP, and by one over the processes under FSDP."""
-    for engine, deployments in (
-        (DDP(), [Deployment(8, 1, 1), Deployment(4, 1, 2), Deployment(1, 2, 4)]),
-        (FSDP(), [Deployment(8, 1, 1), Deployment(4, 1, 2), Deployment(2, 1, 4)]),
-    ):
-        found = StepTraces(workload).steps(engine, deployments, {})[deployments[1]]
-        true = trace_step(workload, engine, processes=4, batch=2, r={})
+    for engine in (DDP(), FSDP()):
+        sizes = [(8, 1, 1), (4, 1, 2), (1, 2, 4) if isinstance(engine, DDP) else (2, 1, 4)]
+        deployments = [Deployment(engine, *size) for size in sizes]
+        found = StepTraces(workload).steps(deployments, {})[deployments[1]]
+        true = trace_step(workload, deployments[1], {})
         assert found.resident.trained == pytest.approx(true.resident.trained, rel=1e-2)
         assert found.resident.state == pytest.approx(true.resident.state, rel=1e-2)
         assert max(found.passes.live) == pytest.approx(max(true.passes.live), rel=1e-2)
@@ -65,17 +64,17 @@ def test_an_event_sends_its_factors(rows):
 
 
 def test_buckets_of_ddp(workload):
-    step = trace_step(workload, DDP(), processes=2, batch=1, r={})
+    step = trace_step(workload, Deployment(DDP(), 2, 1, 1), {})
     third = step.resident.trained / 3
-    sent = messages(step, DDP(bucket_cap_mb=third / 1024**2), 2)
+    sent = messages(step, Deployment(DDP(bucket_cap_mb=third / 1024**2), 2, 1))
     sizes = [m.size for m in sent if m.collective == "all_reduce"]
     assert sizes[:3] == pytest.approx([third] * 3), "a size that the user has set"
     assert sum(sizes) == pytest.approx(step.resident.trained)
 
 
 def test_fsdp_gathers_twice_and_scatters_once(workload):
-    step = trace_step(workload, FSDP(), processes=2, batch=1, r={})
-    sent = messages(step, FSDP(), 2)
+    step = trace_step(workload, Deployment(FSDP(), 2, 1, 1), {})
+    sent = messages(step, Deployment(FSDP(), 2, 1))
     model = 2 * step.resident.trained
     gathered = sum(m.size for m in sent if m.collective == "all_gather")
     scattered = sum(m.size for m in sent if m.collective == "reduce_scatter")
@@ -87,9 +86,9 @@ def test_fsdp_gathers_twice_and_scatters_once(workload):
 def test_zero_sends_parameters_instead_of_gradients():
     """100 bytes trained, 60 frozen; each stage reduces and scatters gradients, and gathers parameters."""
     step = Step(Resident(100, 60, 4, 200, 50), Trace(), Trace())
-    sent = [[m.size for m in messages(step, DeepSpeed(stage=stage), 4)] for stage in (1, 2, 3)]
+    sent = [[m.size for m in messages(step, Deployment(DeepSpeed(stage=stage), 4, 1))] for stage in (1, 2, 3)]
     assert sent == [[100, 100], [100, 100], [100, 160, 160]]
-    half = messages(replace(step, half=True), DeepSpeed(stage=3), 4)
+    half = messages(replace(step, half=True), Deployment(DeepSpeed(stage=3), 4, 1))
     assert [m.size for m in half] == [50, 80, 80]
 
 
@@ -99,19 +98,16 @@ def test_batches_that_cannot_be_distributed_are_said(rows):
 
 
 def test_what_cannot_be():
-    how = {"accumulation": 1, "optimizer": "AdamW"}
-    assert incompatibility(DDP(), 16, 16, **how) is None
-    assert "12 can, or take --weak" in incompatibility(DDP(), 12, 16, **how)
-    assert "over 32 processes; 32 can" in incompatibility(FSDP(), 32, 16, **how)
-    assert (
-        incompatibility(TensorParallel(size=4), 6, 16, **how)
-        == "TensorParallel needs a multiple of 4 processes"
-    )
-    assert incompatibility(TensorParallel(size=4), 64, 16, **how) is None
-    assert data_processes(TensorParallel(size=4), 64) == 16
-    assert "which Muon cannot step" in incompatibility(
-        DeepSpeed(), 2, 16, **{**how, "optimizer": "MuonAdamW"}
-    )
+    def reason(engine, processes, optimizer="AdamW"):
+        return Deployment(engine, processes, 1).incompatibility(16, accumulation=1, optimizer=optimizer)
+
+    assert reason(DDP(), 16) is None
+    assert "12 can, or take --weak" in reason(DDP(), 12)
+    assert "over 32 processes; 32 can" in reason(FSDP(), 32)
+    assert reason(TensorParallel(size=4), 6) == "TensorParallel needs a multiple of 4 processes"
+    assert reason(TensorParallel(size=4), 64) is None
+    assert Deployment(TensorParallel(size=4), 64, 1).groups == 16
+    assert "which Muon cannot step" in reason(DeepSpeed(), 2, "MuonAdamW")
 
 
 def test_weak_scaling_keeps_the_batch_of_a_process(workload, machine):

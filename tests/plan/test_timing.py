@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_oialr.engines import DDP, TensorParallel
+from hpc_oialr.engines import DDP, FSDP, TensorParallel
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.plan import machine as presets
 from hpc_oialr.plan.machine import Link, Machine, this_machine
@@ -109,21 +109,21 @@ def counted_step() -> Step:
 
 
 def test_time_of_counted_operations():
-    one = Deployment(1, 1, 1)
-    assert step_time(counted_step(), [], DDP(), one, MACHINE) == (pytest.approx(0.6 + 2e-5), 0.0)
-    two = step_time(counted_step(), [], DDP(), Deployment(1, 2, 1), MACHINE)
+    one = Deployment(DDP(), 1, 1)
+    assert step_time(counted_step(), [], one, MACHINE) == (pytest.approx(0.6 + 2e-5), 0.0)
+    two = step_time(counted_step(), [], Deployment(DDP(), 1, 2), MACHINE)
     assert two[0] == pytest.approx(2 * 1.1 * 0.6 + 2e-5)
 
 
 def test_measured_steps_replace_counted_operations_and_hide_gradients():
     """Of 0.3 s two thirds are the backward pass; of 0.4 s of gradients half of that is hidden."""
-    d, gradients = Deployment(1, 2, 1), [Message("all_reduce", 0.4e9 - 2e4, 2)]
+    d, gradients = Deployment(DDP(), 1, 2), [Message("all_reduce", 0.4e9 - 2e4, 2)]
     machine = replace(MACHINE, sharing={}, cores=0)
-    assert step_time(counted_step(), gradients, DDP(), d, machine, 0.3) == (0.3, pytest.approx(0.4))
+    assert step_time(counted_step(), gradients, d, machine, 0.3) == (0.3, pytest.approx(0.4))
     overlapping = replace(machine, overlap=0.5)
-    assert step_time(counted_step(), gradients, DDP(), d, overlapping, 0.3)[1] == pytest.approx(0.3)
-    tensor = TensorParallel(size=2)
-    assert step_time(counted_step(), gradients, tensor, d, overlapping, 0.3)[1] == pytest.approx(0.4), (
+    assert step_time(counted_step(), gradients, d, overlapping, 0.3)[1] == pytest.approx(0.3)
+    tensor = Deployment(TensorParallel(size=2), 1, 2)
+    assert step_time(counted_step(), gradients, tensor, overlapping, 0.3)[1] == pytest.approx(0.4), (
         "activations are waited for"
     )
 
@@ -133,12 +133,12 @@ def test_svds_are_distributed():
     shapes = {name: LayerShape(name, 100, 100) for name in "ab"}
     conversion = Phase(1, 1, "conversion", {"a": 100, "b": 100}, {"a": 10, "b": 10})
     gpu = replace(MACHINE, cores=0)
-    times = [svd_seconds(conversion, shapes, Deployment(p, 1, 1), gpu, sharded=False) for p in (1, 2, 8)]
+    times = [svd_seconds(conversion, shapes, Deployment(DDP(), p, 1), gpu) for p in (1, 2, 8)]
     assert times == pytest.approx([2 * 26e6 / 1e10, 26e6 / 1e10, 26e6 / 1e10])
     update = Phase(2, 1, "update", {"b": 10}, {"a": 10, "b": 5})
-    assert svd_seconds(update, shapes, Deployment(8, 1, 1), gpu, sharded=True) == pytest.approx(26e3 / 1e10)
+    assert svd_seconds(update, shapes, Deployment(FSDP(), 8, 1), gpu) == pytest.approx(26e3 / 1e10)
     # Both together on all eight: an eighth of 6 k^3, and 20 k^3 twice (three levels of a tree).
-    together = svd_seconds(conversion, shapes, Deployment(8, 1, 1), gpu, sharded=True)
+    together = svd_seconds(conversion, shapes, Deployment(FSDP(), 8, 1), gpu)
     assert together == pytest.approx(2 * (6e6 / 8 + 40e6) / 1e10)
 
 
