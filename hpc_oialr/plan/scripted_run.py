@@ -68,7 +68,7 @@ class ScriptedRun:
     def train(self, samples: Batch) -> None:
         """Forward and backward pass, and the optimizer's step."""
         context = self.context
-        forward_backward(context, context.place(samples), self.steps)
+        forward_backward(context, samples, self.steps)
         trained = trained_parameters(context)
         context.engine.update(context.optimizer, context.scaler, trained, context.config.train.gradient_clip)
         self.steps += 1

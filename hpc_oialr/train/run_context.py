@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.data import Batch, GlobalBatches, Splits
+from hpc_oialr.data import GlobalBatches, Splits
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.lowrank import Selection, select
@@ -27,8 +27,6 @@ from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.schedules import LearningRates
 
 log = logging.getLogger(__name__)
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Dense:
@@ -107,19 +105,6 @@ class RunContext:
     def module(self) -> nn.Module:
         """The model without wrappers."""
         return self.controller.module
-
-    def autocast(self) -> torch.autocast:
-        """The run's precision for a forward pass: autocast to bf16 or fp16, no effect for the others."""
-        precision = self.config.train.precision
-        dtype = AUTOCAST.get(precision)
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def place(self, batch: Batch) -> Batch:
-        """A batch on the device, in float64 where the run is."""
-        moved = {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
-        if self.config.train.precision != "float64":
-            return moved
-        return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
 
     @torch.no_grad()
     def share_buffers(self) -> None:

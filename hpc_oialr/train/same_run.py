@@ -66,17 +66,14 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     Every setting is stored, defaults too: a name that is missing on one side, in a section that both have, came or
     went with a version of the program, and does not count.
     """
-    names = []
-    for name in {**there, **here}:
+
+    def differs(name: str) -> bool:
         if name in there and name in here:
-            same = there[name] == here[name]
-        else:
-            section = f"{name.rpartition('.')[0]}."
-            sides = (any(key.startswith(section) for key in side) for side in (there, here))
-            same = section != "." and all(sides)
-        if not same:
-            names.append(name)
-    return names
+            return bool(there[name] != here[name])
+        section = f"{name.rpartition('.')[0]}."
+        return section == "." or not all(any(k.startswith(section) for k in side) for side in (there, here))
+
+    return [name for name in {**there, **here} if differs(name)]
 
 
 def _others(names: list[str]) -> str:
@@ -96,26 +93,21 @@ def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> N
 
 def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
     """Raise :class:`CheckpointError` with the first setting that differs from those of a checkpoint's ``state``."""
-    known = state.get("settings")
-    then: Mapping[str, Any]
-    now: Mapping[str, Any]
-    if known is None:
-        # Of an older version, which stored the seed only.
-        then, now = {"train.seed": state["seed"]}, {"train.seed": settings["train.seed"]}
+    # Older versions stored the seed only.
+    known = state.get("settings") or {"values": {"train.seed": state["seed"]}}
+    then, now = known["values"], _shareable(settings)
+    if "settings" not in state:
+        now = {"train.seed": settings["train.seed"]}
     elif known["sha256"] == _sha256(settings):
         return
-    else:
-        then, now = known["values"], _shareable(settings)
     if names := differing(then, now):
         was, is_now = (repr(side[names[0]]) if names[0] in side else "not set" for side in (then, now))
         raise CheckpointError(
             f"{where} is of another run: {names[0]} was {was} then and is {is_now} now{_others(names)}. Put the "
             "value in config.yaml back, or take that file or checkpoint out of this folder."
         )
-    if only := sorted(set(then) ^ set(now)) if known is not None else []:
-        log.warning(
-            "%s was written by another version of the program, without or with: %s", where, ", ".join(only)
-        )
+    if only := ", ".join(sorted(set(then) ^ set(now))):
+        log.warning("%s was written by another version of the program, without or with: %s", where, only)
 
 
 def require_same_data(state: Mapping[str, Any], samples: Mapping[str, int], where: str) -> None:

@@ -34,6 +34,8 @@ from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 
 log = logging.getLogger(__name__)
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Trainer:
     """Trains from where a run stands to its end.
@@ -101,7 +103,7 @@ class Trainer:
         context, progress, step = self.context, self.progress, self.progress.step
         with self.recorder.probe(step):
             context.rates.set(step)
-            loss = forward_backward(context, context.place(batch), step)
+            loss = forward_backward(context, batch, step)
             if self._trained is None:
                 self._trained = [p for p in context.module.parameters() if p.requires_grad]
             clip = self.config.train.gradient_clip
@@ -218,17 +220,16 @@ class Trainer:
 def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
     """Gradients of the mean loss over the global batch; this process's mean loss, on the device.
 
-    ``batch`` is this process's part, on the device; ``step`` is the number of steps done.
+    ``batch`` is this process's part; ``step`` is the number of steps done.
     """
     train, losses = context.config.train, []
-    parts = {key: value.chunk(train.accumulation) for key, value in batch.items()}
+    parts = {key: value.chunk(train.accumulation) for key, value in _placed(context, batch).items()}
     for i in range(train.accumulation):
-        piece = {key: values[i] for key, values in parts.items()}
+        piece, rng = {key: values[i] for key, values in parts.items()}, StepRNG(train.seed, step, i)
         last = i == train.accumulation - 1
         with nullcontext() if last else context.controller.no_sync():
-            with context.autocast():
-                loss = context.config.task.loss(context.controller.model, piece, StepRNG(train.seed, step, i))
-                loss = loss / train.accumulation
+            with _autocast(context):
+                loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
             context.engine.backward(loss, context.scaler)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -241,7 +242,12 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     Changes nothing in the run: no random numbers are drawn, and nothing is recompiled.
     """
     context.share_buffers()
-    module, peers, train = context.module, context.engine.data, context.config.train
+    module, peers, train, task = (
+        context.module,
+        context.engine.data,
+        context.config.train,
+        context.config.task,
+    )
     batches = GlobalBatches(
         dataset,
         train.evaluation_batch * peers.size,
@@ -252,21 +258,36 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
         drop_last=False,
         num_workers=train.workers,
     )
-    parts: list[Tensor] = []
+
+    def totals(batch: Batch) -> Tensor:
+        with _autocast(context):
+            return task.totals(module, _placed(context, batch))
+
     module.eval()
     with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
-        for batch in batches.epoch(0):
-            with context.autocast():
-                parts.append(context.config.task.totals(module, context.place(batch)))
+        parts = [totals(batch) for batch in batches.epoch(0)]
         while len(parts) < len(batches):
             # A process without a share of the last batch: some engines gather parameters in every forward pass, which
             # is a collective call. Its sample does not count.
-            with context.autocast():
-                part = context.config.task.totals(module, context.place(dataset.gather(torch.arange(1))))
-            parts.append(torch.zeros_like(part))
+            parts.append(torch.zeros_like(totals(dataset.gather(torch.arange(1)))))
     module.train()
     shared = peers.all_gather_object(torch.stack(parts).sum(0).tolist())
-    return context.config.task.metrics(torch.tensor(shared, dtype=torch.float64).sum(0))
+    return task.metrics(torch.tensor(shared, dtype=torch.float64).sum(0))
+
+
+def _autocast(context: RunContext) -> torch.autocast:
+    """The run's precision for a forward pass: autocast to bf16 or fp16, no effect for the others."""
+    dtype = AUTOCAST.get(context.config.train.precision)
+    return torch.autocast(context.world.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _placed(context: RunContext, batch: Batch) -> Batch:
+    """A batch on the device, in float64 where the run is."""
+    double = context.config.train.precision == "float64"
+    moved = {key: value.to(context.world.device, non_blocking=True) for key, value in batch.items()}
+    return {
+        key: value.double() if double and value.is_floating_point() else value for key, value in moved.items()
+    }
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

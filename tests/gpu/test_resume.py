@@ -52,7 +52,7 @@ def go_on(context: RunContext, first: int, last: int) -> Iterator[float]:
     while step < last:
         for batch in context.batches.epoch(epoch, step % len(context.batches)):
             context.rates.set(step)
-            loss = forward_backward(context, context.place(batch), step)
+            loss = forward_backward(context, batch, step)
             trained = [p for p in context.module.parameters() if p.requires_grad]
             context.engine.update(context.optimizer, context.scaler, trained, 1.0)
             context.controller.step()
