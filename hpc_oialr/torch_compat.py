@@ -136,8 +136,16 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
-def transforms_active() -> bool:
-    """Whether ``torch.func`` or forward-mode AD is active; True if torch has no such flag any more."""
+def is_transformed() -> bool:
+    """Whether a compiler, tracer, ``torch.func`` or forward-mode AD is active; True if torch cannot tell any more.
+
+    Kernels that only reverse-mode autograd knows must not be called then.
+    """
+    # First, since torch.compile cannot look behind the others.
+    if torch.compiler.is_compiling():
+        return True
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
     told = getattr(torch._C, "_are_functorch_transforms_active", None)
     return getattr(forward_ad, "_current_level", 0) >= 0 or told is None or told()
 

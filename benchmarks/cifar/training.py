@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.cifar.images import CLASSES, SIDE, Batches, Images, normalised
 from benchmarks.cifar.variants import Line, Variant
 from hpc_oialr import OIALR, dense_parameters, muon_adamw, trainable_parameters
-from hpc_oialr.models.vit import ViT
+from hpc_oialr.models import ViT
 from hpc_oialr.record.memory import MemoryMeter
 from hpc_oialr.train.schedules import LearningRates, WarmupCosine
 

@@ -61,12 +61,6 @@ class Attachment:
         self._handles.append(module.register_load_state_dict_pre_hook(self._before_load))
         setattr(module, _MARK, self)
 
-    def release(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         # Not there for compiled code.
         if not torch.compiler.is_compiling() and (controller := self.controller) is not None:
@@ -114,7 +108,9 @@ def untie(model: nn.Module) -> None:
         mark = module.__dict__.pop(_MARK, None)
         if mark is None:
             continue
-        mark.release()
+        for handle in mark._handles:
+            handle.remove()
+        mark._handles.clear()
         # A copy's hooks belong to no handle.
         for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):

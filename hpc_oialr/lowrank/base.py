@@ -17,8 +17,9 @@ from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.built_weight import BuiltWeight, read_only, refuse_assignment
-from hpc_oialr.lowrank.execution import is_transformed, prefer_factored
+from hpc_oialr.lowrank.execution import prefer_factored
 from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
+from hpc_oialr.torch_compat import is_transformed
 
 Crossover = float | Mapping[torch.dtype, float]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -99,10 +100,7 @@ def empty_factors(
     """Give ``target`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
     (m, n), weight = target.shape, target.weight
     rows, columns = layout.own_rows(m), layout.own_columns(n)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=compute_dtype(weight.dtype), device=weight.device)
-
+    zeros = partial(torch.zeros, dtype=compute_dtype(weight.dtype), device=weight.device)
     U = layout.put_rows(zeros(rows.stop - rows.start, r), m)
     Vh = layout.put_columns(zeros(r, columns.stop - columns.start), n)
     S = layout.put_core(zeros(r, r))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.system_errors import read_json
-from hpc_oialr.torch_compat import onednn_enabled, onednn_linear, register_onednn_flops, transforms_active
+from hpc_oialr.torch_compat import is_transformed, onednn_enabled, onednn_linear, register_onednn_flops
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +95,6 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
     slower = np.log([row["time_ratio"] / row["rebuild_ratio"] for row in rows])
     slope, offset = np.polyfit(flops, slower, 1)
     return float(np.clip(-offset / slope, 0.0, 1.0)) if slope > 0 else 1.0
-
-
-def is_transformed() -> bool:
-    """Whether anything but reverse-mode autograd looks on: a compiler, tracer, ``torch.func`` or forward-mode AD."""
-    # First, since torch.compile cannot look behind the others.
-    if torch.compiler.is_compiling():
-        return True
-    return torch.jit.is_tracing() or transforms_active()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:

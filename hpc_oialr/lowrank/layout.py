@@ -22,7 +22,7 @@ class Replicated:
 
     def rows(self, weight: Tensor) -> Tensor:
         """This process's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
-        return self.local(weight.detach()).reshape(-1, weight.numel() // weight.shape[0])
+        return self.local(weight).reshape(-1, weight.numel() // weight.shape[0])
 
     def columns(self, Vh: Tensor) -> Tensor:
         """This process's columns of a stored ``Vh``: r x n_p."""
@@ -70,7 +70,7 @@ class Replicated:
 
     def local(self, tensor: Tensor) -> Tensor:
         """What this process stores of a tensor."""
-        return tensor
+        return local(tensor.detach())
 
 
 REPLICATED = Replicated()
@@ -167,10 +167,6 @@ class Sharded(Replicated):
         part = part.contiguous()
         dist.all_reduce(part, group=self.group)
         return part
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """The local part of a DTensor."""
-        return local(tensor.detach())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -131,8 +131,15 @@ def examine(
             )
         refused[target.name] = refusal
     unknown, share = _unknown_kinds(model, targets)
-    _log_dense(model, refused | unknown, share)
-    return [target for target in targets if target.name not in refused], refused | unknown
+    targets = [target for target in targets if target.name not in refused]
+    refused |= unknown
+    if refused:
+        # In the order of the model; a bare parameter or projection stands where its module does.
+        place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        names = sorted(refused, key=lambda name: place.get(name, place.get(name.rpartition(".")[0], 0)))
+        text = "; ".join(f"{name or 'the model itself'} ({refused[name].reason})" for name in names)
+        log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)
+    return targets, refused
 
 
 def replaceable(model: nn.Module) -> tuple[list[TargetWeight], dict[str, str]]:
@@ -244,7 +251,13 @@ def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[d
             continue
         weights = []
         for key, p in module._parameters.items():
-            if p is None or id(p) in known or not _is_matrix(key, p):
+            if p is None or id(p) in known:
+                continue
+            if isinstance(p, UninitializedParameter):
+                is_matrix = key.startswith("weight")
+            else:
+                is_matrix = sum(size > 1 for size in whole_shape(p)) > 1
+            if not is_matrix:
                 continue
             held += _numbers(p)
             if unknown and key.startswith("weight"):
@@ -261,20 +274,5 @@ def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[d
     return refused, held / total
 
 
-def _is_matrix(name: str, parameter: Tensor) -> bool:
-    if isinstance(parameter, UninitializedParameter):
-        return name.startswith("weight")
-    return sum(size > 1 for size in whole_shape(parameter)) > 1
-
-
 def _numbers(parameter: Tensor) -> int:
     return 0 if isinstance(parameter, UninitializedParameter) else whole_shape(parameter).numel()
-
-
-def _log_dense(model: nn.Module, refused: Mapping[str, Refusal], share: float) -> None:
-    """Name the dense layers in the order of the model; a bare parameter or projection stands where its module does."""
-    if refused:
-        place = {name: i for i, (name, _) in enumerate(model.named_modules())}
-        names = sorted(refused, key=lambda name: place.get(name, place.get(name.rpartition(".")[0], 0)))
-        text = "; ".join(f"{name or 'the model itself'} ({refused[name].reason})" for name in names)
-        log.log(logging.WARNING if share >= 0.5 else logging.INFO, "left dense: %s", text)

@@ -1,9 +1,7 @@
 """Models as typed settings; each builds a stock transformers class from its config, nothing downloaded."""
 
-from hpc_oialr.models.autoformer import Autoformer
 from hpc_oialr.models.base import ModelConfig
-from hpc_oialr.models.gpt2 import GPT2
 from hpc_oialr.models.resnet import ResNet, ResNetRS
-from hpc_oialr.models.vit import ViT
+from hpc_oialr.models.transformer import GPT2, Autoformer, ViT
 
 __all__ = ["GPT2", "Autoformer", "ModelConfig", "ResNet", "ResNetRS", "ViT"]

@@ -1,0 +1,209 @@
+"""Transformers: images (ViT), text in bytes (GPT-2), time series (Autoformer)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hpc_oialr.data.base import Batch
+from hpc_oialr.engines.tensor.pairs import ColumnRowPair
+from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.models.base import ModelConfig, stock_model
+
+
+@dataclass(kw_only=True)
+class ViT(ModelConfig):
+    """``transformers.ViTForImageClassification``; the defaults are ViT-B/16. arXiv 2010.11929.
+
+    Parameters
+    ----------
+    image_size, patch_size
+        Side of the square image and of a patch (pixels).
+    channels
+        Colour channels.
+    dim, depth, heads
+        Width, layers and attention heads.
+    mlp_ratio
+        Width of the hidden layer of a block over ``dim``.
+    classes
+        Labels.
+    dropout
+        Probability, in hidden layers and attention.
+    """
+
+    pairs = (
+        ColumnRowPair("*.attention", ("q_proj", "k_proj", "v_proj"), "o_proj", heads="num_attention_heads"),
+        ColumnRowPair("*.mlp", ("fc1",), "fc2"),
+    )
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    classes: int = 1000
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "dim", "depth", "heads", "image_size", "patch_size", "classes", "channels")
+        self.check_divides("image_size", "patch_size")
+        self.check_divides("dim", "heads")
+        if round(self.mlp_ratio * self.dim) < 1:
+            raise ConfigError(
+                "mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width"
+            )
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model; the images must be of the given size and channels."""
+        pixels = self.require_input(example, "pixel_values", "image")
+        if tuple(pixels.shape[1:]) != (self.channels, self.image_size, self.image_size):
+            wanted = f"must be the side of the data's images, which are {tuple(pixels.shape[1:])}"
+            raise ConfigError("image_size", self.image_size, f"{wanted} (channels, height, width)")
+        return stock_model(
+            "ViTForImageClassification",
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.channels,
+            hidden_size=self.dim,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            intermediate_size=round(self.mlp_ratio * self.dim),
+            num_labels=self.classes,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            attn_implementation="sdpa",
+        )
+
+
+@dataclass(kw_only=True)
+class GPT2(ModelConfig):
+    """``transformers.GPT2LMHeadModel`` with one token per byte value.
+
+    Parameters
+    ----------
+    dim, depth, heads
+        Width, layers and attention heads.
+    vocabulary
+        Tokens; 256 for bytes.
+    dropout
+        Probability, in embeddings, residuals and attention.
+    """
+
+    # The attention's q, k and v are one packed layer, whose blocks are not whole heads.
+    pairs = (ColumnRowPair("*.mlp", ("c_fc",), "c_proj"),)
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    vocabulary: int = 256
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "dim", "depth", "heads", "vocabulary")
+        self.check_divides("dim", "heads")
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model; its context is the data's sequence length."""
+        tokens = self.require_input(example, "input_ids", "text")
+        return stock_model(
+            "GPT2LMHeadModel",
+            vocab_size=self.vocabulary,
+            n_positions=tokens.shape[1],
+            n_embd=self.dim,
+            n_layer=self.depth,
+            n_head=self.heads,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+
+
+@dataclass(kw_only=True)
+class Autoformer(ModelConfig):
+    """``transformers.AutoformerForPrediction``, a normal distribution at its end. arXiv 2106.13008.
+
+    Horizon, context, series and time features come from the data.
+
+    Parameters
+    ----------
+    dim
+        Width.
+    encoder_layers, decoder_layers
+        Layers.
+    heads
+        Attention heads of encoder and decoder.
+    mlp_dim
+        Width of the hidden layer of a block.
+    lags
+        Steps back that each time step sees besides the context; the data must reach back by the largest.
+    moving_average
+        Window of the trend (time steps, odd).
+    label_length
+        Time steps of the context from which the decoder starts.
+    dropout
+        Probability, in hidden layers and attention.
+    """
+
+    float64 = False
+
+    dim: int = 512
+    encoder_layers: int = 2
+    decoder_layers: int = 1
+    heads: int = 8
+    mlp_dim: int = 2048
+    lags: tuple[int, ...] = (1,)
+    moving_average: int = 25
+    label_length: int = 48
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "dim", "encoder_layers", "decoder_layers", "heads", "mlp_dim")
+        self.check_at_least(1, "moving_average", "label_length")
+        self.check_divides("dim", "heads")
+        check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
+        if not self.lags or min(self.lags) < 1:
+            raise ConfigError("lags", self.lags, "must hold at least one whole number of at least 1")
+        if self.moving_average % 2 == 0:
+            raise ConfigError("moving_average", self.moving_average, "must be odd")
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model for series and windows like those of ``example``."""
+        past = self.require_input(example, "past_values", "time series")
+        context = past.shape[1] - max(self.lags)
+        if context < self.label_length:
+            rule = f"must be at most {context}, the data's past of {past.shape[1]} time steps less the largest lag"
+            raise ConfigError("label_length", self.label_length, rule)
+        return stock_model(
+            "AutoformerForPrediction",
+            prediction_length=example["future_values"].shape[1],
+            context_length=context,
+            input_size=1 if past.dim() == 2 else past.shape[2],
+            num_time_features=example["past_time_features"].shape[2],
+            distribution_output="normal",
+            lags_sequence=list(self.lags),
+            scaling="std",
+            d_model=self.dim,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            encoder_attention_heads=self.heads,
+            decoder_attention_heads=self.heads,
+            encoder_ffn_dim=self.mlp_dim,
+            decoder_ffn_dim=self.mlp_dim,
+            dropout=self.dropout,
+            attention_dropout=self.dropout,
+            activation_dropout=self.dropout,
+            encoder_layerdrop=0.0,
+            decoder_layerdrop=0.0,
+            label_length=self.label_length,
+            moving_average=self.moving_average,
+            use_cache=False,
+        )
