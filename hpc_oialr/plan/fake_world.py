@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
 class FakeWorld(World):
-    """The world of a process whose messages nobody answers, over torch's fake process group.
+    """The world of a process without peers, over torch's fake process group.
 
     What another process would have sent is zero; values that are equal on all processes from the start stay.
     """
@@ -74,17 +75,19 @@ def fake_world(rank: int, size: int) -> Iterator[World]:
 def fake_tensors() -> Iterator[None]:
     """Context in which tensors have shapes, dtypes and lifetimes, but no data.
 
-    A value that code reads says that all is well: ``all`` gives True, every other flag False; integers are 0,
-    other numbers 1. Code that depends on values in another way comes out wrong.
+    Values that code reads pass its checks: ``all`` gives True, every other flag False; integers are 0, other numbers
+    1. Code that depends on values in another way gives wrong results.
     """
     from transformers.utils import import_utils
 
-    patches = _replaced(
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _MadeUpValues(),  # type: ignore[no-untyped-call]
         # For fake tensors transformers makes masks that attention does not need.
-        (import_utils, "is_fake_tensor", lambda _: False),
-        (loading, "require_values", lambda _: None),
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True), _MadeUpValues(), patches, warnings.catch_warnings():  # type: ignore[no-untyped-call]
+        patch.object(import_utils, "is_fake_tensor", lambda _: False),
+        patch.object(loading, "require_values", lambda _: None),
+        warnings.catch_warnings(),
+    ):
         # Cached casts of bases are looked up by their address; fake ones all have address 0.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
@@ -112,15 +115,15 @@ def fake_collectives() -> Iterator[None]:
     Messages of TSQR carry sizes, so its results are made up in the right shapes. Other messages between two
     processes are zero.
     """
-    with _replaced(
-        (dist, "all_to_all_single", _exchange_zeros),
-        (TorchCommunicator, "_receive", lambda self, out, source: out.zero_()),
-        (decompositions, "split_svd", _fake_svd),
+    with (
+        patch.object(dist, "all_to_all_single", _exchange_zeros),
+        patch.object(TorchCommunicator, "_receive", lambda self, out, source: out.zero_()),
+        patch.object(decompositions, "split_svd", _fake_svd),
         # As if the columns were orthonormal.
-        (basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
+        patch.object(basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
         # Bases, or shards of them, that another process would have sent are zero here.
-        (oialr, "require_own_bases", lambda *_: None),
-        (LowRankWeight, "_check_bases", lambda _: None),
+        patch.object(oialr, "require_own_bases", lambda *_: None),
+        patch.object(LowRankWeight, "_check_bases", lambda _: None),
     ):
         yield
 
@@ -140,16 +143,3 @@ def _fake_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
     (m, n), k, layout = target.shape, target.k, engine.layout
     U, Vh = torch.eye(m, k)[layout.own_rows(m)], torch.eye(k, n)[:, layout.own_columns(n)]
     return U, torch.linspace(2.0, 1.0, k), Vh
-
-
-@contextmanager
-def _replaced(*patches: tuple[Any, str, Any]) -> Iterator[None]:
-    """Context in which attributes have other values: (owner, name, value)."""
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name, _), value in zip(patches, before, strict=True):
-            setattr(owner, name, value)

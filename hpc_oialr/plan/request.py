@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc_oialr.engines import EngineConfig
-from hpc_oialr.errors import ConfigError, UnknownNameError
+from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 from hpc_oialr.plan.machine import Machine, cluster, gpu_machine, network_link, this_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import probe
@@ -41,8 +41,7 @@ class Request:
         for name, values in counts.items():
             if not values or min(values) < 1:
                 raise ConfigError(name, list(values), "must be at least 1")
-        if not 0 < self.r_fraction <= 1:
-            raise ConfigError("--r-fraction", self.r_fraction, "must lie in (0, 1]")
+        check_interval("--r-fraction", self.r_fraction, 0, 1, closed=(False, True))
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ConfigError("--memory-gib", self.memory_gib, "must be positive")
         other = self.site or self.gpu
