@@ -250,11 +250,12 @@ def up_and_down(A: Tensor, comm: Communicator, scheme: Scheme, name: str, *, ene
     else:
         Q, X = split()
         _send_factor(comm, X, scheme, ledger)
-        top = _receive_top(comm, X)
-        top = top and top._replace(M=Q(top.M))
+        if (top := _receive_top(comm, X)) is not None:
+            top = top._replace(M=Q(top.M))
     for child, (Q, height) in zip(reversed(below), reversed(kept), strict=True):
-        _send_top(comm, child, top and top._replace(M=top.M[height:]), X.device)
-        top = top and top._replace(M=Q(top.M[:height]))
+        _send_top(comm, child, top, height, X.device)
+        if top is not None:
+            top = top._replace(M=Q(top.M[:height]))
     if top is None:
         raise NonFiniteError(
             f"no factorization of {name} converged on one of {comm.size} ranks, neither in its own precision "
@@ -287,11 +288,12 @@ def _upper(X: Tensor) -> Tensor:
     return torch.ones(X.shape, dtype=torch.bool, device=X.device).triu_()
 
 
-def _send_top(comm: Communicator, child: int, top: Top | None, device: torch.device) -> None:
+def _send_top(comm: Communicator, child: int, top: Top | None, height: int, device: torch.device) -> None:
+    """The rows of ``M`` below ``height``, and ``shared``; or that there are none."""
     header = [-1.0, 0.0, 0.0] if top is None else [top.shared.shape[0], top.error, top.shared.shape[1]]
     comm.send(torch.tensor(header, dtype=torch.float64, device=device), child)
     if top is not None:
-        comm.send(top.M, child)
+        comm.send(top.M[height:], child)
         comm.send(top.shared, child)
 
 
