@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_oialr.data.base import ArrayDataset, Batch
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG
 from hpc_oialr.errors import ConfigError, SampleError
 
 
@@ -37,10 +36,8 @@ class GlobalBatches:
     drop_last
         Leave out the tail of an epoch that does not fill a global batch. If kept, it is sliced as evenly as
         possible: in evaluation a process may then have one batch fewer than another.
-    num_workers
-        Processes that prepare batches; 0 is best for arrays in memory.
-    pin_memory
-        Put batches into pinned memory, for asynchronous copies to a GPU.
+    num_workers, pin_memory
+        Processes that prepare batches, 0 is best for arrays in memory; pinned memory, for copies to a GPU.
 
     Raises
     ------

@@ -75,7 +75,7 @@ class FetchableDataset:
                 return f"{path} is damaged: expected sha256 {' or '.join(accepted)}, found {found}"
         return None
 
-    def find(self, places: Sequence[Path], title: str) -> Path:
+    def find(self, places: Sequence[Path]) -> Path:
         """The first of some folders that has all files, whose content is not checked; :class:`DataError` if none."""
         looked = []
         for place in places:
@@ -84,7 +84,7 @@ class FetchableDataset:
                 return place
             why = f"without {', '.join(missing)}" if place.is_dir() else "no such folder"
             looked.append(f"{place} ({why})")
-        raise DataError(f"{title} is not here; looked in {'; '.join(looked)}. {self.fix}")
+        raise DataError(f"{self.name} is not here; looked in {'; '.join(looked)}. {self.fix}")
 
     def read(self, path: Path) -> bytes:
         """Content of one of the files, checked where its checksum is known."""

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
-from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits, fixed_order
 from hpc_oialr.data.fetch import CIFAR10_FILES, FASHION_MNIST_SYSTEM_FOLDER, cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -104,7 +103,7 @@ def split_off(train: ImageArrays, validation: int, test: ImageArrays, classes: i
     """Set aside the last ``validation`` training images of a fixed permutation: the same for every seed."""
     if not validation:
         return Splits(train, None, test, classes)
-    order = CounterRNG(SPLIT_SEED).permutation(len(train))
+    order = fixed_order(len(train))
     plain = ImageArrays(train.images, train.labels, mean=train.normalise.mean, std=train.normalise.std)
     return Splits(train.subset(order[:-validation]), plain.subset(order[-validation:]), test, classes)
 
@@ -128,7 +127,6 @@ class ImageSet(DataConfig):
     augment: FlipAndCrop = field(default_factory=FlipAndCrop)
     limit: int | None = None
 
-    title: ClassVar[str]
     # Its name for oialr data fetch; names of its folder in another one; folders that have it beside the cache.
     name: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
@@ -156,7 +154,7 @@ class ImageSet(DataConfig):
             places = [cache_root() / self.name, *map(Path, self.system_folders)]
         else:
             places = [Path(self.data_dir), *(Path(self.data_dir) / name for name in self.folders)]
-        return describe(self.name).find(places, self.title)
+        return describe(self.name).find(places)
 
     @classmethod
     @abstractmethod
@@ -171,7 +169,7 @@ class ImageSet(DataConfig):
         test = ImageArrays(*self.read(folder, training=False), mean=self.mean, std=self.std)
         found, wanted = len(train) + len(test), self.images[1]
         if found != wanted:
-            log.warning("%s holds %d images, not the %d of %s.", folder, found, wanted, self.title)
+            log.warning("%s holds %d images, not the %d of %s.", folder, found, wanted, self.name)
         return split_off(train, self.validation, test, self.num_labels)
 
 
@@ -182,7 +180,6 @@ class FashionMNIST(ImageSet):
     Its files are the four .gz files, checked by sha256; after the cache, the folder of the Debian package is tried.
     """
 
-    title = "Fashion-MNIST"
     name, folders = "fashion-mnist", ("fashion-mnist",)
     system_folders = (FASHION_MNIST_SYSTEM_FOLDER,)
     images = (60_000, 70_000)
@@ -205,7 +202,6 @@ class CIFAR10(ImageSet):
     Its files are those of the binary version, ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``.
     """
 
-    title = "CIFAR-10"
     name, folders = "cifar-10", ("cifar-10", "cifar-10-batches-bin")
     images = (50_000, 60_000)
     # Of each channel, as in the published runs.

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
-from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits, fixed_order
 from hpc_oialr.data.fetch import cache_root
 from hpc_oialr.data.image_arrays import Normalisation
 from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, SampleError, check_interval
@@ -224,7 +223,7 @@ class ImageFolder(DataConfig):
         train: ArrayDataset = part("train")
         if self.limit is not None:
             # The first of a fixed permutation: the first files are all of one class.
-            train = train.subset(CounterRNG(SPLIT_SEED).permutation(len(train)))
+            train = train.subset(fixed_order(len(train)))
         test = part("test") if (folder / "test").is_dir() else None
         return Splits(train, part("val"), test, classes=len(classes))
 

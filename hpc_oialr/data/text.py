@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
-from hpc_oialr.data.counter_rng import SPLIT_SEED, CounterRNG
+from hpc_oialr.data.base import (
+    ArrayDataset,
+    Batch,
+    CounterRNG,
+    DataConfig,
+    Splits,
+    check_fractions,
+    fixed_order,
+)
 from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -59,8 +65,6 @@ class TextFolder(DataConfig):
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     limit: int | None = None
-
-    vocab_size: ClassVar[int] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +113,7 @@ class TextFolder(DataConfig):
                 )
             parts.append(part if len(part) else None)
         assert parts[0] is not None
-        return Splits(parts[0], parts[1], parts[2], classes=self.vocab_size)
+        return Splits(parts[0], parts[1], parts[2], classes=256)
 
 
 def split_documents(
@@ -119,7 +123,7 @@ def split_documents(
 
     Test takes documents until it has its share, then validation; training gets the rest.
     """
-    waiting = CounterRNG(SPLIT_SEED).permutation(len(sizes)).tolist()
+    waiting = fixed_order(len(sizes)).tolist()
     total, parts = sum(sizes), []
     for fraction in (test_fraction, validation_fraction):
         part: list[int] = []

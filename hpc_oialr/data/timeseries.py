@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits, check_fractions
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits, check_fractions
 from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -117,11 +116,8 @@ class SeriesWindows(ArrayDataset):
         features = self._age.expand(len(starts), -1, -1)
         if self._calendar is not None:
             features = torch.cat((self._calendar[starts], features), dim=2)
-        arrays = {
-            "values": self._values[starts],
-            "observed_mask": self._observed[starts],
-            "time_features": features,
-        }
+        arrays = {"values": self._values[starts], "observed_mask": self._observed[starts]}
+        arrays["time_features"] = features
         past = {f"past_{name}": array[:, : self.past] for name, array in arrays.items()}
         return past | {f"future_{name}": array[:, self.past :] for name, array in arrays.items()}
 
@@ -235,9 +231,8 @@ class TimeSeriesCSV(DataConfig):
         for label, row, there in zip(labels, values[:, :training], seen, strict=True):
             known = row[there[:training]]
             if not len(known):
-                raise DataError(
-                    f"{path}: series {label} has no value in its training part of {training} steps."
-                )
+                where = f"in its training part of {training} steps"
+                raise DataError(f"{path}: series {label} has no value {where}.")
             means.append(float(known.mean()))
             stds.append(float(known.std()) or 1.0)
         scaled = (values - np.array(means)[:, None]) / np.array(stds)[:, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_oialr.data import ArrayDataset, Batch, DataConfig, Splits
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import CounterRNG
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, Engine, EngineConfig, Single, TensorParallel
 from hpc_oialr.errors import ConfigError, DataError

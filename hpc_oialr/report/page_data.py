@@ -96,13 +96,8 @@ def _spectrum(layer: Layer) -> dict[str, Any]:
 
 def _curve(curve: Curve) -> dict[str, Any]:
     rows = spread(len(curve), POINTS)
-    return {
-        "name": curve.name,
-        "step": curve.step[rows].tolist(),
-        "wall_s": _or_none(curve.wall_s[rows]),
-        "share": _or_none(curve.share[rows]),
-        "value": _or_none(curve.value[rows]),
-    }
+    values = {name: _or_none(getattr(curve, name)[rows]) for name in ("wall_s", "share", "value")}
+    return {"name": curve.name, "step": curve.step[rows].tolist(), **values}
 
 
 def _or_none(values: NDArray[np.float64]) -> list[float | None]:

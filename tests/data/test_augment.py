@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import CounterRNG
 from hpc_oialr.data.image_arrays import _COLUMN, _FLIP, _ROW, FlipAndCrop, ImageArrays
 from hpc_oialr.errors import ConfigError
 

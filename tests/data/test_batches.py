@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG
 from hpc_oialr.data.batches import GlobalBatches
-from hpc_oialr.data.counter_rng import CounterRNG
 from hpc_oialr.data.image_arrays import FlipAndCrop, ImageArrays, split_off
 from hpc_oialr.data.image_folder import ResizedCrop
 from hpc_oialr.data.text import split_documents

@@ -35,7 +35,7 @@ def test_records_are_labels_and_planes(folder: Path, caplog: pytest.LogCaptureFi
     wanted = (np.array([2, 52, 102]) / 255 - CIFAR10.mean) / CIFAR10.std
     np.testing.assert_allclose(batch["pixel_values"][0, :, 5, 7].numpy(), wanted, atol=1e-5)
     assert batch["labels"].tolist() == [5]
-    assert caplog.messages == [f"{folder} holds 18 images, not the 60000 of CIFAR-10."]
+    assert caplog.messages == [f"{folder} holds 18 images, not the 60000 of cifar-10."]
 
 
 def test_validation_is_set_aside(folder: Path) -> None:
@@ -64,7 +64,7 @@ def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"data_batch_2\.bin is damaged: label 77, but CIFAR-10 has 0 to 9"):
         CIFAR10(data_dir=str(folder)).build()
     (folder / "data_batch_2.bin").unlink()
-    with pytest.raises(DataError, match=r"CIFAR-10 is not here; looked in .*oialr data fetch cifar-10"):
+    with pytest.raises(DataError, match=r"cifar-10 is not here; looked in .*oialr data fetch cifar-10"):
         CIFAR10(data_dir=str(folder)).build()
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import CounterRNG
 from hpc_oialr.linalg.splitmix import mix, signed
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1

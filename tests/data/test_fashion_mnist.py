@@ -102,7 +102,7 @@ def test_missing_files_list_where_was_looked(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         FashionMNIST(data_dir=str(tmp_path)).build()
     message = str(caught.value)
-    assert message.startswith(f"Fashion-MNIST is not here; looked in {tmp_path} (without train-images")
+    assert message.startswith(f"fashion-mnist is not here; looked in {tmp_path} (without train-images")
     assert f"{tmp_path / 'fashion-mnist'} (no such folder)" in message
     assert "Run `oialr data fetch fashion-mnist`" in message
     assert "login node" in message

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr.data import ResizedCrop
-from hpc_oialr.data.counter_rng import CounterRNG
+from hpc_oialr.data.base import CounterRNG
 from hpc_oialr.errors import ConfigError
 
 

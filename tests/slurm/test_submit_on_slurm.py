@@ -59,4 +59,4 @@ def test_an_error_that_starting_again_does_not_cure(cluster: Cluster) -> None:
     fields = job.fields()
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "202:0")
     said = cluster.oialr("jobs", str(cluster.root / "wrong"))
-    assert "oialr: error: Fashion-MNIST is not here; looked in /nonexistent" in said
+    assert "oialr: error: fashion-mnist is not here; looked in /nonexistent" in said
