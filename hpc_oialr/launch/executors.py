@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +124,7 @@ def _slurm_parameters(submission: Submission) -> dict[str, Any]:
         "cpus_per_task": request.cpus_per_task,
         # Not per task: NCCL must see all GPUs of its node.
         "gpus_per_node": request.gpus_per_node,
+        # For submitit, in minutes; the script has the one below.
         "time": math.ceil(request.time_s / 60),
         # Clusters that check such keys do not know submitit's.
         "wckey": None,
@@ -154,10 +155,11 @@ def batch_script(executor: Executor, runs: int) -> str:
 
 def submit_runs(executor: Executor, calls: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
     """Submit one run, or several as an array; raises :class:`OIALRError` if Slurm refuses."""
-    script = batch_script(executor, len(calls)) if isinstance(executor, SlurmExecutor) else ""
+    with_slurm = isinstance(executor, SlurmExecutor)
+    variables = only_as_written(batch_script(executor, len(calls))) if with_slurm else nullcontext()
     try:
         # submitit prints sbatch's message, which the error holds.
-        with only_as_written(script), redirect_stderr(StringIO()):
+        with variables, redirect_stderr(StringIO()):
             jobs = executor.submit_array(calls)
     except (FailedJobError, FailedSubmissionError) as error:
         reason = " ".join(str(error).split()) or "sbatch says no reason"

@@ -25,7 +25,9 @@ def test_two_processes(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = write_recipe(tmp_path, train={"steps": 10})
+    monkeypatch.setenv("SBATCH_CLUSTERS", "far")  # Slurm's, which is not asked
     (job,) = submit(recipe, folder="runs/first", executor="local", tasks_per_node=2)
+    assert type(job).__name__ == "OwnLocalJob", "its results are read safely"
     (row,) = rows_of(find_runs(), Slurm())
     assert (row.job.job_id, row.state.state) == (job.job_id, "RUNNING")
     summary, nothing = job.results()
