@@ -21,7 +21,7 @@ from benchmarks.common import arguments, finish
 from hpc_oialr.report.page import write_report
 from hpc_oialr.report.runs import find_runs
 from hpc_oialr.spectra.files import write_record
-from hpc_oialr.spectra.schema import EVENT, KINDS, MEASURES, LayerRows
+from hpc_oialr.spectra.schema import EVENT, KINDS, LayerRows
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def _events(generator: np.random.Generator, updates: int, k: int) -> np.ndarray:
     events["r"] = np.linspace(k, k // 4, updates).round()
     events["r_before"] = np.concatenate([[k], events["r"][:-1]])
     events["cut_values"] = events["r_before"] - events["r"]
-    for name in MEASURES:
+    for name in (name for name in EVENT.names or () if EVENT[name].kind == "f"):
         events[name] = generator.random(updates)
     events["noise_edge"] = 0.3
     return events

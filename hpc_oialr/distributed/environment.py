@@ -37,33 +37,19 @@ _STALE = "Unset stale RANK, WORLD_SIZE, SLURM_* or OMPI_* variables."
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """One rank's place among all.
-
-    Attributes
-    ----------
-    rank, size
-        This rank and how many there are.
-    local_rank, local_size
-        The same among the ranks of its node.
-    launcher
-        "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor).
-    master_addr, master_port
-        Where rank 0 listens.
-    spare_ports
-        Where it listens if another program has that port.
-    token
-        What tells this run from others that meet at the same port.
-    """
+    """One rank's place among all."""
 
     rank: int
     size: int
+    # Among the ranks of its node.
     local_rank: int
     local_size: int
-    launcher: str
+    launcher: str  # "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor)
+    # Where rank 0 listens, and where if another program has that port.
     master_addr: str
     master_port: int
     spare_ports: tuple[int, ...] = ()
-    token: str = field(default="", compare=False)
+    token: str = field(default="", compare=False)  # tells this run from others that meet at the same port
 
     def __post_init__(self) -> None:
         for what, place, of in (
@@ -87,16 +73,11 @@ class LaunchInfo:
 
 
 def launch_info(environ: Environ | None = None) -> LaunchInfo:
-    """Find the launcher and this process's place, from ``os.environ`` by default.
+    """Find the launcher and this process's place; WorldError if variables are missing or contradict each other.
 
     torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then
     mpirun, whose daemons may themselves be a Slurm step; then srun. A shell inside an allocation, without
     srun, is one process.
-
-    Raises
-    ------
-    WorldError
-        If variables are missing or contradict each other.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:

@@ -24,13 +24,8 @@ _LEAST_HEARTBEAT_S = 60
 def reported(what: str, rank: int, size: int, *, only_communication: bool = False) -> Iterator[None]:
     """Turn a failed communication inside into a :class:`ProcessLostError` that says what to do.
 
-    Parameters
-    ----------
-    what
-        What was under way, e.g. "an all-reduce".
-    only_communication
-        Let RuntimeErrors through whose text is not that of a communication library: for code that
-        also computes.
+    ``what`` was under way, e.g. "an all-reduce". ``only_communication``: let RuntimeErrors through whose text is not
+    that of a communication library, for code that also computes.
     """
     try:
         yield

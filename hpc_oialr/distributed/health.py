@@ -19,24 +19,12 @@ _SKIP = "To start without this check: --train.health_check false"
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What one rank says of itself.
-
-    Attributes
-    ----------
-    node
-        Its node's name.
-    fault
-        What is wrong with its device; "" if nothing is.
-    device
-        Name of the device that no other rank on the node may have; "" for a CPU.
-    versions
-        Version of what must be the same everywhere, by name.
-    """
+    """What one rank says of itself."""
 
     node: str
-    fault: str
-    device: str
-    versions: Mapping[str, str]
+    fault: str  # what is wrong with its device; "" if nothing is
+    device: str  # which no other rank on the node may have; "" for a CPU
+    versions: Mapping[str, str]  # of what must be the same everywhere
 
 
 def check_health(world: World, settings: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,42 +37,17 @@ class PendingReduction:
     wait: Callable[[], object]
 
     def result(self) -> Tensor:
-        """Wait for the largest values; float64, on the CPU.
-
-        Raises
-        ------
-        WorldError
-            If another rank has died or does not answer within the timeout.
-        """
+        """Wait for the largest values; float64, on the CPU. WorldError if another rank has died or does not answer."""
         self.wait()
         return self.values.cpu()
 
 
-class MetricsChannel(ABC):
+class MetricsChannel:
     """Finds the largest value of each slot of a vector over all ranks, while other work goes on.
 
-    Attributes
-    ----------
-    name
-        "mpi", or the name of torch's backend, or "single".
+    Over the World's own process group: its CPU backend, or the GPU's where the group has only NCCL. ``name``: "mpi", or
+    the name of torch's backend, or "single".
     """
-
-    name: str
-
-    @abstractmethod
-    def start(self, vector: Tensor) -> PendingReduction:
-        """Begin one all-reduce of a copy of ``vector``: shape (slots,), float64, on the CPU, without NaN or -0.0.
-
-        A collective call that returns at once; each rank sends at most ``16 slots`` bytes in a ring,
-        ``8 slots log2 P`` in a tree.
-        """
-
-    def close(self) -> None:  # noqa: B027
-        """Close the channel after a run that went well; never needed after an error."""
-
-
-class TorchChannel(MetricsChannel):
-    """Over the World's own process group: its CPU backend, or the GPU's where the group has only NCCL."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -82,33 +56,30 @@ class TorchChannel(MetricsChannel):
         self.name = "single" if world.size == 1 else str(dist.get_backend(world.group))
 
     def start(self, vector: Tensor) -> PendingReduction:
-        """``all_reduce(async_op=True)``."""
+        """Begin one all-reduce of a copy of ``vector``: shape (slots,), float64, on the CPU, without NaN or -0.0.
+
+        A collective call that returns at once; each rank sends at most ``16 slots`` bytes in a ring,
+        ``8 slots log2 P`` in a tree.
+        """
         values = vector.to(self.device, torch.float64, copy=True)
         pending = self.world.start_all_reduce(values, op="max")
         return PendingReduction(values, (lambda: None) if pending is None else pending.wait)
 
+    def close(self) -> None:
+        """Close the channel after a run that went well; never needed after an error."""
+
 
 class MPIChannel(MetricsChannel):
-    """Over a duplicate of an MPI communicator, so that no other message can be taken for one of these.
+    """Over a duplicate of MPI's communicator, so that no other message can be taken for one of these.
 
     Most MPI libraries move messages inside MPI calls only: the work is then done in
     :meth:`PendingReduction.result`, in microseconds once all others have come that far.
-
-    Parameters
-    ----------
-    mpi
-        The module ``mpi4py.MPI``.
-    comm
-        A communicator of all ranks.
-    timeout_s
-        After this long without an answer a rank counts as dead (s); MPI itself waits for ever.
     """
 
-    name = "mpi"
-
-    def __init__(self, mpi: Any, comm: Any, timeout_s: float) -> None:
-        self.mpi, self.timeout_s = mpi, timeout_s
-        self.comm = comm.Dup()
+    def __init__(self, mpi: Any, timeout_s: float) -> None:
+        # MPI itself waits for ever.
+        self.name, self.mpi, self.timeout_s = "mpi", mpi, timeout_s
+        self.comm = mpi.COMM_WORLD.Dup()
 
     def start(self, vector: Tensor) -> PendingReduction:
         """``Iallreduce`` in place, on a copy."""
@@ -145,27 +116,16 @@ def open_channel(world: World, environ: Mapping[str, str] | None = None) -> Metr
     """MPI where mpirun or srun's MPI plugin started the processes and mpi4py is there; torch otherwise.
 
     A collective call; all ranks decide alike. mpi4py is imported, and MPI initialised, only in a job that MPI
-    started. Without mpi4py there, one line in the log says how to get it.
-
-    Parameters
-    ----------
-    world
-        The ranks.
-    environ
-        Variables to read; default ``os.environ``.
-
-    Raises
-    ------
-    WorldError
-        On all ranks, if MPI gives any of them another rank or size than the launcher.
+    started. Without mpi4py there, one line in the log says how to get it. WorldError on all
+    ranks, if MPI gives any of them another rank or size than the launcher.
     """
     found = world.all_gather_object(_place(world, environ))
     places = [place for place in found if isinstance(place, MPIPlace)]
     if len(places) == world.size:
         check_places(places, world)
         mpi = join_mpi()
-        return MPIChannel(mpi, mpi.COMM_WORLD, world.timeout_s)
-    channel = TorchChannel(world)
+        return MPIChannel(mpi, world.timeout_s)
+    channel = MetricsChannel(world)
     reasons = [(rank, why) for rank, why in enumerate(found) if isinstance(why, str) and why != _NOT_MPI]
     if reasons and world.is_main:
         log.warning(

@@ -23,7 +23,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
-    """Raise :class:`ReplicaMismatchError` unless all ranks hold equal bits.
+    """Raise :class:`ReplicaMismatchError` on every rank unless all hold equal bits; names layers and ranks.
 
     Sends 16 bytes a name, by one all-reduce; names must be the same, in the same order, everywhere.
 
@@ -31,11 +31,6 @@ def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
     ----------
     named
         For each layer the tensors to compare: any shapes, dtypes and devices.
-
-    Raises
-    ------
-    ReplicaMismatchError
-        On every rank; names the layers and the ranks that differ from the majority.
     """
     if world.size == 1 or not named:
         return

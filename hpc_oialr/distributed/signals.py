@@ -44,17 +44,10 @@ class SignalFlag:
 def catch_signals(
     names: Sequence[str], interrupted: Callable[[], object] = lambda: None
 ) -> Iterator[SignalFlag]:
-    """While active, signals set a flag instead of terminating the process.
+    """While active, signals set a flag instead of terminating the process; ``names``: of ``NAMES``, and "INT".
 
     One that the process was started to ignore, as nohup does HUP and a shell INT behind ``&``, is left ignored unless
     it is the first of the names. Outside the main thread, where Python allows no handlers, the flag is never set.
-
-    Parameters
-    ----------
-    names
-        Of ``NAMES``, and "INT".
-    interrupted
-        See :class:`SignalFlag`.
     """
     flag = SignalFlag(interrupted)
     if threading.current_thread() is not threading.main_thread():

@@ -16,21 +16,11 @@ _NODES = re.compile(r"[^\[\],]+|[^\[\],]*(\[\d+(-\d+)?(,\d+(-\d+)?)*\][^\[\],]*)
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job.
+    """A job."""
 
-    Attributes
-    ----------
-    id
-        Its number; ``ARRAY_TASK`` for a task of an array, whose last one bears the whole array's number.
-    restarts
-        How often it was requeued so far.
-    end
-        Unix time of its end (s), where Slurm tells it.
-    """
-
-    id: str
-    restarts: int = 0
-    end: float | None = None
+    id: str  # ARRAY_TASK for a task of an array, whose last one bears the whole array's number
+    restarts: int = 0  # how often it was requeued so far
+    end: float | None = None  # Unix time (s), where Slurm tells it
 
 
 def slurm_job(environ: Mapping[str, str] | None = None) -> SlurmJob | None:

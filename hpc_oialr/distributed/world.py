@@ -47,33 +47,20 @@ class World:
     """One rank's view of the run. With one rank every method returns at once and no process group exists.
 
     All collective calls raise WorldError if another rank has died or does not answer within the timeout.
-
-    Attributes
-    ----------
-    rank, size
-        This rank and how many there are.
-    local_rank, local_size
-        The same among the ranks of its node.
-    device
-        Where this rank computes.
-    launcher
-        "single", "torchrun", "slurm", "mpi" or "adopted" (the group was there before).
-    group
-        Process group; None stands for one rank.
-    owns_group
-        Whether :meth:`close` ends the group.
-    timeout_s
-        After this long without an answer a rank counts as dead (s); the group's own, if it was made here.
     """
 
     rank: int = 0
     size: int = 1
+    # Among the ranks of its node.
     local_rank: int = 0
     local_size: int = 1
-    device: torch.device = _CPU
-    launcher: str = "single"
-    group: dist.ProcessGroup | None = None
-    owns_group: bool = False
+    device: torch.device = _CPU  # where this rank computes
+    launcher: str = (
+        "single"  # "torchrun", "slurm", "mpi", "submitit", or "adopted" (the group was there before)
+    )
+    group: dist.ProcessGroup | None = None  # None stands for one rank
+    owns_group: bool = False  # whether close() ends the group
+    # After this long without an answer a rank counts as dead (s); the group's own, if it was made here.
     timeout_s: float = 600.0
 
     # -- making one ------------------------------------------------------------------------------
@@ -272,17 +259,8 @@ def choose_device(
 ) -> torch.device:
     """The CPU, or the GPU of a local rank: that of its number, or GPU 0 where the launcher shows each rank its own only.
 
-    Parameters
-    ----------
-    name
-        "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one.
-    gpus_of_node
-        GPUs that the batch system gave to the job on this node, if known.
-
-    Raises
-    ------
-    WorldError
-        If there is no such device, or fewer GPUs than ranks.
+    ``name``: "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one. ``gpus_of_node``: those that the
+    batch system gave to the job on this node, if known. WorldError if there is no such device, or too few.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

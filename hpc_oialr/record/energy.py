@@ -27,14 +27,7 @@ class EnergyMeter:
 
     Needs the extra ``energy`` for GPUs (nvidia-ml-py). perun measures by the same counters, around whole programs.
 
-    Parameters
-    ----------
-    device
-        Where this rank computes.
-    first_of_node
-        Whether this rank answers for the node's processors.
-    powercap
-        The folder of RAPL's files.
+    ``first_of_node``: whether this rank answers for the node's processors; ``powercap``: the folder of RAPL's files.
     """
 
     def __init__(self, device: torch.device, *, first_of_node: bool, powercap: Path = POWERCAP) -> None:

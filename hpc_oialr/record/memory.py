@@ -149,16 +149,6 @@ class TensorTracker(TorchDispatchMode):
 
     After each operation all live storages are added up, since FSDP2 frees and fills its own by resizing:
     some microseconds per thousand of them.
-
-    Parameters
-    ----------
-    tensors
-        Alive already.
-
-    Attributes
-    ----------
-    peak_bytes
-        Highest so far.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -236,13 +226,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def resident_bytes(*subjects: Subject) -> int:
-    """Bytes of :func:`resident_tensors`, each storage counted once, and of DDP's gradient buckets.
-
-    Parameters
-    ----------
-    subjects
-        Models, wrapped or not, optimizers, and single tensors.
-    """
+    """Bytes of :func:`resident_tensors`, each storage counted once, and of DDP's gradient buckets."""
     storages = _storages(resident_tensors(*subjects)).values()
     return sum(storage.nbytes() for storage in storages) + _bucket_bytes(*subjects)
 

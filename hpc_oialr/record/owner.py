@@ -70,33 +70,19 @@ def started(pid: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who holds a folder.
+    """Who holds a folder."""
 
-    Attributes
-    ----------
-    command
-        E.g. "oialr train".
-    host, pid
-        Where; process 0 for a job that was submitted and has not begun.
-    space, started
-        What makes the process number unique.
-    job, restarts
-        The Slurm job, and how often it had been requeued; "" without one.
-    since
-        ISO 8601.
-    token
-        Of this claim alone.
-    """
-
-    command: str
+    command: str  # e.g. "oialr train"
     host: str = field(default_factory=node_name)
-    pid: int = field(default_factory=os.getpid)
+    pid: int = field(default_factory=os.getpid)  # 0 for a job that was submitted and has not begun
+    # What makes the process number unique.
     space: str = field(default_factory=process_space)
     started: str = field(default_factory=lambda: started(os.getpid()))
+    # The Slurm job, and how often it had been requeued.
     job: str = ""
     restarts: int = 0
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this claim alone
 
     def __str__(self) -> str:
         who = f"process {self.pid} on {self.host}" if self.pid else f"a job submitted on {self.host}"
@@ -105,21 +91,13 @@ class Owner:
 
 @dataclass(frozen=True)
 class Claim:
-    """How a run folder is claimed.
+    """How a run folder is claimed."""
 
-    Parameters
-    ----------
-    command
-        What claims it.
-    job_over
-        Whether a Slurm job is over; None if nobody can say.
-    first
-        What to do before the run begins, if nobody else holds the folder.
-    """
-
-    command: str = "python"
-    job_over: Callable[[str], bool | None] = lambda _: None
-    first: Callable[[], object] = lambda: None
+    command: str = "python"  # what claims it
+    job_over: Callable[[str], bool | None] = lambda _: (
+        None
+    )  # whether a Slurm job is over; None if nobody can say
+    first: Callable[[], object] = lambda: None  # to do before the run begins, if nobody else holds the folder
 
     def check(self, folder: RunFolder) -> None:
         """Raise :class:`FolderInUseError` if another process holds the folder; else do what is to be done first."""
@@ -131,12 +109,8 @@ class Claim:
     def take(self, folder: RunFolder) -> Ownership:
         """Make this process the owner.
 
-        Raises
-        ------
-        FolderInUseError
-            If another one is, and lives as far as can be known; names it.
-        OIALRError
-            If the folder cannot be written.
+        Raises FolderInUseError, which names the owner, if another one is, and lives as far as can be known; OIALRError
+        if the folder cannot be written.
         """
         job = slurm_job()
         of_job = ("", 0) if job is None else (job.id, job.restarts)
@@ -193,10 +167,7 @@ class Claim:
 class Ownership:
     """A folder that is held; gives signs of life in a thread of its own until it is closed.
 
-    Attributes
-    ----------
-    lost
-        Why it is held no more; "" as long as it is.
+    ``lost`` says why it is held no more; "" as long as it is.
     """
 
     def __init__(self, folder: RunFolder, owner: Owner) -> None:

@@ -19,45 +19,21 @@ _REFRESH_S = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A run at one moment.
-
-    Attributes
-    ----------
-    step, total_steps
-        Steps done, of all.
-    phase
-        "full-rank" or "low-rank".
-    loss
-        Training loss.
-    metric, metric_name
-        Last evaluation, if there was one.
-    trained_share
-        Trained parameters, of the dense model's, in [0, 1].
-    rate, unit
-        Items per second, and what they are ("images", "tokens", "samples").
-    data_wait_share
-        Share of the time spent waiting for data, in [0, 1].
-    memory_bytes
-        Peak memory so far (bytes).
-    eta_s
-        Time to the end (s).
-    left_s
-        Time to the end of the job, if it has one (s).
-    """
+    """A run at one moment."""
 
     step: int
     total_steps: int
     phase: Literal["full-rank", "low-rank"]
-    loss: float
-    trained_share: float
-    rate: float
-    unit: str
-    data_wait_share: float
-    memory_bytes: int
+    loss: float  # of training
+    trained_share: float  # trained parameters, of the dense model's, in [0, 1]
+    rate: float  # items per second
+    unit: str  # "images", "tokens", "samples"
+    data_wait_share: float  # of the time, in [0, 1]
+    memory_bytes: int  # peak so far
     eta_s: float
-    metric: float | None = None
+    metric: float | None = None  # last evaluation, if there was one
     metric_name: str = ""
-    left_s: float | None = None
+    left_s: float | None = None  # time to the end of the job, if it has one
 
     def words(self) -> list[str]:
         """One figure each."""
@@ -136,19 +112,7 @@ class LiveProgress(Progress):
 def make_progress(
     *, show: bool = True, live: bool | None = None, stream: TextIO | None = None, every_s: float = 10.0
 ) -> Progress:
-    """The display that fits.
-
-    Parameters
-    ----------
-    show
-        False on all ranks but rank 0.
-    live
-        Whether to draw over what was drawn; default: if the stream is a terminal.
-    stream
-        Where to; default standard error.
-    every_s
-        Seconds between plain lines.
-    """
+    """The display that fits: none (``show=False``), live if the stream is a terminal, otherwise plain lines."""
     stream = stream or sys.stderr
     if not show:
         return Progress()
@@ -168,15 +132,7 @@ def clock_time(seconds: float) -> str:
 
 
 class Throughput:
-    """Items per second, share of time spent waiting for data, time left: exponential averages over the last steps.
-
-    Parameters
-    ----------
-    memory
-        Number of steps after which one counts about a third.
-    clock
-        Monotonic seconds.
-    """
+    """Items per second, share of time spent waiting for data, time left: exponential averages over ``memory`` steps."""
 
     def __init__(self, *, memory: int = 20, clock: Clock = time.monotonic) -> None:
         self._keep = 1 - 1 / memory

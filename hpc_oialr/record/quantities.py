@@ -20,14 +20,9 @@ _BLOCK = 32
 
 
 def spectral_quantities(s: Values, m: int, n: int) -> dict[str, float]:
-    """The record's fields that follow from the singular values that are left of an m x n matrix.
+    """All of them for the descending singular values ``s`` that are left of an m x n matrix; shape (r,).
 
     About 1 ms for 512 values, nearly all of it for ``alpha``.
-
-    Parameters
-    ----------
-    s
-        Descending; shape (r,), r <= min(m, n).
     """
     s = s.astype(np.float64)
     edge = bulk_edge(s, m, n)

@@ -17,44 +17,23 @@ from hpc_oialr.system_errors import read_json
 class RunFolder:
     """Paths of a run's files, and how they are written.
 
-    Attributes
-    ----------
-    path
-        The folder.
-    config, environment, summary
-        The effective configuration; versions and machine; what came out, written last.
-    metrics, updates
-        One JSON object a line: losses and evaluations; times of every update, and means over its layers.
-    spectra
-        Singular values of every layer and update.
-    checkpoints, logs
-        Folders.
-    settings
-        With which settings the checkpoints may be continued; there from the run's begin.
-    job
-        What was submitted to do this run, and as which job; there for submitted runs only.
-    owner
-        Who works in the folder now; there while somebody does.
-
-    Examples
-    --------
     >>> RunFolder("runs/demo").metrics.as_posix()
     'runs/demo/metrics.jsonl'
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.environment = self.path / "environment.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.updates = self.path / "updates.jsonl"
-        self.spectra = self.path / "spectra.h5"
-        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"  # the effective configuration
+        self.environment = self.path / "environment.json"  # versions and machine
+        # One JSON object a line: losses and evaluations; times of every update, and means over its layers.
+        self.metrics, self.updates = self.path / "metrics.jsonl", self.path / "updates.jsonl"
+        self.spectra = self.path / "spectra.h5"  # singular values of every layer and update
+        self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
+        # With which settings the checkpoints may be continued; there from the run's begin.
         self.settings = self.checkpoints / "settings.json"
-        self.logs = self.path / "logs"
-        self.summary = self.path / "summary.json"
-        self.job = self.path / "job.json"
-        self.owner = self.path / "owner.json"
+        self.summary = self.path / "summary.json"  # what came out; written last
+        self.job = self.path / "job.json"  # of a submitted run: what was submitted, and as which job
+        self.owner = self.path / "owner.json"  # who works in the folder now; there while somebody does
 
     @property
     def resume_command(self) -> str:

@@ -24,18 +24,10 @@ _UNKNOWN = -math.inf
 
 @dataclass(frozen=True)
 class SharedUpdate:
-    """An update with the times of all ranks.
+    """An update with the times of all ranks."""
 
-    Attributes
-    ----------
-    report
-        Its layers' seconds are those of the rank that computed the SVD, of the slowest of several.
-    update_s
-        Wall time of the whole update on each rank (s).
-    """
-
-    report: UpdateReport
-    update_s: tuple[float, ...]
+    report: UpdateReport  # its layers' seconds are those of the rank that computed the SVD, of the slowest of several
+    update_s: tuple[float, ...]  # wall time of the whole update on each rank
 
     @property
     def svd_s(self) -> float:
@@ -73,13 +65,7 @@ def pack(report: UpdateReport, rank: int, size: int) -> Tensor:
 
 
 def unpack(report: UpdateReport, largest: Tensor) -> SharedUpdate:
-    """The update with all times, from the largest of all ranks' vectors.
-
-    Raises
-    ------
-    WorldError
-        If no rank measured a layer's SVD, or a rank sent no time.
-    """
+    """The update with all times, from the largest of all ranks' vectors; WorldError if a time is missing."""
     values, count = largest.tolist(), len(report.layers)
     names = [layer.name for layer in report.layers] + [f"rank {i}" for i in range(len(values) - count)]
     for name, value in zip(names, values, strict=True):

@@ -123,21 +123,12 @@ class Spectra(Mapping[str, Layer]):
     A snapshot of the moment at which it was opened, also while the run continues. Use it in a ``with`` statement, or
     call :meth:`close`.
 
-    Parameters
-    ----------
-    path
-        See :func:`open`.
-    files
-        Files that are open already; default those of ``path``.
-
     Attributes
     ----------
     path
         What was opened.
     attributes
         The root's, as they are stored; see :attr:`config` and :attr:`environment`.
-    files
-        The files.
 
     Examples
     --------
@@ -207,15 +198,7 @@ class Spectra(Mapping[str, Layer]):
     def to_pandas(self, table: str = "events", *, singular_values: bool = False) -> pandas.DataFrame:
         """A table with a row per layer and event, or with "steps" per step range.
 
-        Parameters
-        ----------
-        singular_values
-            Add a column with the array of each event's values, without padding.
-
-        Raises
-        ------
-        MissingExtraError
-            Without pandas.
+        ``singular_values``: add a column with the array of each event's values, without padding.
         """
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES)
@@ -226,17 +209,7 @@ class Spectra(Mapping[str, Layer]):
     def to_xarray(self, layers: str = "*") -> xarray.Dataset:
         """Fields of events over (layer, t), singular values over (layer, t, index), steps over (step).
 
-        Where a layer has no event of a step, and beyond its k, there is NaN.
-
-        Parameters
-        ----------
-        layers
-            Shell pattern of names.
-
-        Raises
-        ------
-        MissingExtraError
-            Without xarray.
+        Where a layer has no event of a step, and beyond its k, there is NaN. ``layers``: shell pattern of names.
         """
         return tables.to_xarray(self, self.steps, str(self.path), layers)
 

@@ -28,23 +28,8 @@ DAMAGE = (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipF
 class RecordFile:
     """One file of a record; tables are read when they are asked for.
 
-    Attributes
-    ----------
-    path
-        The file.
-    tree
-        What is in it, as h5py shows it.
-    attributes
-        Of the root.
-    layers
-        Names of the layers that it has rows of.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing.
-    DataError
-        If it is damaged, no record of spectra, or of a newer schema.
+    FileNotFoundError if it is missing; DataError if it is damaged, no record of spectra, or of a newer schema.
+    ``tree`` is what is in it, as h5py shows it; ``attributes`` are those of the root; ``layers`` it has rows of.
     """
 
     def __init__(self, path: Path) -> None:

@@ -20,22 +20,12 @@ from hpc_oialr.spectra.schema import EVENT, NO_STEPS, STEP, LayerRows, Rows, as_
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What :func:`repair` did.
+    """What :func:`repair` did."""
 
-    Attributes
-    ----------
-    target
-        The file that it wrote.
-    layers, events
-        How many layers, and how many rows of events of all layers together, it holds.
-    lost
-        One sentence for each thing that could not be read.
-    """
-
-    target: Path
+    target: Path  # what it wrote
     layers: int
-    events: int
-    lost: tuple[str, ...]
+    events: int  # of all layers together
+    lost: tuple[str, ...]  # one sentence for each thing that could not be read
 
 
 def repair(path: Path | str, target: Path | None = None, *, force: bool = False) -> RepairResult:
@@ -57,8 +47,6 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     ------
     DataError
         If nothing can be read.
-    OutputError
-        If the target is another file than an earlier repaired record.
     """
     path = Path(path)
     head = head_of(path)

@@ -5,38 +5,8 @@
     /                       attributes: schema_version, config, environment, world (JSON), git_commit, seed, world_size
     /layers/NAME            attributes: name, index (its place in the model), m, n, k. NAME is escaped as in URLs
         events              one row per event, of the fields of EVENT
-        singular_values     float32  the same rows, of width k: descending, padded with NaN
+        singular_values     float32  the same rows, of width k: before the cut, descending, padded with NaN
     /steps                  one row per step range, of the fields of STEP
-
-Fields of EVENT::
-
-    t                       int64    step
-    kind                    enum     stability (measured while dense), conversion, update
-    r_before, r             int64    inner dimension before and after
-    cut_values              int64    how many singular values were cut
-    stability               float64  agreement with the basis before; NaN where there was none
-    orthogonality_error_U, orthogonality_error_Vh    float64
-    seconds                 float64  time of the SVD
-    subspace_angle_U, subspace_angle_Vh    float64  largest principal angle between the leading quarter of the
-                            basis and that of the basis before (rad)
-    r_factor_distance       float64  ||R' - R||_F / ||R||_F, R of the weight's QR before, R' now; while dense
-    stable_rank             float64  of the values before the cut, as all that follow
-    effective_rank          float64  exp of the entropy of s / sum s
-    noise_edge              float64  largest singular value that noise alone would have
-    values_above_edge       float64  how many stand above it
-    alpha                   float64  power-law exponent of the tail of s^2; NaN for fewer than 20 values
-    condition_number        float64  largest over smallest value
-
-Fields of STEP::
-
-    step                    int64    last step of the range
-    loss, lr                float64  at that step
-    trained_parameters      int64
-    memory_bytes            int64    highest so far
-    wall_s                  float64  seconds of training so far
-    update_s, data_wait_s   float64  of it in updates and waiting for data
-    eval_s, checkpoint_s    float64  beside it, in evaluations and checkpoints
-    energy_J                float64  of all processes since the row before
 
 A number that was not computed, or that a file of an older version does not have, is NaN. Version 1 had the
 fields up to ``seconds``, and no steps.
@@ -63,39 +33,44 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 KINDS = {"stability": 0, "conversion": 1, "update": 2}
 KIND = h5py.enum_dtype(KINDS, basetype=np.uint8)
-
-MEASURES = (
-    "stability",
-    "orthogonality_error_U",
-    "orthogonality_error_Vh",
-    "seconds",
-    "subspace_angle_U",
-    "subspace_angle_Vh",
-    "r_factor_distance",
-    "stable_rank",
-    "effective_rank",
-    "noise_edge",
-    "values_above_edge",
-    "alpha",
-    "condition_number",
-)
 EVENT = np.dtype(
     [
-        ("t", np.int64),
-        ("kind", KIND),
-        *((name, np.int64) for name in ("r_before", "r", "cut_values")),
-        *((name, np.float64) for name in MEASURES),
+        ("t", np.int64),  # step
+        ("kind", KIND),  # a measurement while dense, a conversion or an update
+        ("r_before", np.int64),
+        ("r", np.int64),  # inner dimension before and after
+        ("cut_values", np.int64),  # how many singular values were cut
+        ("stability", np.float64),  # agreement with the basis before; NaN where there was none
+        ("orthogonality_error_U", np.float64),
+        ("orthogonality_error_Vh", np.float64),
+        ("seconds", np.float64),  # time of the SVD
+        # Largest principal angle between the leading quarter of the basis and that of the basis before (rad).
+        ("subspace_angle_U", np.float64),
+        ("subspace_angle_Vh", np.float64),
+        # ||R' - R||_F / ||R||_F, R of the weight's QR before, R' now; while dense.
+        ("r_factor_distance", np.float64),
+        # Of the values before the cut; see hpc_oialr.record.quantities.
+        ("stable_rank", np.float64),
+        ("effective_rank", np.float64),  # exp of the entropy of s / sum s
+        ("noise_edge", np.float64),  # largest singular value that noise alone would have
+        ("values_above_edge", np.float64),  # how many stand above it
+        ("alpha", np.float64),  # power-law exponent of the tail of s^2; NaN for fewer than 20 values
+        ("condition_number", np.float64),  # largest over smallest value
     ]
 )
-_SECONDS = ("wall_s", "update_s", "data_wait_s", "eval_s", "checkpoint_s")
 STEP = np.dtype(
     [
-        ("step", np.int64),
+        ("step", np.int64),  # last step of the range
         ("loss", np.float64),
         ("lr", np.float64),
         ("trained_parameters", np.int64),
-        ("memory_bytes", np.int64),
-        *((name, np.float64) for name in (*_SECONDS, "energy_J")),
+        ("memory_bytes", np.int64),  # highest so far
+        ("wall_s", np.float64),  # of training so far
+        ("update_s", np.float64),  # of it in updates
+        ("data_wait_s", np.float64),  # of it waiting for data
+        ("eval_s", np.float64),  # beside it, in evaluations
+        ("checkpoint_s", np.float64),  # beside it, in checkpoints
+        ("energy_J", np.float64),  # of all ranks since the row before
     ]
 )
 NO_STEPS = np.zeros(0, dtype=STEP)
@@ -148,24 +123,14 @@ def group_name(layer: str) -> str:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """Rows of one layer.
-
-    Attributes
-    ----------
-    name, index, m, n
-        The layer, its position in the model, and its weight's shape.
-    events
-        Of dtype EVENT; shape (rows,).
-    singular_values
-        float32, padded with NaN; shape (rows, k).
-    """
+    """Rows of one layer."""
 
     name: str
-    index: int
+    index: int  # its position in the model
     m: int
     n: int
-    events: NDArray[np.void]
-    singular_values: NDArray[np.float32]
+    events: NDArray[np.void]  # of dtype EVENT; shape (rows,)
+    singular_values: NDArray[np.float32]  # padded with NaN; shape (rows, k)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,9 @@ class Chain:
     hand. Neither new layers nor the cut at a resume fit its rules (append only, to data sets that were there before),
     and it asks for a file system that keeps the order of writes, which NFS and Lustre do not.
 
-    Parameters
-    ----------
-    head
-        ``spectra.h5``. Existing files are continued; a damaged one stays, and is named in a warning.
-    attributes
-        Of the root of every file.
-    join_flushes, join_bytes
-        So many flushes, or so many bytes of them, are joined, so that readers need not open thousands of files. A
-        joined file takes more rows until it has as many bytes: each row is written few times, however long the run.
+    ``head`` is ``spectra.h5``; existing files are continued, a damaged one stays, and is named in a warning. So many
+    flushes, or so many bytes of them, are joined, so that readers need not open thousands of files. A joined file takes
+    more rows until it has as many bytes: each row is written few times, however long the run.
     """
 
     def __init__(
@@ -65,13 +59,7 @@ class Chain:
         self.join_flushes, self.join_bytes = join_flushes, join_bytes
 
     def append(self, rows: Rows) -> None:
-        """Add rows; when this returns they are on the disk.
-
-        Raises
-        ------
-        OSError
-            If they could not be written; the files are as before.
-        """
+        """Add rows; when this returns they are on the disk. OSError if they could not be written, files are as before."""
         chain = chain_of(self.head)
         number = number_of(chain[-1]) + 1 if chain and not gaps_in(chain[:1]) else 0
         write_flush(segment_path(self.head, number, flush=True), self.attributes, rows)
@@ -110,19 +98,8 @@ class Chain:
 def merge(path: Path | str) -> Path:
     """Join all files of a record, those of earlier versions too; returns its path.
 
-    What a run does at its end, for one that was stopped or whose disk was full. No run may be writing there.
-
-    Parameters
-    ----------
-    path
-        A run's folder or its ``spectra.h5``.
-
-    Raises
-    ------
-    DataError
-        If there is none, or a file is damaged; all stay as they are.
-    OSError
-        If there is no room; all stay as they are.
+    What a run does at its end, for one that was stopped or whose disk was full. No run may be writing there. DataError
+    if there is none, or a file is damaged, OSError if there is no room: all files stay as they are.
     """
     head = head_of(Path(path))
     with Spectra(head) as run:

@@ -120,17 +120,6 @@ def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = Fa
         Folder to write; default ``spectra_FORMAT`` beside the record.
     force
         Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
-
-    Raises
-    ------
-    UnknownNameError
-        For another format.
-    DataError
-        If the record is damaged.
-    OutputError
-        If the folder holds what no export wrote.
-    MissingExtraError
-        Without pandas, or for Parquet without pyarrow.
     """
     if form not in FORMATS:
         raise UnknownNameError("format", form, FORMATS)

@@ -38,21 +38,9 @@ class SpectraWriter:
     ``memory_bytes`` the newest are dropped and counted. A run that dies meanwhile resumes from a checkpoint, and
     writes the updates after it again.
 
-    Parameters
-    ----------
-    chain
-        The record.
-    layers
-        Names of the model's layers, in its order. Others are numbered after them.
-    queue_length
-        How many updates may wait for the thread.
-    patience_s
-        See :class:`AsyncWriter`.
-
-    Attributes
-    ----------
-    written, dropped
-        Updates on the disk, and those that memory could not hold.
+    ``layers``: names of the model's layers, in its order; others are numbered after them. ``queue_length``: how many
+    updates may wait for the thread. ``written`` and ``dropped`` count updates on the disk, and those that memory could
+    not hold.
     """
 
     def __init__(
@@ -167,17 +155,9 @@ class AsyncWriter(Generic[T]):
     A thread is enough: gzip, ``write`` and ``fsync`` release the GIL, and ``python -m benchmarks.record`` measures
     the rest. A process would import everything a second time and hold its memory.
 
-    Parameters
-    ----------
-    work
-        Does the queued jobs, oldest first.
-    length
-        Size of the queue. :meth:`put` blocks while it is full; the first time is logged as a warning.
-    name
-        Used in messages.
-    patience_s
-        Longest time that :meth:`put` and :meth:`drain` block (s). After it jobs are dropped and counted until the
-        queue has room again: a file system that hangs must not stop a training.
+    :meth:`put` blocks while the queue is full, which is logged the first time. It and :meth:`drain` block no longer than
+    ``patience_s``; after it jobs are dropped and counted until the queue has room again: a file system that hangs must
+    not stop a training. ``name`` is used in messages.
     """
 
     def __init__(
@@ -194,18 +174,15 @@ class AsyncWriter(Generic[T]):
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"writer of {self.name}", daemon=True)
             self._thread.start()
-        try:
-            self._jobs.put_nowait(job)
-            self._stuck = False
-            return
-        except queue.Full:
-            start = time.monotonic()
+        full, start = self._jobs.full(), time.monotonic()
         try:
             self._jobs.put(job, timeout=0 if self._stuck else self.patience_s)
             self._stuck = False
         except queue.Full:
             self.dropped += 1
             self._stuck = True
+        if not full:
+            return
         waited = time.monotonic() - start
         if not self.waited_s:
             log.warning(

@@ -16,7 +16,7 @@ from support.mpi_program import ROUNDS, SLOTS
 from support.mpirun import mpirun, needs_mpirun, python_environment
 
 from hpc_oialr.distributed import World
-from hpc_oialr.distributed.metric_reduction import TorchChannel
+from hpc_oialr.distributed.metric_reduction import MetricsChannel
 
 
 def slots(rank: int) -> torch.Tensor:
@@ -28,7 +28,7 @@ def slots(rank: int) -> torch.Tensor:
 
 def exchange(rank: int, size: int, say: Say) -> None:
     world = World.from_environment(device="cpu", timeout_s=60)
-    channel = TorchChannel(world)
+    channel = MetricsChannel(world)
     vector = slots(rank)
     pending = channel.start(vector)
     vector.zero_()

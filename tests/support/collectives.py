@@ -13,7 +13,7 @@ from support.crowd import Say
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
 from hpc_oialr.distributed import World, check_equal
-from hpc_oialr.distributed.metric_reduction import TorchChannel
+from hpc_oialr.distributed.metric_reduction import MetricsChannel
 from hpc_oialr.engines import DeepSpeedEngine, Engine, FSDPEngine, TensorEngine, make_engine
 from hpc_oialr.engines.deepspeed import import_deepspeed
 from hpc_oialr.linalg.tsqr import tsqr_svd
@@ -65,7 +65,7 @@ def _replicas(world: World, _: Path) -> Round:
 
 
 def _metrics(world: World, _: Path) -> Round:
-    channel = TorchChannel(world)
+    channel = MetricsChannel(world)
     return lambda i: channel.start(torch.ones(100, dtype=torch.float64)).result()
 
 

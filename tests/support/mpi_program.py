@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from hpc_oialr.distributed import World, open_channel
-from hpc_oialr.distributed.metric_reduction import MetricsChannel, TorchChannel
+from hpc_oialr.distributed.metric_reduction import MetricsChannel
 from hpc_oialr.distributed.mpi import leave_mpi
 from hpc_oialr.errors import WorldError
 
@@ -33,7 +33,7 @@ SLOTS, ROUNDS = 1000, 5
 
 def channels(world: World, channel: MetricsChannel) -> dict[str, Any]:
     """Rounds of vectors with -inf, tiny, huge and negative numbers over both channels."""
-    other, seen = TorchChannel(world), []
+    other, seen = MetricsChannel(world), []
     generator = torch.Generator().manual_seed(world.rank)
     for _ in range(ROUNDS):
         vector = torch.randn(SLOTS, dtype=torch.float64, generator=generator).exp() - 1
