@@ -7,8 +7,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_oialr.method.rules import noise_edge
-
 Values = NDArray[np.floating]
 
 # WeightWatcher fits fewer values in another way, and says that fits of so few mean little.
@@ -81,6 +79,9 @@ def bulk_edge(s: Values, m: int, n: int) -> float:
     The noise level comes from the median of all k values; once more than half of them are cut, the bulk is gone.
     See :func:`hpc_oialr.method.rules.noise_edge`.
     """
+    # Imports torch, which takes seconds, and whoever reads a record does not need.
+    from hpc_oialr.method.rules import noise_edge
+
     middle = (min(m, n) - 1) // 2
     return noise_edge(float(s[middle]), m, n) if middle < len(s) else math.nan
 
