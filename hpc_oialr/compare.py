@@ -179,13 +179,13 @@ def _run_fresh(sides: Mapping[str, LoadedConfig], folder: Path, stop: StopReques
 
 def _wait(run: subprocess.Popen[bytes], stop: StopRequest) -> int:
     """A run's exit code; signals that reach this process alone are passed on, which Ctrl-C needs not."""
-    told = False
+    signalled = False
     with run:
         while True:
             try:
                 return run.wait(timeout=_POLL_S)
             except subprocess.TimeoutExpired:
                 asker = stop.asked()
-            if asker and asker != "Ctrl-C" and not told:
+            if asker and asker != "Ctrl-C" and not signalled:
                 run.terminate()
-                told = True
+                signalled = True

@@ -146,8 +146,8 @@ def is_transformed() -> bool:
         return True
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    told = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return getattr(forward_ad, "_current_level", 0) >= 0 or told is None or told()
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return getattr(forward_ad, "_current_level", 0) >= 0 or active is None or active()
 
 
 def active_ddp_module() -> DistributedDataParallel | None:

@@ -217,7 +217,7 @@ def _headline(run: Spectra) -> str:
     from hpc_oialr.record.metrics import read_last_metrics
 
     parts = [str(run.path), f"{len(run)} layers", f"{len(run.events)} rows"]
-    # metrics.jsonl is written at once; the record may stand alone.
+    # metrics.jsonl is newer than the record, where there is one.
     rows = [row for row in read_last_metrics(_folder(run.path).metrics) if "metric" not in row]
     rows = rows or list(run.steps[-1:])
     if rows:

@@ -27,7 +27,7 @@ from hpc_oialr.plan.trace_step import Step, StepTraces, trace_event, traced_cont
 from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
 
 MB = 1e6
-# Of the phases that are looked at closely, which an event begins in.
+# The phase before each event, among those that are reported.
 BEFORE = {"conversion": "dense", "update": "converted"}
 
 
@@ -91,12 +91,12 @@ class Planner:
             return {target.name: LayerShape(target.name, *target.shape) for target in targets}
 
     def phases(self, steps: int) -> list[Phase]:
-        """Of a run of so many steps."""
+        """Of a run of ``steps``."""
         return phases(self.workload.config.oialr, list(self.shapes.values()), steps, self.rule)
 
     @cached_property
     def stages(self) -> dict[str, Phase]:
-        """The phases that are looked at closely: "dense"; after the conversion also "converted" and "end"."""
+        """The phases that are reported: "dense"; after the conversion also "converted" and "end"."""
         every = self.phases(self.workload.total_steps)
         names = {"dense": 0, "converted": 1, "end": -1} if len(every) > 1 else {"dense": 0}
         return {name: every[index] for name, index in names.items()}
@@ -110,7 +110,7 @@ class Planner:
     # -- rows ------------------------------------------------------------------------------------
 
     def deployment(self, nodes: int, per_node: int, engine: EngineConfig) -> Deployment:
-        """So many processes, each with its share of the batch."""
+        """Processes on so many nodes, each with its share of the batch."""
         batch = self.workload.config.train.global_batch
         groups = Deployment(engine, 1 if self.weak else nodes, per_node).groups
         return Deployment(engine, nodes, per_node, max(1, batch // max(1, groups)))
@@ -211,7 +211,7 @@ class Planner:
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
     def _event_peak(self, phase: Phase, before: Step, d: Deployment) -> float:
-        """From what one process alone holds during the event, by what the engine holds between steps."""
+        """Traced on one process, corrected by what the engine holds between steps."""
         memory = footprint(before, d)
         resident = memory.resident
         if memory.gradients and isinstance(d.engine, DDP):

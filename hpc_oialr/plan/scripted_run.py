@@ -1,4 +1,4 @@
-"""A run's own code on real tensors, in a few steps, with the method's events when asked for.
+"""A run's own code on real tensors, for a few steps, with the method's events on request.
 
 Measures steps on one process (:func:`probe`), or runs as single processes of a large world (:func:`dry_run`).
 """

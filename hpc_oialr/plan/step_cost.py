@@ -1,4 +1,4 @@
-"""What one process holds, sends and waits for: memory, messages and time of a step and of an event, by engine.
+"""Memory, messages and time of a step and of an event on one process, by engine.
 
 FSDP and TensorParallel are traced as they are. DDP and DeepSpeed work on real tensors only: the bare module is
 traced, and formulas add buckets, partitions and messages. Compute time is measured (``oialr plan --probe``) or counted

@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,26 +212,17 @@ def _weight(low: Deployment, d: Deployment, high: Deployment) -> float:
 
 
 def _between(a: Step, b: Step, w: float, d: Deployment) -> Step:
-    def mix(x: float, y: float) -> float:
+    def mix(x: Any, y: Any) -> Any:
         return x + w * (y - x)
 
-    def curve(x: Sequence[float], y: Sequence[float]) -> list[float]:
-        first, last = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-        return list(first + w * (last - first))
-
     def trace(x: Trace, y: Trace) -> Trace:
-        messages = [
-            replace(
-                m,
-                size=mix(m.size, n.size),
-                processes=m.processes if m.processes == n.processes else d.processes // m.stride,
-            )
-            for m, n in zip(x.messages, y.messages, strict=True)
-        ]
+        messages = []
+        for m, n in zip(x.messages, y.messages, strict=True):
+            processes = m.processes if m.processes == n.processes else d.processes // m.stride
+            messages.append(replace(m, size=mix(m.size, n.size), processes=processes))
         flops = Counter({dtype: round(mix(x.flops[dtype], y.flops[dtype])) for dtype in x.flops})
-        live, gradients = curve(x.live, y.live), curve(x.gradients, y.gradients)
+        live, gradients = mix(np.array([x.live, x.gradients]), np.array([y.live, y.gradients])).tolist()
         return Trace(live, gradients, flops, mix(x.moved, y.moved), messages)
 
-    first, last = asdict(a.resident), asdict(b.resident)
-    resident = Resident(**{name: mix(first[name], last[name]) for name in first})
+    resident = Resident(*map(mix, astuple(a.resident), astuple(b.resident)))
     return Step(resident, trace(a.passes, b.passes), trace(a.update, b.update), a.half)

@@ -25,17 +25,7 @@ _FLOPS = flop_registry | {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-# By how the names of torch's operators begin.
-_COLLECTIVES = {
-    "allreduce": "all_reduce",
-    "all_reduce": "all_reduce",
-    "allgather": "all_gather",
-    "all_gather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "all_to_all": "all_to_all",
-    "broadcast": "broadcast",
-}
+_COLLECTIVES = "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 
 
 @dataclass(frozen=True)
@@ -134,8 +124,9 @@ class Tracer(TorchDispatchMode):
         return sum(s.nbytes() for key, s in storages if s is not None and self._sizes[key])
 
     def _note_message(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        name = func.overloadpacket.__name__.strip("_")
-        collective = next((kind for key, kind in _COLLECTIVES.items() if name.startswith(key)), None)
+        # torch's operators are called allreduce_, all_gather_into_tensor and the like.
+        name = func.overloadpacket.__name__.replace("_", "")
+        collective = next((kind for kind in _COLLECTIVES if name.startswith(kind.replace("_", ""))), None)
         if collective is None:
             return
         size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)

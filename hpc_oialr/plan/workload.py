@@ -20,7 +20,7 @@ from hpc_oialr.train.run_context import RunContext, make_run_context
 
 # Training samples of data sets that are seldom on the machine a plan is made on.
 KNOWN_SAMPLES = {"ImageFolder": 1_281_167, "CIFAR10": 50_000, "FashionMNIST": 60_000}
-# Later than any step: the method's events come when they are asked for.
+# Later than any step: events of the method happen on request.
 NEVER = 10**8
 
 
@@ -103,7 +103,7 @@ class Workload:
     def run_context(
         self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
     ) -> RunContext:
-        """A run under a built engine, in which conversion and updates wait until they are asked for.
+        """A run under a built engine, in which conversion and updates happen on request only.
 
         ``batch`` samples per process and step; ``rule`` instead of the recipe's; made-up data, or the recipe's.
         """
@@ -121,7 +121,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class _BuiltEngine:
-    """Stands where settings of an engine are expected."""
+    """In place of settings of an engine."""
 
     engine: Engine
 
@@ -131,7 +131,7 @@ class _BuiltEngine:
 
 @dataclass(frozen=True)
 class _FakeData(ArrayDataset):
-    """Stands where settings of the data are expected; training and validation samples at once."""
+    """In place of settings of the data; training and validation samples."""
 
     workload: Workload
     count: int
