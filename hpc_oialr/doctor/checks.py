@@ -41,15 +41,15 @@ _MOST_NODES = 4
 
 def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]] = CHECKS) -> list[Finding]:
     """Findings of this process's checks, in their order; a check that hangs or raises is a finding, too."""
-    due = {topic: check for topic, scope, check in checks if context.does(scope)}
+    due = {topic: check for topic, scope, check in checks if context.in_scope(scope)}
     found: dict[str, list[Finding]] = {}
 
     def look(topic: str) -> None:
         try:
             found[topic] = due[topic](context)
         except Exception as error:
-            # A system that nobody has thought of must not hide what other checks have found.
-            found[topic] = [note(topic, f"cannot be looked at: {type(error).__name__}: {error}")]
+            # An unexpected system must not hide the findings of other checks.
+            found[topic] = [note(topic, f"check failed: {type(error).__name__}: {error}")]
 
     # Daemons: a thread that hangs is left behind.
     threads = [threading.Thread(target=look, args=(topic,), daemon=True) for topic in due]

@@ -148,7 +148,7 @@ class CheckContext:
         """Whether this process is rank 0."""
         return self.environ.get("SLURM_PROCID", "0") == "0" if self.place is None else self.place.rank == 0
 
-    def does(self, scope: Scope) -> bool:
+    def in_scope(self, scope: Scope) -> bool:
         """Whether this process runs checks of a scope.
 
         "slurm": rank 0, where any of Slurm's programs is, so that the controller gets one question instead of thousands.

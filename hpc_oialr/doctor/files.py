@@ -25,11 +25,11 @@ def check_folder(context: CheckContext) -> list[Finding]:
         found = f"the file system of {context.folder} gives no answer: {answer.reason}"
         fix = f"{_ELSEWHERE}; tell the administrators of {mount(context.folder)}"
         return [problem("run folder", found, fix)]
-    return judge_folder(context, report)
+    return folder_findings(context, report)
 
 
-def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
-    """What the probe of the folder says of its use, space, number of files and owner."""
+def folder_findings(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
+    """Use, space, number of files and owner of the folder, from the probe's report."""
     there = Path(report["there"])
     if report.get("works"):
         findings = [ok("run folder", f"{there}: files are written, renamed at once and read back")]
@@ -68,13 +68,13 @@ def judge_folder(context: CheckContext, report: dict[str, Any]) -> list[Finding]
 def check_hdf5(context: CheckContext) -> list[Finding]:
     """File locks in the run folder: HDF5 locks each file, and some parallel file systems have no locks."""
     report, answer = context.probe("hdf5", str(context.folder.absolute()))
-    return judge_hdf5(context, report, answer)
+    return hdf5_findings(context, report, answer)
 
 
-def judge_hdf5(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
-    """What the probe says of locks and HDF5."""
+def hdf5_findings(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
+    """Locks and HDF5, from the probe's report."""
     if "unusable" in report:
-        return []  # check_folder tells why
+        return []  # check_folder has the reason
     if "lock" not in report:
         return [problem("HDF5", f"a file lock in {context.folder} fails: {answer.reason}", _WITHOUT_LOCKS)]
     unlocked = context.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0")

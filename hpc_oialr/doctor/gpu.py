@@ -31,11 +31,11 @@ def check_gpus(context: CheckContext) -> list[Finding]:
             (problem if context.gpus_asked else note)("GPU", found, f"see {_BUILDS} for a build with CUDA")
         ]
     local_rank = 0 if context.place is None else context.place.local_rank
-    return judge(context, *context.probe("cuda", str(local_rank), slow=True))
+    return gpu_findings(context, *context.probe("cuda", str(local_rank), slow=True))
 
 
-def judge(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
-    """What the probe of the GPU says."""
+def gpu_findings(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
+    """CUDA, this process's GPU and NCCL, from the probe's report."""
     names, torch = report.get("names"), f"torch {report.get('torch')}"
     if names is None:
         fix = f"nvidia-smi   (if that hangs too, leave the node out: --exclude={context.node})"
@@ -44,7 +44,7 @@ def judge(context: CheckContext, report: dict[str, Any], answer: Answer) -> list
         driver, built = report.get("driver_cuda"), report.get("torch_cuda")
         if driver and built and driver // 1000 < int(built.partition(".")[0]):
             newest = f"{driver // 1000}.{driver % 1000 // 10}"
-            found = f"{torch} is built for CUDA {built}, the driver speaks {newest} at most"
+            found = f"{torch} is built for CUDA {built}, the driver supports {newest} at most"
             fix = f"see {_BUILDS} for a build with CUDA {driver // 1000}, or renew the driver"
             return [problem("GPU", found, fix)]
         found = f"{torch} sees no GPU: {report['error'] or 'none is visible'}"

@@ -18,16 +18,16 @@ _GIB = 2**30
 
 def check_limits(context: CheckContext) -> list[Finding]:
     """All limits of the system."""
-    findings = [judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], context.size)]
+    findings = [open_files_finding(resource.getrlimit(resource.RLIMIT_NOFILE)[0], context.size)]
     if _INFINIBAND.exists() and any(_INFINIBAND.iterdir()):
-        findings.append(judge_locked(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]))
-    if context.does("node") and _SHARED.exists():
+        findings.append(locked_memory_finding(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]))
+    if context.in_scope("node") and _SHARED.exists():
         space = os.statvfs(_SHARED)
-        findings.append(judge_shared(context, space.f_blocks * space.f_frsize))
+        findings.append(shared_memory_finding(context, space.f_blocks * space.f_frsize))
     return findings
 
 
-def judge_files(limit: int, processes: int) -> Finding:
+def open_files_finding(limit: int, processes: int) -> Finding:
     """Open files: rank 0 holds connections to all others."""
     need = _FILES + _FILES_A_PROCESS * processes
     if limit == resource.RLIM_INFINITY or limit >= need:
@@ -35,7 +35,7 @@ def judge_files(limit: int, processes: int) -> Finding:
     return problem("open files", f"{limit:,}; {processes:,} processes need {need:,}", f"ulimit -n {need}")
 
 
-def judge_locked(limit: int) -> Finding:
+def locked_memory_finding(limit: int) -> Finding:
     """Locked memory (bytes): InfiniBand's buffers."""
     if limit == resource.RLIM_INFINITY or limit >= _LOCKED_GIB * _GIB:
         return ok("locked memory", "enough for InfiniBand")
@@ -43,7 +43,7 @@ def judge_locked(limit: int) -> Finding:
     return problem("locked memory", f"{limit // 1024:,} KiB; InfiniBand needs it unlimited", fix)
 
 
-def judge_shared(context: CheckContext, size: int) -> Finding:
+def shared_memory_finding(context: CheckContext, size: int) -> Finding:
     """Shared memory (bytes), of NCCL and data loaders."""
     if size >= _SHARED_GIB * _GIB:
         return ok("/dev/shm", f"{size / _GIB:,.1f} GiB")
@@ -55,10 +55,10 @@ def judge_shared(context: CheckContext, size: int) -> Finding:
 def check_threads(context: CheckContext) -> list[Finding]:
     """OMP_NUM_THREADS against the cores of this process and of its node."""
     cores = usable_cores()
-    return [judge_threads(context, cores, os.cpu_count() or 1), *judge_binding(context, cores)]
+    return [threads_finding(context, cores, os.cpu_count() or 1), *binding_findings(context, cores)]
 
 
-def judge_threads(context: CheckContext, cores: int, of_node: int) -> Finding:
+def threads_finding(context: CheckContext, cores: int, of_node: int) -> Finding:
     """Whether threads outnumber the ``cores`` that this process may use, or those of the node."""
     text, given = context.environ.get("OMP_NUM_THREADS"), _cpus_per_task(context)
     shared = f"{context.local_size} on the node share {of_node}"
@@ -81,7 +81,7 @@ def judge_threads(context: CheckContext, cores: int, of_node: int) -> Finding:
     return problem("threads", found, f"export OMP_NUM_THREADS={fair}")
 
 
-def judge_binding(context: CheckContext, cores: int) -> list[Finding]:
+def binding_findings(context: CheckContext, cores: int) -> list[Finding]:
     """Whether srun bound a task to fewer cores than the job asked for, as it does since Slurm 22.05 unless told."""
     given = _cpus_per_task(context)
     if given is None or not context.in_step:

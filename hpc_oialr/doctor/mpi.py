@@ -10,10 +10,10 @@ from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _EXTRA = 'pip install "hpc_oialr[mpi]"'
 _WITHOUT = "runs do without, over gloo"
-_PLUGIN = re.compile(r"\b(pmix|pmi2|cray_shasta)(?:_v\d+)?\b")
+_LISTED = re.compile(r"\b(pmix|pmi2|cray_shasta)(?:_v\d+)?\b")
 # Plugins of srun that start programs of a library, best first, by the first words of the library's version.
-_SPOKEN = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cray_shasta", "pmi2")}
-_OTHERS = ("pmi2", "pmix")
+_PLUGINS = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cray_shasta", "pmi2")}
+_OTHER_PLUGINS = ("pmi2", "pmix")
 
 
 def check_mpi(context: CheckContext) -> list[Finding]:
@@ -25,15 +25,15 @@ def check_mpi(context: CheckContext) -> list[Finding]:
         return [_not_loaded(context, report, answer)]
     findings = [ok("MPI", f"mpi4py {report['mpi4py']}, {library}")]
     if context.under_mpi:
-        findings.append(judge_place(context, report, answer))
+        findings.append(rank_finding(context, report, answer))
     elif start and not report.get("ended"):
         findings[0] = note("MPI", f"{library} does not start here: {answer.reason}; {_WITHOUT}")
     if context.is_main and context.find("srun"):
         answer = context.run("srun", "--mpi=list")
-        # If it fails, the controller's own line tells why.
+        # If it fails, the check of the controller has the reason.
         if answer.code == 0:
             wanted = context.environ.get("OIALR_MPI") or context.environ.get("SITE_MPI", "")
-            findings.append(judge_plugin(library, answer.stdout + answer.stderr, wanted))
+            findings.append(plugin_finding(library, answer.stdout + answer.stderr, wanted))
     return findings
 
 
@@ -51,10 +51,10 @@ def _not_loaded(context: CheckContext, report: dict[str, Any], answer: Answer) -
     return note("MPI", f"{found}; {_WITHOUT}", fix)
 
 
-def judge_place(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
+def rank_finding(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:
     """Whether MPI gives this process the launcher's rank and size."""
     library, place = report["library"], context.place
-    how = f"srun --mpi={spoken(library)[0]}   (or the library's own mpirun; --mpi=none does without MPI)"
+    how = f"srun --mpi={plugins_for(library)[0]}   (or the library's own mpirun; --mpi=none does without MPI)"
     if "rank" not in report:
         return problem("MPI ranks", f"{library} does not start: {answer.reason}", how)
     if place is None:
@@ -67,16 +67,16 @@ def judge_place(context: CheckContext, report: dict[str, Any], answer: Answer) -
     return ok("MPI ranks", f"{found}, as {place.launcher} does")
 
 
-def judge_plugin(library: str, listed: str, wanted: str = "") -> Finding:
+def plugin_finding(library: str, listed: str, wanted: str = "") -> Finding:
     """Whether srun has a plugin for the library, and batch scripts take it (``wanted``, unless "").
 
     ``listed`` is what ``srun --mpi=list`` prints.
     """
     lines = [line for line in listed.splitlines() if "plugin types" not in line]
-    plugins = list(dict.fromkeys(match[1] for line in lines for match in _PLUGIN.finditer(line)))
-    fits = [plugin for plugin in spoken(library) if plugin in plugins]
+    plugins = list(dict.fromkeys(match[1] for line in lines for match in _LISTED.finditer(line)))
+    fits = [plugin for plugin in plugins_for(library) if plugin in plugins]
     if not fits:
-        needs, has = " or ".join(spoken(library)), ", ".join(plugins) or "none"
+        needs, has = " or ".join(plugins_for(library)), ", ".join(plugins) or "none"
         found = f"{library} needs srun's plugin {needs}, which has: {has}; every process would be rank 0 of 1"
         fix = "srun --mpi=none, or the library's own mpirun (for pmix: libpmix2)"
         return problem("MPI plugin", found, fix)
@@ -86,10 +86,10 @@ def judge_plugin(library: str, listed: str, wanted: str = "") -> Finding:
     return ok("MPI plugin", f"{library}: srun --mpi={fits[0]}")
 
 
-def spoken(library: str) -> tuple[str, ...]:
+def plugins_for(library: str) -> tuple[str, ...]:
     """Plugins of srun that start programs of a library, best first.
 
-    >>> spoken("Open MPI v4.1.4"), spoken("Intel(R) MPI Library 2021.13")
+    >>> plugins_for("Open MPI v4.1.4"), plugins_for("Intel(R) MPI Library 2021.13")
     (('pmix',), ('pmi2', 'pmix'))
     """
-    return next((plugins for name, plugins in _SPOKEN.items() if library.startswith(name)), _OTHERS)
+    return next((plugins for name, plugins in _PLUGINS.items() if library.startswith(name)), _OTHER_PLUGINS)

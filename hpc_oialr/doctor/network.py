@@ -34,7 +34,7 @@ def check_launcher(context: CheckContext) -> list[Finding]:
 
 
 def by_hand(context: CheckContext) -> bool:
-    """Whether RANK makes this one of several processes, and nothing else says so: maybe a leftover."""
+    """Whether only RANK makes this one of several processes: it may be a leftover."""
     launched = "TORCHELASTIC_RUN_ID" in context.environ or context.in_step or context.under_mpi
     return context.size > 1 and "RANK" in context.environ and not launched
 
@@ -61,7 +61,7 @@ def check_address(context: CheckContext) -> list[Finding]:
         return [problem("MASTER_ADDR", f"{host!r} cannot be resolved on {context.node}", fix)]
     findings = [ok("MASTER_ADDR", f"{host} resolves")]
     if several_nodes and "GLOO_SOCKET_IFNAME" not in context.environ:
-        # Gloo tells other nodes the address of this host's name; a loopback address leads them to themselves.
+        # Gloo gives other nodes the address of this host's name; with a loopback address they connect to themselves.
         name = socket.gethostname()
         own = addresses(name)
         if all(address.startswith("127.") or address == "::1" for address in own):

@@ -15,7 +15,7 @@ _SELF = "hpc_oialr"
 
 def check_packages(context: CheckContext) -> list[Finding]:
     """Required packages, then the extras: those that are installed must fit, submitit must be where Slurm is."""
-    wrong = [text for requirement in required("") if (text := unfit(requirement))]
+    wrong = [text for requirement in required("") if (text := mismatch(requirement))]
     found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     findings = [ok("packages", found)]
     if wrong:
@@ -25,7 +25,7 @@ def check_packages(context: CheckContext) -> list[Finding]:
         needs = list(required(extra))
         if any(need.name == _SELF for need in needs):
             continue  # an extra that only gathers others
-        states = [unfit(need) for need in needs]
+        states = [mismatch(need) for need in needs]
         if any("missing" in state for state in states):
             absent.append(extra)
         elif any(states):
@@ -52,7 +52,7 @@ def required(extra: str) -> Iterator[Requirement]:
             yield requirement
 
 
-def unfit(requirement: Requirement) -> str:
+def mismatch(requirement: Requirement) -> str:
     """What is wrong with an installed package; "" if nothing is."""
     try:
         version = metadata.version(requirement.name)
@@ -65,7 +65,7 @@ def unfit(requirement: Requirement) -> str:
 
 def check_deepspeed(context: CheckContext) -> list[Finding]:
     """Whether DeepSpeed, if it is installed, can be imported beside this torch."""
-    if any("missing" in unfit(need) for need in required("deepspeed")):
+    if any("missing" in mismatch(need) for need in required("deepspeed")):
         return []
     report, answer = context.probe("deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
     if "deepspeed" in report:

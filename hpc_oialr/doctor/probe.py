@@ -198,7 +198,7 @@ def lock(path: Path) -> int:
 
 
 def _holder(path: Path) -> int | None:
-    """Number of the process that holds a lock of a file, if ``/proc/locks`` tells."""
+    """Number of the process that holds a lock of a file, if ``/proc/locks`` names it."""
     status = path.stat()
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     with contextlib.suppress(OSError):

@@ -71,10 +71,10 @@ def _unreachable(context: CheckContext, answer: Answer) -> Finding:
     fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
     if "configuration source" in answer.stderr or "slurm.conf" in answer.stderr:
         fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
-    return problem("slurmctld", _told("sinfo", answer), fix)
+    return problem("slurmctld", _reason("sinfo", answer), fix)
 
 
-def _told(program: str, answer: Answer) -> str:
+def _reason(program: str, answer: Answer) -> str:
     return answer.reason if answer.reason.startswith(program) else f"{program}: {answer.reason}"
 
 
@@ -164,7 +164,7 @@ def check_accounting(context: CheckContext) -> list[Finding]:
     answer = context.run("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
     if answer.code == 0:
         return [ok("accounting", "sacct answers")]
-    found = f"none: {_told('sacct', answer)}; states of jobs come from squeue and run folders"
+    found = f"none: {_reason('sacct', answer)}; states of jobs come from squeue and run folders"
     return [note("accounting", found)]
 
 

@@ -50,7 +50,7 @@ def test_a_check_that_fails_hides_no_other(context):
         raise OSError("no /proc here")
 
     first, second = run_checks(context(), [("odd", "process", fails), ("b", "main", lambda _: [ok("b", "")])])
-    assert (first.state, first.found) == ("note", "cannot be looked at: OSError: no /proc here")
+    assert (first.state, first.found) == ("note", "check failed: OSError: no /proc here")
     assert second.state == "ok"
 
 

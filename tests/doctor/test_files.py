@@ -85,7 +85,7 @@ def test_little_space_as_the_system_tells_it(context, monkeypatch, tmp_path):
     space = SimpleNamespace(f_bavail=1, f_frsize=2**30, f_files=0, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda path: space)
     report = probe.look(tmp_path) | {"works": True}
-    found = by_name(files.judge_folder(context(folder=tmp_path, need_gib=5.0), report))
+    found = by_name(files.folder_findings(context(folder=tmp_path, need_gib=5.0), report))
     assert found["free space"].state == "problem"
     assert found["free space"].found.startswith("1.0 GiB on ")
     assert "inodes" not in found, "some file systems do not count them"
@@ -101,9 +101,9 @@ def test_a_read_only_disk(context, mounted):
 
 def test_a_folder_closed_to_its_owner(context, tmp_path):
     report = {"there": str(tmp_path), "step": "write", "errno": errno.EACCES, "error": "Permission denied"}
-    (found,) = files.judge_folder(context(), report | {"owner": os.geteuid()})
+    (found,) = files.folder_findings(context(), report | {"owner": os.geteuid()})
     assert (found.state, found.fix) == ("problem", f"chmod u+rwx {tmp_path}")
-    (found,) = files.judge_folder(context(), report | {"owner": os.geteuid() + 1})
+    (found,) = files.folder_findings(context(), report | {"owner": os.geteuid() + 1})
     assert found.fix.startswith("--folder DIR")
 
 
@@ -203,25 +203,25 @@ def test_a_file_system_without_locks(context, monkeypatch, tmp_path, capsys, num
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "x").touch()
     report = {"lock": probe.lock(tmp_path / "x"), "locked": {}, "hdf5": "2.0.0", "failed": ""}
-    (found,) = files.judge_hdf5(context(folder=tmp_path), report, Answer(code=0))
+    (found,) = files.hdf5_findings(context(folder=tmp_path), report, Answer(code=0))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert f"has no file locks ({os.strerror(number)})" in found.found
     heeded = context({"HDF5_USE_FILE_LOCKING": "FALSE"}, folder=tmp_path)
-    (found,) = files.judge_hdf5(heeded, report, Answer(code=0))
+    (found,) = files.hdf5_findings(heeded, report, Answer(code=0))
     assert (found.state, found.found) == ("ok", "2.0.0 writes, without locks")
 
 
 def test_a_lock_that_hangs(context):
-    (found,) = files.judge_hdf5(context(), {}, Answer(trouble="hung"))
+    (found,) = files.hdf5_findings(context(), {}, Answer(trouble="hung"))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert found.found.endswith("fails: no answer in time")
 
 
 def test_hdf5_that_cannot_write(context):
     report = {"lock": 0, "locked": {}, "hdf5": "2.0.0", "failed": "unable to lock file, errno = 524"}
-    (found,) = files.judge_hdf5(context(), report, Answer(code=0))
+    (found,) = files.hdf5_findings(context(), report, Answer(code=0))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
-    (found,) = files.judge_hdf5(context(), report | {"failed": "broken"}, Answer(code=0))
+    (found,) = files.hdf5_findings(context(), report | {"failed": "broken"}, Answer(code=0))
     assert "pip install --force-reinstall" in found.fix
 
 

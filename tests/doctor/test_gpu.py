@@ -65,7 +65,7 @@ def test_torch_for_cpus_on_a_machine_with_gpus(context, driver, monkeypatch):
 
 
 def test_a_healthy_node(context):
-    findings = gpu.judge(context(ASKED), SEEN, Answer(code=0))
+    findings = gpu.gpu_findings(context(ASKED), SEEN, Answer(code=0))
     assert [(finding.name, finding.state) for finding in findings] == [
         ("GPU", "ok"),
         ("own GPU", "ok"),
@@ -82,7 +82,7 @@ FAULTS = {
     "old driver": (
         SEEN | {"names": [], "torch_cuda": "13.0", "driver_cuda": 12020},
         Answer(code=0),
-        ("GPU", "is built for CUDA 13.0, the driver speaks 12.2 at most", "a build with CUDA 12"),
+        ("GPU", "is built for CUDA 13.0, the driver supports 12.2 at most", "a build with CUDA 12"),
     ),
     "none visible": (
         SEEN | {"names": [], "error": "No CUDA GPUs are available"},
@@ -106,7 +106,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(context, fault):
     report, answer, (name, found, fix) = FAULTS[fault]
-    (problem,) = [each for each in gpu.judge(context(ASKED), report, answer) if each.state == "problem"]
+    (problem,) = [
+        each for each in gpu.gpu_findings(context(ASKED), report, answer) if each.state == "problem"
+    ]
     assert problem.name == name
     assert found in problem.found
     assert fix in problem.fix
@@ -122,15 +124,15 @@ def test_processes_that_would_share_a_gpu(context):
         "SLURM_NODEID": "0",
     }
     environ = ASKED | step | {"SLURM_GPUS_PER_NODE": "2"}
-    own = gpu.judge(context(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
+    own = gpu.gpu_findings(context(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
     assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
     assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
-    alone = gpu.judge(context(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
+    alone = gpu.gpu_findings(context(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
     assert alone.state == "ok", "each process may see its own only"
 
 
 def test_notes(context):
     report = SEEN | {"free": 10 * 2**30, "peers": 1}
-    _, own, _, peers = gpu.judge(context(ASKED), report, Answer(code=0))
+    _, own, _, peers = gpu.gpu_findings(context(ASKED), report, Answer(code=0))
     assert (own.state, own.found) == ("note", "70 of 80 GiB of GPU 0 are taken by other programs")
     assert (peers.state, peers.found) == ("note", "GPU 0 reaches 1 of 3 others directly")

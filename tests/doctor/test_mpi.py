@@ -69,7 +69,7 @@ def test_the_wrong_pmi_ends_open_mpi(context, mpi4py):
 
 
 def test_mpi_that_hangs_in_its_start(context):
-    ranks = mpi.judge_place(context(STEP | PMIX), {"library": "MPICH v4"}, Answer(trouble="hung"))
+    ranks = mpi.rank_finding(context(STEP | PMIX), {"library": "MPICH v4"}, Answer(trouble="hung"))
     assert (ranks.state, ranks.found) == ("problem", "MPICH v4 does not start: no answer in time")
     assert ranks.fix.startswith("srun --mpi=pmi2 ")
 
@@ -108,16 +108,16 @@ def test_in_a_step_without_mpi_it_is_not_started(context, mpi4py):
     ],
 )
 def test_plugins(library, plugins, state, fix):
-    found = mpi.judge_plugin(library, "\n".join(["MPI plugin types are...", "\tnone", *plugins]))
+    found = mpi.plugin_finding(library, "\n".join(["MPI plugin types are...", "\tnone", *plugins]))
     assert (found.name, found.state) == ("MPI plugin", state)
     assert found.fix.startswith(fix)
 
 
 def test_the_plugin_that_batch_scripts_take():
-    found = mpi.judge_plugin("Open MPI v4.1.4", "pmi2\npmix", "pmi2")
+    found = mpi.plugin_finding("Open MPI v4.1.4", "pmi2\npmix", "pmi2")
     assert (found.state, found.fix) == ("problem", "export OIALR_MPI=pmix")
     assert found.found == "batch scripts take srun --mpi=pmi2; Open MPI v4.1.4 needs pmix"
-    assert mpi.judge_plugin("Open MPI v4.1.4", "pmi2\npmix", "none").state == "ok"
+    assert mpi.plugin_finding("Open MPI v4.1.4", "pmi2\npmix", "none").state == "ok"
 
 
 def test_srun_without_the_librarys_plugin(context, programs, mpi4py):
@@ -134,6 +134,6 @@ def test_srun_without_the_librarys_plugin(context, programs, mpi4py):
 
 def test_mpi_that_does_not_end(context):
     report = {"library": "MPICH", "rank": 3, "size": 4}
-    found = mpi.judge_place(context(STEP | PMIX), report, Answer(trouble="hung"))
+    found = mpi.rank_finding(context(STEP | PMIX), report, Answer(trouble="hung"))
     assert found.state == "problem"
     assert found.found == "MPICH counts rank 3 of 4, but MPI does not end: no answer in time"

@@ -52,7 +52,7 @@ def test_no_slurm_is_one_note(context, programs):
     programs.remove(*SLURM_PROGRAMS)
     who = context(account="physics")
     assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
-    assert not who.does("slurm")
+    assert not who.in_scope("slurm")
 
 
 def test_a_container_in_a_job_has_no_programs(context, programs):
@@ -220,6 +220,6 @@ def test_one_process_of_a_job_asks(context, programs):
     }
     who = context(step)
     assert who.place is not None
-    assert not who.does("main")
+    assert not who.in_scope("main")
     assert "slurmctld" not in by_name(run_checks(who))
     assert not (programs.path / "sinfo.pid").exists()

@@ -39,14 +39,14 @@ STEP = {
     ],
 )
 def test_more_threads_than_cores(context, environ, cores, found, fix):
-    problem = limits.judge_threads(context(environ), cores, 32)
+    problem = limits.threads_finding(context(environ), cores, 32)
     assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
     assert problem.fix == f"export OMP_NUM_THREADS={fix}"
 
 
 @pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
 def test_threads_that_fit(context, environ):
-    assert limits.judge_threads(context(environ), 32, 32).state == "ok"
+    assert limits.threads_finding(context(environ), 32, 32).state == "ok"
 
 
 def test_this_machine(context):
@@ -59,35 +59,35 @@ def test_this_machine(context):
 
 def test_srun_does_not_inherit_cpus_per_task(context):
     who = context(STEP | {"SLURM_CPUS_PER_TASK": "8"})
-    (found,) = limits.judge_binding(who, 1)
+    (found,) = limits.binding_findings(who, 1)
     assert (found.state, found.found) == (
         "problem",
         "SLURM_CPUS_PER_TASK is 8, but srun bound this task to 1",
     )
     assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-    assert [finding.state for finding in limits.judge_binding(who, 8)] == ["ok"]
-    assert limits.judge_binding(context(STEP), 1) == []
+    assert [finding.state for finding in limits.binding_findings(who, 8)] == ["ok"]
+    assert limits.binding_findings(context(STEP), 1) == []
 
 
 def test_open_files():
-    assert limits.judge_files(1024, 1).state == "ok"
-    assert limits.judge_files(resource.RLIM_INFINITY, 4096).state == "ok"
-    found = limits.judge_files(1024, 512)
+    assert limits.open_files_finding(1024, 1).state == "ok"
+    assert limits.open_files_finding(resource.RLIM_INFINITY, 4096).state == "ok"
+    found = limits.open_files_finding(1024, 512)
     assert (found.state, found.found) == ("problem", "1,024; 512 processes need 2,304")
     assert found.fix == "ulimit -n 2304"
 
 
 def test_locked_memory():
-    assert limits.judge_locked(resource.RLIM_INFINITY).state == "ok"
-    found = limits.judge_locked(8 * 2**20)
+    assert limits.locked_memory_finding(resource.RLIM_INFINITY).state == "ok"
+    found = limits.locked_memory_finding(8 * 2**20)
     assert (found.state, found.found) == ("problem", "8,192 KiB; InfiniBand needs it unlimited")
     assert found.fix.startswith("ulimit -l unlimited")
 
 
 def test_shared_memory(context):
-    assert limits.judge_shared(context(), 2**30).state == "ok"
-    assert limits.judge_shared(context(), 2**26).state == "note"
-    found = limits.judge_shared(context(STEP), 2**26)
+    assert limits.shared_memory_finding(context(), 2**30).state == "ok"
+    assert limits.shared_memory_finding(context(), 2**26).state == "note"
+    found = limits.shared_memory_finding(context(STEP), 2**26)
     assert (found.state, found.found) == (
         "problem",
         "64 MiB: too little for NCCL and the workers of data loaders",
