@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.base import GroupEngine
 from hpc_oialr.engines.deepspeed_json import ZeroConfig
-from hpc_oialr.engines.zero_live import LiveZero, taken
-from hpc_oialr.engines.zero_partitions import MASTER, Part, frozen_part
+from hpc_oialr.engines.zero_live import MASTER, LiveZero, Part
 from hpc_oialr.errors import MissingExtraError, ModelError
 from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
@@ -150,7 +149,7 @@ class DeepSpeedEngine(GroupEngine):
     def running(self) -> LiveZero:
         """DeepSpeed's engine; made, on all processes, if there is none."""
         if self._live is None:
-            self._build({p: taken(p, self._template, self.world) for p in self._trained()})
+            self._build({p: Part.taken(p, self._template, self.world) for p in self._trained()})
         assert self._live is not None
         return self._live
 
@@ -178,10 +177,10 @@ class DeepSpeedEngine(GroupEngine):
             # DeepSpeed would switch the run's autocast off in the forward pass, where evaluations have it on.
             engine._config.torch_autocast_enabled, engine._config.torch_autocast_dtype = True, self._dtype
         self._live = LiveZero(engine, self._module, self.world, self._dtype)
-        self._live.partitions.restore(parts)
+        self._live.restore(parts)
         if self._loss_scaler is not None:
             vars(self._live.zero.loss_scaler).update(vars(self._loss_scaler))
-        self._live.partitions.stretch_steps(self._factors)
+        self._live.stretch_steps(self._factors)
         self.builds += 1
 
     # -- a change of layers ----------------------------------------------------------------------
@@ -196,10 +195,8 @@ class DeepSpeedEngine(GroupEngine):
     @torch.no_grad()
     def _gather_moments(self, parameter: nn.Parameter) -> None:
         """Bring a parameter's moments to every rank, whole."""
-        if self._live is not None:
-            state = dict(self._live.moments(parameter)) | self._live.scalars(parameter)
-            if state:
-                self._template.state[parameter] = state
+        if self._live is not None and (state := self._live.state(parameter)):
+            self._template.state[parameter] = state
 
     def release(self, target: TargetWeight) -> None:
         """Free what :meth:`gather` brought; nothing has been changed."""
@@ -216,7 +213,7 @@ class DeepSpeedEngine(GroupEngine):
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         """Under stage 3 this rank's part, without the padding, which may hold anything; otherwise all."""
         if hasattr(parameter, "ds_tensor"):
-            return frozen_part(parameter, self.world).values[MASTER]
+            return Part.frozen(parameter, self.world).values[MASTER]
         return parameter.detach()
 
     def any_rank(self, flags: Tensor) -> Tensor:
@@ -261,7 +258,7 @@ class DeepSpeedEngine(GroupEngine):
         live = self.running()
         live.zero.clip_grad = clip or 0.0
         ours = [group for group in optimizer.param_groups if group["params"]]
-        for group, twin in zip(ours, live.partitions.inner.param_groups, strict=True):
+        for group, twin in zip(ours, live.inner.param_groups, strict=True):
             twin.update({key: value for key, value in group.items() if key != "params"})
         live.engine.step()
         if self._precision == "fp16":
@@ -277,9 +274,9 @@ class DeepSpeedEngine(GroupEngine):
 
     def _row_block(self, whole: Tensor) -> Tensor:
         """This rank's rows; a tensor without axes stays whole."""
-        return (
-            self._rows.put(whole[self._rows.own_rows(len(whole))], 0, whole.shape) if whole.dim() else whole
-        )
+        if not whole.dim():
+            return whole
+        return self._rows.put(whole[self._rows.own_rows(len(whole))], 0, whole.shape)
 
     @torch.no_grad()
     def model_tensors(self, module: nn.Module) -> dict[str, Tensor]:
@@ -297,9 +294,7 @@ class DeepSpeedEngine(GroupEngine):
         if self._live is None:
             return
         for parameter in self._trained():
-            blocks = {key: self._row_block(whole) for key, whole in self._live.moments(parameter)}
-            state = blocks | self._live.scalars(parameter)
-            if state:
+            if state := self._live.state(parameter, self._row_block):
                 optimizer.state[parameter] = state
 
     def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:

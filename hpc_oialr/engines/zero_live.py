@@ -1,20 +1,84 @@
-"""What one of DeepSpeed's engines holds, from its making to the next change of r, and how layers change in it."""
+"""What one of DeepSpeed's engines holds, from its making to the next change of r, and how layers change in it.
+
+The only file that knows where DeepSpeed keeps fp32 values and moments (as of 0.19).
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.distributed import World
-from hpc_oialr.engines.zero_partitions import MASTER, Part, Partitions, frozen_part
 from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
+
+MASTER = "master"
+
+
+@dataclass
+class Part:
+    """This rank's consecutive values of one parameter, from ``start`` on.
+
+    Attributes
+    ----------
+    values
+        Under ``MASTER`` the parameter in fp32, under the optimizer's keys its moments; one axis each.
+    scalars
+        State that is not of the parameter's shape: step counters.
+    """
+
+    start: int
+    values: dict[str, Tensor]
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def taken(cls, parameter: nn.Parameter, optimizer: Optimizer, world: World) -> Part:
+        """Of an ordinary parameter and its state, which leaves the optimizer, as ZeRO-3 shards them; in host memory."""
+        state = optimizer.state.pop(parameter, {})
+        tensors = _values_and_moments(parameter, state)
+        length = -(-parameter.numel() // world.size)
+        start = min(parameter.numel(), world.rank * length)
+        values = {
+            key: tensor.detach().reshape(-1)[start : start + length].to("cpu", torch.float32, copy=True)
+            for key, tensor in tensors.items()
+        }
+        return cls(start, values, {key: value for key, value in state.items() if key not in tensors})
+
+    @classmethod
+    def frozen(cls, parameter: Any, world: World) -> Part:
+        """Views of what stage 3 has here of any parameter, in the module's dtype."""
+        numel, length = whole_shape(parameter).numel(), parameter.partition_numel()
+        start = min(numel, world.rank * length)
+        return cls(start, {MASTER: parameter.ds_tensor.detach().narrow(0, 0, min(length, numel - start))})
+
+    def kept(self) -> Part:
+        """A copy in host memory, to outlive the engine."""
+        values = {key: value.to("cpu", copy=True) for key, value in self.values.items()}
+        return Part(self.start, values, copy.deepcopy(self.scalars))
+
+    def whole(self, key: str, parameter: nn.Parameter, world: World) -> Tensor:
+        """All ranks' parts together, in the parameter's shape; one all-reduce of its size."""
+        shape, part = whole_shape(parameter), self.values[key]
+        total = torch.zeros(shape.numel(), dtype=torch.float32, device=world.device)
+        total[self.start : self.start + part.numel()] = part.to(total.device)
+        return world.all_reduce(total).view(shape)
+
+
+class _Place(NamedTuple):
+    """``numel`` values of a parameter, from its ``start`` on, are at ``offset`` of this rank's ``flat``."""
+
+    flat: Tensor
+    offset: int
+    start: int
+    numel: int
 
 
 class LiveZero:
@@ -22,55 +86,148 @@ class LiveZero:
 
     def __init__(self, engine: Any, module: nn.Module, world: World, dtype: torch.dtype) -> None:
         self.engine, self.zero = engine, engine.optimizer
-        self.partitions = Partitions(self.zero, world)
-        self.dealt = self.partitions.fixed
+        self.inner: Optimizer = self.zero.optimizer
         self.new: dict[nn.Parameter, Part] = {}  # of parameters that the module has got since
         self._module, self._world, self._dtype = module, world, dtype
         self._opened: dict[nn.Parameter, Tensor] = {}
         self._left: list[nn.Parameter] = []
+        # Stage 3 shards each parameter on its own, so that its parts do not move when others change.
+        self.sharded = hasattr(self.zero, "fp32_partitioned_groups_flat")
+        if self.sharded:
+            _share_masters(self.zero)
+        self._places = dict(_by_parameter(self.zero, world) if self.sharded else _by_group(self.zero))
 
-    # -- looking ---------------------------------------------------------------------------------
+    # -- what it holds ---------------------------------------------------------------------------
+
+    def part(self, parameter: nn.Parameter) -> Part:
+        """Views of what is here of a trained parameter."""
+        flat, offset, start, numel = self._places[parameter]
+        state = self.inner.state.get(flat, {})
+        moments = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() == 1 and value.shape == flat.shape
+        }
+        values = {
+            key: value.detach().narrow(0, offset, numel) for key, value in ({MASTER: flat} | moments).items()
+        }
+        return Part(start, values, {key: value for key, value in state.items() if key not in moments})
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter in fp32; a collective call."""
-        if parameter in self.partitions.places:
-            return self.partitions.part(parameter).whole(MASTER, whole_shape(parameter), self._world)
-        if not self.dealt:
+        if parameter in self._places:
+            return self.part(parameter).whole(MASTER, parameter, self._world)
+        if not self.sharded:
             return parameter.detach().float()
-        _let_go(parameter)
-        return frozen_part(parameter, self._world).whole(MASTER, whole_shape(parameter), self._world)
+        _free_whole(parameter)
+        return Part.frozen(parameter, self._world).whole(MASTER, parameter, self._world)
 
-    def moments(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """A parameter's moments, whole, one after another; a collective call."""
-        part = self.partitions.part(parameter)
-        for key in part.values:
-            if key != MASTER:
-                yield key, part.whole(key, whole_shape(parameter), self._world)
-
-    def scalars(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The rest of a parameter's state."""
-        return copy.deepcopy(self.partitions.part(parameter).scalars)
+    def state(
+        self, parameter: nn.Parameter, stored: Callable[[Tensor], Tensor] = lambda moment: moment
+    ) -> dict[str, Any]:
+        """A parameter's state, of each moment, gathered whole one after another, what ``stored`` makes; collective."""
+        part = self.part(parameter)
+        moments = (key for key in part.values if key != MASTER)
+        gathered = {key: stored(part.whole(key, parameter, self._world)) for key in moments}
+        return gathered | copy.deepcopy(part.scalars)
 
     def extra_tensors(self) -> Iterator[Tensor]:
         """What the module does not show: fp32 values, moments, ZeRO-3's parts and buffers."""
-        for place in self.partitions.places.values():
+        for place in self._places.values():
             yield place.flat
-            yield from (v for v in self.partitions.inner.state[place.flat].values() if isinstance(v, Tensor))
-        if self.dealt:
+            yield from (v for v in self.inner.state[place.flat].values() if isinstance(v, Tensor))
+        if self.sharded:
             yield from (p.ds_tensor for p in self._module.parameters())  # type: ignore[attr-defined]
             yield self.zero.grad_partitions_flat_buffer
             yield from (b.buffer for b in self.zero.ipg_buckets.values() if b.buffer is not None)
+
+    # -- from one engine to the next -------------------------------------------------------------
+
+    def parts(self, trained: Iterable[nn.Parameter]) -> dict[nn.Parameter, Part]:
+        """This rank's part of every parameter, in host memory."""
+        return {p: self.new.pop(p) if p in self.new else self.part(p).kept() for p in trained}
+
+    def restore(self, parts: dict[nn.Parameter, Part]) -> None:
+        """Take over values, moments and counters of all parameters; ``parts`` is emptied on the way.
+
+        Stage 3 sends nothing. Stages 1 and 2 move the boundaries between ranks: one all-reduce of each
+        tensor, one after another.
+        """
+        members: dict[int, list[nn.Parameter]] = {}
+        for parameter, place in self._places.items():
+            members.setdefault(id(place.flat), []).append(parameter)
+        for parameters in members.values():
+            flat, example = self._places[parameters[0]].flat, parts[parameters[0]]
+            for key in example.values:
+                if key != MASTER:
+                    self.inner.state[flat][key] = torch.zeros_like(flat, requires_grad=False)
+            self.inner.state[flat].update(copy.deepcopy(example.scalars))
+            for parameter in parameters:
+                stored = parts.pop(parameter)
+                for key, mine in self.part(parameter).values.items():
+                    if self.sharded:
+                        mine.copy_(stored.values[key])
+                    else:
+                        self._take(mine, stored.whole(key, parameter, self._world), parameter)
+
+    def _take(self, mine: Tensor, whole: Tensor, parameter: nn.Parameter) -> None:
+        place = self._places[parameter]
+        mine.copy_(whole.reshape(-1)[place.start : place.start + place.numel])
+
+    def stretch_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
+        """Do for this rank's part of each core what :class:`hpc_oialr.optim.core_lr.CoreLearningRate` does.
+
+        ``factors`` multiply a parameter's step, weight decay included; 1 for the others.
+        """
+        parts: defaultdict[int, list[tuple[Tensor, float]]] = defaultdict(list)
+        for parameter, place in self._places.items():
+            factor = factors.get(parameter, 1.0)
+            if factor != 1.0 and place.numel:
+                parts[id(place.flat)].append((self.part(parameter).values[MASTER], factor))
+        before: list[tuple[Tensor, Tensor, float]] = []
+
+        @torch.no_grad()
+        def remember(inner: Optimizer, *_: Any) -> None:
+            # ZeRO steps one flat piece after another.
+            stepped = [flat for group in inner.param_groups for flat in group["params"]]
+            found = [part for flat in stepped for part in parts.get(id(flat), ())]
+            before[:] = [(values, values.clone(), factor) for values, factor in found]
+
+        @torch.no_grad()
+        def stretch(*_: Any) -> None:
+            for values, old, factor in before:
+                values.add_((values - old).mul_(factor - 1.0))
+            before.clear()
+
+        if parts:
+            self.inner.register_step_pre_hook(remember)
+            self.inner.register_step_post_hook(stretch)
+
+    def end(self) -> None:
+        """Take DeepSpeed's engine off the module, with everything that would keep its memory."""
+        here = set(self._module.parameters())
+        gone = [p for p in {**self._places, **dict.fromkeys(self._left)} if p not in here]
+        self.engine.destroy()
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        for module in self._module.modules():
+            # ZeRO-3 makes these once in a module's life, and they hold on to that life's parameters.
+            for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"):
+                module.__dict__.pop(name, None)
+        # Autograd's nodes of parameters refer to hooks, and those to all this, where no collector sees it.
+        for owner in (self.engine, self.zero, *gone, self):
+            vars(owner).clear()
+        gc.collect()
 
     # -- a change of layers ----------------------------------------------------------------------
 
     def gather(self, parameter: nn.Parameter) -> None:
         """Show a parameter's whole values in it, trained ones in fp32; a collective call."""
-        trained = parameter in self.partitions.places
-        exact = not trained or self._dtype == torch.float32
-        if parameter in self._opened or (exact and not self.dealt):
+        exact = parameter not in self._places or self._dtype == torch.float32
+        if parameter in self._opened or (exact and not self.sharded):
             return
-        if self.dealt:
-            _let_go(parameter)
+        if self.sharded:
+            _free_whole(parameter)
         self._opened[parameter] = parameter.data
         parameter.data = self.whole(parameter)
 
@@ -83,13 +240,12 @@ class LiveZero:
         """Put a layer's new values where DeepSpeed has them; shard its new parameters, free those that are gone."""
         donor = next(iter(self._opened), None)
         for parameter in layer.factors:
-            known = parameter in self.partitions.places
-            if known or parameter in self._opened:
+            if parameter in self._places or parameter in self._opened:
                 self._put_back(parameter, optimizer.state.pop(parameter, {}))
             elif parameter.requires_grad:
-                self.new[parameter] = taken(parameter, optimizer, self._world)
+                self.new[parameter] = Part.taken(parameter, optimizer, self._world)
                 self._adopt(parameter, donor)
-            elif parameter.dtype != self._dtype or (self.dealt and not hasattr(parameter, "ds_id")):
+            elif parameter.dtype != self._dtype or (self.sharded and not hasattr(parameter, "ds_id")):
                 self._adopt(parameter, donor)
         here = set(self._module.parameters())
         for parameter in [p for p in self._opened if p not in here]:
@@ -98,10 +254,12 @@ class LiveZero:
 
     def _put_back(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         values, place = parameter.data, self._opened.pop(parameter, parameter.data)
-        if parameter in self.partitions.places:
-            self.partitions.write(parameter, values_and_moments(parameter, state))
-        if self.dealt:
-            part = frozen_part(parameter, self._world)
+        if parameter in self._places:
+            tensors = _values_and_moments(parameter, state)
+            for key, mine in self.part(parameter).values.items():
+                self._take(mine, tensors[key], parameter)
+        if self.sharded:
+            part = Part.frozen(parameter, self._world)
             mine = part.values[MASTER]
             mine.copy_(values.reshape(-1)[part.start : part.start + mine.numel()])
         elif place is not values:
@@ -115,41 +273,12 @@ class LiveZero:
                 f"one dtype, which is {str(self._dtype).removeprefix('torch.')} here. Leave it null."
             )
         parameter.data = parameter.data.to(self._dtype)
-        if self.dealt:
+        if self.sharded:
             assert donor is not None
             donor.convert_to_zero_parameters(param_list=[parameter])  # type: ignore[attr-defined]
 
-    # -- the end ---------------------------------------------------------------------------------
 
-    def parts(self, trained: Iterable[nn.Parameter]) -> dict[nn.Parameter, Part]:
-        """This rank's part of every parameter, in host memory."""
-        return {p: self.new.pop(p) if p in self.new else self.partitions.part(p).kept() for p in trained}
-
-    def end(self) -> None:
-        """Take DeepSpeed's engine off the module, with everything that would keep its memory."""
-        here = set(self._module.parameters())
-        gone = [p for p in {**self.partitions.places, **dict.fromkeys(self._left)} if p not in here]
-        self.engine.destroy()
-        self.engine.module_forward_pre_hook.remove()
-        self.engine.module_forward_post_hook.remove()
-        for module in self._module.modules():
-            # ZeRO-3 makes these once in a module's life, and they hold on to that life's parameters.
-            for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"):
-                module.__dict__.pop(name, None)
-        # Autograd's nodes of parameters refer to hooks, and those to all this, where no collector sees it.
-        for owner in (self.engine, self.zero, *gone, self):
-            vars(owner).clear()
-        gc.collect()
-
-
-def taken(parameter: nn.Parameter, optimizer: Optimizer, world: World) -> Part:
-    """This rank's part of an ordinary parameter and of its state, which leaves the optimizer."""
-    state = optimizer.state.pop(parameter, {})
-    tensors = values_and_moments(parameter, state)
-    return Part.own(tensors, {key: value for key, value in state.items() if key not in tensors}, world)
-
-
-def values_and_moments(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Tensor]:
+def _values_and_moments(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Tensor]:
     """A parameter's values, and the state of its shape."""
     moments = {
         key: value
@@ -159,7 +288,43 @@ def values_and_moments(parameter: nn.Parameter, state: dict[str, Any]) -> dict[s
     return {MASTER: parameter.data, **moments}
 
 
-def _let_go(parameter: Any) -> None:
+def _free_whole(parameter: Any) -> None:
     """Free the whole values that ZeRO-3 keeps of small parameters between uses."""
     if parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
+
+
+def _share_masters(zero: Any) -> None:
+    """In fp32 let stage 3's fp32 values be the parameters' parts themselves, as DeepSpeed means them to be.
+
+    Its ``_create_fp32_partitions`` makes a copy unless the parts are on its device, but compares the device
+    with its name (0.19.8), which is never equal. What it copies back after a step is then the same memory.
+    """
+    for master, parts in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        if master.dtype == parts.dtype:
+            master.data = parts.detach()
+
+
+def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, _Place]]:
+    """Stages 1 and 2: a group's parameters in a row, cut into equal pieces, one a rank."""
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            found = parameter._hp_mapping
+            if found is None:
+                yield parameter, _Place(flat, 0, 0, 0)
+            else:
+                here, there = found.hp_fragment_address, found.lp_fragment_address
+                yield parameter, _Place(flat, here.start, there.start, here.numel)
+
+
+def _by_parameter(zero: Any, world: World) -> Iterator[tuple[nn.Parameter, _Place]]:
+    """Stage 3: each parameter cut into equal pieces, the last ones padded; a rank's pieces in a row."""
+    for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in group:
+            length, numel = parameter.partition_numel(), whole_shape(parameter).numel()
+            start = min(numel, world.rank * length)
+            yield parameter, _Place(flat, offset, start, min(length, numel - start))
+            offset += length

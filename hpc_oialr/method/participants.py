@@ -97,11 +97,9 @@ class FrozenByUser:
     def __call__(self, target: TargetWeight) -> bool:
         """Whether the weight or core of a target is frozen."""
         p = _trained(target)
-        return (
-            p is not None
-            and not p.requires_grad
-            and self._versions.get(target.name) in (None, (id(p), p._version))
-        )
+        if p is None or p.requires_grad:
+            return False
+        return self._versions.get(target.name) in (None, (id(p), p._version))
 
     def waits(self, target: TargetWeight) -> bool:
         """Whether a weight has been frozen from the start: it becomes low-rank once it is trained."""
@@ -148,8 +146,7 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
 def _warn_of_hooks(targets: Iterable[TargetWeight], optimizer: OptimizerStack) -> None:
     """Warn of hooks that a core will not have, and of optimizers that step a weight in one of them.
 
-    The latter are an error as soon as cores have been left untrained in steps in which other parameters were trained, see
-    :mod:`~hpc_oialr.method.foreign_steps`.
+    The latter are an error once cores were left untrained while other parameters were trained: see ``foreign_steps.py``.
     """
     dense = (target for target in targets if target.low_rank is None)
     weights = {target.name: weight for target in dense if (weight := target.stored) is not None}

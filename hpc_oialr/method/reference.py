@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
+from hpc_oialr.method.config import OIALRConfig
 
 # Optimizer state by what it holds: the gradient's average, or the average of its square.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -46,42 +46,27 @@ class ReferenceOIALR:
         A model, and an optimizer of torch made from its parameters.
     layers
         Names of the linear layers that become low-rank, in the model's order.
-    delay, frequency
-        d and nu: steps before the conversion, and between two updates.
-    rule, limits
-        Choose r from the singular values.
-    layer_share_step
-        The u-th update reaches this share times u of the layers, the last ones first.
+    config
+        Of its settings: ``delay`` d, ``frequency`` nu, ``rule``, ``limits`` and ``layer_share_step``.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        layers: list[str],
-        *,
-        delay: int,
-        frequency: int,
-        rule: RankRule | None = None,
-        limits: RankLimits | None = None,
-        layer_share_step: float = 0.1,
+        self, model: nn.Module, optimizer: Optimizer, layers: list[str], config: OIALRConfig
     ) -> None:
-        self.model, self.optimizer, self.layers = model, optimizer, layers
-        self.delay, self.frequency, self.layer_share_step = delay, frequency, layer_share_step
-        self.rule, self.limits = rule or RelativeCutoff(), limits or RankLimits()
+        self.model, self.optimizer, self.layers, self.config = model, optimizer, layers, config
         self.t = self.updates = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Convert at step d; every nu steps from then on, update the layers whose turn it is."""
         self.t += 1
-        since = self.t - self.delay
+        since = self.t - self.config.delay
         if since == 0:
             for name in self.layers:
                 self._convert(name)
-        elif since > 0 and since % self.frequency == 0:
+        elif since > 0 and since % self.config.frequency == 0:
             self.updates += 1
-            share = min(1.0, self.layer_share_step * self.updates)
+            share = min(1.0, self.config.layer_share_step * self.updates)
             for name in self.layers[-max(1, round(share * len(self.layers))) :]:
                 self._update(name)
 
@@ -90,7 +75,7 @@ class ReferenceOIALR:
         dense = self.model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
         U, s, Vh = torch.linalg.svd(dense.weight, full_matrices=False)
-        r = self.limits.initial(len(s))
+        r = self.config.limits.initial(len(s))
         U, s, Vh = U[:, :r], s[:r], Vh[:r]
         layer = ReferenceLinear(U, torch.diag(s), Vh, dense.bias)
         self.model.set_submodule(name, layer)
@@ -102,7 +87,7 @@ class ReferenceOIALR:
         assert isinstance(layer, ReferenceLinear)
         old, m, n = layer.S, layer.U.shape[0], layer.Vh.shape[1]
         P, s, Qh = torch.linalg.svd(old)
-        r = self.limits.apply(self.rule.choose(s, m, n), len(s), min(m, n))
+        r = self.config.limits.apply(self.config.rule.choose(s, m, n), len(s), min(m, n))
         P, s, Qh = P[:, :r], s[:r], Qh[:r]
         layer.U, layer.S, layer.Vh = layer.U @ P, nn.Parameter(torch.diag(s)), Qh @ layer.Vh
         self._replace(old, layer.S, P.mT, Qh.mT)

@@ -70,16 +70,7 @@ def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
         delay=DELAY, frequency=FREQUENCY, rule=rule, limits=limits, layer_share_step=0.4, core_lr_scale=1.0
     )
     controller = OIALR(fast, fast_optimizer, config)
-    reference = ReferenceOIALR(
-        slow,
-        slow_optimizer,
-        controller.layers,
-        delay=DELAY,
-        frequency=FREQUENCY,
-        rule=rule,
-        limits=limits,
-        layer_share_step=0.4,
-    )
+    reference = ReferenceOIALR(slow, slow_optimizer, controller.layers, config)
 
     def step_slowly():
         reference.step()

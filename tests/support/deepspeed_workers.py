@@ -13,7 +13,7 @@ from torch import nn
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeedEngine, Engine, SingleEngine
-from hpc_oialr.engines.zero_partitions import MASTER
+from hpc_oialr.engines.zero_live import MASTER
 from hpc_oialr.lowrank.base import whole_shape
 
 STEPS, CONVERTED, CUTS = 30, 8, (14, 20)  # and an update at 26 that cuts nothing
@@ -101,8 +101,8 @@ def whole_state(engine: DeepSpeedEngine) -> dict[Any, dict[str, Any]]:
     """Everything that is trained, gathered: of the live engine, and of parameters that wait for the next."""
     live, state = engine.running(), {}
     for p in engine._trained():
-        part = live.new[p] if p in live.new else live.partitions.part(p)
-        tensors = {key: part.whole(key, whole_shape(p), engine.world) for key in part.values}
+        part = live.new[p] if p in live.new else live.part(p)
+        tensors = {key: part.whole(key, p, engine.world) for key in part.values}
         state[p] = tensors | {"step": float(part.scalars["step"])}
     return state
 
@@ -143,7 +143,7 @@ def trained(stage: int, precision: str = "fp32", optimizer: str = "AdamW") -> di
 
 def trained_with_copies() -> list[float]:
     """Losses under stage 3 that holds fp32 values and parameters twice, as DeepSpeed makes them."""
-    with mock.patch("hpc_oialr.engines.zero_partitions._share_masters"):
+    with mock.patch("hpc_oialr.engines.zero_live._share_masters"):
         losses: list[float] = trained(3)["losses"]
     return losses
 
@@ -176,7 +176,7 @@ def bytes_after(stage: int, counts: list[int]) -> list[int]:
     while engine.builds - first < max(counts):
         live = engine.running()
         core = run.oialr.targets[0].trained
-        live.new[core] = live.partitions.part(core).kept()
+        live.new[core] = live.part(core).kept()
         engine.rewrap(run.module)
         del live
         run.learn()
