@@ -20,7 +20,7 @@ LEADING = 0.25
 class BasisChange(NamedTuple):
     """From one SVD to the next; NaN where there was none before.
 
-    :func:`basis_stability`; largest principal angles between the leading subspaces (rad), see
+    :func:`stability_of`; largest principal angles between the leading subspaces (rad), see
     :func:`smallest_cosines`; ``||R2 - R1||_F / ||R1||_F`` of the weights' QR, see :func:`triangular_factor`.
     """
 
@@ -56,15 +56,6 @@ def basis_change(
     return BasisChange(stability_of(gram_u, gram_v), angle_U, angle_Vh, distance)
 
 
-def basis_stability(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None) -> float:
-    """Agreement of two bases, ``<U1 Vh1, U2 Vh2>_F / sqrt(r1 r2)``; 1 = the same, about 0 = unrelated.
-
-    Signs of singular vectors, which are arbitrary in pairs, do not matter. arXiv 2401.08505, section 3 (there
-    r1 = r2 = k and one process). Parameters as for :func:`gram_products`.
-    """
-    return stability_of(*gram_products(U1, Vh1, U2, Vh2, group))
-
-
 @exact_arithmetic()
 def gram_products(
     U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None
@@ -80,7 +71,11 @@ def gram_products(
 
 
 def stability_of(gram_u: Tensor, gram_v: Tensor) -> float:
-    """:func:`basis_stability` from the Gram products: ``sum((U1^T U2) o (Vh1 Vh2^T)) / sqrt(r1 r2)``."""
+    """Agreement of two bases, ``<U1 Vh1, U2 Vh2>_F / sqrt(r1 r2)``, from their :func:`gram_products`.
+
+    1 = the same, about 0 = unrelated; signs of singular vectors, which are arbitrary in pairs, do not matter.
+    arXiv 2401.08505, section 3 (there r1 = r2 = k and one process).
+    """
     return float((gram_u * gram_v).sum(dtype=torch.float64)) / math.sqrt(gram_u.shape[0] * gram_u.shape[1])
 
 

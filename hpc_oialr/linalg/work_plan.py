@@ -91,15 +91,16 @@ def svd_rounds(
     if owners is None:
         owners = longest_processing_time(costs, processes)
     batches: list[list[list[int]]] = [[] for _ in range(processes)]
-    latest: dict[tuple[int, int, int], list[int]] = {}
-    held: dict[tuple[int, int, int], int] = {}
+    # By rank and shape: the batch that is being filled, and how many more numbers it may hold.
+    latest: dict[tuple[int, int, int], tuple[list[int], int]] = {}
     for i, (layer, rank) in enumerate(zip(layers, owners, strict=True)):
         alike, numbers = (rank, layer.m, layer.n), layer.m * layer.n if layer.held is None else layer.held
-        if alike not in latest or held[alike] + numbers > batch_numbers:
-            latest[alike], held[alike] = [], 0
-            batches[rank].append(latest[alike])
-        latest[alike].append(i)
-        held[alike] += numbers
+        batch, room = latest.get(alike, ([], -1))
+        if room < numbers:
+            batch, room = [], batch_numbers
+            batches[rank].append(batch)
+        batch.append(i)
+        latest[alike] = batch, room - numbers
     queues = [
         sorted(
             (Task(tuple(batch), rank, sum(costs[i] for i in batch)) for batch in mine),

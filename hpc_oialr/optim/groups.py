@@ -112,12 +112,8 @@ def _leave_out_bases(stack: OptimizerStack, model: nn.Module, order: dict[nn.Par
 
 def _dense_places(model: nn.Module) -> dict[nn.Parameter, int]:
     """The place of each parameter in the dense model; a core's is its weight's."""
-    found: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for p in _dense_order(module):
-            if p is not None:
-                found.setdefault(p, len(found))
-    return found
+    ordered = (p for module in model.modules() for p in _dense_order(module) if p is not None)
+    return {p: place for place, p in enumerate(dict.fromkeys(ordered))}
 
 
 def _dense_order(module: nn.Module) -> list[nn.Parameter | None]:

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.basis_change import basis_stability as stability
+from hpc_oialr.linalg.basis_change import gram_products, stability_of
 from hpc_oialr.method.decompositions import rotation_stability
+
+
+def stability(*bases: Tensor) -> float:
+    return stability_of(*gram_products(*bases))
 
 
 def basis(m: int, r: int, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from support.svd_cases import Case, block, few_cases
 
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.linalg.basis_change import basis_stability, orthogonality_error
+from hpc_oialr.linalg.basis_change import gram_products, orthogonality_error, stability_of
 from hpc_oialr.linalg.communicator import Communicator, communicator
 from hpc_oialr.linalg.distributed_svd import hierarchical_svd, randomized_svd
 from hpc_oialr.linalg.row_partition import frobenius_norm
@@ -57,7 +57,7 @@ def figures(comm: Communicator) -> list[float]:
     )
     U, V, Q, W = (block(part, comm.rank, comm.size) for part in (U1, V1, U2, V2))
     return [
-        basis_stability(U, V.mT, Q, W.mT, comm),
+        stability_of(*gram_products(U, V.mT, Q, W.mT, comm)),
         orthogonality_error(3.0 * U, comm),
         frobenius_norm(2.0 * U, comm),
     ]
