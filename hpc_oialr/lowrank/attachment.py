@@ -1,4 +1,4 @@
-"""What ties a model and its optimizer to the controller that changes its layers, and lets them go again."""
+"""Hooks that tell a controller what happens to the model and the optimizers it changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MARK = "_oialr_attachment"
 class Attachment:
     """Hooks of one controller on its model, on the owners of its layers and on its optimizers.
 
-    The controller's ``before_forward``, ``before_load``, ``before_optimizer_load`` and ``after_optimizer_load`` are
-    called; it is held weakly. Copies and pickles of the model are tied to nothing.
+    They call the controller's ``before_forward``, ``before_load``, ``before_optimizer_load`` and
+    ``after_optimizer_load``. It is held weakly, and not at all by copies and pickles of the model.
     """
 
     __slots__ = ("__weakref__", "_controller", "_handles")
@@ -39,10 +39,9 @@ class Attachment:
         return None if self._controller is None else self._controller()
 
     def tie(self, model: nn.Module, owners: Iterable[nn.Module], optimizers: Iterable[Any]) -> None:
-        """Put the hooks on; those of a controller that is gone are taken off.
+        """Register the hooks in place of older ones.
 
-        ``optimizers`` are those inside a wrapper and the wrapper too: ZeroRedundancyOptimizer loads without calling the
-        inner one's hooks.
+        ``optimizers`` are wrappers and those inside them: ZeroRedundancyOptimizer loads without the inner one's hooks.
         """
         untie(model)
         self._handles = [model.register_forward_pre_hook(self._before_forward)]
@@ -57,7 +56,7 @@ class Attachment:
             ]
 
     def cover(self, module: nn.Module) -> None:
-        """Let the controller know of what is loaded into ``module``."""
+        """Call the controller before anything is loaded into ``module``."""
         self._handles.append(module.register_load_state_dict_pre_hook(self._before_load))
         setattr(module, _MARK, self)
 
@@ -97,13 +96,13 @@ def controller_of(module: nn.Module) -> Any:
 
 
 def cover_child(parent: nn.Module, child: nn.Module) -> None:
-    """Tie the controller of ``parent``, if it has one, to a new child that takes over one of its weights."""
+    """Extend the hooks of ``parent``, if it has a controller, to a new child that holds one of its weights."""
     if controller_of(parent) is not None:
         parent.__dict__[_MARK].cover(child)
 
 
 def untie(model: nn.Module) -> None:
-    """Take every attachment off the model and its modules, and off their optimizers."""
+    """Remove all hooks of controllers from the model, its modules and their optimizers."""
     for module in model.modules():
         mark = module.__dict__.pop(_MARK, None)
         if mark is None:

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` with its projections as layers of their own, so that each can be low-rank."""
+"""``nn.MultiheadAttention`` with its projections as submodules, so that each can be low-rank."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     """Apply the ``part``-th block of ``rows`` rows of a packed projection."""
     block = slice(part * rows, (part + 1) * rows)
     if type(layer) is LowRankLinear:
-        U, S, Vh = layer.matched_factors(layer.S.dtype)
+        U, S, Vh = layer.matched_factors()
         return F.linear(F.linear(F.linear(x, Vh), S), U[block])
     if type(layer) is nn.Linear:
         return F.linear(x, layer.weight[block])
@@ -128,7 +128,7 @@ PROJECTIONS = {
 
 
 def unpack(attention: nn.MultiheadAttention) -> FactorisedMultiheadAttention:
-    """Give the input projections of ``attention`` submodules of their own, in place; values and parameters stay."""
+    """Make the input projections of ``attention`` submodules, in place; the parameters stay the same objects."""
     if isinstance(attention, FactorisedMultiheadAttention):
         return attention
     for parameter, module in PROJECTIONS.items():

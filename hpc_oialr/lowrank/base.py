@@ -1,4 +1,4 @@
-"""What every low-rank layer shares: the parameters ``U``, ``S``, ``Vh`` and their life."""
+"""The base of all low-rank layers: the parameters ``U``, ``S``, ``Vh`` from conversion to merging."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def written_bases(name: str, error: float) -> ModelError:
     return ModelError(
         f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these frozen "
         "bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip parameters "
-        "that do not require a gradient, give averages to OIALR(..., averages=[...]), and begin again from the last "
-        "good checkpoint."
+        "that do not require a gradient, give averages to OIALR(..., averages=[...]), and restart from the last good "
+        "checkpoint."
     )
 
 
@@ -166,7 +166,7 @@ class LowRankWeight(nn.Module):
             self.autocast_copies = AutocastCopies()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankWeight:
-        """Move or cast; what was copied is made again from the result."""
+        """Move or cast; copies for autocast are made from the result when needed."""
         self._clear_copies()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.known_bases = self._stamp_of_bases()
@@ -181,7 +181,7 @@ class LowRankWeight(nn.Module):
                 basis.requires_grad_(False)
 
     def check_use(self) -> None:
-        """What every forward pass begins with: frozen bases are frozen and orthonormal."""
+        """Called first in every forward pass: frozen bases must be frozen and orthonormal."""
         self.keep_bases_frozen()
         if not (self.bases_trained or is_transformed()) and self.known_bases != self._stamp_of_bases():
             self._check_bases()
@@ -237,7 +237,7 @@ class LowRankWeight(nn.Module):
 
     def matrix(self) -> Tensor:
         """``U S Vh`` (m x n) in the core's dtype, differentiable in S; under autocast in that of autocast."""
-        U, S, Vh = self.matched_factors(self.S.dtype)
+        U, S, Vh = self.matched_factors()
         return U @ (S @ Vh)
 
     @property
@@ -274,8 +274,8 @@ class LowRankWeight(nn.Module):
         U, S, Vh = (factor.to(compute_dtype(self.S.dtype)) for factor in self.factors)
         return (U @ (S @ Vh)).reshape(self.dense_shape).to(self.S.dtype)
 
-    def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The factors in one dtype; under autocast they go as they are or as copies, autocast casts the rest."""
+    def matched_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors in the core's dtype; under autocast as they are, or copies, and autocast casts the rest."""
         self.check_use()
         U: Tensor = self.U
         Vh: Tensor = self.Vh
@@ -286,13 +286,14 @@ class LowRankWeight(nn.Module):
         copies = None if U.is_meta or U.requires_grad or is_transformed() else self.autocast_copies
         if copies is not None and torch.is_autocast_enabled(device):
             U, Vh = cast(Any, copies.of(U, Vh, torch.get_autocast_dtype(device)))
-        return self.in_dtype(dtype, U, self.S, Vh)
+        return self.in_one_dtype(U, Vh)
 
-    def in_dtype(self, dtype: torch.dtype, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``U``, ``S``, ``Vh`` or parts of them in one dtype; under autocast as they are."""
-        if not S.is_meta and torch.is_autocast_enabled(S.device.type):
-            return U, S, Vh
-        return U.to(dtype), S.to(dtype), Vh.to(dtype)
+    def in_one_dtype(self, U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``U`` or a part of it, ``S``, and ``Vh`` or a part of it in the core's dtype; under autocast as they are."""
+        S = self.S
+        if S.is_meta or not torch.is_autocast_enabled(S.device.type):
+            U, Vh = U.to(S.dtype), Vh.to(S.dtype)
+        return U, S, Vh
 
     def factored(self, tokens: int) -> bool:
         """Whether this many tokens are cheaper in factored execution."""
@@ -309,7 +310,7 @@ class LowRankWeight(nn.Module):
 
     @exact_arithmetic()
     def become_dense(self) -> None:
-        """Take the dense class and a weight of its own back, in place."""
+        """Become a layer of the dense class with an ordinary weight again, in place."""
         weight = nn.Parameter(self.merged_weight(), requires_grad=self.S.requires_grad)
         pass_on_attributes(self.S, weight)
         rest = {name: p for name, p in self._parameters.items() if name not in ("U", "S", "Vh")}
@@ -321,7 +322,7 @@ class LowRankWeight(nn.Module):
         self._parameters.update({"weight": weight, **rest})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the stored r, or become dense, before torch copies the values; a controller does that for its layers."""
+        """Take on the stored r, or become dense, before torch copies the values; a controller does so for its layers."""
         stored = [x for name in ("U", "S", "Vh") if isinstance(x := state_dict.get(prefix + name), Tensor)]
         if controller_of(self) is None:
             core = self.S
@@ -334,8 +335,8 @@ class LowRankWeight(nn.Module):
             if core is not self._parameters.get("S") and is_in_optimizer(core):
                 warnings.warn(
                     f"layer {prefix.rstrip('.')} takes the form of the loaded state, but an optimizer still holds the "
-                    "core it had, which is trained no more. Make the optimizer from model.parameters() "
-                    "after the load; or load while OIALR(...) is attached, which takes the optimizer along.",
+                    "core it had, which is no longer trained. Make the optimizer from model.parameters() after the "
+                    "load; or load while OIALR(...) is attached, which updates the optimizer too.",
                     stacklevel=2,
                 )
         # The layer may have its dense class again, now or in a hook.

@@ -19,7 +19,7 @@ class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]
         """Input (..., n), output (..., m)."""
         if not self.factored(_tokens(input)):
             return F.linear(input, self.matrix(), self.bias)
-        U, S, Vh = self.matched_factors(self.S.dtype)
+        U, S, Vh = self.matched_factors()
         return factored_linear(input, Vh, S, U, self.bias)
 
 
@@ -30,7 +30,7 @@ class LowRankConv1D(LowRankWeight):
         """Input (..., m), output (..., n)."""
         if not self.factored(_tokens(x)):
             return F.linear(x, self.matrix().mT, self.bias)
-        U, S, Vh = self.matched_factors(self.S.dtype)
+        U, S, Vh = self.matched_factors()
         return factored_linear(x, U.mT, S.mT, Vh.mT, self.bias)
 
 
@@ -54,7 +54,7 @@ class _LowRankConv(LowRankWeight, nn.modules.conv._ConvNd):  # type: ignore[misc
             positions *= -(-extent // stride)
         if not self.factored(positions):
             return self._conv_forward(input, self.matrix().reshape(self.dense_shape), self.bias)
-        U, S, Vh = self.matched_factors(self.S.dtype)
+        U, S, Vh = self.matched_factors()
         convolve, ones = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1], (1,) * dims
         t = self._conv_forward(input, Vh.reshape(self.r, *self.dense_shape[1:]), None)
         t = convolve(t, S.reshape(*S.shape, *ones))

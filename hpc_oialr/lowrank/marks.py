@@ -1,4 +1,4 @@
-"""What users hang onto a parameter: hooks of its gradient, and attributes."""
+"""What users attach to a parameter: gradient hooks and attributes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Those who hang hooks of their own onto parameters, and take care of them when a parameter is replaced.
+# Packages that register hooks on parameters and restore them themselves when a parameter is replaced.
 ENGINES = ("torch", "deepspeed", "hpc_oialr")
 _OF_TORCH = ("_ddp", "_mp_", "_fp_", "_fsdp", "_acc_grad", "_in_backward_optimizers")
 _OF_DEEPSPEED = ("ds_id", "_hp_mapping")
@@ -40,8 +40,8 @@ def _of_users(hooks: dict[int, Any] | None) -> list[Any]:
 def optimizer_in_hooks(parameter: Tensor, without: Sequence[Any] = ()) -> Any:
     """An optimizer of ``parameter`` that one of its hooks can reach; or None.
 
-    Looked for in what a hook is bound to, in its closure, its arguments and the globals that it names, and in lists and
-    dictionaries there; and where ``torch.distributed.optim._apply_optimizer_in_backward`` puts it.
+    Searched: what a hook is bound to, its closure, arguments and the globals it names, lists and dictionaries there, and
+    the attribute that ``torch.distributed.optim._apply_optimizer_in_backward`` sets.
     """
     places = [*getattr(parameter, "_in_backward_optimizers", [])]
     for hook in accumulation_hooks(parameter):
@@ -91,14 +91,14 @@ def own_attributes(parameter: Tensor) -> dict[str, Any]:
 
 
 def pass_on_attributes(old: Tensor, new: Tensor) -> None:
-    """Give ``new`` what users have set on ``old``, such as ``p.no_weight_decay = True``, but tensors of the old shape."""
+    """Copy what users have set on ``old``, such as ``p.no_weight_decay = True``; not tensors, which have its shape."""
     for name, value in own_attributes(old).items():
         if not isinstance(value, Tensor):
             setattr(new, name, value)
 
 
 def pass_on_hooks(old: Tensor, new: Tensor) -> None:
-    """Give ``new`` the users' hooks of ``old``; handles that users hold go on removing them."""
+    """Share the users' hooks of ``old`` with ``new``, so that handles they hold still remove them."""
     if gradient_hooks(old):
         new._backward_hooks = old._backward_hooks
     if accumulation_hooks(old):

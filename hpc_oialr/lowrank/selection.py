@@ -66,13 +66,13 @@ class Selection:
             raise ConfigError("min_dim", self.min_dim, "must be at least 1")
 
     def admits(self, name: str) -> bool:
-        """Whether the name patterns let this layer in."""
+        """Whether the name patterns include this layer."""
         included = any(fnmatchcase(name, pattern) for pattern in self.include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
 class Refusal(NamedTuple):
-    """Why a weight stays dense, and whether the user should be warned of it since nothing in the settings says so."""
+    """Why a weight stays dense; ``warn`` where no setting says so, and the user should know."""
 
     reason: str
     warn: bool = False
@@ -84,7 +84,7 @@ def select(
     """The targets that become low-rank, in the order of the model's layers.
 
     Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin, of unknown
-    kind or in some way that a conversion would undo are left dense and named, with the reason, once in the log
+    kind or changed in a way that a conversion would undo stay dense; the log names them with the reason
     (level INFO; WARNING if unknown kinds hold most of the model's numbers).
 
     Parameters
@@ -173,7 +173,7 @@ def unfit(target: TargetWeight, shared: Mapping[int, Refusal], *, frozen: bool =
 
 
 def _lost_in_conversion(holder: nn.Module, weight: nn.Parameter) -> str | None:
-    """Why a weight cannot be factorised or what its user did to it would be lost, or None."""
+    """Why a weight cannot be factorised, or what the user did to it and a conversion would lose; or None."""
     # FakeTensor: the dry run of a plan has such.
     if not (type(weight) in (Tensor, nn.Parameter, DTensor) or type(weight).__name__ == "FakeTensor"):
         return f"its weight is a {type(weight).__name__}"
@@ -233,10 +233,7 @@ def shared_weights(model: nn.Module) -> dict[int, Refusal]:
 
 
 def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[dict[str, Refusal], float]:
-    """Matrices that no kind covers, with their share of the model's numbers, and the share of all of them.
-
-    Embeddings and norms are no surprise.
-    """
+    """Matrices of no known kind, except embeddings, each with its share of the numbers; and the total share."""
     known = {id(p) for target in targets if (p := target.stored) is not None}
     total = max(1, sum(_numbers(p) for p in model.parameters()))
     skipped = (nn.Embedding, nn.EmbeddingBag, LowRankWeight, parametrize.ParametrizationList)

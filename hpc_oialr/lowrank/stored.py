@@ -1,4 +1,4 @@
-"""The structure a state dict is of, and models that take it: layers of the stored r, or dense ones."""
+"""The structure of a state dict (r of each layer, or dense), and how a model takes it on before loading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpc_oialr.lowrank.targets import TargetWeight, every_weight
 
 
 class Stored(NamedTuple):
-    """What a state dict holds of one layer: its factors; or None of them, then it is dense."""
+    """The bases of one layer in a state dict; None if it is dense there."""
 
     U: Tensor | None
     Vh: Tensor | None

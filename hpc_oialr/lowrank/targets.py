@@ -1,4 +1,4 @@
-"""The weights of a model that can be low-rank, while they are dense and after."""
+"""The weights of a model that can be low-rank, before and after their conversion."""
 
 from __future__ import annotations
 
@@ -113,6 +113,6 @@ def every_weight(model: nn.Module) -> list[TargetWeight]:
 
 
 def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
-    # TensorEngine splits projections as linear layers of their own.
+    # TensorEngine shards projections as separate linear layers.
     inside = [attention._modules.get(child) for child in PROJECTIONS.values()]
     return any(isinstance(m, LowRankWeight) and not hasattr(m, "shard_spec") for m in inside)

@@ -149,7 +149,7 @@ class ResNetRS(ModelConfig):
         arguments = {"layers": list(self.depths), "drop_rate": self.dropout, "in_chans": self.channels}
         config = TimmWrapperConfig(architecture="resnetrs101", num_labels=self.classes, model_args=arguments)
         model: Any = TimmWrapperForImageClassification(config)
-        # transformers has drawn every weight anew, from one normal distribution.
+        # transformers has initialised every weight again, from one normal distribution.
         model.timm_model.init_weights(zero_init_last=True)
         log.info("the model is timm's resnetrs101")
         return model  # type: ignore[no-any-return]

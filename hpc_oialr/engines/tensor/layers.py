@@ -139,15 +139,15 @@ class ShardedFactors(LowRankWeight):
 
     shard_spec: ShardSpec
 
-    def matched_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def matched_factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Replicated factors; a collective call, an all-gather of r (m + n) numbers."""
         self.check_use()
-        return self.in_dtype(dtype, whole(self.U), self.S, whole(self.Vh))
+        return self.in_one_dtype(whole(self.U), whole(self.Vh))
 
-    def blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in one dtype; under autocast as they are."""
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``U_p`` (m_p x r), ``S``, ``Vh_p`` (r x n_p) in the core's dtype; under autocast as they are."""
         self.check_use()
-        return self.in_dtype(dtype, local(self.U), self.S, local(self.Vh))
+        return self.in_one_dtype(local(self.U), local(self.Vh))
 
 
 def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Sharded) -> Tensor:
@@ -167,7 +167,7 @@ class ShardedLowRankLinear(ShardedFactors, LowRankLinear):  # type: ignore[misc,
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n or n_p), output (..., m or m_p)."""
         spec = self.shard_spec
-        U, S, Vh = self.blocks(self.S.dtype)
+        U, S, Vh = self.blocks()
         return spec.output(through_core(spec.input_part(input), Vh, S, U, spec.layout), self.m, self.bias)
 
 
@@ -177,7 +177,7 @@ class ShardedLowRankConv1D(ShardedFactors, LowRankConv1D):
     def forward(self, x: Tensor) -> Tensor:
         """Input (..., m or m_p), output (..., n or n_p)."""
         spec = self.shard_spec
-        U, S, Vh = self.blocks(self.S.dtype)
+        U, S, Vh = self.blocks()
         y = through_core(spec.input_part(x), U.mT, S.mT, Vh.mT, spec.layout)
         return spec.output(y, self.n, self.bias)
 
