@@ -74,4 +74,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except ValueError as error:
-        raise DataError(f"{path} is no whole JSON ({error}). Copy it again, or remove it.") from None
+        raise DataError(f"{path} is not valid JSON ({error}). Copy it again, or remove it.") from None

@@ -42,7 +42,7 @@ class GlobalBatches:
     Raises
     ------
     ConfigError
-        The global batch is no multiple of the world size or larger than the data set, or a kept tail cannot be
+        The global batch is not a multiple of the world size or larger than the data set, or a kept tail cannot be
         distributed evenly in training.
     """
 
@@ -65,7 +65,7 @@ class GlobalBatches:
             raise ConfigError("global_batch", self.global_batch, rule)
         tail = n % self.global_batch
         if self.shuffle and not self.drop_last and tail % size:
-            rule = f"the last {tail} of {n} samples cannot be dealt evenly to {size} processes"
+            rule = f"the last {tail} of {n} samples cannot be distributed evenly over {size} processes"
             raise ConfigError("drop_last", False, rule, fix="Set it to true.")
 
     def __len__(self) -> int:

@@ -215,7 +215,7 @@ class CIFAR10(ImageSet):
         for name in CIFAR10_FILES[:-1] if training else CIFAR10_FILES[-1:]:
             content, damaged = dataset.read(folder / name), f"{folder / name} is damaged"
             if not content or len(content) % size:
-                what = f"it has {len(content)} bytes, no whole number of records of {size} bytes"
+                what = f"it has {len(content)} bytes, not a multiple of {size}, the size of a record"
                 raise DataError(f"{damaged}: {what}. {dataset.fix_damage}")
             part = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
             if (label := int(part[:, 0].max())) >= cls.num_labels:
@@ -232,7 +232,7 @@ def parse_idx(content: bytes, name: str) -> Tensor:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} does not unpack: {error}.") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08" or data[3] == 0:
-        raise DataError(f"{name} is no IDX file of unsigned bytes: it begins with {data[:4].hex()!r}.")
+        raise DataError(f"{name} is not an IDX file of unsigned bytes: it begins with {data[:4].hex()!r}.")
     begin = 4 + 4 * data[3]
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, begin, 4))
     if len(data) - begin != math.prod(shape):

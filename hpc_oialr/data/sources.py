@@ -16,9 +16,6 @@ from pathlib import Path
 from hpc_oialr.commands import run_command
 from hpc_oialr.outputs import sha256_of
 
-# For a program, and for a server's next bytes.
-TIMEOUT_S, ANSWER_TIMEOUT_S = 300.0, 30.0
-
 
 class SourceError(Exception):
     """A source cannot deliver; the next one is tried."""
@@ -114,7 +111,7 @@ def tar_archive(url: str, sha256: str, inside: str) -> Source:
                     for name in names:
                         content = opened.extractfile(f"{inside}/{name}")
                         if content is None:
-                            raise SourceError(f"{inside}/{name} is no file in {url}")
+                            raise SourceError(f"{inside}/{name} is not a file in {url}")
                         with (folder / name).open("wb") as target:
                             shutil.copyfileobj(content, target)
             except (KeyError, tarfile.TarError, EOFError) as error:
@@ -125,7 +122,7 @@ def tar_archive(url: str, sha256: str, inside: str) -> Source:
 
 def _download(url: str, path: Path) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_TIMEOUT_S) as answer, path.open("wb") as target:
+        with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as target:
             shutil.copyfileobj(answer, target)
     except HTTPException as error:
         raise SourceError(f"{url}: {error!r}") from error
@@ -139,7 +136,7 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float = TIMEOUT_S) -> None:
+def run_program(command: Sequence[str], *, cwd: Path, timeout_s: float = 300) -> None:
     """Run a program; raise :class:`SourceError` with the last line of its output if that fails."""
     answer = run_command(command, timeout_s=timeout_s, cwd=cwd)
     if answer.trouble == "hung":

@@ -27,7 +27,7 @@ SEPARATOR = b"\0"
 
 
 class ByteSequences(ArrayDataset):
-    """Consecutive sequences of a corpus (uint8 [bytes]), without overlap; a rest at the end is left out."""
+    """Consecutive sequences of a corpus (uint8 [bytes]), without overlap; a remainder at the end is dropped."""
 
     def __init__(self, corpus: Tensor, sequence_length: int) -> None:
         self.num_bytes = len(corpus)
@@ -80,11 +80,8 @@ class TextFolder(DataConfig):
         """The documents, sorted by path; :class:`DataError` if there is none."""
         folder = self.folder()
         if not folder.is_dir():
-            fix = (
-                describe("python-docs").fix
-                if self.path is None
-                else "Set data.path to a folder of text files."
-            )
+            own = "Set data.path to a folder of text files."
+            fix = describe("python-docs").fix if self.path is None else own
             raise DataError(f"text folder {folder} does not exist. {fix}")
         found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
         if not found:

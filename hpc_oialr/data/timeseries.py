@@ -37,7 +37,7 @@ def read_series(
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Set data.path to a CSV file.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
     header = rows.fieldnames or ()
     missing = [name for name in (*columns, id_column, timestamp_column) if name and name not in header]
@@ -168,16 +168,13 @@ class TimeSeriesCSV(DataConfig):
         super().__post_init__()
         check_fractions(self.validation_fraction, self.test_fraction)
         lags, parts = self.lags_sequence, self.split_steps
+        three = "must be three positive numbers: training, validation, test"
         for name, good, rule in (
             ("context_length", self.context_length >= 1, "must be at least 1"),
             ("horizon", self.horizon >= 1, "must be at least 1"),
             ("columns", len(self.columns) > 0, "must name at least one value column"),
             ("lags_sequence", lags and min(lags) >= 1, "must hold lags of at least 1 step"),
-            (
-                "split_steps",
-                not parts or (len(parts) == 3 and min(parts) >= 1),
-                "must be three positive numbers: training, validation, test",
-            ),
+            ("split_steps", not parts or (len(parts) == 3 and min(parts) >= 1), three),
         ):
             if not good:
                 raise ConfigError(f"data.{name}", getattr(self, name), rule)

@@ -188,7 +188,7 @@ def _layers(checkpoints: Sequence[Checkpoint], selection: MatrixSelection) -> li
     if not found or not found[0]:
         raise DataError(
             f"{checkpoints[0].path if checkpoints else 'the list of checkpoints'} holds no matrix of a layer "
-            "that the selection lets in; widen --include, --exclude or --max-aspect."
+            "that the selection admits; widen --include, --exclude or --max-aspect."
         )
     return found
 

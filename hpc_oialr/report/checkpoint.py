@@ -82,7 +82,7 @@ def _of_file(path: Path) -> Checkpoint:
             dtypes = {name: each.get_dtype() for name, each in slices.items()}
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items() if "F" in dtypes[name]}
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is no whole safetensors file ({error}); copy it again.") from error
+        raise DataError(f"{path} is not a complete safetensors file ({error}); copy it again.") from error
     # Not above: a DataError is an OSError too.
     _refuse_quantised(path, dtypes)
     return Checkpoint(path, shapes, tensor, dtypes)
@@ -164,7 +164,7 @@ def _load(path: Path) -> Any:
         # An archive that was cut short; a pickle or a tar archive, torch's formats of before 2020.
         if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
             raise DataError(
-                f"{path} is no torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
+                f"{path} is not a torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
             )
     load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
@@ -179,7 +179,7 @@ def _load(path: Path) -> Any:
                 f"{path} holds more than tensors and plain values, and would run code if it were read "
                 f"({first}). Save model.state_dict() alone, or as safetensors."
             ) from error
-        raise DataError(f"{path} is no whole torch file ({first}); copy it again.") from error
+        raise DataError(f"{path} is not a complete torch file ({first}); copy it again.") from error
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:

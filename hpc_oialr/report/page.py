@@ -36,7 +36,7 @@ STABLE = 0.95
 def write_report(runs: Sequence[Run], path: Path, *, force: bool = False) -> Path:
     """Write the page of all runs; whole or not at all.
 
-    ``force`` replaces a file that is no report, see :func:`hpc_oialr.outputs.claim`. Raises OutputError without it,
+    ``force`` replaces a file that is not a report, see :func:`hpc_oialr.outputs.claim`. Raises OutputError without it,
     MissingExtraError without plotly, and OSError if the page cannot be written.
     """
     target = claim(path, REPORT, inputs=[run.folder.path for run in runs], force=force)
@@ -210,14 +210,14 @@ def file_list(run: Run, page: Path) -> str:
         *(folder.summary, folder.job, folder.path.parent / "compare.json", folder.checkpoints, folder.logs),
     ):
         if path.exists():
-            # The file system's own form of the way from one to the other; a link of the page wants "/".
-            way = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
-            links += f'<li><a href="{quote(way)}">{escape(path.name)}</a></li>'
+            # A link needs "/", whatever the file system has.
+            relative = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
+            links += f'<li><a href="{quote(relative)}">{escape(path.name)}</a></li>'
     return f"<h3>{escape(run.name)}</h3><ul class='files'>{links}</ul>"
 
 
 def sentences(runs: Sequence[Run]) -> Iterator[str]:
-    """One after the other; only what was recorded is told."""
+    """What was recorded of the runs, in sentences."""
     dense = dense_of(runs)
     for run in runs:
         yield _result(run)

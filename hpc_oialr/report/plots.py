@@ -173,7 +173,7 @@ def inner_dimension(run: Spectra, *, width: Width = "single", last_step: int | N
     axes.set_xlabel("step")
     axes.invert_yaxis()
     if len(run) <= 40:
-        # Of a long name its end, where names of one model differ.
+        # The end of a long name: there the names of one model differ.
         most = 26 if width == "single" else 60
         names = [name if len(name) <= most else f"\N{HORIZONTAL ELLIPSIS}{name[1 - most :]}" for name in run]
         axes.set_yticks(np.arange(len(run)) + 1, names)
@@ -193,7 +193,7 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
     reach, drawn where the spectrum passes it.
     """
     figure, axes = new_figure(width, height=0.72)
-    # More lines than 40 cannot be told apart.
+    # More than 40 lines cannot be distinguished.
     rows, shades = spread(len(layer), 40), depth_map()
     scale = Normalize(int(layer.t[rows[0]]), int(layer.t[rows[-1]]))
     for row in rows:

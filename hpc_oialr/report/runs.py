@@ -102,7 +102,7 @@ class Run:
         try:
             return cast(dict[str, Any], mask_tree(yaml.safe_load(read_text(path)) or {}))
         except yaml.YAMLError as error:
-            raise DataError(f"{path} is no whole YAML ({' '.join(str(error).split())}).") from None
+            raise DataError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from None
 
     @property
     def dense(self) -> bool:
@@ -160,8 +160,8 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
         settings = {run.name: run.config.get(section) or {} for run in runs}
         chosen = {name: each["class_path"] for name, each in settings.items() if "class_path" in each}
         if len(set(chosen.values())) > 1:
-            told = ", ".join(f"{name} {choice}" for name, choice in chosen.items())
-            raise DataError(f"the runs are of different {section}s: {told}. Make a report for each.")
+            listed = ", ".join(f"{name} {choice}" for name, choice in chosen.items())
+            raise DataError(f"the runs have different {section}s: {listed}. Make a report for each.")
     return runs
 
 

@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_is_told_with_the_output(tmp_path, capsys):
 
 def test_damaged_json(tmp_path):
     (tmp_path / "summary.json").write_text('{"metric": 0.')
-    with pytest.raises(DataError, match=r"summary.json is no whole JSON .*Copy it again, or remove it"):
+    with pytest.raises(DataError, match=r"summary.json is not valid JSON .*Copy it again, or remove it"):
         read_json(tmp_path / "summary.json")
 
 

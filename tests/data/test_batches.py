@@ -190,7 +190,7 @@ def test_take_and_subset_are_views() -> None:
         (
             21,
             {"global_batch": 4, "world_size": 2, "drop_last": False},
-            "drop_last is False; the last 1 of 21 samples cannot be dealt evenly to 2 processes. "
+            "drop_last is False; the last 1 of 21 samples cannot be distributed evenly over 2 processes. "
             "Set it to true.",
         ),
     ],

@@ -38,9 +38,12 @@ GOOD = packed(torch.arange(12, dtype=torch.uint8).view(3, 4))
         (gzip.compress(GOOD, mtime=0)[:-9], "x does not unpack: "),
         (gzip.compress(GOOD[:-1], mtime=0), "x does not hold the 12 bytes its header (3, 4) promises."),
         (gzip.compress(GOOD + b"!", mtime=0), "x does not hold the 12 bytes its header (3, 4) promises."),
-        (gzip.compress(b"GIF89a", mtime=0), "x is no IDX file of unsigned bytes: it begins with '47494638'."),
-        (gzip.compress(b"\0\0\r\2" + GOOD[4:], mtime=0), "x is no IDX file of unsigned bytes"),
-        (gzip.compress(b"", mtime=0), "x is no IDX file of unsigned bytes: it begins with ''."),
+        (
+            gzip.compress(b"GIF89a", mtime=0),
+            "x is not an IDX file of unsigned bytes: it begins with '47494638'.",
+        ),
+        (gzip.compress(b"\0\0\r\2" + GOOD[4:], mtime=0), "x is not an IDX file of unsigned bytes"),
+        (gzip.compress(b"", mtime=0), "x is not an IDX file of unsigned bytes: it begins with ''."),
     ],
 )
 def test_other_content_is_named(content: bytes, message: str) -> None:

@@ -48,7 +48,7 @@ def test_what_is_wrong_is_said(archive: Path, tmp_path: Path) -> None:
         source(archive, sha256="0000").fill(folder, ("a.bin",))
     with pytest.raises(SourceError, match=r"does not give c\.bin: .*not found"):
         source(archive).fill(folder, ("c.bin",))
-    with pytest.raises(SourceError, match=r"folder/sub is no file in file:"):
+    with pytest.raises(SourceError, match=r"folder/sub is not a file in file:"):
         source(archive).fill(folder, ("sub",))
     archive.write_bytes(archive.read_bytes()[:60])
     with pytest.raises(SourceError, match=r"does not give a\.bin"):

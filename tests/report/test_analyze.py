@@ -192,8 +192,8 @@ def test_damaged_and_missing_files(files: list[Path], tmp_path: Path) -> None:
     listed = tmp_path / "plain1.pt"
     torch.save([1, 2], listed)
     for path, message in (
-        (cut, "is no whole torch file"),
-        (text, "is no whole safetensors file"),
+        (cut, "is not a complete torch file"),
+        (text, "is not a complete safetensors file"),
         (tmp_path / "empty1", "holds no checkpoint: none of model.safetensors.index.json"),
         (tmp_path / "none1", "does not exist"),
         (listed, "holds no state dict"),

@@ -55,7 +55,7 @@ def test_quantised_matrices_are_refused_by_name(tmp_path, state, text):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=f"model.safetensors is quantised: .*{text}") as raised:
         open_checkpoint(tmp_path)
-    assert "is no whole" not in str(raised.value)
+    assert "complete" not in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64])
@@ -111,8 +111,8 @@ def test_eight_bits_without_scales_are_the_matrix(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("model.pt", b"version https://git-lfs", "is no torch file: it begins with b'version https:/"),
-        ("model.bin", b"", "is no torch file: it begins with b''"),
+        ("model.pt", b"version https://git-lfs", "is not a torch file: it begins with b'version https:/"),
+        ("model.bin", b"", "is not a torch file: it begins with b''"),
     ],
 )
 def test_text_is_not_called_code(tmp_path, name, content, text):
@@ -130,7 +130,7 @@ def test_numpy_archive(tmp_path):
 @pytest.mark.parametrize(
     ("index", "text"),
     [
-        ("{", "is no whole JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "is damaged"),
         (json.dumps({"weight_map": ["a"]}), "is damaged"),
         (
