@@ -19,18 +19,16 @@ QUESTION_S = 10.0
 # Orders (cancel, source a site file) should succeed even while the controller is busy (s).
 ORDER_S = 60.0
 # Defaults of users and sites that change the output of programs: other columns, other jobs, other time formats.
-_CHANGE_OUTPUT = (
-    *("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_"),
-    *("SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_JSON", "SLURM_YAML"),
+_CHANGE_OUTPUT = re.compile(
+    r"(SQUEUE|SACCT|SINFO|SCONTROL|SCANCEL)_|SLURM_(TIME_FORMAT|BITSTR_LEN|JSON|YAML)"
 )
 # Names and widths of squeue's columns.
 _COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "EndTime": 24, "Reason": 60}
 # Slurm does not answer; Slurm answers but no longer knows the job; the job is over but its run is not finished.
 UNKNOWN, FORGOTTEN, ENDED = "UNKNOWN", "FORGOTTEN", "ENDED"
-_OVER = {
-    *(FORGOTTEN, ENDED, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
-    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-}
+_OVER = re.compile(
+    r"FORGOTTEN|ENDED|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|REVOKED|TIMEOUT"
+)
 # In scontrol's output a value, which may hold blanks, extends to the next name.
 _FIELD = re.compile(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)")
 FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
@@ -45,7 +43,7 @@ class NoAnswerError(Exception):
 
 def ask(command: Sequence[str], *, text: str | None = None, timeout_s: float = QUESTION_S) -> Answer:
     """Run a program without a shell, with ``text`` as its input; raises :class:`NoAnswerError` if it fails."""
-    environ = {name: value for name, value in all_variables().items() if not name.startswith(_CHANGE_OUTPUT)}
+    environ = {name: value for name, value in all_variables().items() if not _CHANGE_OUTPUT.match(name)}
     answer = run_command(command, timeout_s=timeout_s, environ=environ, text=text)
     if answer.trouble == "hung":
         raise NoAnswerError(f"{command[0]} does not answer within {timeout_s:g} s")
@@ -68,7 +66,7 @@ class JobState:
     @property
     def over(self) -> bool:
         """Whether it will not run again."""
-        return self.state in _OVER
+        return _OVER.fullmatch(self.state) is not None
 
 
 class Slurm:
