@@ -1,6 +1,6 @@
 """Data sets in global batches that are the same for any number of processes and after a resume."""
 
-from hpc_oialr.data.base import ArrayDataset, Batch, DataConfig, Splits
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.fetch import cache_root, fetch
 from hpc_oialr.data.image_arrays import CIFAR10, FashionMNIST, FlipAndCrop
@@ -13,6 +13,7 @@ __all__ = [
     "CIFAR10",
     "ArrayDataset",
     "Batch",
+    "CounterRNG",
     "DataConfig",
     "FashionMNIST",
     "FlipAndCrop",
