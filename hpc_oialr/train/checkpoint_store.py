@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.outputs import sha256_of
+from hpc_oialr.record.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,14 @@ class CheckpointStore:
             with _without_warning():
                 save(dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=alone)
             if main:
-                _write_json(draft / STATE, state)
+                write_atomically(draft / STATE, json.dumps(state))
         with self._together(target, draft):
             mine = self._checksums(draft, sorted(path.name for path in draft.iterdir()))
         sums = self._gather(mine)
         with self._together(target, draft):
             if main:
-                _write_json(draft / MANIFEST, {"version": 1, "step": step, "files": sums})
+                manifest = {"version": 1, "step": step, "files": sums}
+                write_atomically(draft / MANIFEST, json.dumps(manifest))
                 _sync_folder(draft)
                 shutil.rmtree(target, ignore_errors=True)
                 draft.replace(target)
@@ -195,13 +197,6 @@ def _read_manifest(path: Path) -> dict[str, str] | str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {type(error).__name__}"
     return files
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:
