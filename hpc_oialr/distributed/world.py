@@ -81,6 +81,8 @@ class World:
     ) -> World:
         """Join the ranks that torchrun, srun or mpirun started; alone without one of them.
 
+        WorldError if variables contradict each other, a GPU is missing, or the others cannot be reached.
+
         Parameters
         ----------
         device
@@ -92,11 +94,6 @@ class World:
             After this long without an answer a rank counts as dead (s).
         environ
             Variables to read; default ``os.environ``.
-
-        Raises
-        ------
-        WorldError
-            If variables contradict each other, a GPU is missing, or the others cannot be reached.
         """
         info = launch_info(environ)
         place = choose_device(device, info.local_rank, info.local_size, gpus_per_node(environ))

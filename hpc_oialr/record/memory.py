@@ -40,15 +40,9 @@ class MemoryMeter:
     A probe takes some 10 us per operation on top of the step; the first one about a second more, in
     which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
 
-    Parameters
-    ----------
-    subjects
-        Gives the models, optimizers and other tensors that live between steps; called when a probe
-        begins, since a model's wrapper may have been replaced.
-    device
-        Where the run computes.
-    processes
-        Of the run: with more than one a :class:`TensorTracker` takes the profiler's place.
+    ``subjects`` gives the models, optimizers and other tensors that live between steps; it is called when a probe begins,
+    since a model's wrapper may have been replaced. With more than one of ``processes`` a :class:`TensorTracker` takes
+    the profiler's place.
     """
 
     def __init__(

@@ -94,10 +94,10 @@ class Claim:
     """How a run folder is claimed."""
 
     command: str = "python"  # what claims it
-    job_over: Callable[[str], bool | None] = lambda _: (
-        None
-    )  # whether a Slurm job is over; None if nobody can say
-    first: Callable[[], object] = lambda: None  # to do before the run begins, if nobody else holds the folder
+    # Whether a Slurm job is over; None if nobody can say.
+    job_over: Callable[[str], bool | None] = lambda _: None
+    # To do before the run begins, if nobody else holds the folder.
+    first: Callable[[], object] = lambda: None
 
     def check(self, folder: RunFolder) -> None:
         """Raise :class:`FolderInUseError` if another process holds the folder; else do what is to be done first."""

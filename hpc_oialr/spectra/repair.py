@@ -34,19 +34,8 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     Each chunk of a table has a checksum, and so has each of HDF5's own blocks: what is read is right. A chunk of
     singular values that is lost leaves its events, with NaN. A file that cannot be opened is lost as a whole.
 
-    Parameters
-    ----------
-    path
-        A run's folder, its ``spectra.h5`` with all segments, or one segment.
-    target
-        What to write; default the path with ``.repaired.h5`` behind.
-    force
-        Replace a file that is no repaired record; see :func:`hpc_oialr.outputs.claim`.
-
-    Raises
-    ------
-    DataError
-        If nothing can be read.
+    ``path`` is a run's folder, its ``spectra.h5`` with all segments, or one segment; ``target`` by default the path
+    with ``.repaired.h5`` behind. ``force``: replace a file that is no repaired record. DataError if nothing can be read.
     """
     path = Path(path)
     head = head_of(path)
@@ -58,22 +47,23 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     lost: list[str] = []
     attributes: dict[str, Any] = {}
     counted = 0
-    # The oldest file's attributes count.
-    for each in reversed(paths):
+    for each in paths:
         try:
             file = RecordFile(each)
         except DataError as error:
-            lost.insert(0, f"{each.name}: all of it ({error.__cause__ or error}).")
+            lost.append(f"{each.name}: all of it ({error.__cause__ or error}).")
             continue
         with contextlib.closing(file):
-            attributes |= file.attributes
+            # Those of the oldest file count.
+            attributes = {**file.attributes, **attributes}
             rows, lost_here = _readable(file)
-        saved.insert(0, rows)
-        lost[:0] = lost_here
-        # The head of an earlier version counts its segments.
-        counted = int(file.attributes.get("segments", 0)) if each == paths[0] else 0
+        saved.append(rows)
+        lost += lost_here
+        if each == paths[0]:
+            # The head of an earlier version counts its segments.
+            counted = int(file.attributes.get("segments", 0))
     if not alone:
-        lost[:0] = [f"{gap.name}: it is missing." for gap in gaps_in(paths, counted)]
+        lost = [f"{gap.name}: it is missing." for gap in gaps_in(paths, counted)] + lost
     rows = together(saved)
     if not rows:
         raise DataError(f"nothing of {head} can be saved: {' '.join(lost) or 'there is no such file.'}")

@@ -96,7 +96,7 @@ class Chain:
 
 
 def merge(path: Path | str) -> Path:
-    """Join all files of a record, those of earlier versions too; returns its path.
+    """Join all files of a record, those of earlier versions too; ``path`` is a run's folder or its ``spectra.h5``.
 
     What a run does at its end, for one that was stopped or whose disk was full. No run may be writing there. DataError
     if there is none, or a file is damaged, OSError if there is no room: all files stay as they are.

@@ -112,14 +112,8 @@ def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = Fa
     ``events``: a row per layer and event; ``steps``: a row per step range; singular values as a column of lists
     in Parquet, and in CSV as a third table with a row per layer, event and value.
 
-    Parameters
-    ----------
-    form
-        "csv" or "parquet".
-    out
-        Folder to write; default ``spectra_FORMAT`` beside the record.
-    force
-        Write into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
+    ``form`` is "csv" or "parquet"; ``out`` a folder, by default ``spectra_FORMAT`` beside the record. ``force``: write
+    into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
     """
     if form not in FORMATS:
         raise UnknownNameError("format", form, FORMATS)
