@@ -124,11 +124,8 @@ def merge(model: Model, *, inplace: bool = False) -> Model:
         model = copy.deepcopy(model)
         untie(model)
     layers = low_rank_layers(model)
-    written = [
-        name
-        for name, layer in layers.items()
-        if not layer.bases_trained and layer.bases_error() > rounding_bound(layer.U.dtype)
-    ]
+    frozen = {name: layer for name, layer in layers.items() if not layer.bases_trained}
+    written = [name for name, x in frozen.items() if x.bases_error() > rounding_bound(x.U.dtype)]
     if written:
         # A copy whose parameters were averaged or decayed one by one is a product of three wrong factors.
         warnings.warn(

@@ -144,10 +144,8 @@ def examine(
 
 def replaceable(model: nn.Module) -> tuple[list[TargetWeight], dict[str, str]]:
     """Every dense target whose weight may be stored in another way, and the reason for each that must stay whole."""
-    targets, shared = (
-        [target for target in every_weight(model) if target.low_rank is None],
-        shared_weights(model),
-    )
+    targets = [target for target in every_weight(model) if target.low_rank is None]
+    shared = shared_weights(model)
     refused = {target.name: refusal for target in targets if (refusal := unfit(target, shared))}
     refused |= _unknown_kinds(model, targets)[0]
     reasons = {name: refusal.reason for name, refusal in refused.items()}
@@ -215,10 +213,8 @@ def shared_weights(model: nn.Module) -> dict[int, Refusal]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
         if plain and tensor.layout is torch.strided and tensor.numel() > 0:
-            last = sum(
-                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            start = tensor.data_ptr()
+            start, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in steps)
             spans.append((start, start + (last + 1) * tensor.itemsize, id(tensor), name))
     others: dict[int, str] = {}
     furthest = (0, 0, 0, "")
@@ -250,12 +246,9 @@ def _unknown_kinds(model: nn.Module, targets: Sequence[TargetWeight]) -> tuple[d
         for key, p in module._parameters.items():
             if p is None or id(p) in known:
                 continue
-            if isinstance(p, UninitializedParameter):
-                is_matrix = key.startswith("weight")
-            else:
-                is_matrix = sum(size > 1 for size in whole_shape(p)) > 1
-            if not is_matrix:
-                continue
+            lazy = isinstance(p, UninitializedParameter)
+            if not (key.startswith("weight") if lazy else sum(size > 1 for size in whole_shape(p)) > 1):
+                continue  # no matrix
             held += _numbers(p)
             if unknown and key.startswith("weight"):
                 weights.append(p)

@@ -52,9 +52,8 @@ class ViT(ModelConfig):
         self.check_divides("image_size", "patch_size")
         self.check_divides("dim", "heads")
         if round(self.mlp_ratio * self.dim) < 1:
-            raise ConfigError(
-                "mlp_ratio", self.mlp_ratio, f"must leave a hidden layer of dim = {self.dim} a width"
-            )
+            rule = f"must leave a hidden layer of dim = {self.dim} a width"
+            raise ConfigError("mlp_ratio", self.mlp_ratio, rule)
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
 
     def build(self, example: Batch) -> nn.Module:
