@@ -64,10 +64,10 @@ class DDPEngine(GroupEngine):
     -----
     Each step sends every trained parameter's gradient once; a rebuild sends nothing. A module without
     any trained parameter is not wrapped. There is one wrapper for the whole run, which is rebuilt inside when shapes
-    change, so that whoever holds it goes on calling it.
+    change, so that references to it stay valid.
 
     The sum over three CPU ranks or more depends on where in its bucket a gradient lies, and a wrapper
-    orders its buckets anew after its first step, unless it looks for unused parameters. There it always
+    reorders its buckets after its first step, unless it looks for unused parameters. There it always
     does, so that a run that was stopped at any step and resumed has the bits of an uninterrupted one. This
     takes 1 to 2 ms a step for 150 parameters.
     """
@@ -97,7 +97,7 @@ class DDPEngine(GroupEngine):
 
     @classmethod
     def adopting(cls, model: DistributedDataParallel, outer: nn.Module | None = None) -> DDPEngine:
-        """An engine that goes on with a wrapper its user made: the object, its group, devices, options and hooks.
+        """An engine that uses a wrapper its user made: the object, its group, devices, options and hooks.
 
         ``outer`` is what the user calls, if something is around the wrapper: ``torch.compile``'s module. Raises
         :class:`ModelError` if an option of the wrapper does not allow that parameters are replaced.
@@ -123,7 +123,7 @@ class DDPEngine(GroupEngine):
         return self._make(module, init_sync=True)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The same wrapper, rebuilt inside; its user may go on calling it."""
+        """The same wrapper object, rebuilt inside."""
         wrapper = self.wrapper
         if wrapper is None:
             return self._make(module, init_sync=False) if _trained(module) else module

@@ -142,7 +142,7 @@ def forget_buckets(hook: Callable[..., Any], state: object) -> None:
     """Empty what a communication hook remembers of buckets that are no more.
 
     PowerSGD loses the errors of its last step (feedback) and its warm start, and sends one step whole, as in its own
-    second step: buckets are ordered anew after it. A state of another kind that holds tensors must have a method
+    second step: buckets are reordered after it. A state of another kind that holds tensors must have a method
     ``forget_buckets()``, which is called.
     """
     if callable(forget := getattr(state, "forget_buckets", None)):

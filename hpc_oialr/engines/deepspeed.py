@@ -73,7 +73,7 @@ class DeepSpeedEngine(GroupEngine):
     A change of r rebuilds DeepSpeed's engine. Meanwhile each rank keeps its own part of the fp32
     values and moments in host memory. Whole on a rank are only the weights of at most as many layers (on GPUs batches)
     as there are ranks, the moments of one layer, and in stages 1 and 2 one tensor at a time when parts
-    are sharded anew (two times its size sent). Stage 3 shards new factors at once, and moves no part of
+    are resharded (two times its size sent). Stage 3 shards new factors at once, and moves no part of
     parameters that stay. DeepSpeed's constructor broadcasts the module's parameters once more.
     """
 
@@ -147,7 +147,7 @@ class DeepSpeedEngine(GroupEngine):
         forget_groups()
 
     def running(self) -> LiveZero:
-        """DeepSpeed's engine; made, on all processes, if there is none."""
+        """DeepSpeed's engine; made, on all ranks, if there is none."""
         if self._live is None:
             self._build({p: Part.taken(p, self._template, self.world) for p in self._trained()})
         assert self._live is not None
@@ -232,7 +232,7 @@ class DeepSpeedEngine(GroupEngine):
 
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
-        """The step goes on after the next backward pass; stages 2 and 3 sum gradients over ranks in each."""
+        """The step continues after the next backward pass; stages 2 and 3 sum gradients over ranks in each."""
         engine = self.running().engine
         engine.set_gradient_accumulation_boundary(False)
         try:

@@ -77,7 +77,7 @@ class FSDPEngine(GroupEngine):
 
     @classmethod
     def adopting(cls, module: FSDPModule) -> FSDPEngine:
-        """An engine that goes on with a model its user has sharded by ``fully_shard``, the root included."""
+        """An engine that uses a model its user has sharded by ``fully_shard``, the root included."""
         assert isinstance(module, nn.Module)
         return cls(World.current(), mesh=next(_groups(module)).mesh_info.mesh)
 
@@ -100,7 +100,7 @@ class FSDPEngine(GroupEngine):
         return module
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The module itself: only layers whose r changed were sharded anew, by :meth:`replacing`."""
+        """The module itself: only layers whose r changed were resharded, by :meth:`replacing`."""
         torch_compat.forget_shapes()
         return module
 

@@ -91,7 +91,7 @@ class DDP(EngineConfig):
     gradient_as_bucket_view
         Gradients live in the communication buffers: no copy of them.
     bucket_cap_mb
-        Size of a buffer (MiB); null: an eighth of what is trained, from 1 to 25 MiB, anew whenever r changes.
+        Size of a buffer (MiB); null: an eighth of what is trained, from 1 to 25 MiB, updated whenever r changes.
     """
 
     find_unused_parameters: bool = False

@@ -25,6 +25,8 @@ from hpc_oialr.optim.groups import GroupPlaces, order_cores
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import transform_average, transform_state
 
+Bases = tuple[Tensor, Tensor]
+
 
 class BasisUpdater:
     """Applies conversions and rotations to a model, its optimizer and its running averages, e.g. ``AveragedModel``.
@@ -140,58 +142,53 @@ class BasisUpdater:
     # -- the structure of a checkpoint -----------------------------------------------------------
 
     @exact_arithmetic()
-    def restructure(
-        self, target: TargetWeight, r: int | None, U: Tensor | None = None, Vh: Tensor | None = None
-    ) -> None:
+    def restructure(self, target: TargetWeight, r: int | None, bases: Bases | None = None) -> None:
         """Give a layer zero factors of inner dimension ``r``, or a dense weight if None, for a checkpoint to fill.
 
-        With the bases ``U`` and ``Vh`` that the checkpoint holds, moments and averages are transformed into them.
+        With the bases (U, Vh) that the checkpoint holds, moments and averages are transformed into them.
         Otherwise the optimizer starts with empty state for this layer.
         """
         with self.engine.replacing(target):
             if r is None:
                 self._restore(target)
             elif target.low_rank is None:
-                self._empty(target, r, U, Vh)
+                self._empty(target, r, bases)
             else:
-                self._reshape(target, r, U, Vh)
+                self._reshape(target, r, bases)
 
-    def _empty(self, target: TargetWeight, r: int, U: Tensor | None, Vh: Tensor | None) -> None:
+    def _empty(self, target: TargetWeight, r: int, bases: Bases | None) -> None:
         weight = target.weight
-        self._transform(weight, U, Vh, core=False)
+        self._transform(weight, bases, core=False)
         layer = empty_factors(target, r, layout=self.layout, **self._options)
         self._take_place(weight, layer)
-        if U is not None and Vh is not None:
-            layer.set_factors(U, layer.S.detach(), Vh)
+        if bases is not None:
+            layer.set_factors(bases[0], layer.S.detach(), bases[1])
         self._set_step(layer)
         for twin in self.twins(target):
             value = twin.weight.detach()
             factors = empty_factors(twin, r, **self._options)
             factors.S.requires_grad_(False)
-            if U is not None and Vh is not None:
-                factors.set_factors(U, transform_average(value, U, Vh), Vh)
+            if bases is not None:
+                factors.set_factors(bases[0], transform_average(value, *bases), bases[1])
 
-    def _reshape(self, target: TargetWeight, r: int, U: Tensor | None, Vh: Tensor | None) -> None:
+    def _reshape(self, target: TargetWeight, r: int, bases: Bases | None) -> None:
         layer = _layer(target)
-        core, dtype = layer.S, compute_dtype(layer.S.dtype)
-        left = right = None
-        if U is not None and Vh is not None:
-            U, Vh = U.to(core.device, dtype), Vh.to(core.device, dtype)
-            left, right = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
-        self._transform(core, left, right, core=True)
+        core, dtype, turn = layer.S, compute_dtype(layer.S.dtype), None
+        U, S, Vh = _zeros(layer, r)
+        if bases is not None:
+            U, Vh = (basis.to(core.device, dtype) for basis in bases)
+            turn = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
+        self._transform(core, turn, core=True)
         for twin in map(_layer, self.twins(target)):
-            if U is not None and Vh is not None and left is not None and right is not None:
-                twin.set_factors(U, transform_average(twin.S, left, right), Vh)
-            else:
-                twin.set_factors(*_zeros(twin, r))
-        empty = _zeros(layer, r)
-        self._set_factors(layer, empty[0] if U is None else U, empty[1], empty[2] if Vh is None else Vh)
+            factors = _zeros(twin, r) if turn is None else (U, transform_average(twin.S, *turn), Vh)
+            twin.set_factors(*factors)
+        self._set_factors(layer, U, S, Vh)
 
     def _restore(self, target: TargetWeight) -> None:
         layer = _layer(target)
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
-        self._transform(core, layer.U.to(dtype).mT, layer.Vh.to(dtype).mT, core=True)
+        self._transform(core, (layer.U.to(dtype).mT, layer.Vh.to(dtype).mT), core=True)
         layer.become_dense()
         for _, states in self.optimizer.states():
             state = states.get(core, {})
@@ -219,16 +216,13 @@ class BasisUpdater:
         factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
         self.core_lr.set(layer.S, factor, replaces=replaces)
 
-    def _transform(
-        self, parameter: nn.Parameter, left: Tensor | None, right: Tensor | None, *, core: bool
-    ) -> None:
-        """Moments into the basis of ``left`` and ``right``; dropped where that is unknown."""
-        if left is None or right is None:
+    def _transform(self, parameter: nn.Parameter, bases: Bases | None, *, core: bool) -> None:
+        """Moments into these bases; dropped where they are unknown."""
+        if bases is None:
             for _, states in self.optimizer.states():
                 states.pop(parameter, None)
             return
-        dtype = compute_dtype(parameter.dtype)
-        left, right = left.to(parameter.device, dtype), right.to(parameter.device, dtype)
+        left, right = (basis.to(parameter.device, compute_dtype(parameter.dtype)) for basis in bases)
         reset = not self.config.carry_moments
         transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
 

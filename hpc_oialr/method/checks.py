@@ -79,16 +79,9 @@ def check_structure(
 def check_change(
     targets: Sequence[TargetWeight], optimizer: OptimizerStack, engine: Engine, core_lr_scale: float | str
 ) -> None:
-    """Raise, on every rank alike, unless the optimizer can follow a change of these layers.
+    """Raise on every rank unless the optimizer can follow a change of these layers.
 
     Nothing has been changed then. Where each rank has some of the state only, one all-reduce of a number.
-
-    Raises
-    ------
-    ModelError
-        For state of unknown meaning or form, and a weight or core that no optimizer holds.
-    ConfigError
-        For a ``core_lr_scale`` that does not fit the optimizer.
     """
     error: ModelError | ConfigError | None = None
     try:

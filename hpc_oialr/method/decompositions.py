@@ -1,11 +1,12 @@
-"""The SVDs of conversions and updates: whole matrices dealt over ranks, sharded ones computed by all together."""
+"""The SVDs of conversions and updates: whole matrices distributed over ranks, sharded ones computed by all ranks."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -40,17 +41,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A core's factors ``S = P diag(s) Qh``, whole on every rank, and the figures read back to the host.
+    """A core's factors ``S = P diag(s) Qh``, whole on every rank; ``spectrum`` is ``s`` on the CPU.
 
-    Attributes
-    ----------
-    spectrum
-        ``s`` on the CPU.
-    figures
-        Attributes of :class:`~hpc_oialr.method.report.LayerUpdate`: stability and angles of the new bases against the
-        old ones, orthogonality errors of the old ones.
-    seconds
-        Time of the SVD where it was computed (s); 0 elsewhere.
+    ``figures``, read back with it, are attributes of :class:`~hpc_oialr.method.report.LayerUpdate`: stability and angles
+    of the new bases against the old ones, orthogonality errors of the old ones.
     """
 
     index: int
@@ -70,9 +64,9 @@ class Rotation:
 def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
     """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
 
-    Whole weights are dealt over the ranks by cost, and ``r (m + n) + k`` numbers a layer are sent. Of a weight in row
-    blocks each rank works on its own block: it sends triangles of at most k^2 numbers log2 P times, and holds at most
-    ``k max(m, n)`` numbers beside its block, of one layer at a time.
+    Whole weights are distributed over the ranks by cost, and ``r (m + n) + k`` numbers a layer are sent. Of a weight
+    in row blocks each rank works on its own block: it sends triangles of at most k^2 numbers log2 P times, and holds at
+    most ``k max(m, n)`` numbers beside its block, of one layer at a time.
     """
     if engine.layout.group is not None:
         for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
@@ -113,27 +107,24 @@ def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
 
 
 def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[Rotation]:
-    """``S = P diag(s) Qh`` of low-rank layers, dealt over the ranks; sends ``2 r^2 + r + 4`` numbers a layer.
+    """``S = P diag(s) Qh`` of low-rank layers, distributed over the ranks; sends ``2 r^2 + r + 4`` numbers a layer.
 
-    On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows.
-
-    Raises
-    ------
-    NonFiniteError
-        On every rank, if no SVD of a core converged.
+    On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows. Raises
+    :class:`NonFiniteError` on every rank if no SVD of a core converged.
     """
     jobs = [_core_job(target, engine) for target in targets]
     failed: list[int] = []
-    for results in _windows(distribute(jobs, engine.world, careful=False), jobs):
-        for rotation in _read_back(results, targets, engine):
-            # Not finite wherever any value of P or Qh is not.
-            if math.isfinite(rotation.figures["stability"]) and bool(torch.isfinite(rotation.spectrum).all()):
-                yield rotation
-            else:
-                failed.append(rotation.index)
-    # All ranks have read the same values. Where the first driver failed, the others are tried.
-    for result in distribute([jobs[i] for i in failed], engine.world) if failed else ():
-        yield from _read_back([replace(result, index=failed[result.index])], targets, engine)
+    for rotation in _read_back(distribute(jobs, engine.world, careful=False), jobs, targets, engine):
+        # Not finite wherever any value of P or Qh is not.
+        if math.isfinite(rotation.figures["stability"]) and bool(torch.isfinite(rotation.spectrum).all()):
+            yield rotation
+        else:
+            failed.append(rotation.index)
+    if failed:
+        # All ranks have read the same values. Where the first driver failed, the others are tried.
+        results = distribute([jobs[i] for i in failed], engine.world)
+        renumbered = (replace(result, index=failed[result.index]) for result in results)
+        yield from _read_back(renumbered, jobs, targets, engine)
 
 
 def _core_job(target: TargetWeight, engine: Engine) -> Job:
@@ -155,48 +146,41 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
     return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
 
 
-def _windows(results: Iterable[Result], jobs: Sequence[Job]) -> Iterator[list[Result]]:
-    """Results in groups: on a CPU one by one, since nothing is won by keeping them."""
-    most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
-    window, numbers = list[Result](), 0
-    for result in results:
-        window.append(result)
-        numbers += jobs[result.index].size + (jobs[result.index].work.held or 0)
-        if numbers > most:
-            yield window
-            window, numbers = [], 0
-    if window:
-        yield window
-
-
 def _read_back(
-    results: Sequence[Result], targets: Sequence[TargetWeight], engine: Engine
+    results: Iterator[Result], jobs: Sequence[Job], targets: Sequence[TargetWeight], engine: Engine
 ) -> Iterator[Rotation]:
-    """Wait for the figures of all ``results`` together."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Rotations with their figures on the host; on a GPU many layers are waited for together, on a CPU each alone."""
+    most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
+    window: list[tuple[Result, Tensor, Tensor, Tensor]] = []
     sent: list[Tensor] = []
-    for result in results:
-        layer = _layer(targets[result.index])
-        r = layer.r
-        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
-        if engine.layout.group is not None:
-            errors = _errors(layer, engine)
-        P, Qh = P.view(r, r), Qh.view(r, r)
-        parts.append((P, s, Qh))
-        sent += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
-    read = torch.cat(sent).cpu().split([len(s) + 5 for _, s, _ in parts])
-    for result, (P, s, Qh), values in zip(results, parts, read, strict=True):
-        spectrum, rest = values.split([len(s), 5])
-        stability, _, _, error_U, error_Vh = rest.tolist()
-        angle_U, angle_Vh = angles_of(rest[1:3])
-        figures = {
-            "stability": stability,
-            "orthogonality_error_U": error_U,
-            "orthogonality_error_Vh": error_Vh,
-            "subspace_angle_U": angle_U,
-            "subspace_angle_Vh": angle_Vh,
-        }
-        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), figures, result.seconds)
+    numbers = 0
+    for result in chain(results, [None]):
+        if result is not None:
+            layer, job = _layer(targets[result.index]), jobs[result.index]
+            r = layer.r
+            s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
+            if engine.layout.group is not None:
+                errors = _errors(layer, engine)
+            P, Qh = P.view(r, r), Qh.view(r, r)
+            window.append((result, P, s, Qh))
+            sent += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
+            numbers += job.size + (job.work.held or 0)
+            if numbers <= most:
+                continue
+        read = torch.cat(sent).cpu().split([len(s) + 5 for _, _, s, _ in window]) if window else ()
+        for (done, P, s, Qh), values in zip(window, read, strict=True):
+            spectrum, rest = values.split([len(s), 5])
+            stability, _, _, error_U, error_Vh = rest.tolist()
+            angle_U, angle_Vh = angles_of(rest[1:3])
+            figures = {
+                "stability": stability,
+                "orthogonality_error_U": error_U,
+                "orthogonality_error_Vh": error_Vh,
+                "subspace_angle_U": angle_U,
+                "subspace_angle_Vh": angle_Vh,
+            }
+            yield Rotation(done.index, P, s, Qh, spectrum.to(s.dtype), figures, done.seconds)
+        window, sent, numbers = [], [], 0
 
 
 def rotation_stability(P: Tensor, Qh: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the method asks of whatever holds the model: one process by itself, or an engine of many ranks.
+"""What the method needs of whatever holds the model: one process, or an engine of many ranks.
 
 The method knows this interface only. Engines of several ranks (:mod:`hpc_oialr.engines`) are imported when a model is
 wrapped or a process group exists, see :func:`adopt`.
@@ -127,7 +127,7 @@ class Engine:
 
     @property
     def data(self) -> Peers:
-        """The ranks over which a global batch is dealt; all, unless several work on the same samples."""
+        """The ranks over which a global batch is split; all, unless several work on the same samples."""
         return self.world
 
     @property

@@ -25,9 +25,9 @@ IDLE = 4
 class ForeignSteps:
     """Compares who wrote into the trained weights and cores with who has stepped.
 
-    An optimizer made anew in the middle of a run, or one for each parameter in backward hooks, trains with the
-    rates of dense weights, and keeps the old parameters when shapes change. One that finds its parameters in a place
-    where nobody can look, such as a closure, goes on with the dense weights and leaves the cores as they are.
+    An optimizer that is replaced in the middle of a run, or one for each parameter in backward hooks, trains with the
+    rates of dense weights, and keeps the old parameters when shapes change. One that keeps its parameters
+    out of sight, such as in a closure, continues with the dense weights and leaves the cores as they are.
 
     ``core_lr`` counts the steps of the optimizer given to the controller; nothing is compared where the ``engine`` steps
     an optimizer of its own.
@@ -96,7 +96,7 @@ class ForeignSteps:
         """A list of parameters that was made before a change, for clipping or decay say, has no cores in it."""
         replaced = self._core_lr.replaced
         if any(each() is not None for each in replaced):
-            gc.collect()  # of an optimizer that is no more, as in a run that is resumed in the same process
+            gc.collect()  # of a deleted optimizer, as in a run that is resumed in the same process
         held = [p for each in replaced if (p := each()) is not None]
         replaced.clear()
         if not held:

@@ -2,7 +2,7 @@
 
 The structure of what is loaded wins, as the user asked for that model: its outputs are then those of the model that
 was saved, which no projection of a dense weight onto other bases could give. The controller's own count is not
-part of the model: it goes on from where it is, unless its state is loaded as well.
+part of the model: it continues, unless its state is loaded as well.
 """
 
 from __future__ import annotations
@@ -27,24 +27,14 @@ ORDER = "load the model's state (or call oialr.load_state_dict) first, then the 
 
 
 class Loader:
-    """Keeps the layers of one controller in the structure of what is loaded into them.
-
-    Attributes
-    ----------
-    targets
-        The layers.
-    empty
-        Names of layers whose values are yet to be loaded.
-    optimizer_loaded
-        Whether the optimizer's state was loaded since the last step.
-    """
+    """Keeps the layers of one controller in the structure of what is loaded into them."""
 
     def __init__(
         self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine
     ) -> None:
         self._root, self.targets, self._basis, self._engine = root, targets, basis, engine
-        self.empty: set[str] = set()
-        self.optimizer_loaded = False
+        self.empty: set[str] = set()  # names of layers whose values are yet to be loaded
+        self.optimizer_loaded = False  # since the last step
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
 
     def take(self, r: Mapping[str, int]) -> list[str]:
@@ -66,12 +56,7 @@ class Loader:
     ) -> list[str]:
         """Give the layers that ``state`` holds its structure; names of the layers changed.
 
-        Parameters
-        ----------
-        module, prefix
-            Into what it is loaded, and how the names of that begin in ``state``.
-        assign
-            Whether parameters are to be replaced.
+        It is about to be loaded into ``module``, whose names in ``state`` begin with ``prefix``.
         """
         if assign:
             raise ModelError(
@@ -119,7 +104,8 @@ class Loader:
                 "state."
             )
         for target, r, stored in changes:
-            self._basis.restructure(target, r, stored.U, stored.Vh)
+            bases = None if stored.U is None or stored.Vh is None else (stored.U, stored.Vh)
+            self._basis.restructure(target, r, bases)
         if reshaped:
             self._basis.order(self.targets)
         return reshaped
@@ -147,14 +133,9 @@ class Loader:
 
 
 class AverageGuard:
-    """Refuses a state of another structure or of other bases for one running average, which follows its model's bases.
+    """Refuses a state of another structure or of other bases for a running average, which follows its model's bases.
 
-    Parameters
-    ----------
-    model, average
-        The trained model, and the module that holds averages of its weights.
-    targets
-        The layers of ``average`` that follow those of ``model``, by name.
+    ``targets`` are the layers of ``average`` that follow those of ``model``, by name.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module, targets: Mapping[str, TargetWeight]) -> None:
@@ -201,7 +182,7 @@ def require_values(bases: Mapping[str, Tensor]) -> None:
 
 
 def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` if the stored groups are of as many parameters, but dealt otherwise."""
+    """Raise :class:`ModelError` if the stored groups hold as many parameters, but in other numbers."""
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in state["param_groups"]]
     if here != there and len(here) == len(there) and sum(here) == sum(there):

@@ -45,7 +45,7 @@ class OIALR:
     ----------
     model
         Any module, in its final place; plain or wrapped in ``DistributedDataParallel``. Its layers are converted
-        in place; those that are low-rank already, of a run before or by ``match_structure``, go on from their r.
+        in place; those that are low-rank already, from an earlier run or by ``match_structure``, keep their r.
     optimizer
         Made from ``model.parameters()``. Groups and schedulers stay as they are; a core takes the
         place of its weight.

@@ -27,11 +27,6 @@ class StabilityTracker:
 
     A layer is always measured by the same rank, which alone keeps its last SVD, in host memory, and
     sends k + 4 values. Where weights are split each rank keeps its rows of ``U`` and columns of ``Vh``.
-
-    Attributes
-    ----------
-    streaks
-        For each layer, how many measurements in a row were at or above the threshold.
     """
 
     def __init__(self, targets: Sequence[TargetWeight], engine: Engine, threshold: float | None) -> None:
@@ -39,18 +34,13 @@ class StabilityTracker:
         costs = [svd_cost(*target.shape) for target in targets]
         owners = longest_processing_time(costs, self.world.size)
         self.owners = {target.name: owner for target, owner in zip(targets, owners, strict=True)}
+        # For each layer, how many measurements in a row were at or above the threshold.
         self.streaks: dict[str, int] = {}
         self._bases: dict[str, SVD] = {}
 
     @exact_arithmetic()
     def measure(self, targets: Sequence[TargetWeight]) -> list[LayerUpdate]:
-        """Measure these layers, all dense; one report each.
-
-        Raises
-        ------
-        NonFiniteError
-            If a weight holds NaN or Inf.
-        """
+        """Measure these layers, all dense; one report each."""
         require_finite(targets, self.engine)
         if self.engine.layout.group is not None:
             return [self._measure_together(target) for target in targets]

@@ -17,27 +17,13 @@ from hpc_oialr.method.engine import Peers
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix to factorise, and what is to be known of its factors.
+    """One matrix to factorise, and what is sent of its factors."""
 
-    Attributes
-    ----------
-    work
-        The layer's name and the matrix' shape.
-    prepare
-        The matrix; called on every rank before one of them does the work.
-    pack
-        The result as one flat tensor, from the factors; called where they are.
-    size
-        Number of values of the result.
-    like
-        A tensor of whose device the result is, and of the dtype in which its SVD is computed.
-    """
-
-    work: LayerWork
-    prepare: Callable[[], Tensor]
-    pack: Callable[[SVD], Tensor]
-    size: int
-    like: Tensor
+    work: LayerWork  # the layer's name and the matrix' shape
+    prepare: Callable[[], Tensor]  # gives the matrix; called on every rank before one of them does the work
+    pack: Callable[[SVD], Tensor]  # makes the result of the factors, one flat tensor; called where they are
+    size: int  # of the result
+    like: Tensor  # of the result's device, and of the dtype in which the SVD is computed
 
 
 @dataclass(frozen=True)
@@ -58,18 +44,9 @@ def distribute(
     used and freed before the next round. Sends the jobs' results; they have the same bits on any number of CPU
     ranks.
 
-    Parameters
-    ----------
-    owners
-        Rank of each job; default by longest processing time first.
-    careful
-        Whether ranks agree in each round that no job has failed, which waits for a GPU. Otherwise what failed
-        is NaN on every rank, and the caller checks.
-
-    Raises
-    ------
-    NonFiniteError
-        On every rank, if any job failed on any; only if ``careful``.
+    ``owners`` are the ranks of the jobs; default by longest processing time first. If ``careful``, ranks agree in each
+    round that no job has failed, which waits for a GPU, and raise :class:`NonFiniteError` on every rank if one did.
+    Otherwise what failed is NaN on every rank, and the caller checks.
     """
     works = [job.work for job in jobs]
     # On a CPU a batch would be a loop, and only hold more at a time.

@@ -1,1 +1,1 @@
-"""Tensor parallelism: the weights of one layer in blocks over processes, and the layers that compute with them."""
+"""Tensor parallelism: the weights of one layer in blocks over ranks, and the layers that compute with them."""

@@ -20,7 +20,7 @@ from hpc_oialr.lowrank.layout import Sharded
 
 
 def reduce_from(x: Tensor, layout: Sharded) -> Tensor:
-    """The whole of a partial ``x``; what follows is done alike on every rank, so its gradient is whole.
+    """The whole of a partial ``x``; what follows is the same on every rank, so its gradient is whole.
 
     One all-reduce of ``x``'s size forward, nothing backward.
     """
@@ -41,7 +41,7 @@ def scatter_to(x: Tensor, layout: Sharded) -> Tensor:
 
 
 def gather_from(x: Tensor, n: int, layout: Sharded) -> Tensor:
-    """The whole (..., n) of blocks ``x``, used alike on every rank: an all-gather forward, nothing backward."""
+    """The whole (..., n) of blocks ``x``, used in the same way on every rank: an all-gather forward, nothing backward."""
     return _apply(x, _gather, _block, layout, n)
 
 

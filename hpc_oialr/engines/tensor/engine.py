@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class TensorEngine(GroupEngine):
-    """Splits every layer over ``size`` ranks, and deals the batch to groups of that many.
+    """Splits every layer over ``size`` ranks, and splits the batch over groups of that many.
 
     Dense weights, ``U`` and ``Vh`` live in blocks as DTensors, with their gradients and their optimizer
     state; cores, norms, embeddings and biases of whole outputs are whole. A group of ``size`` ranks works

@@ -29,22 +29,12 @@ LINEAR = ("Linear", "Conv1D")
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a sharded layer is split, and what its neighbours give and take.
-
-    Attributes
-    ----------
-    layout
-        How its matrices are split.
-    input_block, output_block
-        Whether it takes and gives this rank's block of features, or the whole.
-    dense_class
-        The layer's class when it is neither split nor low-rank.
-    """
+    """How a sharded layer is split, and what its neighbours give and take."""
 
     layout: Sharded
-    input_block: bool
-    output_block: bool
-    dense_class: type[nn.Module]
+    input_block: bool  # whether it takes this rank's block of features, or the whole
+    output_block: bool  # whether it gives it
+    dense_class: type[nn.Module]  # when it is neither split nor low-rank
 
     def __deepcopy__(self, memo: Any) -> ShardSpec:
         return self
