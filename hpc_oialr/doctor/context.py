@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from hpc_oialr.distributed.environment import (
     under_mpi,
 )
 from hpc_oialr.errors import OIALRError, UnknownNameError, WorldError, check_interval
-from hpc_oialr.launch.site import read_site, site_file
+from hpc_oialr.launch.site import read_site
 
 State = Literal["ok", "note", "problem"]
 Scope = Literal["process", "node", "main", "slurm"]
@@ -38,8 +38,8 @@ _SLOW = 3
 class Finding:
     """One line of the doctor's table."""
 
-    name: str  # what was checked
     state: State  # "note": worth knowing, runs do without; "problem": a run would fail, hang or be slow
+    name: str  # what was checked
     found: str
     fix: str = ""  # one line that puts it right; every problem has one
 
@@ -53,19 +53,7 @@ class Finding:
         return STATES.index(self.state)
 
 
-def ok(name: str, found: str) -> Finding:
-    """Nothing is wrong."""
-    return Finding(name, "ok", found)
-
-
-def note(name: str, found: str, fix: str = "") -> Finding:
-    """Worth knowing."""
-    return Finding(name, "note", found, fix)
-
-
-def problem(name: str, found: str, fix: str) -> Finding:
-    """A run would fail, hang or be slow."""
-    return Finding(name, "problem", found, fix)
+ok, note, problem = partial(Finding, "ok"), partial(Finding, "note"), partial(Finding, "problem")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +92,7 @@ class CheckContext:
             raise
         except OIALRError as error:
             config = read_site(None)
-            findings = [problem("site", str(error), f"module avail   (then correct {site_file(site or '')})")]
+            findings = [problem("site", str(error), "module avail   (then correct the site file)")]
         environ = config.environ
         # The site's options stand on sbatch's command line, which overrides its variables.
         context = cls(

@@ -53,7 +53,10 @@ def read_site(site: str | None, *, in_job: bool = False) -> ClusterConfig:
     """
     if site is None:
         return ClusterConfig(environ=all_variables())
-    file, environ = site_file(site), all_variables()
+    file = Path(site).resolve() if site.endswith(".sh") else _FOLDER / f"{site}.sh"
+    if not file.is_file():
+        raise UnknownNameError("site", site, (path.stem for path in _FOLDER.glob("*.sh")))
+    environ = all_variables()
     if not in_job:
         # Outside a job a site file stops before its part for jobs.
         environ.pop("SLURM_JOB_ID", None)
@@ -110,13 +113,3 @@ def at_site(request: Request, site: ClusterConfig) -> tuple[Request, ClusterConf
         return replace(request, **given), replace(site, sbatch=rest)
     except ConfigError as error:
         raise error.with_context(origin=str(site.file)) from None
-
-
-def site_file(site: str) -> Path:
-    """The site file of a name, or of a path; raises :class:`UnknownNameError` that lists the names."""
-    given, named = Path(site), _FOLDER / f"{site}.sh"
-    if given.suffix == ".sh" and given.is_file():
-        return given.resolve()
-    if named.is_file():
-        return named
-    raise UnknownNameError("site", site, (path.stem for path in _FOLDER.glob("*.sh")))

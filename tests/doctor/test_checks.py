@@ -24,7 +24,7 @@ from hpc_oialr.errors import ConfigError
 
 def test_a_problem_has_a_fix():
     with pytest.raises(AssertionError, match="no fix for X"):
-        Finding("X", "problem", "broken")
+        Finding("problem", "X", "broken")
 
 
 def test_findings_keep_the_order_of_checks(context):

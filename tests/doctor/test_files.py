@@ -139,7 +139,7 @@ def run_folder(tmp_path: Path) -> Path:
 def test_a_run_that_others_may_change(context, tmp_path):
     folder = run_folder(tmp_path)
     who = context(folder=folder, need_gib=1e-6)
-    assert by_name(files.check_folder(who))["owner"] == Finding("owner", "ok", "this user, mode 0700")
+    assert by_name(files.check_folder(who))["owner"] == Finding("ok", "owner", "this user, mode 0700")
     folder.chmod(0o770)
     owner = by_name(files.check_folder(who))["owner"]
     assert (owner.state, owner.found) == ("problem", f"others may write into {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+from support.slurm_step import step
 
 from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import gpu
@@ -115,19 +116,11 @@ def test_faults(context, fault):
 
 
 def test_processes_that_would_share_a_gpu(context):
-    step = {
-        "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": "4",
-        "SLURM_TASKS_PER_NODE": "4",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-    }
-    environ = ASKED | step | {"SLURM_GPUS_PER_NODE": "2"}
+    environ = ASKED | step() | {"SLURM_GPUS_PER_NODE": "2"}
     own = gpu.gpu_findings(context(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
     assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
     assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
-    alone = gpu.gpu_findings(context(ASKED | step), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
+    alone = gpu.gpu_findings(context(ASKED | step()), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
     assert alone.state == "ok", "each process may see its own only"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.fake_programs import HEALTHY
+from support.slurm_step import step
 
 from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import mpi
@@ -15,15 +16,7 @@ THREAD_FUNNELED = 1
 Init_thread = Finalize = lambda *_: None
 Get_library_version = lambda: "{library}, package: X"
 """
-STEP = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_TASKS_PER_NODE": "4",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "3",
-    "SLURM_NODEID": "0",
-}
+STEP = step(3)
 PMIX = {"PMIX_RANK": "3"}
 
 

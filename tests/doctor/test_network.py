@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+from support.slurm_step import step
 
 from hpc_oialr.doctor import network
 
@@ -16,16 +17,7 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29123",
 }
-STEP = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_TASKS_PER_NODE": "2(x2)",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-    "SLURM_JOB_NODELIST": "localhost,no-such-node.invalid",
-}
+STEP = step(per_node="2(x2)", SLURM_JOB_NODELIST="localhost,no-such-node.invalid")
 
 
 @pytest.fixture

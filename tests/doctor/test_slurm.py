@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.slurm_step import step
 
 from hpc_oialr.doctor import run_checks, slurm
 from hpc_oialr.doctor.context import SLURM_PROGRAMS, Finding
@@ -51,7 +52,7 @@ def test_a_healthy_cluster(context):
 def test_no_slurm_is_one_note(context, programs):
     programs.remove(*SLURM_PROGRAMS)
     who = context(account="physics")
-    assert slurm.check_programs(who) == [Finding("Slurm", "note", "no Slurm here")]
+    assert slurm.check_programs(who) == [Finding("note", "Slurm", "no Slurm here")]
     assert not who.in_scope("slurm")
 
 
@@ -209,16 +210,7 @@ def test_a_node_whose_name_does_not_resolve(context):
 
 def test_one_process_of_a_job_asks(context, programs):
     programs.hang("sinfo")
-    step = {
-        "SLURM_STEP_ID": "0",
-        "SLURM_PROCID": "1",
-        "SLURM_LOCALID": "1",
-        "SLURM_NODEID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_TASKS_PER_NODE": "2",
-        "SLURM_JOB_ID": "7",
-    }
-    who = context(step)
+    who = context(step(1, 2))
     assert who.place is not None
     assert not who.in_scope("main")
     assert "slurmctld" not in by_name(run_checks(who))

@@ -5,18 +5,11 @@ from __future__ import annotations
 import resource
 
 import pytest
+from support.slurm_step import step
 
 from hpc_oialr.doctor import limits
 
-STEP = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_TASKS_PER_NODE": "4",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-    "SLURMD_NODENAME": "node1",
-}
+STEP = step(SLURMD_NODENAME="node1")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from support.slurm_step import step
 from support.tiny_runs import write_recipe
 from support.train_workers import losses
 
@@ -22,15 +23,7 @@ from hpc_oialr.train.load_config import load_config
 
 NOW = 1_000.0
 JOB = {"SLURM_JOB_ID": "12"}
-STEP = JOB | {
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "2",
-    "SLURM_STEP_NODELIST": "a1",
-    "SLURM_NODEID": "0",
-    "SLURM_LOCALID": "1",
-    "SLURM_PROCID": "1",
-}
+STEP = step(1, 2, SLURM_JOB_ID="12")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import time
 from datetime import datetime, timedelta
 
 import pytest
+from support.slurm_step import step
 
 from hpc_oialr.cli import command_logs
 from hpc_oialr.cli.main import main
@@ -232,9 +233,7 @@ def test_a_batch_script_notes_its_job(slurm, tmp_path, capsys):
 
 def test_nothing_is_noted_without_a_job_or_by_another_process(slurm, tmp_path):
     note_job(tmp_path / "run", "tiny", {})
-    step = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
-    step |= {"SLURM_NODEID": "0", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2"}
-    note_job(tmp_path / "run", "tiny", step)
+    note_job(tmp_path / "run", "tiny", step(1, 2))
     assert not (tmp_path / "run").exists()
     assert slurm.calls == []
 
