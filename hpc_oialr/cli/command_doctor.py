@@ -18,12 +18,12 @@ EXAMPLES = """  oialr doctor                                     (on a laptop, o
   oialr doctor --site horeka
   srun --nodes=2 --ntasks-per-node=4 oialr doctor     (every process looks at itself)
 
-Exit code 0: no problems; 1: problems, each with the line that puts it right."""
+Exit code 0: no problems; 1: problems, each with its fix."""
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def add(commands: Any) -> None:
-    summary = "find out what would make a run fail here, and how to put it right"
+    summary = "check what would make a run fail here, and how to fix it"
     parser = add_command(commands, "doctor", run, summary=summary, examples=EXAMPLES)
     option = parser.add_argument
     option("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     option("--partition", metavar="NAME", help="partition that jobs will ask for")
     option("--account", metavar="NAME", help="account that jobs will ask for")
     option("--need-gib", metavar="GIB", type=float, default=5.0, help="space the run needs; default 5")
-    explained = "what takes longer hangs; default 10"
+    explained = "limit of each program that a check runs; default 10"
     option("--timeout-s", metavar="S", type=float, default=10.0, help=explained)
     option("--json", action="store_true", help="print JSON")
 

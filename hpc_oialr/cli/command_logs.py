@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     summary = "show what a run's process printed"
     parser = add_command(commands, "logs", run, summary=summary, examples=EXAMPLES)
     add_run(parser)
-    explained = "go on until the run has finished or its job is over"
+    explained = "follow until the run has finished or its job is over"
     parser.add_argument("-f", "--follow", action="store_true", help=explained)
     parser.add_argument("--process", type=int, default=0, metavar="N", help="which process; default 0")
 

@@ -16,7 +16,7 @@ EXAMPLES = """  oialr resume runs/first
 
 
 def add(commands: Any) -> None:
-    summary = "go on with a run from its last whole checkpoint"
+    summary = "resume a run from its last complete checkpoint"
     add_run(add_command(commands, "resume", run, summary=summary, examples=EXAMPLES, takes_settings=True))
 
 

@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     for parser in (shown, watched):
         explained = "shell pattern of names; default all"
         parser.add_argument("--layers", metavar="PATTERN", default="*", help=explained)
-    explained = "time between two looks; default 2"
+    explained = "time between two updates of the display; default 2"
     watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help=explained)
     _add_plot(actions)
     parser = action("export", run_export, "write tables of events, steps and singular values")
@@ -109,11 +109,11 @@ def run_watch(arguments: argparse.Namespace) -> None:
 
 
 def frames(path: Path, pattern: str, every_s: float) -> Iterator[RenderableType]:
-    """The table at one look after another; the last one after the run has ended."""
+    """The table, again and again; the last one after the run has ended."""
     from hpc_oialr.spectra import open
 
     while True:
-        # Checked first, so that the last look sees all that was written.
+        # Checked first, so that the last table shows all that was written.
         last = _folder(path).finished
         frame: RenderableType
         try:

@@ -21,8 +21,8 @@ EXAMPLES = """  oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --time 04:00:00
   oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --dry-run
   oialr submit fashion_mnist_vit --executor local --tasks-per-node 2
 
-A run that is stopped by its time limit, by preemption or by a failing node is requeued and goes on from its last
-checkpoint; with --executor local it goes on after its time limit, five times at most.
+A run that is stopped by its time limit, by preemption or by a failing node is requeued and resumes from its last
+checkpoint; with --executor local it resumes after its time limit, at most five times.
 Other options of sbatch: Slurm's own variables, e.g. SBATCH_RESERVATION. Settings as for oialr train."""
 
 # Option, type, metavar, help; each becomes the parameter of its name.
@@ -39,7 +39,7 @@ OPTIONS: tuple[tuple[str, type, str, str], ...] = (
     ("--exclude", str, "NODES", "as in sbatch"),
     ("--array", str, "seeds=LIST", "one run for each seed, e.g. seeds=0,1,2 or seeds=0-9"),
     ("--signal-s", int, "SECONDS", "how long before the end the processes are told to stop; default 120"),
-    ("--max-requeues", int, "N", "after so many a stopped job stays stopped; default 20"),
+    ("--max-requeues", int, "N", "a job is not requeued more often; default 20"),
     ("--site", str, "NAME|FILE", "site file of the cluster"),
     ("--executor", str, "NAME", f"{', '.join(EXECUTORS)}; default slurm"),
 )

@@ -31,7 +31,7 @@ EXAMPLES = """  oialr train fashion_mnist_vit
 
 Upon Ctrl-C (twice: at once), a closed terminal, USR2, USR1, TERM, and before the end of its Slurm job, a run writes
 a checkpoint and stops. One process works in a run folder at a time.
-Exit codes: 0 finished, 75 stopped with a checkpoint, 76 another process was lost, 2 what you can put right.
+Exit codes: 0 finished, 75 stopped with a checkpoint, 76 another process was lost, 2 an error that you can fix.
 
 Every setting and its default: oialr train RECIPE --print_config; what they mean: --help_settings.
 Later wins: defaults < recipe < command line."""
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     add_recipe(parser)
     option = parser.add_argument
     option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
-    explained = "go on with the run in --out, from its start if there is none yet; for batch scripts"
+    explained = "resume the run in --out, or start it if there is none yet; for batch scripts"
     option("--continue", dest="go_on", action="store_true", help=explained)
     explained = "train the dense twin, with the recipe's dense settings"
     option("--dense", action="store_true", help=explained)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         show(loaded.text, end="")
         return 0
     if arguments.go_on and arguments.out is None:
-        raise OIALRError("--continue needs --out DIR, the folder of the run to begin or to go on with.")
+        raise OIALRError("--continue needs --out DIR, the folder of the run to start or to resume.")
     with stop_requests(loaded) as stop:
         return finish(_train(loaded, arguments, stop))
 
@@ -101,9 +101,9 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (summary["metric_name"].replace("_", " "), "metric", form),
         ("wall time (s)", "wall_s", "{:.1f}"),
-        ("of it updates (s)", "update_wall_s", "{:.2f}"),
+        ("of which updates (s)", "update_wall_s", "{:.2f}"),
         ("trained parameters", "trainable_params", "{:,}"),
-        ("the same, dense", "dense_trainable_params", "{:,}"),
+        ("trained parameters, dense", "dense_trainable_params", "{:,}"),
         ("peak memory (GiB)", "peak_memory_gib", "{:.3f}"),
         ("steps", "steps", "{:,}"),
     ]
