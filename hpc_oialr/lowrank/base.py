@@ -29,16 +29,6 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def written_bases(name: str, error: float) -> ModelError:
-    """The error for bases into which something has written; ``error`` as of :func:`rounding_bound`."""
-    return ModelError(
-        f"U or Vh of {name} is not orthonormal any more (error {error:.1g}), so something has written into these frozen "
-        "bases, such as weight clipping, weight decay or an average over model.parameters(). Let it skip parameters "
-        "that do not require a gradient, give averages to OIALR(..., averages=[...]), and restart from the last good "
-        "checkpoint."
-    )
-
-
 def rounding_bound(dtype: torch.dtype) -> float:
     """The largest ``||U^T U - I||_F / sqrt(r)`` of a basis in this dtype that nobody has written into.
 
@@ -205,10 +195,22 @@ class LowRankWeight(nn.Module):
         """Raise :class:`ModelError` if what has been written into ``U`` and ``Vh`` is no basis."""
         stamp = self._stamp_of_bases()
         if stamp and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
-            error = self.bases_error()
-            if not error <= rounding_bound(self.U.dtype):
-                raise written_bases(str(self), error)
+            self.require_orthonormal(self.bases_error(), self.U.dtype)
         self.known_bases = stamp
+
+    def require_orthonormal(self, error: float, dtype: torch.dtype, name: str = "") -> None:
+        """Raise :class:`ModelError` if storage in ``dtype`` cannot explain the :meth:`bases_error` of frozen bases.
+
+        Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well.
+        """
+        if self.bases_trained or error <= rounding_bound(dtype):
+            return
+        raise ModelError(
+            f"U or Vh of {name or self} is not orthonormal any more (error {error:.1g}), so something has written into "
+            "these frozen bases, such as weight clipping, weight decay or an average over model.parameters(). Let it "
+            "skip parameters that do not require a gradient, give averages to OIALR(..., averages=[...]), and restart "
+            "from the last good checkpoint."
+        )
 
     @property
     def m(self) -> int:

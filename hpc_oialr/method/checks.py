@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
-from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
+from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
-from hpc_oialr.lowrank.base import rounding_bound, written_bases
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
@@ -122,16 +121,6 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "
             "finite values. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
         )
-
-
-def require_own_bases(layer: LowRankWeight, name: str, error: float, stored: torch.dtype) -> None:
-    """Raise :class:`ModelError` if rounding cannot explain that the frozen bases are no longer orthonormal.
-
-    Loops over ``model.parameters()`` that clip, decay or average weights in place reach U and Vh as well. ``error`` is
-    the larger ``||Q^T Q - I||_F / sqrt(r)`` of both, ``stored`` their dtype between steps.
-    """
-    if error > rounding_bound(stored) and not layer.bases_trained:
-        raise written_bases(name, error)
 
 
 def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:

@@ -21,7 +21,6 @@ from hpc_oialr.method.checks import (
     check_structure,
     plain_parameters,
     require_finite,
-    require_own_bases,
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
@@ -271,7 +270,7 @@ class OIALR:
                 target, layer = targets[found.index], targets[found.index].low_rank
                 assert layer is not None
                 r, dtype = layer.r, self.engine.basis_dtype(layer)
-                require_own_bases(layer, target.name, found.error, dtype)
+                layer.require_orthonormal(found.error, dtype, target.name)
                 wanted = self.config.rule.choose(found.spectrum, layer.m, layer.n)
                 keep = self.config.limits.apply(wanted, r, layer.k)
                 P, s, Qh = found.P[:, :keep], found.s[:keep], found.Qh[:keep]

@@ -21,7 +21,7 @@ from hpc_oialr.linalg.communicator import TorchCommunicator
 from hpc_oialr.linalg.tsqr import BlockQR
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.method import basis, decompositions, loading, oialr
+from hpc_oialr.method import basis, decompositions, loading
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
@@ -122,7 +122,7 @@ def fake_collectives() -> Iterator[None]:
         # As if the columns were orthonormal.
         patch.object(basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
         # Bases, or shards of them, that another process would have sent are zero here.
-        patch.object(oialr, "require_own_bases", lambda *_: None),
+        patch.object(LowRankWeight, "require_orthonormal", lambda *_: None),
         patch.object(LowRankWeight, "_check_bases", lambda _: None),
     ):
         yield
