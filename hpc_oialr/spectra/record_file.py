@@ -36,7 +36,11 @@ class RecordFile:
         self.path = path
         self._identity = _identity(path)
         try:
-            self.tree: Any = _read_flush(path) if is_flush(path) else _open_hdf5(path)
+            small = path.stat().st_size <= WHOLE_BYTES
+            whole = {"driver": "core", "backing_store": False} if small else {}
+            self.tree: Any = (
+                _read_flush(path) if is_flush(path) else h5py.File(path, "r", locking=False, **whole)
+            )
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
             version = int(self.attributes["schema_version"])
             # A master of earlier versions shows files that lie beside it, and HDF5 shows zeros for a damaged one.
@@ -107,11 +111,6 @@ class RecordFile:
 def _identity(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _open_hdf5(path: Path) -> h5py.File:
-    whole = {"driver": "core", "backing_store": False} if path.stat().st_size <= WHOLE_BYTES else {}
-    return h5py.File(path, "r", locking=False, **whole)
 
 
 class _Group(dict[str, Any]):

@@ -22,7 +22,7 @@ from hpc_oialr.spectra.files import (
     write_flush,
     write_record,
 )
-from hpc_oialr.spectra.reader import Layer, Spectra
+from hpc_oialr.spectra.reader import Spectra
 from hpc_oialr.spectra.record_file import DAMAGE, WHOLE_BYTES, RecordFile
 from hpc_oialr.spectra.schema import LayerRows, Rows
 
@@ -143,14 +143,12 @@ def _rows_of(run: Spectra, until: int | None = None) -> Iterator[LayerRows]:
     """Rows of one layer after another, of those that have any."""
     for layer in run.values():
         kept = np.flatnonzero(layer.t <= until) if until is not None else np.arange(len(layer))
-        if len(kept):
-            yield _rows(layer, kept)
-
-
-def _rows(layer: Layer, kept: np.ndarray) -> LayerRows:
-    events, values = layer.events[kept], layer.singular_values[kept]
-    for event, row in zip(events, values, strict=True):
-        if np.isnan(event["stable_rank"]):
-            for name, figure in spectral_quantities(row[~np.isnan(row)], layer.m, layer.n).items():
-                event[name] = figure
-    return LayerRows(layer.name, layer.index, layer.m, layer.n, events, values)
+        if not len(kept):
+            continue
+        events, values = layer.events[kept], layer.singular_values[kept]
+        for event, row in zip(events, values, strict=True):
+            # Of version 1.
+            if np.isnan(event["stable_rank"]):
+                for name, figure in spectral_quantities(row[~np.isnan(row)], layer.m, layer.n).items():
+                    event[name] = figure
+        yield LayerRows(layer.name, layer.index, layer.m, layer.n, events, values)
