@@ -254,7 +254,9 @@ class OIALR:
                     target, r = targets[found.index], kept[found.index]
                     self._basis.convert(target, found.U, found.s[:r], found.Vh)
                     self._tracker.forget(target.name)
-                    done[found.index] = layer_update(target, target.k, found.s, found.seconds)
+                    done[found.index] = layer_update(
+                        target.name, target.shape, target.k, r, found.s, found.seconds
+                    )
             finally:
                 self._basis.order(self.targets)
         self._check_replicas(targets)
@@ -275,7 +277,9 @@ class OIALR:
                 keep = self.config.limits.apply(wanted, r, layer.k)
                 P, s, Qh = found.P[:, :keep], found.s[:keep], found.Qh[:keep]
                 self._basis.rotate(target, P, s, Qh, repair=found.error > self.config.bound_on_errors(dtype))
-                done[found.index] = layer_update(target, r, found.spectrum, found.seconds, **found.figures)
+                done[found.index] = layer_update(
+                    target.name, target.shape, r, keep, found.spectrum, found.seconds, **found.figures
+                )
         self._check_replicas(targets)
         return [done[i] for i in sorted(done)]
 

@@ -135,23 +135,25 @@ class StepReport:
 
 
 def layer_update(
-    target: TargetWeight, r_before: int, s: Tensor, seconds: float, **figures: float
+    name: str,
+    shape: tuple[int, int],
+    r_before: int,
+    r: int,
+    s: Tensor,
+    seconds: float,
+    **figures: float | None,
 ) -> LayerUpdate:
-    """The report of a low-rank layer, as it is now."""
-    (m, n), layer, values = target.shape, target.low_rank, kept_values(s)
-    assert layer is not None
+    """The report of a layer whose weight is of this ``shape``; ``figures`` are the other attributes."""
+    m, n = shape
+    # A copy: a view would keep all factors alive as long as the report.
+    values = s.float().cpu().clone()
     return LayerUpdate(
-        name=target.name,
+        name=name,
         m=m,
         n=n,
         r_before=r_before,
-        r=layer.r,
+        r=r,
         singular_values=values,
         seconds=seconds,
-        **figures,
+        **figures,  # type: ignore[arg-type]
     )
-
-
-def kept_values(s: Tensor) -> Tensor:
-    """Singular values for a report; a copy, since a view would keep all factors alive as long as the report."""
-    return s.float().cpu().clone()

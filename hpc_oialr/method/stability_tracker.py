@@ -18,7 +18,7 @@ from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.method.checks import require_finite
 from hpc_oialr.method.decompositions import split_svd, weight_job
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.report import LayerUpdate, kept_values
+from hpc_oialr.method.report import LayerUpdate, layer_update
 from hpc_oialr.method.svd_scheduler import Job, distribute
 
 
@@ -133,18 +133,6 @@ def measured(
     name: str, shape: tuple[int, int], s: Tensor, change: BasisChange, seconds: float
 ) -> LayerUpdate:
     """The report of a dense weight's SVD."""
-    (m, n), k = shape, min(shape)
-    stability, angle_U, angle_Vh, distance = (None if math.isnan(value) else value for value in change)
-    return LayerUpdate(
-        name=name,
-        m=m,
-        n=n,
-        r_before=k,
-        r=k,
-        singular_values=kept_values(s),
-        stability=stability,
-        seconds=seconds,
-        subspace_angle_U=angle_U,
-        subspace_angle_Vh=angle_Vh,
-        r_factor_distance=distance,
-    )
+    names = ("stability", "subspace_angle_U", "subspace_angle_Vh", "r_factor_distance")
+    figures = {key: None if math.isnan(value) else value for key, value in zip(names, change, strict=True)}
+    return layer_update(name, shape, min(shape), min(shape), s, seconds, **figures)
