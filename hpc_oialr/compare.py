@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import OIALRError
@@ -66,7 +67,7 @@ def compare(
         with closing(claim.take(RunFolder(folder))):
             _begin(sides, folder)
             done = _run_fresh(sides, folder, stop)
-    return collect(folder) if done else None
+    return _collect(folder) if done else None
 
 
 def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
@@ -86,54 +87,41 @@ def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
         write_atomically(path, sides[side].text)
 
 
-def collect(folder: Path) -> Comparison:
-    """The comparison of two finished runs ``dense`` and ``oialr``; writes ``compare.json``."""
-    summaries = {
-        side: json.loads((folder / side / "summary.json").read_text(encoding="utf-8")) for side in SIDES
+def _collect(folder: Path) -> Comparison:
+    """The comparison of two finished runs; writes ``compare.json``."""
+    dense, oialr = (json.loads((folder / side / "summary.json").read_text("utf-8")) for side in SIDES)
+    curves = {side: _evaluation_curve(folder / side / "metrics.jsonl") for side in SIDES}
+    keys = {"wall": "wall_s", "peak_memory": "peak_memory_gib", "trainable": "trainable_params"}
+    result = {
+        "dense": dense,
+        "oialr": oialr,
+        "ratios": {name: oialr[key] / dense[key] for name, key in keys.items()},
+        "metric_difference": oialr["metric"] - dense["metric"],
+        "dense_metric_at_oialr_wall": _metric_at(curves["dense"], oialr["wall_s"]),
     }
-    curves = {side: evaluation_curve(folder / side / "metrics.jsonl") for side in SIDES}
-    result = judge(summaries["dense"], summaries["oialr"], curves["dense"])
     if launch_info().rank == 0:
         write_atomically(folder / "compare.json", json.dumps(result, indent=2))
     return Comparison(folder, result, curves)
 
 
-def judge(dense: Mapping[str, Any], oialr: Mapping[str, Any], dense_curve: Curve) -> dict[str, Any]:
-    """Both summaries, ratios of OIALR to dense, and the difference of the metrics, OIALR minus dense."""
-    keys = {"wall": "wall_s", "peak_memory": "peak_memory_gib", "trainable": "trainable_params"}
-    return {
-        "dense": dict(dense),
-        "oialr": dict(oialr),
-        "ratios": {name: oialr[key] / dense[key] for name, key in keys.items()},
-        "metric_difference": oialr["metric"] - dense["metric"],
-        "dense_metric_at_oialr_wall": metric_at(dense_curve, oialr["wall_s"]),
-    }
-
-
-def metric_at(curve: Curve, wall_s: float) -> float | None:
+def _metric_at(curve: Curve, wall_s: float) -> float | None:
     """A curve's metric after ``wall_s`` seconds, interpolated; None before the first evaluation.
 
     Examples
     --------
-    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 15.0)
-    0.6
-    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 99.0)
-    0.7
-    >>> metric_at([(10.0, 0.5), (20.0, 0.7)], 9.0)
+    >>> [_metric_at([(10.0, 0.5), (20.0, 0.75)], seconds) for seconds in (9.0, 14.0, 99.0)]
+    [None, 0.6, 0.75]
     """
     if not curve or wall_s < curve[0][0]:
         return None
-    for (before, low), (after, high) in itertools.pairwise(curve):
-        if before < wall_s <= after:
-            return low + (high - low) * (wall_s - before) / (after - before)
-    return curve[0][1] if wall_s == curve[0][0] else curve[-1][1]
+    seconds, metrics = zip(*curve, strict=True)
+    return float(np.interp(wall_s, seconds, metrics))
 
 
-def evaluation_curve(metrics: Path) -> list[tuple[float, float]]:
+def _evaluation_curve(metrics: Path) -> list[tuple[float, float]]:
     """(training seconds, metric) of every evaluation during a run, in order."""
     found = [row for row in read_metrics(metrics) if "metric" in row]
-    split = found[0]["split"] if found else None
-    return [(row["wall_s"], row["metric"]) for row in found if row["split"] == split]
+    return [(row["wall_s"], row["metric"]) for row in found if row["split"] == found[0]["split"]]
 
 
 def plot(comparison: Comparison, path: Path) -> None:

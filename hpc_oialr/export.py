@@ -41,7 +41,10 @@ def export(
 
 def _write(model: nn.Module, form: Format, folder: Path) -> None:
     if form == "lowrank":
-        (folder / "lowrank.json").write_text(json.dumps(_shapes(model), indent=2), encoding="utf-8")
+        layers = low_rank_layers(model)
+        described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers.items()}
+        content = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
+        (folder / "lowrank.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     else:
         model = merge(model, inplace=True)
     tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
@@ -99,9 +102,3 @@ def _choose(store: CheckpointStore, step: int | None) -> int:
     if damage:
         raise CheckpointError(f"{store.path(step)} is damaged ({damage}); choose another --step.")
     return step
-
-
-def _shapes(model: nn.Module) -> dict[str, Any]:
-    layers = low_rank_layers(model)
-    described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers.items()}
-    return {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}

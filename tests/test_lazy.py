@@ -40,6 +40,9 @@ def test_unknown_name():
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import hpc_oialr.cli.main, sys; print(sorted({'torch', 'numpy', 'h5py'} & set(sys.modules)))"
+    code = (
+        "import sys; from hpc_oialr.cli.main import make_parser; make_parser();"
+        "print(sorted({'torch', 'numpy', 'h5py'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

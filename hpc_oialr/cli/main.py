@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Those of the operating system and a lack of memory are among them. Settings of a run are left over by the parser;
     only some commands take them.
     """
-    parser = make_parser()
-    arguments, settings = parser.parse_known_args(argv)
-    if settings and not getattr(arguments, "takes_settings", False):
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
-    arguments.settings = settings
-    show_warnings()
     try:
+        parser = make_parser()
+        arguments, settings = parser.parse_known_args(argv)
+        if settings and not getattr(arguments, "takes_settings", False):
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        arguments.settings = settings
+        show_warnings()
         return arguments.run(arguments) or exit_codes.FINISHED
     except OIALRError as error:
         show_error(error)
