@@ -263,7 +263,7 @@ def _open_files(path: Path) -> list[RecordFile]:
     return files
 
 
-class Runs(Mapping[str, Spectra]):
+class Runs(dict[str, Spectra]):
     """Several runs side by side, by their folders' names, or by whole paths where names are equal."""
 
     def __init__(self, paths: Iterable[Path_]) -> None:
@@ -272,10 +272,8 @@ class Runs(Mapping[str, Spectra]):
             raise DataError("no run was given; name at least one folder or spectra.h5.")
         folders = [path.parent if path.suffix == ".h5" else path for path in given]
         names = [folder.resolve().name for folder in folders]
-        self._runs = {
-            str(path) if names.count(name) > 1 else name: Spectra(path)
-            for path, name in zip(given, names, strict=True)
-        }
+        for path, name in zip(given, names, strict=True):
+            self[str(path) if names.count(name) > 1 else name] = Spectra(path)
 
     def __enter__(self) -> Runs:
         return self
@@ -283,16 +281,8 @@ class Runs(Mapping[str, Spectra]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __getitem__(self, name: str) -> Spectra:
-        if name not in self._runs:
-            raise UnknownNameError("run", name, self._runs)
-        return self._runs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._runs)
-
-    def __len__(self) -> int:
-        return len(self._runs)
+    def __missing__(self, name: str) -> Spectra:
+        raise UnknownNameError("run", name, self)
 
     @property
     def layers(self) -> tuple[str, ...]:
