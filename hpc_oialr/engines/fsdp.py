@@ -63,10 +63,9 @@ class FSDPEngine(GroupEngine):
         torch_compat.require_fsdp("FSDPEngine")
         assert dist.is_initialized()
         self.world = world
-        if mesh is None and replicas == 1:
-            mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-        elif mesh is None:
-            shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+        if mesh is None:
+            shape = (world.size,) if replicas == 1 else (replicas, world.size // replicas)
+            names = ("replicate", "shard")[-len(shape) :]
             mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
         self.mesh = mesh
         self.layout: Sharded = Sharded(mesh)
