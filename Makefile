@@ -19,7 +19,7 @@ MAKEFLAGS += --jobs=2
 
 .PHONY: demo test test-fast tests tests-gpu docs check setup setup-test programs data clean
 
-demo: setup data ## Train a vision transformer at low rank beside its dense twin (about 7 minutes on 2 cores).
+demo: setup data ## Train a vision transformer at low rank beside its dense baseline (about 7 minutes on 2 cores).
 	$(BIN)/oialr compare fashion_mnist_vit --own --out $(OUT)
 
 test: check tests ## Style, types and the whole test suite.

@@ -1,7 +1,7 @@
 """Test accuracy against training time at several budgets: the demo's two sides, each run with its own schedule.
 
 The demo compares one budget; this says what happens at others. Every run is `oialr train fashion_mnist_vit` from
-scratch in a process of its own with one thread: the dense twin (Muon) and OIALR, the recipe's settings with the
+scratch in a process of its own with one thread: the dense baseline (Muon) and OIALR, the recipe's settings with the
 conversion and the updates at the same shares of the run. The training clock counts processor seconds (evaluations and
 the start left out), which other work on the machine disturbs least. Interrupted calls go on where they stopped.
 """

@@ -1,4 +1,4 @@
-"""A recipe and its dense twin: metric against wall time for both."""
+"""A recipe and its dense baseline: metric against wall time for both."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def compare(
     stop: StopRequest | None = None,
     claim: Claim | None = None,
 ) -> Comparison | None:
-    """Train the dense twin, then the recipe, and compare them; None if stopped on request, to be called again.
+    """Train the dense baseline, then the recipe, and compare them; None if stopped on request, to be called again.
 
     Each runs in a fresh process, so that neither uses memory or caches of the other; started as several processes,
-    both run in them one after the other. ``own``: the dense twin takes the recipe's ``dense`` settings; otherwise the
+    both run in them one after the other. ``own``: the dense baseline takes the recipe's ``dense`` settings; otherwise the
     same ones, so the same steps. Raises OIALRError if the recipe trains dense anyway, the folder holds a comparison,
     or a run fails.
     """

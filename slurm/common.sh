@@ -9,7 +9,7 @@
 #
 # Settings (environment):
 #   SITE              name of a file in hpc_oialr/launch/sites, or a path  generic
-#   VARIANT=dense     the dense twin of the recipe
+#   VARIANT=dense     the dense baseline of the recipe
 #   OIALR_OUT         run folder; an unfinished run in it is resumed       OIALR_RUNS/RECIPE-JOB
 #   OIALR_RUNS        where run folders go                                 runs
 #   OIALR_VENV        virtual environment                                  .venv of the repository, if there is one

@@ -27,10 +27,10 @@ EXAMPLES = """  oialr compare fashion_mnist_vit --own
 
 
 def add(commands: Any) -> None:
-    summary = "train a recipe and its dense twin, same seed and data order, and compare them"
+    summary = "train a recipe and its dense baseline, same seed and data order, and compare them"
     parser = add_command(commands, "compare", run, summary=summary, examples=EXAMPLES, takes_settings=True)
     add_recipe(parser)
-    explained = "the dense twin takes the recipe's dense settings, not the same steps"
+    explained = "the dense baseline takes the recipe's dense settings, not the same steps"
     parser.add_argument("--own", action="store_true", help=explained)
     explained = "folder of both runs; default runs/RECIPE-TIME"
     parser.add_argument("--out", metavar="DIR", type=Path, help=explained)

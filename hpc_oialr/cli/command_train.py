@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
     option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     explained = "resume the run in --out, or start it if there is none yet; for batch scripts"
     option("--continue", dest="go_on", action="store_true", help=explained)
-    explained = "train the dense twin, with the recipe's dense settings"
+    explained = "train the dense baseline, with the recipe's dense settings"
     option("--dense", action="store_true", help=explained)
     option("--print_config", action="store_true", help="print all settings as YAML and stop")
     option("--help_settings", action="store_true", help="explain all settings and stop")

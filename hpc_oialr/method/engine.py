@@ -126,7 +126,7 @@ class Engine:
     _reshaped: bool | None = None  # whether a parameter was replaced; None outside of changing()
 
     @property
-    def data(self) -> Peers:
+    def data_parallel(self) -> Peers:
         """The ranks over which a global batch is split; all, unless several work on the same samples."""
         return self.world
 

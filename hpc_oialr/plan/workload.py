@@ -111,7 +111,7 @@ class Workload:
         if method is not None:
             method = replace(method, delay=NEVER, frequency=NEVER, rule=rule or method.rule)
             method = replace(method, stability_frequency=None, stability_threshold=None)
-        global_batch = batch * engine.data.size
+        global_batch = batch * engine.data_parallel.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))
         train = replace(config.train, global_batch=global_batch, steps=10**9, workers=0)

@@ -156,12 +156,8 @@ class RecordConfig:
     frequency
         Steps between two measurements of dense matrices, where ``spectra`` is true and the method has no
         ``stability_frequency`` of its own. Each costs an SVD of every matrix.
-    spectra_writer
-        "single": rank 0 writes. The only choice; kept for recipes that name it.
     spectra_queue
         How many events may wait to be written beside the training.
-    side_folder
-        Without effect: while the disk is full spectra wait in memory. Kept for recipes that name it.
     tensorboard
         Write the rows as TensorBoard events into ``logs/`` too; needs the extra ``tensorboard``.
     """
@@ -169,20 +165,13 @@ class RecordConfig:
     every: int = 20
     spectra: bool | None = None
     frequency: int = 100
-    spectra_writer: str = "single"
     spectra_queue: int = 64
-    side_folder: str | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name, unit in (("every", "step"), ("frequency", "step"), ("spectra_queue", "event")):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), f"must be at least 1 {unit}")
-        if self.spectra_writer != "single":
-            fix = "Leave record.spectra_writer out, or write: spectra_writer: single."
-            if self.spectra_writer in ("per_process", "parallel"):
-                fix = f"Other processes write no spectra any more, and the record is the same. {fix}"
-            raise ConfigError("spectra_writer", self.spectra_writer, "must be single: rank 0 writes", fix=fix)
 
 
 @dataclass(kw_only=True)
@@ -200,7 +189,7 @@ class RunConfig:
     compile
         Compile the model by ``torch.compile``; recompilations are counted in the summary.
     dense
-        Settings of the dense twin that differ when ``oialr compare --own`` trains it; same structure.
+        Settings of the dense baseline that differ when ``oialr compare --own`` trains it; same structure.
     """
 
     data: DataConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 import math
 import types
 import typing
@@ -31,6 +32,13 @@ from hpc_oialr.train.config import RunConfig
 COMMAND_LINE = "the command line"
 # The largest seed of torch and NumPy.
 LARGEST = 2**64 - 1
+# Settings of earlier versions that have no effect any more, and why: old recipes and run folders hold them.
+RETIRED = {
+    "record.side_folder": "while the disk is full spectra wait in memory",
+    "record.spectra_writer": "rank 0 writes all spectra",
+}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConf
     except yaml.YAMLError as error:
         raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     typed = parse_settings(arguments)
+    _drop_retired([(path.name, raw), (COMMAND_LINE, typed)])
     return dataclasses.replace(_from_layers([(path.name, raw), (COMMAND_LINE, typed)]), typed=typed)
 
 
@@ -99,6 +108,22 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def _drop_retired(layers: Sequence[tuple[str, Any]]) -> None:
+    """Take the settings of ``RETIRED`` out of the trees, with one warning for all of them."""
+    found = []
+    for origin, raw in layers:
+        dense = raw.get("dense") if isinstance(raw, Mapping) else None
+        for prefix, tree in (("", raw), ("dense.", dense)):
+            for name, reason in RETIRED.items():
+                section, _, key = name.rpartition(".")
+                settings = tree.get(section) if isinstance(tree, Mapping) else None
+                if isinstance(settings, dict) and key in settings:
+                    del settings[key]
+                    found.append(f"{prefix}{name} from {origin} ({reason})")
+    if found:
+        log.warning("settings that no longer have an effect are ignored: %s", ", ".join(found))
+
+
 def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
     """Merge trees, each with the name of its origin, later ones on top, and check the result."""
     origins: dict[str, str] = {}
@@ -111,7 +136,7 @@ def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
         twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
         for name in ("oialr", "dense"):
             if isinstance(twin, Mapping) and twin.get(name) is not None:
-                rule = "has no effect: the dense twin has none"
+                rule = "has no effect: the dense baseline has none"
                 raise ConfigError(f"dense.{name}", twin[name], rule, origin=origin)
         dense = _merge(dense, layer.section(twin, RunConfig, _merge(merged, dense), "dense"))
     config = _build(RunConfig, merged, origins)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +23,6 @@ from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timing import Timers
-
-log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -51,10 +48,6 @@ class Recorder:
         self.board: TensorBoard | None = None
         self.spectra: SpectraWriter | None = None
         if config.spectra is not False and world.is_main:
-            if config.side_folder is not None:
-                log.warning(
-                    "record.side_folder has no effect: while the disk is full spectra wait in memory."
-                )
             chain = Chain(folder.spectra, attributes)
             self.spectra = SpectraWriter(chain, context.controller.layers, queue_length=config.spectra_queue)
         self.energy = EnergyMeter(world.device, first_of_node=world.local_rank == 0)

@@ -128,7 +128,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
         engine.expect(
             global_batch=train.global_batch, accumulation=train.accumulation, clip=train.gradient_clip
         )
-    peers = engine.data
+    peers = engine.data_parallel
     with _section("train"):
         train.check_accumulation(peers.size)
         batches = GlobalBatches(

@@ -12,12 +12,12 @@ from typing import Any
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.record import RunFolder
 from hpc_oialr.redaction import mask_tree
-from hpc_oialr.train.load_config import LoadedConfig, flat
+from hpc_oialr.train.load_config import RETIRED, LoadedConfig, flat
 
 log = logging.getLogger(__name__)
 
 # Where and by whom it is computed, from which disk, and how often it is saved: not what is computed. ``dense`` holds
-# the settings of another run, the dense twin. This list is the only one.
+# the settings of another run, the dense baseline. This list is the only one.
 RESUMABLE = (
     "engine",
     "train.device",
@@ -28,15 +28,13 @@ RESUMABLE = (
     "checkpoint",
     "data.path",
     "data.data_dir",
-    "record.side_folder",
-    "record.spectra_writer",
     "dense",
 )
 
 
 def may_change(name: str) -> bool:
     """Whether a setting may change when a run is resumed."""
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE)
+    return name in RETIRED or any(name == allowed or name.startswith(f"{allowed}.") for allowed in RESUMABLE)
 
 
 def fixed_settings(tree: Mapping[str, Any]) -> dict[str, Any]:

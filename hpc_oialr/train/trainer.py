@@ -38,7 +38,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Trains from where a run stands to its end.
+    """Runs training from the current step to the end.
 
     ``settings`` are those that may not change, see :mod:`hpc_oialr.train.same_run`. Once ``stop`` makes any process
     want to stop, all write a checkpoint after the same step, the next one, and stop.
@@ -60,7 +60,7 @@ class Trainer:
         self.timers = Timers(context.world.device)
         self.progress = Progress()
         self.first_graphs: int | None = None
-        self._trained: list[nn.Parameter] | None = None
+        self._trainable: list[nn.Parameter] | None = None
         total, count = context.total_steps, min(self.config.train.evaluations, context.total_steps)
         self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
@@ -104,16 +104,16 @@ class Trainer:
         with self.recorder.probe(step):
             context.rates.set(step)
             loss = forward_backward(context, batch, step)
-            if self._trained is None:
-                self._trained = [p for p in context.module.parameters() if p.requires_grad]
+            if self._trainable is None:
+                self._trainable = [p for p in context.module.parameters() if p.requires_grad]
             clip = self.config.train.gradient_clip
-            context.engine.update(context.optimizer, context.scaler, self._trained, clip)
+            context.engine.update(context.optimizer, context.scaler, self._trainable, clip)
             self.recorder.collect()
             start = time.perf_counter()
             report = context.controller.step()
             if report is not None:
                 self.timers.seconds["update"] += time.perf_counter() - start
-                self._trained = None
+                self._trainable = None
                 self.recorder.update(report)
         progress.step = step + 1
         if self.first_graphs is None:
@@ -223,7 +223,7 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
     ``batch`` is this process's part; ``step`` is the number of steps done.
     """
     train, losses = context.config.train, []
-    parts = {key: value.chunk(train.accumulation) for key, value in _placed(context, batch).items()}
+    parts = {key: value.chunk(train.accumulation) for key, value in _to_device(context, batch).items()}
     for i in range(train.accumulation):
         piece, rng = {key: values[i] for key, values in parts.items()}, StepRNG(train.seed, step, i)
         last = i == train.accumulation - 1
@@ -244,7 +244,7 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     context.share_buffers()
     module, peers, train, task = (
         context.module,
-        context.engine.data,
+        context.engine.data_parallel,
         context.config.train,
         context.config.task,
     )
@@ -261,7 +261,7 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
 
     def totals(batch: Batch) -> Tensor:
         with _autocast(context):
-            return task.totals(module, _placed(context, batch))
+            return task.totals(module, _to_device(context, batch))
 
     module.eval()
     with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
@@ -281,7 +281,7 @@ def _autocast(context: RunContext) -> torch.autocast:
     return torch.autocast(context.world.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def _placed(context: RunContext, batch: Batch) -> Batch:
+def _to_device(context: RunContext, batch: Batch) -> Batch:
     """A batch on the device, in float64 where the run is."""
     double = context.config.train.precision == "float64"
     moved = {key: value.to(context.world.device, non_blocking=True) for key, value in batch.items()}

@@ -88,7 +88,7 @@ def trained(
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(STEPS):
         x, y = torch.randn(BATCH, 12, generator=generator), torch.randint(0, 4, (BATCH,), generator=generator)
-        mine = [t.chunk(engine.data.size)[engine.data.rank] for t in (x.to(dtype), y)]
+        mine = [t.chunk(engine.data_parallel.size)[engine.data_parallel.rank] for t in (x.to(dtype), y)]
         total = 0.0
         for part, piece in enumerate(zip(*(t.chunk(parts) for t in mine), strict=True)):
             loss = loss_of(oialr.model, name, *piece) / parts
@@ -97,7 +97,9 @@ def trained(
                     engine.backward(loss, scaler)
             else:
                 engine.backward(loss, scaler)
-            total += float(engine.data.all_reduce(loss.detach().double())) / engine.data.size
+            total += (
+                float(engine.data_parallel.all_reduce(loss.detach().double())) / engine.data_parallel.size
+            )
         engine.update(oialr.optimizer, scaler, [p for p in model.parameters() if p.requires_grad], clip)
         oialr.step()
         losses.append(total)

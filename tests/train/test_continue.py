@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import yaml
 from support.tiny_runs import write_recipe
 from support.train_workers import losses, stop_at_step
 
@@ -12,7 +13,7 @@ from hpc_oialr.cli.main import main
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.train.load_config import load_config
-from hpc_oialr.train.run import train_or_resume
+from hpc_oialr.train.run import resume, train_or_resume
 from hpc_oialr.train.timing import StopRequest
 
 WORLD = World.single("cpu")
@@ -39,6 +40,17 @@ def test_it_goes_on(recipe, stopped, tmp_path):
     assert losses(folder) == losses(tmp_path / "whole")
     again = train_or_resume(load_config(recipe), folder, world=WORLD)
     assert again.summary == result.summary
+
+
+def test_a_folder_of_an_earlier_version_goes_on(recipe, stopped, tmp_path, caplog):
+    """Its config.yaml holds settings that are retired."""
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    config = folder / "config.yaml"
+    old = {"spectra_writer": "single", "side_folder": None}
+    tree = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**tree, "record": {**tree["record"], **old}}))
+    assert resume(folder, settings=["--record.side_folder", "null"], world=WORLD).summary["steps"] == 12
+    assert "are ignored: record.side_folder from config.yaml" in caplog.text
 
 
 def test_from_the_start_if_there_is_no_checkpoint(recipe, stopped, tmp_path):

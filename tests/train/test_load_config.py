@@ -58,7 +58,7 @@ def test_null_switches_the_method_off(recipe):
 
 def test_effective_text_is_a_recipe(recipe, tmp_path):
     # Words that YAML 1.1 or 1.2 takes for numbers stay words.
-    words = ["--data.patterns", "['1e3', '0o7', '010', '1:30', '.NaN']", "--record.side_folder", "'1e3'"]
+    words = ["--data.patterns", "['1e3', '0o7', '010', '1:30', '.NaN']", "--train.device", "'1e3'"]
     loaded = load_config(recipe, ["--oialr.delay", "7", "--dense.train.steps", "9", *words])
     path = tmp_path / "effective.yaml"
     path.write_text(loaded.text)
@@ -270,8 +270,22 @@ def test_a_key_given_twice_is_an_error(tmp_path):
 
 
 def test_a_date_is_text(recipe):
-    assert (
-        load_config(recipe, ["--record.side_folder", "2024-01-01"]).config.record.side_folder == "2024-01-01"
+    assert load_config(recipe, ["--train.device", "2024-01-01"]).config.train.device == "2024-01-01"
+
+
+def test_retired_settings_are_dropped_with_one_warning(tmp_path, caplog):
+    path = write_recipe(
+        tmp_path, record={"spectra_writer": "per_process"}, dense={"record": {"side_folder": "/x"}}
+    )
+    loaded = load_config(path, ["--record.side_folder", "/y"])
+    assert "side_folder" not in loaded.text
+    assert "spectra_writer" not in loaded.text
+    (message,) = caplog.messages
+    assert message == (
+        "settings that no longer have an effect are ignored: "
+        "record.spectra_writer from tiny.yaml (rank 0 writes all spectra), "
+        "dense.record.side_folder from tiny.yaml (while the disk is full spectra wait in memory), "
+        "record.side_folder from the command line (while the disk is full spectra wait in memory)"
     )
 
 

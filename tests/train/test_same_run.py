@@ -88,7 +88,7 @@ def test_settings_edited_before_the_first_checkpoint_are_noticed(recipe, stopped
 
 
 def test_what_may_change_may(stopped, whole, tmp_path):
-    """Another place of the data, other checkpoints; the settings of the dense twin are another run's."""
+    """Another place of the data, other checkpoints; the settings of the dense baseline are another run's."""
     old = yaml.safe_load((stopped / "config.yaml").read_text())["data"]["init_args"]["path"]
     moved = shutil.copytree(old, tmp_path / "moved")
     edit(stopped, data__init_args__path=str(moved), checkpoint__every=3, dense={"train": {"steps": 3}})

@@ -202,12 +202,6 @@ def test_a_run_goes_on_without_room_for_a_checkpoint(
     [
         ("frequency", "0", "must be at least 1 step"),
         ("spectra_queue", "0", "must be at least 1 event"),
-        ("spectra_writer", "both", "must be single: rank 0 writes. Leave record.spectra_writer out"),
-        (
-            "spectra_writer",
-            "per_process",
-            "must be single: rank 0 writes. Other processes write no spectra any more",
-        ),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: str) -> None:
@@ -216,17 +210,6 @@ def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: s
         ConfigError, match=rf"record.{setting} is '?{value}'? \(from the command line\); {rule}"
     ):
         load_config(recipe, [f"--record.{setting}", value])
-
-
-def test_the_key_of_earlier_versions_is_kept(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, record={"spectra_writer": "single"})
-    assert load_config(recipe).config.record.spectra_writer == "single"
-
-
-def test_a_side_folder_is_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    result = run(tmp_path, record={"side_folder": str(tmp_path)}, train={"steps": 8})
-    assert result.summary is not None
-    assert "record.side_folder has no effect: while the disk is full spectra wait in memory." in caplog.text
 
 
 def test_both_stabilities_are_the_same_measure() -> None:

@@ -66,11 +66,11 @@ class TensorEngine(GroupEngine):
         self._averaging = True
 
     @property
-    def data(self) -> World:
+    def data_parallel(self) -> World:
         """One rank of each group that shares a model."""
         return self._data
 
-    replicas = data  # they hold the same blocks
+    replicas = data_parallel  # they hold the same blocks
 
     def place(self, module: nn.Module) -> None:
         """Send rank 0's values to all, then keep this rank's blocks, in place."""
