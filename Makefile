@@ -50,6 +50,8 @@ setup-test: $(VENV)/installed-test
 
 $(VENV)/installed-%: $(VENV)/torch-installed setup.cfg pyproject.toml
 	$(PIP) --editable ".[$*]"
+	# Its interpreter runs the GPU kernels on the CPU; torch for GPUs brings it along.
+	test $* = plot || $(BIN)/python -c "import triton" 2>/dev/null || $(PIP) --no-deps triton==3.6.0 || true
 	touch $@
 
 # Torch comes first: its wheel must not be replaced by what another package asks for.

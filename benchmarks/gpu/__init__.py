@@ -11,6 +11,6 @@ Without ``--out`` the file is ``benchmarks/results/gpu_<card>.json``. It is rewr
 order of execution: card, layer, step, update, accuracy (needs ``--data``, the CIFAR-10 images), svd, pytest. Each
 has a share of the budget; what it leaves unspent goes to the later ones, and what it had no time for stands under
 "left out". Without a GPU every section runs in a tiny size on the CPU: that tests the instrument, its figures mean
-nothing. To add: a layer kernel is one line in ``layer_variants.FUNCTIONS``, a way to run a step one line in
+nothing. To add: a layer kernel is one line in ``layer_variants.VARIANTS``, a way to run a step one line in
 ``execution.MODES``.
 """

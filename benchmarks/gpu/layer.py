@@ -45,7 +45,7 @@ class Shape:
 def cases(context: Context) -> Sequence[Case]:
     """The grid, and one odd r a shape: what becomes of products that do not fill the tiles."""
     if context.tiny:
-        shapes = [Shape(48, 32, 8, 24)]
+        shapes = [Shape(48, 32, 8, 64)]
     else:
         shapes = [
             Shape(m, n, round(f * min(m, n)), tokens)

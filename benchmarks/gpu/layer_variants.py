@@ -1,21 +1,18 @@
-"""The ways to compute a low-rank linear layer that the benchmark compares.
-
-A new kernel is one line in :data:`FUNCTIONS`: a differentiable ``function(x, Vh, S, U, bias)``.
-"""
+"""The ways to compute a low-rank linear layer that the benchmark compares, each a line in :data:`VARIANTS`."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.execution import dense_cost, factored_cost, merged_cost
 from hpc_oialr.lowrank.layers import LowRankLinear
+from hpc_oialr.lowrank.products import FUSED, TORCH, FactoredFunction, Kernels
 
 Forward = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -130,34 +127,24 @@ def autocast(build: Callable[[Factors], Built]) -> Callable[[Factors], Built]:
     return with_float32
 
 
-def folded(x: Tensor, Vh: Tensor, S: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
-    """Five large products instead of seven: the core is folded into both bases first.
-
-    Forward ``a = x Vh^T``, ``y = a (U S)^T``; backward ``db = dy U``, ``dS = db^T a``, ``dx = db (S Vh)``.
-    Plain torch, as the reference for faster ones.
-    """
-    y: Tensor = _Folded.apply(x, Vh, S, U, bias)  # type: ignore[no-untyped-call]
-    return y
+def three_products(x: Tensor, Vh: Tensor, S: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
+    """Seven products of torch: three forward, four backward."""
+    return F.linear(F.linear(F.linear(x, Vh), S), U, bias)
 
 
-class _Folded(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, Vh: Tensor, S: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
-        a = F.linear(x, Vh)
-        ctx.save_for_backward(a, Vh, S, U)
-        return F.linear(a, U @ S, bias)
+def by(kernels: Kernels) -> Product:
+    """Five products, the core folded into both bases, by the given kernels."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        a, Vh, S, U = ctx.saved_tensors
-        dy = grads[0]
-        db = dy @ U
-        return db @ (S @ Vh), None, db.mT @ a, None, dy.sum(0)
+    def product(x: Tensor, Vh: Tensor, S: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = FactoredFunction.apply(x, Vh, S, U, bias, kernels)[0]  # type: ignore[no-untyped-call]
+        return y
+
+    return product
 
 
-def folded_cost(tokens: int, m: int, n: int, r: int) -> int:
-    """Multiply-adds of :func:`folded`: ``2 B r (m + n) + B r^2``, and ``r^2 (m + n)`` to fold."""
-    return 2 * tokens * r * (m + n) + tokens * r * r + r * r * (m + n)
+def three_products_cost(tokens: int, m: int, n: int, r: int) -> int:
+    """Multiply-adds of :func:`three_products`."""
+    return 2 * tokens * r * (m + n) + 3 * tokens * r * r
 
 
 def _dense_cost(tokens: int, m: int, n: int, r: int) -> int:
@@ -168,7 +155,7 @@ def _dense_numbers(tokens: int, m: int, n: int, r: int) -> int:
     return 3 * tokens * (m + n) + 3 * m * n
 
 
-def _factored_numbers(tokens: int, m: int, n: int, r: int) -> int:
+def _three_products_numbers(tokens: int, m: int, n: int, r: int) -> int:
     # x, a | a, b | b, y forward; dy, db | db, dc | dc, dx and db, a backward.
     return tokens * (2 * (m + n) + 10 * r) + 2 * r * (m + n) + 3 * r * r
 
@@ -187,17 +174,18 @@ def _merged_numbers(tokens: int, m: int, n: int, r: int) -> int:
     return _dense_numbers(tokens, m, n, r) + 3 * m * n + 4 * r * (m + n)
 
 
-# Differentiable functions of (x, Vh, S, U, bias) beside the package's own layer: a kernel is one line here.
-FUNCTIONS: dict[str, Product] = {"folded": folded}
+def _fused_is_there() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
 
 VARIANTS: dict[str, Variant] = {
     "dense": Variant(dense, _dense_cost, _dense_numbers),
-    "factored": Variant(package(1e9), factored_cost, _factored_numbers),
+    # The package's choice among what follows, by its own measurement.
+    "factored": Variant(package(1e9), factored_cost, _folded_numbers),
     "merged": Variant(package(0.0), merged_cost, _merged_numbers),
-    **{
-        name: Variant(function(product), folded_cost, _folded_numbers if name == "folded" else _fused_numbers)
-        for name, product in FUNCTIONS.items()
-    },
+    "three products": Variant(function(three_products), three_products_cost, _three_products_numbers),
+    "folded": Variant(function(by(TORCH)), factored_cost, _folded_numbers),
+    **({"fused": Variant(function(by(FUSED)), factored_cost, _fused_numbers)} if _fused_is_there() else {}),
     "dense autocast": Variant(autocast(dense), _dense_cost, _dense_numbers, quarter_only=True),
-    "factored autocast": Variant(autocast(package(1e9)), factored_cost, _factored_numbers, quarter_only=True),
+    "factored autocast": Variant(autocast(package(1e9)), factored_cost, _folded_numbers, quarter_only=True),
 }

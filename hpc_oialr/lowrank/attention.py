@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hpc_oialr.lowrank.attachment import cover_child
 from hpc_oialr.lowrank.base import LowRankWeight
+from hpc_oialr.lowrank.factored import factored_linear
 from hpc_oialr.lowrank.layers import LowRankLinear
 
 
@@ -106,7 +107,7 @@ def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
     block = slice(part * rows, (part + 1) * rows)
     if type(layer) is LowRankLinear:
         U, S, Vh = layer.matched_factors()
-        return F.linear(F.linear(F.linear(x, Vh), S), U[block])
+        return factored_linear(x, Vh, S, U[block], None)
     if type(layer) is nn.Linear:
         return F.linear(x, layer.weight[block])
     # Whatever an engine has made of it, e.g. a layer sharded over processes.

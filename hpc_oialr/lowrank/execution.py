@@ -1,23 +1,15 @@
-"""How a low-rank layer computes: factored or merged, whichever is cheaper, and by which kernel the factored form.
-
-A further kernel is a differentiable function and its line in :data:`KERNELS`.
-"""
+"""Factored or merged: which is cheaper for these m, n, r and this many tokens."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from hpc_oialr.errors import ConfigError, DataError
 from hpc_oialr.system_errors import read_json
-from hpc_oialr.torch_compat import is_transformed, onednn_enabled, onednn_linear, register_onednn_flops
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +20,18 @@ def dense_cost(tokens: int, m: int, n: int) -> int:
 
 
 def factored_cost(tokens: int, m: int, n: int, r: int) -> int:
-    """Multiply-adds of ``x -> x Vh^T -> S^T -> U^T`` with only S trained: ``2 B r (m + n) + 3 B r^2``."""
-    return 2 * tokens * r * (m + n) + 3 * tokens * r * r
+    """Multiply-adds of a factored layer with only S trained, forward and backward.
+
+    ``2 B r (m + n) + B r^2 + r^2 (m + n)`` where ``U S`` and ``S Vh`` are formed first, which is cheaper for more than
+    ``(m + n) / 2`` tokens; ``2 B r (m + n) + 3 B r^2`` for fewer, by three products in a row.
+    """
+    core = r * r * (tokens + m + n) if folds(tokens, m, n) else 3 * tokens * r * r
+    return 2 * tokens * r * (m + n) + core
+
+
+def folds(tokens: int, m: int, n: int) -> bool:
+    """Whether forming ``U S`` and ``S Vh`` in each pass saves operations: ``B > (m + n) / 2``."""
+    return 2 * tokens > m + n
 
 
 def merged_cost(tokens: int, m: int, n: int, r: int) -> int:
@@ -95,86 +97,3 @@ def measured_crossover(path: str | Path, dtype: str = "float32") -> float:
     slower = np.log([row["time_ratio"] / row["rebuild_ratio"] for row in rows])
     slope, offset = np.polyfit(flops, slower, 1)
     return float(np.clip(-offset / slope, 0.0, 1.0)) if slope > 0 else 1.0
-
-
-def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:
-    """``y = ((x A^T) S^T) C^T + bias`` by the first of :data:`KERNELS` that fits, else by torch's own products.
-
-    x is (..., n), A is r x n, S is r x r, C is m x r, y is (..., m). Derivatives of any order are right on every path.
-    """
-    if not is_transformed():
-        for fits, kernel in KERNELS:
-            if fits(x, A, S, C):
-                return kernel(x, A, S, C, bias)
-    return F.linear(F.linear(F.linear(x, A), S), C, bias)
-
-
-# oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
-# 2.13): with an r for every number, a process would grow by that at each update.
-ONEDNN_MULTIPLE = 8
-register_onednn_flops()
-
-
-def onednn_fits(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
-    """Whether these are fp32 matrices on a CPU, frozen but for S, with an r that is a multiple of 8.
-
-    torch uses oneDNN for bf16 only; at ViT-B/16's shapes it multiplies thin fp32 matrices faster than the BLAS behind
-    ``torch.mm``, and adds the bias in the same pass: ``benchmarks/results/layer.json``. Switched off by
-    ``torch.backends.mkldnn.flags(enabled=False)``.
-    """
-    return (
-        x.device.type == "cpu"
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 for t in (x, A, S, C))
-        and x.layout is torch.strided
-        and not x.is_nested
-        and not (A.requires_grad or C.requires_grad)
-        and x.numel() > 0
-        and x.shape[-1] == A.shape[1]  # otherwise torch's error is the clearer one
-        and S.shape[0] % ONEDNN_MULTIPLE == 0
-        and onednn_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def onednn_kernel(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:
-    """The products by oneDNN."""
-    y: Tensor = _OneDNN.apply(x.reshape(-1, x.shape[-1]), A, S, C, bias)[0]  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], C.shape[0])
-
-
-class _OneDNN(torch.autograd.Function):
-    """``y``, and ``a = x A^T`` (B x r), which is kept for the gradient of S in place of x.
-
-    ``a`` is an output so that a second derivative finds its way from it back to x.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        a = onednn_linear(x, A)
-        ctx.save_for_backward(a, A, S, C)
-        ctx.set_materialize_grads(False)
-        return onednn_linear(onednn_linear(a, S), C, bias), a
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, da: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, A, S, C = ctx.saved_tensors
-        for_x, _, for_S, _, for_bias = ctx.needs_input_grad
-        # With create_graph, gradients are recorded (and oneDNN's are not); da is only there in a second derivative.
-        multiply = onednn_linear if not (torch.is_grad_enabled() or is_transformed()) else F.linear
-        dS = dx = dbias = None
-        if dy is not None:
-            if for_x or for_S:
-                db = multiply(dy, C.mT)
-                dS = db.mT @ a if for_S else None
-                through = multiply(db, S.mT) if for_x else None
-                da = through if da is None else da if through is None else through + da
-            dbias = dy.sum(0) if for_bias else None
-        if for_x and da is not None:
-            dx = multiply(da, A.mT)
-        return dx, None, dS, None, dbias
-
-
-# Whether a kernel serves x, A, S, C; and the kernel, which takes the bias too. Not called while is_transformed().
-KERNELS: tuple[tuple[Callable[..., bool], Callable[..., Tensor]], ...] = ((onednn_fits, onednn_kernel),)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_oialr.lowrank.base import LowRankWeight
-from hpc_oialr.lowrank.execution import factored_linear
+from hpc_oialr.lowrank.factored import factored_linear
 
 
 class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]

@@ -86,9 +86,10 @@ def test_every_layer_variant_is_right(tiny):
         assert row["ms"] > 0
     by_name = {row["variant"]: row for row in rows}
     assert by_name["dense"]["time_ratio"] == 1
-    # 48 x 32 at r = 8, 24 tokens: 3 B m n; 2 B r (m + n) + 3 B r^2; with B r^2 + r^2 (m + n).
-    assert by_name["factored"]["operation_ratio"] == pytest.approx((30720 + 4608) / 110592)
-    assert by_name["folded"]["operation_ratio"] == pytest.approx((30720 + 1536 + 5120) / 110592)
+    # 48 x 32 at r = 8, 64 tokens: 3 B m n; 2 B r (m + n) + 3 B r^2; with B r^2 + r^2 (m + n).
+    assert by_name["three products"]["operation_ratio"] == pytest.approx((81920 + 12288) / 294912)
+    for name in ("factored", "folded"):
+        assert by_name[name]["operation_ratio"] == pytest.approx((81920 + 4096 + 5120) / 294912)
 
 
 def test_every_model_optimizer_and_mode_is_stepped(tiny):

@@ -23,15 +23,15 @@ CPU = torch.device("cpu")
 
 def test_a_wrong_kernel_is_flagged_and_one_that_fails_disturbs_nobody(monkeypatch, tmp_path):
     def wrong(x, Vh, S, U, bias):
-        return 1.1 * layer_variants.folded(x, Vh, S, U, bias)
+        return 1.1 * layer_variants.three_products(x, Vh, S, U, bias)
 
     def broken(x, Vh, S, U, bias):
         raise NotImplementedError("r must be a multiple of 16")
 
     def not_a_number(x, Vh, S, U, bias):
-        return layer_variants.folded(x, Vh, S, U, bias) * float("nan")
+        return layer_variants.three_products(x, Vh, S, U, bias) * float("nan")
 
-    costs = (layer_variants.folded_cost, layer_variants._folded_numbers)
+    costs = (layer_variants.three_products_cost, layer_variants._three_products_numbers)
     for product in (wrong, broken, not_a_number):
         variant = layer_variants.Variant(layer_variants.function(product), *costs)
         monkeypatch.setitem(layer_variants.VARIANTS, product.__name__, variant)

@@ -19,15 +19,25 @@ from hpc_oialr.lowrank.execution import (
     crossover_by_dtype,
     dense_cost,
     factored_cost,
+    folds,
     measured_crossover,
     merged_cost,
     prefer_factored,
 )
 
 
-def test_square_layer_is_cheaper_below_0_535_k() -> None:
-    k, tokens = 1000, 10**6
-    assert factored_cost(tokens, k, k, 534) < dense_cost(tokens, k, k) < factored_cost(tokens, k, k, 536)
+def test_a_square_layer_is_cheaper_below_0_645_k() -> None:
+    k, tokens = 1000, 10**7
+    assert factored_cost(tokens, k, k, 645) < dense_cost(tokens, k, k) < factored_cost(tokens, k, k, 647)
+
+
+def test_folding_the_core_is_counted_where_it_saves() -> None:
+    m, n, r = 300, 100, 50
+    assert not folds(200, m, n)
+    assert folds(201, m, n)
+    three_products = 2 * 200 * r * (m + n) + 3 * 200 * r**2
+    assert factored_cost(200, m, n, r) == three_products
+    assert factored_cost(1000, m, n, r) == 2 * 1000 * r * (m + n) + r**2 * (1000 + m + n)
 
 
 def test_few_tokens_prefer_factored_up_to_a_larger_r() -> None:

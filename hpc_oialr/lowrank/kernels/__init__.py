@@ -1,0 +1,1 @@
+"""Fused Triton kernels of a low-rank layer, for GPUs; optional, since they need the package triton."""

@@ -1,0 +1,138 @@
+"""Two thin products in one kernel: ``t = x P^T`` and ``y = t Q^T + bias``, and the gradient of a core.
+
+Forward pass of a layer: P = Vh, Q = U S. Backward pass: x = dy, P = U^T, Q = (S Vh)^T, so that t and y are the gradients
+of ``U^T y`` and of the layer's input. The r-wide tile stays on the chip, so x is read once, t and y are written once: B
+(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r) and leave thin shapes at
+a third of the memory's speed (``benchmarks/results/gpu_notes.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The accumulator of one program is BLOCK_B x r in registers.
+MAX_R = 512
+
+
+# Triton's interpreter, which runs these kernels on a CPU, keeps bf16 as its bits and multiplies those: WIDEN there.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, PRECISION)
+
+
+@triton.jit
+def _two_products(
+    x, P, Q, bias, t, y, B, R,
+    x_row, x_col, P_row, P_col, Q_row, Q_col,
+    K: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # 64-bit: B N passes 2^31 in large batches.
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    inner = tl.arange(0, BLOCK_R)
+    tile = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        part = tl.load(x + rows * x_row + columns[None, :] * x_col, (rows < B) & (columns[None, :] < K), 0.0)
+        where = P + columns[:, None] * P_col + inner[None, :] * P_row
+        other = tl.load(where, (columns[:, None] < K) & (inner[None, :] < R), 0.0)
+        tile = _dot(part, other, tile, PRECISION, WIDEN)
+    tile = tile.to(t.dtype.element_ty)
+    tl.store(t + rows * R + inner[None, :], tile, (rows < B) & (inner[None, :] < R))
+    for start in range(0, N, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        where = Q + inner[:, None] * Q_col + columns[None, :] * Q_row
+        part = tl.load(where, (inner[:, None] < R) & (columns[None, :] < N), 0.0)
+        out = _dot(tile, part, tl.zeros((BLOCK_B, BLOCK_N), tl.float32), PRECISION, WIDEN)
+        if HAS_BIAS:
+            out += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
+        tl.store(
+            y + rows * N + columns[None, :], out.to(y.dtype.element_ty), (rows < B) & (columns[None, :] < N)
+        )
+
+
+@triton.jit
+def _core_gradient(
+    db, a, dS, B, R, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    first = tl.program_id(2).to(tl.int64) * CHUNK
+    for start in range(0, CHUNK, BLOCK_B):
+        rows = first + start + tl.arange(0, BLOCK_B)
+        left = tl.load(db + rows[None, :] * R + i[:, None], (rows[None, :] < B) & (i[:, None] < R), 0.0)
+        right = tl.load(a + rows[:, None] * R + j[None, :], (rows[:, None] < B) & (j[None, :] < R), 0.0)
+        total = _dot(left, right, total, PRECISION, WIDEN)
+    place = dS + tl.program_id(2).to(tl.int64) * R * R + i[:, None] * R + j[None, :]
+    tl.store(place, total, (i[:, None] < R) & (j[None, :] < R))
+
+
+def _configs() -> list[triton.Config]:
+    # One where no GPU could measure: the interpreter.
+    if INTERPRETED:
+        return [triton.Config({"BLOCK_B": 32, "BLOCK_K": 32, "BLOCK_N": 32})]
+    return [
+        triton.Config({"BLOCK_B": b, "BLOCK_K": k, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for b in (32, 64, 128)
+        for k, n in ((32, 64), (64, 64), (64, 128))
+        for warps, stages in ((4, 3), (8, 3), (8, 4))
+    ]
+
+
+def _bench(call: Callable[[], None], quantiles: Any) -> Any:
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+# Tuned once for each shape and dtype, for r up to the next power of two; kept on disk, in TRITON_CACHE_DIR.
+_tuned = triton.autotune(
+    _configs(), key=["K", "N", "BLOCK_R", "P_col", "Q_row"], do_bench=_bench, cache_results=True
+)(_two_products)
+
+
+def _numerics(x: Tensor) -> dict[str, Any]:
+    precision = "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {"PRECISION": precision, "WIDEN": INTERPRETED and x.dtype == torch.bfloat16}
+
+
+def two_products(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``t = x P^T`` (B x r) and ``y = t Q^T + bias`` (B x N); x is B x K, P is r x K, Q is N x r, of any strides.
+
+    Sums are taken in fp32, in TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so for fp32 inputs.
+    """
+    (B, K), (N, R) = x.shape, Q.shape
+    t, y = x.new_empty(B, R), x.new_empty(B, N)
+    if B:
+        _tuned[lambda config: (triton.cdiv(B, config["BLOCK_B"]),)](
+            x, P, Q, x if bias is None else bias, t, y, B, R, *x.stride(), *P.stride(), *Q.stride(), K, N,
+            HAS_BIAS=bias is not None, **_numerics(x), BLOCK_R=max(16, triton.next_power_of_2(R)),
+        )  # fmt: skip
+    return t, y
+
+
+def core_gradient(db: Tensor, a: Tensor) -> Tensor:
+    """``dS = db^T a`` (r x r) of two B x r matrices: the long axis in parts, whose sum is taken in a fixed order."""
+    B, R = a.shape
+    block, rows = min(128, max(16, triton.next_power_of_2(R))), 64
+    tiles = triton.cdiv(R, block)
+    # About two programs for each of some 130 multiprocessors, each with 8 blocks of rows at least; a power of two, so
+    # that batches of many lengths compile few kernels.
+    chunk = rows * triton.next_power_of_2(max(8, triton.cdiv(B * tiles**2, 256 * rows)))
+    parts = triton.cdiv(B, chunk)
+    dS = a.new_empty(parts, R, R, dtype=torch.float32)
+    _core_gradient[(tiles, tiles, parts)](
+        db.contiguous(), a.contiguous(), dS, B, R, chunk, **_numerics(a), BLOCK_B=rows, BLOCK=block
+    )
+    return dS.sum(0).to(a.dtype)

@@ -1,0 +1,180 @@
+"""The products of a factored layer, ``y = x (U S Vh)^T + bias``, and which kernels compute them.
+
+Where it saves operations the core is folded into a basis (``U S`` forward, ``S Vh`` backward): two thin products each
+way in place of three. A further way to compute is a :class:`Kernels` and its line in :data:`KERNELS`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpc_oialr.lowrank.execution import folds
+from hpc_oialr.torch_compat import is_transformed, onednn_enabled, onednn_linear, register_onednn_flops
+
+
+class Kernels(NamedTuple):
+    """A way to compute.
+
+    Attributes
+    ----------
+    serve
+        Whether they may be used for x, A, S, C.
+    linear
+        ``x P^T + bias``.
+    pair
+        ``t = x P^T`` and ``y = t Q^T + bias``.
+    gram
+        ``db^T a``.
+    """
+
+    serve: Callable[[Tensor, Tensor, Tensor, Tensor], bool]
+    linear: Callable[..., Tensor]
+    pair: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    gram: Callable[[Tensor, Tensor], Tensor]
+
+
+class FactoredFunction(torch.autograd.Function):
+    """``y`` and ``a = x A^T`` (B x r), which is kept for the gradient of S in place of x.
+
+    ``a`` is an output, though no one uses it, so that a second derivative finds its way from it back to x.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        a, y = through(x, A, S, C, bias, kernels)
+        ctx.kernels = kernels
+        ctx.save_for_backward(a, A, S, C, x if A.requires_grad else None)
+        ctx.set_materialize_grads(False)
+        return y, a
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, da: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        a, A, S, C, x = ctx.saved_tensors
+        # With create_graph, gradients are recorded: torch's products know how, and da may be there.
+        kernels = TORCH if torch.is_grad_enabled() or is_transformed() else ctx.kernels
+        needed = ctx.needs_input_grad[:5]
+        grads: list[Tensor | None] = [None] * 5
+        if dy is not None:
+            grads = backward(dy, a, A, S, C, x, needed, kernels)
+        if da is not None:
+            for i, (need, left, right) in enumerate(((needed[0], da, A), (needed[1], da.mT, x))):
+                if need:
+                    grad = grads[i]
+                    grads[i] = left @ right if grad is None else grad + left @ right
+        return *grads, None
+
+
+def backward(
+    dy: Tensor,
+    a: Tensor,
+    A: Tensor,
+    S: Tensor,
+    C: Tensor,
+    x: Tensor | None,
+    needed: Sequence[bool],
+    kernels: Kernels,
+) -> list[Tensor | None]:
+    """Gradients of x, A, S, C and bias, those that are ``needed``; x itself for that of A only."""
+    for_x, for_A, for_S, for_C, for_bias = needed
+    dx = None
+    if for_x:
+        db, dx = through(dy, C.mT, S.mT, A.mT, None, kernels)
+    elif for_S or for_A:
+        db = kernels.linear(dy, C.mT)
+    return [
+        dx,
+        (db @ S).mT @ x if for_A and x is not None else None,
+        kernels.gram(db, a) if for_S else None,
+        dy.mT @ (a @ S.mT) if for_C else None,
+        dy.sum(0) if for_bias else None,
+    ]
+
+
+def through(
+    x: Tensor, P: Tensor, core: Tensor, Q: Tensor, bias: Tensor | None, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """``t = x P^T`` and ``y = t core^T Q^T + bias``, the core folded into Q where that is cheaper.
+
+    With P = Vh, Q = U it is the forward pass; with P = U^T, Q = Vh^T and the core transposed it takes dy to the gradients
+    of ``U^T y`` and of x.
+    """
+    if folds(x.shape[0], Q.shape[0], P.shape[1]):
+        return kernels.pair(x, P, kernels.linear(Q, core.mT), bias)
+    t = kernels.linear(x, P)
+    return t, kernels.linear(kernels.linear(t, core), Q, bias)
+
+
+def _pair_by(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def pair(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        t = linear(x, P)
+        return t, linear(t, Q, bias)
+
+    return pair
+
+
+def _gram(db: Tensor, a: Tensor) -> Tensor:
+    return db.mT @ a
+
+
+# oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
+# 2.13): with an r for every number, a process would grow by that at each update.
+ONEDNN_MULTIPLE = 8
+register_onednn_flops()
+
+
+def onednn_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
+    """Whether these are fp32 matrices on a CPU with an r that is a multiple of 8.
+
+    torch uses oneDNN for bf16 only; at ViT-B/16's shapes it multiplies thin fp32 matrices faster than the BLAS behind
+    ``torch.mm``, and adds the bias in the same pass: ``benchmarks/results/layer.json``. Switched off by
+    ``torch.backends.mkldnn.flags(enabled=False)``.
+    """
+    return (
+        x.device.type == "cpu"
+        and all(t.dtype == torch.float32 for t in (x, A, S, C))
+        and S.shape[0] % ONEDNN_MULTIPLE == 0
+        and onednn_enabled()
+    )
+
+
+def torch_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
+    """Whether folding saves operations; three products in a row need no kernels of ours."""
+    return (
+        folds(x.numel() // x.shape[-1], C.shape[0], A.shape[1]) and x.dtype == A.dtype == S.dtype == C.dtype
+    )
+
+
+def fused_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
+    """Whether Triton is there, and its kernel faster than two products of torch for this shape and dtype."""
+    if not (x.is_cuda and torch_serves(x, A, S, C) and importlib.util.find_spec("triton")):
+        return False
+    from hpc_oialr.lowrank.kernels.choice import fused_is_faster
+
+    return fused_is_faster(x, A, C)
+
+
+def _fused_pair(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    from hpc_oialr.lowrank.kernels.fused import two_products
+
+    return two_products(x, P, Q, bias)
+
+
+def _fused_gram(db: Tensor, a: Tensor) -> Tensor:
+    from hpc_oialr.lowrank.kernels.fused import core_gradient
+
+    return core_gradient(db, a)
+
+
+TORCH = Kernels(torch_serves, F.linear, _pair_by(F.linear), _gram)
+ONEDNN = Kernels(onednn_serves, onednn_linear, _pair_by(onednn_linear), _gram)
+FUSED = Kernels(fused_serves, F.linear, _fused_pair, _fused_gram)
+# The first that serves is used.
+KERNELS: tuple[Kernels, ...] = (FUSED, ONEDNN, TORCH)

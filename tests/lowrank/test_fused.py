@@ -1,0 +1,30 @@
+"""The fused kernels, run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="pip install --no-deps triton==3.6.0")
+# More by hand: OIALR_CASES=200.
+CASES = os.environ.get("OIALR_CASES", "24")
+
+
+def test_output_and_all_gradients_against_float64() -> None:
+    script = Path(__file__).parents[1] / "support" / "interpreted_kernels.py"
+    done = subprocess.run(
+        [sys.executable, script, CASES],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert errors["float32"] < 1e-5
+    assert errors["bfloat16"] < 1e-2
+    assert errors["float16"] < 2e-3
