@@ -1,7 +1,7 @@
-"""Writes the README's tables from the committed result files, so that no number there is typed in.
+"""Writes the README's tables from the committed result files, so that no number there is typed by hand.
 
 `python -m benchmarks.readme` rewrites what stands between the markers `<!-- NAME -->` and
-`<!-- end NAME -->`; with `--check` it only says, by its exit code, whether the README is up to date.
+`<!-- end NAME -->`; with `--check` it changes nothing, and the exit code is 1 if the README is out of date.
 """
 
 from __future__ import annotations
@@ -84,13 +84,11 @@ def demo() -> str:
             f"{oialr['update_wall_s'] / oialr['wall_s']:.1%}",
         ),
     ]
-    return (
-        table(("", "dense", "OIALR", "OIALR to dense"), rows) + "\n" + origin("demo", result["environment"])
-    )
+    return table(("", "dense", "OIALR", "OIALR / dense"), rows) + "\n" + origin("demo", result["environment"])
 
 
 def budgets() -> str:
-    """The demo's two sides at longer budgets, and what the dense one had when OIALR's longest run ended."""
+    """The two runs of the demo at longer budgets, and the dense accuracy when OIALR's longest run ended."""
     result = load("budgets")
     ordered = sorted(result["rows"], key=lambda row: (row["cpu_s"], row["seed"]))
     rows = []
@@ -103,15 +101,15 @@ def budgets() -> str:
             f"{100 * row['test_accuracy']:.2f} %",
             f"{row['trained_share']:.1%}",
         ))  # fmt: skip
-    header = ("run", "epochs", "processor time of training", "test accuracy", "trained at the end")
+    header = ("run", "epochs", "CPU time of training", "test accuracy", "trained at the end")
     sides = {row["run"]: row for row in ordered}  # the longest of each
     oialr, dense = sides["OIALR"], sides["dense"]
     _, seconds, accuracies = zip(*dense["curve"], strict=True)
     then = np.interp(oialr["cpu_s"], seconds, accuracies)
     remark = (
-        f"When OIALR's longest run ended, after {oialr['cpu_s']:.0f} s, the longest dense one stood at "
-        f"{100 * then:.1f} %, in the middle of its schedule; at its last evaluation, after {seconds[-1]:.0f} s, at "
-        f"{100 * accuracies[-1]:.1f} %. One seed; each figure's standard error is .3 points."
+        f"When OIALR's longest run ended, after {oialr['cpu_s']:.0f} s, the longest dense run was at "
+        f"{100 * then:.1f} %, in the middle of its schedule; at its last evaluation, after {seconds[-1]:.0f} s, it was "
+        f"at {100 * accuracies[-1]:.1f} %. One seed; the standard error of each figure is 0.3 points."
     )
     return (
         f"{table(header, rows)}\n\n{textwrap.fill(remark, 118)}\n{origin('budgets', result['environment'])}"
@@ -132,7 +130,7 @@ def cifar() -> str:
             "" if before is None else f"{100 * before:.1f} % to {100 * after:.1f} %",
             f"{row['trained_share']:.1%}",
         ))  # fmt: skip
-    columns = ("processor time of training", "test accuracy", "at the conversion", "trained at the end")
+    columns = ("CPU time of training", "test accuracy", "at the conversion", "trained at the end")
     return table(("run", "epochs", *columns), rows) + "\n" + origin("cifar_small", result["environment"])
 
 
@@ -154,8 +152,8 @@ def layer() -> str:
     header = ("layer", "dtype", "r", "operations", "time, factored", "time, rebuilding W")
     tuned = [row["dense_onednn_ratio"] for row in result["rows"] if row["dtype"] == "float32"]
     remark = (
-        "Dense is torch's `nn.Linear`. In float32 the factored products go through oneDNN; a dense layer that did "
-        f"the same would take {min(tuned):.2f} to {max(tuned):.2f} of its time."
+        "Dense is PyTorch's `nn.Linear`. In float32 the factored products use oneDNN; a dense layer through "
+        f"oneDNN would take {min(tuned):.2f} to {max(tuned):.2f} of its time."
     )
     return f"{table(header, rows)}\n\n{remark}\n{origin('layer', result['environment'])}"
 
@@ -173,7 +171,7 @@ def step() -> str:
         )
         for row in result["rows"]
     ]
-    header = ("dtype", "r", "step time to dense", "peak memory to dense", "trained")
+    header = ("dtype", "r", "step time / dense", "peak memory / dense", "trained")
     return table(header, rows) + "\n" + origin("step", result["environment"])
 
 
@@ -195,14 +193,14 @@ def settings() -> str:
         "run",
         f"validation accuracy, mean of {seeds} seed{'s' * (seeds > 1)}",
         "worst",
-        "processor time",
+        "CPU time",
         "trained at the end",
     )
     return table(header, rows) + "\n" + origin("demo_settings", result["environment"])
 
 
 def engines() -> str:
-    """Each engine's memory, and how far its losses are from one process's."""
+    """Each engine's memory, and how far its losses are from those of one process."""
     memory, tables = load("memory"), {name: load(name) for name in ("engines", "engines_text")}
     rows = []
     for row in (row for row in memory["rows"] if row["kind"] == "phases"):
@@ -220,8 +218,8 @@ def engines() -> str:
     header = (
         "engine",
         "optimizer",
-        "dense, a process",
-        "r = k/4, a process",
+        "dense, per process",
+        "r = k/4, per process",
         "loss difference, images, float64",
         "fp32",
         "text, float64",
@@ -229,7 +227,7 @@ def engines() -> str:
     )
     full = load("engines_full")
     sources = {"memory": memory} | tables | {"engines_full": full}
-    sentence = f"\nIn the recipes' full size, in fp32: {_in_full_size(full['rows'])}.\n"
+    sentence = f"\nAt the recipes' full size, in fp32: {_in_full_size(full['rows'])}.\n"
     return table(header, rows) + "\n" + sentence + origins(sources)
 
 
@@ -271,12 +269,12 @@ def traffic() -> str:
         for row in result["rows"]
         if row["engine"] == "ddp"
     ]
-    header = ("engine", "", "gradients sent, a step", "of dense")
+    header = ("engine", "", "gradients sent per step", "of dense")
     return table(header, rows) + "\n" + origin("traffic", result["environment"])
 
 
 def plan() -> str:
-    """What ``oialr plan`` foresees, against measurement."""
+    """What ``oialr plan`` predicts, against measurement."""
     result = load("plan")
     places = dict.fromkeys((row["recipe"], row["processes"]) for row in result["rows"])
     rows = []
@@ -298,22 +296,22 @@ def life() -> str:
         *blows, end = mine
         again = [row["steps done again"] for row in blows]
         names = ", ".join(dict.fromkeys(row["what"].partition(": ")[2].replace("_", " ") for row in blows))
-        ended = "bitwise the undisturbed run" if end["as it must"] else "differs"
+        ended = "bitwise identical to an uninterrupted run" if end["as it must"] else "differs"
         rows.append((f"`{submitted}`", f"{len(blows)}: {names}", f"{max(again)}", ended))
-    header = ("submitted by", "interruptions in a row", "most steps done again", "end")
+    header = ("submitted by", "interruptions in a row", "most steps repeated", "end")
     return table(header, rows) + "\n" + origin("slurm_life", result["environment"])
 
 
 def record() -> str:
-    """What the record costs, and how long a large report takes to open."""
+    """What recording costs, and how long a large report takes to open."""
     writing, page = load("record"), load("report")
     row, report = writing["rows"][0], page["rows"][0]
     text = (
         f"Recording costs {row['overhead']:.2%} (95 % interval: {row['overhead_low']:.2%} to "
         f"{row['overhead_high']:.2%}) of a step of `{row['recipe']}` with an event every {row['steps_a_block']} steps, "
-        f"and {row['overhead_if_nothing_overlapped']:.2%} if none of it ran beside the "
-        f"training. The report of a run of {report['layers']} layers and {report['updates']} updates has "
-        f"{report['page_mib']:.0f} MiB and is drawn after {report['load_median_s']:.1f} s."
+        f"and {row['overhead_if_nothing_overlapped']:.2%} if nothing overlapped with "
+        f"the training. The report of a run of {report['layers']} layers and {report['updates']} updates is "
+        f"{report['page_mib']:.0f} MiB large and is drawn after {report['load_median_s']:.1f} s."
     )
     return textwrap.fill(text, 118) + "\n" + origins({"record": writing, "report": page})
 
@@ -335,9 +333,9 @@ def stability() -> str:
     header = (
         "model, trained dense",
         "optimizer, schedule",
-        "stability at first",
+        "stability, first",
         "half-way",
-        "at the end",
+        "last",
         "angle (rad)",
         "change of R",
     )
@@ -370,7 +368,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """The README with every block anew."""
+    """The README with every block regenerated."""
     for name, block in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if pattern.search(text):

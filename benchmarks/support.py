@@ -46,12 +46,15 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         (_DDP, _OTHER),
     ),
     "DistributedDataParallel, static_graph or find_unused_parameters": ("works", (_DDP,)),
-    "DistributedDataParallel, communication hooks (fp16, PowerSGD)": ("works; PowerSGD begins anew", (_DDP,)),
+    "DistributedDataParallel, communication hooks (fp16, PowerSGD)": (
+        "works; PowerSGD's state is reset",
+        (_DDP,),
+    ),
     "DistributedDataParallel, mixed_precision": (
         "kept; its forward pass needs a GPU and was not run",
         (_OTHER,),
     ),
-    "DistributedDataParallel made after OIALR(...), or around the model inside a wrapper of oialr's": (
+    "DistributedDataParallel created after OIALR(...), or around the model inside oialr's own wrapper": (
         "an error in its first forward pass",
         (f"{_AROUND}::test_wrappers_that_are_not_kept_up_to_date_and_lost_synchronisation_are_errors",),
     ),
@@ -105,14 +108,14 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "stopping and loading at any step, with any of these optimizers, wrappers and options together": (
-        "the bits of the undisturbed run; structure (model or controller) before the optimizer",
+        "bitwise identical to an uninterrupted run; load the structure (model or controller) before the optimizer",
         (
             "tests/optim/test_properties.py::test_on_one_process",
             "tests/optim/test_properties.py::test_on_two_processes",
         ),
     ),
     "load_state_dict of another r, or of the dense phase, in any order and of any part": (
-        "works; into live FSDP, TensorParallel and DeepSpeed models refused with the call to make",
+        "works; for live FSDP, TensorParallel and DeepSpeed models an error that names the call to use",
         (
             "tests/method/test_loading.py::test_a_model_of_any_phase_loads_into_one_of_any_other",
             "tests/method/test_loading.py::test_parts_of_a_model_load_too",
@@ -128,7 +131,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Accelerate's prepare() before or after OIALR(...)": (
-        "works on one process; on several prepare() first, OIALR(...) with its results",
+        "works on one process; on several call prepare() first, then OIALR(...) with its results",
         (f"{_RESUME}::test_an_empty_optimizer_state_belongs_to_no_structure", _HANDED_ON, _DDP),
     ),
     "autocast, GradScaler, accumulation, clipping, activation checkpointing": (
@@ -136,7 +139,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("tests/method/test_oialr.py::test_autocast_accumulation_clipping_and_checkpointing",),
     ),
     "optimizer.step(closure)": ("works", (_HANDED_ON,)),
-    "optimizers that hand on to `.optimizer` (Accelerate)": ("works", (_HANDED_ON,)),
+    "optimizers that delegate to `.optimizer` (Accelerate)": ("works", (_HANDED_ON,)),
     "Lookahead": ("works; slow weights follow", ("tests/optim/test_stack.py::test_slow_weights_follow",)),
     "SAM, several optimizers in a list": (
         "works",
@@ -148,7 +151,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "PostLocalSGDOptimizer": ("works", (_SEVERAL,)),
     "L-BFGS": (
-        "works; its history begins anew at every change",
+        "works; its history is reset at every change",
         ("tests/optim/test_stack.py::test_lbfgs_goes_on_with_a_new_history",),
     ),
     "torch.distributed.checkpoint": ("works", ("tests/optim/test_distributed_checkpoint.py",)),
@@ -160,7 +163,7 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/optim/test_properties.py::test_on_two_processes",
         ),
     ),
-    "one optimizer a parameter, in backward hooks": (
+    "one optimizer per parameter, in backward hooks": (
         "named in a warning at OIALR(...), an error after four steps in which cores stay as they are",
         (
             f"{_COPIES}::test_cores_that_only_hooks_would_train_are_an_error",
@@ -171,12 +174,12 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "an error after three steps",
         (f"{_COPIES}::test_an_optimizer_made_anew_is_noticed",),
     ),
-    "optimizers with lists of parameters or copies of their own": (
+    "optimizers that keep their own lists or copies of parameters": (
         "refused at OIALR(...)",
         ("tests/optim/test_stack.py::test_lists_of_an_optimizers_own_are_refused",),
     ),
     "state of unknown meaning": (
-        "an error before anything is changed; register_optimizer_state(...) names it",
+        "an error before anything is changed; declare it by register_optimizer_state(...)",
         (
             "tests/optim/test_state_kinds.py::test_unknown_state_changes_nothing_and_the_line_of_the_message_helps",
             "tests/optim/test_state_kinds.py::test_state_of_another_form_is_refused",
@@ -269,7 +272,7 @@ def summary(content: Mapping[str, Any]) -> str:
         if "optimizer" in row and row["result"] == "passed":
             library, _, name = row["optimizer"].partition(".")
             tested.setdefault(f"{library} {row['version']}", []).append(name)
-    lines = ["| optimizers of | tested | which |", "| --- | --- | --- |"]
+    lines = ["| library | tested | optimizers |", "| --- | --- | --- |"]
     lines += [f"| {library} | {len(names)} | {', '.join(names)} |" for library, names in tested.items()]
     lines += [f"| any library | refused: {len(REFUSED)} | {', '.join(REFUSED)} |"]
     return "\n".join([*lines, "", *_wrapper_lines(content["rows"])])

@@ -8,14 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from hpc_oialr.cli.main import make_parser
+from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.method.rules import RankRule
+from hpc_oialr.spectra.files import write_record
+from hpc_oialr.spectra.schema import EVENT, KINDS, STEP, LayerRows
+from hpc_oialr.train import run
 from hpc_oialr.train.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -75,7 +83,44 @@ def test_numbers_are_those_of_the_result_files() -> None:
     assert checked.returncode == 0, "run python -m benchmarks.readme"
 
 
-def test_every_file_it_names_exists() -> None:
-    for path in re.findall(r"`((?:hpc_oialr|benchmarks|slurm|env)/[\w/]+\.\w+)`", README):
-        assert (ROOT / path).exists(), path
-    assert (ROOT / "benchmarks/results/demo.png").exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_folder_it_names_exists(page: Path) -> None:
+    """As a path from the root or from the package; names in capitals stand for any, and a run makes folders too."""
+    text = page.read_text()
+    named = re.findall(r"(?<![\w/.<*])[\w/]+\.(?:py|sh)\b", text) + re.findall(r"`([\w/]+/)`", text)
+    named += re.findall(r"benchmarks/[\w/]+\.\w+", text) + re.findall(r"\]\(([\w/]+\.\w+)", text)
+    bases = (ROOT, ROOT / "hpc_oialr", page.parent)
+    missing = {
+        path
+        for path in named
+        if not any((base / path).exists() for base in bases)
+        and "NAME" not in path
+        and path not in ("checkpoints/", "logs/")
+    }
+    assert not missing
+
+
+def test_every_rule_is_in_the_docs() -> None:
+    rules = [rule.__name__ for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__]
+    for page in ("guide.md", "method.md"):
+        text = (ROOT / "docs" / page).read_text()
+        assert [rule for rule in rules if f"`{rule}" not in text] == [], page
+
+
+def test_the_layout_of_spectra_is_that_of_the_schema(tmp_path: Path) -> None:
+    """Fields with their types, kinds, and all attributes of a file."""
+    text = (ROOT / "docs/guide.md").read_text().partition("### What the HDF5 file holds\n")[2]
+    fields = re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE)
+    schema = [(name, str(table[name])) for table in (EVENT, STEP) for name in table.names or ()]
+    assert fields == schema
+    assert ", ".join(f"{number} {kind}" for kind, number in KINDS.items()) in text
+    rows = LayerRows("a", 0, 2, 3, np.zeros(1, EVENT), np.zeros((1, 2), np.float32))
+    world = World.single("cpu")
+    attributes = run._attributes(load_config("fashion_mnist_vit"), world)
+    write_record(tmp_path / "spectra.h5", attributes, [rows])
+    with h5py.File(tmp_path / "spectra.h5") as file:
+        group = file["layers/a"]
+        names = [*file.attrs, *group.attrs, *group]
+        assert str(file.attrs["schema_version"]) in text
+    prose = text.partition("| field |")[0]
+    assert [name for name in names if f"`{name}`" not in prose and f"`{name} =" not in prose] == []

@@ -1,4 +1,7 @@
-"""Muon for weight matrices and cores beside AdamW for the rest, as one optimizer object."""
+"""Muon for weight matrices and cores beside AdamW for the rest, as one optimizer object.
+
+How the momentum follows a change of basis: docs/architecture.md, "How Muon's momentum is carried".
+"""
 
 from __future__ import annotations
 

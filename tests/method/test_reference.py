@@ -15,6 +15,7 @@ from hpc_oialr.method.rules import (
     FixedFraction,
     NoiseEdge,
     RankLimits,
+    RankRule,
     RelativeCutoff,
     StableRank,
 )
@@ -32,6 +33,11 @@ RULES = [
     (FixedFraction(0.25), RankLimits(max_drop=0.3, round_to=1)),
 ]
 DELAY, FREQUENCY, STEPS = 8, 5, 40
+
+
+def test_every_rule_is_compared() -> None:
+    rules = {rule for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__}
+    assert rules == {type(rule) for rule, _ in RULES}
 
 
 def _model() -> nn.Module:

@@ -18,14 +18,10 @@ from torch.nn.utils import parametrizations, prune
 
 from hpc_oialr import (
     OIALR,
-    CumulativeSum,
-    Energy,
     FixedFraction,
-    NoiseEdge,
     OIALRConfig,
     RankLimits,
-    RelativeCutoff,
-    StableRank,
+    RankRule,
     merge,
 )
 from hpc_oialr.distributed import World
@@ -168,14 +164,7 @@ def test_a_parametrized_core_is_named() -> None:
 
 # -- odd weights ----------------------------------------------------------------------------------------
 
-RULES = [
-    RelativeCutoff(0.1),
-    CumulativeSum(0.5),
-    Energy(0.9),
-    NoiseEdge(),
-    StableRank(4.0),
-    FixedFraction(0.25),
-]
+RULES = [rule() for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__]
 WEIGHTS = {
     "zero": torch.zeros(16, 12),
     "one row": torch.zeros(16, 12).index_fill_(0, torch.tensor([3]), 1.0),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from support.tiny_runs import write_recipe
 
-from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig
+from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig, RankRule
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.lowrank.execution import measured_crossover
@@ -12,6 +12,10 @@ from hpc_oialr.train.command_line import parse_settings
 from hpc_oialr.train.load_config import dense_twin, load_config
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
 from hpc_oialr.train.run_context import make_run_context
+
+RULES = ", ".join(
+    sorted(rule.__name__ for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__)
+)
 
 
 @pytest.fixture
@@ -92,8 +96,8 @@ def test_dense_twin_takes_its_own_settings(recipe):
         (
             ["--oialr.rule", "RelativCutoff"],
             UnknownNameError,
-            "unknown oialr.rule type 'RelativCutoff' (from the command line); valid: CumulativeSum, Energy, "
-            "FixedFraction, NoiseEdge, RelativeCutoff, StableRank. Did you mean 'RelativeCutoff'?",
+            f"unknown oialr.rule type 'RelativCutoff' (from the command line); valid: {RULES}. Did you mean "
+            "'RelativeCutoff'?",
         ),
         (
             ["--model", "hpc_oialr.nothing.GPT2"],
