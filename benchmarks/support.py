@@ -194,15 +194,15 @@ Written by `python -m benchmarks.support` from the outcome of the tests of each 
 
 ## Optimizers
 
-Each was trained through the conversion and two cuts, stopped, and resumed with the same bits. What its state
-holds follows the change of variables `W = U S Vh`: a *gradient* (anything linear in it, or a direction) and a
-*weight* (a copy, average or anchor of it) exactly; a *square* of gradients and a *magnitude* with entries taken as
+Each was trained through the conversion and two cuts, stopped, and resumed bitwise identically. Its state is
+transformed with the change of variables `W = U S Vh`: a *gradient* (anything linear in it, or a direction) and a
+*weight* (a copy, average or anchor of it) exactly; a *square* of gradients and a *magnitude* as if entries were
 uncorrelated. *Centred*: the variance as a square, the mean as a gradient.""".splitlines()
 
 _BETWEEN = f"""
-Any other optimizer works if its keys are of these names and meanings, or are named by
-`hpc_oialr.register_optimizer_state(MyOptimizer, {{"key": "gradient"}})`. State of unknown meaning, or of another
-shape than the weight's, is an error before anything is changed.
+Any other optimizer works if its state keys have these names and meanings, or are declared by
+`hpc_oialr.register_optimizer_state(MyOptimizer, {{"key": "gradient"}})`. State of unknown meaning, or with a shape
+other than the weight's, raises an error before anything is changed.
 
 ## Refused at `OIALR(...)`
 
@@ -291,9 +291,7 @@ def page(content: Mapping[str, Any]) -> str:
     rows = content["rows"]
     lines = [*_HEAD, "", "| optimizer | its state | tested with |", "| --- | --- | --- |"]
     for row in (row for row in rows if "optimizer" in row):
-        state = (
-            ", ".join(f"`{key}` {kind}" for key, kind in row["state"].items()) or "forgotten at every change"
-        )
+        state = ", ".join(f"`{key}` {kind}" for key, kind in row["state"].items()) or "reset at every change"
         if row["optimizer"] in FACTORED_OPTIMIZERS:
             state += ", means over rows and columns square"
         tested = (

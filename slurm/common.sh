@@ -4,11 +4,12 @@
 #
 #   sbatch --nodes=4 slurm/vit_b16.sh --train.epochs 30                    in the repository's root
 #   SITE=horeka slurm/vit_b16.sh --nodes=4 -- --train.epochs 30            submits itself, with the site's options
-#   OIALR_SMOKE=1 sbatch --nodes=2 slurm/vit_b16.sh                        a few steps on CPUs, on made-up data
+#   OIALR_SMOKE=1 sbatch --nodes=2 slurm/vit_b16.sh                        a few steps on CPUs, on synthetic data
 #   sbatch --array=0-2 slurm/vit_b16.sh                                    one run for each seed
 #
 # Settings (environment):
 #   SITE              name of a file in hpc_oialr/launch/sites, or a path  generic
+#                     (its sbatch options apply only when the script submits itself)
 #   VARIANT=dense     the dense baseline of the recipe
 #   OIALR_OUT         run folder; an unfinished run in it is resumed       OIALR_RUNS/RECIPE-JOB
 #   OIALR_RUNS        where run folders go                                 runs
@@ -43,7 +44,7 @@ SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
 # shellcheck source=../hpc_oialr/launch/sites/generic.sh
 source "$site"
 
-# On a login node: words before -- go to sbatch, after the site's options; the rest are settings.
+# On a login node: submit this script with the site's sbatch options, then those before --; the rest are settings.
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   options=()
   while [[ $# -gt 0 && $1 != -- ]]; do options+=("$1"); shift; done

@@ -100,6 +100,17 @@ def test_every_file_and_folder_it_names_exists(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_is_in_the_file_it_is_said_to_be_in(page: Path) -> None:
+    """For `NAME` (`FILE`), `NAME` in `FILE` and `NAME` of `FILE`."""
+    said = re.findall(r"`([\w.]+)`,? (?:\(|in |of )`([\w/]+\.py)`", page.read_text())
+    assert said or page.name not in ("architecture.md", "CONTRIBUTING.md")
+    for name, path in said:
+        (file,) = (base / path for base in (ROOT, ROOT / "hpc_oialr") if (base / path).exists())
+        word = name.rpartition(".")[2]
+        assert re.search(rf"\b{word}\b", file.read_text()), (name, path)
+
+
 def test_every_rule_is_in_the_docs() -> None:
     rules = [rule.__name__ for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__]
     for page in ("guide.md", "method.md"):
