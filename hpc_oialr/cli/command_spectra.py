@@ -176,7 +176,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 def run_repair(arguments: argparse.Namespace) -> None:
     """Save what can be read, then list what was lost."""
-    from hpc_oialr.spectra.repair import repair
+    from hpc_oialr.spectra.store import repair
 
     result = repair(arguments.path, arguments.out, force=arguments.force)
     for sentence in result.lost:

@@ -1,7 +1,6 @@
 """Rank, world size and rendezvous from launcher variables.
 
-The one place of the package that reads environment variables of launchers. All functions take a mapping (default
-``os.environ``) and touch nothing else, but for the host file of ``srun -m arbitrary`` and the cores of this process.
+The only module that reads launchers' environment variables. All functions take a mapping, default ``os.environ``.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from hpc_oialr.redaction import is_secret, mask_text
 
 Environ = Mapping[str, str]
 
-# Slurm gives steps that are no srun (batch script, interactive shell) the highest 32-bit numbers.
+# Slurm gives steps without srun (batch script, interactive shell) the highest 32-bit numbers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Below the ephemeral range (32768-60999), from which the kernel hands out ports to anybody.
+# Below the ephemeral range (32768-60999), from which the kernel assigns ports.
 _FIRST_PORT, _PORTS = 20_000, 12_768
 _TRIES, _SPACING = 4, 4_099
 # Open MPI's mpirun; srun --mpi=pmix; MPICH, Intel MPI and srun --mpi=pmi2.
@@ -41,21 +40,17 @@ class LaunchInfo:
 
     rank: int
     size: int
-    # Among the ranks of its node.
-    local_rank: int
+    local_rank: int  # among the ranks of its node
     local_size: int
     launcher: str  # "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor)
-    # Where rank 0 listens, and where if another program has that port.
-    master_addr: str
+    master_addr: str  # where rank 0 listens
     master_port: int
-    spare_ports: tuple[int, ...] = ()
+    spare_ports: tuple[int, ...] = ()  # if another program has that port
     token: str = field(default="", compare=False)  # tells this run from others that meet at the same port
 
     def __post_init__(self) -> None:
-        for what, place, of in (
-            ("rank", self.rank, self.size),
-            ("local rank", self.local_rank, self.local_size),
-        ):
+        ranks = {"rank": (self.rank, self.size), "local rank": (self.local_rank, self.local_size)}
+        for what, (place, of) in ranks.items():
             if not 0 <= place < of:
                 raise WorldError(
                     f"{what} is {place} of {of} ({self.launcher}); must lie in [0, {of}). {_STALE}"
@@ -73,11 +68,10 @@ class LaunchInfo:
 
 
 def launch_info(environ: Environ | None = None) -> LaunchInfo:
-    """Find the launcher and this process's place; WorldError if variables are missing or contradict each other.
+    """Find the launcher and this process's rank; WorldError if variables are missing or contradict each other.
 
-    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then
-    mpirun, whose daemons may themselves be a Slurm step; then srun. A shell inside an allocation, without
-    srun, is one process.
+    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then mpirun, whose
+    daemons may be a Slurm step; then srun. A shell inside an allocation, without srun, is one process.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
@@ -91,7 +85,7 @@ def launch_info(environ: Environ | None = None) -> LaunchInfo:
         names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
         return _from_mpi(env, names, env.get("PMIX_NAMESPACE", "mpi"))
     if _number(env, "PMI_SIZE", 0) > 1:
-        # MPICH, Intel MPI and srun --mpi=pmi2; the last is told apart by its agreement with Slurm.
+        # MPICH, Intel MPI and srun --mpi=pmi2; only the last one agrees with Slurm's variables.
         place = (_number(env, "PMI_RANK"), _number(env, "PMI_SIZE"))
         if in_step(env) and place == (_number(env, "SLURM_PROCID"), _step_tasks(env)):
             return _from_slurm(env)
@@ -114,10 +108,7 @@ def in_step(environ: Environ | None = None) -> bool:
 
 
 def under_mpi(environ: Environ | None = None) -> bool:
-    """Whether mpirun, or srun with one of its MPI plugins, started this very process.
-
-    False for a child of torchrun: what it inherits is the place of torchrun itself.
-    """
+    """Whether mpirun, or srun with an MPI plugin, started this process; False for a child of torchrun."""
     env = os.environ if environ is None else environ
     return "TORCHELASTIC_RUN_ID" not in env and any(name in env for name in _MPI_LAUNCH)
 
@@ -131,7 +122,7 @@ def node_name(environ: Environ | None = None) -> str:
 def gpus_per_node(environ: Environ | None = None) -> int | None:
     """GPUs of this node that Slurm gave to the job, if it says so (``4`` or ``a100:4``)."""
     env = os.environ if environ is None else environ
-    # The first is set for --gpus-per-node only, the second for --gres=gpu:4 and the like too.
+    # The first is set for --gpus-per-node only, the second also for --gres=gpu:4 and the like.
     return gpu_count(env.get("SLURM_GPUS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE", ""))
 
 
@@ -141,12 +132,12 @@ def usable_cores() -> int:
 
 
 def all_variables(environ: Environ | None = None) -> dict[str, str]:
-    """All variables as they are now, for programs that are to run with the same or with a few more."""
+    """A copy of all variables, for programs that are started with them."""
     return dict(os.environ if environ is None else environ)
 
 
 def recorded_variables(environ: Environ | None = None) -> dict[str, str]:
-    """Variables that change how a run behaves, for its record; no secrets."""
+    """Variables that change how a run behaves, without secrets."""
     env = os.environ if environ is None else environ
     kept = (name for name in sorted(env) if _RECORDED.fullmatch(name) and not is_secret(name))
     return {name: mask_text(env[name]) for name in kept}
@@ -170,7 +161,7 @@ def _from_torchrun(env: Environ) -> LaunchInfo:
 
 
 def _from_mpi(env: Environ, names: list[str], salt: str) -> LaunchInfo:
-    """From the variables that hold rank, size, local rank and local size."""
+    """``names``: the variables with rank, size, local rank and local size."""
     rank, size, local_rank, local_size = (_number(env, name) for name in names)
     if "MASTER_ADDR" in env:
         address = env["MASTER_ADDR"]
@@ -189,7 +180,7 @@ def _from_mpi(env: Environ, names: list[str], salt: str) -> LaunchInfo:
 
 def _from_slurm(env: Environ) -> LaunchInfo:
     rank, size, node = _number(env, "SLURM_PROCID"), _step_tasks(env), _number(env, "SLURM_NODEID")
-    # Many batch scripts export it for srun; it must be the truth.
+    # Many batch scripts export it for srun.
     if _number(env, "WORLD_SIZE", size) != size:
         raise WorldError(
             f"WORLD_SIZE is {env['WORLD_SIZE']} but srun started {size} tasks; they must agree. Remove "
@@ -211,12 +202,12 @@ def _step_tasks(env: Environ) -> int:
 
 
 def _slurm_address(env: Environ) -> str:
-    """The node of task 0: the first of the sorted list, unless tasks were placed by a host file (``-m arbitrary``)."""
+    """The node of task 0: the first of the sorted list, unless a host file placed the tasks (``-m arbitrary``)."""
     if env.get("SLURM_DISTRIBUTION") != "arbitrary":
         nodes = _first_of(env, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
         return expand_nodes(nodes)[0]
     try:
-        # SLURM_ARBITRARY_NODELIST is sorted, and says nothing of the order.
+        # SLURM_ARBITRARY_NODELIST is sorted, so it does not tell the order.
         lines = Path(env["SLURM_HOSTFILE"]).read_text(encoding="utf-8").split()
         return expand_nodes(lines[0])[0]
     except (KeyError, OSError, UnicodeDecodeError, IndexError):
@@ -227,9 +218,9 @@ def _slurm_address(env: Environ) -> str:
 
 
 def _ports(env: Environ, salt: str) -> tuple[int, tuple[int, ...], str]:
-    """MASTER_PORT alone, or ports that all ranks of a job find by themselves; and the run's token.
+    """MASTER_PORT alone, or ports derived from the job's number, and the run's token.
 
-    Neighbouring jobs begin at different ports. Numbers repeat, after 798 job ids of Slurm; so the token must tell.
+    Neighbouring jobs start at different ports. Ports repeat after 798 job ids, hence the token.
     """
     if "MASTER_PORT" in env:
         return _number(env, "MASTER_PORT"), (), salt

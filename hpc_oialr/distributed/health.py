@@ -1,4 +1,4 @@
-"""Checks before a run: every device computes and is used once, versions and settings agree, a sum is right."""
+"""Checks before a run: every device computes and is used once, versions and settings agree, a sum is correct."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SKIP = "To start without this check: --train.health_check false"
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What one rank says of itself."""
+    """One rank's node, device and versions."""
 
     node: str
-    fault: str  # what is wrong with its device; "" if nothing is
-    device: str  # which no other rank on the node may have; "" for a CPU
-    versions: Mapping[str, str]  # of what must be the same everywhere
+    fault: str  # what is wrong with its device, or ""
+    device: str  # which no other rank on the node may use; "" for a CPU
+    versions: Mapping[str, str]  # of what must be the same on all ranks
 
 
 def check_health(world: World, settings: str) -> None:
-    """Raise :class:`HealthError` on all ranks unless each is fit and all are alike; a collective call.
+    """Raise :class:`HealthError` on all ranks unless each is fit and all agree; a collective call.
 
-    Every rank computes on its device; versions, and ``settings``, a digest of the run's, are compared; a sum over all
-    ranks, on the devices, must be right. Whether MPI counts ranks alike is seen when its channel is opened.
+    Every rank computes on its device; versions and ``settings``, a digest of the run's, are compared; a sum over all
+    ranks, on the devices, must be correct.
     """
     everyone = world.all_gather_object(node_info(world, settings))
     check_devices(everyone)
@@ -42,7 +42,7 @@ def check_health(world: World, settings: str) -> None:
 
 
 def node_info(world: World, settings: str) -> NodeInfo:
-    """This rank's."""
+    """Of this rank; computes on its device."""
     versions = {
         "torch": torch.__version__,
         "hpc_oialr": hpc_oialr.__version__,

@@ -1,7 +1,6 @@
-"""Metrics of an update reduced over all ranks beside the training step, over MPI or torch.
+"""Reduce metrics of an update over all ranks beside the training step, over MPI or torch.
 
-Vectors are combined by the largest value of each slot, which gives the same bits in any order, on any library and
-number of ranks; sums would not.
+The reduction is the maximum of each slot: the same bits in any order, with any library and number of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_oialr.distributed.environment import under_mpi
-from hpc_oialr.distributed.failures import lost, reported
 from hpc_oialr.distributed.mpi import join_mpi, leave_mpi_at_exit, library_name
 from hpc_oialr.distributed.world import World
 from hpc_oialr.errors import WorldError
@@ -31,7 +29,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1e-5, 1e-3
 
 @dataclass(frozen=True)
 class PendingReduction:
-    """A reduction under way: what it fills, and how to wait for it."""
+    """A reduction under way: its buffer, and how to wait for it."""
 
     values: Tensor
     wait: Callable[[], object]
@@ -43,10 +41,10 @@ class PendingReduction:
 
 
 class MetricsChannel:
-    """Finds the largest value of each slot of a vector over all ranks, while other work goes on.
+    """Maximum of each slot of a vector over all ranks, asynchronously.
 
-    Over the World's own process group: its CPU backend, or the GPU's where the group has only NCCL. ``name``: "mpi", or
-    the name of torch's backend, or "single".
+    Uses the World's process group: its CPU backend, or NCCL if the group has no other. ``name``: "mpi", torch's backend,
+    or "single".
     """
 
     def __init__(self, world: World) -> None:
@@ -56,10 +54,10 @@ class MetricsChannel:
         self.name = "single" if world.size == 1 else str(dist.get_backend(world.group))
 
     def start(self, vector: Tensor) -> PendingReduction:
-        """Begin one all-reduce of a copy of ``vector``: shape (slots,), float64, on the CPU, without NaN or -0.0.
+        """Start one all-reduce of a copy of ``vector``: shape (slots,), float64, on the CPU, without NaN or -0.0.
 
-        A collective call that returns at once; each rank sends at most ``16 slots`` bytes in a ring,
-        ``8 slots log2 P`` in a tree.
+        A collective call that returns at once; a rank sends at most ``16 slots`` bytes in a ring, ``8 slots log2 P`` in a
+        tree.
         """
         values = vector.to(self.device, torch.float64, copy=True)
         pending = self.world.start_all_reduce(values, op="max")
@@ -70,31 +68,29 @@ class MetricsChannel:
 
 
 class MPIChannel(MetricsChannel):
-    """Over a duplicate of MPI's communicator, so that no other message can be taken for one of these.
+    """Over a duplicate of MPI's communicator, so that no message is confused with others.
 
-    Most MPI libraries move messages inside MPI calls only: the work is then done in
-    :meth:`PendingReduction.result`, in microseconds once all others have come that far.
+    Most MPI libraries move messages inside MPI calls only, so the work is done in :meth:`PendingReduction.result`.
     """
 
-    def __init__(self, mpi: Any, timeout_s: float) -> None:
-        # MPI itself waits for ever.
-        self.name, self.mpi, self.timeout_s = "mpi", mpi, timeout_s
+    def __init__(self, world: World, mpi: Any) -> None:
+        self.name, self.world, self.mpi = "mpi", world, mpi
         self.comm = mpi.COMM_WORLD.Dup()
 
     def start(self, vector: Tensor) -> PendingReduction:
         """``Iallreduce`` in place, on a copy."""
         values = vector.to("cpu", torch.float64, copy=True)
-        with reported(_WHAT, self.comm.rank, self.comm.size):
+        with self.world.reported(_WHAT):
             request = self.comm.Iallreduce(self.mpi.IN_PLACE, values.numpy(), op=self.mpi.MAX)
         return PendingReduction(values, lambda: self._wait(request))
 
     def _wait(self, request: Any) -> None:
-        """Ask again and again, at most every millisecond: ``MPI_Wait`` has no timeout."""
-        rank, size, start, pause = self.comm.rank, self.comm.size, time.monotonic(), _FIRST_PAUSE_S
-        with reported(_WHAT, rank, size):
+        """Poll, at least every millisecond: ``MPI_Wait`` has no timeout."""
+        start, pause, timeout_s = time.monotonic(), _FIRST_PAUSE_S, self.world.timeout_s
+        with self.world.reported(_WHAT):
             while not request.Test():
-                if time.monotonic() - start > self.timeout_s:
-                    raise lost(_WHAT, rank, size, f"no answer within {self.timeout_s:g} s")
+                if time.monotonic() - start > timeout_s:
+                    raise self.world.lost(_WHAT, f"no answer within {timeout_s:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -105,7 +101,7 @@ class MPIChannel(MetricsChannel):
 
 @dataclass(frozen=True)
 class MPIPlace:
-    """A process as MPI counts it."""
+    """A process's rank in MPI."""
 
     rank: int
     size: int
@@ -113,18 +109,16 @@ class MPIPlace:
 
 
 def open_channel(world: World, environ: Mapping[str, str] | None = None) -> MetricsChannel:
-    """MPI where mpirun or srun's MPI plugin started the processes and mpi4py is there; torch otherwise.
+    """MPI where mpirun or srun's MPI plugin started the processes and mpi4py is installed; torch otherwise.
 
-    A collective call; all ranks decide alike. mpi4py is imported, and MPI initialised, only in a job that MPI
-    started. Without mpi4py there, one line in the log says how to get it. WorldError on all
-    ranks, if MPI gives any of them another rank or size than the launcher.
+    A collective call. mpi4py is imported, and MPI initialised, only in a job that MPI started; one line in the log says
+    how to get it. WorldError on all ranks if MPI gives any of them another rank or size than the launcher.
     """
     found = world.all_gather_object(_place(world, environ))
     places = [place for place in found if isinstance(place, MPIPlace)]
     if len(places) == world.size:
         check_places(places, world)
-        mpi = join_mpi()
-        return MPIChannel(mpi, world.timeout_s)
+        return MPIChannel(world, join_mpi())
     channel = MetricsChannel(world)
     reasons = [(rank, why) for rank, why in enumerate(found) if isinstance(why, str) and why != _NOT_MPI]
     if reasons and world.is_main:
@@ -150,7 +144,7 @@ def check_places(places: Sequence[MPIPlace], world: World) -> None:
 
 
 def _place(world: World, environ: Mapping[str, str] | None) -> MPIPlace | str:
-    """This process's place in MPI, or why there is none."""
+    """This process's rank in MPI, or why it has none."""
     if world.size == 1 or world.launcher == "adopted" or not under_mpi(environ):
         return _NOT_MPI
     try:

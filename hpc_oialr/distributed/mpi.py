@@ -1,8 +1,7 @@
-"""mpi4py, touched only in processes that mpirun or srun's MPI plugins started.
+"""mpi4py, used only in processes that mpirun or srun's MPI plugins started.
 
-Nothing here imports mpi4py before :func:`join_mpi`, and MPI ends only after a run that went well: its end
-waits for all processes, and so would hang after an error. A process that leaves without it makes mpirun end
-the others, which is what an error asks for.
+mpi4py is not imported before :func:`join_mpi`. MPI_Finalize waits for all processes, so it is called only after a run
+without errors; a process that exits without it makes mpirun end the others.
 """
 
 from __future__ import annotations
@@ -37,21 +36,20 @@ def join_mpi(environ: Mapping[str, str] | None = None) -> Any:
 
 
 def leave_mpi_at_exit() -> None:
-    """End MPI when the interpreter ends; to be called once a run has gone well."""
+    """Finalize MPI when the interpreter ends; call it after a run without errors."""
     atexit.unregister(leave_mpi)
     atexit.register(leave_mpi)
 
 
 def leave_mpi(within_s: float = _END_S) -> None:
-    """End MPI if :func:`join_mpi` began it; a collective call, to be made after a run that went well only.
+    """Finalize MPI if :func:`join_mpi` initialised it; a collective call, only after a run without errors.
 
-    Should another process have died meanwhile, this one shows where it waits and exits after ``within_s`` seconds,
-    with status 1.
+    If another process has died, this one prints its stack and exits with status 1 after ``within_s`` seconds.
     """
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return
-    # Not a Python thread: MPI_Finalize is called with the interpreter locked.
+    # Not a Python thread: MPI_Finalize holds the GIL.
     faulthandler.dump_traceback_later(within_s, exit=True, file=sys.__stderr__ or sys.stderr)
     mpi.Finalize()
     faulthandler.cancel_dump_traceback_later()
@@ -64,7 +62,7 @@ def library_name(mpi: Any) -> str:
 
 
 def _refuse_pmi2(mpi: Any, env: Mapping[str, str]) -> None:
-    """Raise RuntimeError where Open MPI would end the process inside its own start, since it lacks PMI2."""
+    """Raise RuntimeError where Open MPI's initialisation would end the process, since it lacks PMI2."""
     if "PMI_FD" in env and "PMIX_RANK" not in env and "Open MPI" in library_name(mpi):
         raise RuntimeError(
             f"srun started {library_name(mpi)} through PMI2, which most builds of it lack; start it with srun --mpi=pmix"

@@ -13,8 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from hpc_oialr.distributed.environment import LaunchInfo
 
-# A store of torch answers at once; whoever takes longer is none.
-_ANSWER_S = 10.0
+_ANSWER_S = 10.0  # torch's store answers at once; another program may never do
 _PAUSE_S = 0.1
 _TOKEN = "run"
 
@@ -22,15 +21,14 @@ _TOKEN = "run"
 def rendezvous_store(info: LaunchInfo, timeout: timedelta) -> Store:
     """The store through which ranks find each other, with keys that no earlier group has used.
 
-    Ports that were derived from a job's number may be taken by another program or job. Rank 0 listens at the
-    first of ``info.ports`` that is free; the others ask each port whether the run is theirs. Raises OSError or
-    RuntimeError if there is no store of this run within ``timeout``.
+    Rank 0 listens at the first of ``info.ports`` that no other program or job uses; the others ask each port whether it
+    belongs to this run. OSError or RuntimeError if there is no store of this run within ``timeout``.
 
-    A store may outlive its group: torchrun keeps one, and so does whoever still refers to it. A second group of the
-    same ranks would find the addresses of the first one there, and wait for ever: hence the prefix.
+    A store may outlive its group (torchrun keeps one), and a second group of the same ranks would find the addresses of
+    the first one in it and hang: hence the prefix.
     """
     if info.launcher == "torchrun":
-        # torchrun's agent may hold the store. An IPv6 address needs brackets inside a URL.
+        # torchrun's agent may own the store. An IPv6 address needs brackets in a URL.
         host = f"[{info.master_addr}]" if ":" in info.master_addr else info.master_addr
         url = f"tcp://{host}:{info.ports[0]}"
         store: Store = next(rendezvous(url, info.rank, info.size, timeout=timeout))[0]
@@ -80,7 +78,7 @@ def _of_this_run(info: LaunchInfo, port: int, deadline: float) -> Store | None:
         except (RuntimeError, ValueError):
             return
 
-    # A listener that accepts and never answers would hold this rank up for ever.
+    # A listener that accepts and never answers would block this rank.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(max(0.0, min(_ANSWER_S + 1, deadline - time.monotonic())))

@@ -1,4 +1,4 @@
-"""Replicas must be equal bit for bit: a cheap hash of every layer, compared over all ranks."""
+"""Check that replicas are equal bit for bit: a cheap hash of every layer, compared over all ranks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
-    """Raise :class:`ReplicaMismatchError` on every rank unless all hold equal bits; names layers and ranks.
+    """Raise :class:`ReplicaMismatchError`, which names layers and ranks, on every rank unless all bits are equal.
 
-    Sends 16 bytes a name, by one all-reduce; names must be the same, in the same order, everywhere.
-
-    Parameters
-    ----------
-    named
-        For each layer the tensors to compare: any shapes, dtypes and devices.
+    ``named``: the tensors of each layer, of any shapes, dtypes and devices; the same names in the same order on all
+    ranks. Sends 16 bytes a name, by one all-reduce.
     """
     if world.size == 1 or not named:
         return
@@ -38,7 +34,7 @@ def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
     for row, tensors in enumerate(named.values()):
         for tensor in tensors:
             hashes[row] = hashes[row] * _STEP + bit_hash(tensor).to(world.device)
-    # max(~h) = ~min(h): one reduction finds both ends, and they meet only where all are equal.
+    # max(~h) = ~min(h): one reduction gives maximum and minimum.
     highest, lowest = world.all_reduce(torch.cat([hashes, ~hashes]), op="max").chunk(2)
     if not torch.equal(highest, ~lowest):
         _explain(list(named), world.all_gather_object(hashes.tolist()))
@@ -48,8 +44,8 @@ def check_equal(named: Mapping[str, Sequence[Tensor]], world: Peers) -> None:
 def bit_hash(tensor: Tensor) -> Tensor:
     """64-bit hash of a tensor's bits, order, shape and dtype; int64 of shape (), on its device.
 
-    A sum of (bits as integers of at most 32 bits) x (odd 64-bit weights), modulo 2^64, so that any one
-    changed value is seen, and sign flips of whole columns, which an SVD likes to make, cannot cancel.
+    A sum of (bits as integers of at most 32 bits) x (odd 64-bit weights), modulo 2^64: any one changed value is seen, and
+    sign flips of whole columns, which are common in SVDs, cannot cancel.
     """
     # 64-bit values as two halves: times 2^63 a weight leaves one bit, and pairs of sign flips would cancel.
     integers = _INTEGERS.get(tensor.element_size(), torch.int32)

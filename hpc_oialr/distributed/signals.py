@@ -14,21 +14,20 @@ from types import FrameType
 
 from hpc_oialr.errors import ConfigError
 
-# What a batch system can send before the end of a job; data loader processes ignore these, and Ctrl-C.
+# Sent by a batch system before the end of a job; data loader processes ignore these, and Ctrl-C.
 NAMES = ("USR2", "USR1", "TERM", "HUP")
-# One Ctrl-C may come twice, from the terminal and from a launcher; a second one comes later than this (s).
-_TWICE_S = 0.3
+_TWICE_S = 0.3  # one Ctrl-C may arrive twice within this time, from the terminal and from a launcher
 _PR_SET_PDEATHSIG = 1
 
 
 class SignalFlag:
-    """Which signal has come, if one has. ``interrupted`` is called upon the first Ctrl-C; the second one raises."""
+    """The name of the signal received, or "". The first Ctrl-C calls ``interrupted``, the second one raises."""
 
     def __init__(self, interrupted: Callable[[], object] = lambda: None) -> None:
         self.name, self._interrupted, self._first = "", interrupted, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Remember; a checkpoint written here would meet half a step, or a collective under way."""
+        """Store the name; a checkpoint written here could interrupt a step or a collective."""
         name = signal.Signals(number).name.removeprefix("SIG")
         if name == self.name == "INT":
             if time.monotonic() - self._first >= _TWICE_S:
@@ -46,8 +45,8 @@ def catch_signals(
 ) -> Iterator[SignalFlag]:
     """While active, signals set a flag instead of terminating the process; ``names``: of ``NAMES``, and "INT".
 
-    One that the process was started to ignore, as nohup does HUP and a shell INT behind ``&``, is left ignored unless
-    it is the first of the names. Outside the main thread, where Python allows no handlers, the flag is never set.
+    A signal that the process was started to ignore (HUP under nohup, INT behind ``&``) stays ignored unless it is the
+    first of the names. Outside the main thread, where Python allows no handlers, the flag is never set.
     """
     flag = SignalFlag(interrupted)
     if threading.current_thread() is not threading.main_thread():
@@ -63,9 +62,9 @@ def catch_signals(
 
 
 def unwind_upon(*names: str) -> None:
-    """Let signals end the program as Ctrl-C does, which removes what is half-written; :func:`catch_signals` overrides it.
+    """Let signals end the program by an exception, as Ctrl-C does, with exit code 128 + the signal's number.
 
-    The exit code is 128 + the signal's number. A signal that the process was started to ignore stays ignored.
+    Cleans up partial files. A signal that the process was started to ignore stays ignored.
     """
     sys.unraisablehook = _raise_again
     for name in names:
@@ -74,7 +73,7 @@ def unwind_upon(*names: str) -> None:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """A handler that runs inside a finalizer cannot end the program: Python prints its exception and goes on."""
+    """A handler that runs inside a finalizer cannot end the program: Python prints its exception and continues."""
     if isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
         number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else signal.SIGTERM
         threading.Timer(_TWICE_S, os.kill, (os.getpid(), number)).start()
@@ -91,17 +90,16 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 
 def end_at_once_upon(*names: str) -> None:
-    """Give :func:`unwind_upon` up: the interpreter's end would print the exception."""
+    """Undo :func:`unwind_upon`: at the interpreter's end Python would print the exception."""
     for name in names:
         if signal.getsignal(_number(name)) is _unwind:
             signal.signal(_number(name), signal.SIG_DFL)
 
 
 def leave_upon_term(code: int) -> None:
-    """Exit with a code upon TERM, until :func:`catch_signals` takes it over.
+    """Exit with ``code`` upon TERM, until :func:`catch_signals` replaces the handler.
 
-    A task of srun that another one's end ends must not die of the signal: srun would report that, and not the
-    code of the one that had a reason.
+    srun ends the other tasks by TERM: if they died of the signal, it would report that instead of the first task's code.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
 

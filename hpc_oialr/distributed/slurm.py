@@ -1,4 +1,4 @@
-"""What Slurm says by its variables: the job around this process, lists of nodes, tasks and GPUs in their short forms."""
+"""Parse Slurm's variables: the job of this process, short forms of node lists, tasks and GPUs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NODES = re.compile(r"[^\[\],]+|[^\[\],]*(\[\d+(-\d+)?(,\d+(-\d+)?)*\][^\[\],]*)
 class SlurmJob:
     """A job."""
 
-    id: str  # ARRAY_TASK for a task of an array, whose last one bears the whole array's number
+    id: str  # ARRAY_TASK in an array, whose last task has the array's own number
     restarts: int = 0  # how often it was requeued so far
-    end: float | None = None  # Unix time (s), where Slurm tells it
+    end: float | None = None  # Unix time (s), if Slurm sets it
 
 
 def slurm_job(environ: Mapping[str, str] | None = None) -> SlurmJob | None:
@@ -39,7 +39,7 @@ def slurm_job(environ: Mapping[str, str] | None = None) -> SlurmJob | None:
 
 
 def max_requeues(environ: Mapping[str, str] | None = None) -> int:
-    """``OIALR_MAX_REQUEUES``: how often a job may be requeued; default 20. ConfigError if it is no whole number."""
+    """``OIALR_MAX_REQUEUES``: how often a job may be requeued, default 20; ConfigError if it is not a whole number."""
     text = (os.environ if environ is None else environ).get("OIALR_MAX_REQUEUES", "20")
     number = _whole(text)
     if number is None:

@@ -1,12 +1,12 @@
-"""Rank, device, process group and collectives of a run in one object."""
+"""Rank, device, process group and collectives of a run in one object; failed communication as ProcessLostError."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -16,20 +16,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_oialr.distributed.environment import LaunchInfo, gpus_per_node, launch_info, node_name
-from hpc_oialr.distributed.failures import configure_nccl_watchdog, reported
 from hpc_oialr.distributed.rendezvous import rendezvous_store
-from hpc_oialr.errors import WorldError
+from hpc_oialr.errors import OIALRError, ProcessLostError, WorldError
 
 Op = Literal["sum", "max", "min"]
 T = TypeVar("T")
 _SETTLING_S = 0.2
 _CPU = torch.device("cpu")
+# Gloo raises plain RuntimeErrors, with its source files in their text.
+_COMMUNICATION = re.compile(
+    r"gloo/|pair closure|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)"
+)
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way; what it fills must not be used before :meth:`wait` has returned."""
+    """A collective under way; its buffer must not be used before :meth:`wait` has returned."""
 
     world: World
     what: str
@@ -51,17 +54,14 @@ class World:
 
     rank: int = 0
     size: int = 1
-    # Among the ranks of its node.
-    local_rank: int = 0
+    local_rank: int = 0  # among the ranks of its node
     local_size: int = 1
     device: torch.device = _CPU  # where this rank computes
-    launcher: str = (
-        "single"  # "torchrun", "slurm", "mpi", "submitit", or "adopted" (the group was there before)
-    )
-    group: dist.ProcessGroup | None = None  # None stands for one rank
+    # "torchrun", "slurm", "mpi", "submitit", or "adopted" (the group existed before)
+    launcher: str = "single"
+    group: dist.ProcessGroup | None = None  # None for one rank
     owns_group: bool = False  # whether close() ends the group
-    # After this long without an answer a rank counts as dead (s); the group's own, if it was made here.
-    timeout_s: float = 600.0
+    timeout_s: float = 600.0  # after this long without an answer a rank counts as dead
 
     # -- making one ------------------------------------------------------------------------------
 
@@ -107,15 +107,12 @@ class World:
 
     @classmethod
     def current(cls, group: dist.ProcessGroup | None = None) -> World:
-        """The ranks of ``group``, or of the process group that exists already, or this one alone.
-
-        A collective call where a group exists: ranks tell each other their node's name.
-        """
+        """The ranks of ``group``, by default of the existing process group, or this one alone; a collective call."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls.single()
         group = group or dist.group.WORLD
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        # What the group can send: tensors on the GPU under NCCL, otherwise on the CPU.
+        # The group can send tensors on the GPU under NCCL, otherwise on the CPU.
         nccl = "nccl" in str(dist.get_backend_config(group))
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
         if size == 1:
@@ -126,7 +123,7 @@ class World:
         return cls(rank, size, local_rank, local_size, device, "adopted", group)
 
     def within(self, group: dist.ProcessGroup) -> World:
-        """The ranks of a ``group`` that this one is in."""
+        """The ranks of a ``group`` with this rank."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         return replace(self, rank=rank, size=size, group=group if size > 1 else None, owns_group=False)
 
@@ -134,7 +131,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes and shows."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -156,10 +153,7 @@ class World:
                 pending.wait()
 
     def start_all_reduce(self, tensor: Tensor, op: Op = "sum") -> Pending | None:
-        """:meth:`all_reduce` that goes on beside other work; None for one rank.
-
-        Every rank must start it at the same place among its other collectives.
-        """
+        """Asynchronous :meth:`all_reduce`, in the same order among other collectives on all ranks; None for one rank."""
         if self.size == 1:
             return None
         with self.reported("an all-reduce"):
@@ -201,26 +195,42 @@ class World:
     def close(self) -> None:
         """End the process group if :meth:`from_environment` made it; may be called twice."""
         if self.owns_group and dist.is_initialized():
-            # Gloo's threads let go of the last collective's tensors a moment after it has returned, and
-            # need the interpreter for that; a group that is freed meanwhile waits for them for ever.
+            # Gloo's threads free the last collective's tensors a moment after it has returned, for which they need the
+            # GIL; a group that is destroyed meanwhile would wait for them forever.
             time.sleep(_SETTLING_S)
             dist.destroy_process_group()
 
-    def reported(self, what: str, *, only_communication: bool = False) -> AbstractContextManager[None]:
-        """Context that turns a failed communication inside into a :class:`WorldError`.
+    @contextmanager
+    def reported(self, what: str, *, only_communication: bool = False) -> Iterator[None]:
+        """Turn a failed communication inside into a :class:`ProcessLostError` about ``what``, e.g. "an all-reduce".
 
-        For what talks to the others without this class: a wrapper's backward pass, a checkpoint.
-        ``only_communication``: let other RuntimeErrors through as they are.
+        Also for collectives outside this class: a wrapper's backward pass, a checkpoint. ``only_communication``:
+        RuntimeErrors whose text is not that of a communication library pass, for code that also computes.
         """
-        return reported(what, self.rank, self.size, only_communication=only_communication)
+        try:
+            yield
+        except OIALRError:
+            raise
+        except RuntimeError as error:
+            of_library = isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None
+            if only_communication and not of_library:
+                raise
+            raise self.lost(what, str(error)) from error
+
+    def lost(self, what: str, reason: str) -> ProcessLostError:
+        """The error that ``what`` failed; ``reason`` is the message of the communication library."""
+        return ProcessLostError(
+            f"rank {self.rank} of {self.size}: {what} failed; every rank must take part within the timeout "
+            f"(train.timeout_s). Another one has died or hangs: see its log, then resume from the last checkpoint. "
+            f"({reason})"
+        )
 
 
 class AsyncFlagReduce:
-    """A boolean reduced over all ranks asynchronously: set at one step, known at the next.
+    """A boolean reduced over all ranks asynchronously: set at one step, known at the next; at once for one rank.
 
-    A step's flags are reduced while the next step computes, over gloo on the CPU: nothing waits for the GPU, and the
-    answer is there when it is read, unless a rank is more than a step behind. All read the same answer at the same
-    step. One rank has its answer at once. Sends one 32-bit number a step.
+    A step's flags are reduced while the next step computes, over gloo on the CPU: nothing waits for the GPU. All ranks
+    read the same answer at the same step. Sends one 32-bit number a step.
     """
 
     def __init__(self, world: World) -> None:
@@ -231,7 +241,7 @@ class AsyncFlagReduce:
         self._under_way: tuple[Tensor, Pending] | None = None
 
     def exchange(self, flag: bool) -> bool:
-        """Send this step's flag and return whether any rank had set that of the step before; a collective call."""
+        """Send this step's flag; return whether any rank had set it a step before; a collective call."""
         if self.world.size == 1:
             return flag
         answer = self.settle()
@@ -242,7 +252,7 @@ class AsyncFlagReduce:
         return answer
 
     def settle(self) -> bool:
-        """The answer that is still under way; nothing is after this."""
+        """The answer that is still under way, if one is."""
         if self._under_way is None:
             return False
         word, pending = self._under_way
@@ -254,10 +264,10 @@ class AsyncFlagReduce:
 def choose_device(
     name: str | None, local_rank: int, local_size: int, gpus_of_node: int | None
 ) -> torch.device:
-    """The CPU, or the GPU of a local rank: that of its number, or GPU 0 where the launcher shows each rank its own only.
+    """The CPU, or the GPU with the local rank's index, or GPU 0 where each rank sees only its own.
 
-    ``name``: "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one. ``gpus_of_node``: those that the
-    batch system gave to the job on this node, if known. WorldError if there is no such device, or too few.
+    ``name``: "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one. ``gpus_of_node``: the job's GPUs
+    on this node, if known. WorldError if there is no such device, or too few.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -313,3 +323,18 @@ def _join(info: LaunchInfo, device: torch.device, backend: str | None, timeout_s
             f"{ports} within {timeout_s:g} s; all {info.size} must be started, and rank 0 must be reachable there. "
             f"Check the other ranks' logs; if the port is in use, set MASTER_PORT. ({error})"
         ) from error
+
+
+def configure_nccl_watchdog(environ: MutableMapping[str, str], timeout_s: float) -> None:
+    """Set what torch's NCCL watchdog reads when a group is made; the user's settings are kept.
+
+    A collective that takes longer than the group's timeout ends the process. Should the watchdog itself hang inside CUDA,
+    a monitor ends the process after the timeout, at least a minute. Nothing is dumped first, since that waits for the
+    other ranks. See "PYTORCH ProcessGroupNCCL Environment Variables" in PyTorch's documentation.
+    """
+    # 3: the process ends without destroying the communicators, which may wait for the dead peer: that has blocked whole
+    # jobs for hours.
+    environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "1")
+    environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(60, round(timeout_s))))
+    environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")

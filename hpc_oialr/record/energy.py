@@ -1,7 +1,8 @@
-"""Energy that this process's devices have used: GPUs by NVML, processors by RAPL."""
+"""Energy used by this rank's devices: GPUs by NVML, processors by RAPL."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -14,24 +15,24 @@ log = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
 
-# Joules counted so far; raises OSError, ValueError or RuntimeError.
-Counter = Callable[[], float]
+Counter = Callable[[], float]  # joules counted so far; raises OSError, ValueError or RuntimeError
 
 
 class EnergyMeter:
     """Adds up hardware counters, which cost microseconds to read and miss nothing between two readings.
 
-    A GPU's counter is read by the rank that computes on it, a node's processors by the node's first rank:
-    the sum over all ranks counts each once. If the device that computes cannot be read all is NaN; beside a
-    GPU the processors are left out where they cannot be, since RAPL's files are often readable by root only.
-
-    Needs the extra ``energy`` for GPUs (nvidia-ml-py). perun measures by the same counters, around whole programs.
-
-    ``first_of_node``: whether this rank answers for the node's processors; ``powercap``: the folder of RAPL's files.
+    A GPU is read by the rank that computes on it, a node's processors by the rank that is ``first_of_node``: the sum
+    over all ranks counts each once. NaN if the device that computes cannot be read; beside a GPU unreadable processors
+    are left out, since RAPL's files (in ``powercap``) are often readable by root only. GPUs need the extra ``energy``.
     """
 
     def __init__(self, device: torch.device, *, first_of_node: bool, powercap: Path = POWERCAP) -> None:
-        self._counters = _processor_counters(powercap) if first_of_node else []
+        self._counters: list[Counter] = []
+        if first_of_node:
+            # A package's counter includes its parts (cores, graphics). None at all if one cannot be read.
+            packages = [*sorted(powercap.glob("intel-rapl:?")), *sorted(powercap.glob("intel-rapl:??"))]
+            with contextlib.suppress(OSError, ValueError):
+                self._counters = [_Package(package) for package in packages]
         self._complete = bool(self._counters) or not first_of_node
         if device.type == "cuda":
             gpu = _gpu_counter(device)
@@ -40,7 +41,7 @@ class EnergyMeter:
         self._last = self._read()
 
     def since_last(self) -> float:
-        """Joules since the last call, or since the meter was made; NaN if they cannot be told."""
+        """Joules since the last call, or since the meter was made; NaN if unknown."""
         now = self._read()
         used, self._last = now - self._last, now
         return used
@@ -70,15 +71,6 @@ class _Package:
             self._rounds += self._highest
         self._last = value
         return (self._rounds + value) / 1e6
-
-
-def _processor_counters(powercap: Path) -> list[Counter]:
-    """One for each package; its parts (cores, graphics) are in it. None at all if one may not be read."""
-    packages = sorted(powercap.glob("intel-rapl:?")) + sorted(powercap.glob("intel-rapl:??"))
-    try:
-        return [_Package(package) for package in packages]
-    except (OSError, ValueError):
-        return []
 
 
 def _gpu_counter(device: torch.device) -> Counter | None:

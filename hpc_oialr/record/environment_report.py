@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 import torch
+import torch.distributed as dist
 
 from hpc_oialr.commands import run_command
 from hpc_oialr.distributed.environment import node_name, recorded_variables, usable_cores
@@ -21,12 +22,9 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 
 def environment_report() -> dict[str, Any]:
-    """Versions, hardware, source and job, as plain values fit for JSON.
-
-    What is not there is None. Variables whose name hints at a secret are left out.
-    """
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    found = [torch.cuda.get_device_properties(index) for index in gpus]
+    """Versions, hardware, source and job as plain values for JSON; None for what is missing, no secrets."""
+    on_gpu = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if on_gpu else 0)]
     mpi = (_output(("mpirun", "--version")) or "").strip().splitlines()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,7 +32,9 @@ def environment_report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "libraries": {
             "cuda": torch.version.cuda,
-            "nccl": _nccl(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version()))
+            if on_gpu and dist.is_nccl_available()
+            else None,
             "mpi": mpi[0].strip() if mpi else None,
             "hdf5": h5py.version.hdf5_version,
         },
@@ -47,42 +47,31 @@ def environment_report() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
-        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found],
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "git": _git(),
         "variables": recorded_variables(),
     }
 
 
 def _version(package: str) -> str | None:
-    # Asked of the installed files: importing DeepSpeed only to know its version takes seconds.
+    # From the installed files: importing DeepSpeed takes seconds.
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _nccl() -> str | None:
-    if not torch.cuda.is_available():
-        return None
-    try:
-        return ".".join(str(part) for part in torch.cuda.nccl.version())
-    except (AttributeError, RuntimeError):
-        return None
-
-
 def _cpu_model() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or None)
 
 
 def _git(source: Path = _SOURCE) -> dict[str, Any] | None:
-    """Commit of the source tree, and whether files differ from it; None if it is no checkout."""
+    """Commit of the source tree, and whether files differ from it; None if it is not a checkout."""
     git = ("git", "-C", str(source))
-    # An environment inside somebody else's checkout is not that checkout's code.
+    # An installation inside another repository's checkout is not that repository's code.
     if _output((*git, "ls-files", "--error-unmatch", "errors.py")) is None:
         return None
     commit = _output((*git, "rev-parse", "HEAD"))
@@ -91,6 +80,6 @@ def _git(source: Path = _SOURCE) -> dict[str, Any] | None:
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a program says, None if it is missing, fails or hangs."""
+    """A program's output; None if it is missing, fails or hangs."""
     answer = run_command(command, timeout_s=10)
     return answer.stdout if answer.code == 0 else None

@@ -12,18 +12,12 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace a file at once; a reader, or a kill at any moment, finds the old or the new one, never a part.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; the old file is as before.
-    """
+    """Replace a file at once: a reader, also after a kill, finds the old or the new one. OSError: the old one is kept."""
     try:
         with draft_of(path) as draft, draft.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            # Without this a node that loses power may keep the new name with no content behind it.
+            # Without this a node that loses power may keep the new name without its content.
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
@@ -32,23 +26,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A temporary name, whose file takes the place of ``path`` at the end; after an error there is nothing of it."""
+    """A temporary name, renamed to ``path`` at the end, removed after an error."""
     draft = path.with_name(f".{path.name}.tmp")
     try:
         yield draft
         draft.replace(path)
     except BaseException:
-        # On a disk that is full the half of it is in the way.
+        # On a full disk a partial file takes room.
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
 
 
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities, which JSON does not know, become null.
+    """Strict JSON: NaN and infinities become null.
 
-    Examples
-    --------
     >>> to_json({"loss": float("nan"), "r": {"head": 4}})
     '{"loss": null, "r": {"head": 4}}'
     """

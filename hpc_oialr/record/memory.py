@@ -25,24 +25,19 @@ from hpc_oialr.torch_compat import TorchDispatchMode, tree_leaves
 Subject = nn.Module | torch.optim.Optimizer | Tensor
 Change = tuple[int, int]  # (nanoseconds since the epoch, bytes)
 
-# What the profiler says on standard error whenever it starts and stops, and when a tensor dies that is
-# older than it; the last is just what the probe accounts for itself.
+# Printed by the profiler when it starts and stops, and when a tensor dies that is older than it (which the probe counts).
 _CHATTER = (b"profiler_start", b"profiler_stop", b"Memory block of unknown size")
 
 
 class MemoryMeter:
     """The highest number of bytes that tensors held at once.
 
-    On a GPU the allocator counts all the time, and :meth:`probe` costs nothing. On a CPU nobody counts,
-    and what the operating system reports is far from the tensors' size; there a probed step is run
-    under the profiler, which sees each allocation, those inside of compiled code too.
-
-    A probe takes some 10 us per operation on top of the step; the first one about a second more, in
-    which the profiler is loaded. Memory inside libraries (oneDNN, LAPACK) is not counted, as on GPUs.
+    On a GPU the allocator counts, and :meth:`probe` costs nothing. On a CPU a probed step runs under the profiler, which
+    sees each allocation, also inside compiled code; with several ``processes`` under a :class:`TensorTracker`. A probe
+    adds about 10 us per operation, the first one a second. Memory inside libraries (oneDNN, LAPACK) is not counted.
 
     ``subjects`` gives the models, optimizers and other tensors that live between steps; it is called when a probe begins,
-    since a model's wrapper may have been replaced. With more than one of ``processes`` a :class:`TensorTracker` takes
-    the profiler's place.
+    since a model's wrapper may have been replaced.
     """
 
     def __init__(
@@ -81,11 +76,11 @@ class MemoryMeter:
         subjects = tuple(self._subjects())
         before = resident_bytes(*subjects)
         deaths, watched = _watch_deaths(resident_tensors(*subjects))
-        # Holding on to a wrapper would keep alive what the probe is to see dying.
+        # A reference to a wrapper would keep alive what the probe must see freed.
         del subjects
         with (
             without_lines(_CHATTER),
-            # torch 2.11 warns without acc_events, though there is one cycle only.
+            # torch 2.11 warns without acc_events, although there is one cycle only.
             profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
         ):
             yield
@@ -96,7 +91,7 @@ class MemoryMeter:
 
 
 def _watch_deaths(tensors: Iterable[Tensor]) -> tuple[list[Change], list[weakref.ref[Any]]]:
-    """Changes to come from tensors older than the probe, of which the profiler does not know the size."""
+    """Records when tensors older than the probe are freed: the profiler does not know their size."""
     deaths: list[Change] = []
 
     def on_death(size: int) -> Callable[[Any], None]:
@@ -107,9 +102,9 @@ def _watch_deaths(tensors: Iterable[Tensor]) -> tuple[list[Change], list[weakref
 
 
 def _allocations(profiler: profile) -> Iterator[Change]:
-    """(time, bytes) of allocations, and of the deaths of what was allocated under the profiler.
+    """(time, bytes) of allocations, and of frees of what was allocated under the profiler.
 
-    Other deaths are left out: the allocator's table may hold a stale size for them, from an earlier probe.
+    Other frees are left out: the allocator's table may have a stale size for them, from an earlier probe.
     """
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
@@ -134,15 +129,13 @@ def _allocations(profiler: profile) -> Iterator[Change]:
 
 
 class TensorTracker(TorchDispatchMode):
-    """The highest number of bytes that tensors hold at once, while it is active; without the profiler.
+    """The highest number of bytes that tensors hold at once while it is active, without the profiler.
 
-    Sees what every operation returns, not what it needs inside. What an operation is given and none has
-    returned counts from then on; if it outlives the tracker, like DDP's buckets, it was there all along. The
-    profiler sees more, but crashes the process now and then while gloo's threads work (torch 2.13), so that
-    it is for one process only.
+    Sees what every operation returns, not what it needs inside. An input that no operation has returned counts from then
+    on; if it outlives the tracker, like DDP's buckets, it was there all along. The profiler sees more, but sometimes
+    crashes the process while gloo's threads work (torch 2.13).
 
-    After each operation all live storages are added up, since FSDP2 frees and fills its own by resizing:
-    some microseconds per thousand of them.
+    After each operation all live storages are added up (microseconds per thousand), since FSDP2 resizes its own.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -168,7 +161,7 @@ class TensorTracker(TorchDispatchMode):
         return result
 
     def __exit__(self, *error: Any) -> None:
-        """Add what outlives the tracker to what was alive before it was found."""
+        """Add what outlives the tracker to the peak before it was found."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         outlived = 0
         for before, found in reversed(self._found):
@@ -197,7 +190,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def resident_tensors(*subjects: Subject) -> Iterator[Tensor]:
-    """What lives between steps: parameters, buffers, gradients, optimizers' state, copies for autocast."""
+    """Tensors that live between steps: parameters, buffers, gradients, optimizer state, copies for autocast."""
     for subject in subjects:
         if isinstance(subject, nn.Module):
             for layer in low_rank_layers(subject).values():

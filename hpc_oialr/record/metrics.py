@@ -15,19 +15,13 @@ from hpc_oialr.record.files import to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
-# Lines that wait for room on the disk.
-_MOST_WAITING = 10_000
+_MOST_WAITING = 10_000  # lines that wait for room on the disk
 
 
 class MetricsWriter:
-    """Appends lines; each is handed to the operating system whole before :meth:`write` returns.
+    """Appends lines to ``path``; each is passed to the operating system whole before :meth:`write` returns.
 
-    A disk that is full does not end the training: one warning, and lines wait, the last ones, until it has room.
-
-    Parameters
-    ----------
-    path
-        The file; created if missing. A last line torn by a kill is removed.
+    On a full disk: one warning, and the last 10,000 lines wait until it has room. A line torn by a kill is removed.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -44,31 +38,31 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, which must hold an integer ``step``; NaN becomes null."""
         assert isinstance(record["step"], int)
-        told = bool(self._waiting)
+        warned = bool(self._waiting)
         self._waiting.append((to_json(record) + "\n").encode())
         try:
             self._append_waiting()
         except OSError as error:
-            if not told:
+            if not warned:
                 log.warning("%s cannot be written (%s); its lines wait until it can.", self.path, error)
 
     def _append_waiting(self) -> None:
         content, before = b"".join(self._waiting), os.fstat(self._file.fileno()).st_size
         if self._file.write(content) != len(content):
-            # Not a part of a line: what comes later must begin a new one.
+            # Never a part of a line: the next one must begin a new line.
             os.ftruncate(self._file.fileno(), before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._waiting.clear()
 
     def truncate_after(self, step: int) -> None:
-        """Drop records of later steps, as a run does that goes on from an older checkpoint."""
+        """Drop records of later steps, which a run resumed from an older checkpoint writes again."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file.close()
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Close the file; lines that still wait are lost if there is no room now."""
+        """Close the file; waiting lines are lost if there is still no room."""
         try:
             self._append_waiting()
         except OSError as error:
@@ -79,15 +73,14 @@ class MetricsWriter:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """All records of a file, also of one that is being written: a torn last line is left out.
 
-    Damaged lines are left out too, with a warning that names them: zeros, as a node that lost its power leaves
-    them, or what an editor did.
+    Damaged lines (zeros after a power loss, edits by hand) are left out too, with a warning that names them.
     """
     *lines, _ = Path(path).read_bytes().split(b"\n")
     return _records(lines, path)
 
 
 def read_last_metrics(path: Path | str, *, size: int = 65_536) -> list[dict[str, Any]]:
-    """As :func:`read_metrics`, of a file's last bytes: quick for a long run; none if there is no file."""
+    """As :func:`read_metrics`, but of the last ``size`` bytes: quick for a long run; none if there is no file."""
     try:
         with Path(path).open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - size)

@@ -1,7 +1,7 @@
-"""Who works in a run folder: one process at a time, on whatever host.
+"""One process at a time works in a run folder, on any host.
 
-``owner.json`` is there while somebody does. Its time of modification is the owner's last sign of life, set by the file
-server's clock; so is the time it is compared with, so that clocks of hosts do not matter.
+``owner.json`` exists while one does. Its modification time is the owner's last sign of life. It is compared with the
+time of another new file, so that only the file server's clock matters, not those of hosts.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any
 
 from hpc_oialr.commands import run_command
 from hpc_oialr.distributed.environment import node_name
-from hpc_oialr.distributed.slurm import slurm_job
+from hpc_oialr.distributed.slurm import SlurmJob, slurm_job
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.record.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-# Between two signs of life; silence after which an owner that nobody can ask about counts as dead; and after which one
-# does whose job Slurm says is over (it may be another cluster's job of the same number) (s).
-BEAT_S, SILENT_S, SILENT_JOB_S = 20.0, 300.0, 50.0
-# The command that submits a run holds its folder until the job does (s).
-_HANDOVER_S = 60.0
-# A process that died while it removed a dead owner's file.
-_REMOVAL_S = 30.0
+BEAT_S = 20.0  # between two signs of life
+SILENT_S = 300.0  # silence after which an owner counts as dead
+SILENT_JOB_S = (
+    50.0  # the same, if Slurm says its job is over (it may be another cluster's job of the same number)
+)
+_HANDOVER_S = 60.0  # the command that submits a run holds its folder until the job does
+_REMOVAL_S = 30.0  # a process that died while it removed a dead owner's file
 _SUBMIT = "oialr submit"
 
 
@@ -45,7 +45,7 @@ class FolderInUseError(OIALRError):
 
 
 def process_space() -> str:
-    """What processes must share to see each other under the same numbers: the running kernel and its namespace."""
+    """The running kernel and its PID namespace, in which a process number is unique."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -54,10 +54,7 @@ def process_space() -> str:
 
 
 def started(pid: int) -> str:
-    """When a process of this space was started, exactly enough to tell it from a later one of its number.
-
-    "" if there is no such process, or only the entry of a dead one.
-    """
+    """When a process of this space was started, which tells it from a later one of its number; "" if it is dead."""
     try:
         # The name, in parentheses, may hold anything.
         fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -70,17 +67,15 @@ def started(pid: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who holds a folder."""
+    """The process or job that has claimed a folder."""
 
     command: str  # e.g. "oialr train"
     host: str = field(default_factory=node_name)
     pid: int = field(default_factory=os.getpid)  # 0 for a job that was submitted and has not begun
-    # What makes the process number unique.
-    space: str = field(default_factory=process_space)
+    space: str = field(default_factory=process_space)  # this and the next make the process number unique
     started: str = field(default_factory=lambda: started(os.getpid()))
-    # The Slurm job, and how often it had been requeued.
-    job: str = ""
-    restarts: int = 0
+    job: str = ""  # the Slurm job
+    restarts: int = 0  # how often it had been requeued
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this claim alone
 
@@ -94,27 +89,26 @@ class Claim:
     """How a run folder is claimed."""
 
     command: str = "python"  # what claims it
-    # Whether a Slurm job is over; None if nobody can say.
-    job_over: Callable[[str], bool | None] = lambda _: None
-    # To do before the run begins, if nobody else holds the folder.
-    first: Callable[[], object] = lambda: None
+    job_over: Callable[[str], bool | None] = lambda _: None  # whether a Slurm job is over; None if unknown
+    first: Callable[[], object] = lambda: (
+        None
+    )  # called before the run begins, if nobody else holds the folder
 
     def check(self, folder: RunFolder) -> None:
-        """Raise :class:`FolderInUseError` if another process holds the folder; else do what is to be done first."""
+        """Raise :class:`FolderInUseError` if another process holds the folder; else call ``first``."""
         if folder.owner.exists():
-            # The only way to know how late it is for the file server.
+            # Only writing a file tells the file server's time.
             self.take(folder).close()
         self.first()
 
     def take(self, folder: RunFolder) -> Ownership:
         """Make this process the owner.
 
-        Raises FolderInUseError, which names the owner, if another one is, and lives as far as can be known; OIALRError
-        if the folder cannot be written.
+        Raises FolderInUseError, which names the owner, unless that is known to be dead; OIALRError if the folder cannot
+        be written.
         """
-        job = slurm_job()
-        of_job = ("", 0) if job is None else (job.id, job.restarts)
-        mine = Owner(command=self.command, job=of_job[0], restarts=of_job[1])
+        job = slurm_job() or SlurmJob("")
+        mine = Owner(command=self.command, job=job.id, restarts=job.restarts)
         draft = folder.path / f".owner.{mine.token}"
         try:
             folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -150,7 +144,7 @@ class Claim:
                 )
 
     def _life(self, holder: Owner, mine: Owner, silent_s: float) -> float:
-        """0 if a holder is dead; else seconds after which to look again, -1 if that is of no use."""
+        """0 if a holder is dead; else seconds after which to look again, -1 if waiting is useless."""
         # A job that was requeued, or that was submitted and has begun: Slurm runs it once at a time.
         if holder.job and holder.job == mine.job and (holder.restarts != mine.restarts or not holder.pid):
             return 0.0
@@ -165,10 +159,7 @@ class Claim:
 
 
 class Ownership:
-    """A folder that is held; gives signs of life in a thread of its own until it is closed.
-
-    ``lost`` says why it is held no more; "" as long as it is.
-    """
+    """A claimed folder; a thread gives signs of life until it is closed. ``lost``: why it is no longer held, or ""."""
 
     def __init__(self, folder: RunFolder, owner: Owner) -> None:
         self.folder, self.owner, self.lost = folder, owner, ""
@@ -178,17 +169,17 @@ class Ownership:
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_S):
-            # A file server that does not answer for a while is no reason to end a run.
+            # A file server that is silent for a while must not end a run.
             with contextlib.suppress(OSError):
                 if not self.look():
                     os.utime(self.folder.owner)
 
     def look(self) -> str:
-        """Why the folder is held no more, by a look at it; "" if it is, or if the file server does not answer."""
+        """Check the folder: why it is no longer held; "" if it is, or if the file server does not answer."""
         with contextlib.suppress(OSError):
             found = _read(self.folder.owner)
             if found is None and self.folder.path.is_dir():
-                # Somebody has removed the file, but nobody has taken the folder.
+                # The file was removed, but nobody has taken the folder.
                 draft = self.folder.path / f".owner.{uuid.uuid4().hex}"
                 try:
                     _write(draft, self.owner)
@@ -224,7 +215,7 @@ class Ownership:
 
 
 def _create(path: Path, content: bytes) -> None:
-    """A new file, on the disk; FileExistsError where there is one."""
+    """Write a new file and sync it; FileExistsError if there is one."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
         file.flush()
@@ -236,7 +227,7 @@ def _write(path: Path, owner: Owner) -> None:
 
 
 def _link(draft: Path, path: Path) -> bool:
-    """Give a file its name unless there is one: at once, over NFS too. Whether that was done."""
+    """Give a file its name unless that is taken, atomically, over NFS too; whether that was done."""
     try:
         path.hardlink_to(draft)
         return True
@@ -255,11 +246,11 @@ def _link(draft: Path, path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[Owner, float] | None:
-    """The holder and the time of its last sign of life; None for nobody. Damage is a holder that nobody knows."""
+    """The holder and the time of its last sign of life; None for nobody. A damaged file gives an unknown holder."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise OSError("it is there as a link, a folder or a pipe")
-        # Opened, not only looked at: then NFS asks its server.
+        # Opened, since only then NFS asks its server.
         with path.open("rb") as file:
             content, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
@@ -275,10 +266,9 @@ def _read(path: Path) -> tuple[Owner, float] | None:
 
 
 def _remove(path: Path, dead: Owner, now: float) -> None:
-    """Take a dead owner's file away, unless another process is at it or has come meanwhile.
+    """Remove a dead owner's file, unless another process does or has taken the folder; ``now``: the file server's time.
 
-    One process at a time may remove: else the second would take away the file of one who came after the first.
-    ``now``: time of the file server (s).
+    One process at a time may remove: a second one would remove the file of the new owner.
     """
     lock = path.with_name(".owner.removal")
     try:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere; and how fast it goes."""
+"""Progress of a run: a live display in a terminal, plain lines elsewhere; and its throughput."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Status:
     left_s: float | None = None  # time to the end of the job, if it has one
 
     def words(self) -> list[str]:
-        """One figure each."""
+        """One figure each, as they are shown."""
         of_the_job = "" if self.left_s is None else f" of {clock_time(max(0.0, self.left_s))} left in the job"
         evaluation = [] if self.metric is None else [f"{self.metric_name} {self.metric:.4f}"]
         return [
@@ -53,30 +53,33 @@ class Status:
 
 
 class Progress:
-    """Shows a run; this one shows nothing. Every method returns at once."""
+    """Shows a run; this one shows nothing."""
 
-    def update(self, status: Status, *, evaluated: bool = False) -> None:
-        """Show the status; ``evaluated`` says that the metric is new."""
+    def update(self, status: Status) -> None:
+        """Show the status if it is due."""
 
     def note(self, text: str) -> None:
-        """Show one line that stays: a conversion, a checkpoint, a warning."""
+        """Show one line that stays: a conversion, an evaluation."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
 
 
 class PlainProgress(Progress):
-    """One line every so many seconds, and at each evaluation."""
+    """One line every ``every_s`` seconds, and at the end."""
 
     def __init__(self, stream: TextIO, every_s: float = 10.0, clock: Clock = time.monotonic) -> None:
         self._stream, self._every_s, self._clock = stream, every_s, clock
         self._next = clock()
 
-    def update(self, status: Status, *, evaluated: bool = False) -> None:
-        """Write a line if one is due."""
-        if evaluated or status.step >= status.total_steps or self._clock() >= self._next:
+    def update(self, status: Status) -> None:
+        """Show the status if ``every_s`` seconds have passed or the run is at its end."""
+        if status.step >= status.total_steps or self._clock() >= self._next:
             self._next = self._clock() + self._every_s
-            self.note(" | ".join(status.words()))
+            self._show(status)
+
+    def _show(self, status: Status) -> None:
+        self.note(" | ".join(status.words()))
 
     def note(self, text: str) -> None:
         """Write a line."""
@@ -84,21 +87,18 @@ class PlainProgress(Progress):
         self._stream.flush()
 
 
-class LiveProgress(Progress):
-    """A bar and a line of figures, redrawn at most four times a second."""
+class LiveProgress(PlainProgress):
+    """A bar and a line of figures, redrawn at most four times a second; notes are printed above."""
 
     def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
-        # Drawn by the caller, not by a thread of its own, which would take turns with the training step.
+        super().__init__(stream, _REFRESH_S, clock)
+        # Drawn by the caller: a thread of its own would compete with the training step for the interpreter.
         self._live = Live(console=Console(file=stream), auto_refresh=False)
-        self._clock, self._next = clock, clock()
         self._live.start()
 
-    def update(self, status: Status, *, evaluated: bool = False) -> None:
-        """Redraw if it is time."""
-        if evaluated or status.step >= status.total_steps or self._clock() >= self._next:
-            self._next = self._clock() + _REFRESH_S
-            bar = ProgressBar(total=status.total_steps, completed=status.step)
-            self._live.update(Group(bar, Text("  ".join(status.words()))), refresh=True)
+    def _show(self, status: Status) -> None:
+        bar = ProgressBar(total=status.total_steps, completed=status.step)
+        self._live.update(Group(bar, Text("  ".join(status.words()))), refresh=True)
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
@@ -109,15 +109,12 @@ class LiveProgress(Progress):
         self._live.stop()
 
 
-def make_progress(
-    *, show: bool = True, live: bool | None = None, stream: TextIO | None = None, every_s: float = 10.0
-) -> Progress:
+def make_progress(*, show: bool = True, stream: TextIO | None = None) -> Progress:
     """The display that fits: none (``show=False``), live if the stream is a terminal, otherwise plain lines."""
-    stream = stream or sys.stderr
     if not show:
         return Progress()
-    live = stream.isatty() if live is None else live
-    return LiveProgress(stream) if live else PlainProgress(stream, every_s)
+    stream = stream or sys.stderr
+    return LiveProgress(stream) if stream.isatty() else PlainProgress(stream)
 
 
 def clock_time(seconds: float) -> str:
@@ -141,7 +138,7 @@ class Throughput:
         self._last = clock()
 
     def tick(self, items: int, waited_s: float = 0.0) -> None:
-        """Count one step of so many items, of which so many seconds went by waiting for data."""
+        """Count one step of ``items``, of which ``waited_s`` seconds were spent waiting for data."""
         now = self._clock()
         self._weight = self._weight * self._keep + 1
         self._items = self._items * self._keep + items
@@ -150,7 +147,7 @@ class Throughput:
         self._last = now
 
     def restart(self) -> None:
-        """Leave out the time since the last step: evaluations and checkpoints are no training."""
+        """Leave out the time since the last step: an evaluation or a checkpoint."""
         self._last = self._clock()
 
     @property

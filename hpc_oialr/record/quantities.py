@@ -9,19 +9,13 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.floating]
 
-# WeightWatcher fits fewer values in another way, and says that fits of so few mean little.
-FEWEST = 20
-# Smaller ones, relative to the largest, are rounding errors of a float32 SVD.
-_ZERO = 1e-6
-# Rows that are computed at once: enough to make NumPy's calls few, and few enough to stay in the cache.
-_BLOCK = 32
+FEWEST = 20  # a fit of fewer values means little; WeightWatcher fits them in another way
+_ZERO = 1e-6  # smaller values, relative to the largest, are rounding errors of a float32 SVD
+_BLOCK = 32  # rows that are computed at once: few calls of NumPy, and they stay in the cache
 
 
 def spectral_quantities(s: Values, m: int, n: int) -> dict[str, float]:
-    """All of them for the descending singular values ``s`` that are left of an m x n matrix; shape (r,).
-
-    About 1 ms for 512 values, nearly all of it for ``alpha``.
-    """
+    """All of them, for the descending singular values ``s`` of an m x n matrix; about 1 ms for 512 values."""
     s = s.astype(np.float64)
     edge = bulk_edge(s, m, n)
     return {
@@ -74,12 +68,11 @@ def condition_number(s: Values) -> float:
 
 
 def bulk_edge(s: Values, m: int, n: int) -> float:
-    """Largest singular value that noise alone would have in an m x n matrix; NaN if it cannot be told.
+    """Largest singular value that noise alone would have; NaN if the median of all k values has been cut.
 
-    The noise level comes from the median of all k values; once more than half of them are cut, the bulk is gone.
     See :func:`hpc_oialr.method.rules.noise_edge`.
     """
-    # Imports torch, which takes seconds, and whoever reads a record does not need.
+    # Imports torch, which takes seconds and is not needed to read a record.
     from hpc_oialr.method.rules import noise_edge
 
     middle = (min(m, n) - 1) // 2
@@ -93,11 +86,9 @@ def power_law_exponent(s: Values) -> float:
     there on; the x_min of the smallest Kolmogorov-Smirnov distance counts. NaN for fewer than 20 values, and where
     all are equal. ``s`` may be in any order; shape (r,).
 
-    The method of the package powerlaw, whose loop takes a hundred times as long and whose version 2 admits no alpha
-    above 3 unless told to; the same number as WeightWatcher's ``alpha`` of a matrix (its default, without
-    "fingers"). Of a convolution WeightWatcher takes the slices, this project the whole kernel as one matrix.
-
-    ``r^2 / 2`` exponentials: 512 values take about 1 ms, 4,096 about 50 ms, a fraction of their SVD.
+    The method of the package powerlaw, whose loop takes a hundred times as long and whose version 2 limits alpha to 3
+    by default; equals WeightWatcher's ``alpha`` of a matrix (without "fingers"). Of a convolution WeightWatcher takes
+    the slices, this project the whole kernel as one matrix. 512 values take about 1 ms, 4,096 about 50 ms.
 
     References
     ----------

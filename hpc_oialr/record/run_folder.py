@@ -1,4 +1,4 @@
-"""Where everything of one run lies."""
+"""The files of one run."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RunFolder:
         self.settings = self.checkpoints / "settings.json"
         self.summary = self.path / "summary.json"  # what came out; written last
         self.job = self.path / "job.json"  # of a submitted run: what was submitted, and as which job
-        self.owner = self.path / "owner.json"  # who works in the folder now; there while somebody does
+        self.owner = self.path / "owner.json"  # the process that works in the folder now
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with the run."""
+        """The command that resumes the run."""
         name = str(self.path)
         return f"oialr resume {shlex.quote(f'./{name}' if name.startswith('-') else name)}"
 
@@ -52,11 +52,11 @@ class RunFolder:
         try:
             return isinstance(self.read_summary(), dict)
         except (OSError, ValueError):
-            # A damaged summary is made anew from the last checkpoint.
+            # A damaged summary is written again from the last checkpoint.
             return False
 
     def require_new(self) -> None:
-        """Raise OutputError if a file that a run writes is there, and no run or job has made the folder."""
+        """Raise OutputError if a file that a run writes exists, but no run or job has made the folder."""
         if self.holds_run or self.owner.exists() or self.job.exists():
             return
         files = (self.environment, self.metrics, self.updates, self.spectra, self.checkpoints, self.summary)
@@ -66,7 +66,7 @@ class RunFolder:
     def create(self) -> RunFolder:
         """Make the folder and those inside, readable by their owner only; what exists is kept."""
         for folder in (self.path, self.checkpoints):
-            # parents=True would give the mode to the last one only, which is meant: parents are shared.
+            # parents=True gives the mode to the last one only, as it should: parents are shared.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             # A file in its place costs the logs, not the run.

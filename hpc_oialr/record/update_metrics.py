@@ -1,8 +1,7 @@
-"""Times of an update, known to all ranks, and the line that ``updates.jsonl`` gets.
+"""Times of an update on all ranks, and its line in ``updates.jsonl``.
 
-Every rank holds the same singular values; only times differ. Each rank packs those it measured into one float64
-vector, with -inf elsewhere, and vectors are combined by the largest value of each slot. The largest of some numbers is
-one of them, in whatever order they are compared, so that MPI, gloo and any number of ranks give the same bits.
+Every rank has the same singular values; only times differ. Each rank packs those it measured into a float64 vector, with
+-inf elsewhere, and vectors are reduced by the maximum of each slot, which gives the same bits in any order.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class SharedUpdate:
 
     @property
     def svd_s(self) -> float:
-        """Seconds of all layers' SVDs, added up; above the wall time where ranks share the work."""
+        """Sum of all layers' SVDs; above the wall time where ranks share the work."""
         return sum(layer.seconds for layer in self.report.layers)
 
     def row(self) -> dict[str, Any]:
@@ -58,14 +57,14 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def pack(report: UpdateReport, rank: int, size: int) -> Tensor:
-    """What this rank measured: seconds of each SVD that it computed, and of the update; shape (layers + ranks,)."""
+    """This rank's seconds of each SVD that it computed, and of the update; shape (layers + ranks,)."""
     svds = [layer.seconds if layer.seconds > 0 else _UNKNOWN for layer in report.layers]
     updates = [report.seconds if i == rank else _UNKNOWN for i in range(size)]
     return torch.tensor(svds + updates, dtype=torch.float64)
 
 
 def unpack(report: UpdateReport, largest: Tensor) -> SharedUpdate:
-    """The update with all times, from the largest of all ranks' vectors; WorldError if a time is missing."""
+    """The update with all times, from the reduced vector; WorldError if a time is missing."""
     values, count = largest.tolist(), len(report.layers)
     names = [layer.name for layer in report.layers] + [f"rank {i}" for i in range(len(values) - count)]
     for name, value in zip(names, values, strict=True):

@@ -1,40 +1,59 @@
-"""The files that make up a record: their names, and how each is written whole.
+"""The files of a record: their names, and how each is written and read.
 
-The record of ``runs/first`` is ``runs/first/spectra.h5`` once the run has ended. Until then it is a chain of files
-with consecutive numbers, each of which holds the rows written after those of the one before::
+The record of ``runs/first`` is ``runs/first/spectra.h5`` once the run has ended. Until then it is a chain of numbered
+files, oldest rows first::
 
     spectra.h5, spectra.h5.001, spectra.h5.002        HDF5, number 0, 1, 2: many flushes joined
     spectra.h5.003.npz, spectra.h5.004.npz, ...       one flush each, not joined yet
 
 A file is written under a temporary name, then renamed, and never changed in place. A kill between the join of some
-files and their removal leaves rows twice; readers take each row once. Files of ranks (``spectra.p0003.h5``), which
-earlier versions could write, are read as further chains of the same record.
+files and their removal leaves rows twice; readers take each row once. Files of ranks (``spectra.p0003.h5``) of earlier
+versions are read as further chains of the same record.
 
-A flush is a zip by NumPy of ``header`` (JSON: attributes of the root; name, index, m, n and count of rows of each
-layer), ``events`` and ``singular_values`` (layer after layer), and ``steps``. The zip's checksums tell damage.
+A flush is a ``.npz`` of ``header`` (JSON: attributes of the root; name, index, m, n and count of rows of each layer),
+``events`` and ``singular_values`` (layer after layer), and ``steps``. The zip's checksums reveal damage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import Kind
 from hpc_oialr.record.files import draft_of, to_json, write_atomically
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS, LayerRows, Rows, group_name, root_attributes
+from hpc_oialr.spectra.schema import (
+    EVENT,
+    NO_STEPS,
+    SCHEMA_VERSION,
+    STEP,
+    LayerRows,
+    Rows,
+    as_table,
+    group_name,
+    root_attributes,
+)
 
+# Files up to this size are read whole: a run may replace them while they are open, but not larger ones.
+WHOLE_BYTES = 16 * 2**20
+# What h5py and NumPy raise for a damaged file.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipFile)
 _NAME = re.compile(r"(?P<head>.+?)(?:\.(?P<number>\d{3,})(?:\.npz)?)?")
-# NumPy's files cannot hold the words of an enumeration.
+# NumPy's files cannot store the names of an enumeration.
 _EVENT = np.dtype([(name, EVENT[name].str) for name in EVENT.names or ()])
-# As much is read at once, and lost to one damaged byte.
+# The unit of reading, and of loss by one damaged byte.
 _ROWS_PER_CHUNK, _CHUNK_BYTES = 32, 1 << 14
 
 # -- names ---------------------------------------------------------------------------------------
@@ -92,7 +111,7 @@ def record_files(head: Path) -> list[Path]:
 
 
 def gaps_in(paths: Sequence[Path], least: int = 0) -> list[Path]:
-    """Files that are missing, for each chain of which one is there; the first chain has number ``least`` too."""
+    """Files that are missing in each chain of the given files; the first chain has at least number ``least``."""
     missing = []
     for head in dict.fromkeys(map(head_of, paths)):
         numbers = {number_of(path) for path in paths if head_of(path) == head}
@@ -105,7 +124,7 @@ def gaps_in(paths: Sequence[Path], least: int = 0) -> list[Path]:
 
 
 def write_flush(path: Path, attributes: Mapping[str, Any], rows: Rows) -> None:
-    """Write one flush; raises OSError if it cannot be written, and what was there is as before."""
+    """Write one flush; OSError if that fails, and an older file is kept."""
     layers = [[each.name, each.index, each.m, each.n, len(each.events)] for each in rows.layers]
     header = to_json({"attributes": root_attributes(attributes), "layers": layers})
     events = [each.events.astype(_EVENT) for each in rows.layers]
@@ -122,23 +141,31 @@ def write_flush(path: Path, attributes: Mapping[str, Any], rows: Rows) -> None:
 
 
 def write_record(
-    path: Path,
-    attributes: Mapping[str, Any],
-    layers: Iterable[LayerRows],
-    steps: NDArray[np.void] = NO_STEPS,
+    path: Path, attributes: Mapping[str, Any], layers: Iterable[LayerRows], steps: NDArray[np.void] = NO_STEPS
 ) -> None:
-    """Write an HDF5 file; raises OSError if it cannot be written, and what was there is as before. Memory: one layer."""
+    """Write an HDF5 file; OSError if that fails, and an older file is kept. Needs memory for one layer."""
     with draft_of(path) as draft, _Sink(draft, "w+b") as sink:
         try:
             with h5py.File(sink, "w", libver="v110") as file:
                 file.attrs.update(root_attributes(attributes))
                 file.create_group("layers", track_order=True)
                 for rows in layers:
-                    _write_layer(file, rows)
+                    k, count = min(rows.m, rows.n), len(rows.events)
+                    group = file["layers"].create_group(group_name(rows.name))
+                    group.attrs.update(
+                        {"name": rows.name, "index": rows.index, "m": rows.m, "n": rows.n, "k": k}
+                    )
+                    # np.concatenate drops the names of the enumeration; the view restores them.
+                    events = np.ascontiguousarray(rows.events).view(EVENT)
+                    group.create_dataset(
+                        "events", data=events, dtype=EVENT, **_chunked(count, _ROWS_PER_CHUNK)
+                    )
+                    chunks = _chunked(count, max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * k))), k)
+                    group.create_dataset("singular_values", data=rows.singular_values, **chunks)
                 if len(steps):
                     file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
         except (OSError, RuntimeError, ValueError):
-            # A failed write makes HDF5 fail later too, where it reads back.
+            # After a failed write HDF5 fails again where it reads back.
             if sink.failure is None:
                 raise
         if sink.failure is not None:
@@ -147,10 +174,7 @@ def write_record(
 
 
 class _Sink(io.FileIO):
-    """A file that HDF5 writes to, which keeps the first error for later.
-
-    HDF5 cannot close a file whose writes fail: it would hold the file, and its space, until the process ends.
-    """
+    """A file for HDF5 that stores the first error: HDF5 never closes a file whose writes fail, nor frees its space."""
 
     failure: OSError | None = None
 
@@ -165,17 +189,6 @@ class _Sink(io.FileIO):
         return size
 
 
-def _write_layer(file: h5py.File, rows: LayerRows) -> None:
-    k, count = min(rows.m, rows.n), len(rows.events)
-    group = file["layers"].create_group(group_name(rows.name))
-    group.attrs.update({"name": rows.name, "index": rows.index, "m": rows.m, "n": rows.n, "k": k})
-    # np.concatenate drops the names of the enumeration; the view restores them.
-    events = np.ascontiguousarray(rows.events).view(EVENT)
-    group.create_dataset("events", data=events, dtype=EVENT, **_chunked(count, _ROWS_PER_CHUNK))
-    per_chunk = max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * k)))
-    group.create_dataset("singular_values", data=rows.singular_values, **_chunked(count, per_chunk, k))
-
-
 def _chunked(rows: int, per_chunk: int, *width: int) -> dict[str, Any]:
     chunks = (max(1, min(rows, per_chunk)), *width)
     return {
@@ -188,7 +201,7 @@ def _chunked(rows: int, per_chunk: int, *width: int) -> dict[str, Any]:
 
 
 def written_by(command: str) -> Kind:
-    """Records that a command wrote: the root's attribute ``written_by`` says so."""
+    """Records whose root has ``command`` as attribute ``written_by``."""
 
     def is_own(path: Path) -> bool:
         try:
@@ -198,3 +211,127 @@ def written_by(command: str) -> Kind:
             return False
 
     return Kind(f"a record of {command}", is_own)
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+class RecordFile:
+    """One file of a record; tables are read on demand. ``tree``: its content as h5py shows it.
+
+    FileNotFoundError if it is missing; DataError if it is damaged, no record of spectra, or of a newer schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = _identity(path)
+        try:
+            small = path.stat().st_size <= WHOLE_BYTES
+            whole = {"driver": "core", "backing_store": False} if small else {}
+            self.tree: Any = (
+                _read_flush(path) if is_flush(path) else h5py.File(path, "r", locking=False, **whole)
+            )
+            self.attributes: dict[str, Any] = dict(self.tree.attrs)
+            version = int(self.attributes["schema_version"])
+            if self.attributes.get("virtual"):
+                # A master of earlier versions shows the files beside it, and HDF5 shows zeros for a damaged one.
+                self.tree.close()
+                self.tree = _Group(self.attributes, {})
+            groups = list(self.tree.get("layers", ()))
+        except FileNotFoundError:
+            raise
+        except DAMAGE as error:
+            raise DataError(
+                f"{path} is damaged or no spectra file ({error}). Save what can be read with: "
+                f"oialr spectra repair {head_of(path)}"
+            ) from error
+        if version > SCHEMA_VERSION:
+            raise DataError(
+                f"{path} has schema version {version}; must be at most {SCHEMA_VERSION}. Update hpc_oialr."
+            )
+        self._groups = {"" if group == "%" else unquote(group): group for group in groups}
+        self.layers = tuple(self._groups)
+
+    def group(self, layer: str) -> Any:
+        """The group of a layer's tables."""
+        return self.tree["layers"][self._groups[layer]]
+
+    def shape(self, layer: str) -> tuple[int, int, int]:
+        """A layer's index in the model, or -1, and its weight's m and n."""
+        with self._reading(f"attributes of layers/{self._groups[layer]}"):
+            found = self.group(layer).attrs
+            return int(found.get("index", -1)), int(found["m"]), int(found["n"])
+
+    def events(self, layer: str) -> NDArray[np.void]:
+        """A layer's events, of dtype EVENT."""
+        return as_table(self._read(layer, "events"), EVENT)
+
+    def singular_values(self, layer: str, rows: Any = ()) -> NDArray[np.float32]:
+        """A layer's singular values, or some rows of them."""
+        return self._read(layer, "singular_values", rows)
+
+    @property
+    def steps(self) -> NDArray[np.void]:
+        """The table of steps, of dtype STEP."""
+        with self._reading("data set steps"):
+            return as_table(self.tree["steps"][()], STEP) if "steps" in self.tree else NO_STEPS
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another file has replaced it since."""
+        return _identity(self.path) != self._identity
+
+    def close(self) -> None:
+        """Close the file."""
+        self.tree.close()
+
+    def _read(self, layer: str, table: str, rows: Any = ()) -> NDArray[Any]:
+        with self._reading(f"data set layers/{self._groups[layer]}/{table}"):
+            return np.asarray(self.group(layer)[table][rows])
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except DAMAGE as error:
+            raise DataError(
+                f"{self.path}: {what} cannot be read; it is damaged ({error}). Save the rest with: "
+                f"oialr spectra repair {head_of(self.path)}"
+            ) from error
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Group(dict[str, Any]):
+    """Tables and groups by name, with attributes, as h5py has them."""
+
+    def __init__(self, attributes: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.attrs = attributes
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _read_flush(path: Path) -> _Group:
+    """A flush as it would be in HDF5."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"checksum of {bad}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        header = json.loads(arrays["header"].tobytes())
+        events, values, steps = arrays["events"], arrays["singular_values"], arrays["steps"]
+    layers, row, value = {}, 0, 0
+    for name, index, m, n, count in header["layers"]:
+        k = min(m, n)
+        tables = {
+            "events": events[row : row + count],
+            "singular_values": values[value : value + count * k].reshape(count, k),
+        }
+        layers[group_name(name)] = _Group({"name": name, "index": index, "m": m, "n": n, "k": k}, tables)
+        row, value = row + count, value + count * k
+    return _Group(header["attributes"], {"layers": _Group({}, layers), "steps": steps})

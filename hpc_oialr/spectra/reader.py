@@ -1,4 +1,4 @@
-"""Reading a record of spectra: lazily, while it is written, one run or several side by side."""
+"""Read a record of spectra: lazily, also while it is written, one run or several side by side."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
-from hpc_oialr.spectra.files import gaps_in, head_of, record_files
-from hpc_oialr.spectra.record_file import RecordFile
+from hpc_oialr.spectra.files import RecordFile, gaps_in, head_of, record_files
 from hpc_oialr.spectra.schema import EVENT, NO_STEPS, kind_words
 
 if TYPE_CHECKING:
@@ -23,22 +22,15 @@ if TYPE_CHECKING:
     import xarray
 
 Path_ = str | Path
-# A file that was listed may be gone when it is opened, since a run joins files.
-_TRIES, _PAUSE_S = 10, 0.05
+_TRIES, _PAUSE_S = 10, 0.05  # a listed file may be gone when it is opened, since a run joins files
 TABLES = ("events", "steps")
 
 
 class Layer:
-    """One layer's events, in the order of steps; read when they are asked for.
+    """Events of the layer ``name`` in the order of steps, read on demand.
 
-    Attributes
-    ----------
-    name
-        The layer.
-    m, n, k
-        Shape of its weight, and the shorter side.
-    index
-        Its position in the model; -1 in files of version 1.
+    ``m``, ``n`` and ``k`` are the shape of its weight and the shorter side, ``index`` its position in the model (-1 in
+    files of version 1).
     """
 
     def __init__(self, name: str, files: list[RecordFile]) -> None:
@@ -103,13 +95,13 @@ class Layer:
 
     @functools.cached_property
     def _order(self) -> NDArray[np.int64]:
-        """Stored rows by step, each event once: a killed join leaves rows in two files."""
+        """Stored rows by step, each event once: a killed join leaves rows twice."""
         stored = np.concatenate(self._tables)
         return _first_of_each(np.stack([stored["t"], stored["kind"].astype(np.int64)]))
 
 
 def _first_of_each(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the columns in order, the first one of equals only; ``keys`` of shape (keys, rows)."""
+    """Indices of the columns in sorted order, the first of equal ones only; ``keys`` of shape (keys, rows)."""
     order = np.lexsort(keys[::-1])
     ordered = keys[:, order]
     fresh = np.ones(len(order), dtype=bool)
@@ -118,17 +110,9 @@ def _first_of_each(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Spectra(Mapping[str, Layer]):
-    """The record of one run: layers by name, in the model's order.
+    """The record of one run: layers by name, in the model's order. Use it in a ``with`` statement, or call :meth:`close`.
 
-    A snapshot of the moment at which it was opened, also while the run continues. Use it in a ``with`` statement, or
-    call :meth:`close`.
-
-    Attributes
-    ----------
-    path
-        What was opened.
-    attributes
-        The root's, as they are stored; see :attr:`config` and :attr:`environment`.
+    A snapshot of ``path`` when it was opened; ``attributes`` are the root's as they are stored, see :attr:`config`.
 
     Examples
     --------
@@ -172,11 +156,12 @@ class Spectra(Mapping[str, Layer]):
     @functools.cached_property
     def events(self) -> NDArray[np.void]:
         """All layers' events, each row with ``layer``, its place in :attr:`layers`, before the other fields."""
-        table = np.dtype([("layer", np.int64), *((name, EVENT[name]) for name in EVENT.names or ())])
-        rows = np.zeros(sum(len(layer) for layer in self.values()), dtype=table)
-        for name in EVENT.names or ():
+        lengths, names = [len(layer) for layer in self.values()], EVENT.names or ()
+        table = np.dtype([("layer", np.int64), *((name, EVENT[name]) for name in names)])
+        rows = np.zeros(sum(lengths), dtype=table)
+        for name in names:
             rows[name] = np.concatenate([layer[name] for layer in self.values()] or [rows[name]])
-        rows["layer"] = np.repeat(np.arange(len(self)), [len(layer) for layer in self.values()])
+        rows["layer"] = np.repeat(np.arange(len(self)), lengths)
         return rows
 
     @functools.cached_property
@@ -196,10 +181,7 @@ class Spectra(Mapping[str, Layer]):
         return dict(json.loads(self.attributes.get("environment", "{}")))
 
     def to_pandas(self, table: str = "events", *, singular_values: bool = False) -> pandas.DataFrame:
-        """A table with a row per layer and event, or with "steps" per step range.
-
-        ``singular_values``: add a column with the array of each event's values, without padding.
-        """
+        """A row per layer and event, or with "steps" per step range; ``singular_values``: add each event's array."""
         if table not in TABLES:
             raise UnknownNameError("table", table, TABLES)
         if table == "steps":
@@ -231,7 +213,7 @@ class Spectra(Mapping[str, Layer]):
 
 
 def _open_files(path: Path) -> list[RecordFile]:
-    """All files of a record, as they are at one moment, oldest rows first; or one segment alone."""
+    """All files of a record at one moment, oldest rows first; or one segment alone."""
     head = head_of(path)
     if path != head and not path.is_dir():
         return [RecordFile(path)]
@@ -314,7 +296,7 @@ def open(path: list[Any] | tuple[Any, ...]) -> Runs: ...
 
 
 def open(path: Path_ | list[Any] | tuple[Any, ...]) -> Spectra | Runs:
-    """Open the record of a run, or of several; also while they are written.
+    """Open the record of a run or of several, also while they are written.
 
     Parameters
     ----------

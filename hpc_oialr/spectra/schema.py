@@ -1,4 +1,4 @@
-"""What a record of spectra holds, and updates of the method as rows of its tables.
+"""Layout of a record of spectra, and updates as rows of its tables.
 
 ::
 
@@ -8,8 +8,8 @@
         singular_values     float32  the same rows, of width k: before the cut, descending, padded with NaN
     /steps                  one row per step range, of the fields of STEP
 
-A number that was not computed, or that a file of an older version does not have, is NaN. Version 1 had the
-fields up to ``seconds``, and no steps.
+A number that was not computed, or that an older version did not store, is NaN. Version 1 had the fields up to
+``seconds``, and no steps.
 """
 
 from __future__ import annotations
@@ -78,12 +78,9 @@ NO_STEPS = np.zeros(0, dtype=STEP)
 
 def root_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The root's attributes as this version stores them: mappings as JSON."""
-    stored = {
-        name: to_json(value) if isinstance(value, Mapping) else value for name, value in attributes.items()
-    }
     # These describe a file, not the record; the last two are of earlier versions.
-    for name in ("schema_version", "segments", "virtual"):
-        stored.pop(name, None)
+    kept = {k: v for k, v in attributes.items() if k not in ("schema_version", "segments", "virtual")}
+    stored = {k: to_json(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
     return {"schema_version": SCHEMA_VERSION, **stored}
 
 
@@ -101,7 +98,7 @@ def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.voi
 
 
 def kind_words(kinds: NDArray[np.uint8]) -> list[str]:
-    """Numbers of ``kind`` in words.
+    """Names of the numbers in ``kind``.
 
     >>> kind_words(np.array([0, 2], dtype=np.uint8))
     ['stability', 'update']
@@ -111,7 +108,7 @@ def kind_words(kinds: NDArray[np.uint8]) -> list[str]:
 
 
 def group_name(layer: str) -> str:
-    """A layer's name as one HDF5 link: "/" would open a group, "." means the group itself.
+    """A layer's name as one HDF5 link: "/" would start a subgroup, "." means the group itself.
 
     >>> group_name("encoder.0/a"), group_name("."), group_name("")
     ('encoder.0%2Fa', '%2E', '%')
@@ -135,7 +132,7 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that are added to a record in one write: each layer once, step ranges, and how many updates these are."""
+    """Rows that are added to a record in one write: each layer once, step ranges, and the number of updates."""
 
     layers: tuple[LayerRows, ...] = ()
     steps: NDArray[np.void] = field(default_factory=lambda: NO_STEPS)
@@ -150,16 +147,21 @@ class Rows:
         of_layers = sum(rows.events.nbytes + rows.singular_values.nbytes for rows in self.layers)
         return of_layers + self.steps.nbytes
 
+    @property
+    def first_step(self) -> int:
+        """The earliest step that has a row."""
+        return int(min([*(rows.events["t"].min() for rows in self.layers), *self.steps["step"]]))
+
 
 def copied(report: UpdateReport) -> UpdateReport:
-    """With a copy of the singular values, which may be views of an SVD's much larger result; about 5 us a layer."""
+    """With copies of the singular values, which may be views of an SVD's much larger result; about 5 us a layer."""
     values: list[Any] = [np.asarray(each.singular_values).astype(np.float32) for each in report.layers]
     layers = zip(report.layers, values, strict=True)
     return replace(report, layers=tuple(replace(each, singular_values=own) for each, own in layers))
 
 
 def rows_of_update(report: UpdateReport, places: Mapping[str, int]) -> Rows:
-    """An update as rows, with all quantities of its singular values; ``places``: each layer's position in the model."""
+    """An update as rows, with all quantities of its singular values; ``places``: each layer's index in the model."""
     return Rows(tuple(_layer_rows(report, layer, places[layer.name]) for layer in report.layers), events=1)
 
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from hpc_oialr.spectra.reader import Layer, Spectra
 
-# An event that a layer does not have.
-NO_KIND = -1
+NO_KIND = -1  # an event that a layer does not have
 FORMATS = ("csv", "parquet")
 
 
@@ -49,7 +48,7 @@ def events_to_pandas(layers: Mapping[str, Layer], *, singular_values: bool) -> p
 
 
 def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
-    """Tables of several runs in one, with a first column ``run``."""
+    """Join tables of several runs, with a first column ``run``."""
     for name, frame in frames.items():
         if "layer" in frame:
             # Categories differ between models.
@@ -61,7 +60,7 @@ def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
 def to_xarray(
     layers: Mapping[str, Layer], steps: np.ndarray[Any, Any], path: str, pattern: str
 ) -> xarray.Dataset:
-    """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`; of two events of one step the later one."""
+    """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`; of two events of one step the later one counts."""
     xarray = need("xarray")
     chosen = [layer for name, layer in layers.items() if fnmatchcase(name, pattern)]
     if not chosen:
@@ -92,28 +91,25 @@ def to_xarray(
 
 
 def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
-    """Arrays of several runs in one, with a first dimension ``run``."""
+    """Join arrays of several runs, with a first dimension ``run``."""
     xarray = need("xarray")
-    joined = xarray.concat(
-        [each.drop_attrs() for each in sets.values()],
-        dim="run",
-        join="outer",
-        data_vars="all",
-        coords="minimal",
-        compat="override",
-        combine_attrs="drop",
-    )
+    options = {
+        "join": "outer",
+        "data_vars": "all",
+        "coords": "minimal",
+        "compat": "override",
+        "combine_attrs": "drop",
+    }
+    joined = xarray.concat([each.drop_attrs() for each in sets.values()], dim="run", **options)
     return joined.assign_coords(run=xarray.Variable("run", list(sets)))
 
 
 def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = False) -> list[Path]:
-    """Write a record's tables; the files that were written.
+    """Write a record's tables ``events`` and ``steps`` and return the files.
 
-    ``events``: a row per layer and event; ``steps``: a row per step range; singular values as a column of lists
-    in Parquet, and in CSV as a third table with a row per layer, event and value.
-
-    ``form`` is "csv" or "parquet"; ``out`` a folder, by default ``spectra_FORMAT`` beside the record. ``force``: write
-    into a folder with other content too; see :func:`hpc_oialr.outputs.new_folder`.
+    Singular values are a column of lists in Parquet, and a third table with a row per value in CSV. ``form`` is "csv" or
+    "parquet"; ``out`` a folder, by default ``spectra_FORMAT`` beside the record. ``force``: write into a folder with
+    other content too; see :func:`hpc_oialr.outputs.new_folder`.
     """
     if form not in FORMATS:
         raise UnknownNameError("format", form, FORMATS)
@@ -130,19 +126,14 @@ def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = Fa
         # Layer by layer: all values of a long run at once are many gigabytes of text.
         with (draft / "singular_values.csv").open("w", encoding="utf-8", newline="") as file:
             for place, layer in enumerate(run.values()):
-                _values_to_pandas(layer).to_csv(file, index=False, header=place == 0)
+                values = layer.singular_values
+                rows, index = np.nonzero(~np.isnan(values))
+                columns = {
+                    "layer": layer.name,
+                    "t": layer.t[rows],
+                    "kind": np.array(layer.kinds, dtype=object)[rows],
+                    "index": index,
+                    "value": values[rows, index],
+                }
+                need("pandas").DataFrame(columns).to_csv(file, index=False, header=place == 0)
     return [folder / name for name in ("events.csv", "steps.csv", "singular_values.csv")]
-
-
-def _values_to_pandas(layer: Layer) -> pandas.DataFrame:
-    """A layer's singular values, a row for each."""
-    values = layer.singular_values
-    rows, index = np.nonzero(~np.isnan(values))
-    columns = {
-        "layer": layer.name,
-        "t": layer.t[rows],
-        "kind": np.array(layer.kinds, dtype=object)[rows],
-        "index": index,
-        "value": values[rows, index],
-    }
-    return need("pandas").DataFrame(columns)

@@ -1,4 +1,4 @@
-"""Takes the updates of a run and writes them in a background thread, without ever stopping the training."""
+"""Write the updates of a run in a background thread, without stopping the training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from hpc_oialr.spectra.files import record_files
-from hpc_oialr.spectra.record_file import DAMAGE
+from hpc_oialr.spectra.files import DAMAGE, record_files
 from hpc_oialr.spectra.schema import Rows, copied, rows_of_update, steps_of, together
 from hpc_oialr.spectra.store import Chain, merge
 
@@ -20,27 +19,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-# Rows of steps are written with the next update; without one, as soon as they are so many.
-_STEPS = 256
-# Of rows that wait for room on the disk.
-MEMORY_BYTES = 64 * 2**20
+_STEPS = 256  # rows of steps are written with the next update, or once there are so many
+MEMORY_BYTES = 64 * 2**20  # of rows that wait for room on the disk
 
 
 class SpectraWriter:
     """Writes updates in a background thread.
 
-    :meth:`write` copies the singular values and returns. An update is on the disk once :attr:`written` counts it; all
-    are once :meth:`flush` has returned True. A run flushes before each checkpoint, so that one that is killed and
-    resumed has lost nothing.
+    :meth:`write` copies the singular values and returns. ``written`` counts updates that are on the disk; all are once
+    :meth:`flush` has returned True. A run flushes before each checkpoint, so that a kill and a resume lose nothing.
 
-    File system errors do not raise: rows stay in memory, and are tried again with the next ones; beyond
-    ``memory_bytes`` the newest are dropped and counted. A run that dies meanwhile resumes from a checkpoint, and
-    writes the updates after it again.
+    File system errors do not raise: rows stay in memory and are written with the next ones; beyond ``memory_bytes`` the
+    newest are dropped and counted in ``dropped``.
 
     ``layers``: names of the model's layers, in its order; others are numbered after them. ``queue_length``: how many
-    updates may wait for the thread. ``written`` and ``dropped`` count updates on the disk, and those that memory could
-    not hold.
+    updates may wait for the thread.
     """
 
     def __init__(
@@ -61,7 +54,7 @@ class SpectraWriter:
         self._queue = AsyncWriter(self._write, queue_length, name=str(chain.head), patience_s=patience_s)
 
     def write(self, report: UpdateReport, *, wait: bool = False) -> None:
-        """Queue an update; ``wait``: return only once the thread has written it."""
+        """Queue an update; with ``wait`` return once the thread has written it."""
         for layer in report.layers:
             self._places.setdefault(layer.name, len(self._places))
         self._put(copied(report))
@@ -74,11 +67,25 @@ class SpectraWriter:
         if len(self._steps) >= _STEPS:
             self._put(None)
 
-    def flush(self) -> bool:
-        """Wait until everything is on the disk; False if it is full or hangs: the rest is written once it can be."""
+    def flush(self, checkpoint: int | None = None) -> bool:
+        """Wait until everything is on the disk; False if that is full or hangs: the rest is written later.
+
+        ``checkpoint``: step of a checkpoint that was written after a flush returned False: try once more, without waiting
+        for a disk that hangs, and if that fails warn of the steps that are only in memory.
+        """
         if self._steps:
             self._put(None)
-        return self._queue.drain() and self._write_waiting()
+        done = self._queue.drain(None if checkpoint is None else 0) and self._write_waiting()
+        if not done and checkpoint is not None:
+            first = min((rows.first_step for rows in list(self._waiting)), default=checkpoint)
+            log.warning(
+                "%s: spectra of steps %d to %d are only in memory, and the checkpoint of step %d is written: if the run "
+                "dies now, they are lost. Make room on the disk; the next checkpoint writes them. If the run dies first, "
+                "delete checkpoints/step_* from step %d on, then resume: it starts from the one before, or anew.%s",
+                *(self.chain.head, first, checkpoint, checkpoint, first),
+                f" {self.dropped} updates did not fit into memory and are lost." if self.dropped else "",
+            )
+        return done
 
     def truncate_after(self, t: int) -> None:
         """Drop rows of later steps: a resumed run writes them again."""
@@ -97,11 +104,9 @@ class SpectraWriter:
             merge(head)
         except DAMAGE as error:
             log.warning(
-                "%s stays in several files (%s); readers see them as one. Once that is put right: oialr spectra "
-                "merge %s",
-                head,
-                error,
-                head.parent,
+                "%s stays in several files (%s); readers see them as one. Once that is put right: "
+                "oialr spectra merge %s",
+                *(head, error, head.parent),
             )
 
     def close(self) -> None:
@@ -132,10 +137,8 @@ class SpectraWriter:
         except DAMAGE as error:
             if not self._failing:
                 log.warning(
-                    "%s cannot be written (%s); the training goes on, and up to %d MiB of the record wait in memory.",
-                    self.chain.head,
-                    error,
-                    self.memory_bytes >> 20,
+                    "%s cannot be written (%s); training continues, and up to %d MiB of the record are kept in memory.",
+                    *(self.chain.head, error, self.memory_bytes >> 20),
                 )
             self._failing = True
             while sum(kept.nbytes for kept in self._waiting) > self.memory_bytes:
@@ -149,27 +152,26 @@ class SpectraWriter:
         return True
 
 
-class AsyncWriter(Generic[T]):
+class AsyncWriter:
     """Runs jobs in order in a background thread, all queued ones at once.
 
-    A thread is enough: gzip, ``write`` and ``fsync`` release the GIL, and ``python -m benchmarks.record`` measures
-    the rest. A process would import everything a second time and hold its memory.
+    A thread is enough: gzip, ``write`` and ``fsync`` release the GIL; ``python -m benchmarks.record`` measures the rest.
 
     :meth:`put` blocks while the queue is full, which is logged the first time. It and :meth:`drain` block no longer than
-    ``patience_s``; after it jobs are dropped and counted until the queue has room again: a file system that hangs must
-    not stop a training. ``name`` is used in messages.
+    ``patience_s``; then jobs are dropped and counted until the queue has room again: a file system that hangs must not
+    stop a training. ``name`` is used in messages.
     """
 
     def __init__(
-        self, work: Callable[[list[T]], None], length: int, *, name: str, patience_s: float = 60.0
+        self, work: Callable[[list[Any]], None], length: int, *, name: str, patience_s: float = 60.0
     ) -> None:
         self.name, self.patience_s = name, patience_s
         self.waited_s, self.dropped = 0.0, 0
         self._work, self._stuck = work, False
-        self._jobs: queue.Queue[T | None] = queue.Queue(length)
+        self._jobs: queue.Queue[Any] = queue.Queue(length)
         self._thread: threading.Thread | None = None
 
-    def put(self, job: T) -> None:
+    def put(self, job: Any) -> None:
         """Queue a job; blocks only while the queue is full."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"writer of {self.name}", daemon=True)
@@ -186,21 +188,20 @@ class AsyncWriter(Generic[T]):
         waited = time.monotonic() - start
         if not self.waited_s:
             log.warning(
-                "%s: %d updates wait to be written, and the training waited %.2f s for it%s. Later waits are told "
-                "at the end. Raise record.spectra_queue, or measure less often.",
+                "%s: %d updates wait to be written, and the training waited %.2f s for it%s. Later waits are "
+                "added up at the end. Raise record.spectra_queue, or measure less often.",
                 self.name,
                 self._jobs.maxsize,
                 waited,
-                "; it hangs, and updates are dropped until it goes on" if self._stuck else "",
+                "; it hangs, and updates are dropped until it responds" if self._stuck else "",
             )
         self.waited_s += waited
 
-    def drain(self) -> bool:
-        """Wait until all jobs are done; False after ``patience_s``."""
-        with self._jobs.all_tasks_done:
-            return self._jobs.all_tasks_done.wait_for(
-                lambda: not self._jobs.unfinished_tasks, self.patience_s
-            )
+    def drain(self, patience_s: float | None = None) -> bool:
+        """Wait until all jobs are done; False after ``patience_s``, by default the queue's."""
+        jobs, patience = self._jobs, self.patience_s if patience_s is None else patience_s
+        with jobs.all_tasks_done:
+            return jobs.all_tasks_done.wait_for(lambda: not jobs.unfinished_tasks, patience)
 
     def close(self) -> bool:
         """Finish queued jobs and end the thread; False if that takes longer than ``patience_s``."""

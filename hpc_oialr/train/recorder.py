@@ -161,11 +161,14 @@ class Recorder:
                 if event.kind != "stability":
                     self.progress.note(_note(shared))
 
-    def flush(self) -> None:
-        """Put all of the record on the disk, as it must be before a checkpoint; a collective call."""
+    def flush(self, checkpoint: int | None = None) -> bool:
+        """Put all of the record on the disk before a checkpoint; False if spectra had to stay in memory.
+
+        A collective call. With the step of a ``checkpoint`` that was written in spite of that: rank 0 tries again, and
+        warns if it fails.
+        """
         self.collect()
-        if self.spectra is not None:
-            self.spectra.flush()
+        return self.spectra is None or self.spectra.flush(checkpoint)
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps."""

@@ -172,7 +172,7 @@ class Trainer:
         """Write a checkpoint into ``RUN/checkpoints``, unless this step has one; CheckpointError if that fails."""
         if self._saved == self.progress.step:
             return
-        self.recorder.flush()
+        flushed = self.recorder.flush()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
         self.progress.checkpoint_s = self.stopping.checkpoint_s
         before = self.timers.seconds["checkpoint"]
@@ -180,6 +180,9 @@ class Trainer:
             checkpoint.save(self.store, self.context, self.progress, self.timers, self.settings)
         self.stopping.saved(self.timers.seconds["checkpoint"] - before)
         self._saved = self.progress.step
+        if not flushed:
+            # On rank 0 only; nothing is left to collect.
+            self.recorder.flush(checkpoint=self.progress.step)
 
     def summary(self) -> dict[str, Any]:
         """``summary.json`` of a finished run; a collective call, the same on all ranks but for times and memory.

@@ -14,7 +14,7 @@ from support.collectives import KINDS, ZERO_STEP, over_and_over
 from support.crowd import Crowd
 
 from hpc_oialr.distributed import World
-from hpc_oialr.distributed.failures import configure_nccl_watchdog
+from hpc_oialr.distributed.world import configure_nccl_watchdog
 from hpc_oialr.errors import WorldError
 
 TIMEOUT_S = 8.0

@@ -57,19 +57,18 @@ def test_a_plain_line_holds_every_figure() -> None:
     assert stream.getvalue() == LINE + "\n"
 
 
-def test_evaluations_and_the_end_are_always_shown() -> None:
+def test_notes_and_the_end_are_always_shown() -> None:
     stream = io.StringIO()
     progress = PlainProgress(stream, every_s=1000)
     progress.update(status())
-    progress.update(status(step=31, metric=0.875, metric_name="accuracy"), evaluated=True)
     progress.update(status(step=32))
-    progress.update(status(step=100))
+    progress.update(status(step=100, metric=0.875, metric_name="accuracy"))
     progress.note("conversion of 24 layers")
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 3
+    assert lines[1].startswith("step 100/100")
     assert "loss 1.2346 | accuracy 0.8750 | trained" in lines[1]
-    assert lines[2].startswith("step 100/100")
-    assert lines[3] == "conversion of 24 layers"
+    assert lines[2] == "conversion of 24 layers"
 
 
 def test_the_live_display_draws_now_and_then() -> None:
@@ -90,12 +89,9 @@ def test_the_live_display_draws_now_and_then() -> None:
 def test_the_display_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     assert isinstance(make_progress(stream=stream), PlainProgress)
-    assert type(make_progress(stream=stream, show=False, live=True)) is Progress
-    live = make_progress(stream=stream, live=True)
-    assert isinstance(live, LiveProgress)
-    live.close()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert type(make_progress(show=False)) is Progress
     live = make_progress()
     assert isinstance(live, LiveProgress)
     live.close()
@@ -103,7 +99,7 @@ def test_the_display_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_processes_show_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     progress = make_progress(show=False)
-    progress.update(status(), evaluated=True)
+    progress.update(status())
     progress.note("hidden")
     progress.close()
     assert capfd.readouterr() == ("", "")

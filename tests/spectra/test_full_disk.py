@@ -74,8 +74,8 @@ def test_a_full_disk(
     writer.finish()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == [
-        f"{run / 'spectra.h5'} cannot be written ([Errno 28] No space left on device); the training goes on, and "
-        "up to 1 MiB of the record wait in memory."
+        f"{run / 'spectra.h5'} cannot be written ([Errno 28] No space left on device); training continues, and "
+        "up to 1 MiB of the record are kept in memory."
     ]
     disk.full = False
     assert writer.flush()
@@ -99,6 +99,28 @@ def test_a_run_that_died_while_the_disk_was_full(
     write(again, range(4, 6))
     disk.full = False
     write(again, range(6, 9)).close()
+    assert content(run) == content(whole)
+
+
+def test_a_checkpoint_that_is_ahead_of_the_spectra(
+    run: Path, disk: Disk, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was written although rows wait in memory: the steps that a crash would lose are named."""
+    writer = write(writer_of(run / "spectra.h5"), range(1, 4))
+    disk.full = True
+    write(writer, range(4, 7))
+    caplog.clear()
+    assert not writer.flush(checkpoint=6)
+    assert caplog.messages == [
+        f"{run / 'spectra.h5'}: spectra of steps 4 to 6 are only in memory, and the checkpoint of step 6 is written: if "
+        "the run dies now, they are lost. Make room on the disk; the next checkpoint writes them. If the run dies "
+        "first, delete checkpoints/step_* from step 4 on, then resume: it starts from the one before, or anew."
+    ]
+    caplog.clear()
+    disk.full = False
+    assert writer.flush(checkpoint=6)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    write(writer, range(7, 9)).close()
     assert content(run) == content(whole)
 
 

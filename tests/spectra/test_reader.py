@@ -16,7 +16,7 @@ from support.spectra_reports import NAMES, SEGMENTS, content, report, step_row, 
 import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.spectra import reader
-from hpc_oialr.spectra.record_file import RecordFile
+from hpc_oialr.spectra.files import RecordFile
 from hpc_oialr.spectra.schema import EVENT, KINDS
 from hpc_oialr.spectra.store import merge
 from hpc_oialr.spectra.tables import export

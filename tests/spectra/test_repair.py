@@ -11,8 +11,8 @@ from support.spectra_reports import ATTRIBUTES, content, report, step_row, write
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.spectra import open
-from hpc_oialr.spectra.repair import repair
 from hpc_oialr.spectra.schema import group_name
+from hpc_oialr.spectra.store import repair
 from hpc_oialr.spectra.writer import SpectraWriter
 
 LAST, K = 70, 40

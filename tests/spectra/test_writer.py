@@ -182,7 +182,7 @@ def test_a_disk_that_hangs_holds_nothing_up(caplog: pytest.LogCaptureFixture) ->
         assert gate.begun.wait(60)
     assert not queue.drain()
     assert queue.dropped == 7, "one at work, two waiting"
-    assert "it hangs, and updates are dropped until it goes on" in caplog.text
+    assert "it hangs, and updates are dropped until it responds" in caplog.text
     gate.open.set()
     queue.patience_s = 60.0
     assert queue.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.basis_change import gram_products, stability_of
 from hpc_oialr.method.decompositions import rotation_stability
 from hpc_oialr.record import read_metrics
-from hpc_oialr.spectra import Spectra, open
+from hpc_oialr.spectra import Spectra, open, store
+from hpc_oialr.spectra.files import write_flush
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import Result, resume, train
@@ -195,6 +199,41 @@ def test_a_run_goes_on_without_room_for_a_checkpoint(
         assert all(text in line and "Make room" in line for line in told)
         names = sorted(path.name for path in (disk / "run" / "checkpoints").glob("step_*"))
         assert names == ["step_00000020", "step_00000024"]
+
+
+def test_a_checkpoint_that_is_ahead_of_the_spectra(
+    default: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for spectra but for checkpoints, then a crash: what the warning says brings everything back."""
+    steps, full = itertools.count(1), False
+
+    def asked() -> str:
+        nonlocal full
+        step = next(steps)
+        full = step >= 6
+        if step == 12:
+            raise RuntimeError("crash")
+        return ""
+
+    def write(*arguments: Any) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_flush(*arguments)
+
+    monkeypatch.setattr(store, "write_flush", write)
+    recipe, folder = write_recipe(tmp_path, checkpoint={"every": 5}), tmp_path / "run"
+    with pytest.raises(RuntimeError, match="crash"):
+        train(load_config(recipe), folder, world=World.single("cpu"), stop=StopRequest(asked))
+    warnings = [text for text in caplog.messages if "only in memory" in text]
+    assert len(warnings) == 1
+    assert "steps 6 to 10 are only in memory, and the checkpoint of step 10 is written" in warnings[0]
+    full = False
+    assert "delete checkpoints/step_* from step 6 on, then resume" in warnings[0]
+    shutil.rmtree(folder / "checkpoints" / "step_00000010")
+    result = resume(folder, world=World.single("cpu"))
+    assert result.summary is not None
+    with open(folder) as spectra, open(default.folder) as whole:
+        assert record(spectra) == record(whole)
 
 
 @pytest.mark.parametrize(
