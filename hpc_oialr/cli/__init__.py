@@ -1,1 +1,1 @@
-"""The command line: one file per command, with ``add`` to put it into the parser and ``run`` to run it."""
+"""The command line: one file per command; its docstring is the summary, ``add`` adds options, ``run`` runs it."""

@@ -1,4 +1,4 @@
-"""``oialr analyze``."""
+"""Write the spectra of a training's checkpoints, made here or elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, is_main, show, writing
+from hpc_oialr.cli.console import add_force, is_main, show, writing
 from hpc_oialr.record.progress import clock_time
 
 EXAMPLES = """  oialr analyze checkpoint-500 checkpoint-1000 checkpoint-1500 --out spectra.h5
@@ -22,9 +22,7 @@ A checkpoint: a safetensors file, a torch file with a state dict (never one that
 transformers writes it, or a run's checkpoints/step_NUMBER, all of one dense model."""
 
 
-def add(commands: Any) -> None:
-    summary = "write the spectra of a training's checkpoints, made here or elsewhere"
-    parser = add_command(commands, "analyze", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="file or folder")
     option("--out", metavar="FILE.h5", type=Path, required=True, help="file to write")
@@ -43,37 +41,27 @@ def run(arguments: argparse.Namespace) -> None:
     from hpc_oialr.distributed import World
     from hpc_oialr.report.analyze import MatrixSelection, analyze
 
-    names = ("include", "exclude", "max_aspect")
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    selection = MatrixSelection(**given)
-    world = World.from_environment(device=arguments.device)
-    try:
-        with writing(arguments.out):
-            out = analyze(
-                arguments.checkpoints,
-                arguments.out,
-                steps=arguments.steps,
-                selection=selection,
-                world=world,
-                progress=_Lines(),
-                force=arguments.force,
-            )
-    finally:
-        world.close()
+    given = {name: getattr(arguments, name) for name in ("include", "exclude", "max_aspect")}
+    selection = MatrixSelection(**{name: value for name, value in given.items() if value})
+    options = {"steps": arguments.steps, "selection": selection, "force": arguments.force}
+    with closing(World.from_environment(device=arguments.device)) as world, writing(arguments.out):
+        out = analyze(arguments.checkpoints, arguments.out, **options, world=world, progress=progress_lines())
     show(out)
 
 
-class _Lines:
-    """A line on standard error now and then: large checkpoints take hours."""
+def progress_lines(
+    every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """A callback that prints a line on standard error now and then: large checkpoints take hours."""
+    start = last = clock()
 
-    def __init__(self, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._every_s, self._clock, self._start = every_s, clock, clock()
-        self._next = self._start + every_s
-
-    def __call__(self, done: int, of: int) -> None:
-        now = self._clock()
-        if now < self._next or done == of or not is_main():
+    def report(done: int, of: int) -> None:
+        nonlocal last
+        now = clock()
+        if now < last + every_s or done == of or not is_main():
             return
-        self._next = now + self._every_s
-        left = clock_time((now - self._start) * (of - done) / done)
+        last = now
+        left = clock_time((now - start) * (of - done) / done)
         sys.stderr.write(f"oialr: {done} of {of} layers measured, about {left} to go\n")
+
+    return report

@@ -1,19 +1,17 @@
-"""``oialr cancel``."""
+"""End the job of a submitted run."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, show
+from hpc_oialr.cli.console import show
 from hpc_oialr.launch.jobs import cancel
 
 EXAMPLES = """  oialr cancel runs/first
   oialr cancel 4711"""
 
 
-def add(commands: Any) -> None:
-    parser = add_command(commands, "cancel", run, summary="end the job of a submitted run", examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     explained = "folder of a run, or number of a job"
     parser.add_argument("target", metavar="RUN|JOB", nargs="+", help=explained)
 

@@ -1,34 +1,28 @@
-"""``oialr compare``."""
+"""Train a recipe and its dense baseline, same seed and data order, and compare them."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from hpc_oialr.cli.command_train import summary_rows
-from hpc_oialr.cli.console import add_command, add_recipe, console, show
-from hpc_oialr.distributed import launch_info
+from hpc_oialr.cli.console import add_recipe, console, is_main, show
 from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.job_main import stop_requests
 from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import default_folder
 
-if TYPE_CHECKING:
-    from hpc_oialr.compare import Comparison
-
 EXAMPLES = """  oialr compare fashion_mnist_vit --own
   oialr compare fashion_mnist_vit --train.epochs 1 --out runs/equal_steps
   oialr compare fashion_mnist_vit --own --dense.train.epochs 3"""
 
 
-def add(commands: Any) -> None:
-    summary = "train a recipe and its dense baseline, same seed and data order, and compare them"
-    parser = add_command(commands, "compare", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     explained = "the dense baseline takes the recipe's dense settings, not the same steps"
     parser.add_argument("--own", action="store_true", help=explained)
@@ -38,22 +32,28 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train both, then print a table, the plot's path and, last, the path of ``compare.json``."""
-    from hpc_oialr.compare import compare
+    from hpc_oialr.compare import compare, plot
     from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.load_config import load_config
 
     loaded = load_config(arguments.recipe, arguments.settings)
     folder = arguments.out or default_folder(arguments.recipe)
+    claim = Claim("oialr compare", job_over)
     with stop_requests(loaded) as stop:
-        claim = Claim("oialr compare", job_over)
         comparison = compare(loaded, folder, own=arguments.own, stop=stop, claim=claim)
     if comparison is None:
         own = ["--own"] if arguments.own else []
         again = ["oialr", "compare", arguments.recipe, *own, *arguments.settings, "--out", str(folder)]
-        show(f"stopped on request; go on with: {shlex.join(again)}")
+        show(f"stopped on request; resume with: {shlex.join(again)}")
         return STOPPED
     console().print(_table(comparison.result))
-    show(_draw(comparison))
+    picture = folder / "compare.png"
+    try:
+        if is_main():
+            plot(comparison, picture)
+        show(f"plot: {picture}")
+    except ImportError:
+        show(MissingExtraError("matplotlib", "plot", purpose="The plot of metric against time"))
     show(folder / "compare.json")
     return FINISHED
 
@@ -61,31 +61,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(result: dict[str, Any]) -> Table:
     """Both runs and their ratios."""
     dense, oialr = result["dense"], result["oialr"]
-    table = Table("", title="dense and OIALR", title_justify="left")
-    for name in ("dense", "OIALR", "OIALR / dense"):
-        table.add_column(name, justify="right")
+    columns = (Column(name, justify="right") for name in ("dense", "OIALR", "OIALR / dense"))
+    table = Table("", *columns, title="dense and OIALR", title_justify="left")
     (label, _, form), *others = summary_rows(dense)
-    difference = result["metric_difference"]
-    accuracy = dense["metric_name"].endswith("accuracy")
-    difference = f"{100 * difference:+.2f} points" if accuracy else f"{difference:+.4f}"
-    table.add_row(label, form.format(dense["metric"]), form.format(oialr["metric"]), difference)
+    by, accuracy = result["metric_difference"], dense["metric_name"].endswith("accuracy")
+    difference = f"{100 * by:+.2f} points" if accuracy else f"{by:+.4f}"
+    metric = form.format(oialr["metric"])
+    table.add_row(label, form.format(dense["metric"]), metric, difference)
     at = result["dense_metric_at_oialr_wall"]
     known = "not evaluated yet" if at is None else form.format(at)
-    table.add_row("  after OIALR's wall time", known, form.format(oialr["metric"]), "")
+    table.add_row("  after OIALR's wall time", known, metric, "")
     for label, key, form in others:
         ratio = f"{oialr[key] / dense[key]:.3f}" if dense[key] else ""
         table.add_row(label, form.format(dense[key]), form.format(oialr[key]), ratio)
     return table
-
-
-def _draw(comparison: Comparison) -> str:
-    """Draw the plot; where it is, or how to get it."""
-    from hpc_oialr.compare import plot
-
-    path = comparison.folder / "compare.png"
-    try:
-        if launch_info().rank == 0:
-            plot(comparison, path)
-    except ImportError:
-        return str(MissingExtraError("matplotlib", "plot", purpose="The plot of metric against time"))
-    return f"plot: {path}"

@@ -1,10 +1,9 @@
-"""``oialr data``."""
+"""Fetch data sets, make tiny ones."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from hpc_oialr.cli.console import add_command, add_force, show
 
@@ -13,11 +12,10 @@ EXAMPLES = """  oialr data fetch fashion-mnist
   oialr data sample imagenet samples/imagenet"""
 
 
-def add(commands: Any) -> None:
-    parser = add_command(commands, "data", summary="fetch data sets, make tiny ones", examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     summary = "fetch a data set once, checked by its checksums"
-    fetch = add_command(actions, "fetch", run, summary=summary, examples=EXAMPLES)
+    fetch = add_command(actions, "fetch", run_fetch, summary=summary, examples=EXAMPLES)
     fetch.add_argument("name", metavar="NAME", help="name of the data set, e.g. fashion-mnist")
     fetch.add_argument("--data-dir", type=Path, metavar="DIR", help="folder that has it, or where to put it")
     add_force(fetch)
@@ -34,7 +32,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     show(write_sample(arguments.name, arguments.folder))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run_fetch(arguments: argparse.Namespace) -> None:
     from hpc_oialr.data import fetch
 
     show(fetch(arguments.name, arguments.data_dir, force=arguments.force))

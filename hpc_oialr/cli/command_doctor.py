@@ -1,17 +1,15 @@
-"""``oialr doctor``."""
+"""Check what would make a run fail here, and how to fix it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, console
+from hpc_oialr.cli.console import console
 
 EXAMPLES = """  oialr doctor                                     (on a laptop, or a login node)
   oialr doctor --partition gpu --account my-project --folder /scratch/me/runs --need-gib 50
@@ -22,9 +20,7 @@ Exit code 0: no problems; 1: problems, each with its fix."""
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
-def add(commands: Any) -> None:
-    summary = "check what would make a run fail here, and how to fix it"
-    parser = add_command(commands, "doctor", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
     option("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
@@ -41,35 +37,22 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.doctor.checks import aggregate, run_checks
     from hpc_oialr.doctor.context import CheckContext
 
-    context, findings = CheckContext.at_site(
-        arguments.site,
-        folder=arguments.folder,
-        partition=arguments.partition,
-        account=arguments.account,
-        need_gib=arguments.need_gib,
-        timeout_s=arguments.timeout_s,
-    )
+    names = ("folder", "partition", "account", "need_gib", "timeout_s")
+    options = {name: getattr(arguments, name) for name in names}
+    context, findings = CheckContext.at_site(arguments.site, **options)
     summary = aggregate(context, [*findings, *run_checks(context)])
     if not summary.shown:
         return 0
     # Where processes cannot meet, each prints.
-    out = console(of_every_process=True)
+    out = console(every_rank=True)
+    code = 1 if summary.problems else 0
     if arguments.json:
-        content = {
-            "node": context.node,
-            "processes": summary.processes,
-            "problems": len(summary.problems),
-            "findings": [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows],
-        }
-        out.print(json.dumps(content, indent=2), markup=False)
-    else:
-        _show(out, context.node, summary)
-    return 1 if summary.problems else 0
-
-
-def _show(out: Console, node: str, summary: Any) -> None:
-    """The table, then one line for each problem."""
-    title = node if summary.processes == 1 else f"{summary.processes} processes, seen from {node}"
+        listed = [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows]
+        content = {"node": context.node, "processes": summary.processes, "problems": len(summary.problems)}
+        out.print(json.dumps({**content, "findings": listed}, indent=2), markup=False)
+        return code
+    several = f"{summary.processes} processes, seen from {context.node}"
+    title = context.node if summary.processes == 1 else several
     table = Table("check", "", "found", title=title, title_justify="left")
     for row in summary.rows:
         finding = row.finding
@@ -77,8 +60,9 @@ def _show(out: Console, node: str, summary: Any) -> None:
         table.add_row(finding.name, state, Text(f"{finding.found}{f' [{row.where}]' if row.nodes else ''}"))
     out.print(table)
     for wanted in ("problem", "note"):
-        for finding in (row.finding for row in summary.rows if row.finding.state == wanted):
-            if finding.fix:
+        for finding in (row.finding for row in summary.rows):
+            if finding.state == wanted and finding.fix:
                 out.print(f"{wanted:8} {finding.name}: {finding.fix}", markup=False)
     if not summary.problems:
         out.print("no problems", markup=False)
+    return code

@@ -1,20 +1,17 @@
-"""``oialr export``."""
+"""Write a run's model as safetensors, dense or with its factors."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, add_run, show
+from hpc_oialr.cli.console import add_force, add_run, show
 
 EXAMPLES = """  oialr export runs/first --format dense
   oialr export runs/first --format lowrank --step 500 --out my_model"""
 
 
-def add(commands: Any) -> None:
-    summary = "write a run's model as safetensors, dense or with its factors"
-    parser = add_command(commands, "export", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     option = parser.add_argument
     explained = "dense: loads into the stock class; lowrank: U, S and Vh of every layer (default: dense)"

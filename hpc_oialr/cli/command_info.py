@@ -1,4 +1,4 @@
-"""``oialr info``."""
+"""Show versions of torch, CUDA, MPI, NCCL, HDF5 and DeepSpeed, the machine and the git commit."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from hpc_oialr.cli.console import add_command, console, show
+from hpc_oialr.cli.console import console, show
 
 EXAMPLES = """  oialr info
   oialr info --json"""
 
 
-def add(commands: Any) -> None:
-    summary = "show versions of torch, CUDA, MPI, NCCL, HDF5 and DeepSpeed, the machine and the git commit"
-    parser = add_command(commands, "info", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,16 +1,15 @@
-"""``oialr jobs``."""
+"""List submitted runs: state, step, time to the end, last line of an error."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, console, show
+from hpc_oialr.cli.console import console, show
 from hpc_oialr.launch.jobs import JobRow, find_runs, rows_of
 from hpc_oialr.launch.slurm import Slurm
 from hpc_oialr.record.progress import clock_time
@@ -23,9 +22,7 @@ COLUMNS = "job", "run", "state", "requeues", "step", "ETA / time left", "trained
 UNKNOWN = "-"
 
 
-def add(commands: Any) -> None:
-    summary = "list submitted runs: state, step, time to the end, last line of an error"
-    parser = add_command(commands, "jobs", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folders; default all under runs/")
     parser.add_argument("--all", action="store_true", help="completed runs too")
 
@@ -52,10 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _cells(row: JobRow) -> list[str]:
     """One row of the table; a dash for what is not known."""
+
+    def number(value: float | None, form: str) -> str:
+        return UNKNOWN if value is None else format(value, form)
+
     state = row.state
     requeues = UNKNOWN if state.requeues is None else f"{state.requeues} of {row.job.max_requeues}"
     step = UNKNOWN if row.step is None else f"{row.step} of {row.total_steps}"
-    metric = f"{row.metric_name} {_number(row.metric, '.4f')}" if row.metric_name else UNKNOWN
+    metric = f"{row.metric_name} {number(row.metric, '.4f')}" if row.metric_name else UNKNOWN
     return [
         row.job.job_id,
         str(row.folder.path),
@@ -63,9 +64,9 @@ def _cells(row: JobRow) -> list[str]:
         requeues,
         step,
         _times(row),
-        _number(row.trained_share, ".1%"),
-        _number(row.r_mean, ".1f"),
-        _number(row.loss, ".4f"),
+        number(row.trained_share, ".1%"),
+        number(row.r_mean, ".1f"),
+        number(row.loss, ".4f"),
         metric,
     ]
 
@@ -76,8 +77,4 @@ def _times(row: JobRow) -> str:
     if eta is None and left is None:
         return UNKNOWN
     both = " / ".join(UNKNOWN if time is None else clock_time(max(0.0, time)) for time in (eta, left))
-    return f"{both}, goes on after a requeue" if eta is not None and left is not None and eta > left else both
-
-
-def _number(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
+    return f"{both}, resumes after a requeue" if eta is not None and left is not None and eta > left else both

@@ -1,12 +1,11 @@
-"""``oialr logs``."""
+"""Show what a run's process printed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_run
+from hpc_oialr.cli.console import add_run
 from hpc_oialr.launch.job_file import read_job
 from hpc_oialr.launch.jobs import Over
 from hpc_oialr.launch.logs import follow, log_files
@@ -17,9 +16,7 @@ EXAMPLES = """  oialr logs runs/first
   oialr logs runs/first --process 3"""
 
 
-def add(commands: Any) -> None:
-    summary = "show what a run's process printed"
-    parser = add_command(commands, "logs", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     explained = "follow until the run has finished or its job is over"
     parser.add_argument("-f", "--follow", action="store_true", help=explained)

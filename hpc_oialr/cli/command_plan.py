@@ -1,4 +1,4 @@
-"""``oialr plan``."""
+"""Predict memory, traffic and time of a recipe on any number of nodes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import argparse
 import csv
 import io
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
 
-from hpc_oialr.cli.console import add_command, add_force, add_recipe, console, show
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.cli.console import add_force, add_recipe, console, new_table, show
+from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 from hpc_oialr.outputs import claim, marked, new_file
 
 if TYPE_CHECKING:
+    from hpc_oialr.engines import EngineConfig
+    from hpc_oialr.plan.machine import ClusterPreset, Machine
     from hpc_oialr.plan.planner import Planner
     from hpc_oialr.train.config import RunConfig
 
@@ -29,15 +29,11 @@ EXAMPLES = """  oialr plan vit_b16 --nodes 1,2,4,8,16,32,64,128,256 --site horek
   oialr plan vit_b16 --memory-gib 4 --out plan.csv
   oialr plan vit_b16 --dry-run 1024 --engine FSDP"""
 
-# Columns of a step, and what its figures begin with.
-STAGES = {"dense": "dense", "low-rank": "converted", "end": "end"}
+DEFAULT_NETWORK = "hdr200"
 _PLAN = marked("a plan", b'{\n "recipe": ', b"engine,nodes,processes,", mark=b"global_batch")
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    summary = "predict memory, traffic and time of a recipe on any number of nodes"
-    parser = add_command(commands, "plan", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     option = parser.add_argument
     option("--nodes", metavar="N,N,...", default="1", help="numbers of nodes; default 1")
@@ -62,29 +58,22 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables of a plan, or what a dry run did."""
+    from hpc_oialr.plan.workload import label
     from hpc_oialr.train.load_config import load_config
 
     config = load_config(arguments.recipe, arguments.settings).config
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
-    from hpc_oialr.plan.request import Request, prepare
-    from hpc_oialr.plan.workload import label
-
     if arguments.out is not None:
         inputs = [arguments.recipe, *([arguments.calibration] if arguments.calibration else [])]
         claim(arguments.out, _PLAN, inputs=inputs, force=arguments.force)
-    given = vars(arguments) | {
-        "nodes": _numbers(arguments.nodes),
-        "engines": [name for name in arguments.engines.split(",") if name],
-    }
-    request = Request(**{field.name: given[field.name] for field in fields(Request)})
-    planner, engines = prepare(config, request)
+    planner, nodes, per_node, engines = _prepare(config, arguments)
     rows: list[dict[str, Any]] = []
     # Some engines take a minute; only terminals show it.
     with Console(stderr=True).status("") as status:
         for engine in engines:
             status.update(f"{label(engine)}: the run's code on tensors without data")
-            rows += planner.rows(request.nodes, request.per_node, engine)
+            rows += planner.rows(nodes, per_node, engine)
     _show(arguments.recipe, planner, rows)
     if arguments.out is not None:
         about = {"recipe": arguments.recipe, "memory_gib": planner.memory_gib, "grounds": planner.grounds()}
@@ -93,11 +82,82 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+# -- options -------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    config: RunConfig, options: argparse.Namespace
+) -> tuple[Planner, list[int], int, list[EngineConfig]]:
+    """The planner, with steps measured if requested; numbers of nodes, processes of each node, engines."""
+    from hpc_oialr.plan.machine import cluster
+    from hpc_oialr.plan.planner import Planner
+    from hpc_oialr.plan.scripted_run import probe
+    from hpc_oialr.plan.workload import Workload, all_engines
+
     try:
-        return [int(word) for word in text.split(",")]
+        nodes = [int(word) for word in options.nodes.split(",")]
     except ValueError:
-        raise ConfigError("--nodes", text, "must be whole numbers with commas between, e.g. 1,2,4") from None
+        rule = "must be whole numbers with commas between, e.g. 1,2,4"
+        raise ConfigError("--nodes", options.nodes, rule) from None
+    site = cluster(options.site) if options.site else None
+    per_node = options.gpus_per_node
+    if per_node is None:
+        per_node = site.gpus_per_node if site else 1
+    _check(options, nodes, per_node)
+    workload, machine = Workload.of(config, options.samples), _machine(options, site)
+    if chosen := [name for name in options.engines.split(",") if name]:
+        known = all_engines(per_node)
+        valid = {type(engine).__name__ for engine in known}
+        for name in chosen:
+            if name not in valid and chosen != ["all"]:
+                raise UnknownNameError("engine", name, [*valid, "all"])
+        engines = [engine for engine in known if chosen == ["all"] or type(engine).__name__ in chosen]
+    else:
+        engines = [config.engine]
+    memory_gib = options.memory_gib or machine.memory_of_process_gib(per_node)
+    planner = Planner(workload, machine, memory_gib, r_fraction=options.r_fraction, weak=options.weak)
+    if options.probe:
+        batches = {planner.deployment(n, per_node, engine).batch for n in nodes for engine in engines}
+        planner.use(probe(workload, planner.rule, batches, machine.threads(per_node)))
+    return planner, nodes, per_node, engines
+
+
+def _check(options: argparse.Namespace, nodes: Sequence[int], per_node: int) -> None:
+    adapters = 1 if options.adapters is None else options.adapters
+    counts = {"--nodes": nodes, "--gpus-per-node": [per_node], "--adapters": [adapters]}
+    for name, values in counts.items():
+        if min(values) < 1:
+            raise ConfigError(name, values, "must be at least 1")
+    check_interval("--r-fraction", options.r_fraction, 0, 1, closed=(False, True))
+    if options.memory_gib is not None and options.memory_gib <= 0:
+        raise ConfigError("--memory-gib", options.memory_gib, "must be positive")
+    other = options.site or options.gpu
+    for name, value in (("--probe", options.probe), ("--calibration", str(options.calibration or ""))):
+        if value and other:
+            rule = f"is of the machine at hand, and the plan is for {other}"
+            raise ConfigError(name, value, rule, fix=f"Leave out --site and --gpu, or {name}.")
+    if options.adapters is not None and not (other or options.network):
+        rule = "needs a network whose adapters they are"
+        raise ConfigError("--adapters", options.adapters, rule, fix="Name it: --network, --gpu or --site.")
+
+
+def _machine(options: argparse.Namespace, site: ClusterPreset | None) -> Machine:
+    """Presets where any is named; otherwise the machine at hand, measured."""
+    from hpc_oialr.plan.machine import gpu_machine, network_link, this_machine
+
+    gpu = options.gpu or (site.gpu if site else None)
+    network = options.network or (site.network if site else None)
+    adapters = options.adapters or (site.adapters if site else 1)
+    if gpu is not None:
+        return gpu_machine(gpu, network or DEFAULT_NETWORK, adapters)
+    machine = this_machine(options.calibration)
+    if network is None:
+        return machine
+    link, source = network_link(network)
+    return replace(machine, between=link, adapters=adapters, fitted={}, links=f"stated: {source}")
+
+
+# -- output --------------------------------------------------------------------------------------------
 
 
 def write(
@@ -119,75 +179,6 @@ def write(
         draft.write_text(text.getvalue(), encoding="utf-8")
 
 
-# -- tables --------------------------------------------------------------------------------------------
-
-
-def _show(recipe: str, planner: Planner, rows: Sequence[Mapping[str, Any]]) -> None:
-    show(
-        f"{recipe}: {planner.workload.samples:,} training samples, {len(planner.shapes)} layers become low-rank"
-    )
-    possible = [row for row in rows if "dense_s" in row]
-    for table in (_memory_table(rows, planner.memory_gib), _step_table(possible), _run_table(possible)):
-        console().print(table)
-    for row in rows:
-        if row["advice"]:
-            show(f"{row['engine']}, {row['nodes']:,} nodes: {row['advice']}")
-    for line in planner.grounds():
-        show(line)
-
-
-def _memory_table(rows: Sequence[Mapping[str, Any]], memory_gib: float) -> Table:
-    """Highest memory of a process in each part of a run."""
-    parts = {"dense": "dense", "convert": "conversion", "low-rank": "converted", "end": "end"}
-    names = ["procs", "batch", *parts, "peak"]
-    table = _table(f"memory of a process (GiB), of {memory_gib:.1f}", Column("engine"), "nodes", *names)
-    table.add_column("fits")
-    for row in rows:
-        cells = [_number(row.get(f"{name}_peak_gib"), 2) for name in parts.values()]
-        peak = _number(row.get("peak_gib"), 2)
-        verdict = "yes" if row["fits"] else "no" if peak else "-"
-        where = (f"{row[name]:,}" for name in ("nodes", "processes", "batch"))
-        table.add_row(row["engine"], *where, *cells, peak, verdict)
-    return table
-
-
-def _step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Time and messages of a step."""
-    basis = rows[0]["time_from"] if rows else "nothing"
-    title = f"a step: time (ms) from {basis}, and what a process sends (MB)"
-    table = _table(title, Column("engine"), "nodes", *STAGES, *(f"MB {name}" for name in STAGES))
-    for row in rows:
-        times = [_number(row.get(f"{stage}_step_s"), 1, factor=1e3) for stage in STAGES.values()]
-        sent = [_number(row.get(f"{stage}_sent_mb"), 1) for stage in STAGES.values()]
-        table.add_row(row["engine"], f"{row['nodes']:,}", *times, *sent)
-    return table
-
-
-def _run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Time of a run, dense and with the method."""
-    names = ("steps", "GFLOP dense", "GFLOP end", "dense", "OIALR", "updates", "ratio")
-    title = "a run: work of a process in a step, and estimated time to the end"
-    table = _table(title, Column("engine"), "nodes", *names)
-    for row in rows:
-        cells = [f"{row['steps']:,}", _number(row["dense_gflop"], 0), _number(row.get("end_gflop"), 0)]
-        cells.append(_duration(row["dense_s"]))
-        if "end_step_s" in row:
-            ratio = _number(row["oialr_s"] / row["dense_s"], 2)
-            cells += [_duration(row["oialr_s"]), _duration(row["events_s"]), ratio]
-        table.add_row(row["engine"], f"{row['nodes']:,}", *cells)
-    return table
-
-
-def _table(title: str, *columns: Column | str) -> Table:
-    """A table without rows; columns given by name are numbers."""
-    named = [Column(c, justify="right") if isinstance(c, str) else c for c in columns]
-    return Table(*named, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
-def _number(value: float | None, digits: int, *, factor: float = 1.0) -> str:
-    return "" if value is None else f"{value * factor:,.{digits}f}"
-
-
 def _duration(seconds: float) -> str:
     """Three figures in the largest unit that fits.
 
@@ -202,6 +193,61 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+_COUNT, _TENTH, _HUNDREDTH, _WHOLE = "{:,}".format, "{:,.1f}".format, "{:,.2f}".format, "{:,.0f}".format
+# Heading, key of a row, and how its value is shown; no value, no text.
+_Columns = Sequence[tuple[str, str, Callable[[Any], str]]]
+_MEMORY: _Columns = [
+    ("procs", "processes", _COUNT),
+    ("batch", "batch", _COUNT),
+    ("dense", "dense_peak_gib", _HUNDREDTH),
+    ("convert", "conversion_peak_gib", _HUNDREDTH),
+    ("low-rank", "converted_peak_gib", _HUNDREDTH),
+    ("end", "end_peak_gib", _HUNDREDTH),
+    ("peak", "peak_gib", _HUNDREDTH),
+    ("fits", "verdict", str),
+]
+_STAGES = ("dense", "dense"), ("low-rank", "converted"), ("end", "end")
+_STEP: _Columns = [
+    *((heading, f"{stage}_step_s", lambda s: _TENTH(1e3 * s)) for heading, stage in _STAGES),
+    *((f"MB {heading}", f"{stage}_sent_mb", _TENTH) for heading, stage in _STAGES),
+]
+_RUN: _Columns = [
+    ("steps", "steps", _COUNT),
+    ("GFLOP dense", "dense_gflop", _WHOLE),
+    ("GFLOP end", "end_gflop", _WHOLE),
+    ("dense", "dense_s", _duration),
+    ("OIALR", "oialr_s", _duration),
+    ("updates", "events_s", _duration),
+    ("ratio", "ratio", _HUNDREDTH),
+]
+
+
+def _show(recipe: str, planner: Planner, rows: Sequence[Mapping[str, Any]]) -> None:
+    samples, layers = planner.workload.samples, len(planner.shapes)
+    show(f"{recipe}: {samples:,} training samples, {layers} layers become low-rank")
+    verdicts = ("yes" if row["fits"] else "no" if "peak_gib" in row else "-" for row in rows)
+    judged = [{**row, "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]
+    _print_table(f"memory of a process (GiB), of {planner.memory_gib:.1f}", judged, _MEMORY)
+    timed = [{**row, "ratio": row["oialr_s"] / row["dense_s"]} for row in rows if "dense_s" in row]
+    basis = timed[0]["time_from"] if timed else "nothing"
+    _print_table(f"a step: time (ms) from {basis}, and what a process sends (MB)", timed, _STEP)
+    title = "a run: work of a process in a step, and estimated time to the end"
+    _print_table(title, timed, _RUN if layers else _RUN[:4])
+    for row in rows:
+        if row["advice"]:
+            show(f"{row['engine']}, {row['nodes']:,} nodes: {row['advice']}")
+    for line in planner.grounds():
+        show(line)
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: _Columns) -> None:
+    columns = [("nodes", "nodes", _COUNT), *columns]
+    table = new_table(title, "engine", *(heading for heading, _, _ in columns))
+    for row in rows:
+        table.add_row(row["engine"], *(form(row[key]) if key in row else "" for _, key, form in columns))
+    console().print(table)
+
+
 def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     from hpc_oialr.plan.schedule import predictable_rule
     from hpc_oialr.plan.scripted_run import dry_run
@@ -212,10 +258,10 @@ def _dry_run(config: RunConfig, arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     rule = predictable_rule(config.oialr.rule, arguments.r_fraction)[0] if config.oialr else None
     title = f"{arguments.recipe} under {label(config.engine)} as one of {arguments.dry_run:,} processes"
-    table = _table(title, "rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over")
+    table = new_table(title, "rank", "time (s)", "SVDs done", "r", "holds (MiB)", "metrics over")
     for done in dry_run(Workload.of(config, arguments.samples), arguments.dry_run, rule=rule):
         span, held = f"{done.r[0]} to {done.r[1]}", f"{done.resident_bytes / 1024**2:,.1f}"
         table.add_row(f"{done.rank:,}", f"{done.seconds:.1f}", str(done.svds), span, held, done.channel)
     console().print(table)
-    show(f"session, conversion, update and three steps of each, in {time.perf_counter() - start:.1f} s")
+    show(f"set-up, conversion, update and three steps of each rank, in {time.perf_counter() - start:.1f} s")
     return 0

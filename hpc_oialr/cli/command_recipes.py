@@ -1,13 +1,12 @@
-"""``oialr recipes``."""
+"""List the recipes, or print one."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, show
+from hpc_oialr.cli.console import add_force, show
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.recipes import batch_scripts, data_needed, find_recipe, recipes
 
@@ -16,9 +15,7 @@ EXAMPLES = """  oialr recipes
   oialr recipes --scripts .                                 (writes ./slurm, with a batch script for each recipe)"""
 
 
-def add(commands: Any) -> None:
-    summary = "list the recipes, or print one"
-    parser = add_command(commands, "recipes", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe's YAML")
     explained = "write the batch scripts for sbatch into DIR/slurm"
     parser.add_argument("--scripts", metavar="DIR", type=Path, help=explained)

@@ -1,21 +1,18 @@
-"""``oialr report``."""
+"""Write one HTML page of runs, with charts, that works offline."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_force, is_main, show, writing
+from hpc_oialr.cli.console import add_force, is_main, show, writing
 
 EXAMPLES = """  oialr report runs/demo
   oialr report runs/first runs/second --out comparison.html"""
 
 
-def add(commands: Any) -> None:
-    summary = "write one HTML page of runs, with charts, that works offline"
-    parser = add_command(commands, "report", run, summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     explained = "folder of a run or of oialr compare, or a spectra.h5"
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help=explained)
     explained = "page to write; default report.html in the folder that holds all"

@@ -1,12 +1,11 @@
-"""``oialr resume``."""
+"""Resume a run from its last complete checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from hpc_oialr.cli.command_train import finish
-from hpc_oialr.cli.console import add_command, add_run
+from hpc_oialr.cli.console import add_run
 from hpc_oialr.launch.job_main import stop_requests
 from hpc_oialr.launch.slurm import job_over
 
@@ -15,9 +14,8 @@ EXAMPLES = """  oialr resume runs/first
   torchrun --nproc-per-node 2 -m hpc_oialr resume runs/first"""
 
 
-def add(commands: Any) -> None:
-    summary = "resume a run from its last complete checkpoint"
-    add_run(add_command(commands, "resume", run, summary=summary, examples=EXAMPLES, takes_settings=True))
+def add(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``oialr spectra``."""
+"""Show, watch, plot, export, merge or repair a run's spectra."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, add_force, console, is_main, show, writing
+from hpc_oialr.cli.console import add_command, add_force, console, is_main, new_table, show, writing
 from hpc_oialr.errors import DataError, OIALRError
 from hpc_oialr.record import RunFolder
 
 if TYPE_CHECKING:
-    from hpc_oialr.spectra import Layer, Spectra
+    from hpc_oialr.spectra import Spectra
 
 EXAMPLES = """  oialr spectra show runs/first
   oialr spectra watch runs/first --layers "encoder.*"
   oialr spectra plot runs/first --figure stability --out stability.pdf
+  oialr spectra plot runs/first --figure waterfall --layer encoder.0 --width double --out waterfall.svg
+  oialr spectra plot runs/demo --figure cost --out cost.png
   oialr spectra export runs/first --format parquet
   oialr spectra merge runs/first
   oialr spectra repair runs/first/spectra.h5"""
-PLOT_EXAMPLES = """  oialr spectra plot runs/first --figure stability --out stability.pdf
-  oialr spectra plot runs/first --figure waterfall --layer encoder.0 --width double --out waterfall.svg
-  oialr spectra plot runs/demo --figure cost --out cost.png"""
 FIGURES = {
     "stability": "of every layer over training",
     "r": "heat map of r by layer and step",
@@ -42,15 +40,16 @@ FIGURES = {
 }
 
 
-def add(commands: Any) -> None:
-    summary = "show, watch, plot, export, merge or repair a run's spectra"
-    parser = add_command(commands, "spectra", summary=summary, examples=EXAMPLES)
+def add(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
-    def action(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+    def action(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
         own = "\n".join(line for line in EXAMPLES.splitlines() if f" {name} " in line)
         parser = add_command(actions, name, run, summary=summary, examples=own)
-        parser.add_argument("path", metavar="FILE", type=Path, help="a run's folder or its spectra.h5")
+        many = "+" if name == "plot" else None
+        parser.add_argument(
+            "path", metavar="RUN", type=Path, nargs=many, help="a run's folder or its spectra.h5"
+        )
         return parser
 
     shown = action("show", run_show, "show every layer as it stood after its last event")
@@ -60,7 +59,16 @@ def add(commands: Any) -> None:
         parser.add_argument("--layers", metavar="PATTERN", default="*", help=explained)
     explained = "time between two updates of the display; default 2"
     watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help=explained)
-    _add_plot(actions)
+    parser = action("plot", run_plot, "draw a figure for a paper")
+    listed = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
+    explained = f"{listed}; default stability"
+    parser.add_argument("--figure", choices=tuple(FIGURES), default="stability", help=explained)
+    parser.add_argument("--layer", metavar="NAME", help="of the waterfall; default the first")
+    explained = "columns of a paper; default single"
+    parser.add_argument("--width", choices=("single", "double"), default="single", help=explained)
+    explained = "file to write, .png, .pdf or .svg; default FIGURE.png"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=explained)
+    add_force(parser)
     parser = action("export", run_export, "write tables of events, steps and singular values")
     parser.add_argument("--format", choices=("csv", "parquet"), default="csv", help="default: csv")
     explained = "folder to write; default spectra_FORMAT in the run's"
@@ -72,22 +80,6 @@ def add(commands: Any) -> None:
     parser = action("repair", run_repair, "save what can be read of a damaged record into a new file")
     explained = "file to write; default FILE.repaired.h5"
     parser.add_argument("--out", type=Path, metavar="FILE", help=explained)
-    add_force(parser)
-
-
-def _add_plot(actions: Any) -> None:
-    summary = "draw a figure for a paper"
-    parser = add_command(actions, "plot", run_plot, summary=summary, examples=PLOT_EXAMPLES)
-    option = parser.add_argument
-    option("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder or its spectra.h5")
-    listed = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
-    explained = f"{listed}; default stability"
-    option("--figure", choices=tuple(FIGURES), default="stability", help=explained)
-    option("--layer", metavar="NAME", help="of the waterfall; default the first")
-    explained = "columns of a paper; default single"
-    option("--width", choices=("single", "double"), default="single", help=explained)
-    explained = "file to write, .png, .pdf or .svg; default FIGURE.png"
-    option("--out", type=Path, metavar="FILE", help=explained)
     add_force(parser)
 
 
@@ -109,7 +101,7 @@ def run_watch(arguments: argparse.Namespace) -> None:
 
 
 def frames(path: Path, pattern: str, every_s: float) -> Iterator[RenderableType]:
-    """The table, again and again; the last one after the run has ended."""
+    """The table every ``every_s``; the last one after the run has ended."""
     from hpc_oialr.spectra import open
 
     while True:
@@ -134,7 +126,7 @@ def run_plot(arguments: argparse.Namespace) -> None:
 
     if not is_main():
         return
-    runs = find_runs(arguments.runs)
+    runs = find_runs(arguments.path)
     figure = figure_of(arguments.figure, runs, layer=arguments.layer, width=arguments.width)
     path = arguments.out or Path(f"{arguments.figure}.png")
     try:
@@ -157,7 +149,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    """Join all files; refused while the run goes on, which joins its record itself at its end."""
+    """Join all files; refused while the run is active, which joins its record itself at its end."""
     from hpc_oialr.launch.slurm import job_over
     from hpc_oialr.record.owner import Claim
     from hpc_oialr.spectra.store import merge
@@ -186,7 +178,7 @@ def run_repair(arguments: argparse.Namespace) -> None:
 
 # -- the table of layers -------------------------------------------------------------------------------
 
-_FIGURES = (
+_FIELDS = (
     ("stability", "stability", "{:.3f}"),
     ("stable rank", "stable_rank", "{:.1f}"),
     ("above noise", "values_above_edge", "{:.0f}"),
@@ -195,21 +187,16 @@ _FIGURES = (
 
 def layers_table(run: Spectra, pattern: str = "*") -> Table:
     """Each layer as it stood after its last event."""
-    table = Table(title=_headline(run), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold", min_width=20)
-    for column in ("k", "r", "r / k", "events", "step", *(title for title, _, _ in _FIGURES)):
-        table.add_column(column, justify="right")
+    columns = "k", "r", "r / k", "events", "step", *(title for title, _, _ in _FIELDS)
+    table = new_table(_headline(run), Column("layer", overflow="fold", min_width=20), *columns)
     for name, layer in run.items():
         if fnmatchcase(name, pattern) and len(layer):
-            table.add_row(name, *_cells(layer))
+            last, r = layer.events[-1], int(layer.r[-1])
+            cells = [str(layer.k), str(r), f"{r / layer.k:.1%}", str(len(layer)), str(last["t"])]
+            for _, field, form in _FIELDS:
+                cells.append("" if math.isnan(last[field]) else form.format(last[field]))
+            table.add_row(name, *cells)
     return table
-
-
-def _cells(layer: Layer) -> Iterator[str]:
-    last, r = layer.events[-1], int(layer.r[-1])
-    yield from (str(layer.k), str(r), f"{r / layer.k:.1%}", str(len(layer)), str(last["t"]))
-    for _, field, form in _FIGURES:
-        yield "" if math.isnan(last[field]) else form.format(last[field])
 
 
 def _headline(run: Spectra) -> str:

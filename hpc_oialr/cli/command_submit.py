@@ -1,4 +1,4 @@
-"""``oialr submit``."""
+"""Submit a recipe as a job that is requeued until the run is done."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from hpc_oialr.cli.console import add_command, add_recipe, show
+from hpc_oialr.cli.console import add_recipe, show
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.request import EXECUTORS, Request
 from hpc_oialr.launch.slurm import NoAnswerError, ask
@@ -45,9 +44,7 @@ OPTIONS: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-def add(commands: Any) -> None:
-    summary = "submit a recipe as a job that is requeued until the run is done"
-    parser = add_command(commands, "submit", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     for option, kind, metavar, explanation in OPTIONS:
@@ -58,9 +55,11 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Submit, then print each job with its run folder."""
+    """Submit, then print each job with its run folder; or print the script, and what Slurm would do with it."""
     try:
-        request = _request_of(arguments)
+        given = {**vars(arguments), "folder": arguments.out, "array": _seeds_of(arguments.array)}
+        names = [field.name for field in fields(Request)]
+        request = Request(**{name: given[name] for name in names if given[name] is not None})
         submission = Submission.of(arguments.recipe, arguments.settings, request)
     except ConfigError as error:
         raise error.with_context(origin=error.origin or ORIGIN) from None
@@ -71,7 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
         options = [*(option for option, *_ in OPTIONS), "--out", "--setup", "--dry-run"]
         raise UnknownNameError("option or setting", f"--{error.name}", options, origin=ORIGIN) from None
     if arguments.dry_run:
-        return _show_script(submission.script())
+        script = submission.script()
+        show(script)
+        try:
+            answer = ask(["sbatch", "--test-only"], text=script)
+        except NoAnswerError as error:
+            show(f"# sbatch --test-only: {error}")
+            return 0 if "there is no sbatch" in str(error) else 1
+        show(f"# {(answer.stderr or answer.stdout).strip()}")
+        return 0
     jobs = submission.submit()
     for job, each in zip(jobs, submission.runs, strict=True):
         show(f"job {job.job_id}: {shlex.quote(str(each.folder))}")
@@ -79,17 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs:
             job.results()
     return 0
-
-
-def _request_of(arguments: argparse.Namespace) -> Request:
-    given = {name: getattr(arguments, name, None) for name in parameter_names()}
-    given["folder"], given["array"] = arguments.out, _seeds_of(arguments.array)
-    return Request.of(**{name: value for name, value in given.items() if value is not None})
-
-
-def parameter_names() -> list[str]:
-    """Names of all parameters of a request."""
-    return [field.name for field in fields(Request)]
 
 
 def _seeds_of(text: str | None) -> dict[str, list[int]] | None:
@@ -110,15 +106,3 @@ def _seeds_of(text: str | None) -> dict[str, list[int]] | None:
         rule = "must be seeds=LIST, with numbers and ranges"
         raise ConfigError("array", text, rule, fix="E.g. seeds=0,1,2 or seeds=0-9.") from None
     return {name: [seed for each in ranges for seed in each]}
-
-
-def _show_script(script: str) -> int:
-    """Print a batch script, and what Slurm would do with it."""
-    show(script)
-    try:
-        answer = ask(["sbatch", "--test-only"], text=script)
-    except NoAnswerError as error:
-        show(f"# sbatch --test-only: {error}")
-        return 0 if "there is no sbatch" in str(error) else 1
-    show(f"# {(answer.stderr or answer.stdout).strip()}")
-    return 0

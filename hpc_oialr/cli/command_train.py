@@ -1,4 +1,4 @@
-"""``oialr train``."""
+"""Train a recipe or a YAML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
-from hpc_oialr.cli.console import add_command, add_recipe, console, show
+from hpc_oialr.cli.console import add_recipe, console, show
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.launch.job_file import note_job
 from hpc_oialr.launch.job_main import code_of, stop_requests
@@ -17,9 +17,7 @@ from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
-    from hpc_oialr.train.load_config import LoadedConfig
     from hpc_oialr.train.run import Result
-    from hpc_oialr.train.timing import StopRequest
 
 EXAMPLES = """  oialr train fashion_mnist_vit
   oialr train fashion_mnist_vit --train.epochs 1 --oialr.delay 100 --out runs/first
@@ -37,9 +35,7 @@ Every setting and its default: oialr train RECIPE --print_config; what they mean
 Later wins: defaults < recipe < command line."""
 
 
-def add(commands: Any) -> None:
-    summary = "train a recipe or a YAML file"
-    parser = add_command(commands, "train", run, summary=summary, examples=EXAMPLES, takes_settings=True)
+def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     option = parser.add_argument
     option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
@@ -65,32 +61,27 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.go_on and arguments.out is None:
         raise OIALRError("--continue needs --out DIR, the folder of the run to start or to resume.")
-    with stop_requests(loaded) as stop:
-        return finish(_train(loaded, arguments, stop))
-
-
-def _train(loaded: LoadedConfig, arguments: argparse.Namespace, stop: StopRequest) -> Result:
     from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.run import train, train_or_resume
 
     folder = arguments.out or default_folder(arguments.recipe)
-    if not arguments.go_on:
-        return train(loaded, folder, stop=stop, claim=Claim("oialr train", job_over))
-    claim = Claim("oialr train --continue", job_over, partial(note_job, folder, arguments.recipe))
-    return train_or_resume(loaded, folder, stop=stop, claim=claim)
+    with stop_requests(loaded) as stop:
+        if not arguments.go_on:
+            return finish(train(loaded, folder, stop=stop, claim=Claim("oialr train", job_over)))
+        claim = Claim("oialr train --continue", job_over, partial(note_job, folder, arguments.recipe))
+        return finish(train_or_resume(loaded, folder, stop=stop, claim=claim))
 
 
 def finish(result: Result) -> int:
     """Print the closing table and the run's folder; the exit code."""
-    summary = result.summary
-    if summary is not None:
+    if (summary := result.summary) is not None:
         title = f"{summary['world_size']} process{'es' * (summary['world_size'] > 1)}, seed {summary['seed']}"
         table = Table("", Column("", justify="right"), title=title, title_justify="left", show_header=False)
         for label, key, form in summary_rows(summary):
             table.add_row(label, form.format(summary[key]))
         console().print(table)
     else:
-        show(f"stopped on request; go on with: {RunFolder(result.folder).resume_command}")
+        show(f"stopped on request; resume with: {RunFolder(result.folder).resume_command}")
     show(f"run folder: {result.folder}")
     return code_of(result)
 

@@ -12,16 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 
 from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
 from hpc_oialr.redaction import one_line
-
-# Errors that may occur in one process alone; all others are the same everywhere.
-OF_ONE_PROCESS = (WorldError, ReplicaMismatchError, SampleError, HostError)
-GRACE_S = 3.0
-_WIDE = 1000
 
 # -- parsers -------------------------------------------------------------------------------------------
 
@@ -33,18 +30,16 @@ def add_command(
     *,
     summary: str,
     examples: str,
-    takes_settings: bool = False,
 ) -> argparse.ArgumentParser:
     """A subcommand's parser with its help and examples; ``run`` may return an exit code."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=summary,
+        help=f"{summary[0].lower()}{summary[1:]}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(takes_settings=takes_settings)
     if run is not None:
         parser.set_defaults(run=run)
     return parser
@@ -63,9 +58,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_force(parser: argparse.ArgumentParser) -> None:
     """The option that lets ``--out`` replace what the command did not write."""
-    explained = (
-        "replace what --out names, or files of the same names in that folder, though not written by oialr"
-    )
+    explained = "replace what --out names, or files of the same names in it, though not written by oialr"
     parser.add_argument("--force", action="store_true", help=explained)
 
 
@@ -73,22 +66,25 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process prints; True where the launcher's variables contradict each other."""
+    """Whether this process prints: rank 0, and every process if the launcher's variables contradict each other."""
     try:
         return launch_info().rank == 0
     except WorldError:
         return True
 
 
-def console(*, of_every_process: bool = False) -> Console:
-    """Standard output of rank 0, nowhere for the others unless each is to print.
-
-    A file or a pipe has no width, so nothing is cut there, unless ``COLUMNS`` is set.
-    """
-    out = Console(quiet=not (of_every_process or is_main()), soft_wrap=True, highlight=False)
+def console(*, every_rank: bool = False) -> Console:
+    """Standard output of rank 0, or of every rank."""
+    out = Console(quiet=not (every_rank or is_main()), soft_wrap=True, highlight=False)
     if not out.is_terminal and "COLUMNS" not in os.environ:
-        out.width = _WIDE
+        out.width = 1000  # a file or a pipe has no width: nothing is cut
     return out
+
+
+def new_table(title: str, first: Column | str, *numbers: str) -> Table:
+    """A table without rows; all columns but the first are right-aligned."""
+    columns = (Column(name, justify="right") for name in numbers)
+    return Table(first, *columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def show(text: object, *, end: str = "\n") -> None:
@@ -98,7 +94,7 @@ def show(text: object, *, end: str = "\n") -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the output, and the option that names another, if it cannot be written."""
+    """Raise OIALRError that names the output and the option ``--out`` if it cannot be written."""
     try:
         yield
     except OIALRError:
@@ -108,25 +104,26 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def show_error(error: OIALRError) -> None:
-    """One line on standard error, from rank 0 or from the process in which it occurred."""
-    if is_main() or isinstance(error, OF_ONE_PROCESS):
+    """One line on standard error, from rank 0 or from the rank on which it occurred."""
+    # These may occur on one rank alone; all others are the same on every rank.
+    if is_main() or isinstance(error, (WorldError, ReplicaMismatchError, SampleError, HostError)):
         sys.stderr.write(one_line(f"oialr: error: {error}") + "\n")
     else:
-        # The launcher ends all processes when the first one leaves: rank 0 must get to its message.
-        time.sleep(GRACE_S)
+        # The launcher ends all processes when the first one exits: rank 0 needs time for its message.
+        time.sleep(3.0)
+
+
+class _WarningLines(logging.Handler):
+    """One line for each warning, from rank 0, on whatever standard error is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_main():
+            sys.stderr.write(one_line(f"oialr: {record.levelname.lower()}: {record.getMessage()}") + "\n")
+
+
+_WARNINGS = _WarningLines(logging.WARNING)
 
 
 def show_warnings() -> None:
-    """The package's warnings on standard error, from rank 0."""
-    logger = logging.getLogger("hpc_oialr")
-    if not any(isinstance(handler, WarningLines) for handler in logger.handlers):
-        logger.addHandler(WarningLines(logging.WARNING))
-
-
-class WarningLines(logging.Handler):
-    """One line for each warning, on whatever standard error is at the time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write the line."""
-        if is_main():
-            sys.stderr.write(one_line(f"oialr: {record.levelname.lower()}: {record.getMessage()}") + "\n")
+    """Print the package's warnings on standard error."""
+    logging.getLogger("hpc_oialr").addHandler(_WARNINGS)  # once, also if it is called again

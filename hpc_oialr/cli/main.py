@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from hpc_oialr import __version__, exit_codes
-from hpc_oialr.cli.console import show_error, show_warnings
+from hpc_oialr.cli.console import add_command, show_error, show_warnings
 from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.mpi import leave_mpi
 from hpc_oialr.distributed.signals import end_at_once_upon, leave_upon_term, unwind_upon
@@ -18,11 +18,13 @@ from hpc_oialr.errors import OIALRError, WorldError
 from hpc_oialr.streams import tolerate_output_failures
 from hpc_oialr.system_errors import of_system
 
-# In the order of the help; each in its command_NAME.py.
+# In the order of the help; each in its command_NAME.py, whose docstring is its summary.
 COMMANDS = (
     *("train", "compare", "recipes", "data", "resume", "export", "spectra", "report", "analyze"),
     *("info", "plan", "doctor", "submit", "jobs", "logs", "cancel"),
 )
+# These also take settings of a run, e.g. --train.epochs 1.
+_WITH_SETTINGS = ("train", "compare", "resume", "plan", "submit")
 _ENDING = ("INT", "TERM", "HUP")
 
 EXAMPLES = """examples:
@@ -45,20 +47,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hpc_oialr {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"hpc_oialr.cli.command_{name}").add(commands)
+        module = importlib.import_module(f"hpc_oialr.cli.command_{name}")
+        summary = (module.__doc__ or name).rstrip(".")
+        run = getattr(module, "run", None)
+        command = add_command(commands, name, run, summary=summary, examples=module.EXAMPLES)
+        command.set_defaults(takes_settings=name in _WITH_SETTINGS)
+        module.add(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`. Errors that a user can fix take one line.
+    """Run one command; its exit code, see :mod:`hpc_oialr.exit_codes`.
 
-    Those of the operating system and a lack of memory are among them. Settings of a run are left over by the parser;
-    only some commands take them.
+    Errors that a user can fix, also those of the operating system and a lack of memory, are printed as one line.
     """
     try:
         parser = make_parser()
+        # What the parser does not know is a setting of the run.
         arguments, settings = parser.parse_known_args(argv)
-        if settings and not getattr(arguments, "takes_settings", False):
+        if settings and not arguments.takes_settings:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         arguments.settings = settings
         show_warnings()
@@ -92,22 +99,17 @@ def entry() -> None:
     launcher = launch_info().launcher
     if launcher == "slurm":
         leave_upon_term(exit_codes.PROCESS_LOST)
-    # Whatever still refers to the process group would be torn down together with the interpreter, which
-    # hangs or aborts now and then; all files are closed by now.
-    code = _code_of_main()
-    if code in (exit_codes.FINISHED, exit_codes.STOPPED):
-        leave_mpi()
-    os._exit(exit_codes.of_task(code, launcher))
-
-
-def _code_of_main() -> int:
-    code: object = 1
+    code = 1
     try:
         code = main()
-    except SystemExit as left:
-        code = left.code or 0
+    except SystemExit as left:  # of the parser
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    return code if isinstance(code, int) else 1
+    if code in (exit_codes.FINISHED, exit_codes.STOPPED):
+        leave_mpi()
+    # Whatever still refers to the process group would be torn down together with the interpreter, which
+    # hangs or aborts now and then; all files are closed by now.
+    os._exit(exit_codes.of_task(code, launcher))

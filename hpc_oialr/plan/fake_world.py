@@ -1,4 +1,4 @@
-"""One process of a large world whose other processes do not exist, and tensors without data."""
+"""One rank of a large world whose other ranks do not exist, and tensors without data."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 
 
 class FakeWorld(World):
-    """The world of a process without peers, over torch's fake process group.
+    """A world with one real rank, over torch's fake process group.
 
-    What another process would have sent is zero; values that are equal on all processes from the start stay.
+    What another rank would have sent is zero; values that are equal on all ranks from the start stay.
     """
 
     def broadcast(self, tensor: Tensor, src: int) -> Pending | None:
-        """As :class:`World`'s; zeros from others."""
+        """Zeros from other ranks."""
         if src != self.rank:
             tensor.zero_()
         return super().broadcast(tensor, src)
 
     def start_all_reduce(self, tensor: Tensor, op: Op = "sum") -> Pending | None:
-        """As :class:`World`'s; the others' part of a maximum is 0."""
+        """In a maximum the other ranks contribute 0."""
         pending = super().start_all_reduce(tensor, op)
         if op == "max":
             tensor.clamp_(min=0)
         return pending
 
     def share(self, tensors: Any, src: int = 0) -> None:
-        """As :class:`World`'s, without a change of values."""
+        """Sends as usual; values stay."""
         for tensor in tensors:
             super().broadcast(tensor, src)
 
 
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[World]:
-    """A world of ``size`` processes, of which only ``rank`` exists; on the CPU."""
+    """A world of ``size`` ranks, of which only ``rank`` exists; on the CPU."""
     if size == 1:
         yield World(device=torch.device("cpu"))
         return
@@ -110,10 +110,10 @@ class _MadeUpValues(TorchDispatchMode):
 
 @contextmanager
 def fake_collectives() -> Iterator[None]:
-    """Context with results for the messages that torch's fake process group cannot stand in for.
+    """Context with results for the messages that torch's fake process group does not support.
 
-    Messages of TSQR carry sizes, so its results are made up in the right shapes. Other messages between two
-    processes are zero.
+    Messages of TSQR carry sizes, so its results are made up in the right shapes. Other point-to-point messages are
+    zero.
     """
     with (
         patch.object(dist, "all_to_all_single", _exchange_zeros),
@@ -121,7 +121,7 @@ def fake_collectives() -> Iterator[None]:
         patch.object(decompositions, "split_svd", _fake_svd),
         # As if the columns were orthonormal.
         patch.object(basis, "tsqr", lambda A, group=None: BlockQR(A, torch.eye(A.shape[1], dtype=A.dtype))),
-        # Bases, or shards of them, that another process would have sent are zero here.
+        # Bases, or shards of them, that another rank would have sent are zero here.
         patch.object(LowRankWeight, "require_orthonormal", lambda *_: None),
         patch.object(LowRankWeight, "_check_bases", lambda _: None),
     ):
@@ -131,14 +131,13 @@ def fake_collectives() -> Iterator[None]:
 def _exchange_zeros(
     out: Tensor, given: Tensor, out_sizes: Sequence[int], given_sizes: Sequence[int], group: Any = None
 ) -> None:
-    size = dist.get_world_size(group)
-    assert len(out_sizes) == len(given_sizes) == size
+    assert len(out_sizes) == len(given_sizes) == dist.get_world_size(group)
     assert (sum(out_sizes), sum(given_sizes)) == (out.numel(), given.numel())
     out.zero_()
 
 
 def _fake_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's rows and columns of two identities, and singular values from 2 down to 1."""
+    """This rank's rows and columns of two identities, and singular values from 2 down to 1."""
     engine.gather(target)
     (m, n), k, layout = target.shape, target.k, engine.layout
     U, Vh = torch.eye(m, k)[layout.own_rows(m)], torch.eye(k, n)[:, layout.own_columns(n)]

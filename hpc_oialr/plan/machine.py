@@ -1,8 +1,8 @@
-"""Speeds and links of the machine a run is planned for: measured here, or stated by makers and operators.
+"""Speeds and links of the machine a run is planned for: measured here, or stated by vendors and operators.
 
 A collective of n bytes among P processes takes ``passes (ceil(log2 P) latency + (P-1)/P n / bandwidth)``, two passes
-for an all-reduce, one for all others: what recursive halving and doubling takes (Thakur, Rabenseifner and Gropp, Int.
-J. High Perform. Comput. Appl. 19, 2005), and NCCL's rings and trees at best.
+for an all-reduce, one for all others: the cost of recursive halving and doubling (Thakur, Rabenseifner and Gropp, Int.
+J. High Perform. Comput. Appl. 19, 2005), and of NCCL's rings and trees at best.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Link:
 
     @classmethod
     def fit(cls, collective: str, processes: int, measured: Iterable[tuple[float, float]]) -> Link:
-        """The link that explains measured (bytes, seconds) best: least squares of relative errors."""
+        """Fit measured (bytes, seconds): least squares of relative errors."""
         latencies, share = _coefficients(collective, processes)
         rows = np.array([(latencies / seconds, share * size / seconds) for size, seconds in measured])
         latency, inverse = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
         if latency < 0 or inverse < 0:
-            # Neither can be negative: fit the other one alone.
+            # Neither can be negative: only the other one is fitted.
             kept = rows[:, 1] if latency < 0 else rows[:, 0]
             only = float(kept.sum() / np.square(kept).sum())
             latency, inverse = (0.0, only) if latency < 0 else (only, 0.0)
@@ -60,14 +60,14 @@ class Link:
 
 
 def _coefficients(collective: str, processes: int) -> tuple[float, float]:
-    """Latencies, and parts of the whole tensor, that a collective takes one after another."""
+    """Factors of latency and of the whole tensor's bytes in a collective's time."""
     passes = 2 if collective == "all_reduce" else 1
     return passes * math.ceil(math.log2(processes)), passes * (processes - 1) / processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What processes compute on and send over; speeds are those a run reaches, of one GPU or of all cores of a node."""
+    """Speeds that a run reaches, of one GPU or of all cores of a node, and links between processes."""
 
     speeds: str  # where the speeds are from: "measured: ..." or "stated: ..."
     links: str  # the same for the links
@@ -88,19 +88,19 @@ class Machine:
     sharing: Mapping[int, float] = field(default_factory=dict)
 
     def memory_of_process_gib(self, per_node: int) -> float:
-        """What one of ``per_node`` processes may use."""
+        """Memory of one of ``per_node`` processes."""
         return self.memory_gib / per_node if self.cores else self.memory_gib
 
     def threads(self, per_node: int) -> int:
-        """Of one process."""
+        """Threads of one process."""
         return max(1, self.cores // per_node)
 
     def speed(self, per_node: int) -> float:
-        """Speed of one of ``per_node`` processes, relative to one that has the whole node."""
+        """Speed of one of ``per_node`` processes, relative to one with the whole node."""
         return self.threads(per_node) / self.cores / self.slowdown(per_node) if self.cores else 1.0
 
     def slowdown(self, per_node: int) -> float:
-        """Of a process with its own cores, by the others of its node; beyond the measured in proportion."""
+        """Slowdown of a process by the others of its node; proportional beyond the largest measured number."""
         if not self.cores or per_node == 1:
             return 1.0
         known = {1: 1.0, **self.sharing}
@@ -119,7 +119,7 @@ class Machine:
             return self.fitted[message.collective, nearest]
         if (message.processes - 1) * message.stride < per_node:
             return self.inside
-        # As many groups have members on the same nodes, and share their adapters.
+        # So many groups have members on the same nodes, and share their adapters.
         wire = self.between.bytes_per_s * self.adapters / min(message.stride, per_node)
         alone = message.stride >= per_node
         return Link(self.between.latency_s, wire if alone else min(self.inside.bytes_per_s, wire))
@@ -128,7 +128,7 @@ class Machine:
 # -- stated: GPUs, networks and clusters by name -------------------------------------------------------
 # FLOP/s are those of dense matrix products, without sparsity; fp32 is plain fp32, as torch uses TF32 only on request.
 
-# Assumed: what transformers and convolutional nets of common sizes reach of the peak without torch.compile.
+# Assumed: share of the peak that transformers and CNNs of common sizes reach without torch.compile.
 EFFICIENCY = 0.4
 # Assumed: cuSOLVER's gesvdj works on one small matrix at a time, bound by latency rather than arithmetic.
 SVD_SHARE = 0.01
@@ -155,13 +155,12 @@ class GPUPreset(NamedTuple):
 
 
 class ClusterPreset(NamedTuple):
-    """GPU nodes of a cluster; GPUs and adapters per node, and where its operator says so."""
+    """GPU nodes of a cluster; GPUs and adapters per node."""
 
     gpu: str
     network: str
     gpus_per_node: int
     adapters: int
-    source: str
 
 
 GPUS = {
@@ -171,17 +170,17 @@ GPUS = {
     # One of its two dies, which is one device for Slurm and torch.
     "mi250x": GPUPreset("AMD Instinct MI250X data sheet, one die", 63.9, 191.5, 47.9, 1.6, 50.0),
 }
-# Of one adapter: the source, and the line rate in GB/s, one direction.
+# Source, and line rate of one adapter in GB/s, one direction.
 NETWORKS = {
     "hdr200": ("NVIDIA ConnectX-6 data sheet", 25.0),
     "ndr": ("NVIDIA ConnectX-7 data sheet", 50.0),
     "slingshot11": ("HPE Slingshot interconnect data sheet", 25.0),
 }
 CLUSTERS = {
-    "horeka": ClusterPreset("a100-40", "hdr200", 4, 2, "NHR@KIT documentation, HoreKa hardware overview"),
-    "juwels_booster": ClusterPreset("a100-40", "hdr200", 4, 4, "JSC, JUWELS configuration"),
-    "perlmutter": ClusterPreset("a100-40", "slingshot11", 4, 4, "NERSC documentation, Perlmutter"),
-    "lumi": ClusterPreset("mi250x", "slingshot11", 8, 4, "LUMI documentation, LUMI-G"),
+    "horeka": ClusterPreset("a100-40", "hdr200", 4, 2),  # NHR@KIT documentation, HoreKa hardware overview
+    "juwels_booster": ClusterPreset("a100-40", "hdr200", 4, 4),  # JSC, JUWELS configuration
+    "perlmutter": ClusterPreset("a100-40", "slingshot11", 4, 4),  # NERSC documentation, Perlmutter
+    "lumi": ClusterPreset("mi250x", "slingshot11", 8, 4),  # LUMI documentation, LUMI-G
 }
 
 _Preset = TypeVar("_Preset")
@@ -194,12 +193,12 @@ def _named(kind: str, name: str, presets: Mapping[str, _Preset]) -> _Preset:
 
 
 def cluster(name: str) -> ClusterPreset:
-    """A cluster's preset; raises UnknownNameError, as the other two functions do."""
+    """A cluster's preset; raises UnknownNameError, as the next two functions do."""
     return _named("site", name.replace("-", "_"), CLUSTERS)
 
 
 def network_link(name: str) -> tuple[Link, str]:
-    """One adapter of a network, and where its figures are from."""
+    """One adapter of a network, and the source of its figures."""
     source, gb_per_s = _named("network", name, NETWORKS)
     link = Link(NETWORK_HOP_S, LINK_EFFICIENCY * gb_per_s * 1e9)
     return link, f"{name} ({source}; latency: NCCL src/graph/tuning.cc)"
@@ -236,9 +235,8 @@ def this_machine(calibration: str | Path | None = None) -> Machine:
     Raises DataError if ``calibration`` is no such file.
     """
     if calibration is None:
-        return machine_of(
-            {"device": measured_speeds(), "sharing": {}, "rows": [], "backend": "gloo"}, "just now"
-        )
+        content = {"device": measured_speeds(), "sharing": {}, "rows": [], "backend": "gloo"}
+        return machine_of(content, "just now")
     try:
         content = json.loads(Path(calibration).read_text(encoding="utf-8"))
         if not content["rows"]:

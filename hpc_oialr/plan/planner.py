@@ -11,18 +11,11 @@ from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, EngineConfig, Single, SingleEngine
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
+from hpc_oialr.plan import step_cost
 from hpc_oialr.plan.fake_world import fake_tensors
 from hpc_oialr.plan.machine import GIB, Machine
 from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
 from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.step_cost import (
-    event_messages,
-    footprint,
-    messages,
-    sharded_event_bytes,
-    step_time,
-    svd_seconds,
-)
 from hpc_oialr.plan.trace_step import Step, StepTraces, trace_event, traced_context
 from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
 
@@ -61,24 +54,22 @@ class Planner:
         self.measured = measured
         if measured.conversion_s:
             conversion, alone = self.first_events["conversion"], Deployment(Single(), 1, 1)
-            expected_s = svd_seconds(conversion, self.shapes, alone, self.machine)
+            expected_s = step_cost.svd_seconds(conversion, self.shapes, alone, self.machine)
             speed = self.machine.svd_flops * expected_s / measured.conversion_s
             self.machine = replace(self.machine, svd_flops=speed)
 
     def grounds(self) -> list[str]:
         """One line for everything that is counted, measured, stated or assumed."""
-        machine = self.machine
-        lines = [
+        measured = "measured: steps and conversion of one process on this machine"
+        return [
             "counted: memory, operations and messages, by the run's own code on tensors without data; by formula: "
             "DDP's buckets, DeepSpeed, and SVDs of sharded matrices",
-            machine.speeds,
-            machine.links,
-            "measured: steps and conversion of one process on this machine"
-            if self.measured
-            else f"assumed: {machine.assumed}",
+            self.machine.speeds,
+            self.machine.links,
+            measured if self.measured else f"assumed: {self.machine.assumed}",
+            *(f"assumed: {text}" for text in (self.workload.assumption, self.assumption) if text),
+            "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event",
         ]
-        lines += [f"assumed: {text}" for text in (self.workload.assumption, self.assumption) if text]
-        return [*lines, "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event"]
 
     # -- the method's part -----------------------------------------------------------------------
 
@@ -91,26 +82,24 @@ class Planner:
             return {target.name: LayerShape(target.name, *target.shape) for target in targets}
 
     def phases(self, steps: int) -> list[Phase]:
-        """Of a run of ``steps``."""
+        """All phases of a run of ``steps``."""
         return phases(self.workload.config.oialr, list(self.shapes.values()), steps, self.rule)
 
     @cached_property
     def stages(self) -> dict[str, Phase]:
         """The phases that are reported: "dense"; after the conversion also "converted" and "end"."""
         every = self.phases(self.workload.total_steps)
-        names = {"dense": 0, "converted": 1, "end": -1} if len(every) > 1 else {"dense": 0}
-        return {name: every[index] for name, index in names.items()}
+        return {"dense": every[0]} | ({"converted": every[1], "end": every[-1]} if len(every) > 1 else {})
 
     @cached_property
     def first_events(self) -> dict[str, Phase]:
         """The phases that begin with the conversion and with the first update, by event."""
-        every = self.phases(self.workload.total_steps)
-        return {phase.event: phase for phase in reversed(every[1:3])}
+        return {phase.event: phase for phase in reversed(self.phases(self.workload.total_steps)[1:3])}
 
     # -- rows ------------------------------------------------------------------------------------
 
     def deployment(self, nodes: int, per_node: int, engine: EngineConfig) -> Deployment:
-        """Processes on so many nodes, each with its share of the batch."""
+        """Processes on ``nodes`` nodes, each with its share of the batch."""
         batch = self.workload.config.train.global_batch
         groups = Deployment(engine, 1 if self.weak else nodes, per_node).groups
         return Deployment(engine, nodes, per_node, max(1, batch // max(1, groups)))
@@ -124,30 +113,27 @@ class Planner:
         ``EVENT_...`` those of the conversion and of the first update; ``dense_s`` and ``oialr_s`` the time of all
         steps, ``events_s`` the SVDs and factors of all events in it.
         """
-        config, found = self.workload.config, []
-        deployments = {count: self.deployment(count, per_node, engine) for count in nodes}
-        for count, d in deployments.items():
-            batch = d.batch * d.groups if self.weak else config.train.global_batch
-            row: dict[str, Any] = {
-                "engine": label(engine),
-                "nodes": count,
-                "processes": d.processes,
-                "batch": d.batch,
-                "global_batch": batch,
-            }
-            accumulation, optimizer = config.train.accumulation, type(config.optimizer).__name__
-            reason = d.incompatibility(batch, accumulation=accumulation, optimizer=optimizer)
-            found.append(row if reason is None else {**row, "fits": False, "advice": reason})
-        possible = [deployments[row["nodes"]] for row in found if "fits" not in row]
-        steps = {name: self._traces.steps(possible, phase.r) for name, phase in self.stages.items()}
-        for row in found:
-            if "fits" in row:
-                continue
-            d = deployments[row["nodes"]]
+        train, optimizer = self.workload.config.train, type(self.workload.config.optimizer).__name__
+        rows: list[dict[str, Any]] = []
+        possible: list[tuple[dict[str, Any], Deployment]] = []
+        for count in nodes:
+            d = self.deployment(count, per_node, engine)
+            batch = d.batch * d.groups if self.weak else train.global_batch
+            row: dict[str, Any] = {"engine": label(engine), "nodes": count, "processes": d.processes}
+            row |= {"batch": d.batch, "global_batch": batch}
+            rows.append(row)
+            reason = d.incompatibility(batch, accumulation=train.accumulation, optimizer=optimizer)
+            if reason is None:
+                possible.append((row, d))
+            else:
+                row |= {"fits": False, "advice": reason}
+        deployments = [d for _, d in possible]
+        steps = {name: self._traces.steps(deployments, phase.r) for name, phase in self.stages.items()}
+        for row, d in possible:
             row |= self._figures(d, row["global_batch"], {name: s[d] for name, s in steps.items()})
             row["fits"] = row["peak_gib"] <= self.memory_gib
             row["advice"] = self.advice(d, nodes) if advise and not row["fits"] else ""
-        return found
+        return rows
 
     def advice(self, d: Deployment, nodes: Sequence[int]) -> str:
         """For a run that does not fit: engines that do, on as many or on how many more nodes, or what to try."""
@@ -158,19 +144,17 @@ class Planner:
             if good:
                 where = "" if count == d.nodes else f" on {count} nodes"
                 return f"fits with {', '.join(good)}{where}"
-        if not self.workload.config.train.activation_checkpointing:
-            return (
-                "no engine fits; try --train.activation_checkpointing true, or a smaller --train.global_batch"
-            )
-        return "no engine fits; try a smaller --train.global_batch or a larger --train.accumulation"
+        if self.workload.config.train.activation_checkpointing:
+            return "no engine fits; try a smaller --train.global_batch or a larger --train.accumulation"
+        return "no engine fits; try --train.activation_checkpointing true, or a smaller --train.global_batch"
 
     def _figures(self, d: Deployment, global_batch: int, steps: Mapping[str, Step]) -> dict[str, Any]:
         total = self.workload.with_train(global_batch=global_batch).total_steps
         figures: dict[str, Any] = {"steps": total}
         for name, step in steps.items():
-            memory, sent = footprint(step, d), messages(step, d)
+            memory, sent = step_cost.footprint(step, d), step_cost.messages(step, d)
             measured_s = self.measured.steps.get((name, d.batch)) if self.measured else None
-            compute_s, waiting_s = step_time(step, sent, d, self.machine, measured_s)
+            compute_s, waiting_s = step_cost.step_time(step, sent, d, self.machine, measured_s)
             of_step = {
                 "parameters_gib": memory.parameters / GIB,
                 "gradients_gib": memory.gradients / GIB,
@@ -206,13 +190,13 @@ class Planner:
 
     def _event(self, phase: Phase, d: Deployment) -> tuple[float, float, float]:
         """Seconds of SVDs and of messages, and bytes sent."""
-        sent = event_messages(phase, self.shapes, d.processes)
-        svd_s = svd_seconds(phase, self.shapes, d, self.machine)
+        sent = step_cost.event_messages(phase, self.shapes, d.processes)
+        svd_s = step_cost.svd_seconds(phase, self.shapes, d, self.machine)
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
     def _event_peak(self, phase: Phase, before: Step, d: Deployment) -> float:
-        """Traced on one process, corrected by what the engine holds between steps."""
-        memory = footprint(before, d)
+        """Traced on one process, corrected by the difference of what is resident under the engine."""
+        memory = step_cost.footprint(before, d)
         resident = memory.resident
         if memory.gradients and isinstance(d.engine, DDP):
             # New buckets are made before the old ones are freed.
@@ -222,17 +206,17 @@ class Planner:
                 trained = shape.m * shape.n if phase.event == "conversion" else r * r
                 resident -= 4.0 * (trained - phase.r[name] ** 2)
         if d.sharded:
-            return resident + sharded_event_bytes(self.shapes, phase, d.processes)
-        # More processes than layers have no more results alive at once.
+            return resident + step_cost.sharded_event_bytes(self.shapes, phase, d.processes)
+        # At most one result of each layer is alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:
-            self._event_peaks[key] = trace_event(
-                self.workload, phase, self.rule, processes=key[0], held=key[1]
-            )
-        return self._event_peaks[key] + resident - footprint(before, Deployment(d.engine, 1, 1)).resident
+            peak = trace_event(self.workload, phase, self.rule, processes=key[0], held=key[1])
+            self._event_peaks[key] = peak
+        alone = step_cost.footprint(before, Deployment(d.engine, 1, 1))
+        return self._event_peaks[key] + resident - alone.resident
 
     def _step_s(self, phase: Phase, figures: Mapping[str, float]) -> float:
-        """Of a step of any phase: between "converted" and "end", by the operations of the low-rank layers."""
+        """Time of a step of any phase: interpolated by the low-rank layers' operations between "converted" and "end"."""
         if not phase.r:
             return figures["dense_step_s"]
         first, last = figures["converted_step_s"], figures["end_step_s"]

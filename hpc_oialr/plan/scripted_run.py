@@ -1,6 +1,6 @@
 """A run's own code on real tensors, for a few steps, with the method's events on request.
 
-Measures steps on one process (:func:`probe`), or runs as single processes of a large world (:func:`dry_run`).
+Measures steps on one process (:func:`probe`), or runs as single ranks of a large world (:func:`dry_run`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_UPDATES = 200
 
 
 class ScriptedRun:
-    """Steps and events of a run of :meth:`Workload.run_context`, each when it is called."""
+    """Steps and events of a run of :meth:`Workload.run_context`, each on request."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -58,7 +58,7 @@ class ScriptedRun:
         return self.context.splits.train.gather(torch.arange(batch))
 
     def step(self, batch: int) -> float:
-        """One step with ``batch`` samples; its wall time, data included, without the method's part."""
+        """One step with ``batch`` samples; its wall time (s), data included, the method excluded."""
         start = time.perf_counter()
         self.train(self.samples(batch))
         seconds = time.perf_counter() - start
@@ -69,8 +69,8 @@ class ScriptedRun:
         """Forward and backward pass, and the optimizer's step."""
         context = self.context
         forward_backward(context, samples, self.steps)
-        trained = trained_parameters(context)
-        context.engine.update(context.optimizer, context.scaler, trained, context.config.train.gradient_clip)
+        trained, clip = trained_parameters(context), context.config.train.gradient_clip
+        context.engine.update(context.optimizer, context.scaler, trained, clip)
         self.steps += 1
 
     def convert(self) -> UpdateReport:
@@ -87,7 +87,7 @@ class ScriptedRun:
         return report
 
     def settle(self, samples: Batch) -> None:
-        """Steps with an update after each, until r stays."""
+        """Steps with an update after each, until r no longer changes."""
         method = self.method
         for _ in range(_MAX_UPDATES):
             before = method.r
@@ -120,13 +120,11 @@ class Measured:
     conversion_s: float | None = None
 
 
-def probe(
-    workload: Workload, rule: RankRule | None, batches: Iterable[int], threads: int, *, steps: int = 3
-) -> Measured:
-    """Measure dense steps, the conversion, steps, updates until r stays, steps; on one process.
+def probe(workload: Workload, rule: RankRule | None, batches: Iterable[int], threads: int) -> Measured:
+    """Measure steps before the conversion, the conversion, steps after it and at the final r; on one process.
 
-    Each batch is timed ``steps`` times after one that does not count, with ``threads``; the conversion takes all
-    threads of this process. Raises DataError if the data are not on this machine.
+    Each batch is timed three times after a warm-up step, with ``threads``; the conversion takes all threads of this
+    process. Raises DataError if the data are not on this machine.
     """
     if workload.assumption is not None:
         raise DataError(
@@ -146,26 +144,26 @@ def probe(
             run.settle(small)
         torch.set_num_threads(threads)
         for batch in batches:
-            times = [run.step(batch) for _ in range(steps + 1)]
+            times = [run.step(batch) for _ in range(4)]
             found.steps[stage, batch] = statistics.median(times[1:])
     torch.set_num_threads(threads_before)
     return found
 
 
-# -- one process of many -------------------------------------------------------------------------------
+# -- one rank of many ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one process did."""
+    """What one rank did."""
 
     rank: int
     size: int
     seconds: float  # wall time of it all
-    svds: int  # SVDs of weights that it did at the conversion
+    svds: int  # of weights, at the conversion
     resident_bytes: int  # between steps at the end
     r: tuple[int, int]  # smallest and largest at the end
-    channel: str  # what carried the metrics
+    channel: str  # over which metrics were sent
 
 
 def dry_run(
@@ -178,10 +176,10 @@ def dry_run(
 ) -> Iterator[DryRun]:
     """A step, a conversion, a step, an update, a step: as some ranks of ``size``, one after another.
 
-    On the CPU with one sample per process and made-up data, over torch's fake process group: whatever another
-    process would have sent is zero, and results of TSQR are made up in the right shapes. Default: the recipe's engine
-    and rule; the first, the middle and the last rank. Raises ConfigError under DeepSpeed, whose communication torch's
-    fake group cannot stand in for.
+    On the CPU with one sample per rank and made-up data, over torch's fake process group: what another rank would
+    have sent is zero, and results of TSQR are made up in the right shapes. Default: the recipe's engine and rule; the
+    first, the middle and the last rank. Raises ConfigError under DeepSpeed, whose communication torch's fake group
+    does not support.
     """
     engine = engine or workload.config.engine
     if isinstance(engine, DeepSpeed):
@@ -189,8 +187,9 @@ def dry_run(
         raise ConfigError("engine", "DeepSpeed", reason, fix="Take DDP, FSDP or TensorParallel.")
     for rank in ranks or sorted({0, size // 2, size - 1}):
         with fake_world(rank, size) as world, fake_collectives(), warnings.catch_warnings():
-            # DDP's, where a process has one sample only.
+            # DDP's, where a rank has one sample only.
             warnings.filterwarnings("ignore", message="Grad strides do not match")
+            # In a function of its own, so that nothing of one rank is alive during the next.
             yield _run_as(workload, world, engine, rule)
 
 
@@ -200,9 +199,9 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
     built = engine.build(world, workload.config.train.precision)
     context = workload.run_context(built, batch=batch, rule=rule)
     if isinstance(context.controller.model, DistributedDataParallel):
-        # DDP's own all-reduce waits for an answer.
+        # DDP's own all-reduce would wait for the other ranks.
         context.controller.model.register_comm_hook(None, _all_reduce_alone)
-    # What shards that are all alike give may be anything, NaN included.
+    # Equal shards on all ranks may give any gradient, NaN included.
     context.optimizer.register_step_pre_hook(_zero_gradients)
     run, channel = ScriptedRun(context), open_channel(world)
     samples = run.samples(batch)
@@ -212,16 +211,10 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
     run.train(samples)
     _exchange(channel, world, run.update())
     run.step(batch)
-    r = context.controller.r.values()
-    return DryRun(
-        world.rank,
-        world.size,
-        time.perf_counter() - start,
-        sum(layer.seconds > 0 for layer in conversion.layers),
-        resident_bytes(context.module, context.optimizer),
-        (min(r), max(r)),
-        channel.name,
-    )
+    seconds, r = time.perf_counter() - start, context.controller.r.values()
+    svds = sum(layer.seconds > 0 for layer in conversion.layers)
+    held = resident_bytes(context.module, context.optimizer)
+    return DryRun(world.rank, world.size, seconds, svds, held, (min(r), max(r)), channel.name)
 
 
 def _exchange(channel: MetricsChannel, world: World, report: UpdateReport) -> None:

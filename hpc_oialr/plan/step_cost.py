@@ -51,10 +51,10 @@ class Footprint:
 
 
 def footprint(step: Step, d: Deployment) -> Footprint:
-    """What one process holds in a step of :func:`hpc_oialr.plan.trace_step.trace_step`.
+    """Memory of one process in a step of :func:`hpc_oialr.plan.trace_step.trace_step`.
 
-    DDP: all that one process alone holds, with every gradient in a bucket at all times. ZeRO: a formula of its
-    partitions, around the activations of the bare module.
+    DDP: that of a single process, with every gradient in a bucket at all times. ZeRO: a formula of its partitions,
+    around the activations of the bare module.
     """
     model, engine = step.resident, d.engine
     parameters = model.trained + model.frozen + model.buffers
@@ -66,7 +66,7 @@ def footprint(step: Step, d: Deployment) -> Footprint:
         beside = in_buckets if engine.gradient_as_bucket_view else max(alone, in_buckets)
         return Footprint(parameters, model.state, model.trained, beside)
     # In half precision the module and its gradients are half, with fp32 values of trained parameters on top; stages 1
-    # and 2 hold those in fp32 too. They, moments and gradients are sharded, and gradients travel through a buffer;
+    # and 2 have those in fp32 too. They, moments and gradients are sharded, and gradients pass through a buffer;
     # stage 3 also shards parameters, except those gathered at the moment. The optimizer steps each process's
     # part as one flat parameter.
     share, width = 1.0 / d.processes, 0.5 if step.half else 1.0
@@ -90,7 +90,7 @@ def _highest(trace: Trace, share: float) -> float:
 
 
 def sharded_event_bytes(shapes: Mapping[str, LayerShape], phase: Phase, processes: int) -> float:
-    """Bytes beside what lives between steps, in fp32, where matrices are sharded over ``processes``; a formula.
+    """Bytes of an event, in fp32, on top of resident ones, where matrices are sharded over ``processes``; a formula.
 
     One layer at a time. At the conversion (TSQR) rank 0 has a copy of its rows, two k x k factors per level of the
     tree, U and Vh of the last one and its own basis; at an update both factors of a core twice.
@@ -153,16 +153,11 @@ def event_messages(phase: Phase, shapes: Mapping[str, LayerShape], processes: in
 
 
 def step_time(
-    step: Step,
-    sent: Sequence[Message],
-    d: Deployment,
-    machine: Machine,
-    measured_s: float | None = None,
+    step: Step, sent: Sequence[Message], d: Deployment, machine: Machine, measured_s: float | None = None
 ) -> tuple[float, float]:
-    """Seconds of computing, and of waiting for messages, of a step.
+    """Seconds of a step: computing, and waiting for messages.
 
-    ``measured_s``: time of the same step on one process alone, with the cores it has in ``d``; preferred to counted
-    operations.
+    ``measured_s``: the same step on one process alone, with as many cores as in ``d``; preferred to counted operations.
     """
     if measured_s is None:
         passes_s = _counted_s(step.passes, machine, d)
@@ -187,8 +182,7 @@ def _counted_s(trace: Trace, machine: Machine, d: Deployment) -> float:
 def svd_seconds(phase: Phase, shapes: Mapping[str, LayerShape], d: Deployment, machine: Machine) -> float:
     """Time of an event's SVDs, until the last process has finished.
 
-    At the conversion of sharded weights all processes work on one after another (TSQR). All other SVDs are distributed
-    by cost.
+    Sharded weights are decomposed one after another by all processes (TSQR); all other SVDs are distributed by cost.
     """
     sizes = [(r, r) for r in phase.before.values()]
     if phase.event == "conversion":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -53,22 +52,27 @@ class Step:
 
 
 def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int]) -> Step:
-    """One step of rank 0, which has the most of everything; ``r`` of every low-rank layer, none if all are dense."""
+    """One step of rank 0, whose shards are the largest; ``r`` of every low-rank layer, empty if all are dense."""
     with fake_world(0, 1 if d.bare else d.processes) as world:
         built = d.engine.build(world, workload.config.train.precision)
         with fake_tensors():
             context = traced_context(workload, built, batch=d.batch, r=r)
             context.module.train()
-            resizing = isinstance(context.engine, FSDPEngine)
-            forward = Tracer(resident_tensors(context.module, context.optimizer), resizing=resizing)
-            with _gradients_noted(context, forward), forward:
+            # FSDP2 sets its parameters' gradients itself, later: they are not told apart from other memory.
+            fsdp, trained = isinstance(context.engine, FSDPEngine), trained_parameters(context)
+            forward = Tracer(resident_tensors(context.module, context.optimizer), resizing=fsdp)
+            noted = [] if fsdp else trained
+            handles = [p.register_post_accumulate_grad_hook(forward.note_gradient) for p in noted]
+            with forward:
                 # Made here, so that it counts: on a GPU it is copied there in each step.
                 samples = workload.batch(d.batch)
                 forward_backward(context, samples, 0)
+            for handle in handles:
+                handle.remove()
             # The optimizer makes its state in its first update; the second one is like all others.
             _update(context)
-            update = Tracer(resident_tensors(context.module, context.optimizer), resizing=resizing)
-            for parameter in trained_parameters(context):
+            update = Tracer(resident_tensors(context.module, context.optimizer), resizing=fsdp)
+            for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
                 update.note_gradient(parameter)
             with update:
@@ -84,7 +88,7 @@ def traced_context(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
     try:
-        # Messages of synchronised batch norm carry no gradients, and its layers are for GPUs.
+        # Messages of SyncBatchNorm carry no gradients, and its layers are for GPUs.
         workload = workload.with_train(sync_batch_norm=False)
         context = workload.run_context(engine, batch=batch, rule=rule)
     finally:
@@ -96,21 +100,8 @@ def traced_context(
     return context
 
 
-@contextmanager
-def _gradients_noted(context: RunContext, tracer: Tracer) -> Iterator[None]:
-    """FSDP2 sets gradients of its parameters itself, later; there all memory is counted together."""
-    if isinstance(context.engine, FSDPEngine):
-        yield
-        return
-    trained = trained_parameters(context)
-    handles = [p.register_post_accumulate_grad_hook(tracer.note_gradient) for p in trained]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
 def _update(context: RunContext) -> None:
-    # Tensor parallelism clips by values; what that holds is a number per parameter.
+    # Tensor parallelism clips by values; that takes only a number per parameter.
     clip = None if isinstance(context.engine, TensorEngine) else context.config.train.gradient_clip
     context.engine.update(context.optimizer, context.scaler, trained_parameters(context), clip)
 
@@ -132,14 +123,14 @@ def trace_event(
 ) -> float:
     """Most bytes of one process during the event at the beginning of ``phase``; replicated matrices.
 
-    The SVDs are distributed over ``processes``; as many results as there are processes live at once. ``held``:
-    something keeps the old parameters until the end, as ``DistributedDataParallel`` does.
+    The SVDs are distributed over ``processes``; as many results are alive at once. ``held``: the old parameters are
+    kept until the end, as ``DistributedDataParallel`` keeps them.
     """
     with fake_world(0, processes) as world, fake_tensors(), fake_collectives():
         update = phase.event == "update"
         r = {name: phase.before.get(name, r) for name, r in phase.r.items()} if update else {}
         run = ScriptedRun(traced_context(workload, SingleEngine(world), batch=1, r=r, rule=rule))
-        # Made-up values would have all bases repaired, which are not at the first update.
+        # With made-up values all bases would be repaired, which a real first update does not do.
         run.method.config.orthogonality_bound = math.inf
         for parameter in trained_parameters(run.context):
             parameter.grad = torch.empty_like(parameter)
@@ -161,7 +152,7 @@ class StepTraces:
     """Traced steps of a workload, each made once.
 
     Every quantity of a step is a constant, plus a part per sample of the process, plus a part sharded over processes.
-    With a fixed batch, per process or global, it is linear in the samples and in one over the number of processes.
+    So it is linear in the samples, or in 1 / processes.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -169,10 +160,10 @@ class StepTraces:
         self._cache: dict[tuple[str, int, int, tuple[int, ...]], Step] = {}
 
     def steps(self, deployments: Sequence[Deployment], r: Mapping[str, int]) -> dict[Deployment, Step]:
-        """A step of every deployment of one engine; the smallest and the largest are traced, those between interpolated.
+        """A step of every deployment of one engine; the smallest and largest are traced, those between interpolated.
 
-        Where the operations of two differ, because layers compute in another way with fewer tokens or groups have
-        one member only, the one in the middle is traced too.
+        Where the operations of two differ, e.g. because layers compute another way with fewer tokens, the one in the
+        middle is traced too.
         """
         many = sorted({d for d in deployments if d.processes > 1}, key=lambda d: (1.0 / d.processes, d.batch))
         ends = {*many[:1], *many[-1:], *(d for d in deployments if d.processes == 1)}

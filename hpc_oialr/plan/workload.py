@@ -1,4 +1,4 @@
-"""What is planned: a recipe with the shapes of its data, and on how many processes under which engine."""
+"""What is planned: a recipe with the shapes of its data, the number of processes, the engine."""
 
 from __future__ import annotations
 
@@ -30,12 +30,6 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    def fake(self, size: int, *, double: bool) -> Tensor:
-        """Noise, or zeros for integers (labels, tokens)."""
-        if not self.dtype.is_floating_point:
-            return torch.zeros(size, *self.shape, dtype=self.dtype)
-        return torch.randn(size, *self.shape, dtype=torch.float64 if double else self.dtype)
 
 
 @dataclass(frozen=True)
@@ -96,9 +90,15 @@ class Workload:
         return train.total_steps(self.samples // train.global_batch)
 
     def batch(self, size: int) -> Batch:
-        """A batch of these shapes with made-up values."""
+        """A batch of these shapes: noise, or zeros for integers (labels, tokens)."""
         double = self.config.train.precision == "float64"
-        return {key: spec.fake(size, double=double) for key, spec in self.specs.items()}
+
+        def tensor(spec: TensorSpec) -> Tensor:
+            if not spec.dtype.is_floating_point:
+                return torch.zeros(size, *spec.shape, dtype=spec.dtype)
+            return torch.randn(size, *spec.shape, dtype=torch.float64 if double else spec.dtype)
+
+        return {key: tensor(spec) for key, spec in self.specs.items()}
 
     def run_context(
         self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
@@ -121,7 +121,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class _BuiltEngine:
-    """In place of settings of an engine."""
+    """Replaces the engine's settings."""
 
     engine: Engine
 
@@ -131,7 +131,7 @@ class _BuiltEngine:
 
 @dataclass(frozen=True)
 class _FakeData(ArrayDataset):
-    """In place of settings of the data; training and validation samples."""
+    """Replaces the data's settings; training and validation samples."""
 
     workload: Workload
     count: int
@@ -160,19 +160,19 @@ class Deployment:
 
     @property
     def processes(self) -> int:
-        """In all."""
+        """Of all nodes."""
         return self.nodes * self.per_node
 
     @property
     def groups(self) -> int:
-        """Processes, or groups of them that share samples, over which a global batch is distributed."""
+        """Processes, or groups with the same samples, over which a global batch is distributed."""
         if isinstance(self.engine, TensorParallel) and self.processes > 1:
             return self.processes // self.engine.size
         return self.processes
 
     @property
     def sharded(self) -> bool:
-        """Whether the method's matrices are sharded, so that several processes share each SVD."""
+        """Whether the method's matrices are sharded, so that several ranks compute each SVD."""
         return isinstance(self.engine, (FSDP, TensorParallel)) and self.processes > 1
 
     @property

@@ -147,7 +147,7 @@ def test_a_stopped_comparison_goes_on_with_the_same_settings(tmp_path, capsys, m
     words = ["compare", str(recipe), "--own", "--train.seed", "3", "--out", str(folder)]
     for _ in range(2):
         assert main(words) == 75
-        assert f"stopped on request; go on with: oialr {' '.join(words)}" in capsys.readouterr().out
+        assert f"stopped on request; resume with: oialr {' '.join(words)}" in capsys.readouterr().out
     call = f"-m hpc_oialr train {folder}/dense.yaml --out {folder}/dense --continue"
     assert (tmp_path / "calls").read_text().splitlines() == [call, call]
     assert not (folder / "owner.json").exists()

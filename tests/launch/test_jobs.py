@@ -113,7 +113,7 @@ def test_table(slurm, tmp_path, capsys):
     assert lines[0].startswith("12 ")
     assert "40 of 100" in lines[0]
     assert "0 of 20" in lines[0]
-    assert ", goes on after a requeue" in lines[0]
+    assert ", resumes after a requeue" in lines[0]
     assert "25.0%" in lines[0]
     assert "test_accuracy 0.7500" in lines[0]
     assert lines[1].split() == [

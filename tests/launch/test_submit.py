@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from support.tiny_runs import write_recipe
 
 import hpc_oialr.launch
-from hpc_oialr.cli.command_submit import OPTIONS, parameter_names
+from hpc_oialr.cli.command_submit import OPTIONS
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
 from hpc_oialr.launch import Request, submit
@@ -353,7 +354,7 @@ def run(capsys, *arguments):
 
 def test_every_parameter_is_an_option():
     options = {option.removeprefix("--").replace("-", "_") for option, *_ in OPTIONS}
-    assert options | {"folder", "setup"} == set(parameter_names())
+    assert options | {"folder", "setup"} == {field.name for field in fields(Request)}
 
 
 def test_command(slurm, recipe, tmp_path, capsys):

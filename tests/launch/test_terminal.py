@@ -61,7 +61,7 @@ def test_it_writes_a_checkpoint_and_tells_how_to_go_on(end, tmp_path):
         while terminal.read():
             pass
         assert "a checkpoint is written after this step; Ctrl-C again: end at once" in terminal.said
-        assert f"go on with: oialr resume {folder.path}" in terminal.said
+        assert f"resume with: oialr resume {folder.path}" in terminal.said
     os.close(terminal.master)
     assert terminal.process.wait(timeout=120) == 75
     assert len(list(folder.checkpoints.glob("step_*"))) == 1

@@ -13,19 +13,8 @@ from hpc_oialr.cli.main import main
 
 def test_tables_and_files(recipe, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    words = [
-        "plan",
-        str(recipe),
-        "--nodes",
-        "1,2,3",
-        "--site",
-        "horeka",
-        "--gpus-per-node",
-        "1",
-        "--out",
-        str(out),
-    ]
-    assert main(words) == 0
+    options = ["--nodes", "1,2,3", "--site", "horeka", "--gpus-per-node", "1"]
+    assert main(["plan", str(recipe), *options, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "4 layers become low-rank" in shown
     assert "memory of a process (GiB), of 39.4" in shown

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpc_oialr.cli.command_analyze import _Lines
+from hpc_oialr.cli.command_analyze import progress_lines
 from hpc_oialr.errors import DataError
 from hpc_oialr.report.analyze import MatrixSelection
 from hpc_oialr.report.checkpoint import open_checkpoint
@@ -156,7 +156,7 @@ def test_bad_shard_indices(tmp_path, index, text):
 
 def test_progress_now_and_then(capsys):
     times = iter([0.0, 4.0, 11.0, 12.0, 40.0])
-    lines = _Lines(10.0, lambda: next(times))
+    lines = progress_lines(10.0, lambda: next(times))
     for done in (1, 2, 3, 4):
         lines(done, 4)
     assert capsys.readouterr().err == "oialr: 2 of 4 layers measured, about 0:11 to go\n"
