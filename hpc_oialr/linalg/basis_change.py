@@ -36,17 +36,9 @@ def basis_change(
 ) -> BasisChange:
     """Compare two thin SVDs of one m x n weight, with all its k = min(m, n) values.
 
-    ``2 k^2 (m_p + n_p)`` operations and one all-reduce of ``2 k^2`` numbers for the Gram products; two QR of
-    ``k x n``. Nothing of size m x n is built.
-
-    Parameters
-    ----------
-    last, now
-        This rank's rows of ``U``, all of ``s``, its columns of ``Vh``.
-    group
-        See :func:`~hpc_oialr.linalg.communicator.communicator`.
-    whole
-        Makes a whole ``Vh`` of this rank's columns; a collective call.
+    ``last`` and ``now`` are this rank's rows of ``U``, all of ``s``, its columns of ``Vh``, of which ``whole`` makes a
+    whole ``Vh``, a collective call. ``2 k^2 (m_p + n_p)`` operations and one all-reduce of ``2 k^2`` numbers for the
+    Gram products; two QR of ``k x n``. Nothing of size m x n is built.
     """
     gram_u, gram_v = gram_products(last.U, last.Vh, now.U, now.Vh, group)
     angle_U, angle_Vh = angles_of(smallest_cosines(gram_u, gram_v))
@@ -81,8 +73,7 @@ def stability_of(gram_u: Tensor, gram_v: Tensor) -> float:
 
 def angles_of(cosines: Tensor) -> list[float]:
     """Principal angles (rad) of their cosines."""
-    angles: list[float] = cosines.double().clamp(0, 1).arccos().tolist()
-    return angles
+    return list(cosines.double().clamp(0, 1).arccos().tolist())
 
 
 def smallest_cosines(*grams: Tensor) -> Tensor:

@@ -29,24 +29,7 @@ TAG = 8505
 
 
 def communicator(group: Group) -> Communicator:
-    """The communicator of a group.
-
-    Parameters
-    ----------
-    group
-        None (one process), a :class:`Communicator`, a ``torch.distributed`` process group, or an mpi4py
-        communicator.
-
-    Raises
-    ------
-    TypeError
-        For anything else.
-
-    Examples
-    --------
-    >>> communicator(None).size
-    1
-    """
+    """The communicator of a group: None (one process), a torch process group, an mpi4py communicator, or one of ours."""
     if isinstance(group, Communicator):
         return group
     if group is None:
@@ -62,18 +45,11 @@ def communicator(group: Group) -> Communicator:
 
 
 class Communicator:
-    """One rank of a group; by itself a group of one process, which sends nothing.
-
-    Attributes
-    ----------
-    rank, size
-        Of this process, and of the group.
-    bytes_sent
-        Payload bytes this rank has sent so far.
-    """
+    """One rank of a group; by itself a group of one process, which sends nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size, self.bytes_sent = rank, size, 0
+        self.rank, self.size = rank, size
+        self.bytes_sent = 0  # payload of this rank so far
 
     def _send(self, tensor: Tensor, to: int) -> None:
         raise NotImplementedError
@@ -161,10 +137,7 @@ class Communicator:
 class TorchCommunicator(Communicator):
     """gloo for CPU tensors, NCCL for CUDA tensors, as the group has them.
 
-    Raises
-    ------
-    ProcessLostError
-        From every call, if the other process has died or does not answer within the group's timeout.
+    Calls raise :class:`ProcessLostError` if the other process has died or does not answer within the group's timeout.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -238,8 +211,6 @@ def _pieces(tensor: Tensor) -> list[Any]:
 def children(rank: int, size: int) -> list[int]:
     """Ranks that report to ``rank``, nearest first: rank + 1, rank + 2, rank + 4, ...
 
-    Examples
-    --------
     >>> [children(rank, 6) for rank in range(6)]
     [[1, 2, 4], [], [3], [], [5], []]
     """

@@ -108,44 +108,18 @@ def hierarchical_svd(
     """Leading singular triplets, by number or by error, from truncated SVDs merged up a tree.
 
     Every rank truncates the SVD of its rows, ``A_p ~ U_p diag(s_p) Vh_p``; two ``diag(s_p) Vh_p`` are stacked, their
-    SVD truncated again, up to the root.
+    SVD truncated again, up to the root. Either ``r`` triplets are returned (fewer if k < r), or the fewest that the last
+    merge allows with ``||A - U diag(s) Vh||_F <= tolerance ||A||_F``; rounding adds about the dtype's epsilon. With
+    ``r``, ``shift`` more are kept below the root, for directions that only the whole matrix shows to be leading.
 
-    Parameters
-    ----------
-    A, group, vh, name
-        As for :func:`~hpc_oialr.linalg.tsqr.tsqr_svd`.
-    r
-        Triplets to return, >= 1 (fewer if k < r). Give this or ``tolerance``.
-    tolerance
-        ``||A - U diag(s) Vh||_F <= tolerance ||A||_F``, in [0, 1), with the fewest triplets the last merge
-        allows; rounding adds about the dtype's epsilon.
-    shift
-        With ``r``: triplets carried beyond r until the root, for directions that only the whole matrix shows to be
-        leading.
+    The result's ``error`` is ``||A - U diag(s) Vh||_F``, not a bound: every cut is an orthogonal projection of the
+    rows kept by the cuts below it, so the parts cut are orthogonal to each other and their squares add. A priori it is
+    at most ``(1 + sqrt 2)^(q+1) - 1`` times the best possible one, q = ceil(log2 P) levels (the reference's bound on
+    noisy blocks); with the shift usually within a few percent.
 
-    Returns
-    -------
-    BlockSVD
-        ``error`` is ``||A - U diag(s) Vh||_F``, not a bound: every cut is an orthogonal projection of the
-        rows kept by the cuts below it, so the parts cut are orthogonal to each other and their squares add.
-
-    Raises
-    ------
-    ConfigError
-        If not exactly one of ``r`` and ``tolerance`` is given, or it is out of range.
-    NonFiniteError
-        On every rank, as for TSQR.
-
-    Notes
-    -----
     Operations per rank ``6 m_p n^2 + 20 n^3`` and per merge an SVD of 2 (r + shift) x n. Sent per rank, in numbers:
     ``(r + shift) n`` up, at most ``(2 r + shift + n) r log2 P`` down.
 
-    A priori the error is at most ``(1 + sqrt 2)^(q+1) - 1`` times the best possible one, q = ceil(log2 P)
-    levels (the reference's bound on noisy blocks); with the shift it is usually within a few percent.
-
-    References
-    ----------
     M. Iwen, B. Ong, SIAM J. Matrix Anal. Appl. 37 (2016), algorithm 1, on the transpose.
     """
     _check_target(r, tolerance)
@@ -198,8 +172,6 @@ class _Truncated(Scheme):
 def fewest(s: Tensor, budget: float) -> int:
     """How many leading values must stay so that the squares of the others sum to at most ``budget``.
 
-    Examples
-    --------
     >>> fewest(torch.tensor([3.0, 2.0, 1.0]), 5.0)
     1
     """
@@ -222,41 +194,15 @@ def randomized_svd(
     """Leading r singular triplets from a Gaussian sketch, any shape.
 
     ``Q = orth(A G)`` with G n x l, l = min(r + oversampling, k); then q times ``Q = orth(A orth(A^T Q))``; SVD of
-    ``Q^T A`` (l x n). Every ``orth`` is a TSQR. Every rank draws the same G from the seed; it is not sent.
+    ``Q^T A`` (l x n). Every ``orth`` is a TSQR. Every rank draws the same G from the seed; it is not sent. q = 2 is
+    enough for spectra that fall slowly, 0 for ones that fall fast.
 
-    Parameters
-    ----------
-    A, group, vh, name
-        As for :func:`~hpc_oialr.linalg.tsqr.tsqr_svd`.
-    r
-        Triplets, >= 1 (fewer if k < r).
-    oversampling
-        Columns of the sketch beyond r.
-    power_iterations
-        q; 2 is enough for spectra that fall slowly, 0 for ones that fall fast.
-    seed
-        Of the sketch.
+    The result's ``error`` is ``sqrt(||A||_F^2 - sum(s^2))``, the true error to within ``sqrt(epsilon) ||A||_F``, since
+    ``U diag(s) Vh`` is an orthogonal projection of A.
 
-    Returns
-    -------
-    BlockSVD
-        ``error`` is ``sqrt(||A||_F^2 - sum(s^2))``, the true error to within ``sqrt(epsilon) ||A||_F``, since
-        ``U diag(s) Vh`` is an orthogonal projection of A.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of range.
-    NonFiniteError
-        On every rank, as for TSQR.
-
-    Notes
-    -----
     Operations per rank ``4 m_p n l (q + 1)`` and TSQRs of m_p x l and n_p x l. Sent per rank, in numbers:
     ``(2 q + 1) n l`` at most, and the messages of ``2 q + 2`` TSQRs of width l.
 
-    References
-    ----------
     N. Halko, P.-G. Martinsson, J. Tropp, SIAM Rev. 53 (2011), algorithms 4.4 and 5.1, theorem 10.5.
     """
     limits = {"r": (r, 1), "oversampling": (oversampling, 0), "power_iterations": (power_iterations, 0)}

@@ -41,8 +41,6 @@ class RowPartition:
 def even_blocks(length: int, parts: int) -> list[int]:
     """Sizes that differ by at most one, larger ones first.
 
-    Examples
-    --------
     >>> even_blocks(10, 4)
     [3, 3, 2, 2]
     """
@@ -57,11 +55,8 @@ def block_of(length: int, parts: int, index: int) -> slice:
 def agree(A: Tensor, comm: Communicator, name: str) -> tuple[Tensor, RowPartition]:
     """This rank's block in float32 or float64, contiguous, and the partition; one all-reduce of ``32 P`` bytes.
 
-    Raises
-    ------
-    NonFiniteError, WorldError, ConfigError
-        On every rank, if any block holds NaN or Inf, if widths or dtypes differ, or if a block is not a
-        floating-point matrix.
+    Raises :class:`NonFiniteError`, :class:`WorldError` or :class:`ConfigError` on every rank, if any block holds NaN or
+    Inf, if widths or dtypes differ, or if a block is no floating-point matrix.
     """
     table = torch.zeros(comm.size, 4, dtype=torch.int64, device=A.device)
     # Rows, columns, dtype, number of values that are not finite; -1 for what does not apply.

@@ -50,17 +50,9 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     another path. On a GPU: cuSOLVER's gesvdj, then gesvd; then the CPU's chain in float64. The result has the dtype
     and device of the first attempt. About ``4 m n k + 22 k^3`` operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
 
-    Parameters
-    ----------
-    name
-        Named in errors, usually the layer.
-    careful
-        Look for NaN and Inf in ``A`` and in the result, which waits for a GPU; otherwise the caller does.
-
-    Raises
-    ------
-    NonFiniteError
-        If ``A`` holds NaN or Inf, or every attempt failed.
+    ``name``, usually the layer's, is for errors. If ``careful``, ``A`` and the result are searched for NaN and Inf,
+    which waits for a GPU; otherwise the caller does that. Raises :class:`NonFiniteError` if there are any, or every
+    attempt failed.
     """
     dtype = compute_dtype(A.dtype)
     A = A.detach().to(dtype)

@@ -31,24 +31,12 @@ BLOCK_VALUES = 1 << 18
 
 
 class BlockSVD(NamedTuple):
-    """``A = U diag(s) Vh`` for A in row blocks.
+    """``A = U diag(s) Vh`` for A in row blocks; ``s`` and a whole ``Vh`` have the same bits on every rank."""
 
-    Attributes
-    ----------
-    U
-        This rank's rows, m_p x k.
-    s
-        k, descending, the same bits on every rank.
-    Vh
-        k x n, the same bits on every rank; or this rank's columns, cut by ``even_blocks(n, P)``.
-    error
-        ``||A - U diag(s) Vh||_F`` from what was cut, without rounding; 0 where nothing was.
-    """
-
-    U: Tensor
-    s: Tensor
-    Vh: Tensor
-    error: float = 0.0
+    U: Tensor  # this rank's rows, m_p x k
+    s: Tensor  # k, descending
+    Vh: Tensor  # k x n, or this rank's columns, cut by even_blocks(n, P)
+    error: float = 0.0  # ||A - U diag(s) Vh||_F from what was cut, without rounding
 
 
 class BlockQR(NamedTuple):
@@ -60,30 +48,10 @@ class BlockQR(NamedTuple):
 
 @exact_arithmetic()
 def tsqr(A: Tensor, group: Group = None, *, name: str = "matrix") -> BlockQR:
-    """QR of a matrix in row blocks, backward stable whatever the condition.
+    """QR of a matrix in row blocks, backward stable whatever the condition; A and errors as for :func:`tsqr_svd`.
 
-    Parameters
-    ----------
-    A
-        This rank's rows, m_p x n; uneven, empty, or fewer than n.
-    group
-        See :func:`~hpc_oialr.linalg.communicator.communicator`.
-    name
-        Named in errors.
-
-    Raises
-    ------
-    NonFiniteError
-        On every rank, if any block holds NaN or Inf.
-
-    Notes
-    -----
     Operations per rank: ``6 m_p n^2 + 20/3 n^3 log2 P``. Sent per rank, in numbers: at most ``n^2 / 2`` up and
-    ``2 n^2 log2 P`` down the tree.
-
-    References
-    ----------
-    J. Demmel, L. Grigori, M. Hoemmen, J. Langou, SIAM J. Sci. Comput. 34 (2012), section 2.
+    ``2 n^2 log2 P`` down the tree. J. Demmel et al., SIAM J. Sci. Comput. 34 (2012), section 2.
     """
     comm = communicator(group)
     A, _ = agree(A, comm, name)
@@ -95,33 +63,14 @@ def tsqr(A: Tensor, group: Group = None, *, name: str = "matrix") -> BlockQR:
 def tsqr_svd(A: Tensor, group: Group = None, *, vh: Columns = "whole", name: str = "matrix") -> BlockSVD:
     """Exact thin SVD of a matrix in row blocks: QR up a tree, SVD of the last R, products down.
 
-    Parameters
-    ----------
-    A
-        This rank's rows, m_p x n; uneven, empty, or fewer than n. bf16 and fp16 are cast to fp32.
-    group
-        See :func:`~hpc_oialr.linalg.communicator.communicator`.
-    vh
-        "whole" gives every rank all of Vh, "block" its own columns only: with a wide matrix no rank then holds
-        more than its share of A and k x k numbers.
-    name
-        Named in errors.
+    A is this rank's rows, m_p x n: uneven, empty, or fewer than n; bf16 and fp16 are cast to fp32. ``vh="whole"`` gives
+    every rank all of Vh, "block" its own columns only: with a wide matrix no rank then has more than its share of A and
+    k x k numbers. ``name`` is for errors: :class:`NonFiniteError` is raised on every rank if any block has NaN or Inf or
+    the SVD does not converge.
 
-    Raises
-    ------
-    NonFiniteError
-        On every rank, if any block holds NaN or Inf or the SVD does not converge.
-
-    Notes
-    -----
-    m >= n: as for :func:`tsqr`, and ``22 n^3`` operations on rank 0 alone.
-
-    m < n: an all-to-all turns row blocks into blocks of columns, ``m_p (n - n_p)`` numbers sent per rank; then the
-    same on the transpose; "whole" ends with a ring, ``m (n - n_p)`` numbers sent.
-
-    References
-    ----------
-    J. Demmel et al. as for :func:`tsqr`; the SVD: T. Chan, ACM Trans. Math. Softw. 8 (1982).
+    m >= n: as for :func:`tsqr`, and ``22 n^3`` operations on rank 0 alone. m < n: an all-to-all turns row blocks into
+    blocks of columns, ``m_p (n - n_p)`` numbers sent per rank; then the same on the transpose; "whole" ends with a ring,
+    ``m (n - n_p)`` numbers sent. T. Chan, ACM Trans. Math. Softw. 8 (1982).
     """
     comm = communicator(group)
     A, partition = agree(A, comm, name)
@@ -220,12 +169,8 @@ def up_and_down(A: Tensor, comm: Communicator, scheme: Scheme, name: str, *, ene
     """Run a scheme over all ranks; gives this rank's rows of ``M``, and the same bits of ``shared`` everywhere.
 
     ``energy`` is ``||A_p||_F^2``, for schemes that cut. Sent per rank: ``X`` once (not by rank 0), then to each of at
-    most ceil(log2 P) ranks below it their rows of ``M`` and ``shared``; 56 bytes of headers a pair.
-
-    Raises
-    ------
-    NonFiniteError
-        On every rank, if a factorization failed on any.
+    most ceil(log2 P) ranks below it their rows of ``M`` and ``shared``; 56 bytes of headers a pair. Raises
+    :class:`NonFiniteError` on every rank if a factorization failed on any.
     """
     X, ledger = A, Ledger(energy)
 
@@ -233,7 +178,7 @@ def up_and_down(A: Tensor, comm: Communicator, scheme: Scheme, name: str, *, ene
         try:
             return scheme.split(X, ledger)
         except NonFiniteError:
-            # Travels up and down again, so that no rank waits for a message that never comes.
+            # The failure goes up and down the tree, so that no rank waits for a message that never comes.
             ledger.failed = True
             return (lambda M: M), X[:0]
 

@@ -13,7 +13,7 @@ BATCH_NUMBERS = 1 << 23
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One m x n matrix to factorize; ``held`` numbers must be in memory meanwhile, ``m n`` by default."""
+    """One m x n matrix to factorize; ``held`` numbers are in memory during its SVD, ``m n`` by default."""
 
     name: str
     m: int
@@ -36,8 +36,6 @@ def svd_cost(m: int, n: int, processes: int = 1) -> float:
     ``6 max(m, n) k^2 / P`` for the long side, ``20 k^3`` for the last SVD, which one process does while all wait, and
     ``20/3 k^3 log2 P`` in the tree; k = min(m, n).
 
-    Examples
-    --------
     >>> svd_cost(10, 10), svd_cost(1000, 10), svd_cost(1000, 10, 2)
     (26000.0, 620000.0, 326666.6666666667)
     """
@@ -52,8 +50,6 @@ def longest_processing_time(costs: Sequence[float], processes: int) -> list[int]
     function: all ranks compute the same assignment without communication. At most ``4/3 - 1/(3 P)`` of the optimum
     (Graham, SIAM J. Appl. Math. 17, 1969).
 
-    Examples
-    --------
     >>> longest_processing_time([1.0, 8.0, 2.0, 7.0], 2)
     [0, 0, 1, 1]
     """
@@ -74,15 +70,9 @@ def svd_rounds(
 ) -> list[list[Task]]:
     """Which rank factorizes which layers, in rounds: in a round each rank has at most one task.
 
-    Parameters
-    ----------
-    owners
-        The rank of each layer; default :func:`longest_processing_time` by :func:`svd_cost`.
-    batch_numbers
-        Numbers that may be held for one batch of layers of one shape; 0 makes no batches.
+    ``owners`` are the ranks of the layers, by default :func:`longest_processing_time` by :func:`svd_cost`. A batch of
+    layers of one shape may hold ``batch_numbers`` numbers; 0 makes no batches.
 
-    Examples
-    --------
     >>> layers = [LayerWork("a", 64, 64), LayerWork("b", 64, 64), LayerWork("c", 96, 64)]
     >>> [[(task.rank, task.layers) for task in tasks] for tasks in svd_rounds(layers, 2)]
     [[(0, (2,)), (1, (0, 1))]]

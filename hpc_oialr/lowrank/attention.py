@@ -17,9 +17,9 @@ from hpc_oialr.lowrank.layers import LowRankLinear
 class FactorisedMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose input projections are submodules.
 
-    :func:`unpack` changes an ordinary one into this class in place: ``in_proj_weight`` becomes the
-    submodule ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``), holding the *same* parameter, and
-    those are then converted like any linear layer. Results, masks and options are torch's.
+    :func:`unpack` changes an ordinary one into this class in place: ``in_proj_weight`` becomes the weight of a submodule
+    ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``), the *same* parameter, which is then converted like any linear
+    layer. Results, masks and options are torch's.
     """
 
     def forward(
@@ -110,7 +110,7 @@ def _rows(layer: nn.Module, x: Tensor, part: int, rows: int) -> Tensor:
         return factored_linear(x, Vh, S, U[block], None)
     if type(layer) is nn.Linear:
         return F.linear(x, layer.weight[block])
-    # Whatever an engine has made of it, e.g. a layer sharded over processes.
+    # A layer of an engine, such as one sharded over ranks.
     return cast(Tensor, layer(x))[..., block]
 
 

@@ -42,7 +42,7 @@ class AutocastCopies:
 
     Autocast caches its casts of trained weights only: frozen ones cost two kernels and 6 bytes a number in each forward
     pass. Copies add 2 bytes a number between steps, and hardly anything to the peak, as autograd keeps the casts of all
-    layers until their backward pass anyway. They are no part of a layer's state: not saved, copied or moved with it.
+    layers until their backward pass anyway. They are not saved, copied or moved with a layer.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class LowRankWeight(nn.Module):
         """New parameters; the core gets attributes and ``requires_grad`` of ``like``."""
         for name, factor in (("U", U), ("S", S), ("Vh", Vh)):
             factor = factor.contiguous()
-            # A view of a message or of several layers' results would keep all of it.
+            # A view would keep a whole message, or several layers' results, in memory.
             if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
                 factor = factor.clone()
             trained = name == "S" and like.requires_grad
@@ -192,7 +192,7 @@ class LowRankWeight(nn.Module):
 
     @exact_arithmetic()
     def _check_bases(self) -> None:
-        """Raise :class:`ModelError` if what has been written into ``U`` and ``Vh`` is no basis."""
+        """Raise :class:`ModelError` if ``U`` or ``Vh`` was written into and is not orthonormal any more."""
         stamp = self._stamp_of_bases()
         if stamp and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.require_orthonormal(self.bases_error(), self.U.dtype)
@@ -324,7 +324,7 @@ class LowRankWeight(nn.Module):
         self._parameters.update({"weight": weight, **rest})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take on the stored r, or become dense, before torch copies the values; a controller does so for its layers."""
+        """Adopt the stored r, or become dense, before torch copies the values; a controller does so for its layers."""
         stored = [x for name in ("U", "S", "Vh") if isinstance(x := state_dict.get(prefix + name), Tensor)]
         if controller_of(self) is None:
             core = self.S

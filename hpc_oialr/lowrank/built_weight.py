@@ -62,7 +62,7 @@ class BuiltShards(DTensor):
     __torch_function__ = BuiltWeight.__dict__["__torch_function__"]
 
     def to_local(self, **options: Any) -> Tensor:
-        """This process's part, whose writes are refused too."""
+        """This rank's part, whose writes are refused too."""
         part: Tensor = _follow(super().to_local(**options), [self])
         return part
 

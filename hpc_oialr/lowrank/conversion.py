@@ -63,20 +63,10 @@ def leave_fused_inference(model: nn.Module) -> None:
 def convert(
     model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0
 ) -> list[TargetWeight]:
-    """Convert every selected layer of ``model`` in place by a truncated SVD of its weight.
+    """Convert every selected layer of ``model`` in place by an SVD, of which ``fraction`` of the k triplets is kept.
 
-    For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training and takes
-    the optimizer along.
-
-    Parameters
-    ----------
-    fraction
-        Share of k = min(m, n) that is kept.
-
-    Raises
-    ------
-    NonFiniteError
-        If a weight holds NaN or Inf.
+    For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training, and the optimizer's state
+    with it. Raises :class:`NonFiniteError` if a weight holds NaN or Inf.
     """
     targets = select(model, selection)
     leave_fused_inference(model)

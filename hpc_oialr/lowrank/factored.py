@@ -17,9 +17,11 @@ def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | N
 
     x is (..., n), A is r x n, S is r x r, C is m x r, y is (..., m). Derivatives of any order are right on every path.
     """
-    if _plain(x, A, S, C) and (_compiled_for_gpu(x) or not is_transformed()):
+    compiling = torch.compiler.is_compiling()
+    # On a GPU torch.compile sees the layer as one operator; an exported program must not depend on ours.
+    ours = x.is_cuda and not torch.compiler.is_exporting() if compiling else not is_transformed()
+    if ours and _plain(x, A, S, C):
         x, A, S, C, bias = _under_autocast(x, A, S, C, bias)
-        compiling = torch.compiler.is_compiling()
         # Compiled code leaves the choice to the operator, which sees values.
         candidates = (TORCH,) if compiling else KERNELS
         kernels = next((kernels for kernels in candidates if kernels.serve(x, A, S, C)), None)
@@ -33,13 +35,8 @@ def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | N
     return F.linear(F.linear(F.linear(x, A), S), C, bias)
 
 
-def _compiled_for_gpu(x: Tensor) -> bool:
-    """Whether torch.compile sees the layer as one operator; an exported program must not depend on ours."""
-    return x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
 def _plain(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
-    """Whether the shapes fit, for otherwise torch's own error is the clearer one, and nothing is a subclass or sparse."""
+    """Whether nothing is a subclass or sparse, and the shapes fit: where they do not, torch's own error is clearer."""
     return (
         all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, A, S, C))
         and x.layout is torch.strided

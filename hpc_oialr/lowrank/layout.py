@@ -1,4 +1,4 @@
-"""Where the rows and columns of one weight live: replicated on every process, or sharded over several."""
+"""Where the rows and columns of one weight are: replicated on every rank, or sharded over several."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Replicated:
-    """Every process holds every matrix whole.
+    """Every rank has every matrix whole.
 
     The method asks a layout for blocks and gives blocks back, so that it is the same code for replicated and
-    sharded matrices; here a block is the matrix. "Stored" is what a parameter or the optimizer's state holds.
+    sharded matrices; here a block is the matrix. "Stored" is a parameter or a tensor of the optimizer's state.
     """
 
     group: dist.ProcessGroup | None = None  # over which a matrix is sharded
 
     def rows(self, weight: Tensor) -> Tensor:
-        """This process's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
+        """This rank's rows of a stored weight, moment or ``U``: m_p x (all the rest); a view."""
         return self.local(weight).reshape(-1, weight.numel() // weight.shape[0])
 
     def columns(self, Vh: Tensor) -> Tensor:
-        """This process's columns of a stored ``Vh``: r x n_p."""
+        """This rank's columns of a stored ``Vh``: r x n_p."""
         return Vh.detach()
 
     def core(self, S: Tensor) -> Tensor:
@@ -33,43 +33,43 @@ class Replicated:
         return whole(S.detach())
 
     def put_rows(self, block: Tensor, m: int) -> Tensor:
-        """The stored form of a matrix with ``m`` rows, of which ``block`` is this process's part."""
+        """The stored form of a matrix with ``m`` rows, of which ``block`` is this rank's part."""
         return block
 
     def put_columns(self, block: Tensor, n: int) -> Tensor:
-        """The stored form of a matrix with ``n`` columns, of which ``block`` is this process's part."""
+        """The stored form of a matrix with ``n`` columns, of which ``block`` is this rank's part."""
         return block
 
     def put_core(self, S: Tensor) -> Tensor:
-        """The stored form of a core that every process holds whole."""
+        """The stored form of a core that every rank has whole."""
         return S
 
     def own_rows(self, m: int) -> slice:
-        """Which of ``m`` rows are this process's."""
+        """Which of ``m`` rows are this rank's."""
         return slice(0, m)
 
     def own_columns(self, n: int) -> slice:
-        """Which of ``n`` columns are this process's."""
+        """Which of ``n`` columns are this rank's."""
         return self.own_rows(n)
 
     def whole_columns(self, block: Tensor, n: int) -> Tensor:
-        """The whole matrix (r x n) of which each process has its columns; a collective call."""
+        """The whole matrix (r x n) of which each rank has its columns; a collective call."""
         return block
 
     def project(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T weight right^T`` of a stored weight, whole; ``left`` is this process's rows, ``right`` is whole."""
+        """``left^T weight right^T`` of a stored weight, whole; ``left`` is this rank's rows, ``right`` is whole."""
         return self.add(left.mT @ (self.rows(weight).to(left.dtype) @ right.mT))
 
     def project_core(self, S: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T S right^T`` of a stored core, whole on every process, as are ``left`` and ``right``."""
+        """``left^T S right^T`` of a stored core, whole on every rank, as are ``left`` and ``right``."""
         return left.mT @ (self.core(S).to(left.dtype) @ right.mT)
 
     def add(self, part: Tensor) -> Tensor:
-        """The sum of all processes' parts, in place."""
+        """The sum of all ranks' parts, in place."""
         return part
 
     def local(self, tensor: Tensor) -> Tensor:
-        """What this process stores of a tensor."""
+        """What this rank stores of a tensor."""
         return local(tensor.detach())
 
 
@@ -77,24 +77,15 @@ REPLICATED = Replicated()
 
 
 class Sharded(Replicated):
-    """Matrices as DTensors: weights and ``U`` in row blocks, ``Vh`` in column blocks where they fit.
+    """Matrices as DTensors: weights and ``U`` in row blocks, ``Vh`` in column blocks.
 
-    A core is sharded too where ``split_cores``, otherwise every process holds it whole. Blocks are those
-    of ``torch.chunk``: equal but for the last ones, which may be empty.
+    Sharded over the last axis of the mesh, replicated along the others. Blocks are those of ``torch.chunk``: equal but
+    for the last ones, which may be empty. With ``split_cores`` cores are stored in row blocks too, otherwise every rank
+    has them whole. ``even_columns`` is FSDP2's rule: it shards columns only if all blocks are equal; a ``Vh`` with
+    others is stored in row blocks.
 
-    Parameters
-    ----------
-    mesh
-        Matrices are sharded over its last axis, and equal along the one before it.
-    split_cores
-        Whether cores are stored in row blocks.
-    even_columns
-        FSDP2 shards columns only if all blocks are equal; ``Vh`` is stored in row blocks otherwise.
-
-    Notes
-    -----
-    Traffic of one process: :meth:`core` r^2 numbers, :meth:`project` r^2 (an all-reduce),
-    :meth:`whole_columns` r n (an all-gather), ``Vh`` in row blocks r n / P each way (an all-to-all).
+    Traffic of one rank: :meth:`core` r^2 numbers, :meth:`project` r^2 (an all-reduce), :meth:`whole_columns` r n (an
+    all-gather), ``Vh`` in row blocks r n / P each way (an all-to-all).
     """
 
     def __init__(self, mesh: DeviceMesh, *, split_cores: bool = True, even_columns: bool = True) -> None:
@@ -103,7 +94,7 @@ class Sharded(Replicated):
         self.size, self.place = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def placements(self, dim: int) -> list[Replicate | Shard]:
-        """Sharded along ``dim`` over the last axis of the mesh, equal along the others."""
+        """Sharded along ``dim`` over the last axis of the mesh."""
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(dim)]
 
     def columns(self, Vh: Tensor) -> Tensor:
@@ -139,7 +130,7 @@ class Sharded(Replicated):
         return [piece for (piece,) in received]
 
     def put_core(self, S: Tensor) -> Tensor:
-        """This process's rows of it where cores are sharded."""
+        """This rank's rows of it where cores are sharded."""
         return self.put(S[self.own_rows(S.shape[0])], 0, S.shape) if self.split_cores else S
 
     def put(self, block: Tensor, dim: int, shape: Sequence[int]) -> DTensor:
@@ -155,7 +146,7 @@ class Sharded(Replicated):
         )
 
     def own_rows(self, m: int) -> slice:
-        """As ``torch.chunk`` deals them."""
+        """As ``torch.chunk`` cuts them."""
         return chunk(m, self.size, self.place)
 
     def whole_columns(self, block: Tensor, n: int) -> Tensor:
@@ -170,7 +161,7 @@ class Sharded(Replicated):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, differentiable; any other tensor as it is."""
+    """This rank's part of a DTensor, differentiable; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -185,7 +176,7 @@ def exchange(
     group: dist.ProcessGroup | None,
     like: Tensor,
 ) -> list[list[Tensor]]:
-    """An all-to-all: for each process the matrices ``sent`` to it and the ``shapes`` that come from it."""
+    """An all-to-all: for each rank the matrices ``sent`` to it and the ``shapes`` that come from it."""
     flat = torch.cat([like.new_empty(0), *(piece.reshape(-1) for pieces in sent for piece in pieces)])
     sizes = [[m * n for m, n in expected] for expected in shapes]
     received = flat.new_empty(sum(map(sum, sizes)))

@@ -14,35 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpc_oialr.linalg.arithmetic import without_autocast
 from hpc_oialr.lowrank.execution import folds
 from hpc_oialr.torch_compat import is_transformed, onednn_enabled, onednn_linear, register_onednn_flops
 
+TRITON = importlib.util.find_spec("triton") is not None
+
 
 class Kernels(NamedTuple):
-    """A way to compute.
+    """A way to compute."""
 
-    Attributes
-    ----------
-    serve
-        Whether they may be used for x, A, S, C.
-    linear
-        ``x P^T + bias``.
-    pair
-        ``t = x P^T`` and ``y = t Q^T + bias``.
-    gram
-        ``db^T a``.
-    """
-
-    serve: Callable[[Tensor, Tensor, Tensor, Tensor], bool]
-    linear: Callable[..., Tensor]
-    pair: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    gram: Callable[[Tensor, Tensor], Tensor]
+    serve: Callable[[Tensor, Tensor, Tensor, Tensor], bool]  # whether it may be used for x, A, S, C
+    linear: Callable[..., Tensor]  # x P^T + bias
+    # t = x P^T and y = t Q^T + bias in one; None: by linear.
+    pair: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
+    gram: Callable[[Tensor, Tensor], Tensor] = lambda db, a: db.mT @ a
 
 
 class FactoredFunction(torch.autograd.Function):
-    """``y`` and ``a = x A^T`` (B x r), which is kept for the gradient of S in place of x.
+    """``y`` and ``a = x A^T`` (B x r), which is saved for the gradient of S in place of x.
 
-    ``a`` is an output, though no one uses it, so that a second derivative finds its way from it back to x.
+    ``a`` is an output, though no caller uses it, so that a second derivative can flow through it to x.
     """
 
     @staticmethod
@@ -58,7 +50,7 @@ class FactoredFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, da: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         a, A, S, C, x = ctx.saved_tensors
-        # With create_graph, gradients are recorded: torch's products know how, and da may be there.
+        # With create_graph, gradients are recorded: only torch's products can be, and da may be given.
         kernels = TORCH if torch.is_grad_enabled() or is_transformed() else ctx.kernels
         needed = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 5
@@ -72,6 +64,7 @@ class FactoredFunction(torch.autograd.Function):
         return *grads, None
 
 
+@without_autocast()
 def backward(
     dy: Tensor,
     a: Tensor,
@@ -82,7 +75,11 @@ def backward(
     needed: Sequence[bool],
     kernels: Kernels,
 ) -> list[Tensor | None]:
-    """Gradients of x, A, S, C and bias, those that are ``needed``; x itself for that of A only."""
+    """Gradients of x, A, S, C and bias, those that are ``needed``, in the dtype of the forward pass.
+
+    ``x`` is needed for the gradient of A only. Without autocast, which casts some of the operands where
+    ``loss.backward()`` is called inside it.
+    """
     for_x, for_A, for_S, for_C, for_bias = needed
     dx = None
     if for_x:
@@ -106,22 +103,13 @@ def through(
     With P = Vh, Q = U it is the forward pass; with P = U^T, Q = Vh^T and the core transposed it takes dy to the gradients
     of ``U^T y`` and of x.
     """
-    if folds(x.shape[0], Q.shape[0], P.shape[1]):
-        return kernels.pair(x, P, kernels.linear(Q, core.mT), bias)
+    folded = folds(x.shape[0], Q.shape[0], P.shape[1])
+    if folded:
+        Q = kernels.linear(Q, core.mT)
+        if kernels.pair is not None:
+            return kernels.pair(x, P, Q, bias)
     t = kernels.linear(x, P)
-    return t, kernels.linear(kernels.linear(t, core), Q, bias)
-
-
-def _pair_by(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def pair(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        t = linear(x, P)
-        return t, linear(t, Q, bias)
-
-    return pair
-
-
-def _gram(db: Tensor, a: Tensor) -> Tensor:
-    return db.mT @ a
+    return t, kernels.linear(t if folded else kernels.linear(t, core), Q, bias)
 
 
 # oneDNN compiles each new shape, about 8 a layer, and torch keeps the last 1,024 of them, some 0.6 MiB each (torch
@@ -153,28 +141,29 @@ def torch_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
 
 
 def fused_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
-    """Whether Triton is there, and its kernel faster than two products of torch for this shape and dtype."""
-    if not (x.is_cuda and torch_serves(x, A, S, C) and importlib.util.find_spec("triton")):
+    """Whether Triton is there, and its kernel faster than two products of torch for this shape and dtype.
+
+    Timings differ from run to run, and so would the choice: never under ``torch.use_deterministic_algorithms(True)``.
+    """
+    reproducible = torch.are_deterministic_algorithms_enabled()
+    if not (TRITON and x.is_cuda and torch_serves(x, A, S, C)) or reproducible:
         return False
-    from hpc_oialr.lowrank.kernels.choice import fused_is_faster
-
-    return fused_is_faster(x, A, C)
+    return bool(_fused().fused_is_faster(x, A, C))
 
 
-def _fused_pair(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    from hpc_oialr.lowrank.kernels.fused import two_products
+def _fused() -> Any:
+    from hpc_oialr.lowrank.kernels import fused  # imports Triton
 
-    return two_products(x, P, Q, bias)
-
-
-def _fused_gram(db: Tensor, a: Tensor) -> Tensor:
-    from hpc_oialr.lowrank.kernels.fused import core_gradient
-
-    return core_gradient(db, a)
+    return fused
 
 
-TORCH = Kernels(torch_serves, F.linear, _pair_by(F.linear), _gram)
-ONEDNN = Kernels(onednn_serves, onednn_linear, _pair_by(onednn_linear), _gram)
-FUSED = Kernels(fused_serves, F.linear, _fused_pair, _fused_gram)
+TORCH = Kernels(torch_serves, F.linear)
+ONEDNN = Kernels(onednn_serves, onednn_linear)
+FUSED = Kernels(
+    fused_serves,
+    F.linear,
+    pair=lambda x, P, Q, bias: _fused().two_products(x, P, Q, bias),
+    gram=lambda db, a: _fused().core_gradient(db, a),
+)
 # The first that serves is used.
 KERNELS: tuple[Kernels, ...] = (FUSED, ONEDNN, TORCH)

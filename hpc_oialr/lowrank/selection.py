@@ -85,14 +85,10 @@ def select(
 
     Weights that are tied, parametrized (``weight_norm`` and the like), frozen, grouped, too thin, of unknown
     kind or changed in a way that a conversion would undo stay dense; the log names them with the reason
-    (level INFO; WARNING if unknown kinds hold most of the model's numbers).
+    (level INFO; WARNING if unknown kinds have most of the model's numbers).
 
-    Parameters
-    ----------
-    frozen
-        Take weights that are frozen at the moment as well.
-    low_rank
-        Take layers that are low-rank already as well.
+    With ``frozen`` weights that are frozen at the moment are selected as well, with ``low_rank`` layers that are
+    low-rank already.
     """
     return examine(model, selection, frozen=frozen, low_rank=low_rank)[0]
 

@@ -95,7 +95,11 @@ def every_weight(model: nn.Module) -> list[TargetWeight]:
     targets: list[TargetWeight] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        unpacked = isinstance(module, FactorisedMultiheadAttention) and _projects_at_low_rank(module)
+        # TensorEngine shards projections as separate linear layers.
+        unpacked = isinstance(module, FactorisedMultiheadAttention) and any(
+            isinstance(child, LowRankWeight) and not hasattr(child, "shard_spec")
+            for child in map(module._modules.get, PROJECTIONS.values())
+        )
         kind = "MultiheadAttention" if unpacked else kind_of(type(module))
         if module in inside:
             continue
@@ -110,9 +114,3 @@ def every_weight(model: nn.Module) -> list[TargetWeight]:
         elif kind is not None and isinstance(getattr(module, "weight", None), Tensor):
             targets.append(TargetWeight(name, module, "weight", kind))
     return targets
-
-
-def _projects_at_low_rank(attention: FactorisedMultiheadAttention) -> bool:
-    # TensorEngine shards projections as separate linear layers.
-    inside = [attention._modules.get(child) for child in PROJECTIONS.values()]
-    return any(isinstance(m, LowRankWeight) and not hasattr(m, "shard_spec") for m in inside)

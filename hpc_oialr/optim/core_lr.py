@@ -32,29 +32,18 @@ class CoreLearningRate:
 
     Groups, schedulers and scalers stay as they are: a hook before the step copies the cores, one after it scales the
     difference. Equivalent to a learning rate times that factor in any optimizer whose step is proportional to it.
-
-    Copies and pickles of such an optimizer take the hooks along, which torch's own do not.
-
-    Attributes
-    ----------
-    factors
-        Of each core.
-    steps
-        How often one of the optimizers has stepped.
-    due
-        Cores that had a gradient in such a step; cleared by the reader.
-    replaced
-        Parameters that cores have replaced; cleared by the reader.
+    Copies and pickles of such an optimizer have the hooks too, which torch's own do not.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.factors: dict[nn.Parameter, float] = {}
-        self.steps = 0
+        self.steps = 0  # of all optimizers together
+        # Cores that had a gradient in such a step, and parameters that cores have replaced; cleared by the reader.
         self.due: set[nn.Parameter] = set()
         self.replaced: list[ReferenceType[nn.Parameter]] = []
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
-            # Of a controller that is gone: two factors would be multiplied.
+            # Hooks of an earlier controller: two factors would be multiplied.
             if (earlier := vars(optimizer).get(_ATTRIBUTE)) is not None:
                 earlier.remove()
         self._attach()
@@ -134,7 +123,7 @@ class CoreLearningRate:
 
 
 def _reduce_with_hooks(optimizer: Optimizer) -> Any:
-    """As ``copy`` and ``pickle`` reduce an optimizer, and what registers the hooks of its copy."""
+    """As ``copy`` and ``pickle`` reduce an optimizer, with the object that registers the hooks of its copy."""
     reduced: Any = optimizer.__reduce_ex__(4)
     made, arguments, state = reduced[:3]
     if _ATTRIBUTE in vars(optimizer) and isinstance(state, dict):

@@ -28,7 +28,7 @@ def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Paramete
     for _, states in stack.states():
         state = states.pop(old, None)
         if state and cores is not home and cores["algorithm"] == "muon" and "exp_avg" in state:
-            # Another algorithm goes on: AdamW's first moment is Muon's momentum.
+            # From AdamW to Muon: the first moment becomes the momentum.
             state = {"momentum_buffer": state["exp_avg"]}
         if state:
             states[new] = state
@@ -46,23 +46,22 @@ def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter]) -> None:
 class GroupPlaces:
     """Replaces parameters in an optimizer, and remembers where the first of each stood.
 
-    A core leaves its weight's group where there is one marked ``"cores"``; a weight that comes back returns to its
-    place, so that the order is that of a model which never was low-rank.
+    A core moves from its weight's group to one marked ``"cores"``, if there is one; a weight that is dense again gets
+    its old place, so that the order is that of a model which never was low-rank.
     """
 
     def __init__(self, stack: OptimizerStack, model: nn.Module) -> None:
         self._stack = stack
-        order = _dense_places(model)
+        # The place of each parameter in the dense model; a core's is its weight's.
+        ordered = (p for module in model.modules() for p in _dense_order(module) if p is not None)
+        order = {p: place for place, p in enumerate(dict.fromkeys(ordered))}
         if low_rank_layers(model):
             _leave_out_bases(stack, model, order)
         self._places: dict[nn.Parameter, tuple[int, int]] = {}
         for leaf in stack.leaves:
             groups = leaf.param_groups
-            self._places |= {
-                p: (index, place)
-                for index, group in enumerate(groups)
-                for place, p in enumerate(group["params"])
-            }
+            for index, group in enumerate(groups):
+                self._places |= {p: (index, place) for place, p in enumerate(group["params"])}
             # Weights whose cores are in the group for cores already belong to the first of the others.
             cores = [p for group in groups if group.get("cores") for p in group["params"]]
             home = next((i for i, group in enumerate(groups) if not group.get("cores")), None)
@@ -108,12 +107,6 @@ def _leave_out_bases(stack: OptimizerStack, model: nn.Module, order: dict[nn.Par
             group["params"][:] = (
                 sorted(params, key=lambda p: order[p]) if places == sorted(places) else params
             )
-
-
-def _dense_places(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The place of each parameter in the dense model; a core's is its weight's."""
-    ordered = (p for module in model.modules() for p in _dense_order(module) if p is not None)
-    return {p: place for place, p in enumerate(dict.fromkeys(ordered))}
 
 
 def _dense_order(module: nn.Module) -> list[nn.Parameter | None]:

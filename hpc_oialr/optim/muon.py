@@ -216,7 +216,7 @@ class MuonAdamW(Optimizer):
             torch._foreach_add_(chosen, [done[i] for i in members], alpha=-group["lr"] * scale)
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """Fold the gradients into the momenta and return what is to be orthogonalized."""
+        """Update the momenta; returns the matrices to orthogonalize."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -266,10 +266,10 @@ def _stored_like(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 def _orthogonalize(directions: Sequence[Tensor], iterate: Map) -> list[Tensor]:
-    """Newton-Schulz of every matrix: results of whole matrices, this rank's parts of sharded ones.
+    """Newton-Schulz of every matrix; of sharded ones (DTensors, along their first axis) this rank's parts.
 
-    Sharded matrices (DTensors, along their first axis) are distributed over the ranks by cost, each is iterated whole
-    on one of them: an all-to-all of m n / P numbers a matrix brings the parts there, another one back.
+    Sharded matrices are distributed over the ranks by cost, each is iterated whole on one of them: an all-to-all of
+    m n / P numbers a matrix brings the parts there, another one back.
     """
     results: dict[int, Tensor] = {}
     whole = [i for i, d in enumerate(directions) if not isinstance(d, DTensor)]

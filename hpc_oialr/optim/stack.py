@@ -23,27 +23,13 @@ _DEPTH = 4
 class OptimizerStack:
     """Every optimizer that a user's optimizer consists of.
 
-    Parameters
-    ----------
-    optimizer
-        An optimizer, a list of them, or a wrapper that keeps one, or a list or dictionary of them, in an attribute.
-
-    Attributes
-    ----------
-    nodes
-        The given one and all inside it, outermost first.
-    leaves
-        Those that hold no other: they do the steps.
-
-    Raises
-    ------
-    ModelError
-        If one of them cannot go through a change of variables, or its inner optimizer is not found.
+    Given is an optimizer, a list of them, or a wrapper that has one, or a list or dictionary of them, in an attribute.
+    Raises :class:`ModelError` if the state of one cannot be transformed, or its inner optimizer is not found.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.nodes: list[Any] = []
-        self.leaves: list[Optimizer] = []
+        self.nodes: list[Any] = []  # the given one and all inside it, outermost first
+        self.leaves: list[Optimizer] = []  # those without an inner optimizer: they do the steps
         for each in optimizer if isinstance(optimizer, (list, tuple)) and optimizer else [optimizer]:
             self._descend(each)
         for node in self.nodes:

@@ -105,25 +105,13 @@ def transform_state(
 ) -> None:
     """Transform the state of a weight or a core to the basis of ``left`` and ``right``, in place.
 
-    Each tensor moves as its :data:`hpc_oialr.optim.state_kinds.Kind` says; step counters and other scalars
-    stay. L-BFGS loses its history, whose curvature belongs to the old variables.
+    Each tensor is transformed as its :data:`hpc_oialr.optim.state_kinds.Kind` says; step counters and other scalars
+    stay. L-BFGS loses its history, whose curvature belongs to the old variables. State that :func:`check_state` refuses
+    raises :class:`ModelError` before anything is changed.
 
-    Parameters
-    ----------
-    left, right
-        m x r and r x n: ``U`` and ``Vh`` at the conversion, ``P[:, :r']`` and ``Qh[:r']`` at an update;
-        of ``U`` this rank's rows.
-    layout
-        How the optimizer's state is stored, and the new one will be.
-    core
-        Whether ``parameter`` is a core.
-    reset
-        Zero the moments instead, as the published code does; weights in the state still move.
-
-    Raises
-    ------
-    ModelError
-        For state that :func:`check_state` refuses; nothing has been changed then.
+    ``left`` and ``right`` are m x r and r x n: ``U`` (this rank's rows) and ``Vh`` at the conversion, ``P[:, :r']`` and
+    ``Qh[:r']`` at an update, where ``parameter`` is a ``core``. ``reset`` zeroes the moments instead, as the published
+    code does; copies of the weight are still transformed.
     """
     stack = optimizer if isinstance(optimizer, OptimizerStack) else OptimizerStack(optimizer)
     check_state(stack, [("a parameter", parameter)])

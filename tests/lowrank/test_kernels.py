@@ -94,6 +94,16 @@ def test_autocast_gives_the_dtypes_and_values_of_torchs_products():
         assert float((a - b).norm() / b.norm()) < 0.03
 
 
+def test_a_backward_pass_inside_autocast_computes_in_the_dtype_of_the_forward_pass():
+    A, S, C, bias = factors(24, 16, 8)
+    x, dy = torch.randn(64, 16, requires_grad=True), torch.randn(64, 24)
+    y = factored_linear(x, A, S, C, bias)
+    expected = torch.autograd.grad(y, (x, S, bias), dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, (x, S, bias), dy)
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
+
+
 def test_where_torchs_own_products_are_used():
     A, S, C, bias = factors(8, 6, 8)
     x = torch.randn(4, 6)

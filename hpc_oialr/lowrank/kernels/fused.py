@@ -1,4 +1,4 @@
-"""Two thin products in one kernel: ``t = x P^T`` and ``y = t Q^T + bias``, and the gradient of a core.
+"""Two thin products in one kernel, ``t = x P^T`` and ``y = t Q^T + bias``; the gradient of a core; when they are used.
 
 Forward pass of a layer: P = Vh, Q = U S. Backward pass: x = dy, P = U^T, Q = (S Vh)^T, so that t and y are the gradients
 of ``U^T y`` and of the layer's input. The r-wide tile stays on the chip, so x is read once, t and y are written once: B
@@ -8,18 +8,23 @@ a third of the memory's speed (``benchmarks/results/gpu_notes.md``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
+log = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The accumulator of one program is BLOCK_B x r in registers.
 MAX_R = 512
-
-
+# A batch of this many rows fills any GPU; more take as much longer on both sides.
+TRIAL_ROWS = 16_384
 # Triton's interpreter, which runs these kernels on a CPU, keeps bf16 as its bits and multiplies those: WIDEN there.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -45,7 +50,8 @@ def _two_products(
     tile = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        part = tl.load(x + rows * x_row + columns[None, :] * x_col, (rows < B) & (columns[None, :] < K), 0.0)
+        place = x + rows * x_row + columns[None, :].to(tl.int64) * x_col
+        part = tl.load(place, (rows < B) & (columns[None, :] < K), 0.0)
         where = P + columns[:, None] * P_col + inner[None, :] * P_row
         other = tl.load(where, (columns[:, None] < K) & (inner[None, :] < R), 0.0)
         tile = _dot(part, other, tile, PRECISION, WIDEN)
@@ -92,33 +98,33 @@ def _configs() -> list[triton.Config]:
     ]
 
 
-def _bench(call: Callable[[], None], quantiles: Any) -> Any:
-    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
-
-
-# Tuned once for each shape and dtype, for r up to the next power of two; kept on disk, in TRITON_CACHE_DIR.
+_time = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
+# Tuned once for each shape and dtype, for r up to the next power of two; kept on disk, in TRITON_CACHE_DIR. Of the
+# strides those that tell the layout of P and Q and do not change with r.
 _tuned = triton.autotune(
-    _configs(), key=["K", "N", "BLOCK_R", "P_col", "Q_row"], do_bench=_bench, cache_results=True
+    _configs(), key=["K", "N", "BLOCK_R", "P_row", "Q_col"], do_bench=_time, cache_results=True
 )(_two_products)
 
 
 def _numerics(x: Tensor) -> dict[str, Any]:
-    precision = "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return {"PRECISION": precision, "WIDEN": INTERPRETED and x.dtype == torch.bfloat16}
+    # Not allow_tf32: torch refuses to read that where only the newer setting was made.
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": INTERPRETED and x.dtype == torch.bfloat16}
 
 
 def two_products(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``t = x P^T`` (B x r) and ``y = t Q^T + bias`` (B x N); x is B x K, P is r x K, Q is N x r, of any strides.
 
-    Sums are taken in fp32, in TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so for fp32 inputs.
+    Sums are taken in fp32; fp32 inputs are multiplied in TF32 where torch's own products are.
     """
     (B, K), (N, R) = x.shape, Q.shape
     t, y = x.new_empty(B, R), x.new_empty(B, N)
     if B:
-        _tuned[lambda config: (triton.cdiv(B, config["BLOCK_B"]),)](
-            x, P, Q, x if bias is None else bias, t, y, B, R, *x.stride(), *P.stride(), *Q.stride(), K, N,
-            HAS_BIAS=bias is not None, **_numerics(x), BLOCK_R=max(16, triton.next_power_of_2(R)),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+            _tuned[lambda config: (triton.cdiv(B, config["BLOCK_B"]),)](
+                x, P, Q, x if bias is None else bias.contiguous(), t, y, B, R, *x.stride(), *P.stride(), *Q.stride(),
+                K, N, HAS_BIAS=bias is not None, **_numerics(x), BLOCK_R=max(16, triton.next_power_of_2(R)),
+            )  # fmt: skip
     return t, y
 
 
@@ -132,7 +138,43 @@ def core_gradient(db: Tensor, a: Tensor) -> Tensor:
     chunk = rows * triton.next_power_of_2(max(8, triton.cdiv(B * tiles**2, 256 * rows)))
     parts = triton.cdiv(B, chunk)
     dS = a.new_empty(parts, R, R, dtype=torch.float32)
-    _core_gradient[(tiles, tiles, parts)](
-        db.contiguous(), a.contiguous(), dS, B, R, chunk, **_numerics(a), BLOCK_B=rows, BLOCK=block
-    )
+    with torch.cuda.device_of(a):
+        _core_gradient[(tiles, tiles, parts)](
+            db.contiguous(), a.contiguous(), dS, B, R, chunk, **_numerics(a), BLOCK_B=rows, BLOCK=block
+        )
     return dS.sum(0).to(a.dtype)
+
+
+def fused_is_faster(x: Tensor, A: Tensor, C: Tensor) -> bool:
+    """Whether :func:`two_products` is faster than torch in this layer's forward pass, measured once a kind of shape."""
+    r, n = A.shape
+    if x.dtype not in DTYPES or r > MAX_R:
+        return False
+    # Powers of two: the kernel's tiles are, and r changes at every update.
+    rows = min(TRIAL_ROWS, triton.next_power_of_2(x.numel() // n))
+    key = (x.device, x.dtype, rows, C.shape[0], n, max(16, triton.next_power_of_2(r)))
+    if key not in _measured:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _measured[key] = _is_faster(*key)
+    return _measured[key]
+
+
+_measured: dict[tuple[torch.device, torch.dtype, int, int, int, int], bool] = {}
+
+
+def _is_faster(device: torch.device, dtype: torch.dtype, rows: int, m: int, n: int, r: int) -> bool:
+    # A generator of its own: dropout draws the same numbers whether or not something was measured.
+    generator, shapes = torch.Generator(device), ((rows, n), (r, n), (m, r))
+    try:
+        with torch.cuda.device(device):
+            x, P, Q = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
+            t, _ = two_products(x, P, Q, None)
+            core_gradient(t, t)
+            fused = _time(lambda: two_products(x, P, Q, None), return_mode="median")
+            return bool(fused < _time(lambda: F.linear(F.linear(x, P), Q), return_mode="median"))
+    except Exception as error:  # no compiler on this node, too little shared memory on this GPU, ...
+        log.warning(
+            "the fused kernels of low-rank layers do not run here, torch's products are used: %s", error
+        )
+        return False
