@@ -4,7 +4,7 @@ import sys
 
 
 def entry() -> None:
-    """The console script; Ctrl-C is no traceback while it is imported either."""
+    """The console script; Ctrl-C during its imports gives no traceback."""
     try:
         from hpc_oialr.cli.main import entry as of_commands
     except KeyboardInterrupt:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_REAPING_S = 1.0
-_LONGEST = 200
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,7 +27,7 @@ class Answer:
         if self.trouble == "hung":
             return "no answer in time"
         lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
-        return lines[-1].strip()[:_LONGEST] if lines else f"exit code {self.code}"
+        return lines[-1].strip()[:200] if lines else f"exit code {self.code}"
 
 
 def run_command(
@@ -72,7 +69,7 @@ def run_command(
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         try:
-            return Answer(*process.communicate(timeout=_REAPING_S), trouble="hung")
+            return Answer(*process.communicate(timeout=1.0), trouble="hung")
         except subprocess.TimeoutExpired:
             # It waits inside the kernel, e.g. for a file server, and dies when that answers.
             return Answer(trouble="hung")

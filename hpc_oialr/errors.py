@@ -88,15 +88,15 @@ class WorldError(OIALRError, RuntimeError):
 
 
 class ProcessLostError(WorldError):
-    """Another process of the run has died or does not answer."""
+    """Another rank of the run has died or does not answer."""
 
 
 class HealthError(OIALRError, RuntimeError):
-    """A node or process is not fit for the run, detected before it starts."""
+    """A node or rank is not fit for the run, detected before it starts."""
 
 
 class HostError(OIALRError, RuntimeError):
-    """The operating system refuses something, or memory is short; occurs in one process, not all."""
+    """The operating system refuses something, or memory is short; occurs on one rank, not all."""
 
 
 class DataError(OIALRError, FileNotFoundError):
@@ -104,7 +104,7 @@ class DataError(OIALRError, FileNotFoundError):
 
 
 class SampleError(DataError):
-    """One sample cannot be read; occurs in the process that loads it, not the others."""
+    """One sample cannot be read; occurs on the rank that loads it, not the others."""
 
 
 class CheckpointError(OIALRError, RuntimeError):
@@ -112,7 +112,7 @@ class CheckpointError(OIALRError, RuntimeError):
 
 
 class FolderLostError(CheckpointError):
-    """The run's folder is gone, or belongs to another process now: nothing may be written there."""
+    """The run's folder is gone, or belongs to another run now: nothing may be written there."""
 
 
 def check_interval(

@@ -22,21 +22,19 @@ FINISHED = 0
 USER_ERROR = 2
 STOPPED = 75
 PROCESS_LOST = 76
-_FINAL = 200
-_LAST_SMALL = 54
 
 
 def of_error(error: OIALRError) -> int:
-    """Of a run that ended with ``error``."""
+    """Exit code of a run that ended with ``error``."""
     return PROCESS_LOST if isinstance(error, ProcessLostError) else USER_ERROR
 
 
 def of_task(code: int, launcher: str) -> int:
-    """Of one process of several.
+    """Exit code of one of several ranks.
 
     Examples
     --------
     >>> of_task(USER_ERROR, "slurm"), of_task(STOPPED, "slurm"), of_task(USER_ERROR, "torchrun")
     (202, 75, 2)
     """
-    return code + _FINAL if launcher == "slurm" and 0 < code <= _LAST_SMALL else code
+    return code + 200 if launcher == "slurm" and 0 < code < 55 else code

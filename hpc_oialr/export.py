@@ -16,15 +16,16 @@ from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.load_config import load_config
-
-Format = Literal["dense", "lowrank"]
-FORMATS: tuple[Format, ...] = ("dense", "lowrank")
 
 
 def export(
-    run: Path, form: Format, *, out: Path | None = None, step: int | None = None, force: bool = False
+    run: Path,
+    form: Literal["dense", "lowrank"],
+    *,
+    out: Path | None = None,
+    step: int | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a checkpoint's model, by default the last, into ``RUN/export/dense`` or ``RUN/export/lowrank``, or ``out``.
 
@@ -35,42 +36,30 @@ def export(
     """
     target = out or run / "export" / form
     with new_folder(target, "oialr export", inputs=[run], force=force) as folder:
-        _write(load_model(run, step=step), form, folder)
+        model = load_model(run, step=step)
+        if form == "lowrank":
+            layers = low_rank_layers(model).items()
+            described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers}
+            content = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
+            (folder / "lowrank.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        else:
+            model = merge(model, inplace=True)
+        tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "save_pretrained"):
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
     return target
 
 
-def _write(model: nn.Module, form: Format, folder: Path) -> None:
-    if form == "lowrank":
-        layers = low_rank_layers(model)
-        described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers.items()}
-        content = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
-        (folder / "lowrank.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    else:
-        model = merge(model, inplace=True)
-    tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-
-
 def load_model(run: Path, *, step: int | None = None) -> nn.Module:
-    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay low-rank."""
+    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay low-rank. Needs no data."""
     if not (run / "config.yaml").exists():
         raise CheckpointError(f"{run} holds no run: there is no {run / 'config.yaml'}.")
-    world = World.single("cpu")
-    store = CheckpointStore(run / "checkpoints", world)
-    chosen = _choose(store, step)
-    state = store.read_state(chosen)
-    model = build_model(load_config(run / "config.yaml").config, state)
-    with torch.no_grad():
-        store.read_into(chosen, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
-    return model.eval()
-
-
-def build_model(config: RunConfig, state: dict[str, Any]) -> nn.Module:
-    """A model of a checkpoint's structure, without its values; needs no data."""
+    store = CheckpointStore(run / "checkpoints", World.single("cpu"))
+    step = _choose(store, step)
+    state, config = store.read_state(step), load_config(run / "config.yaml").config
     example = {
         key: torch.zeros(shape, dtype=getattr(torch, dtype))
         for key, (shape, dtype) in state["example"].items()
@@ -84,21 +73,20 @@ def build_model(config: RunConfig, state: dict[str, Any]) -> nn.Module:
     for target in select(model, method.selection if method else Selection()):
         if target.name in ranks:
             empty_factors(target, ranks[target.name], factor_dtype=factor_dtype)
-    return model
+    with torch.no_grad():
+        store.read_into(step, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
+    return model.eval()
 
 
 def _choose(store: CheckpointStore, step: int | None) -> int:
     if step is None:
-        step = store.latest()
-        if step is None:
-            raise CheckpointError(
-                f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
-            )
+        if (step := store.latest()) is None:
+            message = f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
+            raise CheckpointError(message)
         return step
     if step not in store.steps():
         held = ", ".join(map(str, store.steps())) or "none"
         raise CheckpointError(f"{store.folder} holds no checkpoint of step {step}; there are: {held}.")
-    damage = store.damage(step)
-    if damage:
+    if damage := store.damage(step):
         raise CheckpointError(f"{store.path(step)} is damaged ({damage}); choose another --step.")
     return step

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used.
+"""Names of a package that are imported on first use.
 
 ``import torch`` takes seconds, on a busy login node half a minute: a command that only lists jobs must not wait for it.
 """
@@ -22,7 +22,7 @@ def imports_for_types(file: str | None) -> dict[str, str]:
 
 
 def offer(package: str) -> None:
-    """Let a package offer, on demand, what its ``__init__.py`` imports under ``if TYPE_CHECKING``; call it there."""
+    """Import on first use what a package's ``__init__.py`` imports under ``if TYPE_CHECKING``; call it there."""
     module = sys.modules[package]
     module.__dict__["_homes"] = imports_for_types(module.__file__)
     module.__class__ = _Package

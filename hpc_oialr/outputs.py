@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,12 @@ def _check_folder(
         return ()
     if not target.is_dir():
         raise OutputError(f"{path} is a file, and the output is a folder. Name a new folder.")
-    listed = _marker(target, command)
+    try:
+        marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
+        found = marker["files"].items() if marker["written_by"] == command else ()
+        listed = {str(name): str(sha) for name, sha in found if name == Path(name).name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = {}
     files = {name: target / name for name in listed if (target / name).is_file()}
     own = [name for name, file in files.items() if sha256_of(file) == listed[name]]
     others = sorted({each.name for each in target.iterdir()} - {*own, *((MARKER,) if listed else ())})
@@ -180,15 +185,6 @@ def _check_folder(
             "names there, and no others: --force"
         )
     return own
-
-
-def _marker(folder: Path, command: str) -> Mapping[str, str]:
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        files = marker["files"] if marker["written_by"] == command else {}
-        return {str(name): str(sha) for name, sha in files.items() if name == Path(name).name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def require_absent(folder: Path, names: Sequence[str], what: str) -> None:

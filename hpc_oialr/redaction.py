@@ -51,17 +51,7 @@ def is_secret(name: str) -> bool:
 
 
 def mask_text(text: str) -> str:
-    """A text without the secrets that can be recognised by their form.
-
-    Examples
-    --------
-    >>> mask_text("https://me:pw@host/data?token=abc&part=1")
-    'https://***@host/data?token=***&part=1'
-    >>> mask_text("the key of the layer: 3 tokens")
-    'the key of the layer: 3 tokens'
-    >>> mask_text("data.token is 'abc' (from the command line); must be int.")
-    'data.token is *** (from the command line); must be int.'
-    """
+    """The text with secrets masked that can be recognised by their form."""
     masked = _LOGIN.sub(f"{MASK}@", _ADDRESS.sub(rf"\1{MASK}@", text))
     for pattern in (_PAIR, _BEARER, _PEM):
         masked = pattern.sub(rf"\1{MASK}", masked)
@@ -80,13 +70,7 @@ def one_line(text: str) -> str:
 
 
 def mask_tree(value: Any, name: str = "") -> Any:
-    """Settings without secrets: strings whose name indicates one, and what :func:`mask_text` finds in others.
-
-    Examples
-    --------
-    >>> mask_tree({"data": {"path": "s3://me:pw@host", "api_key": "abc"}, "steps": 3})
-    {'data': {'path': 's3://***@host', 'api_key': '***'}, 'steps': 3}
-    """
+    """Settings with secrets masked: strings whose name indicates one, and what :func:`mask_text` finds in others."""
     if isinstance(value, Mapping):
         # What lies under a secret's name is secret, whatever its own name.
         return {key: mask_tree(item, name if is_secret(name) else str(key)) for key, item in value.items()}

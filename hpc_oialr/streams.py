@@ -9,12 +9,12 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 
-class TolerantStream:
+class _TolerantStream:
     """A text stream that drops its writes once one has failed.
 
     The file descriptor then points to the null device, so that libraries that write there, and Python's last
@@ -25,20 +25,15 @@ class TolerantStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, if the stream still can."""
-        with self._until_it_fails():
-            self._stream.write(text)
+        self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if the stream still can."""
-        with self._until_it_fails():
-            self._stream.flush()
+        self._attempt(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _until_it_fails(self) -> Iterator[None]:
+    def _attempt(self, write: Callable[..., object], *text: str) -> None:
         try:
-            yield
+            write(*text)
         except (OSError, ValueError):
             # ValueError: the stream was closed.
             with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
@@ -55,11 +50,11 @@ def tolerate_output_failures() -> None:
         if stream is None:
             # It was closed before the start; the next file to be opened would take its number.
             stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
-        if isinstance(stream, TolerantStream):
+        if isinstance(stream, _TolerantStream):
             continue
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, cast(TextIO, TolerantStream(stream)))
+        setattr(sys, name, cast(TextIO, _TolerantStream(stream)))
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,12 +43,6 @@ __all__ = [
 TESTED = "2.11 to 2.14"
 
 _HOMES = imports_for_types(__file__)
-_OF_DTENSORS = (
-    "FakeTensorMode",
-    "_clear_sharding_prop_cache",
-    "_gen_transform_infos",
-    "clear_redistribute_planner_cache",
-)
 
 
 def __getattr__(name: str) -> Any:
@@ -69,16 +62,10 @@ def _find(name: str, purpose: str = "this") -> Any:
         ) from error
 
 
-def require_dtensors(purpose: str) -> None:
-    """Raise TorchVersionError, with the missing name, if :func:`forget_shapes` will not work."""
-    for name in _OF_DTENSORS:
-        _find(name, purpose)
-
-
-def require_fsdp(purpose: str) -> None:
-    """Raise TorchVersionError, with the missing name, if FSDP2's parameters cannot be replaced."""
-    require_dtensors(purpose)
-    for name in ("FSDPParam", "ParamModuleInfo"):
+def require_dtensors(purpose: str, *also: str) -> None:
+    """Raise TorchVersionError, with the name, if torch lacks one that :func:`forget_shapes` uses, or one of ``also``."""
+    caches = ("FakeTensorMode", "_clear_sharding_prop_cache", "_gen_transform_infos")
+    for name in (*caches, "clear_redistribute_planner_cache", *also):
         _find(name, purpose)
 
 
@@ -167,13 +154,7 @@ def graphs_compiled() -> int:
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
-@contextmanager
-def recompile_limit(times: int) -> Iterator[None]:
+def recompile_limit(times: int) -> AbstractContextManager[None]:
     """While active, let torch.compile make so many graphs of one function; its own limit is 8."""
     config: Any = torch._dynamo.config
-    before = config.recompile_limit
-    config.recompile_limit = times
-    try:
-        yield
-    finally:
-        config.recompile_limit = before
+    return cast(AbstractContextManager[None], config.patch(recompile_limit=times))

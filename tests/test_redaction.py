@@ -17,6 +17,9 @@ TOKENS = ["hf_" + "a1" * 10, "ghp_" + "a1" * 10, "glpat-" + "a1" * 10, "sk-" + "
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
+        ("https://me:pw@host/data?token=abc&part=1", "https://***@host/data?token=***&part=1"),
+        ("the key of the layer: 3 tokens", "the key of the layer: 3 tokens"),
+        ("data.token is 'abc' (from a.yaml); must be int.", "data.token is *** (from a.yaml); must be int."),
         ("ssh://me:pw@host:22/x and http://a@b", "ssh://***@host:22/x and http://***@b"),
         ("password = 'a b' and more", "password = *** and more"),
         ('{"api_key": "abc", "n": 1}', '{"api_key": ***, "n": 1}'),
@@ -47,6 +50,8 @@ def test_what_lies_under_a_secret_name() -> None:
     tree = {"auth": {"user": "me", "parts": [{"a": "b"}], "n": 1}, "passphrase": "x", "path": "y"}
     masked = {"auth": {"user": "***", "parts": [{"a": "***"}], "n": 1}, "passphrase": "***", "path": "y"}
     assert mask_tree(tree) == masked
+    tree = {"data": {"path": "s3://me:pw@host", "api_key": "abc"}, "steps": 3}
+    assert mask_tree(tree) == {"data": {"path": "s3://***@host", "api_key": "***"}, "steps": 3}
     secret = {"pass": "a", "db_pass": "a", "sas": "a", "session_id": "a", "pin": "a", "dsn": "a"}
     assert set(mask_tree(secret).values()) == {"***"}
     plain = {"I_MPI_PIN": "on", "pin_memory": "a", "passes": "a", "bypass_cache": "a"}

@@ -60,7 +60,7 @@ class FSDPEngine(GroupEngine):
         gather_dtype: torch.dtype | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        torch_compat.require_fsdp("FSDPEngine")
+        torch_compat.require_dtensors("FSDPEngine", "FSDPParam", "ParamModuleInfo")
         assert dist.is_initialized()
         self.world = world
         if mesh is None:

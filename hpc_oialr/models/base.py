@@ -1,4 +1,4 @@
-"""What every model setting offers."""
+"""Base class of all model settings."""
 
 from __future__ import annotations
 
@@ -13,25 +13,16 @@ from hpc_oialr.errors import ConfigError
 
 
 class ModelConfig(ABC):
-    """Settings of one model; a choice of model is a choice of type.
+    """Settings of one model; a choice of model is a choice of type."""
 
-    Attributes
-    ----------
-    float64
-        Whether the model can compute in float64 throughout.
-    pairs
-        Layers between which features may stay split over processes.
-    """
-
-    float64: ClassVar[bool] = True
-    pairs: ClassVar[tuple[ColumnRowPair, ...]] = ()
+    float64: ClassVar[bool] = True  # whether the model can compute in float64 throughout
+    pairs: ClassVar[tuple[ColumnRowPair, ...]] = ()  # layers between which features may stay sharded
 
     @abstractmethod
     def build(self, example: Batch) -> nn.Module:
-        """The model with fresh weights from torch's global generator.
+        """The model, initialised from torch's global generator, for data like the batch ``example``.
 
-        What the data decide is taken from ``example``, a batch of at least one sample; raises :class:`ConfigError` if
-        the settings do not fit it.
+        Raises :class:`ConfigError` if the settings do not fit ``example``.
         """
 
     def check_at_least(self, low: int, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Residual convolutional nets: the ResNet of transformers, and ResNet-RS from timm where that can be imported."""
+"""Residual convolutional nets: the ResNet of transformers, and ResNet-RS from timm if it is installed."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ class ResNetRS(ModelConfig):
     """timm's ``resnetrs101`` within ``transformers.TimmWrapperForImageClassification``. arXiv 2103.07579.
 
     The ResNet of transformers has the same blocks, but no squeeze and excitation, ResNet-D's stem or dropout.
-    Which of the two a run trained is in its log and, as ``model``, in its ``summary.json``. Images of any
-    size will do, in evaluation another one than in training.
+    Which of the two a run trained is in its log and, as ``model``, in its ``summary.json``. Images may
+    have any size, in evaluation another one than in training.
 
     Parameters
     ----------
@@ -129,7 +129,13 @@ class ResNetRS(ModelConfig):
         Raises :class:`MissingExtraError` if timm was asked for and cannot be imported.
         """
         size = self.require_input(example, "pixel_values", "image").shape[-1]
-        reason = None if self.library == "transformers" else _why_no_timm()
+        reason = None
+        if self.library != "transformers":
+            try:
+                importlib.import_module("timm")
+            except Exception as error:
+                # It needs torchvision, which fails in many ways where it was built for another torch.
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
         if reason is not None and self.library == "timm":
             raise MissingExtraError(f"timm ({reason})", "timm", purpose="model.library timm")
         if reason is not None:
@@ -153,15 +159,3 @@ class ResNetRS(ModelConfig):
         model.timm_model.init_weights(zero_init_last=True)
         log.info("the model is timm's resnetrs101")
         return model  # type: ignore[no-any-return]
-
-
-def _why_no_timm() -> str | None:
-    """What importing timm raises, in one line; None if it can be imported.
-
-    It needs torchvision, which fails in many ways where it was built for another torch.
-    """
-    try:
-        importlib.import_module("timm")
-    except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    return None

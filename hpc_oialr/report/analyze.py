@@ -1,4 +1,4 @@
-"""Spectra of checkpoints that another program wrote; layers are distributed over processes."""
+"""Spectra of checkpoints that another program wrote; layers are distributed over ranks."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ class Matrix:
 
 @dataclass(kw_only=True)
 class MatrixSelection(Selection):
-    """As :class:`hpc_oialr.lowrank.Selection` for a model, by what a checkpoint tells of it.
+    """:class:`hpc_oialr.lowrank.Selection` by names and shapes alone; includes the last layer.
 
-    ``kinds`` do not count, embeddings are left out by their names (by shape they may look like a layer), and the
-    last layer is measured too. Grouped convolutions and ties are not recognised.
+    ``kinds`` are ignored, and embeddings excluded by name. Grouped convolutions and ties are not recognised.
     """
 
     exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*")
     keep_last: bool = False
 
     def matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
-        """Selected matrices, with the numbers in their names in order."""
+        """Selected matrices, sorted by name, numbers in names by value."""
         found: dict[str, Matrix] = {}
         for name, shape in shapes.items():
             layer = layer_name(name)
@@ -57,28 +56,19 @@ class MatrixSelection(Selection):
             if min(m, n) < self.min_dim or max(m, n) > self.max_aspect * min(m, n):
                 continue
             if layer in found:
-                raise DataError(
-                    f"{found[layer].tensor!r} and {name!r} are both the weight of layer {layer!r}. Leave one out of "
-                    "the file."
-                )
+                both = f"{found[layer].tensor!r} and {name!r} are both the weight of layer {layer!r}"
+                raise DataError(f"{both}. Leave one out of the file.")
             found[layer] = Matrix(layer, name, m, n)
 
-        def natural(matrix: Matrix) -> list[tuple[int, str]]:
-            parts = re.split(r"(\d+)", matrix.layer)
-            return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+        def natural(layer: str) -> list[tuple[int, str]]:
+            return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", layer)]
 
-        kept = sorted(found.values(), key=natural)
+        kept = [found[layer] for layer in sorted(found, key=natural)]
         return kept[self.keep_first : len(kept) - self.keep_last]
 
 
 def layer_name(tensor: str) -> str | None:
-    """The layer that a tensor is the weight of, without what wrappers put before it; None for a bias and the like.
-
-    Examples
-    --------
-    >>> layer_name("module.encoder.0.weight"), layer_name("attn.in_proj_weight"), layer_name("encoder.0.bias")
-    ('encoder.0', 'attn.in_proj', None)
-    """
+    """The layer whose weight a tensor is, without the prefixes of wrappers; None for a bias and the like."""
     layer, _, parameter = tensor.removeprefix("module.").removeprefix("_orig_mod.").rpartition(".")
     if parameter in PROJECTIONS:
         return f"{layer}.{PROJECTIONS[parameter]}" if layer else PROJECTIONS[parameter]
@@ -97,39 +87,54 @@ def analyze(
 ) -> Path:
     """Write the record that a run with ``record.spectra`` would have left, from its checkpoints; a collective call.
 
-    Layers are distributed over processes, longest SVD first; each reads only its own, and holds two SVDs at a time.
-    What is written does not depend on the number of processes.
+    Layers are distributed over ranks, longest SVD first; each reads only its own, and keeps two SVDs at a time.
+    The file does not depend on the number of ranks.
 
     Parameters
     ----------
     paths, steps
-        Dense checkpoints of one model, see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`, and their steps;
-        default the numbers in their names.
+        Dense checkpoints of one model, see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`, and their steps,
+        by default the last numbers in their names.
     out, force
         File to write, see :mod:`hpc_oialr.spectra.schema`; ``force`` replaces one that no analysis wrote.
     selection, world
-        Which layers, and which processes; default all matrices, and this process alone.
+        Layers and ranks; by default all matrices on one rank.
     progress
-        Called after each of this process's layers with how many are done, of how many.
+        Called after each layer of this rank with the layers done and their total.
 
     Raises
     ------
     ConfigError, DataError, NonFiniteError
         Steps are missing or equal; checkpoints cannot be read or are not of one model; a weight holds NaN or Inf.
     OutputError, OSError
-        ``out`` is one of the checkpoints, or another file than an earlier analysis; it cannot be written.
+        ``out`` is a checkpoint, or not from an earlier analysis; it cannot be written.
     """
     world, selection, out = world or World.single(), selection or MatrixSelection(), Path(out)
     given = [Path(path) for path in paths]
-    # Now, not after hours of work.
+    # Before hours of work.
     target = claim(out, written_by("oialr analyze"), inputs=given, force=force)
     numbered = sorted(zip(steps_of(given, steps), given, strict=True))
     checkpoints = [(step, open_checkpoint(path)) for step, path in numbered]
     layers = _layers([checkpoint for _, checkpoint in checkpoints], selection)
-    # On every process, so that all end if it cannot be.
+    # On every rank, so that all raise if it fails.
     target.parent.mkdir(parents=True, exist_ok=True)
-    rows = _gathered(layers, checkpoints, world, progress)
+    owners = longest_processing_time([svd_cost(each.m, each.n) for each in layers[0]], world.size)
+    mine: list[LayerRows] = []
+    failure: OIALRError | None = None
+    try:
+        for index, owner in enumerate(owners):
+            if owner == world.rank:
+                mine.append(_measure([each[index] for each in layers], checkpoints, index, world))
+                progress(len(mine), owners.count(world.rank))
+    except OIALRError as error:
+        failure = error
+    # If one rank fails all raise, so that none waits for it.
+    parts = world.all_gather_object((mine, failure))
+    for _, failed in parts:
+        if failed is not None:
+            raise failed
     if world.is_main:
+        rows = sorted((each for part, _ in parts for each in part), key=lambda each: each.index)
         named = {str(step): str(path) for step, path in numbered}
         attributes = {
             "written_by": "oialr analyze",
@@ -144,15 +149,9 @@ def analyze(
 
 
 def steps_of(paths: Sequence[Path], given: Sequence[int] | None = None) -> list[int]:
-    """One step a checkpoint: those ``given``, or the last number in the name of its file or folder.
+    """The steps ``given``, or the last number in the name of each file (of its folder for ``model.safetensors`` etc.).
 
-    A file that is always called the same takes the number of its folder. Raises :class:`ConfigError` unless there is
-    one different step for each.
-
-    Examples
-    --------
-    >>> steps_of([Path("checkpoint-500"), Path("run2/step_00001000.pt"), Path("step-1500/model.safetensors")])
-    [500, 1000, 1500]
+    Raises :class:`ConfigError` unless each checkpoint has its own step.
     """
     if given is not None and len(given) != len(paths):
         raise ConfigError("--steps", list(given), f"must be one for each of the {len(paths)} checkpoints")
@@ -173,7 +172,7 @@ def steps_of(paths: Sequence[Path], given: Sequence[int] | None = None) -> list[
 
 
 def _layers(checkpoints: Sequence[Checkpoint], selection: MatrixSelection) -> list[list[Matrix]]:
-    """For each checkpoint its matrices: the same layers of the same shapes in the same order."""
+    """The matrices of each checkpoint; raises DataError unless layers and shapes are the same in all."""
     found = [selection.matrices(checkpoint.shapes) for checkpoint in checkpoints]
     sizes = [{each.layer: f"{each.m} x {each.n}" for each in matrices} for matrices in found]
     for checkpoint, size in zip(checkpoints, sizes, strict=True):
@@ -193,30 +192,6 @@ def _layers(checkpoints: Sequence[Checkpoint], selection: MatrixSelection) -> li
     return found
 
 
-def _gathered(
-    layers: Sequence[Sequence[Matrix]],
-    checkpoints: Sequence[tuple[int, Checkpoint]],
-    world: World,
-    progress: Callable[[int, int], None],
-) -> tuple[LayerRows, ...]:
-    """All layers' rows, on every process; if one process fails all raise, so that none waits for ever."""
-    owners = longest_processing_time([svd_cost(each.m, each.n) for each in layers[0]], world.size)
-    mine: list[LayerRows] = []
-    failure: OIALRError | None = None
-    try:
-        for index, owner in enumerate(owners):
-            if owner == world.rank:
-                mine.append(_measure([each[index] for each in layers], checkpoints, index, world))
-                progress(len(mine), owners.count(world.rank))
-    except OIALRError as error:
-        failure = error
-    parts = world.all_gather_object((mine, failure))
-    for _, failed in parts:
-        if failed is not None:
-            raise failed
-    return tuple(sorted((rows for part, _ in parts for rows in part), key=lambda rows: rows.index))
-
-
 def _measure(
     matrices: Sequence[Matrix], checkpoints: Sequence[tuple[int, Checkpoint]], index: int, world: World
 ) -> LayerRows:
@@ -224,15 +199,14 @@ def _measure(
     last: SVD | None = None
     events = []
     for matrix, (step, checkpoint) in zip(matrices, checkpoints, strict=True):
-        start = time.perf_counter()
-        weight = checkpoint.tensor(matrix.tensor).to(world.device).reshape(matrix.m, matrix.n)
-        now = svd(weight, name=f"{matrix.layer} of {checkpoint.path}")
-        change = basis_change(last, now) if last is not None else BasisChange()
-        shape = (matrix.m, matrix.n)
-        update = measured(matrix.layer, shape, now.s, change, time.perf_counter() - start)
-        report = UpdateReport(
-            t=step, kind="stability", layers=(update,), seconds=update.seconds, bytes_sent=0
+        start, shape = time.perf_counter(), (matrix.m, matrix.n)
+        now = svd(
+            checkpoint.tensor(matrix.tensor).to(world.device).reshape(shape),
+            name=f"{matrix.layer} of {checkpoint.path}",
         )
+        change = basis_change(last, now) if last is not None else BasisChange()
+        update = measured(matrix.layer, shape, now.s, change, seconds := time.perf_counter() - start)
+        report = UpdateReport(t=step, kind="stability", layers=(update,), seconds=seconds, bytes_sent=0)
         events.append(rows_of_update(report, {update.name: index}))
         last = now
     return together(events).layers[0]

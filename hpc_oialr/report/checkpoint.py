@@ -121,8 +121,9 @@ def _indexed(index: Path) -> Checkpoint:
     found = _of_files(index.parent, [index.parent / file for file in sorted(set(holders.values()))])
     for name, file in holders.items():
         if name not in found.names:
-            what = f"says that {file} holds {name}, which it does not"
-            raise DataError(f"{index} {what}; copy the whole folder.")
+            raise DataError(
+                f"{index} says that {file} holds {name}, which it does not; copy the whole folder."
+            )
     return found
 
 

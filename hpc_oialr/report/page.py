@@ -1,4 +1,4 @@
-"""The report page: one HTML file that holds everything it shows; every text in it is escaped."""
+"""The report page: one self-contained HTML file; all text in it is escaped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STABLE = 0.95
 
 
 def write_report(runs: Sequence[Run], path: Path, *, force: bool = False) -> Path:
-    """Write the page of all runs; whole or not at all.
+    """Write the page of all runs atomically.
 
     ``force`` replaces a file that is not a report, see :func:`hpc_oialr.outputs.claim`. Raises OutputError without it,
     MissingExtraError without plotly, and OSError if the page cannot be written.
@@ -46,7 +46,7 @@ def write_report(runs: Sequence[Run], path: Path, *, force: bool = False) -> Pat
 
 
 def page(runs: Sequence[Run], path: Path) -> str:
-    """The page's HTML; links to files are relative to ``path``, where it will lie."""
+    """The page's HTML; links to files are relative to ``path``, where it will be."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -73,7 +73,12 @@ def page(runs: Sequence[Run], path: Path) -> str:
         seen="".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(runs)),
         summary=summary_table(runs),
         differences=difference_table(runs),
-        settings="".join(all_settings(run) for run in runs if run.config),
+        settings="".join(
+            f"<details><summary>All settings of {escape(run.name)}</summary>"
+            f'<pre tabindex="0">{escape(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>'
+            for run in runs
+            if run.config
+        ),
         environment=environment_table(runs),
         files="".join(file_list(run, path) for run in runs),
         data="\n".join(data),
@@ -115,38 +120,26 @@ def table(
 
 def summary_table(runs: Sequence[Run]) -> str:
     """One row a run."""
-    head = [
-        "run",
-        "metric",
-        "training time",
-        "steps",
-        "trained",
-        "peak memory",
-        "updates",
-        "processes",
-        "seed",
-    ]
-    return table("All runs", head, [_summary(run) for run in runs])
-
-
-def _summary(run: Run) -> tuple[str, ...]:
-    summary = run.summary
-    if not summary:
-        state = "has not ended" if run.folder.holds_run else "not known"
-        return (run.name, state, "", f"{run.last_step:,}", "", "", "", "", "")
-    name = summary["metric_name"]
-    share = summary["trainable_params"] / summary["dense_trainable_params"]
-    return (
-        run.name,
-        f"{name.replace('_', ' ')} {metric_text(summary['metric'], name)}",
-        f"{summary['wall_s']:,.1f} s",
-        f"{summary['steps']:,}",
-        f"{summary['trainable_params']:,} ({share:.1%})",
-        f"{1024 * summary['peak_memory_gib']:,.0f} MiB",
-        f"{summary['update_wall_s']:.2f} s",
-        str(summary["world_size"]),
-        str(summary["seed"]),
-    )
+    head = "run", "metric", "training time", "steps", "trained", "peak memory", "updates", "processes", "seed"
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        summary = run.summary
+        if not summary:
+            state = "has not ended" if run.folder.holds_run else "not known"
+            rows.append((run.name, state, "", f"{run.last_step:,}", *[""] * 5))
+            continue
+        cells = (
+            _metric(summary),
+            f"{summary['wall_s']:,.1f} s",
+            f"{summary['steps']:,}",
+            f"{summary['trainable_params']:,} ({_trained(summary):.1%})",
+            f"{1024 * summary['peak_memory_gib']:,.0f} MiB",
+            f"{summary['update_wall_s']:.2f} s",
+            str(summary["world_size"]),
+            str(summary["seed"]),
+        )
+        rows.append((run.name, *cells))
+    return table("All runs", head, rows)
 
 
 def difference_table(runs: Sequence[Run]) -> str:
@@ -162,24 +155,14 @@ def difference_table(runs: Sequence[Run]) -> str:
 
 def environment_table(runs: Sequence[Run]) -> str:
     """What the runs ran on; rows that differ are marked."""
-    rows: list[tuple[str, ...]] = []
-    differ: list[int] = []
-    for name, cells in side_by_side([run.environment for run in runs]):
-        if len(set(cells)) > 1:
-            differ.append(len(rows))
-        if set(cells) != {NOTHING}:
-            rows.append((f"{name} (differs)" if len(set(cells)) > 1 else name, *cells))
+    known = [row for row in side_by_side([run.environment for run in runs]) if set(row[1]) != {NOTHING}]
+    differ = [number for number, (_, cells) in enumerate(known) if len(set(cells)) > 1]
+    rows = [(f"{name} (differs)" if n in differ else name, *cells) for n, (name, cells) in enumerate(known)]
     return table("What the runs ran on", ("", *(run.name for run in runs)), rows, marked=differ)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and values as text.
-
-    Examples
-    --------
-    >>> flat({"train": {"steps": 5, "clip": None}, "compile": False})
-    {'train.steps': '5', 'train.clip': '—', 'compile': 'False'}
-    """
+    """Dotted names and values as text, e.g. ``{"train.steps": "5"}``."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -196,19 +179,12 @@ def side_by_side(settings: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple
     return [(name, tuple(column.get(name, NOTHING) for column in columns)) for name in names]
 
 
-def all_settings(run: Run) -> str:
-    """A run's settings, folded away."""
-    text, title = escape(yaml.safe_dump(run.config, sort_keys=False)), escape(run.name)
-    return f'<details><summary>All settings of {title}</summary><pre tabindex="0">{text}</pre></details>'
-
-
 def file_list(run: Run, page: Path) -> str:
     """Links to a run's files, relative to the page."""
     folder, links = run.folder, ""
-    for path in (
-        *(folder.config, folder.environment, folder.metrics, folder.updates, folder.spectra),
-        *(folder.summary, folder.job, folder.path.parent / "compare.json", folder.checkpoints, folder.logs),
-    ):
+    kept = [folder.config, folder.environment, folder.metrics, folder.updates, folder.spectra, folder.summary]
+    kept += [folder.job, folder.path.parent / "compare.json", folder.checkpoints, folder.logs]
+    for path in kept:
         if path.exists():
             # A link needs "/", whatever the file system has.
             relative = Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
@@ -217,7 +193,7 @@ def file_list(run: Run, page: Path) -> str:
 
 
 def sentences(runs: Sequence[Run]) -> Iterator[str]:
-    """What was recorded of the runs, in sentences."""
+    """The results of the runs in sentences."""
     dense = dense_of(runs)
     for run in runs:
         yield _result(run)
@@ -230,14 +206,17 @@ def sentences(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def metric_text(value: float, name: str) -> str:
-    """Accuracies in per cent.
-
-    Examples
-    --------
-    >>> metric_text(0.8929, "test_accuracy"), metric_text(1.25, "test_loss")
-    ('89.29 %', '1.2500')
-    """
+    """Accuracies in per cent, other metrics with four decimals."""
     return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4f}"
+
+
+def _metric(summary: Mapping[str, Any]) -> str:
+    name = summary["metric_name"]
+    return f"{name.replace('_', ' ')} {metric_text(summary['metric'], name)}"
+
+
+def _trained(summary: Mapping[str, Any]) -> float:
+    return float(summary["trainable_params"] / summary["dense_trainable_params"])
 
 
 def _result(run: Run) -> str:
@@ -246,11 +225,9 @@ def _result(run: Run) -> str:
         return f"{run.name} is a record of spectra alone, up to step {run.last_step:,}."
     if not summary:
         return f"{run.name} has not ended: {run.last_step:,} steps so far."
-    metric, share = summary["metric_name"], summary["trainable_params"] / summary["dense_trainable_params"]
     return (
-        f"{run.name}: {metric.replace('_', ' ')} {metric_text(summary['metric'], metric)} after "
-        f"{summary['steps']:,} steps and {summary['wall_s']:.0f} s of training; {share:.1%} of the parameters "
-        "are trained at the end."
+        f"{run.name}: {_metric(summary)} after {summary['steps']:,} steps and {summary['wall_s']:.0f} s of training; "
+        f"{_trained(summary):.1%} of the parameters are trained at the end."
     )
 
 
@@ -265,9 +242,8 @@ def _against(run: Run, dense: Run) -> str:
     name = own["metric_name"]
     text += f", and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
     text += metric_text(other["metric"], name)
-    if own["wall_s"] < curve.wall_s[0]:
+    if (at := curve.at(own["wall_s"])) is None:
         return f"{text}, which had not been evaluated after the same time."
-    at = float(np.interp(own["wall_s"], curve.wall_s, curve.value))
     return f"{text} and stood at {metric_text(at, name)} after the same time."
 
 

@@ -1,4 +1,4 @@
-"""What the page's charts draw of a run, thinned so that the page of a long run stays quick."""
+"""Data of a run for the page's charts, thinned so that the page of a long run loads quickly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hpc_oialr.spectra.schema import kind_words
 
 # More columns than a chart has pixels, more steps than a slider has places, more points than a curve shows.
 COLUMNS, SPECTRA, INDICES, POINTS = 512, 100, 64, 512
-# Codes of singular values; the last one stands for none. Smaller ones than DEPTH of the largest are drawn there.
-LEVELS, ABSENT, DEPTH = 65_534, 65_535, 1e-9
+# Singular values below DEPTH times the largest are drawn there, on a logarithmic axis.
+DEPTH = 1e-9
 
 QUANTITIES = {
     "stability": "stability",
@@ -34,7 +34,7 @@ QUANTITIES = {
 
 
 def page_data(run: Run) -> dict[str, Any]:
-    """Everything of a run that the page's script reads; plain values fit for JSON."""
+    """The data of a run for the page's script, as JSON values."""
     record = run.spectra if run.spectra is not None and len(run.spectra.events) else None
     middle, seconds = step_seconds(run)
     rows = spread(len(middle), POINTS)
@@ -81,10 +81,11 @@ def _spectrum(layer: Layer) -> dict[str, Any]:
     """At most 100 of a layer's spectra, each at 64 indices as far apart as a logarithmic axis shows them."""
     rows = spread(len(layer), SPECTRA)
     indices = np.unique(np.geomspace(1, layer.k, INDICES).round().astype(np.int64)) - 1
-    events = layer.events[rows]
+    events, values = layer.events[rows], layer.singular_values[rows][:, indices]
+    largest = np.max(values, where=np.isfinite(values), initial=0.0)
     return {
         "index": (indices + 1).tolist(),
-        "values": logarithms(layer.singular_values[rows][:, indices]),
+        "values": floats(np.maximum(values, DEPTH * (largest or 1.0))),
         "step": events["t"].tolist(),
         "kind": kind_words(events["kind"]),
         "r_before": events["r_before"].tolist(),
@@ -101,30 +102,10 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 
 def _or_none(values: NDArray[np.float64]) -> list[float | None]:
-    """JSON knows no NaN; five digits are more than a screen shows."""
+    """Five digits, more than a screen shows; None for NaN, which JSON lacks."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def floats(values: NDArray[Any]) -> str:
     """Little-endian float32 in base64; NaN stays NaN."""
     return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode("ascii")
-
-
-def logarithms(values: NDArray[Any]) -> dict[str, Any]:
-    """Positive numbers of many sizes (NaN for none), two bytes each in base64, row by row.
-
-    ``value = exp(low + (high - low) code / 65534)``: within five decades the relative error stays below 1e-4.
-
-    Examples
-    --------
-    >>> packed = logarithms(np.array([8.0, 2.0, np.nan]))
-    >>> packed["codes"], round(packed["low"], 4)
-    ('/v8AAP//', 0.6931)
-    """
-    known = np.isfinite(values)
-    largest = float(np.max(values, where=known, initial=0.0)) or 1.0
-    logs = np.log(np.clip(np.where(known, values, largest), DEPTH * largest, None))
-    low, high = (float(logs.min()), float(logs.max())) if logs.size else (0.0, 0.0)
-    codes = np.rint((logs - low) / ((high - low) or 1.0) * LEVELS)
-    packed = np.where(known, codes, ABSENT).astype("<u2").tobytes()
-    return {"low": low, "high": high, "codes": base64.b64encode(packed).decode("ascii")}

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,14 +48,11 @@ COLOURS = ("#0072B2", VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLA
 MARKERS = "osD^vPX"
 NAMES = ("stability", "r", "waterfall", "share", "cost")
 STYLE = str(resources.files(__package__) / "assets" / "paper.mplstyle")
+# Viridis without its lightest end, which is lost on white paper.
+SHADES = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231)))
 
-P = ParamSpec("P")
-
-
-def in_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with this style, whatever the user's own settings are."""
-    styled: Callable[P, Figure] = matplotlib.style.context(["default", STYLE])(draw)
-    return styled
+# Decorator of the drawing functions: this style, whatever the user's own settings are.
+in_style = matplotlib.style.context(["default", STYLE])
 
 
 def new_figure(width: Width, *, height: float = 0.62, **subplots: Any) -> tuple[Figure, Any]:
@@ -67,7 +64,7 @@ def new_figure(width: Width, *, height: float = 0.62, **subplots: Any) -> tuple[
 
 
 FIGURE = marked("a figure", b"\x89PNG", b"%PDF", b"<?xml", mark=b"hpc_oialr")
-# The mark by which an earlier figure is known. Dates would make two drawings of the same run differ.
+# Identifies earlier figures. No dates: two drawings of one run must be identical.
 METADATA: dict[str, dict[str, str | None]] = {
     ".png": {"Software": "hpc_oialr"},
     ".pdf": {"Creator": "hpc_oialr", "CreationDate": None},
@@ -76,10 +73,10 @@ METADATA: dict[str, dict[str, str | None]] = {
 
 
 def save(figure: Figure, path: Path | str, *, inputs: Sequence[Path | str] = (), force: bool = False) -> Path:
-    """Write PNG, PDF or SVG, by the suffix; whole or not at all.
+    """Write PNG, PDF or SVG, by the suffix, atomically.
 
     ``inputs`` and ``force`` are those of :func:`hpc_oialr.outputs.claim`. Raises OutputError if the path holds
-    something else than an earlier figure, and ConfigError for another suffix.
+    anything but an earlier figure, and ConfigError for another suffix.
     """
     path = Path(path)
     if path.suffix.lower() not in METADATA:
@@ -91,7 +88,7 @@ def save(figure: Figure, path: Path | str, *, inputs: Sequence[Path | str] = (),
 
 
 def with_grid(axes: Axes) -> Axes:
-    """Faint lines that help to read values off."""
+    """Faint grid lines behind the data."""
     axes.grid(visible=True, color="0.9", linewidth=0.5)
     axes.set_axisbelow(True)
     return axes
@@ -107,12 +104,6 @@ def plain_log_ticks(axis: Axis, *, factor: float = 1) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def depth_map() -> LinearSegmentedColormap:
-    """Viridis without its lightest end, which is lost on white paper."""
-    kept = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231))
-    return LinearSegmentedColormap.from_list("depth", kept)
-
-
 def colour_bar(figure: Figure, axes: Axes, shown: ScalarMappable, label: str) -> Axis:
     """A narrow bar beside the axes; returns its axis."""
     bar = figure.colorbar(shown, ax=axes, label=label, pad=0.02, aspect=25)
@@ -121,22 +112,12 @@ def colour_bar(figure: Figure, axes: Axes, shown: ScalarMappable, label: str) ->
 
 
 @in_style
-def stability(run: Spectra, *, width: Width = "single", title: str | None = None) -> Figure:
-    """Stability of every layer over training, coloured by depth; the first figure of arXiv 2401.08505.
-
-    The conversion to low rank is marked. ``title`` goes above the axes; a paper has a caption instead.
-
-    Examples
-    --------
-    ::
-
-        with hpc_oialr.spectra.open("runs/first") as run:
-            save(stability(run, width="double"), "stability.pdf")
-    """
+def stability(run: Spectra, *, width: Width = "single") -> Figure:
+    """Stability of every layer over training, coloured by depth, and the conversion; figure 1 of arXiv 2401.08505."""
     figure, axes = new_figure(width, height=0.62 if width == "single" else 0.85)
-    layers, shades = list(run.values()), depth_map()
+    layers = list(run.values())
     for number, layer in enumerate(layers):
-        known, colour = np.isfinite(layer.stability), shades(number / max(1, len(layers) - 1))
+        known, colour = np.isfinite(layer.stability), SHADES(number / max(1, len(layers) - 1))
         thin = 1.0 if len(layers) <= 40 else 0.5
         axes.plot(layer.t[known], layer.stability[known], color=colour, linewidth=thin, label=layer.name)
     if converted := conversions(layers):
@@ -153,11 +134,11 @@ def stability(run: Spectra, *, width: Width = "single", title: str | None = None
     values = run.events["stability"]
     lowest = float(np.min(values, where=np.isfinite(values), initial=1.0))
     bottom = lowest - 0.1 * (1 - lowest) if lowest > 0.5 else min(0.0, lowest - 0.02)
-    axes.set(xlabel="step", ylabel="stability", ylim=(bottom, 1 + 0.03 * (1 - bottom)), title=title)
+    axes.set(xlabel="step", ylabel="stability", ylim=(bottom, 1 + 0.03 * (1 - bottom)))
     if len(layers) <= 6:
         axes.legend(loc="best")
     else:
-        bar = colour_bar(figure, axes, ScalarMappable(Normalize(1, len(layers)), shades), "depth (layer)")
+        bar = colour_bar(figure, axes, ScalarMappable(Normalize(1, len(layers)), SHADES), "depth (layer)")
         bar.set_major_locator(MaxNLocator(6, integer=True))
     return figure
 
@@ -194,11 +175,11 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
     """
     figure, axes = new_figure(width, height=0.72)
     # More than 40 lines cannot be distinguished.
-    rows, shades = spread(len(layer), 40), depth_map()
+    rows = spread(len(layer), 40)
     scale = Normalize(int(layer.t[rows[0]]), int(layer.t[rows[-1]]))
     for row in rows:
         s = layer.spectrum(int(row))
-        axes.plot(np.arange(1, len(s) + 1), s, color=shades(scale(layer.t[row])), linewidth=0.7)
+        axes.plot(np.arange(1, len(s) + 1), s, color=SHADES(scale(layer.t[row])), linewidth=0.7)
     cut = [int(row) for row in rows if layer["cut_values"][row] > 0]
     if cut:
         r = [int(layer.r[row]) for row in cut]
@@ -215,7 +196,7 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
     with_grid(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left")
-    bar = colour_bar(figure, axes, ScalarMappable(scale, shades), "step")
+    bar = colour_bar(figure, axes, ScalarMappable(scale, SHADES), "step")
     bar.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
@@ -283,12 +264,12 @@ def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
 def figure_of(name: str, runs: Sequence[Run], *, layer: str | None, width: Width) -> Figure:
     """The figure of one of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
 
-    Raises UnknownNameError for another figure or layer, and DataError if the runs do not hold what it shows.
+    Raises UnknownNameError for another figure or layer, and DataError if the runs lack what it shows.
     """
-    if name in ("share", "cost"):
-        return share(runs, width=width) if name == "share" else cost(runs, width=width)
     if name not in NAMES:
         raise UnknownNameError("figure", name, NAMES)
+    if name in ("share", "cost"):
+        return share(runs, width=width) if name == "share" else cost(runs, width=width)
     if len(runs) > 1:
         paths = ", ".join(str(run.folder.path) for run in runs)
         raise DataError(f"there are {len(runs)} runs ({paths}); figure {name} shows one. Name one of them.")

@@ -1,4 +1,4 @@
-"""What runs have left in their folders, and the numbers that the page and the plots draw of them."""
+"""Reads run folders, and computes what the page and the plots show."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ class Curve:
     def __len__(self) -> int:
         return len(self.step)
 
+    def at(self, wall_s: float) -> float | None:
+        """The value after ``wall_s`` seconds of training, interpolated; None before the first point."""
+        if not len(self) or wall_s < self.wall_s[0]:
+            return None
+        return float(np.interp(wall_s, self.wall_s, self.value))
+
 
 def _curve(rows: list[dict[str, Any]], key: str, name: str) -> Curve:
     def column(field: str) -> Numbers:
@@ -57,16 +63,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 class Run:
-    """A run's folder, or the ``spectra.h5`` in it; files that are missing leave their part empty.
+    """A run's folder, or the ``spectra.h5`` in it; parts whose files are missing are empty.
 
-    ``name`` is what figures call it, by default the folder's name. Raises :class:`DataError` if there is neither a
-    run nor a record of spectra.
+    ``name`` is its label. Raises :class:`DataError` without a run or a record of spectra.
     """
 
-    def __init__(self, path: Path | str, name: str | None = None) -> None:
+    def __init__(self, path: Path | str) -> None:
         path = Path(path)
         self.folder = RunFolder(path if path.is_dir() else path.parent)
-        self.name = name or self.folder.path.resolve().name
+        self.name = self.folder.path.resolve().name
         self._record = path if path.is_file() else self.folder.spectra
         if not (self.folder.holds_run or record_files(self._record)):
             raise DataError(
@@ -75,7 +80,7 @@ class Run:
 
     @functools.cached_property
     def spectra(self) -> Spectra | None:
-        """The record of spectra, None for a run that kept none; close it by :meth:`close`."""
+        """The record of spectra, None if the run recorded none; close it by :meth:`close`."""
         return spectra.open(self._record) if record_files(self._record) else None
 
     @functools.cached_property
@@ -85,7 +90,7 @@ class Run:
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``; empty while the run goes on."""
+        """``summary.json``; empty until the run has ended."""
         return _json(self.folder.summary)
 
     @property
@@ -129,7 +134,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """The last recorded step."""
         steps = [row["step"] for row in self.metrics[-1:]]
         if self.spectra is not None and len(self.spectra.events):
             steps.append(int(self.spectra.events["t"].max()))
@@ -151,11 +156,11 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
         sides = [path / "dense", path / "oialr"]
         compared = not RunFolder(path).holds_run and all(RunFolder(side).holds_run for side in sides)
         found += sides if compared else [path]
-    folders = [(path if path.is_dir() else path.parent).resolve() for path in found]
-    names = [folder.name for folder in folders]
-    longer = [f"{folder.parent.name}/{folder.name}" for folder in folders]
-    labels = [each if names.count(name) > 1 else name for name, each in zip(names, longer, strict=True)]
-    runs = [Run(path, label) for path, label in zip(found, labels, strict=True)]
+    runs = [Run(path) for path in found]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.folder.path.resolve().parent.name}/{run.name}"
     for section in ("task", "model"):
         settings = {run.name: run.config.get(section) or {} for run in runs}
         chosen = {name: each["class_path"] for name, each in settings.items() if "class_path" in each}
@@ -180,9 +185,9 @@ COSTS = {
 
 
 def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """For every run but the dense one, each of :data:`COSTS` over the dense run's.
+    """Each of :data:`COSTS` of every other run over the dense run's.
 
-    Raises :class:`DataError` without a dense run or another one, or if one has not ended.
+    Raises :class:`DataError` unless there are a dense and another run, and all have ended.
     """
     dense = dense_of(runs)
     others = [run for run in runs if run is not dense]
@@ -236,13 +241,7 @@ def share_of_k(run: Spectra, last_step: int | None = None) -> tuple[NDArray[np.i
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of ``count`` indices, equally far apart, with the first and the last.
-
-    Examples
-    --------
-    >>> spread(100, 4).tolist(), spread(3, 40).tolist(), spread(0, 4).tolist()
-    ([0, 33, 66, 99], [0, 1, 2], [])
-    """
+    """At most ``most`` of ``count`` indices, equally far apart, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 

@@ -17,7 +17,7 @@ from hpc_oialr.errors import ConfigError, DataError, NonFiniteError
 from hpc_oialr.lowrank import Selection, select
 from hpc_oialr.method.engine import SingleEngine
 from hpc_oialr.method.stability_tracker import StabilityTracker
-from hpc_oialr.report.analyze import MatrixSelection, analyze
+from hpc_oialr.report.analyze import MatrixSelection, analyze, layer_name, steps_of
 from hpc_oialr.spectra.reader import Spectra
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 
@@ -224,6 +224,8 @@ def test_weights_must_be_finite(tmp_path: Path) -> None:
 
 def test_steps_must_be_known_and_different(files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.h5"
+    names = ("checkpoint-500", "run2/step_00001000.pt", "step-1500/model.safetensors")
+    assert steps_of([Path(name) for name in names]) == [500, 1000, 1500]
     with pytest.raises(ConfigError, match=r"--steps is \[1\]; must be one for each of the 3 checkpoints"):
         analyze(files, out, steps=[1])
     with pytest.raises(ConfigError, match=r"--steps is 5; belongs to several checkpoints, .*20.pt, .*100.pt"):
@@ -233,6 +235,11 @@ def test_steps_must_be_known_and_different(files: list[Path], tmp_path: Path) ->
         analyze([tmp_path / "last.pt"], out)
     with spectra.open(analyze(files, out, steps=[9, 7, 8])) as run:
         assert run["1"].t.tolist() == [7, 8, 9]
+
+
+def test_layers_of_tensors() -> None:
+    names = ("module.encoder.0.weight", "attn.in_proj_weight", "encoder.0.bias")
+    assert [layer_name(name) for name in names] == ["encoder.0", "attn.in_proj", None]
 
 
 def test_which_matrices() -> None:

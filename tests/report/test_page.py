@@ -7,34 +7,30 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.made_runs import EVIL, NAMES, make_record, make_run
 
 from hpc_oialr.cli.main import main
 from hpc_oialr.report import page_data as page_data_module
-from hpc_oialr.report.page import difference_table, environment_table, file_list, page, sentences
-from hpc_oialr.report.page_data import ABSENT, DEPTH, LEVELS, floats, logarithms, page_data
+from hpc_oialr.report.page import (
+    difference_table,
+    environment_table,
+    file_list,
+    flat,
+    metric_text,
+    page,
+    sentences,
+)
+from hpc_oialr.report.page_data import floats, page_data
 from hpc_oialr.report.runs import find_runs
 
 
-def unpacked(packed):
-    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
-    values = np.exp(packed["low"] + (packed["high"] - packed["low"]) * codes / LEVELS)
-    return np.where(codes == ABSENT, np.nan, values)
-
-
-@given(st.lists(st.one_of(st.floats(1e-30, 1e30), st.just(np.nan)), max_size=20))
-def test_logarithms_are_exact_to_a_part_of_their_range(values):
-    given_ = np.array(values)
-    largest = np.nanmax(given_) if np.isfinite(given_).any() else 1.0
-    expected = np.maximum(given_, DEPTH * largest)
-    np.testing.assert_allclose(unpacked(logarithms(given_)), expected, rtol=2e-4)
+def unpacked(text):
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
 
 
 def test_floats_keep_their_gaps():
     values = np.array([1.5, np.nan], dtype=np.float32)
-    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(floats(values)), dtype="<f4"), values)
+    np.testing.assert_array_equal(unpacked(floats(values)), values)
 
 
 def test_page_data_are_the_records(run):
@@ -43,8 +39,7 @@ def test_page_data_are_the_records(run):
     assert layers["steps"] == [10, 20, 30, 40, 50]
     assert layers["conversions"] == [30]
     assert set(layers["quantities"]) == {"stability", "r", "stable_rank", "values_above_edge"}
-    packed = layers["quantities"]["stability"]["values"]
-    matrix = np.frombuffer(base64.b64decode(packed), dtype="<f4").reshape(3, 5)
+    matrix = unpacked(layers["quantities"]["stability"]["values"]).reshape(3, 5)
     np.testing.assert_array_equal(matrix[2], np.array([0.5, 0.96, np.nan, 0.972, 0.99], dtype="f4"))
 
 
@@ -52,8 +47,14 @@ def test_page_spectra_are_the_records(run):
     spectrum = page_data(run)["spectra"][0]
     assert spectrum["index"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert spectrum["kind"][2:] == ["conversion", "update", "update"]
-    layer = run.spectra[NAMES[0]]
-    np.testing.assert_allclose(unpacked(spectrum["values"]).reshape(5, 8), layer.singular_values, rtol=1e-4)
+    values = run.spectra[NAMES[0]].singular_values
+    np.testing.assert_array_equal(unpacked(spectrum["values"]).reshape(5, 8), values)
+
+
+def test_values_too_small_for_a_logarithmic_axis_are_drawn_at_its_end(run, monkeypatch):
+    monkeypatch.setattr(page_data_module, "DEPTH", 0.5)
+    drawn = unpacked(page_data(run)["spectra"][0]["values"]).reshape(5, 8)
+    np.testing.assert_array_equal(drawn, np.maximum(run.spectra[NAMES[0]].singular_values, 1.0))
 
 
 def test_long_runs_are_thinned_to_the_last_value_of_each_column(run, monkeypatch):
@@ -62,8 +63,7 @@ def test_long_runs_are_thinned_to_the_last_value_of_each_column(run, monkeypatch
     content = page_data(run)
     assert content["layers"]["steps"] == [30, 50]
     assert content["layers"]["recorded_steps"] == 5
-    packed = content["layers"]["quantities"]["stability"]["values"]
-    matrix = np.frombuffer(base64.b64decode(packed), dtype="<f4").reshape(3, 2)
+    matrix = unpacked(content["layers"]["quantities"]["stability"]["values"]).reshape(3, 2)
     np.testing.assert_array_equal(matrix[0], np.array([0.96, 0.99], dtype="f4"))
     assert content["spectra"][0]["step"] == [10, 30, 50]
 
@@ -113,6 +113,13 @@ def test_tables_show_differences_and_escape(runs):
     assert "n&lt;1&gt;" in environment_table(runs)
     assert difference_table(runs[:1]) == "<p>There is one run only; nothing to compare its settings with.</p>"
     assert difference_table([runs[0], runs[0]]) == "<p>All settings are equal.</p>"
+
+
+def test_numbers_and_settings_as_text():
+    assert metric_text(0.8929, "test_accuracy") == "89.29 %"
+    assert metric_text(1.25, "test_loss") == "1.2500"
+    settings = {"train": {"steps": 5, "clip": None}, "compile": False}
+    assert flat(settings) == {"train.steps": "5", "train.clip": "—", "compile": "False"}
 
 
 def test_links_are_relative_to_the_page(runs, comparison, tmp_path):

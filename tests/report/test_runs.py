@@ -13,6 +13,7 @@ from hpc_oialr.report.runs import (
     ratios_to_dense,
     settling_steps,
     share_of_k,
+    spread,
     step_seconds,
 )
 
@@ -58,6 +59,14 @@ def test_evaluations_know_the_share_that_was_trained(run):
     assert run.evaluations.value.tolist() == [0.52, 0.55]
 
 
+def test_a_metric_between_two_evaluations_is_interpolated(run):
+    assert run.evaluations.at(19.0) is None
+    assert [run.evaluations.at(seconds) for seconds in (20.0, 35.0, 99.0)] == pytest.approx(
+        [0.52, 0.535, 0.55]
+    )
+    assert run.losses.at(5.0) is None
+
+
 def test_time_of_a_step_is_that_between_two_rows(runs):
     middle, seconds = step_seconds(runs[0])
     assert middle.tolist() == [15, 25, 35, 45]
@@ -72,6 +81,11 @@ def test_r_holds_from_one_event_to_the_next(run):
 
 def test_r_of_the_last_event_is_seen_though_the_run_ended_with_it(run):
     assert share_of_k(run.spectra, last_step=50)[0].tolist()[-2:] == [50, 52]
+
+
+def test_indices_are_spread_from_the_first_to_the_last():
+    assert spread(100, 4).tolist() == [0, 33, 66, 99]
+    assert (spread(3, 40).tolist(), spread(0, 4).tolist()) == ([0, 1, 2], [])
 
 
 def test_conversions_and_settling(run):

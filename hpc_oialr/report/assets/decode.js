@@ -1,6 +1,6 @@
 "use strict";
 
-// Numbers that hpc_oialr/report/page/packing.py wrote.
+// Numbers that hpc_oialr/report/page_data.py wrote.
 
 function bytesOf(text) {
   const raw = atob(text);
@@ -15,14 +15,9 @@ function rowsOf(text, width) {
   return Array.from({ length: flat.length / width }, (_, row) => flat.subarray(row * width, (row + 1) * width));
 }
 
-/** Rows of a matrix of logarithms; what is absent is null, which breaks a line. */
-function logarithmRows(packed, width) {
-  const codes = new Uint16Array(bytesOf(packed.codes));
-  const scale = (packed.high - packed.low) / 65534;
-  const value = (code) => (code === 65535 ? null : Math.exp(packed.low + scale * code));
-  return Array.from({ length: codes.length / width }, (_, row) =>
-    Array.from(codes.subarray(row * width, (row + 1) * width), value),
-  );
+/** The same as plain arrays; what is absent is null, which breaks a line. */
+function rowsWithGaps(text, width) {
+  return rowsOf(text, width).map((row) => Array.from(row, (value) => (Number.isNaN(value) ? null : value)));
 }
 
 const RUNS = Array.from(document.querySelectorAll("script.run"), (block) => JSON.parse(block.textContent));

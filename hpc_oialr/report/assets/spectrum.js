@@ -7,7 +7,7 @@ function chooseLayer() {
   const step = spectrumView.data?.step[byId("event").value];
   const data = layersView.run.spectra[byId("layer").value];
   spectrumView.data = data;
-  spectrumView.rows = logarithmRows(data.values, data.index.length);
+  spectrumView.rows = rowsWithGaps(data.values, data.index.length);
   byId("event").max = data.step.length - 1;
   // Another layer is shown at the step that was looked at.
   byId("event").value = step === undefined ? mostCut(data) : nearest(data.step, step);
