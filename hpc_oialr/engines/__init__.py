@@ -1,4 +1,4 @@
-"""Engines: how a model's ranks share its gradients, behind one interface."""
+"""Engines: how ranks share a model and its gradients, behind one interface."""
 
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine

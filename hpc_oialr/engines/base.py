@@ -1,4 +1,4 @@
-"""What the engines of several ranks share."""
+"""Base of the engines of several ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hpc_oialr.method.engine import Engine
 
 
 class GroupEngine(Engine):
-    """An engine of a process group; ``world`` holds all ranks."""
+    """An engine of a process group; ``world`` are all ranks."""
 
     world: World
 
     def send_initial(self, module: nn.Module) -> None:
-        """Rank 0's parameters and buffers on every rank, before anything is split."""
+        """Send rank 0's parameters and buffers to all ranks, before anything is sharded."""
         self.world.share(tensor.data for tensor in [*module.parameters(), *module.buffers()])
 
     def check_replicas(self, named: Mapping[str, Sequence[Tensor]]) -> None:

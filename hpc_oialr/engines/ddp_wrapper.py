@@ -1,7 +1,7 @@
-"""One ``DistributedDataParallel`` object for the whole run, though its module's parameters are replaced now and then.
+"""One ``DistributedDataParallel`` object for the whole run, though its module's parameters are replaced.
 
-Accelerate, Lightning and Trainer call the wrapper they made; a new one would leave theirs without any sync. So
-torch's own constructor runs again on the object that is there. All private names of torch's DDP stand in this file.
+Accelerate, Lightning and Trainer call the wrapper they made; next to a new one theirs would average nothing. So torch's
+constructor runs again on the existing object. All private names of torch's DDP are in this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpc_oialr.errors import ModelError
 
 MIB = 1024**2
 
-# Arguments that say how to begin, or that are refused; all others are read back from the wrapper's attributes.
+# Arguments for the start only, or that are refused; all others are read from the wrapper's attributes.
 _NOT_KEPT = {
     "self",
     "module",
@@ -30,14 +30,14 @@ _NOT_KEPT = {
     "delay_all_reduce_named_params",
     "param_to_hook_all_reduce",
 }
-# What a user, or a loop that is under way, sets on the object itself.
+# Attributes that a user or a loop sets on the object.
 _OWN_STATE = ("require_backward_grad_sync", "broadcast_bucket_size", "_ddp_sink_clone")
-# Modules of torch whose hooks apply the optimizer to one bucket's parameters.
+# Torch's modules with hooks that step the optimizer for one bucket.
 _STEPPING_HOOKS = ("optimizer_overlap_hooks", "ddp_zero_hook")
 
 
 def options_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
-    """The constructor's arguments that make such a wrapper again, whichever this version of torch has."""
+    """The constructor's arguments to make such a wrapper again, in any version of torch."""
     known = [name for name in inspect.signature(DistributedDataParallel).parameters if name not in _NOT_KEPT]
     options = {name: getattr(wrapper, name) for name in known if hasattr(wrapper, name)}
     options["bucket_cap_mb"] = None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / MIB
@@ -49,7 +49,7 @@ def options_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
 
 
 def require_renewable(wrapper: DistributedDataParallel) -> None:
-    """Raise :class:`ModelError`, naming the option, if :func:`renew` could not give this wrapper back as it was."""
+    """Raise :class:`ModelError`, naming the option, if :func:`renew` cannot restore this wrapper."""
     if wrapper._delay_all_reduce_params:
         _refuse("delay_all_reduce_named_params", "hooks that single parameter, which may be replaced")
     mesh = getattr(wrapper, "device_mesh", None)
@@ -67,18 +67,18 @@ def _refuse(option: str, reason: str) -> None:
 
 
 def joining(wrapper: DistributedDataParallel) -> bool:
-    """Whether ranks may run out of samples one by one, as in ``with wrapper.join()``."""
+    """Whether the loop is inside ``with wrapper.join()``."""
     return bool(wrapper._join_config.enable)
 
 
 def ignored_parameters(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
-    """Those that are left out by ``_ddp_params_and_buffers_to_ignore``."""
+    """Parameters named in ``_ddp_params_and_buffers_to_ignore``."""
     names = wrapper.parameters_to_ignore
     return [p for name, p in wrapper.module.named_parameters(remove_duplicate=False) if name in names]
 
 
 def keep_ignored(wrapper: DistributedDataParallel, parameters: Iterable[nn.Parameter]) -> None:
-    """Leave these out though their names may have changed, as an attention's do when it is unpacked."""
+    """Ignore these under their present names, which change when an attention is unpacked."""
     ids = {id(p) for p in parameters}
     if ids:
         module = wrapper.module
@@ -87,8 +87,8 @@ def keep_ignored(wrapper: DistributedDataParallel, parameters: Iterable[nn.Param
 
 
 def release(wrapper: DistributedDataParallel) -> None:
-    """Take off what the wrapper has hung on its module and parameters."""
-    # The autograd nodes of parameters that stay call an old reducer until it is taken off.
+    """Remove the wrapper's hooks from its module and parameters."""
+    # Autograd nodes of parameters that stay would still call the old reducer.
     wrapper.reducer._remove_autograd_hooks()
     for handle in getattr(wrapper, "_accum_grad_hooks", ()):
         handle.remove()
@@ -103,7 +103,7 @@ def release(wrapper: DistributedDataParallel) -> None:
 
 
 def full_precision(parameters: Iterable[nn.Parameter]) -> None:
-    """Bring back the values that ``mixed_precision`` has put aside, as after a forward pass without a backward."""
+    """Restore the values that ``mixed_precision`` has replaced, as after a forward pass without a backward."""
     for p in parameters:
         kept: Tensor | None = getattr(p, "_fp_param", None)
         if kept is not None and p.dtype != kept.dtype:
@@ -111,16 +111,15 @@ def full_precision(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def renew(wrapper: DistributedDataParallel, *, bucket_cap_mb: float) -> None:
-    """Rebuild the wrapper's buckets and hooks for the parameters that its module has now; nothing is sent.
+    """Rebuild the wrapper's buckets and hooks for its module's present parameters; nothing is sent.
 
-    The object stays, with all options, with everything that its user has set or registered on it, and with the
-    ``no_sync`` it may be in. State that communication hooks keep by bucket is dropped, see :func:`forget_buckets`.
-    ``bucket_cap_mb`` is the size of buckets (MiB), where the wrapper has no list of sizes.
+    The object keeps its options, everything the user has set or registered on it, and ``no_sync``. Communication hooks
+    lose state by bucket, see :func:`forget_buckets`. ``bucket_cap_mb`` applies if the wrapper has no list of sizes.
     """
     options = options_of(wrapper) | {"bucket_cap_mb": bucket_cap_mb}
-    # With mixed_precision there is torch's own hook, and no room for another.
+    # With mixed_precision torch registers its own hook, and there can be one only.
     hooks = [] if wrapper.mixed_precision is not None else list(wrapper._comm_hooks)
-    # Torch keeps no record of a builtin one but its log's.
+    # A builtin hook is recorded in torch's log only.
     logged = str(wrapper._get_ddp_logging_data().get("comm_hook", ""))
     builtin = BuiltinCommHookType.__members__.get(logged.removeprefix("BuiltinCommHookType."))
     for hook, state in hooks:
@@ -139,11 +138,10 @@ def renew(wrapper: DistributedDataParallel, *, bucket_cap_mb: float) -> None:
 
 
 def forget_buckets(hook: Callable[..., Any], state: object) -> None:
-    """Empty what a communication hook remembers of buckets that are no more.
+    """Drop a communication hook's state of old buckets.
 
-    PowerSGD loses the errors of its last step (feedback) and its warm start, and sends one step whole, as in its own
-    second step: buckets are reordered after it. A state of another kind that holds tensors must have a method
-    ``forget_buckets()``, which is called.
+    PowerSGD loses its last error feedback and its warm start, and sends one step uncompressed, as in its second step,
+    after which buckets are reordered. Any other state with tensors must have a method ``forget_buckets()``.
     """
     if callable(forget := getattr(state, "forget_buckets", None)):
         forget()

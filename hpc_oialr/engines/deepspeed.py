@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO around a module whose parameters are replaced now and then."""
+"""DeepSpeed's ZeRO around a module whose parameters are replaced during the run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,12 @@ from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight, whole_shape
 from hpc_oialr.lowrank.layout import Sharded
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Their step of one number depends on that number's own gradient and state only, so that they work on
-# the flat pieces which ZeRO gives an optimizer.
+# Optimizers whose step is elementwise, so that they work on ZeRO's flat pieces.
 ELEMENTWISE = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
 
-
-# What DeepSpeed 0.19 calls and torch 2.13 deprecates; nothing that a run could change.
+# Called by DeepSpeed 0.19, deprecated in torch 2.13.
 _DEPRECATED = (
     "`torch.jit.script",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
@@ -47,34 +43,23 @@ _DEPRECATED = (
 class DeepSpeedEngine(GroupEngine):
     """ZeRO 1, 2 and 3: optimizer state, gradients and parameters sharded over ranks.
 
-    The optimizer given to :meth:`wrap` stays the one that the method, schedulers and checkpoints see.
-    Between changes its state is empty: DeepSpeed steps an optimizer of the same type, whose options
-    follow the given one's before every step. ``U`` and ``Vh`` are not in it; stage 3 shards them too.
+    The method, schedulers and checkpoints use the optimizer given to :meth:`wrap`, which has no state between changes:
+    DeepSpeed steps an optimizer of the same type, whose options are copied from the given one before every step. ``U``
+    and ``Vh`` are not in it; stage 3 shards them too. DeepSpeed's engine is made at the first forward pass; until then
+    module and optimizer are ordinary ones, into which a checkpoint can be loaded.
 
-    DeepSpeed's engine is made at the first forward pass; until then module and optimizer are
-    ordinary ones, into which a checkpoint can be loaded.
-
-    Parameters
-    ----------
-    world
-        All ranks; two or more, of the default process group.
-    given, origin
-        Content of a DeepSpeed JSON, where "auto" is filled in; and where it is from, for messages.
-    precision
-        "fp32", "bf16" or "fp16". In the latter two the module is in that dtype, ``U`` and ``Vh``
-        included, and ZeRO holds the trained parameters in fp32; the run's autocast stays on.
+    ``world`` are all ranks of the default process group, two or more; ``given`` is the content of a DeepSpeed JSON, in
+    which "auto" is filled in, and ``origin`` its path, for messages. In ``precision`` "bf16" and "fp16" the module is in
+    that dtype, ``U`` and ``Vh`` included, and ZeRO stores the trained parameters in fp32; the run's autocast stays on.
 
     Notes
     -----
-    Stage 3 in fp32 with Adam holds parameter, gradient and two moments, 16 bytes a number over P, and a bucket of
-    1/32 of the trained numbers; in bf16 2 + 2 + 12 bytes. The gradients' part stays between steps. In a step 1/8 of
-    the model is gathered at most, or one layer.
+    Stage 3 in fp32 with Adam stores parameter, gradient and two moments, 16 bytes a number over P, and a bucket of
+    1/32 of the trained numbers; in bf16 2 + 2 + 12 bytes. In a step at most 1/8 of the model is gathered, or one layer.
 
-    A change of r rebuilds DeepSpeed's engine. Meanwhile each rank keeps its own part of the fp32
-    values and moments in host memory. Whole on a rank are only the weights of at most as many layers (on GPUs batches)
-    as there are ranks, the moments of one layer, and in stages 1 and 2 one tensor at a time when parts
-    are resharded (two times its size sent). Stage 3 shards new factors at once, and moves no part of
-    parameters that stay. DeepSpeed's constructor broadcasts the module's parameters once more.
+    A change of r rebuilds DeepSpeed's engine, with each rank's shard of fp32 values and moments in host memory
+    meanwhile. Whole on a rank are only the weights of at most as many layers (on GPUs batches) as there are ranks, the
+    moments of one layer, and in stages 1 and 2 one tensor at a time while shards move (two times its size sent).
     """
 
     steps_itself = True
@@ -87,7 +72,7 @@ class DeepSpeedEngine(GroupEngine):
         self.world = world
         self.builds = 0  # how often DeepSpeed's engine was made
         self._precision = precision
-        self._dtype = DTYPES[precision]
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._library = import_deepspeed(world)
         self._factors: Mapping[nn.Parameter, float] = {}
         self._live: LiveZero | None = None
@@ -99,7 +84,7 @@ class DeepSpeedEngine(GroupEngine):
         """The ranks that store the same; each alone where stage 3 has sharded the parameters."""
         return self.world if self.stage < 3 or self._live is None else World(device=self.world.device)
 
-    # -- the model's life ------------------------------------------------------------------------
+    # -- setup and end ---------------------------------------------------------------------------
 
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
         """Raise :class:`ConfigError` if the JSON's batch sizes or clipping are not the recipe's."""
@@ -108,11 +93,11 @@ class DeepSpeedEngine(GroupEngine):
         )
 
     def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
-        """Multiply the steps of these parameters; looked at whenever DeepSpeed's engine is made."""
+        """Multiply the steps of these parameters; read whenever DeepSpeed's engine is made."""
         self._factors = factors
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-        """The module in what will make DeepSpeed's engine at its first call."""
+        """A wrapper that makes DeepSpeed's engine at its first call."""
         name = type(optimizer).__name__
         if optimizer is None or name not in ELEMENTWISE:
             raise ModelError(
@@ -126,7 +111,7 @@ class DeepSpeedEngine(GroupEngine):
         return self._wrapped
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The same wrapper, around a new engine if there are new parameters."""
+        """The same wrapper, with a new engine if there are new parameters."""
         live = self._live
         if live is not None:
             if live.new:
@@ -138,7 +123,7 @@ class DeepSpeedEngine(GroupEngine):
         return self._wrapped
 
     def end(self) -> None:
-        """Take DeepSpeed off the module, and drop its process groups."""
+        """Remove DeepSpeed from the module, and forget its process groups."""
         if self._live is not None:
             live, self._live = self._live, None
             live.end()
@@ -158,7 +143,7 @@ class DeepSpeedEngine(GroupEngine):
             yield from (p for p in group["params"] if p.requires_grad)
 
     def _build(self, parts: dict[nn.Parameter, Part]) -> None:
-        """Make DeepSpeed's engine over the present parameters, and put their values and moments into it."""
+        """Make DeepSpeed's engine for the present parameters, with these values and moments."""
         trained, everything = (
             sum(whole_shape(p).numel() for p in group) for group in (parts, self._module.parameters())
         )
@@ -187,31 +172,31 @@ class DeepSpeedEngine(GroupEngine):
 
     @torch.no_grad()
     def gather(self, target: TargetWeight) -> None:
-        """Bring a layer's parameters to every rank, whole, trained ones in fp32."""
+        """Gather a layer's parameters, whole on every rank, trained ones in fp32."""
         if self._live is not None:
             for parameter in _parameters(target):
                 self._live.gather(parameter)
 
     @torch.no_grad()
     def _gather_moments(self, parameter: nn.Parameter) -> None:
-        """Bring a parameter's moments to every rank, whole."""
+        """Gather a parameter's moments, whole on every rank."""
         if self._live is not None and (state := self._live.state(parameter)):
             self._template.state[parameter] = state
 
     def release(self, target: TargetWeight) -> None:
-        """Free what :meth:`gather` brought; nothing has been changed."""
+        """Free what :meth:`gather` gathered; nothing has been changed."""
         if self._live is not None:
             for parameter in _parameters(target):
                 self._live.release(parameter)
 
     @torch.no_grad()
     def _on_replace(self, layer: LowRankWeight) -> None:
-        """Put new values where DeepSpeed has them; shard new parameters, and free those that are gone."""
+        """Copy new values into DeepSpeed's storage, shard new parameters, free old ones."""
         if self._live is not None:
             self._live.on_replace(layer, self._template)
 
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
-        """Under stage 3 this rank's part, without the padding, which may hold anything; otherwise all."""
+        """In stage 3 this rank's shard, without the uninitialised padding; otherwise all."""
         if hasattr(parameter, "ds_tensor"):
             return Part.frozen(parameter, self.world).values[MASTER]
         return parameter.detach()
@@ -221,18 +206,18 @@ class DeepSpeedEngine(GroupEngine):
         return self.world.all_reduce(flags, op="max")
 
     def basis_dtype(self, layer: LowRankWeight) -> torch.dtype:
-        """The module's, in which DeepSpeed keeps all parameters."""
+        """The module's, in which DeepSpeed stores all parameters."""
         return layer.U.dtype if self._precision == "fp32" else self._dtype
 
     def extra_tensors(self) -> Iterable[Tensor]:
-        """What DeepSpeed holds beside the module."""
+        """What DeepSpeed stores beside the module."""
         return () if self._live is None else self._live.extra_tensors()
 
     # -- one step --------------------------------------------------------------------------------
 
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
-        """The step continues after the next backward pass; stages 2 and 3 sum gradients over ranks in each."""
+        """Accumulate gradients; stages 2 and 3 reduce them over ranks in every backward pass."""
         engine = self.running().engine
         engine.set_gradient_accumulation_boundary(False)
         try:
@@ -269,11 +254,11 @@ class DeepSpeedEngine(GroupEngine):
 
     @cached_property
     def _rows(self) -> Sharded:
-        """How a tensor that all hold for a moment is cut, for checkpoints that no rank could hold alone."""
+        """Row blocks over all ranks, for checkpoints too large for one rank."""
         return Sharded(init_device_mesh(self.world.device.type, (self.world.size,)))
 
     def _row_block(self, whole: Tensor) -> Tensor:
-        """This rank's rows; a tensor without axes stays whole."""
+        """This rank's rows; a scalar stays whole."""
         if not whole.dim():
             return whole
         return self._rows.put(whole[self._rows.own_rows(len(whole))], 0, whole.shape)
@@ -298,7 +283,7 @@ class DeepSpeedEngine(GroupEngine):
                 optimizer.state[parameter] = state
 
     def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Nothing: module and optimizer are ordinary ones until the first step, after which nothing can be loaded."""
+        """Nothing: a checkpoint is loaded into the ordinary module and optimizer, before the first step only."""
         if self._live is not None:
             raise ModelError(
                 "a checkpoint cannot be loaded after the first step under DeepSpeed; load it into a fresh run."
@@ -306,7 +291,7 @@ class DeepSpeedEngine(GroupEngine):
 
 
 class _Wrapped(nn.Module):
-    """Calls DeepSpeed's engine, whichever it is at the time."""
+    """Calls DeepSpeed's present engine."""
 
     def __init__(self, engine: DeepSpeedEngine, module: nn.Module) -> None:
         super().__init__()
@@ -314,7 +299,6 @@ class _Wrapped(nn.Module):
         self._engine = engine
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
         return self._engine.running().engine(*args, **kwargs)
 
 
@@ -326,13 +310,13 @@ def _parameters(target: TargetWeight) -> tuple[nn.Parameter, ...]:
 def import_deepspeed(world: World) -> Any:
     """The module ``deepspeed``, prepared for the ranks of ``world``; :class:`MissingExtraError` without it.
 
-    Its log is kept to errors: it warns of each optimizer that is not on its list. On CPUs it would compile
-    an all-reduce through shared memory at the first start (over a minute); gloo does the same without it.
+    Only its errors are logged: it warns of each optimizer that is not on its list. On CPUs it would compile a
+    shared-memory all-reduce at the first start (over a minute); gloo does the same without it.
     """
-    # What it reads from the environment, whoever started the processes.
+    # It reads these from the environment, whichever launcher started the processes.
     place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     if world.device.type == "cpu":
-        # How many "devices" a node has: else it runs numactl, a process, at every reduction of a gradient.
+        # The number of "devices" on a node; without it each gradient reduction starts a numactl process.
         place["LOCAL_SIZE"] = world.local_size
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in place.items():
@@ -344,14 +328,14 @@ def import_deepspeed(world: World) -> Any:
     except ImportError as error:
         raise MissingExtraError("deepspeed", "deepspeed", purpose="the engine DeepSpeed") from error
     if world.device.type == "cpu":
-        # Its table of what it could compile, which it would fill by running the compiler.
+        # Its table of operations that it can compile, which it would fill by running the compiler.
         deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
 def forget_groups() -> None:
-    """Empty DeepSpeed's table of process groups, which end now; it would use them in a next run."""
+    """Empty DeepSpeed's tables of process groups, which it would use again in a next run."""
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.utils import groups

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON as its users have it: read, compared with the recipe, and filled in."""
+"""A user's DeepSpeed JSON: read, compared with the recipe, and filled in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpc_oialr.errors import ConfigError
 
 HALF = ("bf16", "fp16")
 
-# What would change how parameters are held or stepped behind the method's back.
+# Settings that would change how parameters are stored or stepped.
 _REFUSED = {
     "optimizer": "the recipe's optimizer is used",
     "scheduler": "the recipe's schedule is used",
@@ -27,11 +27,10 @@ _REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": "bases must be kept exactly",
 }
 
-# The part of a model that one of DeepSpeed's buffers takes where the JSON leaves its size open. DeepSpeed's own
-# sizes are for models of billions of parameters; a smaller model would lie whole in each buffer.
+# The part of a model in one buffer, where the JSON leaves its size open. DeepSpeed's defaults are for models of
+# billions of parameters; a smaller model would fit whole into each buffer.
 BUFFERS_IN_MODEL = 32
-# It gathers ahead as long as no more than this part of the model is gathered; without a bound it never frees
-# what it has gathered ahead before the backward pass (0.19.8).
+# It prefetches until this part of the model is gathered; without a bound it frees nothing before the backward pass.
 LIVE_PARTS_IN_MODEL = 8
 
 
@@ -51,14 +50,7 @@ def read_json(path: str) -> dict[str, Any]:
 class ZeroConfig:
     """A DeepSpeed JSON that fits the run, or a :class:`ConfigError` that names the key.
 
-    Parameters
-    ----------
-    given
-        Its content; values may be "auto".
-    precision
-        Of the run: "fp32", "bf16" or "fp16".
-    origin
-        Where it is from, for messages.
+    ``given`` is its content, ``precision`` the run's ("fp32", "bf16" or "fp16"), ``origin`` its path, for messages.
     """
 
     def __init__(self, given: dict[str, Any], precision: str, origin: str) -> None:
@@ -82,15 +74,14 @@ class ZeroConfig:
             enabled = given.get(name, {}).get("enabled", "auto")
             if enabled not in ("auto", precision == name):
                 rule = f"must agree with train.precision, which is {precision}"
-                raise self._error(
-                    f"{name}.enabled", enabled, rule, 'Write "auto", or change train.precision.'
-                )
+                fix = 'Write "auto", or change train.precision.'
+                raise self._error(f"{name}.enabled", enabled, rule, fix)
 
     def _error(self, key: str, value: Any, rule: str, fix: str) -> ConfigError:
         return ConfigError(key, value, rule, origin=self._origin, fix=fix)
 
     def check_step(self, *, ranks: int, global_batch: int, accumulation: int, clip: float | None) -> None:
-        """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's, or left to it."""
+        """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's or "auto"."""
         share = f"train.global_batch / (train.accumulation x {ranks} processes)"
         expected = {
             "train_batch_size": (global_batch, "train.global_batch"),
@@ -105,11 +96,10 @@ class ZeroConfig:
                 raise self._error(key, found, rule, 'Write "auto", or change the recipe.')
 
     def filled(self, *, trained: int, parameters: int) -> dict[str, Any]:
-        """What DeepSpeed is given: no "auto" is left, and a step is one backward pass to it.
+        """What DeepSpeed is given, without "auto", and with one backward pass a step.
 
-        The engine tells DeepSpeed by itself which backward pass is a step's last, and clips as the recipe
-        says; so it needs neither the batch sizes nor the clipping. ``trained`` and ``parameters`` are the numbers in
-        the model's trained parameters and in all of them, for :func:`sizes`.
+        Accumulation and clipping are done by the engine. ``trained`` and ``parameters`` are the sizes of the model's
+        trained parameters and of all, for :func:`sizes`.
         """
         content: dict[str, Any] = without_auto(self._given)
         zero: dict[str, Any] = sizes(trained, parameters, self.stage) | content["zero_optimization"]
@@ -127,18 +117,17 @@ class ZeroConfig:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a section says that it is not used, or a size is DeepSpeed's neutral one."""
+    """Whether a section is disabled, or a size is DeepSpeed's neutral one."""
     if isinstance(value, dict):
         return value.get("enabled") is False or value.get("device") == "none"
     return value in (1, -1) and value is not True
 
 
 def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
-    """Sizes of buffers in numbers, by the model's, at most DeepSpeed's own.
+    """Sizes of buffers in numbers, in proportion to the model, at most DeepSpeed's own.
 
-    The buffer for gradients takes 1/32 of them, what stage 3 gathers before its use or keeps for a next use
-    1/32 of the model, and it stops doing so once 1/8 is gathered; parameters of at most ``sqrt(parameters)``
-    numbers, biases and norms, stay gathered.
+    The gradient buffer is 1/32 of the gradients; stage 3 prefetches or keeps 1/32 of the model, until 1/8 is gathered;
+    parameters of at most ``sqrt(parameters)`` numbers, i.e. biases and norms, stay gathered.
 
     Examples
     --------
@@ -157,7 +146,7 @@ def sizes(trained: int, parameters: int, stage: int) -> dict[str, int]:
 
 
 def without_auto(value: Any) -> Any:
-    """Without the keys whose value is "auto": :func:`sizes` or DeepSpeed then has one."""
+    """Drop keys whose value is "auto", so that :func:`sizes` or DeepSpeed sets them."""
     if isinstance(value, dict):
         return {key: without_auto(item) for key, item in value.items() if item != "auto"}
     return value

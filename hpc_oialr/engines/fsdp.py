@@ -1,4 +1,4 @@
-"""FSDP2 around a module whose parameters are replaced now and then."""
+"""FSDP2 around a module whose parameters are replaced during the run."""
 
 from __future__ import annotations
 
@@ -29,26 +29,15 @@ if TYPE_CHECKING:
 class FSDPEngine(GroupEngine):
     """Shards every parameter over ranks, with its gradient and its optimizer state.
 
-    ``U`` and ``Vh`` are sharded and gathered like the others, but have no gradient and no reduce-scatter.
-
-    Parameters
-    ----------
-    world
-        All ranks; two or more.
-    replicas
-        Groups of ranks that hold the whole model each (HSDP); gradients are averaged over them.
-    reshard_after_forward
-        As in ``fully_shard``.
-    gather_dtype
-        Parameters travel and compute in this dtype; gradients are summed in fp32. None: their own.
-    mesh
-        Made from ``replicas`` unless it exists already.
+    ``U`` and ``Vh`` are sharded and gathered too, but have no gradient and no reduce-scatter. ``replicas`` and
+    ``reshard_after_forward`` are those of :class:`~hpc_oialr.engines.settings.FSDP`; ``mesh`` is made from ``replicas``
+    unless given. Parameters are gathered and used in ``gather_dtype`` (None: their own); gradients are summed in fp32.
 
     Notes
     -----
-    A step gathers each parameter twice (forward and backward), ``(P - 1)/P`` of its size a rank, and
-    reduce-scatters the gradient of what is trained. Blocks (children of ``nn.ModuleList`` and
-    ``nn.Sequential`` at the outermost level) are gathered one by one, the rest of the model as one.
+    A step gathers each parameter twice (forward and backward), ``(P - 1)/P`` of its size a rank, and reduce-scatters the
+    gradients of trained parameters. Blocks (children of the outermost ``nn.ModuleList`` and ``nn.Sequential``) are
+    gathered one by one, the rest of the model together.
     """
 
     def __init__(
@@ -76,7 +65,7 @@ class FSDPEngine(GroupEngine):
 
     @classmethod
     def adopting(cls, module: FSDPModule) -> FSDPEngine:
-        """An engine that uses a model its user has sharded by ``fully_shard``, the root included."""
+        """An engine for a model that the user has sharded by ``fully_shard``, including the root."""
         assert isinstance(module, nn.Module)
         return cls(World.current(), mesh=next(_groups(module)).mesh_info.mesh)
 
@@ -92,7 +81,7 @@ class FSDPEngine(GroupEngine):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=self._reshard, mp_policy=self._precision)
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-        """The module itself, which :meth:`place` has sharded; a module that is not yet sharded is."""
+        """The module itself, sharded by :meth:`place` if it is not yet."""
         if not isinstance(module, FSDPModule):
             self.place(module)
         self._root = module
@@ -104,7 +93,7 @@ class FSDPEngine(GroupEngine):
         return module
 
     def gather(self, target: TargetWeight) -> None:
-        """Free what is left gathered, as after a forward pass without a backward."""
+        """Reshard what is still gathered, as after a forward pass without a backward."""
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -112,9 +101,8 @@ class FSDPEngine(GroupEngine):
     def _on_replace(self, layer: LowRankWeight) -> None:
         """Let FSDP2 manage the factors of ``layer``, which are DTensors, in place of the parameters that are gone.
 
-        FSDP2 makes its parameter groups once and has no public way to change them. Its bookkeeping of one
-        parameter is an ``FSDPParam``; those of one layer are swapped in the group they are in (internals as of torch
-        2.11 to 2.14). Hooks, groups and all other parameters stay.
+        FSDP2 makes its parameter groups once and has no public way to change them. It represents a parameter by an
+        ``FSDPParam``; those of the layer are swapped in their group (internals of torch 2.11 to 2.14).
         """
         for group in _groups(self._root):
             gone = [member for member in group.fsdp_params if not _is_current(member)]
@@ -131,7 +119,7 @@ class FSDPEngine(GroupEngine):
 
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
-        """Gradients are summed in the next backward pass outside; they stay whole until then."""
+        """Gradients stay unsharded, and are summed in the next backward pass outside."""
         assert isinstance(wrapped, FSDPModule)
         wrapped.set_requires_gradient_sync(False)
         try:
@@ -141,9 +129,9 @@ class FSDPEngine(GroupEngine):
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model, outermost lists only: children of ``ModuleList`` and ``Sequential``.
+    """The repeated parts of a model: children of the outermost ``ModuleList`` and ``Sequential``.
 
-    Layers that can become low-rank change their class and cannot be blocks of their own.
+    Layers that can become low-rank are left out, since they change their class.
     """
     found: list[nn.Module] = []
     pending = [module]
@@ -171,7 +159,7 @@ def _is_current(member: FSDPParam) -> bool:
 
 
 def _managed(group: Any, layer: nn.Module, name: str, parameter: nn.Parameter) -> FSDPParam:
-    """FSDP2's bookkeeping of a parameter that is a DTensor already, made from its shape alone."""
+    """FSDP2's object for a parameter that is a DTensor already, made from its shape alone."""
     assert isinstance(parameter, DTensor)
     shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     split = next(p for p in parameter.placements if isinstance(p, Shard))

@@ -1,4 +1,4 @@
-"""Which engine a run gets: settings, where a choice of engine is a choice of type, or what a model is wrapped in."""
+"""Which engine a run gets: by settings, one type per engine, or by what a model is wrapped in."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def make_engine(world: World, **ddp_options: Any) -> Engine:
 
 
 def engine_of(model: nn.Module) -> tuple[Engine, nn.Module]:
-    """The engine of a wrapped model or of one of several ranks, and the module inside; a collective call.
+    """The engine for a user's model, and the module inside; a collective call.
 
-    A model in ``DistributedDataParallel`` keeps its group and options, one that ``fully_shard`` has sharded
-    its mesh; a plain one gets the process group that exists.
+    A model in ``DistributedDataParallel`` keeps its group and options, one sharded by ``fully_shard`` its mesh; a plain
+    one uses the existing process group.
     """
     if isinstance(model, DistributedDataParallel):
         return DDPEngine.adopting(model), model.module
@@ -46,18 +46,15 @@ class EngineConfig(ABC):
     """Settings of one engine. One process alone needs none: every engine is then :class:`SingleEngine`."""
 
     def build(self, world: World, precision: str) -> Engine:
-        """The engine of these ranks; a :class:`ConfigError` if it cannot work with so many.
+        """The engine of these ranks, in the run's ``precision`` ("fp32", "bf16", "fp16" or "float64").
 
-        Parameters
-        ----------
-        precision
-            Of the run: "fp32", "bf16", "fp16" or "float64".
+        Raises :class:`ConfigError` if it cannot run on so many ranks.
         """
         self.shares(world.size)
         return SingleEngine(world) if world.size == 1 else self._of_many(world, precision)
 
     def shares(self, processes: int) -> int:
-        """Into how many parts a global batch is split; a :class:`ConfigError` if it cannot run on so many."""
+        """Number of shards of a global batch; a :class:`ConfigError` if it cannot run on so many."""
         return processes
 
     @abstractmethod
@@ -70,7 +67,7 @@ class Single(EngineConfig):
     """One process, no process group; more are an error."""
 
     def shares(self, processes: int) -> int:
-        """One; see :class:`EngineConfig`."""
+        """One."""
         if processes > 1:
             rule = f"is for one process, and {processes} were started"
             raise ConfigError("engine", "Single", rule, fix="Take DDP or FSDP.")
@@ -125,9 +122,8 @@ class DeepSpeed(EngineConfig):
 
     def _of_many(self, world: World, precision: str) -> Engine:
         if precision == "float64":
-            raise ConfigError(
-                "train.precision", precision, "must be fp32, bf16 or fp16 under DeepSpeed", fix="Take DDP."
-            )
+            rule = "must be fp32, bf16 or fp16 under DeepSpeed"
+            raise ConfigError("train.precision", precision, rule, fix="Take DDP.")
         zero = {"zero_optimization": {"stage": self.stage}}
         given = zero if self.config is None else read_json(self.config)
         return DeepSpeedEngine(world, given, precision=precision, origin=self.config or "engine.stage")
@@ -153,7 +149,7 @@ class FSDP(EngineConfig):
             raise ConfigError("replicas", self.replicas, "must be at least 1")
 
     def shares(self, processes: int) -> int:
-        """One a rank; see :class:`EngineConfig`."""
+        """One per rank."""
         if processes > 1 and processes % self.replicas:
             raise ConfigError("replicas", self.replicas, f"must divide the {processes} processes")
         return processes
@@ -180,13 +176,12 @@ class TensorParallel(EngineConfig):
 
     def __post_init__(self) -> None:
         if self.size < 2:
-            raise ConfigError(
-                "size", self.size, "must be at least 2", fix="Take DDP for one process to a model."
-            )
+            fix = "Take DDP for one process to a model."
+            raise ConfigError("size", self.size, "must be at least 2", fix=fix)
         check_interval("bucket_cap_mb", self.bucket_cap_mb, 0, float("inf"))
 
     def shares(self, processes: int) -> int:
-        """One for each group that holds a model; see :class:`EngineConfig`."""
+        """One per group of ranks that computes a model."""
         if processes > 1 and processes % self.size:
             raise ConfigError("size", self.size, f"must divide the {processes} processes")
         return max(1, processes // self.size)

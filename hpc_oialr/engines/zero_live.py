@@ -1,6 +1,6 @@
-"""What one of DeepSpeed's engines holds, from its making to the next change of r, and how layers change in it.
+"""The values and moments in one of DeepSpeed's engines, until the next change of r, and how layers change in it.
 
-The only file that knows where DeepSpeed keeps fp32 values and moments (as of 0.19).
+The only file that knows where DeepSpeed stores fp32 values and moments (as of 0.19).
 """
 
 from __future__ import annotations
@@ -25,23 +25,15 @@ MASTER = "master"
 
 @dataclass
 class Part:
-    """This rank's consecutive values of one parameter, from ``start`` on.
-
-    Attributes
-    ----------
-    values
-        Under ``MASTER`` the parameter in fp32, under the optimizer's keys its moments; one axis each.
-    scalars
-        State that is not of the parameter's shape: step counters.
-    """
+    """This rank's consecutive values of one parameter, from ``start`` on."""
 
     start: int
-    values: dict[str, Tensor]
-    scalars: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Tensor]  # MASTER: the parameter in fp32, the optimizer's keys: its moments; all flat
+    scalars: dict[str, Any] = field(default_factory=dict)  # state of another shape: step counters
 
     @classmethod
     def taken(cls, parameter: nn.Parameter, optimizer: Optimizer, world: World) -> Part:
-        """Of an ordinary parameter and its state, which leaves the optimizer, as ZeRO-3 shards them; in host memory."""
+        """Shard an ordinary parameter and its state, removed from the optimizer, as ZeRO-3 does; in host memory."""
         state = optimizer.state.pop(parameter, {})
         tensors = _values_and_moments(parameter, state)
         length = -(-parameter.numel() // world.size)
@@ -54,18 +46,18 @@ class Part:
 
     @classmethod
     def frozen(cls, parameter: Any, world: World) -> Part:
-        """Views of what stage 3 has here of any parameter, in the module's dtype."""
+        """Views of stage 3's shard of any parameter, in the module's dtype."""
         numel, length = whole_shape(parameter).numel(), parameter.partition_numel()
         start = min(numel, world.rank * length)
         return cls(start, {MASTER: parameter.ds_tensor.detach().narrow(0, 0, min(length, numel - start))})
 
     def kept(self) -> Part:
-        """A copy in host memory, to outlive the engine."""
+        """A copy in host memory."""
         values = {key: value.to("cpu", copy=True) for key, value in self.values.items()}
         return Part(self.start, values, copy.deepcopy(self.scalars))
 
     def whole(self, key: str, parameter: nn.Parameter, world: World) -> Tensor:
-        """All ranks' parts together, in the parameter's shape; one all-reduce of its size."""
+        """All ranks' parts, in the parameter's shape; one all-reduce of its size."""
         shape, part = whole_shape(parameter), self.values[key]
         total = torch.zeros(shape.numel(), dtype=torch.float32, device=world.device)
         total[self.start : self.start + part.numel()] = part.to(total.device)
@@ -73,7 +65,7 @@ class Part:
 
 
 class _Place(NamedTuple):
-    """``numel`` values of a parameter, from its ``start`` on, are at ``offset`` of this rank's ``flat``."""
+    """``numel`` values of a parameter, from its ``start`` on, are at ``offset`` in this rank's ``flat``."""
 
     flat: Tensor
     offset: int
@@ -82,12 +74,12 @@ class _Place(NamedTuple):
 
 
 class LiveZero:
-    """What DeepSpeed's ``engine``, with ZeRO 1, 2 or 3, holds of a module whose parameters are in ``dtype``."""
+    """DeepSpeed's ``engine``, with ZeRO 1, 2 or 3, of a module whose parameters are in ``dtype``."""
 
     def __init__(self, engine: Any, module: nn.Module, world: World, dtype: torch.dtype) -> None:
         self.engine, self.zero = engine, engine.optimizer
         self.inner: Optimizer = self.zero.optimizer
-        self.new: dict[nn.Parameter, Part] = {}  # of parameters that the module has got since
+        self.new: dict[nn.Parameter, Part] = {}  # of parameters that are new in the module
         self._module, self._world, self._dtype = module, world, dtype
         self._opened: dict[nn.Parameter, Tensor] = {}
         self._left: list[nn.Parameter] = []
@@ -97,10 +89,10 @@ class LiveZero:
             _share_masters(self.zero)
         self._places = dict(_by_parameter(self.zero, world) if self.sharded else _by_group(self.zero))
 
-    # -- what it holds ---------------------------------------------------------------------------
+    # -- values and moments ----------------------------------------------------------------------
 
     def part(self, parameter: nn.Parameter) -> Part:
-        """Views of what is here of a trained parameter."""
+        """Views of this rank's part of a trained parameter."""
         flat, offset, start, numel = self._places[parameter]
         state = self.inner.state.get(flat, {})
         moments = {
@@ -108,9 +100,8 @@ class LiveZero:
             for key, value in state.items()
             if isinstance(value, Tensor) and value.dim() == 1 and value.shape == flat.shape
         }
-        values = {
-            key: value.detach().narrow(0, offset, numel) for key, value in ({MASTER: flat} | moments).items()
-        }
+        tensors = {MASTER: flat} | moments
+        values = {key: value.detach().narrow(0, offset, numel) for key, value in tensors.items()}
         return Part(start, values, {key: value for key, value in state.items() if key not in moments})
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
@@ -125,14 +116,14 @@ class LiveZero:
     def state(
         self, parameter: nn.Parameter, stored: Callable[[Tensor], Tensor] = lambda moment: moment
     ) -> dict[str, Any]:
-        """A parameter's state, of each moment, gathered whole one after another, what ``stored`` makes; collective."""
+        """A parameter's state, each moment gathered whole and passed through ``stored`` in turn; a collective call."""
         part = self.part(parameter)
         moments = (key for key in part.values if key != MASTER)
         gathered = {key: stored(part.whole(key, parameter, self._world)) for key in moments}
         return gathered | copy.deepcopy(part.scalars)
 
     def extra_tensors(self) -> Iterator[Tensor]:
-        """What the module does not show: fp32 values, moments, ZeRO-3's parts and buffers."""
+        """Tensors that are not in the module: fp32 values, moments, ZeRO-3's shards and buffers."""
         for place in self._places.values():
             yield place.flat
             yield from (v for v in self.inner.state[place.flat].values() if isinstance(v, Tensor))
@@ -148,10 +139,9 @@ class LiveZero:
         return {p: self.new.pop(p) if p in self.new else self.part(p).kept() for p in trained}
 
     def restore(self, parts: dict[nn.Parameter, Part]) -> None:
-        """Take over values, moments and counters of all parameters; ``parts`` is emptied on the way.
+        """Copy in values, moments and counters of all parameters; empties ``parts``.
 
-        Stage 3 sends nothing. Stages 1 and 2 move the boundaries between ranks: one all-reduce of each
-        tensor, one after another.
+        Stage 3 sends nothing. In stages 1 and 2 the boundaries between ranks move: one all-reduce per tensor in turn.
         """
         members: dict[int, list[nn.Parameter]] = {}
         for parameter, place in self._places.items():
@@ -175,10 +165,7 @@ class LiveZero:
         mine.copy_(whole.reshape(-1)[place.start : place.start + place.numel])
 
     def stretch_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
-        """Do for this rank's part of each core what :class:`hpc_oialr.optim.core_lr.CoreLearningRate` does.
-
-        ``factors`` multiply a parameter's step, weight decay included; 1 for the others.
-        """
+        """Multiply parameters' steps, weight decay included, as :class:`~hpc_oialr.optim.core_lr.CoreLearningRate`."""
         parts: defaultdict[int, list[tuple[Tensor, float]]] = defaultdict(list)
         for parameter, place in self._places.items():
             factor = factors.get(parameter, 1.0)
@@ -204,17 +191,17 @@ class LiveZero:
             self.inner.register_step_post_hook(stretch)
 
     def end(self) -> None:
-        """Take DeepSpeed's engine off the module, with everything that would keep its memory."""
+        """Remove DeepSpeed's engine from the module, with every reference that would keep its memory."""
         here = set(self._module.parameters())
         gone = [p for p in {**self._places, **dict.fromkeys(self._left)} if p not in here]
         self.engine.destroy()
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         for module in self._module.modules():
-            # ZeRO-3 makes these once in a module's life, and they hold on to that life's parameters.
+            # ZeRO-3 makes these once per module, with references to the old parameters.
             for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"):
                 module.__dict__.pop(name, None)
-        # Autograd's nodes of parameters refer to hooks, and those to all this, where no collector sees it.
+        # Parameters' autograd nodes refer to hooks, and those to all this, invisible to the garbage collector.
         for owner in (self.engine, self.zero, *gone, self):
             vars(owner).clear()
         gc.collect()
@@ -222,7 +209,7 @@ class LiveZero:
     # -- a change of layers ----------------------------------------------------------------------
 
     def gather(self, parameter: nn.Parameter) -> None:
-        """Show a parameter's whole values in it, trained ones in fp32; a collective call."""
+        """Put a parameter's whole values into it, trained ones in fp32; a collective call."""
         exact = parameter not in self._places or self._dtype == torch.float32
         if parameter in self._opened or (exact and not self.sharded):
             return
@@ -232,12 +219,12 @@ class LiveZero:
         parameter.data = self.whole(parameter)
 
     def release(self, parameter: nn.Parameter) -> None:
-        """Free what :meth:`gather` brought, if it did."""
+        """Free what :meth:`gather` gathered, if anything."""
         if parameter in self._opened:
             parameter.data = self._opened.pop(parameter)
 
     def on_replace(self, layer: LowRankWeight, optimizer: Optimizer) -> None:
-        """Put a layer's new values where DeepSpeed has them; shard its new parameters, free those that are gone."""
+        """Copy a layer's new values into DeepSpeed's storage, shard new parameters, free old ones."""
         donor = next(iter(self._opened), None)
         for parameter in layer.factors:
             if parameter in self._places or parameter in self._opened:
@@ -289,16 +276,16 @@ def _values_and_moments(parameter: nn.Parameter, state: dict[str, Any]) -> dict[
 
 
 def _free_whole(parameter: Any) -> None:
-    """Free the whole values that ZeRO-3 keeps of small parameters between uses."""
+    """Free whole values of small parameters, which ZeRO-3 keeps gathered between uses."""
     if parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
 
 
 def _share_masters(zero: Any) -> None:
-    """In fp32 let stage 3's fp32 values be the parameters' parts themselves, as DeepSpeed means them to be.
+    """In fp32 let stage 3's fp32 values share memory with the parameters' shards, as DeepSpeed intends.
 
-    Its ``_create_fp32_partitions`` makes a copy unless the parts are on its device, but compares the device
-    with its name (0.19.8), which is never equal. What it copies back after a step is then the same memory.
+    Its ``_create_fp32_partitions`` copies unless the shards are on its device, but compares the device with its name
+    (0.19.8), which is never equal.
     """
     for master, parts in zip(
         zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
@@ -308,7 +295,7 @@ def _share_masters(zero: Any) -> None:
 
 
 def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, _Place]]:
-    """Stages 1 and 2: a group's parameters in a row, cut into equal pieces, one a rank."""
+    """Stages 1 and 2: a group's parameters in a row, in equal pieces, one per rank."""
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
             found = parameter._hp_mapping
@@ -320,7 +307,7 @@ def _by_group(zero: Any) -> Iterator[tuple[nn.Parameter, _Place]]:
 
 
 def _by_parameter(zero: Any, world: World) -> Iterator[tuple[nn.Parameter, _Place]]:
-    """Stage 3: each parameter cut into equal pieces, the last ones padded; a rank's pieces in a row."""
+    """Stage 3: each parameter in equal pieces, the last ones padded; a rank's pieces in a row."""
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:

@@ -1,4 +1,4 @@
-"""One layer's change of basis, with everything that must follow it: optimizer, averages, step size."""
+"""One layer's change of basis, with the optimizer state, running averages and step sizes that change with it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fu
 from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.decompositions import low_rank_layer
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces, order_cores
@@ -66,14 +67,14 @@ class BasisUpdater:
         return [targets[target.name] for _, targets in self.averages]
 
     def order(self, targets: Sequence[TargetWeight]) -> None:
-        """Sort what conversions in any order, on any number of ranks, have put into the optimizer."""
+        """Sort cores in the optimizer, whatever order and number of ranks the layers were converted in."""
         order_cores(self.optimizer, [target.trained for target in targets])
 
     def adopt(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
-        """Take over those of ``targets`` that are low-rank already, and return them."""
+        """The ``targets`` that are low-rank already, with their cores' step sizes set."""
         found = [target for target in targets if target.low_rank is not None]
         for target in found:
-            layer = _layer(target)
+            layer = low_rank_layer(target)
             if not self.engine.whole_factors:
                 raise ModelError(
                     f"layer {target.name} is low-rank already, which {type(self.engine).__name__} cannot take over. Make "
@@ -121,7 +122,7 @@ class BasisUpdater:
 
         ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S.
         """
-        layer, layout = _layer(target), self.layout
+        layer, layout = low_rank_layer(target), self.layout
         core, dtype = layer.S, compute_dtype(layer.S.dtype)
         U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
         if repair:
@@ -131,7 +132,7 @@ class BasisUpdater:
             transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
             gradient = self._gradient(core, P, Qh, core=True)
             U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
-            for twin in map(_layer, self.twins(target)):
+            for twin in map(low_rank_layer, self.twins(target)):
                 twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
             self._set_factors(layer, U, S, Vh)
         if gradient is not None and layer.S.grad is not None:
@@ -172,20 +173,20 @@ class BasisUpdater:
                 factors.set_factors(bases[0], transform_average(value, *bases), bases[1])
 
     def _reshape(self, target: TargetWeight, r: int, bases: Bases | None) -> None:
-        layer = _layer(target)
+        layer = low_rank_layer(target)
         core, dtype, turn = layer.S, compute_dtype(layer.S.dtype), None
         U, S, Vh = _zeros(layer, r)
         if bases is not None:
             U, Vh = (basis.to(core.device, dtype) for basis in bases)
             turn = layer.U.to(dtype).mT @ U, Vh @ layer.Vh.to(dtype).mT
         self._transform(core, turn, core=True)
-        for twin in map(_layer, self.twins(target)):
+        for twin in map(low_rank_layer, self.twins(target)):
             factors = _zeros(twin, r) if turn is None else (U, transform_average(twin.S, *turn), Vh)
             twin.set_factors(*factors)
         self._set_factors(layer, U, S, Vh)
 
     def _restore(self, target: TargetWeight) -> None:
-        layer = _layer(target)
+        layer = low_rank_layer(target)
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
         self._transform(core, (layer.U.to(dtype).mT, layer.Vh.to(dtype).mT), core=True)
@@ -197,7 +198,7 @@ class BasisUpdater:
                     state[key] = value.reshape(shape)
         self.core_lr.factors.pop(core, None)
         self._groups.take_back(core, target.weight)
-        for twin in map(_layer, self.twins(target)):
+        for twin in map(low_rank_layer, self.twins(target)):
             twin.become_dense()
 
     # -- parts of a change -----------------------------------------------------------------------
@@ -217,7 +218,7 @@ class BasisUpdater:
         self.core_lr.set(layer.S, factor, replaces=replaces)
 
     def _transform(self, parameter: nn.Parameter, bases: Bases | None, *, core: bool) -> None:
-        """Moments into these bases; dropped where they are unknown."""
+        """Transform the moments into these bases; drop them where the bases are unknown."""
         if bases is None:
             for _, states in self.optimizer.states():
                 states.pop(parameter, None)
@@ -227,17 +228,12 @@ class BasisUpdater:
         transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
 
     def _gradient(self, parameter: nn.Parameter, left: Tensor, right: Tensor, *, core: bool) -> Tensor | None:
-        """What has been accumulated so far, in the new basis."""
+        """The gradient accumulated so far, in the new basis."""
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided:
             return None
         project = self.layout.project_core if core else self.layout.project
         return self.layout.put_core(project(gradient, left, right).to(gradient.dtype).contiguous())
-
-
-def _layer(target: TargetWeight) -> LowRankWeight:
-    assert target.low_rank is not None
-    return target.low_rank
 
 
 def turned(layer: LowRankWeight, stored: Stored) -> bool:

@@ -1,4 +1,4 @@
-"""What must hold before any work is done: model and optimizer fit together, and their values are finite."""
+"""Checks before layers change: model and optimizer fit together, and values are finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
 
-# Numbers of a parameter that is compared between ranks at every update.
+# Largest size of a parameter that is compared between ranks at every update.
 _SMALL = 1 << 16
 
 
@@ -24,8 +24,8 @@ def require_unattached(model: nn.Module) -> None:
     """Raise :class:`ModelError` if another controller changes layers of this model."""
     for name, _, first in attached(model):
         raise ModelError(
-            f"{name or 'the model'} belongs to {first!r} already; two controllers would change its layers behind each "
-            "other's back. Go on with the first one, or call its detach() before making another."
+            f"{name or 'the model'} belongs to {first!r} already; two controllers must not change the same "
+            "layers. Use the first one, or call its detach() before making another."
         )
 
 
@@ -33,8 +33,7 @@ def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
     """Raise :class:`ModelError` unless the optimizer holds parameters of the model, and its state is on their device."""
     names = {id(p): name for name, p in model.named_parameters()}
     held = optimizer.parameters()
-    foreign = [p for p in held if id(p) not in names]
-    if foreign:
+    if foreign := [p for p in held if id(p) not in names]:
         raise ModelError(
             f"the optimizer holds {len(foreign)} of {len(held)} parameters that are not the model's, the first of "
             f"shape {tuple(foreign[0].shape)} on {foreign[0].device}; it was made for another model, or before this one "
@@ -53,7 +52,7 @@ def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
 def check_structure(
     module: nn.Module, targets: Sequence[TargetWeight], weights: Mapping[str, Ref[nn.Parameter]]
 ) -> None:
-    """Raise :class:`ModelError`, naming the layer, if it is not as it was when the controller was made.
+    """Raise :class:`ModelError`, naming the layer, if a layer was replaced since the controller was made.
 
     ``weights`` are the dense weights that the optimizer was made with, by layer.
     """
@@ -78,9 +77,9 @@ def check_structure(
 def check_change(
     targets: Sequence[TargetWeight], optimizer: OptimizerStack, engine: Engine, core_lr_scale: float | str
 ) -> None:
-    """Raise on every rank unless the optimizer can follow a change of these layers.
+    """Raise on every rank, before anything changes, unless the optimizer's state can be transformed with these layers.
 
-    Nothing has been changed then. Where each rank has some of the state only, one all-reduce of a number.
+    If the optimizer is partitioned over ranks, one all-reduce of a number.
     """
     error: ModelError | ConfigError | None = None
     try:
@@ -101,22 +100,20 @@ def check_change(
 
 
 def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
-    """Raise :class:`NonFiniteError`, naming the layers, on every rank before anything is changed.
+    """Raise :class:`NonFiniteError`, naming the layers, on every rank before anything changes.
 
-    One read-back; where parameters are split, one all-reduce of a number a layer.
+    One read-back; for sharded parameters one all-reduce of a number per layer.
     """
     if not targets:
         return
-    meta = [target.name for target in targets if target.trained.is_meta]
-    if meta:
+    if meta := [target.name for target in targets if target.trained.is_meta]:
         raise ModelError(
             f"the weights of {', '.join(meta[:5])} are on the meta device and have no values. Materialise and initialise "
             "the model, make the optimizer from its parameters, then OIALR(...)."
         )
     finite = torch.stack([torch.isfinite(engine.local_shard(target.trained)).all() for target in targets])
     found = (engine.any_rank(1 - finite.float()) > 0).cpu().tolist()
-    bad = [target.name for target, is_bad in zip(targets, found, strict=True) if is_bad]
-    if bad:
+    if bad := [target.name for target, is_bad in zip(targets, found, strict=True) if is_bad]:
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "
             "finite values. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
@@ -124,9 +121,9 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
 
 
 def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:
-    """Trained parameters beside the cores: all small ones, or else the smallest; those of ids ``without`` are left out.
+    """Trained parameters except cores and the ids in ``without``: all small ones, or else the smallest.
 
-    They show whether ranks still share their gradients, at little cost.
+    Comparing these shows at little cost whether gradients are still averaged over ranks.
     """
     cores = {id(layer.S) for layer in low_rank_layers(module).values()} | set(without)
     plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in cores}

@@ -1,4 +1,4 @@
-"""Every setting of the method, checked when it is made."""
+"""The settings of the method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
 
 @dataclass(kw_only=True)
 class OIALRConfig:
-    """Settings of :class:`hpc_oialr.OIALR`; defaults are the published ones (arXiv 2401.08505).
+    """Settings of :class:`hpc_oialr.OIALR`; the defaults are those of the paper (arXiv 2401.08505).
 
     Parameters
     ----------
@@ -76,19 +76,14 @@ class OIALRConfig:
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
         if not isinstance(self.orthogonality_bound, str):
             check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
-        if self.stability_frequency is not None and self.stability_frequency < 1:
-            raise ConfigError(
-                "stability_frequency", self.stability_frequency, "must be at least 1 step, or null"
-            )
-        if self.stability_threshold is not None:
-            check_interval("stability_threshold", self.stability_threshold, 0, 1)
-            if self.stability_frequency is None:
-                raise ConfigError(
-                    "stability_threshold",
-                    self.stability_threshold,
-                    "needs measurements",
-                    fix="Set stability_frequency, e.g. to a fifth of delay.",
-                )
+        every, threshold = self.stability_frequency, self.stability_threshold
+        if every is not None and every < 1:
+            raise ConfigError("stability_frequency", every, "must be at least 1 step, or null")
+        if threshold is not None:
+            check_interval("stability_threshold", threshold, 0, 1)
+            if every is None:
+                fix = "Set stability_frequency, e.g. to a fifth of delay."
+                raise ConfigError("stability_threshold", threshold, "needs measurements", fix=fix)
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
         if isinstance(self.crossover, str):

@@ -23,28 +23,18 @@ from hpc_oialr.method.svd_scheduler import Job, Result, distribute
 # 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results.
 WINDOW_NUMBERS = 1 << 26
 
-
-@dataclass(frozen=True)
-class Factors:
-    """The leading factors of one of the targets' weights.
-
-    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, ``s`` all k singular values; ``seconds`` is the
-    time of the SVD where it was computed (s), 0 elsewhere.
-    """
-
-    index: int
-    U: Tensor
-    s: Tensor
-    Vh: Tensor
-    seconds: float
+_FIGURES = (
+    *("stability", "subspace_angle_U", "subspace_angle_Vh"),
+    *("orthogonality_error_U", "orthogonality_error_Vh"),
+)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A core's factors ``S = P diag(s) Qh``, whole on every rank; ``spectrum`` is ``s`` on the CPU.
+    """``S = P diag(s) Qh`` of the core of target ``index``, whole on every rank; ``spectrum`` is ``s`` on the CPU.
 
-    ``figures``, read back with it, are attributes of :class:`~hpc_oialr.method.report.LayerUpdate`: stability and angles
-    of the new bases against the old ones, orthogonality errors of the old ones.
+    ``figures`` are attributes of :class:`~hpc_oialr.method.report.LayerUpdate`: stability and angles of the new bases
+    against the old ones, orthogonality errors of the old ones.
     """
 
     index: int
@@ -61,18 +51,21 @@ class Rotation:
         return max(self.figures["orthogonality_error_U"], self.figures["orthogonality_error_Vh"])
 
 
-def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine) -> Iterator[Factors]:
-    """``W = U diag(s) Vh`` of dense layers, one after another; the first ``kept`` columns and rows.
+def weight_factors(
+    targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, float]]:
+    """``W = U diag(s) Vh`` of dense layers: index, U, s, Vh and seconds of one after another.
 
-    Whole weights are distributed over the ranks by cost, and ``r (m + n) + k`` numbers a layer are sent. Of a weight
-    in row blocks each rank works on its own block: it sends triangles of at most k^2 numbers log2 P times, and holds at
-    most ``k max(m, n)`` numbers beside its block, of one layer at a time.
+    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``; ``s`` all k values. The
+    seconds are 0 on ranks that did not compute the SVD. Whole weights are distributed over ranks by cost, and
+    ``r (m + n) + k`` numbers a layer are sent. A weight in row blocks is factorised by all ranks together: each sends
+    triangles of at most k^2 numbers log2 P times, and stores up to ``k max(m, n)`` numbers beside its block.
     """
     if engine.layout.group is not None:
         for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
             start = time.perf_counter()
             U, s, Vh = split_svd(target, engine)
-            yield Factors(index, U[:, :r], s, Vh[:r], time.perf_counter() - start)
+            yield index, U[:, :r], s, Vh[:r], time.perf_counter() - start
         return
 
     def job(target: TargetWeight, r: int) -> Job:
@@ -85,7 +78,7 @@ def weight_factors(targets: Sequence[TargetWeight], kept: Sequence[int], engine:
     for result in distribute(list(map(job, targets, kept)), engine.world):
         (m, n), k, r = targets[result.index].shape, targets[result.index].k, kept[result.index]
         s, U, Vh = result.values.split([k, m * r, r * n])
-        yield Factors(result.index, U.view(m, r), s, Vh.view(r, n), result.seconds)
+        yield result.index, U.view(m, r), s, Vh.view(r, n), result.seconds
 
 
 def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
@@ -99,7 +92,7 @@ def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tenso
 
 
 def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a dense layer's weight in row blocks: this rank's rows of U, s, its columns of Vh; a collective call."""
+    """SVD of a dense weight in row blocks: this rank's rows of U, s, its columns of Vh; a collective call."""
     engine.gather(target)
     layout = engine.layout
     U, s, Vh, _ = tsqr_svd(layout.rows(target.weight), layout.group, name=target.name)
@@ -128,7 +121,7 @@ def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[
 
 
 def _core_job(target: TargetWeight, engine: Engine) -> Job:
-    layer = _layer(target)
+    layer = low_rank_layer(target)
     r = layer.r
 
     def prepare() -> Tensor:
@@ -137,9 +130,10 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
 
     def pack(factors: SVD) -> Tensor:
         P, s, Qh = factors
-        # Of split bases all ranks measure the errors together, afterwards.
+        # Errors of sharded bases are computed by all ranks together, afterwards. Between (U, Vh) and (U P, Qh Vh) the
+        # Gram products of the bases are the rotations themselves.
         errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
-        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), rotation_cosines(P, Qh), errors.to(s)])
+        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), smallest_cosines(P, Qh.mT), errors.to(s)])
 
     # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
@@ -149,14 +143,14 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
 def _read_back(
     results: Iterator[Result], jobs: Sequence[Job], targets: Sequence[TargetWeight], engine: Engine
 ) -> Iterator[Rotation]:
-    """Rotations with their figures on the host; on a GPU many layers are waited for together, on a CPU each alone."""
+    """Rotations with their figures on the host; a GPU is waited for once for many layers."""
     most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
     window: list[tuple[Result, Tensor, Tensor, Tensor]] = []
     sent: list[Tensor] = []
     numbers = 0
     for result in chain(results, [None]):
         if result is not None:
-            layer, job = _layer(targets[result.index]), jobs[result.index]
+            layer, job = low_rank_layer(targets[result.index]), jobs[result.index]
             r = layer.r
             s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
             if engine.layout.group is not None:
@@ -170,15 +164,8 @@ def _read_back(
         read = torch.cat(sent).cpu().split([len(s) + 5 for _, _, s, _ in window]) if window else ()
         for (done, P, s, Qh), values in zip(window, read, strict=True):
             spectrum, rest = values.split([len(s), 5])
-            stability, _, _, error_U, error_Vh = rest.tolist()
-            angle_U, angle_Vh = angles_of(rest[1:3])
-            figures = {
-                "stability": stability,
-                "orthogonality_error_U": error_U,
-                "orthogonality_error_Vh": error_Vh,
-                "subspace_angle_U": angle_U,
-                "subspace_angle_Vh": angle_Vh,
-            }
+            stability, _, _, *errors_of_bases = rest.tolist()
+            figures = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
             yield Rotation(done.index, P, s, Qh, spectrum.to(s.dtype), figures, done.seconds)
         window, sent, numbers = [], [], 0
 
@@ -191,15 +178,8 @@ def rotation_stability(P: Tensor, Qh: Tensor) -> Tensor:
     return (P * Qh.mT).sum(dtype=torch.float64) / int(P.shape[0])
 
 
-def rotation_cosines(P: Tensor, Qh: Tensor) -> Tensor:
-    """Cosines of the largest principal angles of the leading subspaces between ``(U, Vh)`` and ``(U P, Qh Vh)`` (2).
-
-    The Gram products of the bases are the rotations themselves.
-    """
-    return smallest_cosines(P, Qh.mT)
-
-
-def _layer(target: TargetWeight) -> LowRankWeight:
+def low_rank_layer(target: TargetWeight) -> LowRankWeight:
+    """The layer of a target that is known to be low-rank."""
     assert target.low_rank is not None
     return target.low_rank
 

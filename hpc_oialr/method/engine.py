@@ -1,7 +1,6 @@
-"""What the method needs of whatever holds the model: one process, or an engine of many ranks.
+"""The interface between the method and the engine that runs the model, and the engine of a single process.
 
-The method knows this interface only. Engines of several ranks (:mod:`hpc_oialr.engines`) are imported when a model is
-wrapped or a process group exists, see :func:`adopt`.
+Engines of several ranks (:mod:`hpc_oialr.engines`) are only imported when a model is wrapped or a process group exists.
 """
 
 from __future__ import annotations
@@ -36,17 +35,10 @@ _REFUSED_WRAPPERS = {
 }
 
 
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> None:
-        """Wait for it; what it fills must not be used before."""
-
-
 class Peers(Protocol):
-    """The ranks that hold the model, as the method sees them; :class:`hpc_oialr.distributed.World` is one.
+    """The ranks of the model, as the method sees them; :class:`hpc_oialr.distributed.World` implements it.
 
-    The bodies below are those of a process that is alone, see :class:`OneProcess`.
+    The bodies are those of a single process.
     """
 
     @property
@@ -56,7 +48,7 @@ class Peers(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return 1
 
     @property
@@ -66,11 +58,11 @@ class Peers(Protocol):
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """Their process group; None stands for one process."""
+        """Their process group; None for a single process."""
         return None
 
-    def broadcast(self, tensor: Tensor, src: int) -> Pending | None:
-        """Send ``tensor`` from rank ``src`` into every other's; None if there is nothing to wait for."""
+    def broadcast(self, tensor: Tensor, src: int) -> Any:
+        """Start to send ``tensor`` from rank ``src`` into every other's: what to ``wait()`` for, or None."""
         return None
 
     def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
@@ -86,84 +78,66 @@ class Peers(Protocol):
         return [obj]
 
 
-class OneProcess(Peers):
-    """A process that is alone."""
+class _OneProcess(Peers):
+    """A single process."""
 
 
 class Engine:
-    """How the ranks of a run hold one model and share its gradients; the defaults are those of one process.
+    """How the ranks of a run store one model and share its gradients; the defaults are those of a single process.
 
-    The life of an engine: :meth:`place` a new module, make the optimizer, :meth:`wrap` both; then in
-    every step the wrapped module's forward, :meth:`backward`, :meth:`update`. When the method changes layers,
-    everything happens inside :meth:`changing`: :meth:`gather` a layer before it is read, and put its new factors and
-    moments in place inside :meth:`replacing`.
-
-    Attributes
-    ----------
-    world
-        All ranks.
-    layout
-        How one matrix is stored.
-    whole_factors
-        Whether a rank has all of ``U`` and ``Vh`` at all times, in ordinary tensors.
-    steps_itself
-        Whether the optimizer given to :meth:`wrap` never steps.
-    pairs
-        Layers of the model between which features may stay split; set before :meth:`place`.
-    model
-        What the method's user calls in the loop: the last result of :meth:`wrap` or :meth:`rewrap`.
-    wrapper
-        The ``DistributedDataParallel`` that this engine keeps up to date, if there is one.
+    Order of calls: :meth:`place` a new module, make the optimizer, :meth:`wrap` both; then in every step the wrapped
+    module's forward, :meth:`backward`, :meth:`update`. The method changes layers inside :meth:`changing`: it calls
+    :meth:`gather` before it reads a layer, and sets new factors and moments inside :meth:`replacing`.
     """
 
-    world: Peers
-    layout: Replicated = REPLICATED
-    whole_factors: bool = False
-    steps_itself: bool = False
-    pairs: Sequence[Any] = ()
-    model: nn.Module
-    wrapper: nn.Module | None = None
+    world: Peers  # all ranks
+    layout: Replicated = REPLICATED  # how one matrix is stored
+    whole_factors: bool = False  # whether each rank always has all of U and Vh, in ordinary tensors
+    steps_itself: bool = False  # whether the optimizer given to wrap() never steps
+    pairs: Sequence[Any] = ()  # of layers between which features may stay sharded; set before place()
+    model: nn.Module  # what the user calls in the loop: the last result of wrap() or rewrap()
+    wrapper: nn.Module | None = None  # the DistributedDataParallel that is kept up to date, if any
     _reshaped: bool | None = None  # whether a parameter was replaced; None outside of changing()
 
     @property
     def data_parallel(self) -> Peers:
-        """The ranks over which a global batch is split; all, unless several work on the same samples."""
+        """The ranks over which a global batch is sharded; all, unless several compute the same samples."""
         return self.world
 
     @property
     def replicas(self) -> Peers:
-        """The ranks that must hold equal bits of what this one stores."""
+        """The ranks that must store the same bits as this one."""
         return self.world
 
-    # -- the model's life ------------------------------------------------------------------------
+    # -- setup and end ---------------------------------------------------------------------------
 
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
-        """Raise :class:`ConfigError` if the engine has settings of its own for a step, and they differ."""
+        """Raise :class:`ConfigError` if the engine's own settings for a step differ from these."""
 
     def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
         """Multiply each core's step by its factor, where hooks on the optimizer given to :meth:`wrap` never run."""
 
     def place(self, module: nn.Module) -> None:
-        """Put the parameters of a new module where they will live, in place; before the optimizer is made."""
+        """Send or shard the parameters of a new module, in place; before the optimizer is made."""
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-        """What to call in the loop; all ranks begin with rank 0's parameters and buffers."""
+        """What to call in the loop; all ranks start from rank 0's parameters and buffers."""
         return module
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The same after parameters were replaced or frozen; nothing is broadcast."""
+        """:meth:`wrap` again after parameters were replaced or frozen; nothing is broadcast."""
         return module
 
     def end(self) -> None:
-        """Drop whatever would keep the process group alive; the module is not used after it."""
+        """Free everything that would keep the process group alive; the module is not used afterwards."""
 
     # -- a change of layers ----------------------------------------------------------------------
 
     @contextmanager
     def changing(self, module: nn.Module) -> Iterator[None]:
-        """Around every change of layers; on exit the wrapper is renewed if a parameter has been replaced.
+        """Around every change of layers; on exit the wrapper is rebuilt if a parameter was replaced.
 
-        After an exception the model is left as it is: layers that were changed are whole, and so are the others.
+        After an exception each layer is either unchanged or completely changed.
         """
         assert self._reshaped is None, "changes do not nest"
         self._reshaped = False
@@ -175,10 +149,7 @@ class Engine:
             self._reshaped = None
 
     def gather(self, target: TargetWeight) -> None:
-        """Bring a layer's parameters to where ``layout`` says, before the method reads them; a collective call.
-
-        They stay until :meth:`replacing` or :meth:`release`.
-        """
+        """Gather a layer's parameters as ``layout`` says, until :meth:`replacing` or :meth:`release`; collective."""
 
     def release(self, target: TargetWeight) -> None:
         """Free what :meth:`gather` brought; nothing has been changed."""
@@ -187,8 +158,7 @@ class Engine:
     def replacing(self, target: TargetWeight) -> Iterator[None]:
         """Around new factors or values of a layer, only inside :meth:`changing`; a collective call.
 
-        Inside, ``optimizer.state`` shows the state of ``target.trained``. On exit the engine takes over what the layer
-        and the optimizer hold then.
+        Inside, ``optimizer.state`` has the state of ``target.trained``; on exit the engine stores what is new.
         """
         assert self._reshaped is not None, "replacing() outside of changing()"
         before = target.trained
@@ -199,10 +169,10 @@ class Engine:
         self._reshaped |= target.trained is not before
 
     def _gather_moments(self, parameter: nn.Parameter) -> None:
-        """Bring a parameter's state to where ``optimizer.state`` shows it."""
+        """Put a parameter's state into ``optimizer.state``."""
 
     def _on_replace(self, layer: LowRankWeight) -> None:
-        """The factors of ``layer`` are new, in value or as objects: drop the old ones."""
+        """Called when factors of ``layer`` have new values or are new objects."""
 
     # -- what a rank stores ----------------------------------------------------------------------
 
@@ -211,22 +181,22 @@ class Engine:
         return self.layout.local(parameter.detach())
 
     def any_rank(self, flags: Tensor) -> Tensor:
-        """Findings about what is :meth:`local_shard`, above 0 where any rank has made one; in place."""
+        """Flags about :meth:`local_shard`, above 0 where any rank's is; in place."""
         return self.layout.add(flags)
 
     def basis_dtype(self, layer: LowRankWeight) -> torch.dtype:
-        """In which dtype ``U`` and ``Vh`` are kept between steps, whatever :meth:`gather` shows them in."""
+        """The dtype of ``U`` and ``Vh`` between steps, whichever :meth:`gather` gives."""
         return layer.U.dtype
 
     def extra_tensors(self) -> Iterable[Tensor]:
-        """Tensors that live between steps beside the module and its optimizer."""
+        """Tensors kept between steps besides the module's and the optimizer's."""
         return ()
 
-    # -- what a user's loop may do beside it -----------------------------------------------------
+    # -- checks of the user's loop ---------------------------------------------------------------
 
     @property
     def ignored(self) -> Collection[int]:
-        """Ids of parameters that ranks do not share, and which may therefore differ."""
+        """Ids of parameters whose gradients are not averaged, so that they may differ between ranks."""
         return ()
 
     def check_caller(self, module: nn.Module) -> None:
@@ -240,10 +210,10 @@ class Engine:
             )
 
     def check_step(self) -> None:
-        """Raise :class:`ModelError` where an update could not be made by all ranks together."""
+        """Raise :class:`ModelError` where not all ranks would call :meth:`OIALR.step`."""
 
     def check_replicas(self, named: Mapping[str, Sequence[Tensor]]) -> None:
-        """Raise :class:`ReplicaMismatchError` on every rank unless all hold equal bits of these tensors, by name."""
+        """Raise :class:`ReplicaMismatchError` on every rank unless these tensors, by name, have equal bits on all."""
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -252,7 +222,7 @@ class Engine:
         return nullcontext()
 
     def backward(self, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-        """Gradients of the mean loss over all ranks of ``data``."""
+        """Gradients of the mean loss over :attr:`data_parallel`."""
         scaler.scale(loss).backward()
 
     def update(
@@ -262,7 +232,7 @@ class Engine:
         parameters: Sequence[nn.Parameter],
         clip: float | None,
     ) -> None:
-        """Clip the gradient of ``parameters`` to a 2-norm of ``clip``, step, and drop gradients."""
+        """Clip the gradient of ``parameters`` to a 2-norm of ``clip``, step, and free gradients."""
         if clip is not None:
             scaler.unscale_(optimizer)
             self.clip(parameters, clip)
@@ -277,35 +247,29 @@ class Engine:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def model_tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict to be saved, or to be filled in place: whole tensors, or DTensors as they are split.
-
-        A collective call; second names of tied weights are left out.
-        """
+        """The state dict to save or to fill in place, whole tensors or DTensors, one name per tied weight; collective."""
         return untied_state(module)
 
     def gather_state(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Bring all state to where ``optimizer.state`` shows it, whole or as DTensors; a collective call."""
+        """Put all state into ``optimizer.state``, whole or as DTensors; a collective call."""
 
     def scatter_state(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Take over what a checkpoint has put into the module and into ``optimizer.state``."""
+        """Use what a checkpoint has put into the module and into ``optimizer.state``."""
 
 
 class SingleEngine(Engine):
-    """One process: the module itself, without a process group."""
+    """A single process: the module itself, without a process group."""
 
     whole_factors = True
 
     def __init__(self, world: Peers | None = None) -> None:
-        self.world = world or OneProcess()
+        self.world = world or _OneProcess()
 
 
 def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
-    """The engine that a user's model implies, and the module inside; a collective call where there are several ranks.
+    """The engine for a user's model, by its wrapper or process group, and the module inside; a collective call.
 
-    Raises
-    ------
-    ModelError
-        If the model is wrapped in something whose parameters cannot be replaced.
+    Raises :class:`ModelError` if the model is in a wrapper whose parameters cannot be replaced.
     """
     kinds = [kind.__name__ for kind in type(model).__mro__]
     refused = next((kind for kind in kinds if kind in _REFUSED_WRAPPERS), None)

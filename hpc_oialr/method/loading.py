@@ -1,8 +1,7 @@
-"""A stored state of another structure: layers take the stored r, or become dense again, before values are loaded.
+"""Loads states of another structure: layers are given the stored r, or become dense again, before values are loaded.
 
-The structure of what is loaded wins, as the user asked for that model: its outputs are then those of the model that
-was saved, which no projection of a dense weight onto other bases could give. The controller's own count is not
-part of the model: it continues, unless its state is loaded as well.
+The stored structure wins: the outputs are then those of the model that was saved, which projecting a dense weight onto
+other bases could not give. The controller's counters are not part of the model, and are loaded with its own state only.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
-from hpc_oialr.method.basis import BasisUpdater, turned
+from hpc_oialr.method.basis import Bases, BasisUpdater, turned
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.state_kinds import FACTORED
 
@@ -27,7 +26,7 @@ ORDER = "load the model's state (or call oialr.load_state_dict) first, then the 
 
 
 class Loader:
-    """Keeps the layers of one controller in the structure of what is loaded into them."""
+    """Gives the layers of one controller the structure of what is loaded into them."""
 
     def __init__(
         self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine
@@ -38,9 +37,8 @@ class Loader:
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
 
     def take(self, r: Mapping[str, int]) -> list[str]:
-        """Give every layer its r, or make it dense if it has none; names of the layers changed."""
-        missing = set(r) - {target.name for target in self.targets}
-        if missing:
+        """Give every layer its r, or make it dense if ``r`` lacks it; returns the names of the layers changed."""
+        if missing := set(r) - {target.name for target in self.targets}:
             raise ModelError(
                 f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
                 "it belongs to another model or to another oialr.selection."
@@ -54,9 +52,9 @@ class Loader:
     def before_load(
         self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool
     ) -> list[str]:
-        """Give the layers that ``state`` holds its structure; names of the layers changed.
+        """Give layers the structure that they have in ``state``; returns the names of the layers changed.
 
-        It is about to be loaded into ``module``, whose names in ``state`` begin with ``prefix``.
+        ``state`` is about to be loaded into ``module``, whose names in it begin with ``prefix``.
         """
         if assign:
             raise ModelError(
@@ -76,42 +74,42 @@ class Loader:
         return changed
 
     def _restructure(self, wanted: Mapping[str, Stored | int | None]) -> list[str]:
-        """Change what is not as wanted; for each layer a stored form, or r or None (dense) if values come later."""
+        """Change layers that are not as wanted: a stored form, or r or None (dense) if values are loaded later."""
         whole = self._engine.whole_factors
         turn = whole and not self.optimizer_loaded
-        changes: list[tuple[TargetWeight, int | None, Stored]] = []
+        changes: list[tuple[TargetWeight, int | None, Bases | None]] = []
         reshaped: list[str] = []
         for target in (target for target in self.targets if target.name in wanted):
             form, layer = wanted[target.name], target.low_rank
             stored = form if isinstance(form, Stored) else Stored(None, None)
             r = form.r if isinstance(form, Stored) else form
-            if r != (None if layer is None else layer.r):
-                reshaped.append(target.name)
-                changes.append((target, r, stored))
+            bases = None if stored.U is None or stored.Vh is None else (stored.U, stored.Vh)
+            other_r = r != (None if layer is None else layer.r)
             # In other bases of the same r only the moments change.
-            elif turn and layer is not None and stored.U is not None and turned(layer, stored):
-                changes.append((target, r, stored))
+            if other_r or (turn and layer is not None and bases is not None and turned(layer, stored)):
+                changes.append((target, r, bases))
+            if other_r:
+                reshaped.append(target.name)
         if reshaped and self.optimizer_loaded:
             raise ModelError(
                 f"layer {reshaped[0]} changes its structure after the optimizer's state was loaded, which belongs to "
                 f"one structure only: {ORDER}."
             )
-        fresh = all(target.low_rank is None and stored.U is None for target, _, stored in changes)
+        fresh = all(target.low_rank is None and bases is None for target, _, bases in changes)
         if reshaped and not (whole or fresh):
             raise ModelError(
                 f"layer {reshaped[0]} is stored with another r, which {type(self._engine).__name__} cannot take on in "
                 "a model that is in use: make a fresh, dense model, call oialr.load_state_dict, then load the model's "
                 "state."
             )
-        for target, r, stored in changes:
-            bases = None if stored.U is None or stored.Vh is None else (stored.U, stored.Vh)
+        for target, r, bases in changes:
             self._basis.restructure(target, r, bases)
         if reshaped:
             self._basis.order(self.targets)
         return reshaped
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """Remember it, and raise :class:`ModelError` for state of another structure than a layer has."""
+        """Raise :class:`ModelError` if the loaded state has another structure than a layer."""
         # Accelerate's prepare() loads an optimizer's state into itself, with nothing in it yet.
         self.optimizer_loaded |= any(optimizer.state.get(target.trained) for target in self.targets)
         for target in self.targets:
@@ -133,9 +131,9 @@ class Loader:
 
 
 class AverageGuard:
-    """Refuses a state of another structure or of other bases for a running average, which follows its model's bases.
+    """Refuses to load a state of another structure or other bases into a running average.
 
-    ``targets`` are the layers of ``average`` that follow those of ``model``, by name.
+    ``targets`` are the layers of ``average`` that are transformed with those of ``model``, by name.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module, targets: Mapping[str, TargetWeight]) -> None:
@@ -146,16 +144,12 @@ class AverageGuard:
         return "another model, of which it is a running average"
 
     def tie(self) -> None:
-        """Watch what is loaded into the average, or into one of its layers."""
+        """Hook ``load_state_dict`` of the average and of its layers."""
         untie(self._average)
         attachment = Attachment(cast(Any, self))
         holders = [module for target in self._targets.values() for module in (target.owner, target.holder)]
         for module in {id(m): m for m in (self._average, *holders)}.values():
             attachment.cover(module)
-
-    def release(self) -> None:
-        """Allow any state to be loaded."""
-        untie(self._average)
 
     def before_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
         """Raise :class:`ModelError` unless the state is in the bases that the model has now."""
@@ -166,15 +160,14 @@ class AverageGuard:
             if form.r != (None if layer is None else layer.r) or (layer and turned(layer, form)):
                 raise ModelError(
                     f"the state of a running average holds layer {name} in another r or other bases than the model has. "
-                    "Load the model's state of the same checkpoint first, then the average's; or let go of both by "
+                    "Load the model's state of the same checkpoint first, then the average's; or call "
                     "oialr.detach() if training has ended."
                 )
 
 
 def require_values(bases: Mapping[str, Tensor]) -> None:
     """Raise :class:`ModelError` if a basis is still empty."""
-    empty = [name for name, U in bases.items() if not bool(U.any())]
-    if empty:
+    if empty := [name for name, U in bases.items() if not bool(U.any())]:
         raise ModelError(
             f"layer {empty[0]} has no values: oialr.load_state_dict has only given it its r. Load the model's state of "
             "the same checkpoint before the next forward pass: model.load_state_dict(...)."
@@ -182,7 +175,7 @@ def require_values(bases: Mapping[str, Tensor]) -> None:
 
 
 def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` if the stored groups hold as many parameters, but in other numbers."""
+    """Raise :class:`ModelError` if the stored groups have the same total of parameters, distributed differently."""
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in state["param_groups"]]
     if here != there and len(here) == len(there) and sum(here) == sum(there):
@@ -193,7 +186,7 @@ def require_same_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def _has_shape(key: str, value: Tensor, shape: Sequence[int]) -> bool:
-    """Whether state is of a parameter's shape; means over rows or columns have an axis of one."""
+    """Whether state fits a parameter's shape; means over rows or columns have an axis of length 1."""
     if key in FACTORED.keys() | FACTORED.values():
         return value.dim() != len(shape) or all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
     return tuple(value.shape) == tuple(shape)

@@ -1,4 +1,4 @@
-"""Orthogonality-Informed Adaptive Low-Rank training: the paper's algorithm, line by line."""
+"""The OIALR controller, which runs algorithm 1 of the paper under any engine; ``reference.py`` is the plain version."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hpc_oialr.method.checks import (
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.decompositions import core_rotations, weight_factors
+from hpc_oialr.method.decompositions import core_rotations, low_rank_layer, weight_factors
 from hpc_oialr.method.engine import Engine, adopt
-from hpc_oialr.method.foreign_steps import ForeignSteps
 from hpc_oialr.method.loading import Loader, require_same_groups
+from hpc_oialr.method.other_optimizers import OtherOptimizers
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import LayerUpdate, StepReport, UpdateReport, layer_update
 from hpc_oialr.method.stability_tracker import StabilityTracker
@@ -37,37 +37,35 @@ from hpc_oialr.optim.stack import OptimizerStack
 class OIALR:
     """Trains a model at low rank, inside any training loop.
 
-    ``oialr.model(x)`` is the forward pass and ``oialr.step()`` follows ``optimizer.step()``; nothing
-    else of the loop changes, on one process or many.
+    Call ``oialr.model(x)`` for the forward pass and ``oialr.step()`` after ``optimizer.step()``; the rest of the loop
+    stays as it is, on one rank or many.
 
     Parameters
     ----------
     model
-        Any module, in its final place; plain or wrapped in ``DistributedDataParallel``. Its layers are converted
-        in place; those that are low-rank already, from an earlier run or by ``match_structure``, keep their r.
+        Any module, already on its device; plain, in ``DistributedDataParallel``, or sharded by ``fully_shard``. Its
+        layers are converted in place; layers that are low-rank already, e.g. by ``match_structure``, keep their r.
     optimizer
-        Made from ``model.parameters()``. Groups and schedulers stay as they are; a core takes the
-        place of its weight.
+        Made from ``model.parameters()``. Groups and schedulers stay as they are; a core replaces its weight.
     config
-        Settings; default the published ones.
+        The settings; by default those of the paper.
     engine
-        How processes share the work; default: what the model is wrapped in, or the initialised
-        process group, or one process.
+        How ranks share the model; by default what the model is wrapped in, or the initialised process group, or a
+        single process.
     averages
-        Running averages that follow every change, e.g. ``AveragedModel(model)``.
+        Running averages that are transformed with the model, e.g. ``AveragedModel(model)``.
 
     Raises
     ------
     ModelError
-        If the optimizer holds parameters that are not the model's, its state cannot follow a change of variables,
-        or no layer can be converted.
+        If the optimizer holds parameters that are not the model's, the optimizer's state cannot be transformed with
+        the weights, or no layer can be converted.
 
     Notes
     -----
-    Memory: layers are converted one after another, each dense weight, gradient and moment freed
-    before the next; with ``limits.at_conversion`` below about 0.7 the peak never passes the dense
-    run's. Traffic of an update: ``2 r^2 + r + 4`` numbers a layer, of the conversion
-    ``r (m + n) + k``; in every step the gradients of what is trained, ``r^2`` a layer.
+    Memory: layers are converted one after another, and each dense weight, gradient and moment is freed before the
+    next; with ``limits.at_conversion`` below about 0.7 the peak stays below the dense run's. Traffic per layer:
+    ``r (m + n) + k`` numbers at the conversion, ``2 r^2 + r + 4`` at an update, and ``r^2`` gradients in every step.
 
     References
     ----------
@@ -108,13 +106,14 @@ class OIALR:
             # Values may be loaded later, and a wrapper may have been made before the layers were.
             self._loader.empty = {target.name for target in adopted}
             self.rewrap()
-        self._tie()
-        self._foreign = ForeignSteps(self._basis.core_lr, self.engine)
-        self._foreign.remember(self.targets)
+        self._attach()
+        self._other_optimizers = OtherOptimizers(self._basis.core_lr, self.engine)
+        self._other_optimizers.remember(self.targets)
 
-    def _tie(self) -> None:
-        self._given: dict[str, weakref.ref[nn.Parameter]] = {}
-        self._note_weights(self.layers)
+    def _attach(self) -> None:
+        """Register hooks on the model, its layers and the optimizers."""
+        self._dense_weight_refs: dict[str, weakref.ref[nn.Parameter]] = {}
+        self._remember_dense_weights(self.layers)
         self._attachment = Attachment(self)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
@@ -122,18 +121,19 @@ class OIALR:
             guard.tie()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles, of model and optimizer together with the controller, are tied to their own model."""
+        """State for a copy or pickle, which must include the model and the optimizer."""
         if self.engine.world.size > 1:
             raise ModelError(
                 f"a controller of {self.engine.world.size} processes cannot be copied or pickled, since a process group "
                 "cannot; store state_dict() of controller, model and optimizer instead."
             )
-        return {key: value for key, value in vars(self).items() if key not in ("_given", "_attachment")}
+        own_process = ("_dense_weight_refs", "_attachment")
+        return {key: value for key, value in vars(self).items() if key not in own_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state, and attach to the model in it."""
+        """Restore the state and attach to the copied model."""
         vars(self).update(state)
-        self._tie()
+        self._attach()
 
     def __repr__(self) -> str:
         """Steps done, and how many layers are low-rank."""
@@ -142,9 +142,9 @@ class OIALR:
 
     @property
     def model(self) -> nn.Module:
-        """What to call in the loop: the model as it was given, in a ``DistributedDataParallel`` where ranks need one.
+        """What to call in the loop: the model as given, or in a ``DistributedDataParallel`` where ranks need one.
 
-        The object stays the same for the whole run; a wrapper of the user's own may be called just as well.
+        The object stays the same for the whole run; the user's own wrapper may be called as well.
         """
         return self.engine.model
 
@@ -163,62 +163,58 @@ class OIALR:
         return self.engine.no_sync(self.model)
 
     def rewrap(self) -> None:
-        """Rebuild the wrapper's buckets, as a resumed run starts with; nothing is broadcast."""
+        """Rebuild the wrapper's buckets, as at the start of a resumed run; nothing is broadcast."""
         self.engine.model = self.engine.rewrap(self.module)
 
     def detach(self) -> None:
-        """Release model and optimizer: layers stay as they are, and cores get the step their optimizer gives them."""
-        untie(self.module)
-        for guard in self._loader.guards:
-            guard.release()
+        """Remove all hooks from model and optimizer; layers stay as they are, the steps of cores are no longer scaled."""
+        for model in (self.module, *(average for average, _ in self._basis.averages)):
+            untie(model)
         self._basis.core_lr.remove()
 
     def before_forward(self) -> None:
-        """Called before every forward pass of the model: raise for what would otherwise go wrong silently."""
+        """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
     def step(self) -> UpdateReport | None:
-        """One step of the algorithm, after ``optimizer.step()``; the report of all that it did, if anything.
+        """One step of the algorithm, after ``optimizer.step()``; reports what was done, if anything.
 
         Raises
         ------
         NonFiniteError
             If a weight due for an SVD holds NaN or Inf; nothing has been changed then.
         ModelError
-            If layers, weights or the optimizer's groups were changed in between, its state cannot follow, or another
-            optimizer trains the weights; nothing has been changed.
+            If layers, weights or the optimizer's groups were changed in between, the optimizer's state cannot be
+            transformed, or another optimizer trains the weights; nothing has been changed.
         ReplicaMismatchError
-            If ranks hold different factors after an update, or different values of what is not low-rank.
+            If ranks have different factors after an update, or different values of other parameters.
         """
         self.engine.check_step()
-        self._foreign.check(self.targets)
+        self._other_optimizers.check(self.targets)
         self._loader.optimizer_loaded = False
         self.t += 1
         report = StepReport(self.t, self.engine.world.size)
         low_rank = self._low_rank()
-        if measured := self._due_for_measurement():
-            with report.part("stability", measured) as layers:
-                layers += self._tracker.measure(measured)
-        if settled := self._settled():
-            with report.part("conversion", settled) as layers:
-                layers += self._convert(settled)
+        every = self.config.stability_frequency
+        if every is not None and self.t % every == 0 and (due := self._drop_unfit(self._dense())):
+            with report.part("stability", due) as layers:
+                layers += self._tracker.measure(due)
+        if due := self._due_for_conversion():
+            with report.part("conversion", due) as layers:
+                layers += self._convert(due)
         if due := self._due_for_update(low_rank):
             with report.part("update", due) as layers:
                 layers += self._update(due)
         self._frozen.remember(self.targets)
         return report.result()
 
-    def _due_for_measurement(self) -> list[TargetWeight]:
-        every = self.config.stability_frequency
-        return self._fit(self._dense()) if every is not None and self.t % every == 0 else []
+    def _due_for_conversion(self) -> list[TargetWeight]:
+        """From step d on all dense layers, or those whose bases have been stable for long enough.
 
-    def _settled(self) -> list[TargetWeight]:
-        """Dense layers whose basis is to be frozen now: at step d all, or those that have been stable.
-
-        A weight that has been frozen by the user from the start waits until it is trained.
+        A weight that the user froze before OIALR(...) waits until it is trained.
         """
         if self.t < self.config.delay:
             return []
@@ -226,10 +222,10 @@ class OIALR:
         if self.config.stability_threshold is not None:
             streaks, patience = self._tracker.streaks, self.config.stability_patience
             dense = [target for target in dense if streaks.get(target.name, 0) >= patience]
-        return self._fit(dense)
+        return self._drop_unfit(dense)
 
     def _due_for_update(self, low_rank: list[TargetWeight]) -> list[TargetWeight]:
-        """Every nu steps: the last layers first, at every update a larger share; without cores the user has frozen."""
+        """Every nu steps the last layers, a larger share at each update; excluding cores the user has frozen."""
         since = self.t - self.config.delay
         if not low_rank or since <= 0 or since % self.config.frequency:
             return []
@@ -240,23 +236,21 @@ class OIALR:
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
-        """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is what is trained from now on."""
-        self._foreign.check_conversion(targets, self._optimizers.nodes)
-        self._check(targets, stateful=targets)
-        # What the user has frozen meanwhile keeps its value: nothing is cut off.
+        """``W = U diag(s) Vh``; ``U`` and ``Vh`` are frozen, ``S = diag(s)`` is trained from now on."""
+        self._other_optimizers.check_conversion(targets, self._optimizers.nodes)
+        self._check(targets, state_of=targets)
+        # Weights that the user has frozen since keep their value: nothing is cut.
         kept = [
             target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets
         ]
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
             try:
-                for found in weight_factors(targets, kept, self.engine):
-                    target, r = targets[found.index], kept[found.index]
-                    self._basis.convert(target, found.U, found.s[:r], found.Vh)
+                for i, U, s, Vh, seconds in weight_factors(targets, kept, self.engine):
+                    target, r = targets[i], kept[i]
+                    self._basis.convert(target, U, s[:r], Vh)
                     self._tracker.forget(target.name)
-                    done[found.index] = layer_update(
-                        target.name, target.shape, target.k, r, found.s, found.seconds
-                    )
+                    done[i] = layer_update(target.name, target.shape, target.k, r, s, seconds)
             finally:
                 self._basis.order(self.targets)
         self._check_replicas(targets)
@@ -265,25 +259,32 @@ class OIALR:
     @exact_arithmetic()
     def _update(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
-        self._check(targets, stateful=self._low_rank())
+        self._check(targets, state_of=self._low_rank())
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
-            for found in core_rotations(targets, self.engine):
-                target, layer = targets[found.index], targets[found.index].low_rank
-                assert layer is not None
+            for rotation in core_rotations(targets, self.engine):
+                target = targets[rotation.index]
+                layer = low_rank_layer(target)
                 r, dtype = layer.r, self.engine.basis_dtype(layer)
-                layer.require_orthonormal(found.error, dtype, target.name)
-                wanted = self.config.rule.choose(found.spectrum, layer.m, layer.n)
+                layer.require_orthonormal(rotation.error, dtype, target.name)
+                wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
                 keep = self.config.limits.apply(wanted, r, layer.k)
-                P, s, Qh = found.P[:, :keep], found.s[:keep], found.Qh[:keep]
-                self._basis.rotate(target, P, s, Qh, repair=found.error > self.config.bound_on_errors(dtype))
-                done[found.index] = layer_update(
-                    target.name, target.shape, r, keep, found.spectrum, found.seconds, **found.figures
+                P, s, Qh = rotation.P[:, :keep], rotation.s[:keep], rotation.Qh[:keep]
+                repair = rotation.error > self.config.bound_on_errors(dtype)
+                self._basis.rotate(target, P, s, Qh, repair=repair)
+                done[rotation.index] = layer_update(
+                    target.name,
+                    target.shape,
+                    r,
+                    keep,
+                    rotation.spectrum,
+                    rotation.seconds,
+                    **rotation.figures,
                 )
         self._check_replicas(targets)
         return [done[i] for i in sorted(done)]
 
-    # -- what it works on ------------------------------------------------------------------------
+    # -- layers ----------------------------------------------------------------------------------
 
     def _dense(self) -> list[TargetWeight]:
         return [target for target in self.targets if target.low_rank is None]
@@ -291,29 +292,29 @@ class OIALR:
     def _low_rank(self) -> list[TargetWeight]:
         return [target for target in self.targets if target.low_rank is not None]
 
-    def _fit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
-        """Without those that the user has made unfit since the start, which are named in a warning and dropped."""
+    def _drop_unfit(self, targets: list[TargetWeight]) -> list[TargetWeight]:
+        """Drop the layers that the user has made unfit since OIALR(...), with a warning; returns the others."""
         unfit = drop_unfit(self.module, targets, self._optimizers) if targets else set()
         self.targets = self._loader.targets = [target for target in self.targets if target.name not in unfit]
         return [target for target in targets if target.name not in unfit]
 
-    def _note_weights(self, names: Iterable[str]) -> None:
-        """Remember the dense weights of these layers, which must not be replaced by others."""
-        self._given |= {
+    def _remember_dense_weights(self, names: Iterable[str]) -> None:
+        """Keep references to the dense weights of these layers, to notice if one is replaced by another."""
+        self._dense_weight_refs |= {
             target.name: weakref.ref(target.weight) for target in self._dense() if target.name in names
         }
 
-    def _check(self, targets: list[TargetWeight], *, stateful: list[TargetWeight]) -> None:
-        """What must hold before ``targets`` change; ``stateful`` are those whose optimizer state is checked."""
-        check_structure(self.module, targets, self._given)
-        check_change(stateful, self._optimizers, self.engine, self.config.core_lr_scale)
+    def _check(self, targets: list[TargetWeight], *, state_of: list[TargetWeight]) -> None:
+        """Raise before anything changes unless ``targets`` and the optimizer state of ``state_of`` are as required."""
+        check_structure(self.module, targets, self._dense_weight_refs)
+        check_change(state_of, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(targets, self.engine)
         for layer in low_rank_layers(self.module).values():
             layer.keep_bases_frozen()
 
     def _check_replicas(self, targets: list[TargetWeight]) -> None:
-        """Ranks must hold equal bits after every change."""
-        self._foreign.remember(self.targets)
+        """Raise unless all ranks have equal bits after a change of ``targets``."""
+        self._other_optimizers.remember(self.targets)
         layers, local = low_rank_layers(self.module), self.engine.layout.local
         factors = {target.name: [local(p) for p in layers[target.name].factors] for target in targets}
         plain = plain_parameters(self.module, self.engine.ignored)
@@ -323,7 +324,7 @@ class OIALR:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the r of every low-rank layer; plain numbers, fit for JSON."""
+        """Counters and the r of every low-rank layer; plain numbers that JSON can store."""
         return {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._tracker.streaks)}
 
     def tensor_state(self) -> dict[str, Tensor]:
@@ -332,34 +333,34 @@ class OIALR:
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
-        """Take the structure of a checkpoint: counters, and layers of the stored r, still empty.
+        """Restore the structure of a checkpoint: counters, and layers of the stored r, still empty.
 
-        The model's state may be loaded before or after it, the optimizer's after one of them: its state belongs to the
-        structure. A forward pass before the model's state is there raises an error.
+        Load the model's state before or after this, the optimizer's after either. A forward pass before the model's
+        state is loaded raises an error.
 
         Raises
         ------
         ModelError
-            If a stored layer is not among this model's, the optimizer's state was loaded before its structure, or the
-            bases are missing on which the moment of conversion depends.
+            If this model lacks a stored layer, the optimizer's state was loaded before the structure, or ``tensors``
+            is missing though conversions depend on it.
         """
         self._tracker.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"])
-        self._note_weights(changed)
+        self._remember_dense_weights(changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
         if state["r"] and not changed:
             self.rewrap()
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
-        """Called before every ``load_state_dict`` of the model: its layers take the structure of what is loaded."""
-        self._foreign.forget()
-        self._note_weights(self._loader.before_load(module, state, prefix, assign=assign))
+        """Pre-hook of the model's ``load_state_dict``: layers are given the structure of the state."""
+        self._other_optimizers.forget()
+        self._remember_dense_weights(self._loader.before_load(module, state, prefix, assign=assign))
 
     def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Called before every ``load_state_dict`` of the optimizer: groups of another structure raise an error."""
+        """Pre-hook of the optimizer's ``load_state_dict``: groups of another structure raise an error."""
         require_same_groups(optimizer, state)
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """Called after it: state of another structure raises an error."""
+        """Post-hook of it: state of another structure raises an error."""
         self._loader.after_optimizer_load(optimizer)

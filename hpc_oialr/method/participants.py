@@ -1,4 +1,4 @@
-"""Which layers become low-rank at a given moment: fit for a conversion, and not frozen by the user."""
+"""Which layers become low-rank: fit for a conversion, in the optimizer, and not frozen by the user."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 def find_participants(
     model: nn.Module, selection: Selection, optimizer: OptimizerStack, engine: Engine
 ) -> list[TargetWeight]:
-    """The targets that are to become low-rank or are it already, those that are frozen at the moment included.
+    """The targets that are low-rank or will be, including those that are frozen at present.
 
-    Warns of layers that stay dense although no setting says so; :class:`ModelError` if the settings leave no layer.
+    Warns of layers that stay dense although no setting says so; :class:`ModelError` if no layer is left.
     """
     found, refused = examine(model, selection, frozen=True, low_rank=True)
     held = {id(p) for p in optimizer.parameters()}
@@ -55,16 +55,15 @@ def find_participants(
 
 
 def trained_targets(targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> list[TargetWeight]:
-    """The targets whose weight or core the optimizer trains; the others stay as they are."""
+    """The targets whose weight or core the optimizer trains."""
     held = {id(p) for p in optimizer.parameters()}
     return [target for target in targets if id(target.trained) in held]
 
 
 def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> set[str]:
-    """Names of those dense targets that the user has made unfit for a conversion since the start, with a warning.
+    """Names of dense targets that the user has made unfit since OIALR(...), e.g. tied or given a gradient hook; warns.
 
-    Nothing is changed. A weight tied or given a gradient hook meanwhile stays dense; one that was removed is
-    for :func:`~hpc_oialr.method.checks.check_structure`.
+    A weight that was removed is an error of :func:`~hpc_oialr.method.checks.check_structure`.
     """
     shared = shared_weights(model)
     reasons = {
@@ -78,10 +77,10 @@ def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: Opt
 
 
 class FrozenByUser:
-    """Tells weights and cores that a user froze from those whose ``requires_grad`` is only off at the moment.
+    """Whether a user has frozen a weight or core, or ``requires_grad`` is only off at this moment.
 
-    Loops that train two models in turn switch ``requires_grad`` off and on in every step. What was written
-    since the last step is trained; what was not, and has ``requires_grad`` off, is frozen.
+    Loops that train two models in turn switch ``requires_grad`` off and on in every step. A parameter with
+    ``requires_grad`` off is frozen if it was not written since the last step.
     """
 
     def __init__(self, targets: Iterable[TargetWeight]) -> None:
@@ -91,46 +90,46 @@ class FrozenByUser:
         }
 
     def __getstate__(self) -> dict[str, object]:
-        # Identities and versions are of this process's objects.
+        # Ids and versions are those of this process's objects.
         return {**vars(self), "_versions": {}}
 
     def __call__(self, target: TargetWeight) -> bool:
         """Whether the weight or core of a target is frozen."""
-        p = _trained(target)
+        p = trained_parameter(target)
         if p is None or p.requires_grad:
             return False
         return self._versions.get(target.name) in (None, (id(p), p._version))
 
     def waits(self, target: TargetWeight) -> bool:
-        """Whether a weight has been frozen from the start: it becomes low-rank once it is trained."""
+        """Whether a weight has been frozen since OIALR(...); it becomes low-rank once it is trained."""
         return target.name in self._waiting and self(target)
 
     def remember(self, targets: Iterable[TargetWeight]) -> None:
-        """To be called at the end of every step."""
+        """Call this at the end of every step."""
         targets = list(targets)
         self._waiting = {target.name for target in targets if self.waits(target)}
         self._versions = {
             target.name: (id(p), p._version)
             for target in targets
-            if (p := _trained(target)) is not None and not p.requires_grad
+            if (p := trained_parameter(target)) is not None and not p.requires_grad
         }
 
 
-def _trained(target: TargetWeight) -> nn.Parameter | None:
+def trained_parameter(target: TargetWeight) -> nn.Parameter | None:
+    """The weight or core of a target; None if the user has removed it."""
     layer = target.low_rank
-    return target.stored if layer is None else layer.S
+    return target.stored if layer is None else layer._parameters.get("S")
 
 
 def _layout_refusal(target: TargetWeight, engine: Engine) -> Refusal | None:
-    """A DTensor that is not split as the engine splits."""
+    """Refuse a dense DTensor that is not sharded as the engine shards."""
     weight, layout = target.trained, engine.layout
     if target.low_rank is not None or not isinstance(weight, DTensor):
         return None
     if isinstance(layout, Sharded) and list(weight.placements) == list(layout.placements(0)):
         return None
-    return Refusal(
-        f"its weight is a DTensor placed as {weight.placements}, which no engine has made", warn=True
-    )
+    reason = f"its weight is a DTensor placed as {weight.placements}, which no engine has made"
+    return Refusal(reason, warn=True)
 
 
 def _warn_dense(reasons: Mapping[str, str]) -> None:
@@ -146,23 +145,21 @@ def _warn_dense(reasons: Mapping[str, str]) -> None:
 def _warn_of_hooks(targets: Iterable[TargetWeight], optimizer: OptimizerStack) -> None:
     """Warn of hooks that a core will not have, and of optimizers that step a weight in one of them.
 
-    The latter are an error once cores were left untrained while other parameters were trained: see ``foreign_steps.py``.
+    The latter are an error once they have left cores untrained: see ``other_optimizers.py``.
     """
     dense = (target for target in targets if target.low_rank is None)
     weights = {target.name: weight for target in dense if (weight := target.stored) is not None}
     for name, weight in weights.items():
-        stepping = optimizer_in_hooks(weight, optimizer.nodes)
-        if stepping is not None:
+        if (stepping := optimizer_in_hooks(weight, optimizer.nodes)) is not None:
             warnings.warn(
                 f"a hook on the weight of {name} steps a {type(stepping).__name__} of its own in the backward pass: it "
-                "goes on with the dense weight, and the core that takes its place will not be trained, which ends the "
+                "continues with the dense weight, and the core that takes its place will not be trained, which ends the "
                 "run soon after the conversion. Remove the hooks and step one optimizer, made from model.parameters() "
                 "and given to OIALR(...), after backward().",
                 stacklevel=4,
             )
             return
-    hooked = [name for name, weight in weights.items() if accumulation_hooks(weight)]
-    if hooked:
+    if hooked := [name for name, weight in weights.items() if accumulation_hooks(weight)]:
         warnings.warn(
             f"post-accumulate-grad hooks on the weights of {', '.join(hooked)} are not called any more once these "
             "layers are low-rank, since the weight is no parameter then. Register them on layer.S after the "

@@ -1,7 +1,6 @@
-"""The paper's algorithm, slow and obvious: one process, linear layers, plain torch.
+"""Algorithm 1 of arXiv 2401.08505 in plain torch: one process, linear layers, slow and obvious.
 
-Read it beside arXiv 2401.08505, algorithm 1. :class:`hpc_oialr.OIALR` does the same thing fast, on many processes, for
-more layers and optimizers; tests hold it against this file.
+:class:`hpc_oialr.OIALR` does the same fast, on many ranks, for more layers and optimizers; tests compare it with this.
 """
 
 from __future__ import annotations
@@ -12,20 +11,11 @@ from torch.optim import Optimizer
 
 from hpc_oialr.method.config import OIALRConfig
 
-# Optimizer state by what it holds: the gradient's average, or the average of its square.
-FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-SECOND_MOMENTS = ("exp_avg_sq",)
-
 
 class ReferenceLinear(nn.Module):
-    """``y = x (U S Vh)^T + bias``; ``S`` is trained, ``U`` and ``Vh`` are not.
+    """``y = x (U S Vh)^T + bias``; ``S`` and ``bias`` are trained, ``U`` and ``Vh`` are not.
 
-    Parameters
-    ----------
-    U, S, Vh
-        m x r with orthonormal columns, r x r, r x n with orthonormal rows.
-    bias
-        The dense layer's, of m numbers; it is trained on.
+    ``U`` is m x r with orthonormal columns, ``S`` r x r, ``Vh`` r x n with orthonormal rows, ``bias`` the dense layer's.
     """
 
     def __init__(self, U: Tensor, S: Tensor, Vh: Tensor, bias: nn.Parameter | None) -> None:
@@ -58,7 +48,7 @@ class ReferenceOIALR:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Convert at step d; every nu steps from then on, update the layers whose turn it is."""
+        """Convert at step d; every nu steps from then on, update the last layers, a larger share each time."""
         self.t += 1
         since = self.t - self.config.delay
         if since == 0:
@@ -93,17 +83,16 @@ class ReferenceOIALR:
         self._replace(old, layer.S, P.mT, Qh.mT)
 
     def _replace(self, old: Tensor, new: nn.Parameter, left: Tensor, right: Tensor) -> None:
-        """``new`` takes the place of ``old`` in the optimizer; ``new = left old right``, and so do gradients.
+        """Replace ``old`` by ``new`` in the optimizer and transform its state, as ``new = left old right``.
 
-        Averages of gradients follow exactly. Averages of squares follow as if entries were uncorrelated. Step
-        counters stay.
+        Averages of gradients are transformed exactly, averages of squares as if entries were uncorrelated.
         """
         for group in self.optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         state = self.optimizer.state.pop(old, {})
-        for key in state.keys() & FIRST_MOMENTS:
+        for key in state.keys() & {"momentum_buffer", "exp_avg"}:
             state[key] = left @ state[key] @ right
-        for key in state.keys() & SECOND_MOMENTS:
+        for key in state.keys() & {"exp_avg_sq"}:
             state[key] = left.square() @ state[key] @ right.square()
         if state:
             self.optimizer.state[new] = state

@@ -1,4 +1,4 @@
-"""What one measurement, conversion or update did: the record every writer gets."""
+"""What one measurement, conversion or update did."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hpc_oialr.linalg.svd import compute_dtype
 
@@ -20,7 +20,7 @@ Kind = Literal["stability", "conversion", "update"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerUpdate:
-    """One layer's part.
+    """What was done to one layer.
 
     Attributes
     ----------
@@ -31,16 +31,16 @@ class LayerUpdate:
     singular_values
         All values before the cut, descending (fp32, CPU).
     stability
-        Agreement with the basis before; None where there was none.
+        Agreement with the previous basis; None if there is none.
     orthogonality_error_U, orthogonality_error_Vh
         ``||Q^T Q - I||_F / sqrt(r)`` before this update; 0 while dense.
     seconds
         Time of the SVD on a rank that computed it (s); 0 on the others.
     subspace_angle_U, subspace_angle_Vh
-        Largest principal angle between the leading quarters of this basis and of the one before (rad); None
-        where there was none. See :func:`~hpc_oialr.linalg.basis_change.smallest_cosines`.
+        Largest principal angle between the leading quarters of this and the previous basis (rad); None if there is
+        none. See :func:`~hpc_oialr.linalg.basis_change.smallest_cosines`.
     r_factor_distance
-        ``||R' - R||_F / ||R||_F``, R of the weight's QR, R' the new one; None where there was none before, and
+        ``||R' - R||_F / ||R||_F``, with R of the weight's previous QR and R' the new one; None if there is none, and
         once the weight is low-rank.
     """
 
@@ -79,7 +79,7 @@ class UpdateReport:
     bytes_sent
         Bytes broadcast by all ranks together.
     earlier
-        What the same step did before it, e.g. a measurement before a conversion; in this order.
+        What the same step did before, in order, e.g. a measurement before a conversion.
     """
 
     t: int
@@ -110,7 +110,7 @@ _NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
 
 
 class StepReport:
-    """Collects the report of step ``t``: times each part, and counts what it sends to ``size - 1`` other ranks."""
+    """Builds the report of step ``t``: times each part, and counts the bytes sent to ``size - 1`` other ranks."""
 
     def __init__(self, t: int, size: int) -> None:
         self._t, self._receivers = t, size - 1
@@ -118,15 +118,13 @@ class StepReport:
 
     @contextmanager
     def part(self, kind: Kind, targets: Sequence[TargetWeight]) -> Iterator[list[LayerUpdate]]:
-        """Time the block, which adds to the yielded list what it did to each of ``targets``."""
+        """Time the block, which adds a report for each of ``targets`` to the yielded list."""
         start, layers = time.perf_counter(), list[LayerUpdate]()
         yield layers
         width = compute_dtype(targets[0].trained.dtype).itemsize
         sent = sum(map(_NUMBERS_SENT[kind], layers)) * width * self._receivers
-        seconds = time.perf_counter() - start
-        self._parts.append(
-            UpdateReport(t=self._t, kind=kind, layers=tuple(layers), seconds=seconds, bytes_sent=sent)
-        )
+        seconds, done = time.perf_counter() - start, tuple(layers)
+        self._parts.append(UpdateReport(t=self._t, kind=kind, layers=done, seconds=seconds, bytes_sent=sent))
 
     def result(self) -> UpdateReport | None:
         """The last part, with the others as ``earlier``; None if nothing was done."""
@@ -135,25 +133,12 @@ class StepReport:
 
 
 def layer_update(
-    name: str,
-    shape: tuple[int, int],
-    r_before: int,
-    r: int,
-    s: Tensor,
-    seconds: float,
-    **figures: float | None,
+    name: str, shape: tuple[int, int], r_before: int, r: int, s: Tensor, seconds: float, **figures: Any
 ) -> LayerUpdate:
     """The report of a layer whose weight is of this ``shape``; ``figures`` are the other attributes."""
     m, n = shape
     # A copy: a view would keep all factors alive as long as the report.
     values = s.float().cpu().clone()
     return LayerUpdate(
-        name=name,
-        m=m,
-        n=n,
-        r_before=r_before,
-        r=r,
-        singular_values=values,
-        seconds=seconds,
-        **figures,  # type: ignore[arg-type]
+        name=name, m=m, n=n, r_before=r_before, r=r, singular_values=values, seconds=seconds, **figures
     )

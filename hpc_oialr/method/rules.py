@@ -1,4 +1,4 @@
-"""Rules that choose the inner dimension r from a spectrum, their limits, and the spectrum of pure noise."""
+"""Rules that choose the inner dimension r from the singular values, their limits, and the spectrum of noise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hpc_oialr.errors import ConfigError, check_interval
 
-# Least k, and the multiple its r is rounded to. On an H200 in bf16 (768 x 768, k/4) an odd r takes 2 to 6 times the
-# time of its neighbour of a multiple of 16, and 64 fills the tiles; few shapes also mean few recompilations.
+# Smallest k, and the multiple that r is rounded to. On an H200 in bf16 (768 x 768, k/4) an odd r takes 2 to 6 times as
+# long as the next multiple of 16, and 64 fills the tiles; few shapes also mean few recompilations.
 MULTIPLES = ((512, 64), (128, 16), (32, 8))
 
 
@@ -23,12 +23,12 @@ class RankRule(ABC):
 
     @abstractmethod
     def choose(self, s: Tensor, m: int, n: int) -> int:
-        """How many of the values to keep.
+        """How many singular values to keep.
 
         Parameters
         ----------
         s
-            Singular values that are left, descending, on the CPU; at most k = min(m, n).
+            Present singular values, descending, on the CPU; at most k = min(m, n).
         m, n
             Shape of the weight.
         """
@@ -36,7 +36,7 @@ class RankRule(ABC):
 
 @dataclass(frozen=True)
 class RelativeCutoff(RankRule):
-    """The paper's rule: keep ``s_i >= beta s_0``. Hardly cuts early weights of long aspect."""
+    """The paper's rule: keep ``s_i >= beta s_0``. Early in training it hardly cuts weights of large aspect ratio."""
 
     beta: float = 0.1
 
@@ -78,10 +78,10 @@ class Energy(RankRule):
 
 @dataclass(frozen=True)
 class NoiseEdge(RankRule):
-    """Keep what stands above the bulk of noise; independent of the aspect ratio.
+    """Keep singular values above those of noise; independent of the aspect ratio.
 
-    The noise level comes from the median of all k values. Once more than half are cut the bulk is
-    gone, the level is unknown, and nothing further is cut.
+    The noise level comes from the median of all k values. Once more than half are cut it is unknown, and nothing
+    more is cut.
     """
 
     def choose(self, s: Tensor, m: int, n: int) -> int:
@@ -108,7 +108,7 @@ class StableRank(RankRule):
 
 @dataclass(frozen=True)
 class FixedFraction(RankRule):
-    """``r = fraction k`` for every layer; with ``limits.max_drop`` it is reached in steps."""
+    """``r = fraction k`` for every layer, reached in steps of ``limits.max_drop``."""
 
     fraction: float = 0.25
 
@@ -121,7 +121,7 @@ class FixedFraction(RankRule):
 
 
 def _relative(s: Tensor) -> Tensor:
-    """The values over the largest one, whose squares neither overflow nor vanish; all 0 for a zero matrix."""
+    """Values divided by the largest, so that squares neither overflow nor underflow; all 0 for a zero matrix."""
     return s.double() / (float(s[0]) or 1.0)
 
 
@@ -163,11 +163,11 @@ class RankLimits:
             raise ConfigError("limits.round_to", self.round_to, 'must be a positive whole number, or "auto"')
 
     def apply(self, wanted: int, r: int, k: int) -> int:
-        """The new r: what the rule wants, within the limits, never above the present ``r``."""
+        """The new r: ``wanted`` within the limits, never above the present ``r``."""
         multiple = self.multiple(k)
         goal = min(r, _round_up(max(1, wanted, math.ceil(self.min_fraction * k)), multiple))
         least = _round_up(math.ceil(r * (1 - self.max_drop)), multiple)
-        # Rounded up to r itself the cut would never come: at least one multiple an update, as long as more is wanted.
+        # If rounding up gave r itself, r would never shrink: cut at least one multiple.
         return max(goal, least if least < r else (r - 1) // multiple * multiple)
 
     def initial(self, k: int) -> int:
@@ -176,7 +176,7 @@ class RankLimits:
         return min(k, _round_up(least, self.multiple(k)))
 
     def multiple(self, k: int) -> int:
-        """What r of a weight with ``k = min(m, n)`` is a multiple of."""
+        """The multiple that r is rounded to, for ``k = min(m, n)``."""
         if self.round_to != "auto":
             return self.round_to
         return next((multiple for least, multiple in MULTIPLES if k >= least), 1)

@@ -1,4 +1,4 @@
-"""Stability of the bases in the full-rank phase: which layers have settled since the last measurement."""
+"""Stability of the bases in the full-rank phase: how much each layer's basis has changed since its last SVD."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hpc_oialr.method.svd_scheduler import Job, distribute
 
 
 class StabilityTracker:
-    """Measures every dense layer's stability against its last basis.
+    """Measures every dense layer's stability against its previous basis.
 
-    A layer is always measured by the same rank, which alone keeps its last SVD, in host memory, and
-    sends k + 4 values. Where weights are split each rank keeps its rows of ``U`` and columns of ``Vh``.
+    A layer is always measured by the same rank, which alone stores its last SVD, in host memory, and broadcasts k + 4
+    values. Of a sharded weight each rank stores its rows of ``U`` and columns of ``Vh``.
     """
 
     def __init__(self, targets: Sequence[TargetWeight], engine: Engine, threshold: float | None) -> None:
@@ -42,8 +42,14 @@ class StabilityTracker:
     def measure(self, targets: Sequence[TargetWeight]) -> list[LayerUpdate]:
         """Measure these layers, all dense; one report each."""
         require_finite(targets, self.engine)
+        updates: dict[int, LayerUpdate] = {}
         if self.engine.layout.group is not None:
-            return [self._measure_together(target) for target in targets]
+            for i, target in enumerate(targets):
+                start = time.perf_counter()
+                now = SVD(*split_svd(target, self.engine))
+                change = self._change(target, now)
+                updates[i] = self._count(target, now.s, change, time.perf_counter() - start)
+            return list(updates.values())
 
         def job(target: TargetWeight) -> Job:
             def pack(factors: SVD) -> Tensor:
@@ -52,7 +58,6 @@ class StabilityTracker:
             return weight_job(target, self.engine, pack, target.k + len(BasisChange._fields))
 
         owners = [self.owners[target.name] for target in targets]
-        updates: dict[int, LayerUpdate] = {}
         for result in distribute(list(map(job, targets)), self.world, owners=owners):
             target = targets[result.index]
             self.engine.release(target)
@@ -60,13 +65,8 @@ class StabilityTracker:
             updates[result.index] = self._count(target, s, BasisChange(*change.tolist()), result.seconds)
         return [updates[i] for i in sorted(updates)]
 
-    def _measure_together(self, target: TargetWeight) -> LayerUpdate:
-        start = time.perf_counter()
-        now = SVD(*split_svd(target, self.engine))
-        return self._count(target, now.s, self._change(target, now), time.perf_counter() - start)
-
     def _change(self, target: TargetWeight, now: SVD) -> BasisChange:
-        """Since the last SVD, of which this one takes the place."""
+        """The change since the last SVD, which this one replaces."""
         layout, last = self.engine.layout, self._bases.get(target.name)
         self._bases[target.name] = SVD(*(part.cpu().contiguous() for part in now))
         if last is None:
@@ -77,37 +77,32 @@ class StabilityTracker:
         )
 
     def _count(self, target: TargetWeight, s: Tensor, change: BasisChange, seconds: float) -> LayerUpdate:
-        settled = self.threshold is not None and change.stability >= self.threshold
-        self.streaks[target.name] = self.streaks.get(target.name, 0) + 1 if settled else 0
+        stable = self.threshold is not None and change.stability >= self.threshold
+        self.streaks[target.name] = self.streaks.get(target.name, 0) + 1 if stable else 0
         return measured(target.name, target.shape, s, change, seconds)
 
     def forget(self, name: str) -> None:
-        """Drop what is kept of a layer that was converted."""
+        """Free the SVD of a layer that was converted."""
         self._bases.pop(name, None)
         self.streaks.pop(name, None)
 
     def bases(self, targets: Sequence[TargetWeight]) -> dict[str, Tensor]:
-        """All kept bases for a checkpoint, whole or as they are split; a collective call.
-
-        Keys ``NAME.U``, ``NAME.s`` and ``NAME.Vh``.
-        """
+        """All stored bases for a checkpoint, whole or as DTensors: ``NAME.U``, ``NAME.s``, ``NAME.Vh``; collective."""
         kept: dict[str, Tensor] = {}
         known = set().union(*self.world.all_gather_object(set(self._bases)))
         for target in (target for target in targets if target.name in known):
-            for part, tensor in zip(SVD._fields, self._shared(target), strict=True):
-                kept[f"{target.name}.{part}"] = tensor
+            (m, n), k, layout = target.shape, target.k, self.engine.layout
+            dtype, device = compute_dtype(target.weight.dtype), target.weight.device
+            mine = self._bases.get(target.name)
+            parts = mine or (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k,), (k, n)))
+            now = SVD(*(part.to(device) for part in parts))
+            if layout.group is not None:
+                now = SVD(layout.put_rows(now.U, m), now.s, layout.put_columns(now.Vh, n))
+            else:
+                self.world.share(now, src=self.owners[target.name])
+                now = SVD(*(part.cpu() for part in now))
+            kept |= {f"{target.name}.{part}": tensor for part, tensor in now._asdict().items()}
         return kept
-
-    def _shared(self, target: TargetWeight) -> SVD:
-        (m, n), k, layout = target.shape, target.k, self.engine.layout
-        dtype, device = compute_dtype(target.weight.dtype), target.weight.device
-        mine = self._bases.get(target.name)
-        parts = mine or (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k,), (k, n)))
-        sent = SVD(*(part.to(device) for part in parts))
-        if layout.group is not None:
-            return SVD(layout.put_rows(sent.U, m), sent.s, layout.put_columns(sent.Vh, n))
-        self.world.share(sent, src=self.owners[target.name])
-        return SVD(*(part.cpu() for part in sent))
 
     def require(self, bases: dict[str, Tensor] | None, streaks: dict[str, int]) -> None:
         """Raise :class:`ModelError` where the moment of conversion depends on bases that were not given."""
@@ -118,7 +113,7 @@ class StabilityTracker:
             )
 
     def restore(self, bases: dict[str, Tensor], streaks: dict[str, int]) -> None:
-        """Take back what :meth:`bases` gave, whole, in place of what is kept; each rank keeps its own only."""
+        """Replace the stored bases by those of :meth:`bases`, given whole; each rank keeps only its own."""
         self.streaks = dict(streaks)
         self._bases.clear()
         layout, split = self.engine.layout, self.engine.layout.group is not None

@@ -1,4 +1,4 @@
-"""SVDs scheduled over ranks: each rank computes its own, all get all results."""
+"""Schedules SVDs over ranks: each rank computes some of them, and all ranks get all results."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Job:
     """One matrix to factorise, and what is sent of its factors."""
 
     work: LayerWork  # the layer's name and the matrix' shape
-    prepare: Callable[[], Tensor]  # gives the matrix; called on every rank before one of them does the work
-    pack: Callable[[SVD], Tensor]  # makes the result of the factors, one flat tensor; called where they are
+    prepare: Callable[[], Tensor]  # returns the matrix; called on every rank before one of them factorises it
+    pack: Callable[[SVD], Tensor]  # makes the result, one flat tensor, from the factors; called on that rank
     size: int  # of the result
-    like: Tensor  # of the result's device, and of the dtype in which the SVD is computed
+    like: Tensor  # has the result's device and the matrix' dtype
 
 
 @dataclass(frozen=True)
 class Result:
-    """A job's index, its values, and the time they took where they were computed (s; 0 elsewhere)."""
+    """A job's index and values, and the time of the SVD on the rank that computed it (s; 0 on the others)."""
 
     index: int
     values: Tensor
@@ -38,18 +38,17 @@ class Result:
 def distribute(
     jobs: Sequence[Job], world: Peers, *, owners: Sequence[int] | None = None, careful: bool = True
 ) -> Iterator[Result]:
-    """Compute all jobs, distributed by cost, and send every result to all ranks, a round at a time.
+    """Compute all jobs, distributed over ranks by cost, and broadcast every result, a round at a time.
 
-    In a round each rank does at most one task: one matrix, or on a GPU several small ones of one shape. Results are
-    used and freed before the next round. Sends the jobs' results; they have the same bits on any number of CPU
-    ranks.
+    In a round each rank computes at most one matrix, or on a GPU several small ones of one shape. Results are used and
+    freed before the next round. They have the same bits on any number of CPU ranks.
 
-    ``owners`` are the ranks of the jobs; default by longest processing time first. If ``careful``, ranks agree in each
-    round that no job has failed, which waits for a GPU, and raise :class:`NonFiniteError` on every rank if one did.
-    Otherwise what failed is NaN on every rank, and the caller checks.
+    ``owners`` are the jobs' ranks; by default longest processing time first. If ``careful``, ranks check together in each
+    round that no job has failed, which waits for a GPU, and all raise :class:`NonFiniteError` if one did. Otherwise the
+    result of a failed job is NaN on every rank, and the caller checks.
     """
     works = [job.work for job in jobs]
-    # On a CPU a batch would be a loop, and only hold more at a time.
+    # On a CPU a batch would be a loop that only needs more memory.
     batch_numbers = BATCH_NUMBERS if jobs and jobs[0].like.is_cuda else 0
     for tasks in svd_rounds(works, world.size, owners=owners, batch_numbers=batch_numbers):
         mine = next((task for task in tasks if task.rank == world.rank), None)
@@ -78,7 +77,7 @@ def distribute(
 
 
 def _agree(failure: Exception | None, mine: Task | None, jobs: Sequence[Job], world: Peers) -> None:
-    """Raise on every rank if one has failed, so that none waits forever."""
+    """Raise on every rank if a job failed on one, so that none waits forever."""
     failed = 0 if failure is None or mine is None else mine.layers[0] + 1
     flag = world.all_reduce(torch.tensor([failed], device=jobs[0].like.device), op="max")
     if failure is not None:

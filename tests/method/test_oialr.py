@@ -391,10 +391,10 @@ def test_one_report_holds_all_that_a_step_did() -> None:
         oialr.optimizer.zero_grad()
         if late.low_rank is None and step < 8:
             # The last layer settles in the step in which the others are updated.
-            real = oialr._settled
-            oialr._settled = lambda real=real: [t for t in real() if t is not late]  # type: ignore[method-assign]
+            real = oialr._due_for_conversion
+            oialr._due_for_conversion = lambda real=real: [t for t in real() if t is not late]  # type: ignore[method-assign]
             reports[step] = oialr.step()
-            oialr._settled = real  # type: ignore[method-assign]
+            oialr._due_for_conversion = real  # type: ignore[method-assign]
         else:
             reports[step] = oialr.step()
     assert [event.kind for event in reports[4].all] == ["stability", "conversion"]

@@ -1,8 +1,7 @@
 """Collectives of tensor parallelism with their gradients.
 
-A tensor of features (..., n) is *whole* (equal on every rank), a *block* (this rank's columns, split
-as :class:`~hpc_oialr.lowrank.layout.Sharded` splits them) or *partial* (the whole is the sum over ranks).
-Gradients come in the same three states; each function below says which it takes and gives.
+Features (..., n) or their gradient are *whole* (equal on every rank), a *block* (this rank's columns, as in
+:class:`~hpc_oialr.lowrank.layout.Sharded`) or *partial* (to be summed over ranks); each function says which.
 """
 
 from __future__ import annotations
@@ -20,18 +19,12 @@ from hpc_oialr.lowrank.layout import Sharded
 
 
 def reduce_from(x: Tensor, layout: Sharded) -> Tensor:
-    """The whole of a partial ``x``; what follows is the same on every rank, so its gradient is whole.
-
-    One all-reduce of ``x``'s size forward, nothing backward.
-    """
+    """The whole of a partial ``x``; the gradient is whole. One all-reduce of ``x``'s size forward, nothing backward."""
     return _apply(x, _sum, _same, layout, 0)
 
 
 def copy_to(x: Tensor, layout: Sharded) -> Tensor:
-    """A whole ``x`` that each rank uses for a part of the work: its gradients are partial.
-
-    Nothing forward, one all-reduce of ``x``'s size backward.
-    """
+    """A whole ``x`` whose gradient is partial. Nothing forward, one all-reduce of ``x``'s size backward."""
     return _apply(x, _same, _sum, layout, 0)
 
 
@@ -41,7 +34,7 @@ def scatter_to(x: Tensor, layout: Sharded) -> Tensor:
 
 
 def gather_from(x: Tensor, n: int, layout: Sharded) -> Tensor:
-    """The whole (..., n) of blocks ``x``, used in the same way on every rank: an all-gather forward, nothing backward."""
+    """The whole (..., n) of blocks ``x``; the gradient is whole: an all-gather forward, nothing backward."""
     return _apply(x, _gather, _block, layout, n)
 
 
@@ -49,7 +42,7 @@ Operation = Callable[[Tensor, Sharded, int], Tensor]
 
 
 class _Linear(Function):
-    """A linear operation whose transpose is another; the backward pass swaps them, to any order of derivative."""
+    """A linear operation and its transpose, which the backward pass swaps, for derivatives of any order."""
 
     @staticmethod
     def forward(
@@ -83,7 +76,7 @@ def _block(x: Tensor, layout: Sharded, n: int) -> Tensor:
 
 
 def _gather(x: Tensor, layout: Sharded, n: int) -> Tensor:
-    """Blocks travel padded to the largest one, because an all-gather wants equal sizes."""
+    """Blocks are padded to the largest one, because an all-gather needs equal sizes."""
     chunk = -(-n // layout.size)
     x = F.pad(x, (0, chunk - x.shape[-1])).contiguous()
     blocks = x.new_empty(layout.size, *x.shape)

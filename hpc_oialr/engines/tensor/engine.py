@@ -1,4 +1,4 @@
-"""Tensor parallelism: several ranks compute each layer together, from the same samples."""
+"""Tensor parallelism: several ranks compute each layer together, on the same samples."""
 
 from __future__ import annotations
 
@@ -28,28 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class TensorEngine(GroupEngine):
-    """Splits every layer over ``size`` ranks, and splits the batch over groups of that many.
+    """Shards every layer over ``size`` ranks, and the batch over groups of that many.
 
-    Dense weights, ``U`` and ``Vh`` live in blocks as DTensors, with their gradients and their optimizer
-    state; cores, norms, embeddings and biases of whole outputs are whole. A group of ``size`` ranks works
-    on the same samples and holds one model; gradients are averaged over groups after the backward pass.
-
-    Parameters
-    ----------
-    world
-        All ranks; neighbours share a model.
-    size
-        Ranks to a model; a divisor of ``world.size``.
-    bucket_mb
-        Gradients travel joined up to this size (MiB).
+    Dense weights, ``U`` and ``Vh`` are DTensors, with their gradients and optimizer state; cores, norms, embeddings and
+    biases of whole outputs are replicated. Weights that are tied, frozen, parametrized or of unknown kind stay whole and
+    are named in the log. A group of ``size`` neighbouring ranks computes the same samples; gradients are averaged over
+    groups after the backward pass, in buckets of up to ``bucket_mb`` (MiB).
 
     Notes
     -----
     A low-rank layer sends two all-reduces of tokens x r, one forward and one backward, where a dense one sends
-    tokens x width. Between the layers of a pair (see ``pairs``) features stay split; around it they are whole,
-    which costs an all-gather of the output forward and of the input's gradient backward.
-
-    Weights that are tied, frozen, parametrized or of unknown kind stay whole, and are named in the log.
+    tokens x width. Between the layers of a pair (see ``pairs``) features stay sharded; elsewhere they are whole, which
+    costs an all-gather of the output forward and of the input's gradient backward.
     """
 
     layout: Sharded
@@ -67,37 +57,30 @@ class TensorEngine(GroupEngine):
 
     @property
     def data_parallel(self) -> World:
-        """One rank of each group that shares a model."""
+        """One rank of each group."""
         return self._data
 
     replicas = data_parallel  # they hold the same blocks
 
     def place(self, module: nn.Module) -> None:
-        """Send rank 0's values to all, then keep this rank's blocks, in place."""
+        """Send rank 0's values to all, then keep this rank's shards, in place."""
         self.send_initial(module)
         for attention in [m for m in module.modules() if type(m) is nn.MultiheadAttention]:
             unpack(attention)
         targets, left = replaceable(module)
         linear = {target.name: target for target in targets if target.kind in LINEAR}
         found = bridges(module, self.pairs, linear, self.layout.size)
-        takes = {bridge.second for bridge in found}
-        gives = {name for bridge in found for name in bridge.first}
+        before = {name for first, _ in found for name in first}
+        after = {second for _, second in found}
         for target in targets:
-            shard_dense(
-                target, self.layout, input_block=target.name in takes, output_block=target.name in gives
-            )
-        log.info("features stay split before: %s", ", ".join(sorted(takes)) or "no layer")
+            name = target.name
+            shard_dense(target, self.layout, input_block=name in after, output_block=name in before)
+        log.info("features stay split before: %s", ", ".join(sorted(after)) or "no layer")
         if left:
             log.info("left whole: %s", "; ".join(f"{name} ({reason})" for name, reason in left.items()))
 
     def wrap(self, module: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-        """The module itself.
-
-        Raises
-        ------
-        ModelError
-            If :meth:`place` has not split it.
-        """
+        """The module itself; raises :class:`ModelError` if :meth:`place` has not sharded it."""
         if not any(isinstance(m, (ShardedDense, ShardedFactors)) for m in module.modules()):
             raise ModelError(
                 f"{type(module).__name__} has no layer that is split over ranks; call engine.place(model) "
@@ -106,13 +89,13 @@ class TensorEngine(GroupEngine):
         return self.rewrap(module)
 
     def rewrap(self, module: nn.Module) -> nn.Module:
-        """The module itself; the gradients of what it trains now are averaged."""
+        """The module itself; gradients of its present trained parameters are averaged."""
         self._trained = [p for p in module.parameters() if p.requires_grad]
         forget_shapes()
         return module
 
     def _on_replace(self, layer: LowRankWeight) -> None:
-        """See that a layer that has become low-rank computes in blocks."""
+        """Let a layer that has become low-rank compute on its shards."""
         shard_low_rank(layer)
 
     @contextmanager
@@ -132,7 +115,7 @@ class TensorEngine(GroupEngine):
 
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
-        """Scale gradients so that the whole model's 2-norm is at most ``norm``: one all-reduce of one number."""
+        """Scale gradients to a 2-norm of at most ``norm`` over the whole model: one all-reduce of one number."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
@@ -147,10 +130,10 @@ class TensorEngine(GroupEngine):
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], world: World, *, bucket_mb: float = 25.0) -> None:
-    """Replace each gradient by its mean over the ranks of ``world``; of a DTensor's, the local part.
+    """Replace each gradient, of a DTensor its local shard, by its mean over the ranks of ``world``.
 
-    ``parameters`` are in the same order on every rank. One all-reduce of every number, joined up to ``bucket_mb``
-    (MiB), all buckets at once: a copy of the gradients for as long as it takes.
+    ``parameters`` have the same order on every rank. All-reduces of up to ``bucket_mb`` (MiB), all at once: needs a
+    copy of the gradients meanwhile.
     """
     if world.size == 1:
         return

@@ -1,11 +1,9 @@
-"""Layers whose weight is split over ranks: dense and low-rank forms of the same layer, and how a layer becomes one.
+"""Layers whose weight is sharded over ranks, dense and low-rank, and how a layer becomes one.
 
-``nn.Linear`` (weight out x in) holds rows of the weight, that is, a block of its outputs; transformers'
-``Conv1D`` (in x out) a block of its inputs. The low-rank forms are the same for both: a block of the inputs
-times a block of one basis, *one all-reduce of tokens x r*, the whole core, then a block of the other basis.
-Kernels of convolutions are small beside activations: every rank gathers the kernel and computes the whole layer.
-
-Every class is put on a living layer in place of its ordinary one, like the low-rank classes themselves.
+``nn.Linear`` (weight out x in) stores rows of the weight, so a block of its outputs; transformers' ``Conv1D`` (in x out)
+a block of its inputs. The low-rank forms are the same for both: a block of the inputs times a block of one basis, *one
+all-reduce of tokens x r*, the whole core, then a block of the other basis. Kernels of convolutions are small compared
+to activations: every rank gathers the kernel and computes the whole layer. A layer is sharded by changing its class.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ LINEAR = ("Linear", "Conv1D")
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a sharded layer is split, and what its neighbours give and take."""
+    """How a layer is sharded, and its features."""
 
     layout: Sharded
-    input_block: bool  # whether it takes this rank's block of features, or the whole
-    output_block: bool  # whether it gives it
-    dense_class: type[nn.Module]  # when it is neither split nor low-rank
+    input_block: bool  # whether its input is this rank's block of features, or the whole
+    output_block: bool  # whether its output is
+    dense_class: type[nn.Module]  # of the ordinary layer
 
     def __deepcopy__(self, memo: Any) -> ShardSpec:
         return self
@@ -44,14 +42,14 @@ class ShardSpec:
         return x if self.input_block else scatter_to(x, self.layout)
 
     def output(self, y: Tensor, n: int, bias: Tensor | None) -> Tensor:
-        """The output from its block, biased; the bias is stored as the output is."""
+        """The output from its block, plus the bias, which is sharded as the output is."""
         if not self.output_block:
             y = gather_from(y, n, self.layout)
         return y if bias is None else y + local(bias).to(y.dtype)
 
 
 class ShardedDense(nn.Module):
-    """A dense layer with its weight in row blocks; subclasses name the kind of the ordinary layer."""
+    """A dense layer with its weight in row blocks."""
 
     low_rank_attributes: ClassVar[tuple[str, ...]] = ("shard_spec",)
     low_rank_kind: ClassVar[str]
@@ -61,8 +59,8 @@ class ShardedDense(nn.Module):
 class ShardedLinear(ShardedDense, nn.Linear):
     """``y_p = x W_p^T``: each rank computes a block of the outputs from all inputs.
 
-    Forward, an all-gather of the input if it is in blocks, and of the output if it must be whole. Backward,
-    an all-reduce of ``dx`` (tokens x n).
+    Forward, an all-gather of the input if it is in blocks, and of the output if it must be whole. Backward, an
+    all-reduce of ``dx`` (tokens x n).
     """
 
     low_rank_kind = "Linear"
@@ -143,9 +141,8 @@ class ShardedFactors(LowRankWeight):
 def through_core(x: Tensor, down: Tensor, core: Tensor, up: Tensor, layout: Sharded) -> Tensor:
     """``up core (sum_p down_p x_p)``: a block of the outputs from a block of the inputs.
 
-    ``x`` is (..., n_p), ``down`` this rank's r x n_p, ``core`` the whole r x r, ``up`` this rank's m_p x r. Two
-    all-reduces of tokens x r: of ``z = sum_p down_p x_p`` forward, and of the gradient of ``core z``
-    backward. Both are whole afterwards, and so ``dS`` is the same on every rank without more traffic.
+    ``x`` is (..., n_p), ``down`` r x n_p, ``core`` the whole r x r, ``up`` m_p x r. Two all-reduces of tokens x r: of
+    ``z = sum_p down_p x_p`` forward, of the gradient of ``core z`` backward; so ``dS`` is equal on every rank.
     """
     z = reduce_from(F.linear(x, down), layout)
     return F.linear(copy_to(F.linear(z, core), layout), up)
@@ -199,10 +196,7 @@ LOW_RANK: dict[type[LowRankWeight], type[ShardedFactors]] = {
 
 @torch.no_grad()
 def shard_dense(target: TargetWeight, layout: Sharded, *, input_block: bool, output_block: bool) -> None:
-    """Keep this rank's rows of a dense weight that all ranks hold, and of its bias if ``output_block``.
-
-    ``input_block`` and ``output_block`` as in :class:`ShardSpec`.
-    """
+    """Keep this rank's rows of a replicated dense weight, and of its bias if ``output_block``; see :class:`ShardSpec`."""
     layer = target.holder
     spec = ShardSpec(layout, input_block, output_block, type(layer))
     layer.__class__ = DENSE[target.kind]
@@ -216,7 +210,7 @@ def shard_dense(target: TargetWeight, layout: Sharded, *, input_block: bool, out
 
 
 def shard_low_rank(layer: LowRankWeight) -> None:
-    """Let a split layer that was just converted compute in blocks."""
+    """Let a sharded layer that was just converted compute in blocks."""
     twin = LOW_RANK.get(type(layer))
     if twin is not None:
         layer.__class__ = twin

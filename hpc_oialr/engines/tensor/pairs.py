@@ -1,4 +1,4 @@
-"""Layers between which features may stay split: nothing there uses more than one block."""
+"""Pairs of layers between which features may stay sharded, because nothing there mixes features."""
 
 from __future__ import annotations
 
@@ -21,69 +21,47 @@ ELEMENTWISE = (
 class ColumnRowPair:
     """Children of one module, with an element-wise function or attention between them.
 
-    Parameters
-    ----------
-    parent
-        Shell pattern over module names.
-    first
-        Names of the children that give features.
-    second
-        Name of the child that takes them.
-    heads
-        Attribute of the parent with the number of heads, which must not be cut; None: features are independent.
-
-    Notes
-    -----
-    Attention's dropout draws the same mask for each rank's heads.
+    Attention's dropout uses the same mask for each rank's heads.
     """
 
-    parent: str
-    first: tuple[str, ...]
-    second: str
+    parent: str  # shell pattern over module names
+    first: tuple[str, ...]  # the children whose outputs these features are
+    second: str  # the child whose input they are
+    # The parent's attribute with the number of heads, none of which may be split; None: features are independent.
     heads: str | None = None
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """One place of a model where features stay split: full names of the layers before and after."""
-
-    first: tuple[str, ...]
-    second: str
-    heads: int = 0
 
 
 def bridges(
     model: nn.Module, pairs: Sequence[ColumnRowPair], targets: Mapping[str, TargetWeight], size: int
-) -> list[Bridge]:
-    """Where features can stay split into ``size`` equal blocks between the split linear layers ``targets``.
+) -> list[tuple[tuple[str, ...], str]]:
+    """Where features can stay sharded into ``size`` equal blocks: names of the layers before, and of the layer after.
 
-    ``pairs`` is what is known of the model; ``nn.Sequential(linear, element-wise, linear)`` is found without.
+    All are among the sharded linear layers ``targets``. ``pairs`` are the model's known ones; pairs in
+    ``nn.Sequential(linear, element-wise, linear)`` are found by themselves.
     """
-    found: list[Bridge] = []
+    found: list[tuple[tuple[str, ...], str, int]] = []
     for pair in pairs:
         for name, module in model.named_modules():
             if fnmatchcase(name, pair.parent):
                 first = tuple(f"{name}.{child}" for child in pair.first)
                 heads = 0 if pair.heads is None else getattr(module, pair.heads, 1)
-                found.append(Bridge(first, f"{name}.{pair.second}", heads))
+                found.append((first, f"{name}.{pair.second}", heads))
     for name, module in model.named_modules():
         if type(module) is nn.Sequential:
             children = module.named_children()
             prefix = f"{name}." if name else ""
             row = [prefix + child for child, layer in children if not isinstance(layer, ELEMENTWISE)]
-            found += [Bridge((before,), after) for before, after in pairwise(row)]
+            found += [((before,), after, 0) for before, after in pairwise(row)]
+    features = {
+        name: target.shape if target.kind == "Conv1D" else target.shape[::-1]
+        for name, target in targets.items()
+    }  # inputs and outputs
 
-    def fits(bridge: Bridge) -> bool:
-        if not targets.keys() >= {*bridge.first, bridge.second}:
+    def fits(first: tuple[str, ...], second: str, heads: int) -> bool:
+        if not targets.keys() >= {*first, second}:
             return False
-        width = features(targets[bridge.second])[0]
-        equal = all(features(targets[name])[1] == width for name in bridge.first)
-        return equal and width % size == 0 and bridge.heads % size == 0
+        width = features[second][0]
+        equal = all(features[name][1] == width for name in first)
+        return equal and width % size == 0 and heads % size == 0
 
-    return [bridge for bridge in found if fits(bridge)]
-
-
-def features(target: TargetWeight) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    m, n = target.shape
-    return (m, n) if target.kind == "Conv1D" else (n, m)
+    return [(first, second) for first, second, heads in found if fits(first, second, heads)]

@@ -1,4 +1,4 @@
-"""Notices that another optimizer trains what the given one should, and that none trains the cores."""
+"""Detects that another optimizer trains the weights, or that no optimizer trains the cores."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.marks import optimizer_in_hooks
 from hpc_oialr.method.engine import Engine
+from hpc_oialr.method.participants import trained_parameter
 from hpc_oialr.optim.core_lr import CoreLearningRate
 
-# One such step may be a weight clipped in a step that a GradScaler skipped.
+# Steps in a row that only other optimizers made. One may be a weight clipped in a step that a GradScaler skipped.
 PATIENCE = 3
-# Steps in a row in which no core has moved though all have gradients.
+# Steps in a row in which no core has changed though all have gradients.
 IDLE = 4
 
 
-class ForeignSteps:
-    """Compares who wrote into the trained weights and cores with who has stepped.
+class OtherOptimizers:
+    """Compares writes to the trained weights and cores with the steps of the optimizer given to the controller.
 
-    An optimizer that is replaced in the middle of a run, or one for each parameter in backward hooks, trains with the
-    rates of dense weights, and keeps the old parameters when shapes change. One that keeps its parameters
-    out of sight, such as in a closure, continues with the dense weights and leaves the cores as they are.
+    An optimizer made anew during a run, or one per parameter in backward hooks, uses the rates of dense weights, and
+    keeps the old parameters when shapes change. One that hides its parameters, e.g. in a closure, continues to step
+    the dense weights and never the cores.
 
-    ``core_lr`` counts the steps of the optimizer given to the controller; nothing is compared where the ``engine`` steps
-    an optimizer of its own.
+    ``core_lr`` counts the given optimizer's steps. Nothing is compared if the ``engine`` steps an optimizer of its own.
     """
 
     def __init__(self, core_lr: CoreLearningRate, engine: Engine) -> None:
@@ -40,15 +40,15 @@ class ForeignSteps:
         self._rest: dict[int, int] = {}
         self._idle = 0
         self._values: dict[nn.Parameter, Tensor] = {}
-        # Calls in all, those in a row before which only others had stepped, and those before which they wrote everything.
-        self._calls = self._foreign = self._wholly = 0
+        # Calls in all; in a row after steps of others only; after others had written every weight.
+        self._calls = self._others_only = self._all_written = 0
 
     def __getstate__(self) -> dict[str, object]:
-        # Identities and versions are of this process's objects.
+        # Ids and versions are those of this process's objects.
         return {**vars(self), "_versions": {}, "_rest": {}, "_idle": 0, "_values": {}}
 
     def check(self, targets: Iterable[TargetWeight]) -> None:
-        """Raise :class:`ModelError` after :data:`PATIENCE` calls in a row before which only others have stepped."""
+        """Raise :class:`ModelError` after :data:`PATIENCE` calls in a row before which only others stepped."""
         if self._off:
             return
         self._warn_of_lists()
@@ -58,42 +58,42 @@ class ForeignSteps:
         written = [self._versions.get(key, version) != version for key, version in versions.items()]
         self._calls += 1
         if self._core_lr.steps != self._steps:
-            self._foreign = 0
+            self._others_only = 0
         elif any(written):
-            self._foreign += 1
-            self._wholly += all(written)
-        if self._foreign >= PATIENCE:
+            self._others_only += 1
+            self._all_written += all(written)
+        if self._others_only >= PATIENCE:
             self._refuse()
         self._steps, self._versions = self._core_lr.steps, versions
 
     def check_conversion(self, targets: Iterable[TargetWeight], optimizers: Sequence[Any]) -> None:
-        """Raise :class:`ModelError` if only others have trained since the start: no core shall miss a step.
+        """Raise :class:`ModelError` if only others have trained since the start, so that no core misses a step.
 
-        Those that step a weight in a hook have been named in a warning; they are stopped by :meth:`check`.
+        Optimizers in hooks have been named in a warning, and :meth:`check` raises for them.
         """
-        if self._core_lr.steps == 0 and 0 < self._wholly == self._calls:
+        if self._core_lr.steps == 0 and 0 < self._all_written == self._calls:
             weights = [target.stored for target in targets]
             if not any(w is not None and optimizer_in_hooks(w, optimizers) is not None for w in weights):
                 self._refuse()
 
     def _refuse(self) -> NoReturn:
-        times = "time" if self._foreign == 1 else "times"
+        times = "time" if self._others_only == 1 else "times"
         raise ModelError(
-            f"the weights were changed {self._foreign} {times} while the optimizer given to OIALR(...) did not step: "
-            "another optimizer trains them (one made anew, or one in backward hooks), which would go on with dense "
+            f"the weights were changed {self._others_only} {times} while the optimizer given to OIALR(...) did not step: "
+            "another optimizer trains them (one made anew, or one in backward hooks), which would continue with dense "
             "weights and rates. Step the given optimizer, or make a new OIALR(...) with the one that is stepped."
         )
 
     def forget(self) -> None:
-        """To be called when values are loaded."""
+        """Call this when values are loaded."""
         self._versions = {}
 
     def remember(self, targets: Iterable[TargetWeight]) -> None:
-        """To be called when the method itself has written."""
+        """Call this after the method itself has written."""
         self._versions, self._values = _versions(targets), {}
 
     def _warn_of_lists(self) -> None:
-        """A list of parameters that was made before a change, for clipping or decay say, has no cores in it."""
+        """Warn of lists of parameters, e.g. for clipping or decay, made before a change: they contain no cores."""
         replaced = self._core_lr.replaced
         if any(each() is not None for each in replaced):
             gc.collect()  # of a deleted optimizer, as in a run that is resumed in the same process
@@ -116,8 +116,8 @@ class ForeignSteps:
             )
 
     def _check_idle(self, targets: Iterable[TargetWeight], versions: dict[int, int]) -> None:
-        held = [target.low_rank._parameters.get("S") for target in targets if target.low_rank is not None]
-        cores = {S for S in held if isinstance(S, nn.Parameter)}
+        held = [trained_parameter(target) for target in targets if target.low_rank is not None]
+        cores = {S for S in held if S is not None}
         due = {S for S in cores if S.requires_grad and (S.grad is not None or S in self._core_lr.due)}
         self._core_lr.due.clear()
         rest = {id(p): p._version for p in self._core_lr.parameters() if p not in cores}
@@ -126,7 +126,7 @@ class ForeignSteps:
         if any(self._versions.get(id(S)) != versions.get(id(S)) for S in cores):
             self._idle = 0
         elif due and others:
-            # Versions do not tell of what is written through ``.data``.
+            # Writes through ``.data`` do not change versions.
             values = {S: self._stored(S) for S in due}
             if not all(S in values and torch.equal(values[S], old) for S, old in self._values.items()):
                 self._idle = 0
@@ -148,7 +148,5 @@ def _is_of_wrapper(container: Any) -> bool:
 
 
 def _versions(targets: Iterable[TargetWeight]) -> dict[int, int]:
-    """How often each weight or core has been written; a weight that its user took away is left out."""
-    layers = ((target, target.low_rank) for target in targets)
-    held = [target.stored if layer is None else layer._parameters.get("S") for target, layer in layers]
-    return {id(p): p._version for p in held if isinstance(p, nn.Parameter)}
+    """How often each weight or core has been written; weights that the user removed are left out."""
+    return {id(p): p._version for target in targets if (p := trained_parameter(target)) is not None}
