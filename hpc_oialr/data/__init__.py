@@ -1,4 +1,4 @@
-"""Data sets in global batches that are the same for any number of processes and after a resume."""
+"""Data sets in global batches that are the same for any number of ranks and after a resume."""
 
 from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits
 from hpc_oialr.data.batches import GlobalBatches

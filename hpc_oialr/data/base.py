@@ -1,4 +1,4 @@
-"""The interface of data sets: whole batches by index, a config that builds them, and their random numbers.
+"""The interface of data sets: batches by index, a config that builds them, and their random numbers.
 
 Random numbers are a pure function of (seed, epoch, sample): there is no state to save or to synchronise.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.linalg.splitmix import INCREMENT, mix, shift_right, signed
 
 Batch = dict[str, Tensor]
@@ -49,7 +49,7 @@ class CounterRNG:
 
 
 def fixed_order(n: int) -> Tensor:
-    """A random order of ``range(n)`` that is the same for every seed of a run: for the parts of a data set."""
+    """A random order of ``range(n)``, the same for every seed: for the parts of a data set."""
     return CounterRNG(seed=0).permutation(n)
 
 
@@ -118,13 +118,7 @@ class DataConfig(ABC):
             raise ConfigError("data.limit", self.limit, "must be at least 1", fix=fix)
 
     def build(self) -> Splits:
-        """Load, check and split the data, and cut the training part to ``limit``.
-
-        Raises
-        ------
-        DataError
-            A file is missing, damaged or has another format; the message says how to get it.
-        """
+        """Load, check and split the data, and cut the training part to ``limit``; DataError if a file is damaged."""
         splits = self._load()
         return splits if self.limit is None else replace(splits, train=splits.train.take(self.limit))
 
@@ -135,8 +129,7 @@ class DataConfig(ABC):
 def check_fractions(validation: float, test: float) -> None:
     """Raise :class:`ConfigError` unless both fractions lie in [0, 1) and leave something to train on."""
     for name, value in (("validation_fraction", validation), ("test_fraction", test)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"data.{name}", value, "must lie in [0, 1)")
+        check_interval(f"data.{name}", value, 0, 1, closed=(True, False))
     if validation + test >= 1:
         names = "data.validation_fraction + data.test_fraction"
         raise ConfigError(names, validation + test, "must leave a part to train on, i.e. lie below 1")

@@ -1,4 +1,4 @@
-"""Global batches: the same for 1, 2 or 4 processes, and after a resume."""
+"""Global batches: the same for any number of ranks, and after a resume."""
 
 from __future__ import annotations
 
@@ -17,33 +17,25 @@ from hpc_oialr.errors import ConfigError, SampleError
 
 @dataclass(eq=False)
 class GlobalBatches:
-    """Distributes a data set over processes in global batches.
+    """Distributes a data set over ranks in global batches.
 
-    The order of an epoch is a pure function of (seed, epoch). Rank p of P gets slice p of every global
-    batch; the slices joined in the order of ranks are the global batch, whatever P is.
+    The order of an epoch is a pure function of (seed, epoch). Rank p of P gets slice p of every global batch; the
+    slices joined in the order of ranks are the global batch, for any P.
 
     Parameters
     ----------
     dataset, global_batch
-        The samples, and how many of them make a step over all processes.
+        The samples, and how many of them make a step over all ranks.
     world_rank, world_size
-        This process and the number of processes.
+        This rank and the number of ranks.
     seed
         Seed of the order and of the augmentation.
-    shuffle
-        True: a new order each epoch, with augmentation (training). False: the order of the data set, without
-        augmentation (evaluation).
-    drop_last
-        Leave out the tail of an epoch that does not fill a global batch. If kept, it is sliced as evenly as
-        possible: in evaluation a process may then have one batch fewer than another.
+    training
+        True: a new order each epoch, with augmentation, without the samples at the end that fill no global batch.
+        False: all samples in the order of the data set; the last batch is sliced as evenly as possible, and a rank
+        may have one batch fewer than another.
     num_workers, pin_memory
         Processes that prepare batches, 0 is best for arrays in memory; pinned memory, for copies to a GPU.
-
-    Raises
-    ------
-    ConfigError
-        The global batch is not a multiple of the world size or larger than the data set, or a kept tail cannot be
-        distributed evenly in training.
     """
 
     dataset: ArrayDataset
@@ -52,37 +44,29 @@ class GlobalBatches:
     world_rank: int = 0
     world_size: int = 1
     seed: int
-    shuffle: bool
-    drop_last: bool
+    training: bool
     num_workers: int = 0
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
-        size, n = self.world_size, len(self.dataset)
-        check_shares(self.global_batch, size)
-        if n == 0 or (self.drop_last and self.global_batch > n):
+        check_shares(self.global_batch, self.world_size)
+        n = len(self.dataset)
+        if n == 0 or (self.training and self.global_batch > n):
             rule = f"must not exceed the {n} samples of the data set"
             raise ConfigError("global_batch", self.global_batch, rule)
-        tail = n % self.global_batch
-        if self.shuffle and not self.drop_last and tail % size:
-            rule = f"the last {tail} of {n} samples cannot be distributed evenly over {size} processes"
-            raise ConfigError("drop_last", False, rule, fix="Set it to true.")
 
     def __len__(self) -> int:
         """Global batches in an epoch."""
         full, tail = divmod(len(self.dataset), self.global_batch)
-        return full if self.drop_last or not tail else full + 1
+        return full if self.training or not tail else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's slices of the global batches of one epoch, from the ``start``-th on.
-
-        ``start`` is the step within the epoch to resume from. Torch's global generator is not touched.
-        """
+        """This rank's slices of an epoch's global batches, from step ``start`` on; torch's generator is not used."""
         n, rng = len(self.dataset), CounterRNG(self.seed, epoch)
         loader = DataLoader(
-            _SliceDataset(self.dataset, rng if self.shuffle else None),
+            _SliceDataset(self.dataset, rng if self.training else None),
             batch_size=None,
-            sampler=self._slices(rng.permutation(n) if self.shuffle else torch.arange(n), start),
+            sampler=self._slices(rng.permutation(n) if self.training else torch.arange(n), start),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_ignore_signals,
@@ -103,7 +87,7 @@ class GlobalBatches:
 
 
 def check_shares(global_batch: int, size: int) -> None:
-    """Raise :class:`ConfigError` unless a global batch can be distributed evenly over ``size`` processes."""
+    """Raise :class:`ConfigError` unless a global batch can be distributed evenly over ``size`` ranks."""
     if global_batch < 1 or global_batch % size:
         rule = f"must be a positive multiple of the world size, which is {size}"
         fix = f"Nearest that fits: {max(1, round(global_batch / size)) * size}."
@@ -111,7 +95,7 @@ def check_shares(global_batch: int, size: int) -> None:
 
 
 class _SliceDataset(Dataset[Batch | SampleError]):
-    """Lets the DataLoader ask for a whole slice at once."""
+    """Indexed by a whole slice, so that the DataLoader need not collate."""
 
     def __init__(self, dataset: ArrayDataset, rng: CounterRNG | None) -> None:
         self.dataset, self.rng = dataset, rng
@@ -125,6 +109,6 @@ class _SliceDataset(Dataset[Batch | SampleError]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A job's warning signals and Ctrl-C go to every process; only the trainer answers them."""
+    """A job's warning signals and Ctrl-C reach every process; only the trainer handles them."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

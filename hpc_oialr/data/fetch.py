@@ -1,4 +1,4 @@
-"""Data sets that can be fetched: their files, checksums and sources, and the cache that holds them."""
+"""Data sets that can be fetched: files, checksums and sources; the cache."""
 
 from __future__ import annotations
 
@@ -41,18 +41,16 @@ def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
     try:
         return (Path(shared) if shared else Path.home() / ".cache") / "hpc_oialr"
     except RuntimeError:
-        raise DataError(
-            "there is no folder for data: HOME is not set, and this user has no entry that names one. Set "
-            "OIALR_DATA to a folder."
-        ) from None
+        reason = "HOME is not set, and this user has no entry that names one"
+        raise DataError(f"there is no folder for data: {reason}. Set OIALR_DATA to a folder.") from None
 
 
 @dataclass(frozen=True)
 class FetchableDataset:
     """A data set that ``oialr data fetch`` gets, from the first of its sources that has it.
 
-    ``files`` has for each file its accepted sha256 checksums, or its size in bytes where a checked archive vouches for
-    the content. Without any, the source vouches for everything, and the folder must only not be empty.
+    ``files`` gives the accepted sha256 checksums of each file, or its size in bytes if it comes from an archive that
+    is checked. Without files, nothing is checked, but the folder must not be empty.
     """
 
     name: str  # on the command line, and of its folder in the cache
@@ -61,7 +59,7 @@ class FetchableDataset:
     option: str = "data_dir"  # the setting of a recipe that names the folder
 
     def fault(self, folder: Path) -> str | None:
-        """What is missing or damaged in a folder; None if it holds the data set."""
+        """What is missing or damaged in a folder; None if the data set is complete."""
         if not self.files and not any(file.is_file() for file in folder.rglob("*")):
             return f"{folder} holds no files"
         for name, accepted in self.files.items():
@@ -76,7 +74,7 @@ class FetchableDataset:
         return None
 
     def find(self, places: Sequence[Path]) -> Path:
-        """The first of some folders that has all files, whose content is not checked; :class:`DataError` if none."""
+        """The first folder that has all files, without a check of their content; :class:`DataError` if none."""
         looked = []
         for place in places:
             missing = [name for name in self.files if not (place / name).is_file()]
@@ -87,20 +85,20 @@ class FetchableDataset:
         raise DataError(f"{self.name} is not here; looked in {'; '.join(looked)}. {self.fix}")
 
     def read(self, path: Path) -> bytes:
-        """Content of one of the files, checked where its checksum is known."""
+        """Content of one of the files, with its checksum verified if known."""
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}. {self.fix_damage}") from error
-        accepted, found = self.files[path.name], hashlib.sha256(content).hexdigest()
-        if not isinstance(accepted, int) and found not in accepted:
+        accepted = self.files[path.name]
+        if not isinstance(accepted, int) and (found := hashlib.sha256(content).hexdigest()) not in accepted:
             what = f"expected sha256 {' or '.join(accepted)}, found {found}"
             raise DataError(f"{path} is damaged: {what}. {self.fix_damage}")
         return content
 
     @property
     def fix(self) -> str:
-        """What to do when it is missing."""
+        """What to do if it is missing."""
         return (
             f"Run `oialr data fetch {self.name}` where there is internet (on a cluster: the login node); "
             f"for a folder other than the default one, pass --data.{self.option} or set OIALR_DATA."
@@ -108,7 +106,7 @@ class FetchableDataset:
 
     @property
     def fix_damage(self) -> str:
-        """What to do when a file is damaged."""
+        """What to do if a file is damaged."""
         return f"Delete it and get it again. {self.fix}"
 
 
@@ -195,25 +193,17 @@ def describe(name: str) -> FetchableDataset:
 
 
 def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False) -> Path:
-    """Fetch a data set, unless this machine has an undamaged copy.
+    """Fetch a data set, unless this machine has an undamaged copy; returns the folder of its files.
 
     Parameters
     ----------
     name
-        E.g. ``"fashion-mnist"``.
+        E.g. ``"fashion-mnist"``; UnknownNameError lists the valid ones.
     data_dir
-        Folder that holds the files already, or in which a folder ``name`` is made for them; default the cache.
+        Folder with the files, or in which a folder ``name`` is made for them; default the cache. DataError if no
+        source delivers, OutputError if it has other files of these names.
     force
         Replace damaged files in ``data_dir`` too; those in the cache always are.
-
-    Returns
-    -------
-    The folder of the files.
-
-    Raises
-    ------
-    UnknownNameError, DataError, OutputError
-        No such data set; no source could deliver; ``data_dir`` has other files of these names.
     """
     dataset = describe(name)
     if data_dir is None:
@@ -225,7 +215,7 @@ def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False)
 
 
 def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -> Path:
-    """Fetch into ``root/name``, from the first source that has it; the files are checked before they get there.
+    """Fetch into ``root/name`` from the first source that has it; files are checked first.
 
     Other files there stay; without ``replace``, damaged ones of the same names are an error.
     """
@@ -241,9 +231,8 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"cannot write to {root}: {error.strerror}. Name another folder, or set OIALR_DATA."
-        ) from error
+        fix = "Name another folder, or set OIALR_DATA."
+        raise DataError(f"cannot write to {root}: {error.strerror}. {fix}") from error
     tried = []
     for source in dataset.sources:
         log.info("%s: trying %s", dataset.name, source.title)
@@ -274,7 +263,7 @@ def _put_in_place(dataset: FetchableDataset, new: Path, target: Path) -> None:
             new.replace(target)
             return
         except OSError:
-            # Another process may have put its own copy there meanwhile; then that one serves.
+            # Another process may have put its own copy there; then that one is used.
             if dataset.fault(target) is None:
                 return
             raise

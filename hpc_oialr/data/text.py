@@ -1,4 +1,4 @@
-"""A byte-level corpus from a folder of text files: vocabulary 256, nothing to train or download."""
+"""A byte-level corpus from a folder of text files: vocabulary 256, no tokenizer."""
 
 from __future__ import annotations
 
@@ -85,10 +85,8 @@ class TextFolder(DataConfig):
             raise DataError(f"text folder {folder} does not exist. {fix}")
         found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
         if not found:
-            raise DataError(
-                f"text folder {folder} has no file named {' or '.join(self.patterns)}. "
-                "Set data.path or data.patterns."
-            )
+            names, fix = " or ".join(self.patterns), "Set data.path or data.patterns."
+            raise DataError(f"text folder {folder} has no file named {names}. {fix}")
         return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
     def _load(self) -> Splits:

@@ -18,10 +18,7 @@ from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Spl
 from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
-PARTS = ("training", "validation", "test")
-
-
-# Of one series a list for each value column, NaN where empty, and times without zone, if it has them.
+# Of one series a list for each value column, NaN if empty, and times without zone, if there is a time column.
 SeriesTable = tuple[list[list[float]], list[datetime]]
 
 
@@ -85,7 +82,7 @@ class Series:
 
 
 class SeriesWindows(ArrayDataset):
-    """Windows of ``past`` and ``future`` steps that begin at ``starts`` of each series; only a batch is copied."""
+    """Windows of ``past`` and ``future`` steps from ``starts`` of each series on; only batches are copied."""
 
     def __init__(self, series: Sequence[Series], starts: Sequence[range], *, past: int, future: int) -> None:
         self.series, self.past = tuple(series), past
@@ -116,8 +113,8 @@ class SeriesWindows(ArrayDataset):
         features = self._age.expand(len(starts), -1, -1)
         if self._calendar is not None:
             features = torch.cat((self._calendar[starts], features), dim=2)
-        arrays = {"values": self._values[starts], "observed_mask": self._observed[starts]}
-        arrays["time_features"] = features
+        values, mask = self._values[starts], self._observed[starts]
+        arrays = {"values": values, "observed_mask": mask, "time_features": features}
         past = {f"past_{name}": array[:, : self.past] for name, array in arrays.items()}
         return past | {f"future_{name}": array[:, self.past :] for name, array in arrays.items()}
 
@@ -253,16 +250,16 @@ class TimeSeriesCSV(DataConfig):
         return test_at - round(self.validation_fraction * steps), test_at, steps
 
     def _windows(self, path: Path, series: Sequence[Series], part: int) -> SeriesWindows:
-        """All windows whose future lies within one of PARTS."""
+        """All windows whose future lies in part 0, 1 or 2: training, validation or test."""
         starts = []
         for one in series:
             edges = (0, *one.bounds, len(one.values))
             first = max(0, edges[part] - self.past_length)
             starts.append(range(first, max(first, edges[part + 1] - self.past_length - self.horizon + 1)))
         if not any(starts):
-            longest = max(len(one.values) for one in series)
+            longest, name = max(len(one.values) for one in series), ("training", "validation", "test")[part]
             raise DataError(
-                f"{path} is too short: its longest series has {longest} steps, and its {PARTS[part]} part no room "
+                f"{path} is too short: its longest series has {longest} steps, and its {name} part no room "
                 f"for a window of {self.past_length} past and {self.horizon} future steps. "
                 "Lower data.context_length, data.lags_sequence or data.horizon, or change the fractions."
             )

@@ -1,8 +1,8 @@
-"""What a checkpoint holds: a run's whole state, saved and loaded bit for bit.
+"""What a checkpoint contains: the whole state of a run, saved and loaded bit for bit.
 
 Model, optimizer, method and random generators are tensors under ``model.``, ``optimizer.``, ``oialr.`` and ``rng.``,
-the rest is ``state.json``; :mod:`hpc_oialr.train.checkpoint_store` writes both. Optimizer state goes by parameter
-name, so that it does not depend on order, process or engine.
+the rest is ``state.json``; :mod:`hpc_oialr.train.checkpoint_store` writes both. Optimizer state is stored by parameter
+name, independent of order, rank and engine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.run_context import RunContext, seed_process
 from hpc_oialr.train.same_run import require_same_data, require_same_model, require_settings, stored
 from hpc_oialr.train.timing import Timers
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass
@@ -45,10 +43,10 @@ def save(
     timers: Timers,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint with the settings it is of; a collective call.
+    """Write a checkpoint; a collective call.
 
-    Wrapper and buffers are left as a resumed run finds them, so that both continue with the same bits, as far as
-    the device allows: on GPUs DDP reorders its buckets in the step after it was made.
+    Wrapper and buffers are left as in a resumed run, so that both continue with the same bits, as far as the device
+    allows: on GPUs DDP reorders its buckets in the step after it was made.
     """
     world, engine, module = context.world, context.engine, context.module
     context.share_buffers()
@@ -89,10 +87,10 @@ def save(
 def load(
     store: CheckpointStore, step: int, context: RunContext, timers: Timers, settings: Mapping[str, Any]
 ) -> Progress:
-    """Load the checkpoint of ``step`` into a fresh run; returns where the run stands.
+    """Load the checkpoint of ``step`` into a new run; returns its progress.
 
-    CheckpointError if it is of a run with other settings, on other data, or of another model; ModelError if its
-    low-rank layers are not among those the settings select.
+    CheckpointError if it is of a run with other settings, other data, or another model; ModelError if its low-rank
+    layers are not among those the settings select.
     """
     state, where = store.read_state(step), str(store.path(step))
     require_settings(state, settings, where)
@@ -101,13 +99,10 @@ def load(
     module, optimizer = context.module, context.optimizer
     context.controller.load_state_dict(state["controller"], store.read(step, "oialr."))
     with torch.no_grad():
-        here = context.engine.model_tensors(module)
-        store.read_into(step, {f"model.{name}": t for name, t in here.items()})
-    # Each process reads what it stores: moments are sharded as their parameters are.
-    prefix = "optimizer."
-    held = {k.removeprefix(prefix): v for k, v in store.metadata(step).items() if k.startswith(prefix)}
-    tensors = _empty_state(module, held)
-    store.read_into(step, {f"{prefix}{name}": t for name, t in tensors.items()})
+        store.read_into(step, context.engine.model_tensors(module), "model.")
+    # Each rank reads its shards: moments are sharded as their parameters are.
+    tensors = _empty_state(module, store.metadata(step, "optimizer."))
+    store.read_into(step, tensors, "optimizer.")
     load_optimizer(module, optimizer, tensors, state["optimizer"])
     context.engine.scatter_state(module, optimizer)
     context.rates.load_state_dict(state["rates"])
@@ -126,7 +121,7 @@ def _samples(context: RunContext) -> dict[str, int]:
 
 
 def _restore_generators(states: Mapping[str, Tensor], world: World) -> bool:
-    """False if this process's generators were not stored."""
+    """Returns False if this rank's generators were not stored."""
     cpu, cuda = f"{world.rank}.cpu", f"{world.rank}.cuda"
     if cpu not in states or (world.device.type == "cuda" and cuda not in states):
         return False
@@ -136,14 +131,12 @@ def _restore_generators(states: Mapping[str, Tensor], world: World) -> bool:
     return True
 
 
-# -- the optimizer's state -----------------------------------------------------------------------
-
-
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state's tensors as ``NAME.KEY``, and the rest as plain values for JSON.
 
     The rest is ``{"groups": [...], "values": {NAME: {KEY: value}}}``, with each group's options and names.
     """
+    plain = (bool, int, float, str, type(None))
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -158,17 +151,17 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
         options = {}
         for key, value in group.items():
             items = value if isinstance(value, list | tuple) else [value]
-            if key != "params" and all(isinstance(item, _PLAIN) for item in items):
+            if key != "params" and all(isinstance(item, plain) for item in items):
                 options[key] = list(value) if isinstance(value, tuple) else value
         groups.append({"names": [names[p] for p in group["params"]], "options": options})
     return tensors, {"groups": groups, "values": values}
 
 
-def _empty_state(model: nn.Module, held: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-    """Tensors for a checkpoint to fill: state of a parameter's shape is sharded as it is, the rest on the CPU."""
+def _empty_state(model: nn.Module, kinds: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+    """Empty tensors to read into: state of a parameter's shape is sharded like the parameter, the rest on the CPU."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     tensors = {}
-    for name, (shape, dtype) in held.items():
+    for name, (shape, dtype) in kinds.items():
         parameter = parameters.get(name.rpartition(".")[0])
         if isinstance(parameter, DTensor) and parameter.shape == shape:
             tensors[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written as a draft, checksummed, renamed; damaged ones are skipped.
 
-A checkpoint is a folder ``RUN/checkpoints/step_00000123`` of safetensors files (torch.distributed.checkpoint, every
-process its share), ``state.json`` and ``manifest.json`` with the sha256 of all others. Nothing in it is pickled.
+A checkpoint is a folder ``RUN/checkpoints/step_00000123`` of safetensors files (torch.distributed.checkpoint, one or
+more per rank), ``state.json`` and ``manifest.json`` with the sha256 of all others. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, the last ``keep`` of them. All methods but :meth:`steps` are collective calls.
+    """The last ``keep`` checkpoints of one run. All methods but :meth:`steps` are collective calls.
 
-    ``lost`` returns why nothing may be written there any more, "" as long as it may; rank 0 is asked.
+    ``lost`` returns why nothing may be written there any more, "" if it may; called on rank 0.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class CheckpointStore:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write one checkpoint; it exists only once it is complete and on the disk.
+        """Write one checkpoint; it appears only when complete and on disk.
 
-        What all processes hold under one name is written once, DTensors as their shards. ``state`` is the rest, fit
-        for JSON, of rank 0. On all processes CheckpointError if one cannot write, earlier checkpoints stay;
-        FolderLostError if the run's folder is gone, or taken by another process.
+        A tensor that all ranks have is written once, DTensors as their shards. ``state`` is the rest, fit for JSON,
+        from rank 0. On all ranks CheckpointError if one cannot write (earlier checkpoints stay), FolderLostError if
+        the run's folder is gone, or taken by another process.
         """
         reason = self.world.broadcast_object(self._lost() if self.world.is_main else "")
         if reason:
             raise FolderLostError(f"{reason}; step {step} cannot be saved, and the run ends.")
         target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
-        main, alone = self.world.is_main, self.world.size == 1
+        main = self.world.is_main
         with self._together(target, draft):
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -71,6 +71,7 @@ class CheckpointStore:
         with self._together(target, draft):
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
             with _without_warning():
+                alone = self.world.size == 1
                 save(dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=alone)
             if main:
                 write_atomically(draft / STATE, json.dumps(state))
@@ -91,14 +92,14 @@ class CheckpointStore:
 
     @contextmanager
     def _together(self, target: Path, draft: Path) -> Iterator[None]:
-        """All processes wait for each other at the end; an error on one is raised on all."""
+        """Synchronise ranks at the end; an error on one is raised on all."""
         failure = ""
         try:
             yield
         except (OSError, CheckpointException) as error:
             cause: BaseException = error
             if isinstance(error, CheckpointException):
-                # torch tells every process of the failures of all; the first is enough.
+                # It carries the failures of all ranks; the first is enough.
                 cause = next((each for each, _ in error.failures.values()), error)
             failure = f"{type(cause).__name__}: {cause}"
         failures = [text for text in self.world.all_gather_object(failure) if text]
@@ -111,11 +112,11 @@ class CheckpointStore:
             )
 
     def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
-        """sha256 of this process's share of some files."""
+        """sha256 of this rank's share of the files."""
         return {name: sha256_of(folder / name) for name in names[self.world.rank :: self.world.size]}
 
     def _gather(self, mine: dict[str, str]) -> dict[str, str]:
-        """All processes' checksums, by name."""
+        """All ranks' checksums, by name."""
         parts = self.world.all_gather_object(mine)
         return dict(sorted(item for part in parts for item in part.items()))
 
@@ -148,44 +149,46 @@ class CheckpointStore:
         return f"the checksum of {wrong[0]} is wrong" if wrong else None
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """What is not a tensor."""
+        """The part that is not tensors."""
         state: dict[str, Any] = json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))
         return state
 
-    def read_into(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors`` in place from the checkpoint; each process reads what it needs.
-
-        CheckpointError if the checkpoint lacks one of them, or holds it in another shape.
-        """
-        held = self.metadata(step)
-        for name, tensor in tensors.items():
-            shape = tuple(held[name][0]) if name in held else None
+    def read_into(self, step: int, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Fill ``tensors``, named without ``prefix``, in place; CheckpointError if one is missing or of another shape."""
+        named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        stored = self.metadata(step)
+        for name, tensor in named.items():
+            shape = tuple(stored[name][0]) if name in stored else None
             if shape != tuple(tensor.shape):
                 found = "not at all" if shape is None else f"in shape {shape}"
                 needed = f"{tuple(tensor.shape)} is needed"
                 raise CheckpointError(f"{self.path(step)} holds {name} {found}; {needed}.")
-        if tensors:
+        if named:
             reader = HuggingFaceStorageReader(str(self.path(step)))
             with _without_warning():
-                load(dict(tensors), storage_reader=reader, no_dist=True)
+                load(named, storage_reader=reader, no_dist=True)
 
     def read(self, step: int, prefix: str) -> dict[str, Tensor]:
         """All tensors under ``prefix``, on the CPU, by the rest of their names."""
-        held = {name: kind for name, kind in self.metadata(step).items() if name.startswith(prefix)}
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in held.items()}
-        self.read_into(step, tensors)
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        kinds = self.metadata(step, prefix)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+        self.read_into(step, tensors, prefix)
+        return tensors
 
-    def metadata(self, step: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every tensor of a checkpoint."""
+    def metadata(self, step: int, prefix: str = "") -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of the tensors under ``prefix``, by the rest of their names."""
         metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
         items: dict[str, Any] = metadata.state_dict_metadata
-        return {name: (item.size, item.properties.dtype) for name, item in items.items()}
+        return {
+            name.removeprefix(prefix): (item.size, item.properties.dtype)
+            for name, item in items.items()
+            if name.startswith(prefix)
+        }
 
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """One process needs no process group."""
+    """torch warns if there is no process group; one process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

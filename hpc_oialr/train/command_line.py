@@ -28,7 +28,6 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML's; raises for a key that is given twice."""
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key.value, str)):
             if key.value in seen:
@@ -38,7 +37,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
-        """Decimal unless it says otherwise."""
         text = self.construct_scalar(node).replace("_", "")
         return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
 

@@ -15,7 +15,6 @@ from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
 
-MOST_WORKERS = 1024
 Precision = Literal["fp32", "bf16", "fp16", "float64"]
 
 
@@ -30,7 +29,7 @@ class TrainConfig:
     steps
         Length of the run in steps; overrides ``epochs``.
     global_batch
-        Samples per step, all processes together.
+        Samples per step, all ranks together.
     accumulation
         Parts into which each process splits its share of a batch, to save memory.
     precision
@@ -49,7 +48,7 @@ class TrainConfig:
     early_stopping
         Stop after so many evaluations in a row without a better metric; null = off.
     sync_batch_norm
-        Batch statistics over all processes; on GPUs only.
+        Batch statistics over all ranks; on GPUs only.
     activation_checkpointing
         Recompute activations in the backward pass, where the model can.
     workers
@@ -100,9 +99,8 @@ class TrainConfig:
         check_interval("timeout_s", self.timeout_s, 1, 86_400, closed=(True, True))
         if self.seed < 0:
             raise ConfigError("seed", self.seed, "must not be negative")
-        if not 0 <= self.workers <= MOST_WORKERS:
-            rule = f"must lie in [0, {MOST_WORKERS}]"
-            raise ConfigError("workers", self.workers, rule, fix="One a core of a process is plenty.")
+        fix = "One a core of a process is plenty."
+        check_interval("workers", self.workers, 0, 1024, closed=(True, True), fix=fix)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""
@@ -112,7 +110,7 @@ class TrainConfig:
         return max(1, round(self.epochs * steps_per_epoch))
 
     def check_accumulation(self, world_size: int) -> None:
-        """Raise :class:`ConfigError` unless ``accumulation`` divides a process's share of a batch."""
+        """Raise :class:`ConfigError` unless ``accumulation`` divides a rank's share of a batch."""
         local = self.global_batch // world_size
         if self.global_batch % world_size == 0 and local % self.accumulation:
             rule = f"must divide the {local} samples that each of {world_size} processes takes per step"

@@ -68,7 +68,6 @@ def load_config(recipe: str | Path, arguments: Sequence[str] = ()) -> LoadedConf
     except yaml.YAMLError as error:
         raise OIALRError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     typed = parse_settings(arguments)
-    _drop_retired([(path.name, raw), (COMMAND_LINE, typed)])
     return dataclasses.replace(_from_layers([(path.name, raw), (COMMAND_LINE, typed)]), typed=typed)
 
 
@@ -87,7 +86,7 @@ def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
 
 
 def make_parser(prog: str) -> jsonargparse.ArgumentParser:
-    """jsonargparse's view of :class:`RunConfig`: types, defaults and help of every setting."""
+    """A parser whose help shows type, default and meaning of every setting of :class:`RunConfig`."""
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_class_arguments(RunConfig, None, fail_untyped=True)
     return parser
@@ -108,29 +107,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
-def _drop_retired(layers: Sequence[tuple[str, Any]]) -> None:
-    """Take the settings of ``RETIRED`` out of the trees, with one warning for all of them."""
-    found = []
-    for origin, raw in layers:
-        dense = raw.get("dense") if isinstance(raw, Mapping) else None
-        for prefix, tree in (("", raw), ("dense.", dense)):
-            for name, reason in RETIRED.items():
-                section, _, key = name.rpartition(".")
-                settings = tree.get(section) if isinstance(tree, Mapping) else None
-                if isinstance(settings, dict) and key in settings:
-                    del settings[key]
-                    found.append(f"{prefix}{name} from {origin} ({reason})")
-    if found:
-        log.warning("settings that no longer have an effect are ignored: %s", ", ".join(found))
-
-
 def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
     """Merge trees, each with the name of its origin, later ones on top, and check the result."""
     origins: dict[str, str] = {}
+    retired: list[str] = []
     merged: Tree = {}
     dense: Tree = {}
     for origin, raw in layers:
-        layer = _Layer(origin, origins)
+        layer = _Layer(origin, origins, retired)
         own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
         merged = _merge(merged, layer.section(own, RunConfig, merged))
         twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
@@ -139,6 +123,8 @@ def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
                 rule = "has no effect: the dense baseline has none"
                 raise ConfigError(f"dense.{name}", twin[name], rule, origin=origin)
         dense = _merge(dense, layer.section(twin, RunConfig, _merge(merged, dense), "dense"))
+    if retired:
+        log.warning("settings that no longer have an effect are ignored: %s", ", ".join(retired))
     config = _build(RunConfig, merged, origins)
     config.dense = dense or None
     return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": dense or None}, origins)
@@ -155,22 +141,23 @@ def _merge(base: Any, over: Any) -> Any:
 
 @dataclass
 class _Layer:
-    """Checks every key of a tree and brings choices into the form ``class_path``, ``init_args``.
-
-    ``origins`` takes the origin of every setting met, by its dotted name without ``init_args``.
-    """
+    """Checks every key of a tree and brings choices into the form ``class_path``, ``init_args``."""
 
     origin: str
-    origins: dict[str, str]
+    origins: dict[str, str]  # filled: the origin of every setting, by its dotted name without init_args
+    retired: list[str]  # filled: settings of RETIRED, which are left out
 
     def section(self, raw: Any, cls: type, base: Any, name: str = "") -> Tree:
         """The settings of the dataclass ``cls``; ``base`` is what they will be merged into."""
         if not isinstance(raw, Mapping):
-            raise self.error(name or "the run", raw, "must be a mapping of settings")
+            raise ConfigError(name or "the run", raw, "must be a mapping of settings", origin=self.origin)
         prefix, hints, settings = f"{name}." if name else "", _field_types(cls), {}
         base = base if isinstance(base, Mapping) else {}
         for key, value in raw.items():
             full = f"{prefix}{key}"
+            if reason := RETIRED.get(full.removeprefix("dense.")):
+                self.retired.append(f"{full} from {self.origin} ({reason})")
+                continue
             if key not in hints:
                 valid = [f"{prefix}{k}" for k in hints]
                 raise UnknownNameError("setting", full, valid, origin=self.origin)
@@ -190,23 +177,21 @@ class _Layer:
         """One type of a family, by default that of ``base``, with its settings."""
         raw = {"class_path": raw} if isinstance(raw, str) else raw
         if not isinstance(raw, Mapping):
-            raise self.error(name, raw, f"must be one of {', '.join(sorted(_choices(family)))}")
+            rule = f"must be one of {', '.join(sorted(_choices(family)))}"
+            raise ConfigError(name, raw, rule, origin=self.origin)
         base = base if isinstance(base, Mapping) else {}
         path = raw.get("class_path", base.get("class_path", default))
         if path is None:
             rule = f"needs a class_path, one of {', '.join(sorted(_choices(family)))}"
-            raise self.error(name, dict(raw), rule)
+            raise ConfigError(name, dict(raw), rule, origin=self.origin)
         cls = _find_choice(family, path, name, self.origin)
         given = raw.get("init_args") or {}
         if not isinstance(given, Mapping):
-            raise self.error(f"{name}.init_args", given, "must be a mapping of settings")
+            rule = "must be a mapping of settings"
+            raise ConfigError(f"{name}.init_args", given, rule, origin=self.origin)
         settings = {k: v for k, v in raw.items() if k not in ("class_path", "init_args")} | dict(given)
         inner = base.get("init_args") if base.get("class_path") == _short_path(cls) else {}
         return {"class_path": _short_path(cls), "init_args": self.section(settings, cls, inner, name)}
-
-    def error(self, name: str, value: object, rule: str) -> ConfigError:
-        """An error with this origin."""
-        return ConfigError(name, value, rule, origin=self.origin)
 
 
 # -- from a tree to objects, and back ------------------------------------------------------------
@@ -284,8 +269,7 @@ def _as_tree(value: Any, hint: Any) -> Any:
 
 def _section_type(hint: Any) -> type | None:
     """The dataclass or the family of choices (an abstract class) in a field's type; None for a plain value."""
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    for option in options:
+    for option in (hint, *typing.get_args(hint)):
         if inspect.isclass(option) and (dataclasses.is_dataclass(option) or inspect.isabstract(option)):
             return option
     return None
@@ -333,10 +317,6 @@ def _short_path(cls: type) -> str:
     return cls.__name__ if cls.__module__.startswith("hpc_oialr.") else f"{cls.__module__}.{cls.__name__}"
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
 def _optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
@@ -346,6 +326,6 @@ def _type_name(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
-    if _is_union(hint):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(map(_type_name, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -19,7 +19,7 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a dense ``model`` whose parameters are where they will stay."""
+        """The optimizer of a dense ``model`` on its final device."""
 
 
 @dataclass(kw_only=True)
@@ -145,7 +145,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _check(settings: OptimizerConfig, *rates: str) -> None:
-    """What optimizers have in common: rates that must not be negative, betas and momentum in [0, 1)."""
+    """Raise :class:`ConfigError` unless rates are at least 0, betas and momentum in [0, 1)."""
     for name in rates:
         value = getattr(settings, name)
         if not (value is None or value >= 0):

@@ -1,4 +1,4 @@
-"""What a run changes in its process, taken back at its end: kernels, threads, environment, log file."""
+"""Settings of the process during a run, restored at its end: kernels, threads, environment, log file."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from hpc_oialr.torch_compat import recompile_limit
 
 log = logging.getLogger(__name__)
 
-# Every set of shapes is compiled once; torch gives a function up after 8.
-_RECOMPILES = 64
-
 
 @contextmanager
 def process_settings(world: World, *, tf32: bool = True, compiled: bool = False) -> Iterator[None]:
-    """On CPUs reproducible kernels, and cores shared among the processes of a node; on CUDA TF32 or not.
+    """On CPUs deterministic kernels, and a node's cores divided among its ranks; on CUDA TF32 or not.
 
-    With ``compiled``, torch.compile may make a graph for every r. At the end all is as before, also what libraries
-    have changed: environment variables, filters of warnings, DeepSpeed's log level.
+    With ``compiled``, torch.compile may make a graph for every r. Everything is restored at the end, also what
+    libraries change: environment variables, filters of warnings, DeepSpeed's log level.
     """
     deepspeed, environment = logging.getLogger("DeepSpeed"), dict(os.environ)
     with ExitStack() as stack, warnings.catch_warnings():
         stack.callback(_restore_environment, environment)
         stack.callback(deepspeed.setLevel, deepspeed.level)
         if compiled:
-            stack.enter_context(recompile_limit(_RECOMPILES))
+            # Every set of shapes is compiled once; by default torch gives up on a function after 8.
+            stack.enter_context(recompile_limit(64))
         if world.device.type != "cpu":
             stack.enter_context(tf32_products(tf32))
             yield
@@ -64,8 +62,9 @@ def _restore_environment(before: dict[str, str]) -> None:
 
 @contextmanager
 def log_into(path: Path) -> Iterator[None]:
-    """Write this process's log into a file; warns if that cannot be opened."""
-    logger, before = logging.getLogger("hpc_oialr"), logging.getLogger("hpc_oialr").level
+    """Write this rank's log into a file; warns if that cannot be opened."""
+    logger = logging.getLogger("hpc_oialr")
+    before = logger.level
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         handler: logging.Handler = _LogFile(path)
@@ -84,12 +83,12 @@ def log_into(path: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Drops lines that a full disk has no room for; logging would print a traceback for each."""
+    """Silent if the disk is full, which metrics and checkpoints report; logging would print tracebacks."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Silent: metrics and checkpoints report that the disk is full."""
+        pass
 
     def close(self) -> None:
-        """Close; a last flush without room must hide no other error."""
+        # A last flush without room must hide no other error.
         with suppress(OSError):
             super().close()

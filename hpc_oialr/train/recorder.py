@@ -1,4 +1,4 @@
-"""What a run writes and shows: rank 0 writes, the others take part in the sums."""
+"""What a run writes and shows; rank 0 writes, the other ranks contribute to the sums."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from hpc_oialr.train.timing import Timers
 class Recorder:
     """Writes ``metrics.jsonl``, ``updates.jsonl`` and ``spectra.h5``, measures memory, shows progress.
 
-    Every rank makes the same calls. ``channel`` brings the numbers of an update to rank 0, ``attributes`` are
-    those of ``spectra.h5``, ``deadline`` is the Unix time of the job's end (s).
+    All ranks make the same calls. ``channel`` reduces the numbers of an update, ``attributes`` are those of
+    ``spectra.h5``, ``deadline`` is the Unix time of the job's end (s).
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Recorder:
     def probe(self, step: int) -> AbstractContextManager[None]:
         """Around the step after ``step`` steps: measures its memory if that may be the highest so far.
 
-        That is so in the first two (the optimizer's state exists from the second on), and where the method may
-        convert or update for the first time, and in the step after. Later updates work on smaller factors.
+        The first two steps (the optimizer's state exists from the second on), and the steps of the method's first
+        conversion and update and the ones after them. Later updates work on smaller factors.
         """
         method, steps = self.context.config.oialr, [self._first, self._first + 1]
         if method is not None:
@@ -137,16 +137,15 @@ class Recorder:
                 writer.write(row)
 
     def update(self, report: UpdateReport) -> None:
-        """Send what the method did in a step; a collective call. :meth:`collect` writes it."""
+        """Start the reduction of what the method did in a step; a collective call. :meth:`collect` writes it."""
         assert not self._under_way
-        world = self.context.world
-        for event in report.all:
-            self._under_way.append((event, self.channel.start(pack(event, world.rank, world.size))))
+        rank, size = self.context.world.rank, self.context.world.size
+        self._under_way = [(event, self.channel.start(pack(event, rank, size))) for event in report.all]
 
     def collect(self) -> None:
-        """Write what :meth:`update` sent, as all processes saw it; a collective call.
+        """Write what :meth:`update` reduced; a collective call.
 
-        Called after the next step's backward pass, with which the exchange overlaps.
+        Called after the next step's backward pass, with which the reduction overlaps.
         """
         events, self._under_way = self._under_way, []
         for event, pending in events:
@@ -162,7 +161,7 @@ class Recorder:
                     self.progress.note(_note(shared))
 
     def flush(self, checkpoint: int | None = None) -> bool:
-        """Put all of the record on the disk before a checkpoint; False if spectra had to stay in memory.
+        """Write all of the record to disk before a checkpoint; False if spectra had to stay in memory.
 
         A collective call. With the step of a ``checkpoint`` that was written in spite of that: rank 0 tries again, and
         warns if it fails.
@@ -177,8 +176,9 @@ class Recorder:
             return
         self._write({"step": step, "wall_s": wall_s, **row})
         self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
-        text = f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
-        self.progress.note(text)
+        self.progress.note(
+            f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
+        )
 
     def peak_memory_gib(self, before: float) -> float:
         """Highest so far, at least ``before`` (GiB)."""
@@ -190,7 +190,7 @@ class Recorder:
             self.spectra.finish()
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was, also after an error."""
+        """Close the files and restore the terminal, also after an error."""
         for each in (self.progress, self.spectra, self.metrics, self.updates, self.board):
             if each is not None:
                 each.close()
@@ -214,7 +214,7 @@ class TensorBoard:
                 self._writer.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close."""
         self._writer.close()
 
 

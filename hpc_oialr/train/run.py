@@ -56,12 +56,12 @@ def train(
 ) -> Result:
     """Train from the start in a new run folder; a collective call.
 
-    ``world`` are by default the launcher's processes, ``stop`` may end the run early, ``claim`` says who claims the
-    folder. FolderInUseError if another process works in the folder; another OIALRError if it holds a run, or if
-    settings, data and world do not fit each other.
+    ``world`` is by default made from the launcher's variables; ``stop`` may end the run early; ``claim`` says who
+    works in the folder. FolderInUseError if another process does; another OIALRError if the folder holds a run, or
+    if settings, data and world do not fit each other.
     """
     with joined(world, loaded) as world:
-        # A default name holds the time, which the processes may have read in different seconds.
+        # A default name contains the time, which ranks may have read in different seconds.
         run_folder = RunFolder(world.broadcast_object(folder))
         if world.broadcast_object(run_folder.holds_run):
             raise OIALRError(
@@ -79,10 +79,10 @@ def train_or_resume(
     stop: StopRequest | None = None,
     claim: Claim | None = None,
 ) -> Result:
-    """Begin a run, resume it if ``folder`` holds it, or return at once if it is finished; a collective call.
+    """Start a run, resume it if ``folder`` holds it, or return at once if it is finished; a collective call.
 
-    The same call serves the first job of a run and every one after it. OIALRError if the folder holds a run with
-    other settings, except for those under ``RESUMABLE``; the rest as for :func:`train`.
+    For the first job of a run and all later ones. OIALRError if the folder holds a run whose settings differ in more
+    than ``RESUMABLE``; the rest as for :func:`train`.
     """
     run_folder = RunFolder(folder)
     if run_folder.holds_run:
@@ -103,7 +103,7 @@ def resume(
 ) -> Result:
     """Resume a run from its last intact checkpoint, or from its start if it has none; a collective call.
 
-    Checkpoints do not depend on the engine and the number of processes that wrote them. ``settings`` are as on the
+    Checkpoints do not depend on the engine and the number of ranks that wrote them. ``settings`` are as on the
     command line, e.g. ``["--engine", "FSDP"]``, those under ``RESUMABLE`` only. CheckpointError if the folder holds
     no run, or all its checkpoints are damaged or of another model; the rest as for :func:`train`.
     """
@@ -129,9 +129,9 @@ def load_run(folder: Path, settings: Sequence[str] = ()) -> LoadedConfig:
 
 @contextmanager
 def joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
-    """The given processes, or those of the launcher on the settings' device; a group made here is closed after it.
+    """The given world, or the launcher's on the settings' device, which is closed at the end.
 
-    Not after an error: the others may be anywhere, and a teardown that waits for them can hang.
+    Not after an error: a teardown that waits for other ranks can hang.
     """
     if world is not None:
         yield world
@@ -145,7 +145,7 @@ def joined(world: World | None, loaded: LoadedConfig) -> Iterator[World]:
 
 
 def on_main(world: World, check: Callable[[], object]) -> None:
-    """Call ``check`` on rank 0; an :class:`OIALRError` is raised on all processes."""
+    """Call ``check`` on rank 0; an :class:`OIALRError` is raised on all ranks."""
     failure: OIALRError | None = None
     if world.is_main:
         try:
@@ -159,7 +159,7 @@ def on_main(world: World, check: Callable[[], object]) -> None:
 
 @contextmanager
 def owned(folder: RunFolder, world: World, claim: Claim) -> Iterator[Ownership | None]:
-    """Hold the folder; rank 0 holds it for all."""
+    """Claim the folder, on rank 0 for all ranks."""
     taken: list[Ownership] = []
     on_main(world, lambda: taken.append(claim.take(folder)))
     with closing(taken[0]) if taken else nullcontext() as held:
@@ -171,7 +171,7 @@ def _run(
 ) -> Result:
     config, claim, stop = loaded.config, claim or Claim(), stop or StopRequest()
     on_main(world, folder.require_new)
-    # Checked before data are loaded; taken when all that can fail at once has not.
+    # Checked before data are loaded; taken once all that can fail early has passed.
     on_main(world, partial(claim.check, folder))
     if config.train.health_check:
         check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
@@ -180,18 +180,16 @@ def _run(
         world.reported("the run's communication", only_communication=True),
     ):
         channel = open_channel(world)
-        # What cannot run at all fails here, before there is a folder.
+        # Before the folder is made: most errors are raised here.
         context = make_run_context(config, world)
-        log_file = folder.logs / f"process_{world.rank}.log"
-        with owned(folder, world, claim) as held, log_into(log_file):
+        with owned(folder, world, claim) as held, log_into(folder.logs / f"process_{world.rank}.log"):
             if world.is_main:
                 _begin_folder(folder, loaded)
             world.barrier()
             log.info("metrics go over %s", channel.name)
             lost = partial(_lost, folder, held)
             store = CheckpointStore(folder.checkpoints, world, keep=config.checkpoint.keep, lost=lost)
-            attributes = _attributes(loaded, world)
-            recorder = Recorder(folder, context, channel, attributes, deadline=stop.deadline)
+            recorder = Recorder(folder, context, channel, _attributes(loaded, world), deadline=stop.deadline)
             request = replace(stop, asked=lambda: stop.asked() or (held.lost if held else ""))
             settings = fixed_settings(loaded.tree)
             trainer = Trainer(context, store, recorder, settings=settings, stop=request)
@@ -213,14 +211,14 @@ def _run(
 
 
 def _lost(folder: RunFolder, held: Ownership | None) -> str:
-    """Why nothing may be written into the run's folder any more; "" as long as it may."""
+    """Why nothing may be written into the run's folder any more; "" if it may."""
     if not folder.holds_run:
         return f"{folder.path} was removed while its run was going on"
     return held.look() if held is not None else ""
 
 
 def _begin_folder(folder: RunFolder, loaded: LoadedConfig) -> None:
-    """Make a new run folder, or what is missing in one; ``config.yaml`` comes last, it makes the folder a run's."""
+    """Write what the run folder lacks; ``config.yaml`` last, since it marks the folder as that of a run."""
     folder.create()
     if not folder.environment.exists():
         folder.write_environment(environment_report())
@@ -230,7 +228,7 @@ def _begin_folder(folder: RunFolder, loaded: LoadedConfig) -> None:
 
 
 def _require_begun_settings(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Until there is a checkpoint, ``checkpoints/settings.json`` says of which settings the run is."""
+    """Compare with ``checkpoints/settings.json``, for a run without a checkpoint."""
     if not folder.settings.exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""Everything one run works with, made in the order that makes it reproducible."""
+"""All objects of a run, made in a fixed order, for reproducibility."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Dense:
         return report.result()
 
     def rewrap(self) -> None:
-        """A new wrapper, in the state that a resumed run begins with."""
+        """Make a new wrapper, in the state that a resumed run starts with."""
         self.model = self.engine.rewrap(self.module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class RunContext:
     config: RunConfig
     world: World
     splits: Splits
-    batches: GlobalBatches  # batches.epoch(e, start) gives this process's part
+    batches: GlobalBatches  # batches.epoch(e, start) gives this rank's part
     controller: Dense | OIALR  # holds the model
     optimizer: Optimizer
     rates: LearningRates
@@ -98,7 +98,7 @@ class RunContext:
 
     @property
     def engine(self) -> Engine:
-        """How the processes share the work."""
+        """How ranks share the work."""
         return self.controller.engine
 
     @property
@@ -108,7 +108,7 @@ class RunContext:
 
     @torch.no_grad()
     def share_buffers(self) -> None:
-        """Rank 0's buffers on every process, as ``DistributedDataParallel`` does before each forward."""
+        """Copy rank 0's buffers to all ranks, as ``DistributedDataParallel`` does before each forward."""
         self.world.share(self.module.buffers())
 
 
@@ -137,8 +137,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
             world_rank=peers.rank,
             world_size=peers.size,
             seed=train.seed,
-            shuffle=True,
-            drop_last=True,
+            training=True,
             num_workers=train.workers,
             pin_memory=peers.device.type == "cuda",
         )
@@ -176,7 +175,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
 
 
 def seed_process(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators from ``step`` on, for dropout: another stream on every process."""
+    """Seed torch's generators from ``step`` on, for dropout; every rank has its own stream."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> np.uint64(1)))
 
@@ -207,21 +206,18 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
 
 
 def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:
-    """Let every batch norm take its statistics from the batches of all processes, in place.
+    """Convert batch norms to ``SyncBatchNorm``, in place; without GPUs, for which torch has no kernels, warn.
 
-    On GPUs only: torch's ``SyncBatchNorm`` has no other kernels. Elsewhere each process uses its own batch, and a
-    warning says so. Sends 2 C + 1 numbers a layer of C channels forward, 2 C backward.
+    Sends 2 C + 1 numbers a layer of C channels forward, 2 C backward.
     """
-    if world.size == 1:
-        return
-    if world.device.type == "cuda":
+    if world.size > 1 and world.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(module, world.group)
-        return
-    log.warning(
-        "train.sync_batch_norm is true, but torch can do that on GPUs only: each of the %d processes takes "
-        "batch statistics from its own part of the batch.",
-        world.size,
-    )
+    elif world.size > 1:
+        log.warning(
+            "train.sync_batch_norm is true, but torch can do that on GPUs only: each of the %d processes takes "
+            "batch statistics from its own part of the batch.",
+            world.size,
+        )
 
 
 def _controller(
@@ -234,9 +230,7 @@ def _controller(
         log.warning(
             "oialr.delay is %d but the run has %d steps: nothing will be converted, training stays dense. "
             "Set oialr.delay below %d, or train longer.",
-            config.oialr.delay,
-            total,
-            total,
+            *(config.oialr.delay, total, total),
         )
     method = replace(config.oialr, stability_frequency=config.oialr.stability_frequency or frequency)
     return OIALR(module, optimizer, method, engine=engine)
@@ -244,7 +238,7 @@ def _controller(
 
 @contextmanager
 def _section(name: str) -> Iterator[None]:
-    """Give errors of a section its name."""
+    """Prefix names in errors with the section."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint or folder is of this run: its settings, data and model; and which settings may change."""
+"""Whether a checkpoint or folder belongs to this run: settings, data and model; which settings may change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpc_oialr.train.load_config import RETIRED, LoadedConfig, flat
 
 log = logging.getLogger(__name__)
 
-# Where and by whom it is computed, from which disk, and how often it is saved: not what is computed. ``dense`` holds
-# the settings of another run, the dense baseline. This list is the only one.
+# What does not change the result: where it is computed, from which disk, how often it is saved. ``dense`` contains
+# the settings of another run, the dense baseline.
 RESUMABLE = (
     "engine",
     "train.device",
@@ -38,19 +38,19 @@ def may_change(name: str) -> bool:
 
 
 def fixed_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that may not change, by dotted name, as JSON holds them."""
+    """The settings that may not change, by dotted name, with values as read back from JSON."""
     fixed = {name: value for name, value in flat(tree).items() if not may_change(name)}
     as_json: dict[str, Any] = json.loads(json.dumps(fixed, default=str))
     return as_json
 
 
 def stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of them; it may be passed on, so secrets are masked."""
+    """The settings as a checkpoint stores them; secrets are masked, since it may be shared."""
     return {"sha256": _sha256(settings), "values": _shareable(settings)}
 
 
 def _shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without secrets, and still different where they are."""
+    """Secrets masked; other secrets still give other values."""
     masked = {name: mask_tree(value, name) for name, value in settings.items()}
     return {
         name: value if value == settings[name] else f"{value} #{_sha256({name: settings[name]})[:8]}"
@@ -61,8 +61,8 @@ def _shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Names of settings that differ.
 
-    Every setting is stored, defaults too: a name that is missing on one side, in a section that both have, came or
-    went with a version of the program, and does not count.
+    All settings are stored, defaults too: a name missing on one side, in a section that both have, is of another
+    version of the program and does not count.
     """
 
     def differs(name: str) -> bool:
@@ -91,13 +91,13 @@ def require_same_run(there: LoadedConfig, here: LoadedConfig, folder: Path) -> N
 
 def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
     """Raise :class:`CheckpointError` with the first setting that differs from those of a checkpoint's ``state``."""
-    # Older versions stored the seed only.
-    known = state.get("settings") or {"values": {"train.seed": state["seed"]}}
-    then, now = known["values"], _shareable(settings)
     if "settings" not in state:
-        now = {"train.seed": settings["train.seed"]}
-    elif known["sha256"] == _sha256(settings):
+        # Older versions stored the seed only.
+        then, now = {"train.seed": state["seed"]}, {"train.seed": settings["train.seed"]}
+    elif state["settings"]["sha256"] == _sha256(settings):
         return
+    else:
+        then, now = state["settings"]["values"], _shareable(settings)
     if names := differing(then, now):
         was, is_now = (repr(side[names[0]]) if names[0] in side else "not set" for side in (then, now))
         raise CheckpointError(
@@ -109,7 +109,7 @@ def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], wher
 
 
 def require_same_data(state: Mapping[str, Any], samples: Mapping[str, int], where: str) -> None:
-    """Raise :class:`CheckpointError` if the data sets have other sizes now, since their path may change."""
+    """Raise :class:`CheckpointError` if sizes of data sets differ (their path may change)."""
     for part, then in state.get("samples", samples).items():
         now = samples.get(part, 0)
         if then != now:
@@ -121,16 +121,16 @@ def require_same_data(state: Mapping[str, Any], samples: Mapping[str, int], wher
 
 def require_same_model(here: Mapping[str, Any], there: Mapping[str, Any], where: str) -> None:
     """Raise :class:`CheckpointError` that names the first difference of two models' ``RunContext.identity``."""
-    difference = ""
     ours, theirs = here["tensors"], there["tensors"]
     if here["class"] != there["class"]:
         difference = f"class {there['class']} there, {here['class']} here"
     elif name := next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), ""):
         difference = f"{name} is {_tensor_text(theirs.get(name))} there, {_tensor_text(ours.get(name))} here"
-    if difference:
-        raise CheckpointError(
-            f"{where} is of another model: {difference}. Resume with the model settings of the run's config.yaml."
-        )
+    else:
+        return
+    raise CheckpointError(
+        f"{where} is of another model: {difference}. Resume with the model settings of the run's config.yaml."
+    )
 
 
 def _tensor_text(tensor: list[Any] | None) -> str:

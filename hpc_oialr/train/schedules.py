@@ -1,4 +1,4 @@
-"""Learning-rate schedules as typed settings: a factor that is a pure function of the step."""
+"""Learning-rate schedules as typed settings: the factor is a pure function of the step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ScheduleConfig(ABC):
 
 @dataclass(kw_only=True)
 class Constant(ScheduleConfig):
-    """The optimizer's learning rates throughout."""
+    """The optimizer's learning rates, unchanged."""
 
     def factor(self, step: int, total: int, epoch: int = 1) -> float:
         """Always 1."""
@@ -111,7 +111,7 @@ class WarmupCosine(ScheduleConfig):
 
 
 class LearningRates:
-    """Sets every group's learning rate to its first value times ``factor(step)``.
+    """Sets every group's learning rate to its initial value times ``factor(step)``.
 
     Groups keep their order when the method replaces parameters in them.
     """
@@ -121,7 +121,7 @@ class LearningRates:
         self.base = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, step: int) -> None:
-        """Set the learning rates of step ``step`` (from 0)."""
+        """Set the learning rates for step ``step`` (from 0)."""
         factor = self.factor(step)
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = base * factor
@@ -132,7 +132,7 @@ class LearningRates:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, fit for JSON."""
+        """Initial learning rates, fit for JSON."""
         return {"base": list(self.base)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model is trained to do: its loss, its metric, and the sums from which the metric is made."""
+"""Tasks: loss, metric, and the sums from which the metric is computed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,6 @@ from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, check_interval
 
 
-@dataclass(frozen=True)
-class StepRNG:
-    """Where a run stands: run seed, step, and part of an accumulated step.
-
-    A task's random choices are a function of it, the same on every process.
-    """
-
-    seed: int
-    step: int
-    part: int = 0
-
-    def generator(self) -> np.random.Generator:
-        """A generator of this part of this step."""
-        return np.random.default_rng((self.seed, self.step, self.part))
-
-
 class Task(ABC):
     """Settings of one task; a subclass is a task."""
 
@@ -42,26 +26,26 @@ class Task(ABC):
     unit: ClassVar[str]  # what count() counts
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
-        """Training loss, the mean over the samples of ``batch``; a scalar with a graph."""
+    def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """Training loss, the mean over the samples of ``batch``; a scalar with a graph.
+
+        ``rng`` is made from the run's seed, the step, and the part of an accumulated step; it is equal on all ranks.
+        """
 
     @abstractmethod
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sums over ``batch`` from which :meth:`metrics` makes means; float64, the count last."""
+        """Sums over ``batch`` that :meth:`metrics` divides; float64, the count last."""
 
     @abstractmethod
     def metrics(self, totals: Tensor) -> dict[str, float]:
-        """``loss`` and the metric, from the sums over a whole data set."""
+        """``loss`` and the metric, from the sums over a data set."""
 
     def count(self, batch: Batch) -> int:
         """How many units a batch holds; by default its samples."""
         return len(batch[self.inputs[0]])
 
     def check(self, example: Batch, classes: int | None, model: object) -> None:
-        """Raise :class:`ConfigError` unless data, model settings and this task fit each other.
-
-        ``example`` is a batch; ``classes`` is the data's number of labels or tokens, None if that is unknown.
-        """
+        """Raise :class:`ConfigError` unless a batch, the data's number of labels or tokens, and model settings fit."""
         if missing := [key for key in self.inputs if key not in example]:
             rule = f"needs batches with {missing[0]!r}; the data give {', '.join(sorted(example))}"
             fix = "Choose the task that belongs to the data."
@@ -78,7 +62,7 @@ class Task(ABC):
 
 @dataclass(kw_only=True)
 class Classification(Task):
-    """Cross-entropy of images; judged by accuracy, a share in [0, 1].
+    """Cross-entropy of images; the metric is accuracy in [0, 1].
 
     Parameters
     ----------
@@ -86,7 +70,7 @@ class Classification(Task):
         Share of the target that is spread over all classes.
     mixup, cutmix
         alpha of their Beta distributions; 0 = off. With both on, each batch draws one of them.
-        Partners come from the same process's share of the batch.
+        Partners come from the same rank's share of the batch.
     """
 
     inputs = ("pixel_values", "labels")
@@ -105,16 +89,15 @@ class Classification(Task):
             if getattr(self, name) < 0:
                 raise ConfigError(name, getattr(self, name), "must not be negative")
 
-    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean cross-entropy of a batch with ``pixel_values`` (B x C x H x W) and ``labels`` (B)."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         if not (self.mixup or self.cutmix):
             return self._cross_entropy(model(pixel_values=pixels).logits, labels)
-        generator = rng.generator()
-        if self.cutmix and (not self.mixup or generator.random() < 0.5):
-            pixels, own = cutmix(pixels, generator, self.cutmix)
+        if self.cutmix and (not self.mixup or rng.random() < 0.5):
+            pixels, own = cutmix(pixels, rng, self.cutmix)
         else:
-            pixels, own = mixup(pixels, generator, self.mixup)
+            pixels, own = mixup(pixels, rng, self.mixup)
         logits = model(pixel_values=pixels).logits
         own_loss, partner_loss = (self._cross_entropy(logits, y) for y in (labels, labels.flip(0)))
         return own * own_loss + (1 - own) * partner_loss
@@ -145,9 +128,9 @@ def mixup(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple
 
 
 def cutmix(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
-    """A rectangle of about 1 - lam of the area comes from the partner; also the share that does not. arXiv 1905.04899.
+    """A rectangle of about 1 - lam of the area comes from the partner; returns the exact share that does not.
 
-    As :func:`mixup` otherwise.
+    arXiv 1905.04899; otherwise as :func:`mixup`.
     """
     height, width = pixels.shape[-2:]
     side = (1 - float(generator.beta(alpha, alpha))) ** 0.5
@@ -165,10 +148,10 @@ def cutmix(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tupl
 
 @dataclass(kw_only=True)
 class Forecasting(Task):
-    """Likelihood of the future of a time series under the predicted distribution; judged by the MSE of its mean.
+    """Likelihood of the future under the predicted distribution; the metric is the MSE of its mean.
 
-    The MSE is in the units of the data, which are standardised. The model's predictions do not
-    depend on ``future_values``, which only the likelihood needs; so no sampling is done.
+    The MSE is that of standardised data. Predictions do not depend on ``future_values``, which only the likelihood
+    needs; so no sampling is done.
     """
 
     inputs = ("past_values", "future_values", "future_observed_mask")
@@ -177,7 +160,7 @@ class Forecasting(Task):
     higher_is_better = False
     unit = "windows"
 
-    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean negative log-likelihood."""
         loss: Tensor = self._forward(model, batch).loss
         return loss
@@ -202,7 +185,7 @@ class Forecasting(Task):
 
 @dataclass(kw_only=True)
 class LanguageModelling(Task):
-    """Cross-entropy of the next byte; judged by bits per byte."""
+    """Cross-entropy of the next byte; the metric is bits per byte."""
 
     inputs = ("input_ids", "labels")
     outputs = "vocabulary"
@@ -210,7 +193,7 @@ class LanguageModelling(Task):
     higher_is_better = False
     unit = "tokens"
 
-    def loss(self, model: nn.Module, batch: Batch, rng: StepRNG) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean cross-entropy of a batch with ``input_ids`` and ``labels`` (B x T), in nats."""
         return cross_entropy(*self._predictions(model, batch))
 

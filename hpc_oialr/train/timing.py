@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 
 _NAMES = ("wall", "update", "data_wait", "eval", "checkpoint")
-# Time to keep: so many times the longest step and the longest checkpoint so far.
-_SAFETY = 2.0
-# What the first checkpoint is assumed to take: a share of the time left, at most so long (s).
-_FIRST_SHARE, _FIRST_MOST_S = 0.1, 120.0
-# Closing files, ending the process, asking for another job (s).
-_EXIT_S = 10.0
+_SAFETY = 2.0  # times the longest step and the longest checkpoint so far are kept
+_FIRST_SHARE, _FIRST_MOST_S = (
+    0.1,
+    120.0,
+)  # assumed for the first checkpoint: share of the time left, at most (s)
+_EXIT_S = 10.0  # closing files, ending the process, asking for another job
 
 
 class Timers:
-    """Seconds of each part of a run, all runs before a resume included.
+    """Seconds of each part of a run, those before a resume included.
 
-    ``wall`` is the training clock: the loop without evaluations and checkpoints. ``update`` (SVDs and all that
-    follows) and ``data_wait`` are parts of it.
+    ``wall`` is the training clock: the loop without evaluations and checkpoints; it includes ``update`` (SVDs and
+    what follows them) and ``data_wait``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class Timers:
 
 @dataclass(frozen=True)
 class StopRequest:
-    """What may end a run early: who asks for it on this process ("": nobody), and when the processes will be killed."""
+    """What may end a run early: a reason on this rank ("" if none), and the time at which the job is killed."""
 
     asked: Callable[[], str] = lambda: ""
     deadline: float | None = None  # Unix time (s)
@@ -91,15 +91,17 @@ class Stopping:
         self._clock, self._since, self._longest_step_s = clock, clock(), 0.0
 
     def wanted(self) -> bool:
-        """Whether this process wants to stop; called after every step, evaluations included."""
+        """Whether this rank wants to stop; called after every step, evaluations included."""
         now = self._clock()
         self._longest_step_s = max(self._longest_step_s, now - self._since)
         self._since = now
-        return bool(self.request.asked()) or self._deadline_near()
+        return bool(self._own_reason())
 
-    def _deadline_near(self) -> bool:
-        deadline = self.request.deadline
-        return deadline is not None and self._clock() + self.needed_s >= deadline
+    def _own_reason(self) -> str:
+        reason, deadline, now = self.request.asked(), self.request.deadline, self._clock()
+        if reason or deadline is None or now + self.needed_s < deadline:
+            return reason
+        return f"{deadline - now:.0f} s before the end of the job"
 
     @property
     def needed_s(self) -> float:
@@ -120,8 +122,5 @@ class Stopping:
 
     @property
     def reason(self) -> str:
-        """Why this process stops."""
-        asker = self.request.asked()
-        if asker or self.request.deadline is None or not self._deadline_near():
-            return asker or "stop requested by another rank"
-        return f"{self.request.deadline - self._clock():.0f} s before the end of the job"
+        """Why this rank stops."""
+        return self._own_reason() or "stop requested by another rank"

@@ -1,8 +1,4 @@
-"""The training loop: one path for any number of processes, with the method or without it.
-
-One step is :meth:`Trainer._step`. It passes through the task's ``loss``, the engine's ``backward`` and ``update``
-and the controller's ``step``.
-"""
+"""The training loop, on any number of ranks, with the method or without it; one step is :meth:`Trainer._step`."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +26,6 @@ from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.run_context import RunContext
-from hpc_oialr.train.tasks import StepRNG
 from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 
 log = logging.getLogger(__name__)
@@ -40,8 +36,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Trainer:
     """Runs training from the current step to the end.
 
-    ``settings`` are those that may not change, see :mod:`hpc_oialr.train.same_run`. Once ``stop`` makes any process
-    want to stop, all write a checkpoint after the same step, the next one, and stop.
+    ``settings`` are those that may not change, see :mod:`hpc_oialr.train.same_run`. If any rank wants to
+    stop, all ranks write a checkpoint after the next step and stop.
     """
 
     def __init__(
@@ -68,8 +64,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the last intact checkpoint; from the start if there is none."""
-        step = self.store.latest()
-        if step is not None:
+        if (step := self.store.latest()) is not None:
             self.progress = checkpoint.load(self.store, step, self.context, self.timers, self.settings)
             self._saved = step
             self.stopping.saved(self.progress.checkpoint_s)
@@ -83,16 +78,14 @@ class Trainer:
         self.recorder.begin(self.progress.step)
         self.context.module.train()
         self.stopping.restart()
+        stop = False
         with self.timers.training():
             for batch in self._batches():
                 self._step(batch)
                 self._evaluate_if_due()
-                stop = self._stop_flag.exchange(self.stopping.wanted())
-                if stop:
+                if stop := self._stop_flag.exchange(self.stopping.wanted()):
                     break
                 self._save_if_due()
-            else:
-                stop = False
         self._stop_flag.settle()
         self.save()
         if stop:
@@ -121,7 +114,7 @@ class Trainer:
         self.recorder.step(progress.step, loss, self._waited_s, self.timers)
 
     def _batches(self) -> Iterator[Batch]:
-        """This process's batches from the present step to the last one."""
+        """This rank's batches from the current step to the last one."""
         batches, left = self.context.batches, self.context.total_steps - self.progress.step
         patience = self.config.train.early_stopping
         while left > 0:
@@ -139,12 +132,13 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Keep the best metric, and count evaluations without a better one."""
-        if self.progress.step in self._evaluation_steps:
-            splits, progress = self.context.splits, self.progress
-            value = self.evaluate("validation" if splits.validation is not None else "test")["metric"]
-            better = self.config.task.better(value, progress.best_metric)
-            progress.waited = 0 if better else progress.waited + 1
-            progress.best_metric = value if better else progress.best_metric
+        progress = self.progress
+        if progress.step in self._evaluation_steps:
+            split = "validation" if self.context.splits.validation is not None else "test"
+            value = self.evaluate(split)["metric"]
+            progress.waited += 1
+            if self.config.task.better(value, progress.best_metric):
+                progress.best_metric, progress.waited = value, 0
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate on "validation" or "test" and record it; a collective call."""
@@ -157,7 +151,7 @@ class Trainer:
         return row
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint every ``checkpoint.every`` steps; the training continues if the disk is full."""
+        """Write a checkpoint every ``checkpoint.every`` steps; training continues if the disk is full."""
         every = self.config.checkpoint.every
         if every is None or self.progress.step % every:
             return
@@ -221,15 +215,15 @@ class Trainer:
 
 
 def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
-    """Gradients of the mean loss over the global batch; this process's mean loss, on the device.
+    """Gradients of the mean loss over the global batch; returns this rank's mean loss, on the device.
 
-    ``batch`` is this process's part; ``step`` is the number of steps done.
+    ``batch`` is this rank's part; ``step`` is the number of steps done.
     """
     train, losses = context.config.train, []
     parts = {key: value.chunk(train.accumulation) for key, value in _to_device(context, batch).items()}
     for i in range(train.accumulation):
-        piece, rng = {key: values[i] for key, values in parts.items()}, StepRNG(train.seed, step, i)
-        last = i == train.accumulation - 1
+        piece = {key: values[i] for key, values in parts.items()}
+        rng, last = np.random.default_rng((train.seed, step, i)), i == train.accumulation - 1
         with nullcontext() if last else context.controller.no_sync():
             with _autocast(context):
                 loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
@@ -240,25 +234,17 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
-    """Loss and metrics of the model over ``dataset``, equal on all processes; a collective call.
-
-    Changes nothing in the run: no random numbers are drawn, and nothing is recompiled.
-    """
+    """Loss and metrics over ``dataset``, equal on all ranks; a collective call. Draws no random numbers."""
     context.share_buffers()
-    module, peers, train, task = (
-        context.module,
-        context.engine.data_parallel,
-        context.config.train,
-        context.config.task,
-    )
+    module, peers = context.module, context.engine.data_parallel
+    train, task = context.config.train, context.config.task
     batches = GlobalBatches(
         dataset,
         train.evaluation_batch * peers.size,
         world_rank=peers.rank,
         world_size=peers.size,
         seed=train.seed,
-        shuffle=False,
-        drop_last=False,
+        training=False,
         num_workers=train.workers,
     )
 
@@ -270,8 +256,8 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
         parts = [totals(batch) for batch in batches.epoch(0)]
         while len(parts) < len(batches):
-            # A process without a share of the last batch: some engines gather parameters in every forward pass, which
-            # is a collective call. Its sample does not count.
+            # A rank without a share of the last batch: some engines gather parameters in every forward pass, which is
+            # a collective call. Its sample does not count.
             parts.append(torch.zeros_like(totals(dataset.gather(torch.arange(1)))))
     module.train()
     shared = peers.all_gather_object(torch.stack(parts).sum(0).tolist())
@@ -279,22 +265,21 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
 
 
 def _autocast(context: RunContext) -> torch.autocast:
-    """The run's precision for a forward pass: autocast to bf16 or fp16, no effect for the others."""
+    """Autocast to bf16 or fp16; no effect in other precisions."""
     dtype = AUTOCAST.get(context.config.train.precision)
     return torch.autocast(context.world.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _to_device(context: RunContext, batch: Batch) -> Batch:
-    """A batch on the device, in float64 where the run is."""
-    double = context.config.train.precision == "float64"
+    """A batch on the device; floating-point values as float64 in a float64 run."""
     moved = {key: value.to(context.world.device, non_blocking=True) for key, value in batch.items()}
-    return {
-        key: value.double() if double and value.is_floating_point() else value for key, value in moved.items()
-    }
+    if context.config.train.precision != "float64":
+        return moved
+    return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, shapes, dtypes and bits; a collective call, sharded tensors are gathered one by one."""
+    """Digest of names, shapes, dtypes and bits; a collective call: gathers sharded tensors one by one."""
     digest = hashlib.sha256()
     for name, stored in sorted(tensors.items()):
         tensor = whole(stored)

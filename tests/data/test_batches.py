@@ -43,8 +43,7 @@ def training(n: int, global_batch: int, seed: int = 0, rank: int = 0, size: int 
         world_rank=rank,
         world_size=size,
         seed=seed,
-        shuffle=True,
-        drop_last=True,
+        training=True,
     )
 
 
@@ -101,8 +100,7 @@ def test_evaluation_sees_each_sample_once_in_order_and_unaugmented(n: int, batch
             world_rank=rank,
             world_size=size,
             seed=0,
-            shuffle=False,
-            drop_last=False,
+            training=False,
         )
         for rank in range(size)
     ]
@@ -136,7 +134,7 @@ class Stubborn(Numbers):
 
 
 def test_workers_give_the_same_batches_and_survive_signals() -> None:
-    options = {"seed": 3, "shuffle": True, "drop_last": True}
+    options = {"seed": 3, "training": True}
     workers = GlobalBatches(Stubborn(24), 4, num_workers=2, **options)
     assert values(workers, 1, 2) == values(GlobalBatches(Numbers(24), 4, **options), 1, 2)
 
@@ -151,9 +149,7 @@ def test_augmentation_is_the_same_for_any_world_size_and_in_a_subset() -> None:
     def pixels(dataset: ArrayDataset, size: int, epoch: int) -> dict[int, Tensor]:
         found = {}
         for rank in range(size):
-            batches = GlobalBatches(
-                dataset, 8, world_rank=rank, world_size=size, seed=5, shuffle=True, drop_last=True
-            )
+            batches = GlobalBatches(dataset, 8, world_rank=rank, world_size=size, seed=5, training=True)
             for batch in batches.epoch(epoch):
                 found |= dict(zip(batch["labels"].tolist(), batch["pixel_values"], strict=True))
         return found
@@ -187,17 +183,12 @@ def test_take_and_subset_are_views() -> None:
         ),
         (100, {"global_batch": 0}, "global_batch is 0; must be a positive multiple of the world size"),
         (20, {"global_batch": 32}, "global_batch is 32; must not exceed the 20 samples of the data set."),
-        (
-            21,
-            {"global_batch": 4, "world_size": 2, "drop_last": False},
-            "drop_last is False; the last 1 of 21 samples cannot be distributed evenly over 2 processes. "
-            "Set it to true.",
-        ),
+        (0, {"global_batch": 4, "training": False}, "global_batch is 4; must not exceed the 0 samples"),
     ],
 )
 def test_bad_settings_are_named(n: int, options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        GlobalBatches(Numbers(n), **({"seed": 0, "shuffle": True, "drop_last": True} | options))
+        GlobalBatches(Numbers(n), **({"seed": 0, "training": True} | options))
     assert message in str(caught.value)
 
 
@@ -209,7 +200,7 @@ def test_batches_are_the_bits_they_always_were() -> None:
     )
     splits = split_off(images, 9, images)
     digest = hashlib.sha256()
-    batches = GlobalBatches(splits.train, 10, seed=2**64 - 5, shuffle=True, drop_last=True)
+    batches = GlobalBatches(splits.train, 10, seed=2**64 - 5, training=True)
     for batch in batches.epoch(3, start=1):
         digest.update(batch["pixel_values"].numpy().tobytes() + batch["labels"].numpy().tobytes())
     assert splits.validation is not None

@@ -61,7 +61,7 @@ def test_pixels_are_normalised_by_channel(tmp_path: Path) -> None:
 def pixels_of(dataset: ArrayDataset, size: int, epoch: int, start: int = 0) -> list[Tensor]:
     """Global batches of one epoch, joined from the slices of ``size`` processes."""
     slices = [
-        GlobalBatches(dataset, 8, world_rank=rank, world_size=size, seed=5, shuffle=True, drop_last=True)
+        GlobalBatches(dataset, 8, world_rank=rank, world_size=size, seed=5, training=True)
         for rank in range(size)
     ]
     parts = zip(*(batches.epoch(epoch, start) for batches in slices), strict=True)
@@ -91,7 +91,7 @@ def test_a_damaged_file_ends_the_epoch_with_its_name(folder: Path, tmp_path: Pat
     bad = tmp_path / "copy" / "train" / "class_1" / "3.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     train = ImageFolder(path=str(tmp_path / "copy"), size=8).build().train
-    batches = GlobalBatches(train, 4, seed=0, shuffle=True, drop_last=True, num_workers=workers)
+    batches = GlobalBatches(train, 4, seed=0, training=True, num_workers=workers)
     with pytest.raises(SampleError) as caught:
         list(batches.epoch(0))
     assert str(caught.value).startswith(f"{bad} cannot be read as an image: ")

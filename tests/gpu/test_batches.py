@@ -19,9 +19,7 @@ def moved(device: torch.device, workers: int, pinned: bool) -> list[dict[str, Te
     images = torch.randint(0, 256, (48, 3, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(48) % 10
     dataset = ImageArrays(images, labels, mean=0.5, std=0.25, augment=FlipAndCrop(flip=True, padding=2))
-    batches = GlobalBatches(
-        dataset, 16, seed=3, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned
-    )
+    batches = GlobalBatches(dataset, 16, seed=3, training=True, num_workers=workers, pin_memory=pinned)
     found: list[Batch] = []
     for epoch in range(2):
         for batch in batches.epoch(epoch):
