@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -17,6 +18,7 @@ EXAMPLES = """  oialr doctor                                     (on a laptop, o
   srun --nodes=2 --ntasks-per-node=4 oialr doctor     (every process looks at itself)
 
 Exit code 0: no problems; 1: problems, each with its fix."""
+_MOST_NODES = 4
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -47,22 +49,32 @@ def run(arguments: argparse.Namespace) -> int:
     out = console(every_rank=True)
     code = 1 if summary.problems else 0
     if arguments.json:
-        listed = [{**vars(row.finding), "nodes": list(row.nodes)} for row in summary.rows]
-        content = {"node": context.node, "processes": summary.processes, "problems": len(summary.problems)}
+        listed = [vars(finding) for finding in summary.findings]
+        content = {"node": context.node, "processes": summary.processes, "problems": summary.problems}
         out.print(json.dumps({**content, "findings": listed}, indent=2), markup=False)
         return code
     several = f"{summary.processes} processes, seen from {context.node}"
     title = context.node if summary.processes == 1 else several
     table = Table("check", "", "found", title=title, title_justify="left")
-    for row in summary.rows:
-        finding = row.finding
+    for finding in summary.findings:
         state = Text(finding.state, style=_COLOURS[finding.state])
-        table.add_row(finding.name, state, Text(f"{finding.found}{f' [{row.where}]' if row.nodes else ''}"))
+        where = f" [{_names(finding.nodes)}]" if finding.nodes else ""
+        table.add_row(finding.name, state, Text(finding.found + where))
     out.print(table)
     for wanted in ("problem", "note"):
-        for finding in (row.finding for row in summary.rows):
+        for finding in summary.findings:
             if finding.state == wanted and finding.fix:
                 out.print(f"{wanted:8} {finding.name}: {finding.fix}", markup=False)
     if not summary.problems:
         out.print("no problems", markup=False)
     return code
+
+
+def _names(nodes: Sequence[str]) -> str:
+    """The first few nodes.
+
+    >>> _names(("n0", "n1", "n2", "n3", "n4", "n5"))
+    'n0, n1, n2, n3 and 2 more'
+    """
+    more = f" and {len(nodes) - _MOST_NODES} more" if len(nodes) > _MOST_NODES else ""
+    return ", ".join(nodes[:_MOST_NODES]) + more

@@ -6,9 +6,8 @@ import argparse
 import sys
 
 from hpc_oialr.cli.console import add_run
-from hpc_oialr.launch.job_file import read_job
-from hpc_oialr.launch.jobs import Over
-from hpc_oialr.launch.logs import follow, log_files
+from hpc_oialr.launch.job_file import follow, log_files, read_job
+from hpc_oialr.launch.jobs import watch_job
 from hpc_oialr.record.run_folder import RunFolder
 
 EXAMPLES = """  oialr logs runs/first
@@ -27,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the log to standard output as it is."""
     folder = RunFolder(arguments.folder)
     files = log_files(folder, arguments.process)
-    job = Over(read_job(folder)) if arguments.follow and folder.job.exists() else None
-    for text in follow(files, lambda: not arguments.follow or folder.finished or (job is not None and job())):
+    over = watch_job(read_job(folder)) if arguments.follow and folder.job.exists() else lambda: False
+    for text in follow(files, lambda: not arguments.follow or folder.finished or over()):
         sys.stdout.write(text)
         sys.stdout.flush()

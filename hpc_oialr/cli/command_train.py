@@ -11,8 +11,9 @@ from rich.table import Column, Table
 
 from hpc_oialr.cli.console import add_recipe, console, show
 from hpc_oialr.errors import OIALRError
+from hpc_oialr.exit_codes import FINISHED, STOPPED
 from hpc_oialr.launch.job_file import note_job
-from hpc_oialr.launch.job_main import code_of, stop_requests
+from hpc_oialr.launch.job_main import stop_requests
 from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
@@ -83,7 +84,7 @@ def finish(result: Result) -> int:
     else:
         show(f"stopped on request; resume with: {RunFolder(result.folder).resume_command}")
     show(f"run folder: {result.folder}")
-    return code_of(result)
+    return STOPPED if summary is None else FINISHED
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

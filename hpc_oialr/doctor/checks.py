@@ -1,11 +1,11 @@
-"""All checks, run at the same time with a deadline; findings of all processes of a job in one table."""
+"""Run all checks in parallel with a deadline; gather the findings of all ranks of a job."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
 from hpc_oialr.doctor.context import CheckContext, Finding, Scope, note, ok, problem
@@ -36,7 +36,6 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
 # Times the timeout of one program: longer than any check waits for its programs.
 _PATIENCE = 4
 _SLOW = 3
-_MOST_NODES = 4
 
 
 def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]] = CHECKS) -> list[Finding]:
@@ -59,48 +58,32 @@ def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]]
     deadline = time.monotonic() + limit_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late, fix = (
-        f"no answer within {limit_s:g} s",
-        "oialr doctor --timeout-s 60   (if the machine is only slow)",
-    )
+    late = f"no answer within {limit_s:g} s"
+    fix = "oialr doctor --timeout-s 60   (if the machine is only slow)"
     return [each for topic in due for each in found.get(topic, [problem(topic, late, fix)])]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A finding, and the nodes it is about; no nodes if all processes agree."""
-
-    finding: Finding
-    nodes: tuple[str, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """The nodes, as text."""
-        more = f" and {len(self.nodes) - _MOST_NODES} more" if len(self.nodes) > _MOST_NODES else ""
-        return ", ".join(self.nodes[:_MOST_NODES]) + more
-
-
-@dataclass(frozen=True)
 class Summary:
-    """Rows about so many processes, and whether this process prints them."""
+    """Findings of so many processes, and whether this process prints them."""
 
-    rows: tuple[Row, ...]
+    findings: Sequence[Finding]
     processes: int
     shown: bool
 
     @property
-    def problems(self) -> list[Row]:
-        """Rows that need a fix."""
-        return [row for row in self.rows if row.finding.state == "problem"]
+    def problems(self) -> int:
+        """Number of findings that need a fix."""
+        return sum(finding.state == "problem" for finding in self.findings)
 
 
 def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
-    """Findings of all processes on rank 0; each process's own where they cannot meet.
+    """Findings of all ranks, on rank 0; each rank's own if the ranks cannot connect.
 
-    A collective call if there are several processes; each sends its findings, some kB.
+    Collective if there are several ranks; each sends its findings, a few kB.
     """
     if context.size == 1:
-        return Summary(tuple(map(Row, findings)), 1, shown=True)
+        return Summary(findings, 1, shown=True)
     from hpc_oialr.distributed.world import World
 
     limit_s = context.timeout_s * (1 if network.by_hand(context) else _SLOW)
@@ -114,25 +97,22 @@ def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
     except WorldError as error:
         fix = "oialr doctor on each node; look at MASTER_ADDR and MASTER_PORT"
         fix = network.unset(context) if network.by_hand(context) else fix
-        return Summary(tuple(map(Row, [*findings, problem("World", str(error), fix)])), 1, shown=True)
-    return Summary(tuple(worst(everyone)), context.size, shown=context.is_main)
+        return Summary([*findings, problem("World", str(error), fix)], 1, shown=True)
+    return Summary(worst(everyone), context.size, shown=context.is_main)
 
 
-def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Row]:
-    """The worst finding of each name, with the nodes where it was made unless all made the same.
-
-    ``everyone`` holds node and findings of each process.
-    """
+def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """The worst finding of each name, with its nodes unless all ranks agree; given node and findings of each rank."""
     by_name: dict[str, list[tuple[str, Finding]]] = {}
-    for node, findings in everyone:
-        for finding in findings:
+    for node, found in everyone:
+        for finding in found:
             by_name.setdefault(finding.name, []).append((node, finding))
-    rows = []
+    findings = []
     for made in by_name.values():
         bad = max((finding for _, finding in made), key=lambda finding: finding.severity)
         nodes = tuple(dict.fromkeys(node for node, finding in made if finding.severity == bad.severity))
         alike = all(finding.severity == bad.severity for _, finding in made)
-        # What only one process checks holds for all; but a problem may be its node's own.
+        # What only one rank checks counts for all, but a problem may concern its node only.
         of_all = bad.state != "problem" or set(nodes) == {node for node, _ in everyone}
-        rows.append(Row(bad, () if alike and of_all else nodes))
-    return rows
+        findings.append(replace(bad, nodes=() if alike and of_all else nodes))
+    return findings

@@ -1,4 +1,4 @@
-"""What checks are given, the process as its launcher and user describe it, and what they return."""
+"""What a check gets, this process with its variables and options, and what it returns, findings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc_oialr.commands import Answer, run_command
-from hpc_oialr.distributed.environment import (
-    LaunchInfo,
-    gpus_per_node,
-    in_step,
-    launch_info,
-    node_name,
-    under_mpi,
-)
+from hpc_oialr.distributed.environment import LaunchInfo, gpus_per_node, launch_info, node_name
 from hpc_oialr.errors import OIALRError, UnknownNameError, WorldError, check_interval
 from hpc_oialr.launch.site import read_site
 
@@ -42,6 +35,7 @@ class Finding:
     name: str  # what was checked
     found: str
     fix: str = ""  # one line that puts it right; every problem has one
+    nodes: tuple[str, ...] = ()  # where; empty if all ranks agree
 
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
@@ -105,21 +99,12 @@ class CheckContext:
         return context, findings
 
     @cached_property
-    def _launch(self) -> LaunchInfo | str:
+    def place(self) -> LaunchInfo | None:
+        """Rank and world size; None where the launcher's variables contradict each other."""
         try:
             return launch_info(self.environ)
-        except WorldError as error:
-            return str(error)
-
-    @property
-    def contradiction(self) -> str:
-        """What is wrong with the launcher's variables; "" if nothing is."""
-        return self._launch if isinstance(self._launch, str) else ""
-
-    @property
-    def place(self) -> LaunchInfo | None:
-        """Rank and world size; None where variables contradict each other."""
-        return None if isinstance(self._launch, str) else self._launch
+        except WorldError:
+            return None
 
     @property
     def size(self) -> int:
@@ -137,10 +122,7 @@ class CheckContext:
         return self.environ.get("SLURM_PROCID", "0") == "0" if self.place is None else self.place.rank == 0
 
     def in_scope(self, scope: Scope) -> bool:
-        """Whether this process runs checks of a scope.
-
-        "slurm": rank 0, where any of Slurm's programs is, so that the controller gets one question instead of thousands.
-        """
+        """Whether this process runs checks of a scope."""
         match scope:
             case "process":
                 return True
@@ -150,22 +132,13 @@ class CheckContext:
             case "main":
                 return self.is_main
             case "slurm":
+                # One question to the controller instead of thousands.
                 return self.is_main and self.has_slurm
 
     @property
     def node(self) -> str:
         """Name of its node."""
         return node_name(self.environ)
-
-    @property
-    def in_step(self) -> bool:
-        """Whether srun started it."""
-        return in_step(self.environ)
-
-    @property
-    def under_mpi(self) -> bool:
-        """Whether mpirun, or srun with one of its MPI plugins, started it."""
-        return under_mpi(self.environ)
 
     @property
     def gpus_asked(self) -> bool:

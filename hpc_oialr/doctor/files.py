@@ -7,9 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-from hpc_oialr.commands import Answer
 from hpc_oialr.doctor.context import CheckContext, Finding, ok, problem
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EIO, 524)
@@ -25,11 +23,6 @@ def check_folder(context: CheckContext) -> list[Finding]:
         found = f"the file system of {context.folder} gives no answer: {answer.reason}"
         fix = f"{_ELSEWHERE}; tell the administrators of {mount(context.folder)}"
         return [problem("run folder", found, fix)]
-    return folder_findings(context, report)
-
-
-def folder_findings(context: CheckContext, report: dict[str, Any]) -> list[Finding]:
-    """Use, space, number of files and owner of the folder, from the probe's report."""
     there = Path(report["there"])
     if report.get("works"):
         findings = [ok("run folder", f"{there}: files are written, renamed at once and read back")]
@@ -68,11 +61,6 @@ def folder_findings(context: CheckContext, report: dict[str, Any]) -> list[Findi
 def check_hdf5(context: CheckContext) -> list[Finding]:
     """File locks in the run folder: HDF5 locks each file, and some parallel file systems have no locks."""
     report, answer = context.probe("hdf5", str(context.folder.absolute()))
-    return hdf5_findings(context, report, answer)
-
-
-def hdf5_findings(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
-    """Locks and HDF5, from the probe's report."""
     if "unusable" in report:
         return []  # check_folder has the reason
     if "lock" not in report:
@@ -92,7 +80,7 @@ def hdf5_findings(context: CheckContext, report: dict[str, Any], answer: Answer)
         who, fix = f"process {pid}", f"kill {pid}"
         if pid is None:
             who, fix = "another process", f"lsof {quote(path)}   (on each node; then end that process)"
-        found = f"{who} has locked {path}: does a run go on there?"
+        found = f"{who} has locked {path}: is a run still active there?"
         findings.append(problem("HDF5 lock", found, f"{fix}, or {_WITHOUT_LOCKS}"))
     return findings
 

@@ -17,25 +17,19 @@ _FULL = 0.1
 
 
 def check_gpus(context: CheckContext) -> list[Finding]:
-    """Nothing is loaded if there is no driver or torch is built for CPUs."""
+    """CUDA, this process's GPU and NCCL; nothing is loaded if there is no driver or torch is built for CPUs."""
     if not (NVIDIA.exists() or AMD.exists()):
         if not context.gpus_asked:
             return [ok("GPU", "none here: runs compute on CPUs")]
-        return [
-            problem("GPU", f"the job has GPUs by its variables, but {context.node} has no GPU driver", _ASK)
-        ]
+        found = f"the job has GPUs by its variables, but {context.node} has no GPU driver"
+        return [problem("GPU", found, _ASK)]
+    problem_if_asked = problem if context.gpus_asked else note
     build = metadata.version("torch")
     if build.endswith("+cpu"):
         found = f"there is a GPU, but torch {build} is built for CPUs"
-        return [
-            (problem if context.gpus_asked else note)("GPU", found, f"see {_BUILDS} for a build with CUDA")
-        ]
+        return [problem_if_asked("GPU", found, f"see {_BUILDS} for a build with CUDA")]
     local_rank = 0 if context.place is None else context.place.local_rank
-    return gpu_findings(context, *context.probe("cuda", str(local_rank), slow=True))
-
-
-def gpu_findings(context: CheckContext, report: dict[str, Any], answer: Answer) -> list[Finding]:
-    """CUDA, this process's GPU and NCCL, from the probe's report."""
+    report, answer = context.probe("cuda", str(local_rank), slow=True)
     names, torch = report.get("names"), f"torch {report.get('torch')}"
     if names is None:
         fix = f"nvidia-smi   (if that hangs too, leave the node out: --exclude={context.node})"
@@ -48,7 +42,7 @@ def gpu_findings(context: CheckContext, report: dict[str, Any], answer: Answer) 
             fix = f"see {_BUILDS} for a build with CUDA {driver // 1000}, or renew the driver"
             return [problem("GPU", found, fix)]
         found = f"{torch} sees no GPU: {report['error'] or 'none is visible'}"
-        return [(problem if context.gpus_asked else note)("GPU", found, _ASK)]
+        return [problem_if_asked("GPU", found, _ASK)]
     findings = [ok("GPU", f"{len(names)} x {names[0]}, {torch}"), _own(context, report, answer)]
     if "index" not in report:
         return findings

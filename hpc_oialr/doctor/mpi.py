@@ -1,4 +1,4 @@
-"""MPI: mpi4py and its library, srun's plugins, and whether MPI counts the processes as the launcher does."""
+"""MPI: mpi4py and its library, srun's plugins, and whether MPI and the launcher agree on rank and size."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import re
 from typing import Any
 
 from hpc_oialr.commands import Answer
+from hpc_oialr.distributed.environment import in_step, under_mpi
 from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _EXTRA = 'pip install "hpc_oialr[mpi]"'
 _WITHOUT = "runs do without, over gloo"
 _LISTED = re.compile(r"\b(pmix|pmi2|cray_shasta)(?:_v\d+)?\b")
 # Plugins of srun that start programs of a library, best first, by the first words of the library's version.
-_PLUGINS = {"Open MPI": ("pmix",), "Cray": ("cray_shasta", "pmi2"), "CRAY": ("cray_shasta", "pmi2")}
+_PLUGINS = {"open mpi": ("pmix",), "cray": ("cray_shasta", "pmi2")}
 _OTHER_PLUGINS = ("pmi2", "pmix")
 
 
 def check_mpi(context: CheckContext) -> list[Finding]:
     """Load MPI in a process of its own; start it there, except in a step of srun without MPI."""
-    start = context.under_mpi or not context.in_step
+    by_mpi = under_mpi(context.environ)
+    start = by_mpi or not in_step(context.environ)
     report, answer = context.probe("mpi", "start" if start else "load", slow=True)
     library = report.get("library")
     if library is None:
         return [_not_loaded(context, report, answer)]
     findings = [ok("MPI", f"mpi4py {report['mpi4py']}, {library}")]
-    if context.under_mpi:
+    if by_mpi:
         findings.append(rank_finding(context, report, answer))
     elif start and not report.get("ended"):
         findings[0] = note("MPI", f"{library} does not start here: {answer.reason}; {_WITHOUT}")
@@ -46,7 +48,7 @@ def _not_loaded(context: CheckContext, report: dict[str, Any], answer: Answer) -
         fix = "module load openmpi, or, as root: apt-get install openmpi-bin"
     else:
         found, fix = f"mpi4py cannot be loaded: {answer.reason}", f"pip uninstall mpi4py; {_EXTRA}"
-    if context.under_mpi:
+    if under_mpi(context.environ):
         return problem("MPI", f"{found}, and MPI started this process", fix)
     return note("MPI", f"{found}; {_WITHOUT}", fix)
 
@@ -92,4 +94,4 @@ def plugins_for(library: str) -> tuple[str, ...]:
     >>> plugins_for("Open MPI v4.1.4"), plugins_for("Intel(R) MPI Library 2021.13")
     (('pmix',), ('pmi2', 'pmix'))
     """
-    return next((plugins for name, plugins in _PLUGINS.items() if library.startswith(name)), _OTHER_PLUGINS)
+    return next((fit for name, fit in _PLUGINS.items() if library.lower().startswith(name)), _OTHER_PLUGINS)

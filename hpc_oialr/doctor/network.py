@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_oialr.distributed.environment import in_step, launch_info, under_mpi
 from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
+from hpc_oialr.errors import WorldError
 
 _STARTING = [
     "RANK",
@@ -23,9 +26,10 @@ _INTERFACES = Path("/sys/class/net")
 
 def check_launcher(context: CheckContext) -> list[Finding]:
     """What started this process, and whether its variables can be true."""
-    place = context.place
-    if place is None:
-        return [problem("launcher", context.contradiction, unset(context))]
+    try:
+        place = launch_info(context.environ)
+    except WorldError as error:
+        return [problem("launcher", str(error), unset(context))]
     where = f"rank {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on {context.node}"
     if by_hand(context):
         found = f"{where}, by RANK and WORLD_SIZE alone: no torchrun, srun or mpirun started it"
@@ -35,8 +39,9 @@ def check_launcher(context: CheckContext) -> list[Finding]:
 
 def by_hand(context: CheckContext) -> bool:
     """Whether only RANK makes this one of several processes: it may be a leftover."""
-    launched = "TORCHELASTIC_RUN_ID" in context.environ or context.in_step or context.under_mpi
-    return context.size > 1 and "RANK" in context.environ and not launched
+    env = context.environ
+    launched = "TORCHELASTIC_RUN_ID" in env or in_step(env) or under_mpi(env)
+    return context.size > 1 and "RANK" in env and not launched
 
 
 def unset(context: CheckContext) -> str:
@@ -160,15 +165,13 @@ def interfaces() -> list[str]:
 
 def _likely_interface() -> str:
     """The interface to use: InfiniBand before others that are up."""
-    names = [name for name in interfaces() if not name.startswith(("lo", "docker", "veth", "br"))]
-    return min(filter(_is_up, names), key=lambda name: not name.startswith("ib"), default="lo")
-
-
-def _is_up(name: str) -> bool:
-    try:
-        return (_INTERFACES / name / "operstate").read_text().strip() == "up"
-    except OSError:
-        return False
+    up = []
+    for name in interfaces():
+        with contextlib.suppress(OSError):
+            if (_INTERFACES / name / "operstate").read_text() == "up\n":
+                up.append(name)
+    hosts_own = [name for name in up if not name.startswith(("lo", "docker", "veth", "br"))]
+    return min(hosts_own, key=lambda name: not name.startswith("ib"), default="lo")
 
 
 def addresses(host: str) -> list[str]:

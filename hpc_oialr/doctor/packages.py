@@ -8,6 +8,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from hpc_oialr.distributed.environment import in_step
 from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
 
 _SELF = "hpc_oialr"
@@ -31,7 +32,7 @@ def check_packages(context: CheckContext) -> list[Finding]:
         elif any(states):
             fix = f'pip install --upgrade "{_SELF}[{extra}]"'
             findings.append(problem(f"[{extra}]", "; ".join(filter(None, states)), fix))
-    if "slurm" in absent and context.has_slurm and not context.in_step:
+    if "slurm" in absent and context.has_slurm and not in_step(context.environ):
         absent.remove("slurm")
         fix = f'pip install "{_SELF}[slurm]"'
         findings.append(problem("submitit", "missing: oialr submit cannot submit jobs", fix))

@@ -14,10 +14,8 @@ import importlib
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,50 +98,34 @@ def mpi(what: str) -> None:
     return None
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A new folder inside another one, removed afterwards."""
-    path = Path(tempfile.mkdtemp(prefix=".oialr-doctor-", dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=".oialr-doctor-", dir=folder, ignore_cleanup_errors=True)
 
 
-def folder(path: str) -> None:
-    """Look at a folder, or its nearest parent that exists, and use it as a run does."""
-    wanted = Path(path)
+def folder(where: str) -> None:
+    """Look at a folder, or its nearest parent that exists; write, rename over an old file, read back, as a run does."""
+    wanted = Path(where)
     there = next(each for each in (wanted, *wanted.parents) if each.exists())
-    if there.is_dir():
-        say(**look(there), holds_run=(wanted / "config.yaml").exists())
-        say(**use(there))
-    else:
-        say(there=str(there), step="find", errno=0, error=f"{there} is no folder")
-
-
-def look(there: Path) -> dict[str, Any]:
-    """Space, owner and mode of a folder."""
+    if not there.is_dir():
+        return say(there=str(there), step="find", errno=0, error=f"{there} is no folder")
     space, status = os.statvfs(there), there.stat()
-    return {
-        "there": str(there),
-        "free_bytes": space.f_bavail * space.f_frsize,
-        "inodes": space.f_files,
-        "free_inodes": space.f_favail,
-        "owner": status.st_uid,
-        "mode": status.st_mode & 0o7777,
-    }
-
-
-def use(there: Path) -> dict[str, Any]:
-    """Write, rename over an old file, read back, remove: the step that fails, with its error."""
+    say(
+        there=str(there),
+        holds_run=(wanted / "config.yaml").exists(),
+        free_bytes=space.f_bavail * space.f_frsize,
+        inodes=space.f_files,
+        free_inodes=space.f_favail,
+        owner=status.st_uid,
+        mode=status.st_mode & 0o7777,
+    )
     step = "make a folder"
     # Random bytes, which no file system compresses away.
     content = os.urandom(_BLOCK)
     try:
-        with _scratch(there) as inside:
-            step = "write"
-            for name, data in (("old", b"old"), ("new", content)):
-                with (inside / name).open("wb") as file:
+        with _scratch(there) as name:
+            inside, step = Path(name), "write"
+            for path, data in ((inside / "old", b"old"), (inside / "new", content)):
+                with path.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
@@ -151,10 +133,10 @@ def use(there: Path) -> dict[str, Any]:
             (inside / "new").replace(inside / "old")
             step = "read back"
             if (inside / "old").read_bytes() != content or (inside / "new").exists():
-                return {"step": "rename", "errno": 0, "error": "the old file is still there"}
+                return say(step="rename", errno=0, error="the old file is still there")
     except OSError as error:
-        return {"step": step, "errno": error.errno or 0, "error": error.strerror or str(error)}
-    return {"works": True}
+        return say(step=step, errno=error.errno or 0, error=error.strerror or str(error))
+    return say(works=True)
 
 
 def hdf5(path: str) -> None:
@@ -163,7 +145,8 @@ def hdf5(path: str) -> None:
     there = next(each for each in (wanted, *wanted.parents) if each.is_dir())
     files = sorted([*wanted.glob("*.h5"), *wanted.glob("*/*.h5")])[:_MOST_FILES]
     try:
-        with _scratch(there) as inside:
+        with _scratch(there) as name:
+            inside = Path(name)
             (inside / "lock").touch()
             taken = [each for each in files if lock(each) in (errno.EWOULDBLOCK, errno.EACCES)]
             say(lock=lock(inside / "lock"), locked={str(each): _holder(each) for each in taken})

@@ -7,7 +7,7 @@ import os
 import pwd
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hpc_oialr.commands import Answer
 from hpc_oialr.distributed.slurm import expand_nodes
@@ -19,20 +19,14 @@ _CREDENTIALS = re.compile(r"munge|authentication|auth_g_|credential", re.IGNOREC
 _LOOKED_UP = 8
 
 
-@dataclass(frozen=True)
-class Partition:
-    """A partition in sinfo's words."""
+class Partition(NamedTuple):
+    """A row of sinfo's table."""
 
     name: str
     default: bool
     state: str  # "up", "down", "drain" or "inact"
-    counts: tuple[int, ...]  # of nodes: allocated, idle, other (down or drained), all
+    works: bool  # whether jobs start there
     nodes: str  # Slurm's list
-
-    @property
-    def works(self) -> bool:
-        """Whether jobs start there."""
-        return self.state == "up" and sum(self.counts[:2]) > 0
 
 
 def check_programs(context: CheckContext) -> list[Finding]:
@@ -53,7 +47,14 @@ def check_cluster(context: CheckContext) -> list[Finding]:
     answer = context.run("sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
     if answer.code != 0:
         return [_unreachable(context, answer)]
-    partitions = parse_partitions(answer.stdout)
+    partitions = []
+    # E.g. main*|up|3/0/1/4|node[1-4]: the default one has a star; nodes are allocated, idle, down or drained, in all.
+    for name, state, counts, nodes in (
+        row.split("|") for row in answer.stdout.split() if row.count("|") == 3
+    ):
+        allocated, idle, *_ = map(int, counts.split("/"))
+        works = state == "up" and allocated + idle > 0
+        partitions.append(Partition(name.rstrip("*"), name.endswith("*"), state, works, nodes))
     findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
     if context.find("munge"):
         findings.append(ok("munge", "the controller took this user's credential"))
@@ -76,19 +77,6 @@ def _unreachable(context: CheckContext, answer: Answer) -> Finding:
 
 def _reason(program: str, answer: Answer) -> str:
     return answer.reason if answer.reason.startswith(program) else f"{program}: {answer.reason}"
-
-
-def parse_partitions(text: str) -> list[Partition]:
-    """Partitions from sinfo's table; the default one has a star.
-
-    >>> parse_partitions("main*|up|3/0/1/4|node[1-4]")
-    [Partition(name='main', default=True, state='up', counts=(3, 0, 1, 4), nodes='node[1-4]')]
-    """
-    rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 3]
-    return [
-        Partition(name.rstrip("*"), name.endswith("*"), state, tuple(map(int, counts.split("/"))), nodes)
-        for name, state, counts, nodes in rows
-    ]
 
 
 def _partition(context: CheckContext, partitions: Sequence[Partition]) -> Finding:

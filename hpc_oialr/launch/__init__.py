@@ -1,4 +1,4 @@
-"""From the login node to the running job: submitting runs, their lives, and what becomes of them."""
+"""Submit runs to Slurm, follow and cancel their jobs, and start or resume a run inside a job."""
 
 from typing import TYPE_CHECKING
 

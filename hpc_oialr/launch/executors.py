@@ -1,4 +1,4 @@
-"""submitit's executors, set for runs: one process a GPU, requeued by the batch script, results read safely."""
+"""submitit's executors, configured for runs: one process per GPU, requeued by the batch script, results read safely."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 
 from hpc_oialr.distributed.environment import all_variables
 from hpc_oialr.errors import ConfigError, OIALRError
-from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.launch.slurm import Slurm
+from hpc_oialr.launch.task import require_own
 
 if TYPE_CHECKING:
     from hpc_oialr.launch.submission import Submission
@@ -35,7 +35,7 @@ _NEVER = {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_NO_REQUEUE", "SBATCH_TIMELI
 
 
 class SlurmWatcher(SlurmInfoWatcher):
-    """Asks squeue first: without accounting submitit itself would wait for a killed job for ever."""
+    """Asks squeue first: without accounting submitit itself would wait for a killed job forever."""
 
     def __init__(self, delay_s: int = 60) -> None:
         super().__init__(delay_s)
@@ -64,8 +64,8 @@ class _OwnPickles(Job[Any]):
         return super().submission()
 
     def _get_outcome_and_result(self) -> tuple[str, Any]:
-        there = [path for path in (self.paths.result_pickle,) if path.exists()]
-        require_own(self.paths.folder, *there)
+        result = self.paths.result_pickle
+        require_own(self.paths.folder, *([result] if result.exists() else []))
         return super()._get_outcome_and_result()
 
 

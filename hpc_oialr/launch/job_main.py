@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from hpc_oialr.redaction import one_line
 
 if TYPE_CHECKING:
     from hpc_oialr.train.load_config import LoadedConfig
-    from hpc_oialr.train.run import Result
     from hpc_oialr.train.timing import StopRequest
 
 
@@ -61,12 +60,13 @@ def run_job(recipe: str | Path, folder: Path, settings: Sequence[str] = ()) -> i
 
     loaded = load_config(recipe, settings)
     with stop_requests(loaded) as stop:
-        return code_of(train_or_resume(loaded, folder, stop=stop, claim=Claim("a submitted job", job_over)))
+        result = train_or_resume(loaded, folder, stop=stop, claim=Claim("a submitted job", job_over))
+        return STOPPED if result.summary is None else FINISHED
 
 
 @contextmanager
 def stop_requests(loaded: LoadedConfig) -> Iterator[StopRequest]:
-    """What stops a run early: signals that ask for it, Ctrl-C, a closed terminal, the end of the job.
+    """What stops a run early: signals, Ctrl-C, a closed terminal, the end of the job.
 
     Raises :class:`ConfigError` now if ``OIALR_MAX_REQUEUES``, which is read at the end, is no number.
     """
@@ -87,25 +87,15 @@ def _interrupted() -> None:
             os.write(2, b"\noialr: a checkpoint is written after this step; Ctrl-C again: end at once\n")
 
 
-def code_of(result: Result) -> int:
-    """The exit code of a run that raised nothing."""
-    return STOPPED if result.summary is None else FINISHED
-
-
-def job_end(
-    environ: Mapping[str, str] | None = None,
-    *,
-    ask: Callable[[str], float | None] = end_of,
-    clock: Callable[[], float] = time.time,
-) -> float | None:
+def job_end(environ: Mapping[str, str] | None = None) -> float | None:
     """Unix time at which this process's job ends (s); None without a job or a limit.
 
-    Slurm is asked where the job's variables do not tell, or the time is past because the limit was extended; by
-    rank 0 only, since a thousand questions at once would slow Slurm down.
+    Rank 0 asks Slurm if the job's variables do not tell, or the time is past because the limit was extended; other
+    ranks do not, since a thousand questions at once would slow Slurm down.
     """
     job = slurm_job(environ)
     if job is None:
         return None
-    if job.end is not None and job.end > clock():
+    if job.end is not None and job.end > time.time():
         return job.end
-    return ask(job.id) if launch_info(environ).rank == 0 else None
+    return end_of(job.id) if launch_info(environ).rank == 0 else None

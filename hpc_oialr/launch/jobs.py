@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import DataError, OIALRError
-from hpc_oialr.launch.job_file import JobFile, read_job
-from hpc_oialr.launch.logs import last_error
+from hpc_oialr.launch.job_file import JobFile, last_error, read_job
 from hpc_oialr.launch.slurm import ENDED, FORGOTTEN, ORDER_S, UNKNOWN, JobState, NoAnswerError, Slurm, ask
 from hpc_oialr.record.metrics import read_last_metrics
 from hpc_oialr.record.run_folder import RunFolder
@@ -60,20 +59,20 @@ class JobRow:
         return max(0.0, (self.total_steps - self.step) * self.step_s - self.age_s)
 
 
-def find_runs(given: Sequence[Path] = (), root: Path = ROOT) -> list[RunFolder]:
-    """Folders of submitted runs: in the given folders of runs or arrays, or all under ``root``.
+def find_runs(given: Sequence[Path] = ()) -> list[RunFolder]:
+    """Folders of submitted runs: in the given folders of runs or arrays, or all under ``runs``.
 
     Raises :class:`DataError` if a given folder holds no submitted run.
     """
     if not given:
-        return [*_inside(root), *(run for folder in sorted(root.glob("*/")) for run in _inside(folder))]
+        return [*_inside(ROOT), *(run for folder in sorted(ROOT.glob("*/")) for run in _inside(folder))]
     found: list[RunFolder] = []
     for path in given:
         runs = [RunFolder(path)] if RunFolder(path).job.exists() else _inside(path)
         if not runs:
             raise DataError(
-                f"{path} holds no submitted run: there is no {RunFolder(path).job}. oialr jobs --all lists those "
-                f"under {root}."
+                f"{path} holds no submitted run: there is no {RunFolder(path).job}. "
+                f"oialr jobs --all lists those under {ROOT}."
             )
         found.extend(runs)
     return found
@@ -155,22 +154,20 @@ def is_controller(job: JobFile) -> bool:
     return "submitit.local._local" in words and str(job.output.parent.resolve()) in words
 
 
-class Over:
-    """Callable: whether a job is over; asks Slurm every ``every_s`` seconds only, however often it is called."""
+def watch_job(
+    job: JobFile, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], bool]:
+    """A function that tells whether a job is over; it asks Slurm at most every ``every_s`` seconds."""
+    slurm, over, due_s = Slurm(), False, clock()
 
-    def __init__(
-        self, job: JobFile, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._job, self._slurm = job, Slurm()
-        self._every_s, self._clock, self._next = every_s, clock, clock()
-        self._over = False
+    def is_over() -> bool:
+        nonlocal over, due_s
+        if not over and clock() >= due_s:
+            due_s = clock() + every_s
+            over = states_of([job], slurm)[0].over
+        return over
 
-    def __call__(self) -> bool:
-        """True once the job is over."""
-        if not self._over and self._clock() >= self._next:
-            self._next = self._clock() + self._every_s
-            self._over = states_of([self._job], self._slurm)[0].over
-        return self._over
+    return is_over
 
 
 def cancel(target: str) -> list[str]:

@@ -31,7 +31,7 @@ class Request:
     gpus_per_node
         GPUs of each node, e.g. 4 or "a100:4"; default none.
     tasks_per_node
-        Processes of each node; default one per GPU, or one.
+        Processes of each node; default one per GPU, or one without GPUs.
     cpus_per_task
         Cores of each process; default the cluster's.
     time
@@ -74,11 +74,8 @@ class Request:
     setup: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *((name, 1) for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_s")),
-            ("max_requeues", 0),
-        ):
-            value = getattr(self, name)
+        for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_s", "max_requeues"):
+            value, least = getattr(self, name), 0 if name == "max_requeues" else 1
             if value is not None and not (_is_whole(value) and value >= least):
                 raise ConfigError(name, value, f"must be a whole number, at least {least}")
         gpus = self.gpus_per_node

@@ -41,7 +41,7 @@ case $known in
   *' JobState='*) leave "$why; Slurm ends job $job itself, nothing to do" ;;
 esac
 if [ "$restarts" -ge "$limit" ]; then
-  leave "$why; job $job was requeued $restarts times, of $limit. To go on: submit the same command with the same run \
+  leave "$why; job $job was requeued $restarts times, of $limit. To continue: submit the same command with the same run \
 folder again, or raise OIALR_MAX_REQUEUES above $limit"
 fi
 echo "oialr: $why; requeue $((restarts + 1)) of $limit" >&2

@@ -26,8 +26,6 @@ from hpc_oialr.record.run_folder import RunFolder, default_folder
 if TYPE_CHECKING:
     from submitit import Job
 
-    from hpc_oialr.train.config import TrainConfig
-
 
 @overload
 def submit(
@@ -84,18 +82,30 @@ class Submission:
     @classmethod
     def of(cls, recipe: str | Path, settings: Sequence[str], request: Request) -> Submission:
         """Check all that can be checked before a job starts; raises :class:`OIALRError`."""
+        from hpc_oialr.data.batches import check_shares
+        from hpc_oialr.train.load_config import load_config
+
         request, site = at_site(request, read_site(request.site))
-        train = _check_settings(recipe, settings, request.processes)
+        loaded, section = load_config(recipe, settings), "engine"
+        train = loaded.config.train
+        try:
+            shares = loaded.config.engine.shares(request.processes)
+            section = "train"
+            check_shares(train.global_batch, shares)
+            train.check_accumulation(shares)
+        except ConfigError as error:
+            raise error.in_section(section, loaded.origins) from None
         found = str(Path(recipe).resolve()) if Path(recipe).is_file() else str(recipe)
         folder = Path(request.folder or default_folder(str(recipe))).absolute()
         check_folder(folder)
-        if request.seeds is None:
-            runs = [RecipeRun(found, folder, tuple(settings))]
-        else:
+        runs = [RecipeRun(found, folder, tuple(settings))]
+        if request.seeds is not None:
             runs = [
                 RecipeRun(found, folder / f"seed_{seed}", (*settings, "--train.seed", str(seed)))
                 for seed in request.seeds
             ]
+        if find_spec("submitit") is None:
+            raise MissingExtraError("submitit", "slurm", purpose="Submitting a run")
         return cls(request, site, folder, tuple(runs), train.stop_signal)
 
     def script(self) -> str:
@@ -103,7 +113,6 @@ class Submission:
         if self.request.executor != "slurm":
             rule = "has no batch script to look at"
             raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
-        _require_submitit()
         from hpc_oialr.launch.executors import batch_script, make_executor
 
         return batch_script(make_executor(self), len(self.runs))
@@ -115,7 +124,6 @@ class Submission:
         """
         for run in self.runs:
             _check_free(run)
-        _require_submitit()
         from hpc_oialr.launch.executors import make_executor, submit_runs
 
         new, executor = not self.folder.exists(), make_executor(self)
@@ -165,23 +173,6 @@ class Submission:
                 path.rmdir()
 
 
-def _check_settings(recipe: str | Path, settings: Sequence[str], processes: int) -> TrainConfig:
-    """The settings of the loop, if the recipe is valid and its batch can be divided among the processes."""
-    from hpc_oialr.data.batches import check_shares
-    from hpc_oialr.train.load_config import load_config
-
-    loaded = load_config(recipe, settings)
-    section = "engine"
-    try:
-        shares = loaded.config.engine.shares(processes)
-        section = "train"
-        check_shares(loaded.config.train.global_batch, shares)
-        loaded.config.train.check_accumulation(shares)
-    except ConfigError as error:
-        raise error.in_section(section, loaded.origins) from None
-    return loaded.config.train
-
-
 def _check_free(run: RecipeRun) -> None:
     """Raise unless the folder is new, or holds this very run, unfinished and without a job that works on it."""
     folder = RunFolder(run.folder)
@@ -206,8 +197,3 @@ def _check_free(run: RecipeRun) -> None:
 def _tell() -> None:
     with suppress(OSError):
         os.write(2, b"\noialr: the job is being submitted; oialr cancel ends it, Ctrl-C again: end at once\n")
-
-
-def _require_submitit() -> None:
-    if find_spec("submitit") is None:
-        raise MissingExtraError("submitit", "slurm", purpose="Submitting a run")

@@ -6,6 +6,8 @@ It replaces submitit's own, which exits with 1 whatever happened: the batch scri
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 import sys
 import time
 import traceback
@@ -16,7 +18,6 @@ from hpc_oialr.distributed.environment import launch_info
 from hpc_oialr.distributed.signals import end_with_parent, leave_upon_term
 from hpc_oialr.errors import OIALRError
 from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
-from hpc_oialr.launch.pickle_safety import require_own
 from hpc_oialr.redaction import one_line
 from hpc_oialr.streams import tolerate_output_failures
 
@@ -24,6 +25,30 @@ from hpc_oialr.streams import tolerate_output_failures
 _UNUSED_SIGNAL = "URG"
 # submitit's local controller counts time by its sleeps, so its signal may come early by our clock (s).
 _LEEWAY_S = 2.0
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+
+
+def require_own(folder: Path, *files: Path) -> None:
+    """Raise :class:`OIALRError` if a folder, or a file in it, belongs to another user or is writable by others.
+
+    Reading a pickle runs its code, so only pickles that nobody else can have written are read.
+    """
+    user = os.geteuid()
+    # Files in a folder that others cannot enter are safe whatever their mode.
+    closed = {folder} if not folder.stat().st_mode & _OTHERS_ENTER else {folder, *files}
+    for path in (folder, *files):
+        status = path.stat()
+        if status.st_uid != user:
+            raise OIALRError(
+                f"{path} belongs to user {status.st_uid}; pickles are read only from what belongs to you (user {user}), "
+                "since reading one runs its code. Submit the run into a folder of your own."
+            )
+        if path in closed and status.st_mode & _OTHERS_WRITE:
+            raise OIALRError(
+                f"{path} has mode {stat.S_IMODE(status.st_mode):04o}; pickles are read only where nobody else can "
+                f"write, since reading one runs its code. If you trust what is there: chmod go-w {shlex.quote(str(path))}"
+            )
 
 
 def main(folder: Path) -> None:
@@ -36,13 +61,13 @@ def main(folder: Path) -> None:
 
 
 def entry() -> None:
-    """Exit with the code, at once: remains of a process group may hang at the interpreter's end."""
+    """Exit at once with the code: what is left of a process group may hang at interpreter shutdown."""
     started = time.monotonic()
     code: object = 0
     tolerate_output_failures()
     leave_upon_term(PROCESS_LOST)
     if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
-        # Without its controller the process would go on unseen, and the next submission find the folder in use.
+        # Without its controller the process would run unnoticed, and the next submission find the folder in use.
         end_with_parent()
     try:
         main(Path(sys.argv[-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import CheckContext, Finding, files, probe
 
+DONE = Answer(code=0)
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "r+b")
@@ -53,6 +55,24 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", str(point)], check=True)
 
 
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the probe reports, and how it ended."""
+
+    def put(report: dict[str, Any], answer: Answer = DONE) -> None:
+        monkeypatch.setattr(CheckContext, "probe", lambda *_: (report, answer))
+
+    return put
+
+
+def report_of(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any]:
+    """What the probe reports of a folder, run in this process."""
+    probe.folder(str(folder))
+    return {
+        key: value for line in capsys.readouterr().out.splitlines() for key, value in json.loads(line).items()
+    }
+
+
 def test_a_good_folder_that_is_not_there_yet(context, tmp_path):
     findings = files.check_folder(context(folder=tmp_path / "a" / "b", need_gib=1e-6))
     assert [(finding.name, finding.state) for finding in findings] == [
@@ -81,11 +101,11 @@ def test_a_disk_without_inodes(context, mounted):
     assert f"more files fit on {disk} (tmpfs)" in inodes.found
 
 
-def test_little_space_as_the_system_tells_it(context, monkeypatch, tmp_path):
+def test_little_space_as_the_system_tells_it(context, monkeypatch, reported, tmp_path, capsys):
     space = SimpleNamespace(f_bavail=1, f_frsize=2**30, f_files=0, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda path: space)
-    report = probe.look(tmp_path) | {"works": True}
-    found = by_name(files.folder_findings(context(folder=tmp_path, need_gib=5.0), report))
+    reported(report_of(capsys, tmp_path))
+    found = by_name(files.check_folder(context(folder=tmp_path, need_gib=5.0)))
     assert found["free space"].state == "problem"
     assert found["free space"].found.startswith("1.0 GiB on ")
     assert "inodes" not in found, "some file systems do not count them"
@@ -99,11 +119,13 @@ def test_a_read_only_disk(context, mounted):
     assert found.fix.startswith("--folder DIR, and --out DIR")
 
 
-def test_a_folder_closed_to_its_owner(context, tmp_path):
+def test_a_folder_closed_to_its_owner(context, reported, tmp_path):
     report = {"there": str(tmp_path), "step": "write", "errno": errno.EACCES, "error": "Permission denied"}
-    (found,) = files.folder_findings(context(), report | {"owner": os.geteuid()})
+    reported(report | {"owner": os.geteuid()})
+    (found,) = files.check_folder(context())
     assert (found.state, found.fix) == ("problem", f"chmod u+rwx {tmp_path}")
-    (found,) = files.folder_findings(context(), report | {"owner": os.geteuid() + 1})
+    reported(report | {"owner": os.geteuid() + 1})
+    (found,) = files.check_folder(context())
     assert found.fix.startswith("--folder DIR")
 
 
@@ -114,14 +136,15 @@ def test_a_file_in_the_folders_place(context, tmp_path):
     assert "is no folder" in found.found
 
 
-def test_a_rename_that_leaves_the_old_file(monkeypatch, tmp_path):
+def test_a_rename_that_leaves_the_old_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Path, "replace", lambda self, target: None)
-    assert probe.use(tmp_path)["step"] == "rename"
+    report = report_of(capsys, tmp_path)
+    assert (report["step"], "works" in report) == ("rename", False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_server_that_does_not_answer(context, monkeypatch):
-    monkeypatch.setattr(CheckContext, "probe", lambda *_: ({}, Answer(trouble="hung")))
+def test_a_file_server_that_does_not_answer(context, reported):
+    reported({}, Answer(trouble="hung"))
     (found,) = files.check_folder(context())
     assert found.state == "problem"
     assert found.found.endswith("gives no answer: no answer in time")
@@ -191,37 +214,41 @@ def test_a_file_that_another_process_has_locked(context, tmp_path, holder, name)
     hdf5, locked = files.check_hdf5(context(folder=tmp_path))
     assert hdf5.state == "ok"
     assert (locked.name, locked.state) == ("HDF5 lock", "problem")
-    assert locked.found == f"process {pid} has locked {path}: does a run go on there?"
+    assert locked.found == f"process {pid} has locked {path}: is a run still active there?"
     assert locked.fix == f"kill {pid}, or export HDF5_USE_FILE_LOCKING=FALSE"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(context, monkeypatch, tmp_path, capsys, number):
+def test_a_file_system_without_locks(context, monkeypatch, reported, tmp_path, number):
     def no_locks(file: Any, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     (tmp_path / "x").touch()
     report = {"lock": probe.lock(tmp_path / "x"), "locked": {}, "hdf5": "2.0.0", "failed": ""}
-    (found,) = files.hdf5_findings(context(folder=tmp_path), report, Answer(code=0))
+    reported(report)
+    (found,) = files.check_hdf5(context(folder=tmp_path))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert f"has no file locks ({os.strerror(number)})" in found.found
     heeded = context({"HDF5_USE_FILE_LOCKING": "FALSE"}, folder=tmp_path)
-    (found,) = files.hdf5_findings(heeded, report, Answer(code=0))
+    (found,) = files.check_hdf5(heeded)
     assert (found.state, found.found) == ("ok", "2.0.0 writes, without locks")
 
 
-def test_a_lock_that_hangs(context):
-    (found,) = files.hdf5_findings(context(), {}, Answer(trouble="hung"))
+def test_a_lock_that_hangs(context, reported):
+    reported({}, Answer(trouble="hung"))
+    (found,) = files.check_hdf5(context())
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert found.found.endswith("fails: no answer in time")
 
 
-def test_hdf5_that_cannot_write(context):
+def test_hdf5_that_cannot_write(context, reported):
     report = {"lock": 0, "locked": {}, "hdf5": "2.0.0", "failed": "unable to lock file, errno = 524"}
-    (found,) = files.hdf5_findings(context(), report, Answer(code=0))
+    reported(report)
+    (found,) = files.check_hdf5(context())
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
-    (found,) = files.hdf5_findings(context(), report | {"failed": "broken"}, Answer(code=0))
+    reported(report | {"failed": "broken"})
+    (found,) = files.check_hdf5(context())
     assert "pip install --force-reinstall" in found.fix
 
 

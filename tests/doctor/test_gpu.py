@@ -8,8 +8,9 @@ import pytest
 from support.slurm_step import step
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import gpu
+from hpc_oialr.doctor import CheckContext, gpu
 
+DONE = Answer(code=0)
 ASKED = {"SLURM_GPUS_PER_NODE": "a100:4", "SLURMD_NODENAME": "node1"}
 SEEN = {
     "driver_cuda": 12080,
@@ -39,6 +40,19 @@ def driver(monkeypatch, tmp_path):
     return there
 
 
+@pytest.fixture
+def look(context, driver, monkeypatch):
+    """Findings for what the probe reports and how it ended."""
+
+    def find(report, answer=DONE, environ=ASKED):
+        driver(True)
+        monkeypatch.setattr(metadata, "version", lambda name: SEEN["torch"])
+        monkeypatch.setattr(CheckContext, "probe", lambda *_, **__: (report, answer))
+        return gpu.check_gpus(context(environ))
+
+    return find
+
+
 def test_a_machine_without_gpus(context, driver):
     driver(False)
     assert [finding.state for finding in gpu.check_gpus(context())] == ["ok"]
@@ -65,9 +79,8 @@ def test_torch_for_cpus_on_a_machine_with_gpus(context, driver, monkeypatch):
     assert asked.fix == "see https://pytorch.org/get-started/locally for a build with CUDA"
 
 
-def test_a_healthy_node(context):
-    findings = gpu.gpu_findings(context(ASKED), SEEN, Answer(code=0))
-    assert [(finding.name, finding.state) for finding in findings] == [
+def test_a_healthy_node(look):
+    assert [(finding.name, finding.state) for finding in look(SEEN)] == [
         ("GPU", "ok"),
         ("own GPU", "ok"),
         ("NCCL", "ok"),
@@ -105,27 +118,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults(context, fault):
+def test_faults(look, fault):
     report, answer, (name, found, fix) = FAULTS[fault]
-    (problem,) = [
-        each for each in gpu.gpu_findings(context(ASKED), report, answer) if each.state == "problem"
-    ]
+    (problem,) = [each for each in look(report, answer) if each.state == "problem"]
     assert problem.name == name
     assert found in problem.found
     assert fix in problem.fix
 
 
-def test_processes_that_would_share_a_gpu(context):
+def test_processes_that_would_share_a_gpu(look):
     environ = ASKED | step() | {"SLURM_GPUS_PER_NODE": "2"}
-    own = gpu.gpu_findings(context(environ), SEEN | {"names": ["NVIDIA A100"] * 2}, Answer(code=0))[1]
+    own = look(SEEN | {"names": ["NVIDIA A100"] * 2}, environ=environ)[1]
     assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
     assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
-    alone = gpu.gpu_findings(context(ASKED | step()), SEEN | {"names": ["NVIDIA A100"]}, Answer(code=0))[1]
+    alone = look(SEEN | {"names": ["NVIDIA A100"]}, environ=ASKED | step())[1]
     assert alone.state == "ok", "each process may see its own only"
 
 
-def test_notes(context):
-    report = SEEN | {"free": 10 * 2**30, "peers": 1}
-    _, own, _, peers = gpu.gpu_findings(context(ASKED), report, Answer(code=0))
+def test_notes(look):
+    _, own, _, peers = look(SEEN | {"free": 10 * 2**30, "peers": 1})
     assert (own.state, own.found) == ("note", "70 of 80 GiB of GPU 0 are taken by other programs")
     assert (peers.state, peers.found) == ("note", "GPU 0 reaches 1 of 3 others directly")

@@ -131,7 +131,11 @@ def test_interfaces_by_wrong_names(context):
     assert [finding.state for finding in network.check_interfaces(context(good))] == ["ok", "ok"]
 
 
-def test_the_interface_to_use(monkeypatch):
-    monkeypatch.setattr(network, "interfaces", lambda: ["lo", "docker0", "eth0", "ib0", "ib1"])
-    monkeypatch.setattr(network, "_is_up", lambda name: name != "ib0")
+def test_the_interface_to_use(monkeypatch, tmp_path):
+    states = {"lo": "unknown", "docker0": "up", "eth0": "up", "ib0": "down", "ib1": "up"}
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "operstate").write_text(f"{state}\n")
+    monkeypatch.setattr(network, "_INTERFACES", tmp_path)
+    monkeypatch.setattr(network, "interfaces", lambda: [*states, "gone0"])
     assert network._likely_interface() == "ib1"

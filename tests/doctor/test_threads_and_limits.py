@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 from support.slurm_step import step
@@ -10,6 +11,27 @@ from support.slurm_step import step
 from hpc_oialr.doctor import limits
 
 STEP = step(SLURMD_NODENAME="node1")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Pretends that a machine has so many cores, 32 in all, and such limits; finds the finding of a name."""
+
+    def pretend(cores=32, files=4096, locked=resource.RLIM_INFINITY, shared=2**30):
+        (tmp_path / "mlx5_0").touch()
+        space = SimpleNamespace(f_blocks=shared, f_frsize=1)
+        both = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked}
+        monkeypatch.setattr(limits, "usable_cores", lambda: cores)
+        monkeypatch.setattr(limits.os, "cpu_count", lambda: 32)
+        monkeypatch.setattr(limits.os, "statvfs", lambda path: space)
+        monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (both[which], resource.RLIM_INFINITY))
+        monkeypatch.setattr(limits, "_INFINIBAND", tmp_path)
+        return find
+
+    def find(context, name="open files"):
+        return next(finding for finding in limits.check_limits(context) if finding.name == name)
+
+    return pretend
 
 
 @pytest.mark.parametrize(
@@ -31,15 +53,17 @@ STEP = step(SLURMD_NODENAME="node1")
         ({"OMP_NUM_THREADS": "all"}, 2, "OMP_NUM_THREADS is 'all'; must be a whole number", 2),
     ],
 )
-def test_more_threads_than_cores(context, environ, cores, found, fix):
-    problem = limits.threads_finding(context(environ), cores, 32)
+def test_more_threads_than_cores(context, machine, environ, cores, found, fix):
+    machine(cores=cores)
+    problem = limits.check_threads(context(environ))[0]
     assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
     assert problem.fix == f"export OMP_NUM_THREADS={fix}"
 
 
 @pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
-def test_threads_that_fit(context, environ):
-    assert limits.threads_finding(context(environ), 32, 32).state == "ok"
+def test_threads_that_fit(context, machine, environ):
+    machine(cores=32)
+    assert [finding.state for finding in limits.check_threads(context(environ))] == ["ok"]
 
 
 def test_this_machine(context):
@@ -50,37 +74,39 @@ def test_this_machine(context):
     assert found.state == "ok"
 
 
-def test_srun_does_not_inherit_cpus_per_task(context):
+def test_srun_does_not_inherit_cpus_per_task(context, machine):
     who = context(STEP | {"SLURM_CPUS_PER_TASK": "8"})
-    (found,) = limits.binding_findings(who, 1)
+    machine(cores=1)
+    _, found = limits.check_threads(who)
     assert (found.state, found.found) == (
         "problem",
         "SLURM_CPUS_PER_TASK is 8, but srun bound this task to 1",
     )
     assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-    assert [finding.state for finding in limits.binding_findings(who, 8)] == ["ok"]
-    assert limits.binding_findings(context(STEP), 1) == []
+    assert len(limits.check_threads(context(STEP))) == 1
+    machine(cores=8)
+    assert [finding.state for finding in limits.check_threads(who)] == ["ok", "ok"]
 
 
-def test_open_files():
-    assert limits.open_files_finding(1024, 1).state == "ok"
-    assert limits.open_files_finding(resource.RLIM_INFINITY, 4096).state == "ok"
-    found = limits.open_files_finding(1024, 512)
+def test_open_files(context, machine):
+    assert machine(files=1024)(context()).state == "ok"
+    assert machine(files=resource.RLIM_INFINITY)(context(step(0, 4096))).state == "ok"
+    found = machine(files=1024)(context(step(0, 512)))
     assert (found.state, found.found) == ("problem", "1,024; 512 processes need 2,304")
     assert found.fix == "ulimit -n 2304"
 
 
-def test_locked_memory():
-    assert limits.locked_memory_finding(resource.RLIM_INFINITY).state == "ok"
-    found = limits.locked_memory_finding(8 * 2**20)
+def test_locked_memory(context, machine):
+    assert machine(locked=resource.RLIM_INFINITY)(context(), "locked memory").state == "ok"
+    found = machine(locked=8 * 2**20)(context(), "locked memory")
     assert (found.state, found.found) == ("problem", "8,192 KiB; InfiniBand needs it unlimited")
     assert found.fix.startswith("ulimit -l unlimited")
 
 
-def test_shared_memory(context):
-    assert limits.shared_memory_finding(context(), 2**30).state == "ok"
-    assert limits.shared_memory_finding(context(), 2**26).state == "note"
-    found = limits.shared_memory_finding(context(STEP), 2**26)
+def test_shared_memory(context, machine):
+    assert machine(shared=2**30)(context(), "/dev/shm").state == "ok"
+    assert machine(shared=2**26)(context(), "/dev/shm").state == "note"
+    found = machine(shared=2**26)(context(STEP), "/dev/shm")
     assert (found.state, found.found) == (
         "problem",
         "64 MiB: too little for NCCL and the workers of data loaders",

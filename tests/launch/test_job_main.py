@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from support.train_workers import losses
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, ProcessLostError, WorldError
 from hpc_oialr.exit_codes import of_error
+from hpc_oialr.launch import job_main
 from hpc_oialr.launch.job_main import job_end, run_job, stop_requests
 from hpc_oialr.launch.slurm import end_of
 from hpc_oialr.train.load_config import load_config
@@ -37,8 +39,11 @@ def one_thread():
 
 def end(environ, told=None):
     asked = []
-    found = job_end(environ, ask=lambda job: asked.append(job) or told, clock=lambda: NOW)
-    return found, asked
+    with (
+        mock.patch.object(job_main, "end_of", lambda job: asked.append(job) or told),
+        mock.patch.object(time, "time", return_value=NOW),
+    ):
+        return job_end(environ), asked
 
 
 def test_no_job_has_no_end():

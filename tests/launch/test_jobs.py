@@ -13,12 +13,10 @@ from datetime import datetime, timedelta
 import pytest
 from support.slurm_step import step
 
-from hpc_oialr.cli import command_logs
 from hpc_oialr.cli.main import main
 from hpc_oialr.errors import ConfigError, DataError, OIALRError
-from hpc_oialr.launch.job_file import JobFile, note_job, read_job
-from hpc_oialr.launch.jobs import Over, cancel, find_runs, rows_of
-from hpc_oialr.launch.logs import follow, last_error, log_files
+from hpc_oialr.launch.job_file import JobFile, follow, last_error, log_files, note_job, read_job
+from hpc_oialr.launch.jobs import cancel, find_runs, rows_of, watch_job
 from hpc_oialr.launch.slurm import JobState, Slurm
 from hpc_oialr.record import RunFolder
 
@@ -278,22 +276,17 @@ def test_follow_gives_whole_lines_and_what_came_last(tmp_path):
     assert list(follow([path, other], over, sleep=sleep)) == ["one\n", "two\n", "late\n", "end"]
 
 
-def test_following_ends_with_the_job(slurm, tmp_path, capsys, monkeypatch):
+def test_following_ends_with_the_job(slurm, tmp_path, capsys):
     _, job = submitted(tmp_path / "run")
     job.log(0, "err").write_text("step 1\n")
     slurm.answer(jobs={"12": {"State": "FAILED"}})
-    monkeypatch.setattr(command_logs.Over, "__init__", quick(Over.__init__))
     assert run(capsys, "logs", tmp_path / "run", "-f")[:2] == (0, "step 1\n")
-
-
-def quick(init):
-    return lambda self, job: init(self, job, every_s=0)
 
 
 def test_slurm_is_asked_now_and_then_only(slurm, tmp_path):
     _, job = submitted(tmp_path / "run")
     times = [0.0]
-    over = Over(job, every_s=10, clock=lambda: times[0])
+    over = watch_job(job, every_s=10, clock=lambda: times[0])
     slurm.answer(jobs={"12": {"State": "RUNNING"}})
     assert [over(), over()] == [False, False]
     assert len(slurm.calls) == 1
@@ -342,10 +335,10 @@ def test_cancel_of_a_local_job(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
         folder, job = submitted(tmp_path / "run", str(controller.pid), executor="local")
         assert controller.stdout.readline() == "ready\n"
-        assert not Over(job)()
+        assert not watch_job(job)()
         assert cancel(str(folder.path)) == [str(controller.pid)]
     assert controller.returncode == -signal.SIGTERM
-    assert Over(job)()
+    assert watch_job(job)()
 
 
 def test_states_that_are_over():

@@ -53,7 +53,7 @@ def test_it_is_over(slurm, code):
 def test_so_often_and_no_more(slurm):
     assert run(75, SLURM_RESTART_COUNT="2", OIALR_MAX_REQUEUES="3")[1].endswith("requeue 3 of 3\n")
     assert run(75, SLURM_RESTART_COUNT="2", OIALR_MAX_REQUEUES="2")[1] == (
-        "oialr: stopped with a checkpoint; job 12 was requeued 2 times, of 2. To go on: submit the same command with "
+        "oialr: stopped with a checkpoint; job 12 was requeued 2 times, of 2. To continue: submit the same command with "
         "the same run folder again, or raise OIALR_MAX_REQUEUES above 2\n"
     )
     assert run(75, OIALR_MAX_REQUEUES="often")[1] == (

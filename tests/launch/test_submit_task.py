@@ -12,7 +12,7 @@ import pytest
 from hpc_oialr.errors import OIALRError, ProcessLostError
 from hpc_oialr.launch import job_main, task
 from hpc_oialr.launch.job_main import RecipeRun
-from hpc_oialr.launch.pickle_safety import require_own
+from hpc_oialr.launch.task import require_own
 from hpc_oialr.record import RunFolder
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")

@@ -164,7 +164,7 @@ def test_the_last_requeue(shell: Shell) -> None:
     shell.slurm.answer(srun_code=75)
     said = shell.run("vit_b16", code=75, **JOB, SLURM_RESTART_COUNT="3", OIALR_MAX_REQUEUES="3")
     assert not shell.requeued
-    assert "job 12 was requeued 3 times, of 3. To go on: submit the same command" in said
+    assert "job 12 was requeued 3 times, of 3. To continue: submit the same command" in said
 
 
 @pytest.mark.parametrize(("reason", "requeued"), [("None", False), ("TimeLimit", True)])
