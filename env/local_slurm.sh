@@ -230,7 +230,8 @@ end() { # end PIDFILE...
   for file in "$@"; do [[ ! -f $file ]] || kill "$(<"$file")" 2>/dev/null || true; done
   for file in "$@"; do
     [[ -f $file ]] || continue
-    pid=$(<"$file")
+    # The daemon may remove the file on its way out.
+    pid=$(<"$file") 2>/dev/null || continue
     wait_for 10 "the end of $(basename "$file" .pid)" gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
     rm -f "$file"
   done
