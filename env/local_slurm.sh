@@ -231,7 +231,7 @@ end() { # end PIDFILE...
   for file in "$@"; do
     [[ -f $file ]] || continue
     # The daemon may remove the file on its way out.
-    pid=$(<"$file") 2>/dev/null || continue
+    pid=$(cat "$file" 2>/dev/null) || continue
     wait_for 10 "the end of $(basename "$file" .pid)" gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
     rm -f "$file"
   done
