@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
-from hpc_oialr.doctor.context import CheckContext, Finding, Scope, note, ok, problem
+from hpc_oialr.doctor.context import SLOW, CheckContext, Finding, Scope, note, ok, problem
 from hpc_oialr.errors import WorldError
 
 Check = Callable[[CheckContext], list[Finding]]
@@ -35,7 +35,6 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
 )
 # Times the timeout of one program: longer than any check waits for its programs.
 _PATIENCE = 4
-_SLOW = 3
 
 
 def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]] = CHECKS) -> list[Finding]:
@@ -86,7 +85,7 @@ def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
         return Summary(findings, 1, shown=True)
     from hpc_oialr.distributed.world import World
 
-    limit_s = context.timeout_s * (1 if network.by_hand(context) else _SLOW)
+    limit_s = context.timeout_s * (1 if network.by_hand(context) else SLOW)
     try:
         world = World.from_environment(device="cpu", timeout_s=limit_s, environ=context.environ)
         try:

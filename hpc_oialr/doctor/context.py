@@ -24,7 +24,8 @@ STATES: tuple[State, ...] = ("ok", "note", "problem")
 SLURM_PROGRAMS = ("sinfo", "sbatch", "srun", "squeue", "scontrol", "scancel")
 _NO_GPU = ("", "-1", "NoDevFiles")
 _PROBE = Path(__file__).with_name("probe.py")
-_SLOW = 3
+# Times the timeout: for programs and checks that wait for others.
+SLOW = 3
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class CheckContext:
             with contextlib.suppress(OSError):
                 os.fstat(int(number))
                 fds.append(int(number))
-        timeout_s = self.timeout_s * (_SLOW if slow else 1)
+        timeout_s = self.timeout_s * (SLOW if slow else 1)
         return run_command(words, timeout_s=timeout_s, environ=self.environ, pass_fds=fds)
 
     def probe(self, what: str, argument: str, *, slow: bool = False) -> tuple[dict[str, Any], Answer]:

@@ -124,7 +124,7 @@ class DDPEngine(GroupEngine):
 
     def gather(self, target: TargetWeight) -> None:
         """Restore the trained values in place of ``mixed_precision``'s copies."""
-        ddp_wrapper.full_precision(target.holder.parameters())
+        ddp_wrapper.restore_values(target.holder.parameters())
 
     @property
     def ignored(self) -> Collection[int]:

@@ -99,10 +99,10 @@ def release(wrapper: DistributedDataParallel) -> None:
             if getattr(hook, "__self__", None) is wrapper:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    full_precision(wrapper.module.parameters())
+    restore_values(wrapper.module.parameters())
 
 
-def full_precision(parameters: Iterable[nn.Parameter]) -> None:
+def restore_values(parameters: Iterable[nn.Parameter]) -> None:
     """Restore the values that ``mixed_precision`` has replaced, as after a forward pass without a backward."""
     for p in parameters:
         kept: Tensor | None = getattr(p, "_fp_param", None)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_oialr.lowrank.products import FUSED, KERNELS, TORCH, FactoredFunction, backward, through
+from hpc_oialr.lowrank.products import TORCH, FactoredFunction, backward, serving, through
 from hpc_oialr.torch_compat import is_transformed
 
 
 def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:
-    """``y = ((x A^T) S^T) C^T + bias`` by the first of :data:`KERNELS` that serves, else by torch's products in a row.
+    """``y = ((x A^T) S^T) C^T + bias`` by the kernels that serve, else by torch's products in a row.
 
     x is (..., n), A is r x n, S is r x r, C is m x r, y is (..., m). Derivatives of any order are right on every path.
     """
@@ -22,15 +22,13 @@ def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | N
     ours = x.is_cuda and not torch.compiler.is_exporting() if compiling else not is_transformed()
     if ours and _plain(x, A, S, C):
         x, A, S, C, bias = _under_autocast(x, A, S, C, bias)
-        # Compiled code leaves the choice to the operator, which sees values.
-        candidates = (TORCH,) if compiling else KERNELS
-        kernels = next((kernels for kernels in candidates if kernels.serve(x, A, S, C)), None)
-        if kernels is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            if compiling:
-                y = torch.ops.hpc_oialr.factored_linear(rows, A, S, C, bias)[0]
-            else:
-                y = FactoredFunction.apply(rows, A, S, C, bias, kernels)[0]  # type: ignore[no-untyped-call]
+        y = None
+        if not compiling:
+            if (kernels := serving(x, A, S, C)) is not None:
+                y = FactoredFunction.apply(x.reshape(-1, x.shape[-1]), A, S, C, bias, kernels)[0]  # type: ignore[no-untyped-call]
+        elif TORCH.serve(x, A, S, C):  # the operator chooses among all kernels: it sees values
+            y = torch.ops.hpc_oialr.factored_linear(x.reshape(-1, x.shape[-1]), A, S, C, bias)[0]
+        if y is not None:
             return cast(Tensor, y.view(*x.shape[:-1], C.shape[0]))
     return F.linear(F.linear(F.linear(x, A), S), C, bias)
 
@@ -61,7 +59,7 @@ def _under_autocast(*tensors: Any) -> tuple[Any, ...]:
 @torch.library.custom_op("hpc_oialr::factored_linear", mutates_args=())
 def _operator(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``y = x (C S A)^T + bias`` (B x m) and ``a = x A^T`` (B x r), all of one dtype."""
-    a, y = through(x, A, S, C, bias, FUSED if FUSED.serve(x, A, S, C) else TORCH)
+    a, y = through(x, A, S, C, bias, serving(x, A, S, C) or TORCH)
     return y, a
 
 
@@ -75,8 +73,7 @@ def _operator_backward(
     dy: Tensor, a: Tensor, A: Tensor, S: Tensor, C: Tensor, x: Tensor | None, needed: list[bool]
 ) -> list[Tensor]:
     """Gradients of x, A, S, C and bias, those that are ``needed``."""
-    kernels = FUSED if FUSED.serve(dy, C.mT, S, A.mT) else TORCH
-    grads = backward(dy, a, A, S, C, x, needed, kernels)
+    grads = backward(dy, a, A, S, C, x, needed, serving(dy, C.mT, S, A.mT) or TORCH)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hpc_oialr.lowrank.execution import folds
 from hpc_oialr.lowrank.factored import factored_linear
-from hpc_oialr.lowrank.products import KERNELS, ONEDNN, TORCH, Kernels
+from hpc_oialr.lowrank.products import ONEDNN, TORCH, serving
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -21,10 +21,6 @@ def factors(
     A, C = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((r, n), (m, r)))
     S = torch.randn(r, r, generator=generator, dtype=dtype, requires_grad=True)
     return A, S, C, torch.randn(m, generator=generator, dtype=dtype, requires_grad=True)
-
-
-def serving(*tensors: Tensor) -> Kernels | None:
-    return next((kernels for kernels in KERNELS if kernels.serve(*tensors)), None)
 
 
 def three_layers(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | None) -> Tensor:

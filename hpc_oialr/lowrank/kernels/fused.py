@@ -2,8 +2,8 @@
 
 Forward pass of a layer: P = Vh, Q = U S. Backward pass: x = dy, P = U^T, Q = (S Vh)^T, so that t and y are the gradients
 of ``U^T y`` and of the layer's input. The r-wide tile stays on the chip, so x is read once, t and y are written once: B
-(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r) and leave thin shapes at
-a third of the memory's speed (``benchmarks/results/gpu_notes.md``).
+(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r) and took up to twice the time that
+their bytes need (``benchmarks/results/gpu_notes.md``).
 """
 
 from __future__ import annotations
