@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from hpc_oialr.cli.console import add_force, is_main, show, writing
-from hpc_oialr.record.progress import clock_time
 
 EXAMPLES = """  oialr analyze checkpoint-500 checkpoint-1000 checkpoint-1500 --out spectra.h5
   oialr analyze epoch*.pt --include "encoder.*" --out encoder.h5
@@ -43,25 +42,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in ("include", "exclude", "max_aspect")}
     selection = MatrixSelection(**{name: value for name, value in given.items() if value})
-    options = {"steps": arguments.steps, "selection": selection, "force": arguments.force}
-    with closing(World.from_environment(device=arguments.device)) as world, writing(arguments.out):
-        out = analyze(arguments.checkpoints, arguments.out, **options, world=world, progress=progress_lines())
+    options: dict[str, Any] = {"steps": arguments.steps, "selection": selection, "force": arguments.force}
+    with (
+        closing(World.from_environment(device=arguments.device)) as world,
+        writing(arguments.out),
+        # Large checkpoints take hours; only terminals show it.
+        Console(stderr=True, quiet=not is_main()).status("") as status,
+    ):
+        options["progress"] = lambda done, of: status.update(f"{done} of {of} layers measured")
+        out = analyze(arguments.checkpoints, arguments.out, **options, world=world)
     show(out)
-
-
-def progress_lines(
-    every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
-) -> Callable[[int, int], None]:
-    """A callback that prints a line on standard error now and then: large checkpoints take hours."""
-    start = last = clock()
-
-    def report(done: int, of: int) -> None:
-        nonlocal last
-        now = clock()
-        if now < last + every_s or done == of or not is_main():
-            return
-        last = now
-        left = clock_time((now - start) * (of - done) / done)
-        sys.stderr.write(f"oialr: {done} of {of} layers measured, about {left} to go\n")
-
-    return report

@@ -27,7 +27,6 @@ EXAMPLES = """  oialr spectra show runs/first
   oialr spectra watch runs/first --layers "encoder.*"
   oialr spectra plot runs/first --figure stability --out stability.pdf
   oialr spectra plot runs/first --figure waterfall --layer encoder.0 --width double --out waterfall.svg
-  oialr spectra plot runs/demo --figure cost --out cost.png
   oialr spectra export runs/first --format parquet
   oialr spectra merge runs/first
   oialr spectra repair runs/first/spectra.h5"""
@@ -35,8 +34,6 @@ FIGURES = {
     "stability": "of every layer over training",
     "r": "heat map of r by layer and step",
     "waterfall": "singular values of one layer, with the cutoff and the noise edge",
-    "share": "metric against the share of trained parameters, of one or several runs",
-    "cost": "time and memory against the dense run: both runs, or the folder of oialr compare",
 }
 
 
@@ -46,10 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     def action(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
         own = "\n".join(line for line in EXAMPLES.splitlines() if f" {name} " in line)
         parser = add_command(actions, name, run, summary=summary, examples=own)
-        many = "+" if name == "plot" else None
-        parser.add_argument(
-            "path", metavar="RUN", type=Path, nargs=many, help="a run's folder or its spectra.h5"
-        )
+        parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder or its spectra.h5")
         return parser
 
     shown = action("show", run_show, "show every layer as it stood after its last event")
@@ -122,19 +116,14 @@ def frames(path: Path, pattern: str, every_s: float) -> Iterator[RenderableType]
 
 def run_plot(arguments: argparse.Namespace) -> None:
     from hpc_oialr.report.plots import figure_of, save
-    from hpc_oialr.report.runs import find_runs
+    from hpc_oialr.report.runs import Run
 
     if not is_main():
         return
-    runs = find_runs(arguments.path)
-    figure = figure_of(arguments.figure, runs, layer=arguments.layer, width=arguments.width)
     path = arguments.out or Path(f"{arguments.figure}.png")
-    try:
-        with writing(path):
-            save(figure, path, inputs=[run.folder.path for run in runs], force=arguments.force)
-    finally:
-        for run in runs:
-            run.close()
+    with closing(Run(arguments.path)) as run, writing(path):
+        figure = figure_of(arguments.figure, run, layer=arguments.layer, width=arguments.width)
+        save(figure, path, inputs=[run.folder.path], force=arguments.force)
     show(path)
 
 

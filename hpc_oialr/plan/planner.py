@@ -16,7 +16,7 @@ from hpc_oialr.plan.fake_world import fake_tensors
 from hpc_oialr.plan.machine import GIB, Machine
 from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
 from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.trace_step import Step, StepTraces, trace_event, traced_context
+from hpc_oialr.plan.trace_step import Step, trace_event, trace_step, traced_context
 from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
 
 MB = 1e6
@@ -46,7 +46,7 @@ class Planner:
         self.assumption: str | None = None
         if (method := workload.config.oialr) is not None:
             self.rule, self.assumption = predictable_rule(method.rule, r_fraction)
-        self._traces = StepTraces(workload)
+        self._traces: dict[tuple[object, ...], Step] = {}
         self._event_peaks: dict[tuple[int, bool, str], float] = {}
 
     def use(self, measured: Measured) -> None:
@@ -115,25 +115,27 @@ class Planner:
         """
         train, optimizer = self.workload.config.train, type(self.workload.config.optimizer).__name__
         rows: list[dict[str, Any]] = []
-        possible: list[tuple[dict[str, Any], Deployment]] = []
         for count in nodes:
             d = self.deployment(count, per_node, engine)
             batch = d.batch * d.groups if self.weak else train.global_batch
             row: dict[str, Any] = {"engine": label(engine), "nodes": count, "processes": d.processes}
             row |= {"batch": d.batch, "global_batch": batch}
-            rows.append(row)
             reason = d.incompatibility(batch, accumulation=train.accumulation, optimizer=optimizer)
             if reason is None:
-                possible.append((row, d))
+                row |= self._figures(d, batch)
+                row["fits"] = row["peak_gib"] <= self.memory_gib
+                row["advice"] = self.advice(d, nodes) if advise and not row["fits"] else ""
             else:
                 row |= {"fits": False, "advice": reason}
-        deployments = [d for _, d in possible]
-        steps = {name: self._traces.steps(deployments, phase.r) for name, phase in self.stages.items()}
-        for row, d in possible:
-            row |= self._figures(d, row["global_batch"], {name: s[d] for name, s in steps.items()})
-            row["fits"] = row["peak_gib"] <= self.memory_gib
-            row["advice"] = self.advice(d, nodes) if advise and not row["fits"] else ""
+            rows.append(row)
         return rows
+
+    def _step(self, d: Deployment, r: Mapping[str, int]) -> Step:
+        """A traced step; deployments that are traced alike share one, since a trace takes some seconds."""
+        key = ("" if d.bare else repr(d.engine), 1 if d.bare else d.processes, d.batch, *r.values())
+        if key not in self._traces:
+            self._traces[key] = trace_step(self.workload, d, r)
+        return self._traces[key]
 
     def advice(self, d: Deployment, nodes: Sequence[int]) -> str:
         """For a run that does not fit: engines that do, on as many or on how many more nodes, or what to try."""
@@ -148,8 +150,9 @@ class Planner:
             return "no engine fits; try a smaller --train.global_batch or a larger --train.accumulation"
         return "no engine fits; try --train.activation_checkpointing true, or a smaller --train.global_batch"
 
-    def _figures(self, d: Deployment, global_batch: int, steps: Mapping[str, Step]) -> dict[str, Any]:
+    def _figures(self, d: Deployment, global_batch: int) -> dict[str, Any]:
         total = self.workload.with_train(global_batch=global_batch).total_steps
+        steps = {name: self._step(d, phase.r) for name, phase in self.stages.items()}
         figures: dict[str, Any] = {"steps": total}
         for name, step in steps.items():
             memory, sent = step_cost.footprint(step, d), step_cost.messages(step, d)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from hpc_oialr.engines import FSDPEngine, SingleEngine, TensorEngine
@@ -143,77 +140,3 @@ def trace_event(
             run.update() if update else run.convert()
         del held_parameters
         return float(max(tracer.trace.live))
-
-
-# -- many numbers of processes from a few traced steps -------------------------------------------------
-
-
-class StepTraces:
-    """Traced steps of a workload, each made once.
-
-    Every quantity of a step is a constant, plus a part per sample of the process, plus a part sharded over processes.
-    So it is linear in the samples, or in 1 / processes.
-    """
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-        self._cache: dict[tuple[str, int, int, tuple[int, ...]], Step] = {}
-
-    def steps(self, deployments: Sequence[Deployment], r: Mapping[str, int]) -> dict[Deployment, Step]:
-        """A step of every deployment of one engine; the smallest and largest are traced, those between interpolated.
-
-        Where the operations of two differ, e.g. because layers compute another way with fewer tokens, the one in the
-        middle is traced too.
-        """
-        many = sorted({d for d in deployments if d.processes > 1}, key=lambda d: (1.0 / d.processes, d.batch))
-        ends = {*many[:1], *many[-1:], *(d for d in deployments if d.processes == 1)}
-        found = {d: self._traced(d, r) for d in ends}
-        pending = [many]
-        while pending:
-            row = pending.pop()
-            if len(row) < 3:
-                continue
-            low, high = row[0], row[-1]
-            if _operations(found[low]) == _operations(found[high]):
-                for d in row[1:-1]:
-                    found[d] = _between(found[low], found[high], _weight(low, d, high), d)
-                continue
-            at = len(row) // 2
-            found[row[at]] = self._traced(row[at], r)
-            pending += [row[: at + 1], row[at:]]
-        return found
-
-    def _traced(self, d: Deployment, r: Mapping[str, int]) -> Step:
-        key = ("" if d.bare else repr(d.engine), 1 if d.bare else d.processes, d.batch, tuple(r.values()))
-        if key not in self._cache:
-            self._cache[key] = trace_step(self.workload, d, r)
-        return self._cache[key]
-
-
-def _operations(step: Step) -> list[object]:
-    traces = step.passes, step.update
-    return [(len(t.live), [(m.collective, m.stride > 1) for m in t.messages]) for t in traces]
-
-
-def _weight(low: Deployment, d: Deployment, high: Deployment) -> float:
-    """Where ``d`` lies between two others: 0 at ``low``, 1 at ``high``."""
-    if d.bare and low.batch != high.batch:
-        return (d.batch - low.batch) / (high.batch - low.batch)
-    return (1 / d.processes - 1 / low.processes) / (1 / high.processes - 1 / low.processes)
-
-
-def _between(a: Step, b: Step, w: float, d: Deployment) -> Step:
-    def mix(x: Any, y: Any) -> Any:
-        return x + w * (y - x)
-
-    def trace(x: Trace, y: Trace) -> Trace:
-        messages = []
-        for m, n in zip(x.messages, y.messages, strict=True):
-            processes = m.processes if m.processes == n.processes else d.processes // m.stride
-            messages.append(replace(m, size=mix(m.size, n.size), processes=processes))
-        flops = Counter({dtype: round(mix(x.flops[dtype], y.flops[dtype])) for dtype in x.flops})
-        live, gradients = mix(np.array([x.live, x.gradients]), np.array([y.live, y.gradients])).tolist()
-        return Trace(live, gradients, flops, mix(x.moved, y.moved), messages)
-
-    resident = Resident(*map(mix, astuple(a.resident), astuple(b.resident)))
-    return Step(resident, trace(a.passes, b.passes), trace(a.update, b.update), a.half)

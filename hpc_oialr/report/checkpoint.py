@@ -7,7 +7,6 @@ import functools
 import pickle
 import re
 import tarfile
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ from hpc_oialr.train.checkpoint_store import CheckpointStore
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = ("model.safetensors", "pytorch_model.bin")
 PLAIN = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-# Names by which GPTQ, AWQ, compressed-tensors, MXFP4 and HQQ store packed matrices, and by which scales lie beside
-# 8-bit ones (DeepSeek's weight_scale_inv, bitsandbytes' SCB and weight.absmax).
+# Of matrices that are no layer's "weight", such as experts.
+EIGHT_BITS = re.compile(r"F[48]|float[48]")
+# Names by which GPTQ, AWQ, compressed-tensors, MXFP4 and HQQ store packed matrices.
 PACKED = ("qweight", "weight_packed", "weight_blocks", "W_q")
-SCALES = re.compile(r"scale|SCB|absmax")
 # Where training programs put the state dict among other things.
 NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -155,18 +154,13 @@ def _of_run(path: Path) -> Checkpoint:
 
 def _load(path: Path) -> Any:
     """What ``torch.save`` wrote; torch's own messages for other files are misleading."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith(".npy") for name in archive.namelist()):
-                raise DataError(f"{path} is an archive of NumPy arrays; save the tensors as safetensors.")
-    else:
-        with path.open("rb") as file:
-            start = file.read(16)
-        # An archive that was cut short; a pickle or a tar archive, torch's formats of before 2020.
-        if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
-            raise DataError(
-                f"{path} is not a torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
-            )
+    with path.open("rb") as file:
+        start = file.read(16)
+    # An archive; a pickle or a tar archive, torch's formats of before 2020.
+    if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
+        raise DataError(
+            f"{path} is not a torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
+        )
     load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
         with contextlib.suppress(RuntimeError):
@@ -196,31 +190,14 @@ def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
 
 
 def _refuse_quantised(path: Path, dtypes: Mapping[str, str]) -> None:
-    """Raise :class:`DataError` if a matrix is stored as numbers that mean nothing without scales beside it.
+    """Raise :class:`DataError` if a matrix is stored as numbers that may mean nothing without scales beside it.
 
     ``dtypes`` are those of all tensors, as safetensors or torch write them.
     """
     for name, dtype in dtypes.items():
-        layer, _, last = name.rpartition(".")
-        is_float, weight = re.search(r"F[48]|float[48]", dtype), last == "weight"
-        coded = is_float or re.search(r"int8|[UI]8", dtype)
-        if last not in PACKED and (dtype in PLAIN or not (weight or coded)):
-            continue
-        # Tensors of other names have scales of their own, as gate_up_proj_scale of experts.
-        owner = layer if weight or last in PACKED else name
-        beside = [
-            each
-            for each in dtypes
-            if each.startswith((f"{owner}.", f"{name}_")) and SCALES.search(each[len(owner) :])
-        ]
-        if weight and not beside and not coded:
+        last = name.rpartition(".")[2]
+        if last in PACKED or (dtype not in PLAIN and (last == "weight" or EIGHT_BITS.search(dtype))):
             raise DataError(
-                f"{path} holds {name} as {dtype}; must be real floating-point numbers. Save the weights as such, or "
-                "leave that tensor out of the file."
-            )
-        if beside or last in PACKED or (weight and not is_float):
-            scales = f", with {beside[0]} beside it" if beside else ""
-            raise DataError(
-                f"{path} is quantised: {name} holds {dtype}{scales}, and its spectrum would be wrong. Dequantise the "
-                "model first, e.g. by model.dequantize() of transformers, and save it again."
+                f"{path} holds {name} as {dtype}; must be real floating-point numbers of at least 16 bits. Dequantise the "
+                "model, e.g. by model.dequantize() of transformers, and save it again, or leave that tensor out."
             )

@@ -202,7 +202,6 @@ def sentences(runs: Sequence[Run]) -> Iterator[str]:
         if run.spectra is not None and len(run.spectra.events):
             yield from _stability(run.name, run.spectra)
             yield from _inner_dimensions(run.name, run.spectra)
-            yield from _noise(run.name, run.spectra)
 
 
 def metric_text(value: float, name: str) -> str:
@@ -248,49 +247,22 @@ def _against(run: Run, dense: Run) -> str:
 
 
 def _stability(name: str, record: Spectra) -> Iterator[str]:
-    settled = settling_steps(record, STABLE)
-    if not settled:
-        return
-    steps = sorted(step for step in settled.values() if math.isfinite(step))
-    if not steps:
-        yield f"In {name}, the stability of no layer stays above {STABLE:g}."
-        return
-    # The slowest tenth of the layers would hide when the others settle.
-    enough = math.ceil(0.9 * len(steps))
-    enough += sum(step == steps[enough - 1] for step in steps[enough:])
-    rest, count = "", len(settled)
-    if len(steps) < count:
-        never = [each for each, step in settled.items() if not math.isfinite(step)]
-        more = f" and {len(never) - 1} more" if len(never) > 1 else ""
-        rest = f"; that of {never[0]}{more} does not by the end"
-    elif len(steps) > enough:
-        rest = f", of all from step {steps[-1]:,.0f} on"
-    everyone = f"all {count} layers" if count > 1 else "its layer"
-    who = f"{enough} of {count} layers" if enough < count else everyone
-    yield f"In {name}, the stability of {who} stays above {STABLE:g} from step {steps[enough - 1]:,.0f} on{rest}."
+    if settled := settling_steps(record, STABLE):
+        steps = [step for step in settled.values() if math.isfinite(step)]
+        text = f"In {name}, the stability of {len(steps)} of {len(settled)} layers stays above {STABLE:g}"
+        if steps:
+            text += (
+                f", of half of these from step {np.median(steps):,.0f} on, of all from step {max(steps):,.0f}"
+            )
+        yield f"{text}."
 
 
 def _inner_dimensions(name: str, record: Spectra) -> Iterator[str]:
-    converted = conversions(record.values())
-    if not converted:
-        return
-    shares = {layer.name: layer.r[-1] / layer.k for layer in record.values() if len(layer)}
-    least = min(shares, key=lambda each: shares[each])
-    when = f"at step {converted[0]:,}"
-    if converted[-1] > converted[0]:
-        when = f"from step {converted[0]:,} to {converted[-1]:,}"
-    least_text = f", least in {least} ({shares[least]:.1%})" if len(set(shares.values())) > 1 else ""
-    yield (
-        f"{name} was converted {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean of its "
-        f"{len(shares)} layer{'s' * (len(shares) > 1)}{least_text}."
-    )
-
-
-def _noise(name: str, record: Spectra) -> Iterator[str]:
-    layers = [layer for layer in record.values() if len(layer)]
-    above = [layer["values_above_edge"][-1] / layer["r_before"][-1] for layer in layers]
-    if known := [share for share in above if math.isfinite(share)]:
+    if converted := conversions(record.values()):
+        when = " to ".join(f"{step:,}" for step in dict.fromkeys((converted[0], converted[-1])))
+        shares = {layer.name: layer.r[-1] / layer.k for layer in record.values() if len(layer)}
+        least = min(shares, key=lambda each: shares[each])
         yield (
-            f"At the last event of each layer in {name}, {np.median(known):.0%} of its singular values (median) stand "
-            "above the edge that noise alone would reach."
+            f"{name} was converted at step {when}; r is {np.mean(list(shares.values())):.1%} of k at the end in the mean "
+            f"of its layers, and {shares[least]:.1%} in {least}, where it is least."
         )

@@ -14,16 +14,7 @@ import numpy as np
 
 from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.outputs import claim, marked, new_file
-from hpc_oialr.report.runs import (
-    COSTS,
-    Run,
-    conversions,
-    dense_of,
-    ratios_to_dense,
-    share_of_k,
-    spread,
-    step_seconds,
-)
+from hpc_oialr.report.runs import Run, conversions, share_of_k, spread
 from hpc_oialr.spectra import Layer, Spectra
 
 try:
@@ -44,9 +35,7 @@ WIDTH_IN = {"single": 3.4, "double": 7.0}
 
 # Okabe and Ito, Color universal design (2008); yellow is left out, it is too light for a line.
 BLACK, GREY, VERMILION = "#000000", "#767676", "#D55E00"
-COLOURS = ("#0072B2", VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK)
-MARKERS = "osD^vPX"
-NAMES = ("stability", "r", "waterfall", "share", "cost")
+NAMES = ("stability", "r", "waterfall")
 STYLE = str(resources.files(__package__) / "assets" / "paper.mplstyle")
 # Viridis without its lightest end, which is lost on white paper.
 SHADES = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231)))
@@ -94,13 +83,13 @@ def with_grid(axes: Axes) -> Axes:
     return axes
 
 
-def plain_log_ticks(axis: Axis, *, factor: float = 1) -> None:
-    """Ticks at 1, 2, 5, 10 ... written out, of the values times ``factor``; powers beyond five decades."""
+def plain_log_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2, 5, 10 ... written out; powers beyond five decades."""
     low, high = sorted(axis.get_view_interval())
     if low > 0 and high / low > 1e5:
         return
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -201,79 +190,14 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
     return figure
 
 
-@in_style
-def share(runs: Sequence[Run], *, width: Width = "single") -> Figure:
-    """Metric against the share of trained parameters: one line a run, a point an evaluation; the last one is filled."""
-    figure, axes = new_figure(width, height=0.7)
-    evaluated = {number: run for number, run in enumerate(runs) if len(run.evaluations)}
-    for number, run in evaluated.items():
-        curve = run.evaluations
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-        open_marker = {"markerfacecolor": "white", "markeredgewidth": 0.8}
-        axes.plot(curve.share, curve.value, label=run.name, **style, **open_marker)
-        axes.plot(curve.share[-1:], curve.value[-1:], linestyle="none", **style)
-    with_grid(axes)
-    axes.set(xlabel="trained parameters (% of dense)", xscale="log")
-    plain_log_ticks(axes.xaxis, factor=100)
-    # Training goes from many to few: so does the axis.
-    axes.invert_xaxis()
-    metric = " / ".join(sorted({run.evaluations.name for run in evaluated.values()})) or "metric"
-    if metric.endswith("accuracy"):
-        metric += " (%)"
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    axes.set_ylabel(metric)
-    axes.legend(loc="best")
-    return figure
-
-
-@in_style
-def cost(runs: Sequence[Run], *, width: Width = "double") -> Figure:
-    """Left the time of a step over training, right what each run cost over what the dense one did.
-
-    Raises :class:`DataError` unless one run is dense and another is not, and all have ended.
-    """
-    ratios, dense = ratios_to_dense(runs), dense_of(runs)
-    assert dense is not None
-    shape = {"height": 0.7, "ncols": 2} if width == "double" else {"height": 1.3, "nrows": 2}
-    figure, (times, bars) = new_figure(width, **shape)
-    for number, run in enumerate([dense, *(run for run in runs if run is not dense)]):
-        middle, seconds = step_seconds(run)
-        times.plot(middle, 1e3 * seconds, color=COLOURS[number % len(COLOURS)], label=run.name)
-    with_grid(times).set_ylim(bottom=0)
-    times.set(xlabel="step", ylabel="time of a step (ms)")
-    times.legend(loc="best")
-    thickness = 0.8 / len(ratios)
-    for number, (name, values) in enumerate(ratios.items()):
-        places = np.arange(len(COSTS)) + thickness * (number + 0.5) - 0.4
-        colour = COLOURS[(number + 1) % len(COLOURS)]
-        drawn = bars.barh(places, list(values.values()), 0.9 * thickness, color=colour, label=name)
-        # Keeps a number readable where it stands on a line.
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-        bars.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7, bbox=paper)
-    bars.axvline(1, color=GREY, linestyle="--", linewidth=0.8)
-    bars.set_yticks(np.arange(len(COSTS)), list(COSTS))
-    bars.tick_params(axis="y", length=0)
-    bars.invert_yaxis()
-    bars.margins(x=0.12)
-    bars.set_xlabel("relative to dense (dashed)")
-    if len(ratios) > 1:
-        bars.legend(loc="best")
-    return figure
-
-
-def figure_of(name: str, runs: Sequence[Run], *, layer: str | None, width: Width) -> Figure:
+def figure_of(name: str, run: Run, *, layer: str | None, width: Width) -> Figure:
     """The figure of one of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
 
-    Raises UnknownNameError for another figure or layer, and DataError if the runs lack what it shows.
+    Raises UnknownNameError for another figure or layer, and DataError if the run has recorded no spectra.
     """
     if name not in NAMES:
         raise UnknownNameError("figure", name, NAMES)
-    if name in ("share", "cost"):
-        return share(runs, width=width) if name == "share" else cost(runs, width=width)
-    if len(runs) > 1:
-        paths = ", ".join(str(run.folder.path) for run in runs)
-        raise DataError(f"there are {len(runs)} runs ({paths}); figure {name} shows one. Name one of them.")
-    run, record = runs[0], runs[0].spectra
+    record = run.spectra
     if record is None or not len(record.events):
         raise DataError(
             f"{run.folder.path} has recorded no spectra; this figure shows them. Train with --record.spectra true."

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpc_oialr.cli.command_analyze import progress_lines
 from hpc_oialr.errors import DataError
 from hpc_oialr.report.analyze import MatrixSelection
 from hpc_oialr.report.checkpoint import open_checkpoint
@@ -19,41 +17,18 @@ FP8 = MATRIX.to(torch.float8_e4m3fn)
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        (
-            {"a.weight": FP8, "a.weight_scale_inv": torch.ones(1, 1)},
-            "a.weight holds F8_E4M3, with a.weight_scale_inv",
-        ),
-        ({"a.weight": FP8, "a.weight_scale": torch.ones(1)}, "with a.weight_scale beside it"),
-        (
-            {"a.weight": MATRIX.to(torch.int8), "a.SCB": torch.ones(8)},
-            "a.weight holds I8, with a.SCB beside it",
-        ),
-        (
-            {"a.weight": MATRIX.to(torch.uint8), "a.weight.absmax": torch.ones(1)},
-            "a.weight holds U8, with a.weight.abs",
-        ),
-        (
-            {"a.qweight": MATRIX.int(), "a.scales": torch.ones(1, 8)},
-            "a.qweight holds I32, with a.scales beside it",
-        ),
-        (
-            {"a.weight_blocks": MATRIX.to(torch.uint8), "a.weight_scales": torch.ones(8)},
-            "a.weight_blocks holds U8",
-        ),
-        (
-            {"a.W_q": MATRIX.to(torch.uint8), "a.scale": torch.ones(8)},
-            "a.W_q holds U8, with a.scale beside it",
-        ),
-        (
-            {"a.gate_up_proj": FP8, "a.gate_up_proj_scale": torch.ones(8)},
-            "a.gate_up_proj holds F8_E4M3, with a.gate_up_proj_scale beside it",
-        ),
-        ({"a.weight": MATRIX.to(torch.int8)}, "a.weight holds I8, and its spectrum would be wrong"),
+        ({"a.weight": FP8, "a.weight_scale_inv": torch.ones(1, 1)}, "a.weight as F8_E4M3"),
+        ({"a.weight": FP8}, "a.weight as F8_E4M3"),
+        ({"a.weight": MATRIX.to(torch.int8), "a.SCB": torch.ones(8)}, "a.weight as I8"),
+        ({"a.qweight": MATRIX.int(), "a.scales": torch.ones(1, 8)}, "a.qweight as I32"),
+        ({"a.weight_blocks": MATRIX.to(torch.uint8)}, "a.weight_blocks as U8"),
+        ({"a.W_q": MATRIX.to(torch.uint8), "a.scale": torch.ones(8)}, "a.W_q as U8"),
+        ({"a.gate_up_proj": FP8, "a.gate_up_proj_scale": torch.ones(8)}, "a.gate_up_proj as F8_E4M3"),
     ],
 )
 def test_quantised_matrices_are_refused_by_name(tmp_path, state, text):
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match=f"model.safetensors is quantised: .*{text}") as raised:
+    with pytest.raises(DataError, match=f"model.safetensors holds {text}; must be real") as raised:
         open_checkpoint(tmp_path)
     assert "complete" not in str(raised.value)
 
@@ -75,7 +50,7 @@ def test_two_weights_of_one_layer():
 
 def test_quantised_torch_file(tmp_path):
     torch.save({"a.weight": FP8, "a.weight_scale": torch.ones(1)}, tmp_path / "model.pt")
-    with pytest.raises(DataError, match="a.weight holds torch.float8_e4m3fn, with a.weight_scale beside it"):
+    with pytest.raises(DataError, match="a.weight as torch.float8_e4m3fn; must be"):
         open_checkpoint(tmp_path / "model.pt")
 
 
@@ -103,11 +78,6 @@ def test_a_damaged_checkpoint_of_a_run(tmp_path, state):
         open_checkpoint(folder)
 
 
-def test_eight_bits_without_scales_are_the_matrix(tmp_path):
-    save_file({"a.weight": FP8}, tmp_path / "model.safetensors")
-    torch.testing.assert_close(open_checkpoint(tmp_path).tensor("a.weight"), FP8)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
@@ -119,12 +89,6 @@ def test_text_is_not_called_code(tmp_path, name, content, text):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=text):
         open_checkpoint(tmp_path / name)
-
-
-def test_numpy_archive(tmp_path):
-    np.savez(tmp_path / "model.npz", weight=np.ones((3, 3)))
-    with pytest.raises(DataError, match="is an archive of NumPy arrays"):
-        open_checkpoint(tmp_path / "model.npz")
 
 
 @pytest.mark.parametrize(
@@ -152,11 +116,3 @@ def test_bad_shard_indices(tmp_path, index, text):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(DataError, match=text):
         open_checkpoint(tmp_path)
-
-
-def test_progress_now_and_then(capsys):
-    times = iter([0.0, 4.0, 11.0, 12.0, 40.0])
-    lines = progress_lines(10.0, lambda: next(times))
-    for done in (1, 2, 3, 4):
-        lines(done, 4)
-    assert capsys.readouterr().err == "oialr: 2 of 4 layers measured, about 0:11 to go\n"

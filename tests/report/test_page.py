@@ -76,19 +76,19 @@ def test_sentences_say_what_is_there(runs):
         "end.",
         "Against dense, oialr took 0.50 of the time and 0.80 of the peak memory, and ended at 55.00 % where dense "
         "ended at 55.00 % and stood at 52.50 % after the same time.",
-        "In oialr, the stability of all 3 layers stays above 0.95 from step 20 on.",
-        "oialr was converted at step 30; r is 50.0% of k at the end in the mean of its 3 layers.",
-        "At the last event of each layer in oialr, 75% of its singular values (median) stand above the edge that "
-        "noise alone would reach.",
+        "In oialr, the stability of 3 of 3 layers stays above 0.95, of half of these from step 20 on, of all "
+        "from step 20.",
+        f"oialr was converted at step 30; r is 50.0% of k at the end in the mean of its layers, and 50.0% in {NAMES[0]}, "
+        "where it is least.",
     ]
 
 
 def test_sentences_of_layers_that_do_not_settle(run, monkeypatch):
     monkeypatch.setattr("hpc_oialr.report.page.STABLE", 0.9715)
     told = " ".join(sentences([run]))
-    assert "the stability of all 3 layers stays above 0.9715 from step 50 on." in told
+    assert "3 of 3 layers stays above 0.9715, of half of these from step 50 on, of all from step 50." in told
     monkeypatch.setattr("hpc_oialr.report.page.STABLE", 0.995)
-    assert "the stability of no layer stays above 0.995." in " ".join(sentences([run]))
+    assert "the stability of 0 of 3 layers stays above 0.995." in " ".join(sentences([run]))
 
 
 def test_a_run_that_goes_on_is_told_as_such(tmp_path):
