@@ -198,6 +198,6 @@ def _refuse_quantised(path: Path, dtypes: Mapping[str, str]) -> None:
         last = name.rpartition(".")[2]
         if last in PACKED or (dtype not in PLAIN and (last == "weight" or EIGHT_BITS.search(dtype))):
             raise DataError(
-                f"{path} holds {name} as {dtype}; must be real floating-point numbers of at least 16 bits. Dequantise the "
-                "model, e.g. by model.dequantize() of transformers, and save it again, or leave that tensor out."
+                f"{path} holds {name} as {dtype}; must be real floating-point numbers of at least 16 bits. Dequantise "
+                "the model, e.g. by model.dequantize() of transformers, and save it again, or leave that tensor out."
             )
