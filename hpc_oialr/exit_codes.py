@@ -6,7 +6,7 @@ code   meaning
 0      finished
 2      stopped by an error that the user can fix; the reason is the last line on standard error
 75     stopped on request with a checkpoint: start the same command again (EX_TEMPFAIL)
-76     another process died or hung: start again from the last checkpoint
+76     another rank died or hung: start again from the last checkpoint
 other  a crash, or 128 + the number of the signal that killed it
 =====  ==========================================================================================
 

@@ -30,7 +30,7 @@ EXAMPLES = """  oialr train fashion_mnist_vit
 
 Upon Ctrl-C (twice: at once), a closed terminal, USR2, USR1, TERM, and before the end of its Slurm job, a run writes
 a checkpoint and stops. One process works in a run folder at a time.
-Exit codes: 0 finished, 75 stopped with a checkpoint, 76 another process was lost, 2 an error that you can fix.
+Exit codes: 0 finished, 75 stopped with a checkpoint, 76 another rank was lost, 2 an error that you can fix.
 
 Every setting and its default: oialr train RECIPE --print_config; what they mean: --help_settings.
 Later wins: defaults < recipe < command line."""

@@ -57,7 +57,7 @@ class LaunchInfo:
                 )
         if self.local_size > self.size:
             raise WorldError(
-                f"{self.launcher} gives {self.local_size} processes on this node but {self.size} in all; a "
+                f"{self.launcher} gives {self.local_size} ranks on this node but {self.size} in all; a "
                 f"node cannot hold more than all. {_STALE}"
             )
 
@@ -171,7 +171,7 @@ def _from_mpi(env: Environ, names: list[str], salt: str) -> LaunchInfo:
         address = expand_nodes(env["SLURM_JOB_NODELIST"])[0]
     else:
         raise WorldError(
-            f"MASTER_ADDR is not set, and mpirun's {size} processes are on several nodes; it must name the "
+            f"MASTER_ADDR is not set, and mpirun's {size} ranks are on several nodes; it must name the "
             "host of rank 0. Add: mpirun -x MASTER_ADDR=HOST (Open MPI), or -genv MASTER_ADDR HOST "
             "(MPICH, Intel MPI)."
         )

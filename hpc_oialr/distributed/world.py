@@ -285,12 +285,12 @@ def choose_device(
     if index is not None:
         if local_size > 1:
             raise WorldError(
-                f"device is {name!r} with {local_size} processes on this node; each must have its own. Use 'cuda'."
+                f"device is {name!r} with {local_size} ranks on this node; each must have its own. Use 'cuda'."
             )
         return device
     if gpus_of_node is not None and gpus_of_node < local_size:
         raise WorldError(
-            f"{local_size} processes share a node on which the job has {gpus_of_node} GPUs; each must have "
+            f"{local_size} ranks share a node on which the job has {gpus_of_node} GPUs; each must have "
             "its own. Correct --gpus-per-node or --ntasks-per-node."
         )
     visible = torch.cuda.device_count()

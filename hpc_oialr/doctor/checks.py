@@ -89,7 +89,7 @@ def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
     try:
         world = World.from_environment(device="cpu", timeout_s=limit_s, environ=context.environ)
         try:
-            met = ok("World", f"{world.size} processes met")
+            met = ok("World", f"{world.size} ranks met")
             everyone = world.all_gather_object((context.node, [*findings, met]))
         finally:
             world.close()

@@ -66,7 +66,7 @@ def _own(context: CheckContext, report: dict[str, Any], answer: Answer) -> Findi
     given = gpus_per_node(context.environ)
     # One visible GPU may be this process's own; whether processes share it, the start of a run finds out.
     if (given is not None and given < local_size) or 1 < visible < local_size:
-        found = f"{local_size} processes share {visible if given is None else given} GPUs of {context.node}"
+        found = f"{local_size} ranks share {visible if given is None else given} GPUs of {context.node}"
         return problem("own GPU", found, f"srun --gpus-per-node={local_size} --ntasks-per-node={local_size}")
     index = report.get("index")
     if not report.get("right"):

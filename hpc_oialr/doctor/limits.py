@@ -24,7 +24,7 @@ def check_limits(context: CheckContext) -> list[Finding]:
     if limit == resource.RLIM_INFINITY or limit >= need:
         findings = [ok("open files", "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}")]
     else:
-        found = f"{limit:,}; {context.size:,} processes need {need:,}"
+        found = f"{limit:,}; {context.size:,} ranks need {need:,}"
         findings = [problem("open files", found, f"ulimit -n {need}")]
     if _INFINIBAND.exists() and any(_INFINIBAND.iterdir()):
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -63,7 +63,9 @@ def check_threads(context: CheckContext) -> list[Finding]:
     elif given and threads > given:
         found = f"OMP_NUM_THREADS is {threads}, but a task has {given} cores"
     elif threads * context.local_size > of_node:
-        found = f"{context.local_size} processes with {threads} threads each share {of_node} cores of {context.node}"
+        found = (
+            f"{context.local_size} ranks with {threads} threads each share {of_node} cores of {context.node}"
+        )
     if found:
         findings = [problem("threads", found, f"export OMP_NUM_THREADS={fair}")]
     else:

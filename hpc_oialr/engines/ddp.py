@@ -135,8 +135,8 @@ class DDPEngine(GroupEngine):
         """Refuse ``join()``: a rank without samples would miss the collective calls of an update."""
         if self.wrapper is not None and ddp_wrapper.joining(self.wrapper):
             raise ModelError(
-                "oialr.step() inside DistributedDataParallel.join(): a process that has run out of samples takes no more "
-                "steps, and updates are made by all together. Give all processes equally many batches."
+                "oialr.step() inside DistributedDataParallel.join(): a rank that has run out of samples takes no more "
+                "steps, and updates are made by all together. Give all ranks equally many batches."
             )
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:

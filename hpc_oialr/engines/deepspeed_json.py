@@ -82,7 +82,7 @@ class ZeroConfig:
 
     def check_step(self, *, ranks: int, global_batch: int, accumulation: int, clip: float | None) -> None:
         """Raise :class:`ConfigError` unless batch sizes and clipping are the recipe's or "auto"."""
-        share = f"train.global_batch / (train.accumulation x {ranks} processes)"
+        share = f"train.global_batch / (train.accumulation x {ranks} ranks)"
         expected = {
             "train_batch_size": (global_batch, "train.global_batch"),
             "train_micro_batch_size_per_gpu": (global_batch // (ranks * accumulation), share),

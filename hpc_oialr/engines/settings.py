@@ -151,7 +151,7 @@ class FSDP(EngineConfig):
     def shares(self, processes: int) -> int:
         """One per rank."""
         if processes > 1 and processes % self.replicas:
-            raise ConfigError("replicas", self.replicas, f"must divide the {processes} processes")
+            raise ConfigError("replicas", self.replicas, f"must divide the {processes} ranks")
         return processes
 
     def _of_many(self, world: World, precision: str) -> Engine:
@@ -183,11 +183,11 @@ class TensorParallel(EngineConfig):
     def shares(self, processes: int) -> int:
         """One per group of ranks that computes a model."""
         if processes > 1 and processes % self.size:
-            raise ConfigError("size", self.size, f"must divide the {processes} processes")
+            raise ConfigError("size", self.size, f"must divide the {processes} ranks")
         return max(1, processes // self.size)
 
     def _of_many(self, world: World, precision: str) -> Engine:
         if precision == "fp16":
-            rule = "cannot be used with TensorParallel, whose processes would each choose a loss scale"
+            rule = "cannot be used with TensorParallel, whose ranks would each choose a loss scale"
             raise ConfigError("train.precision", "fp16", rule, fix="Take bf16.")
         return TensorEngine(world, size=self.size, bucket_mb=self.bucket_cap_mb)

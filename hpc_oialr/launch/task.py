@@ -52,12 +52,21 @@ def require_own(folder: Path, *files: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run the job that was submitted from ``folder``."""
+    """Run the job that was submitted from ``folder``; OIALRError if another version of this package submitted it."""
     require_own(folder, *folder.glob("*_submitted.pkl"))
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = _UNUSED_SIGNAL
     from submitit.core.submission import process_job
 
-    process_job(folder)
+    try:
+        process_job(folder)
+    except (AttributeError, ModuleNotFoundError) as error:
+        # As pickle says it, not the run.
+        if not str(error).startswith(("Can't get attribute", "No module named 'hpc_oialr")):
+            raise
+        raise OIALRError(
+            f"the job in {folder} was submitted by another version of hpc_oialr ({error}). Submit the run again, with "
+            "the same --out: it resumes from its last checkpoint."
+        ) from error
 
 
 def entry() -> None:

@@ -173,6 +173,6 @@ def _require_unwrapped(model: nn.Module, targets: Iterable[TargetWeight]) -> Non
         )
     if any(isinstance(target.trained, DTensor) for target in targets):
         raise ModelError(
-            "match_structure cannot change layers that are split over processes. Call it before the model is sharded; or "
+            "match_structure cannot change layers that are split over ranks. Call it before the model is sharded; or "
             "make a dense model, then OIALR(...), oialr.load_state_dict(...), and load the model's state."
         )

@@ -93,7 +93,7 @@ def check_change(
         flag = torch.tensor([float(error is not None)], device=engine.world.device)
         if engine.world.all_reduce(flag, op="max").item() and error is None:
             error = ModelError(
-                "another process found optimizer state that cannot follow the change; see its message."
+                "another rank found optimizer state that cannot follow the change; see its message."
             )
     if error is not None:
         raise error

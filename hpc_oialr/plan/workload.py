@@ -188,12 +188,12 @@ class Deployment:
         if isinstance(engine, Single):
             return "Single is for one process"
         if isinstance(engine, TensorParallel) and self.processes % engine.size:
-            return f"TensorParallel needs a multiple of {engine.size} processes"
+            return f"TensorParallel needs a multiple of {engine.size} ranks"
         if isinstance(engine, DeepSpeed) and optimizer == "MuonAdamW":
             return "ZeRO cuts matrices into flat pieces, which Muon cannot step"
         if global_batch % groups or (global_batch // groups) % accumulation:
             nearest = max(1, round(global_batch / (groups * accumulation))) * groups * accumulation
-            return f"{global_batch} samples cannot be distributed over {groups} processes; {nearest} can, or take --weak"
+            return f"{global_batch} samples cannot be distributed over {groups} ranks; {nearest} can, or take --weak"
         return None
 
 

@@ -214,7 +214,9 @@ class AsyncWriter:
         if self.waited_s:
             log.info("%s: the training waited %.2f s in all.", self.name, self.waited_s)
         if self.dropped:
-            log.warning("%s: %d updates were dropped while it hung.", self.name, self.dropped)
+            log.warning(
+                "%s: %d updates were dropped, since it hung or an error was logged.", self.name, self.dropped
+            )
         return done
 
     def _run(self) -> None:
@@ -228,6 +230,7 @@ class AsyncWriter:
             except Exception:
                 # One bad job must end neither the thread, on which later jobs depend, nor the training.
                 log.exception("%s: %d updates could not be written.", self.name, len(jobs))
+                self.dropped += len(jobs)
             for _ in jobs:
                 self._jobs.task_done()
         self._jobs.task_done()

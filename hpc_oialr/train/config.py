@@ -113,7 +113,7 @@ class TrainConfig:
         """Raise :class:`ConfigError` unless ``accumulation`` divides a rank's share of a batch."""
         local = self.global_batch // world_size
         if self.global_batch % world_size == 0 and local % self.accumulation:
-            rule = f"must divide the {local} samples that each of {world_size} processes takes per step"
+            rule = f"must divide the {local} samples that each of {world_size} ranks takes per step"
             raise ConfigError("accumulation", self.accumulation, rule)
 
 

@@ -223,7 +223,7 @@ def _note(shared: SharedUpdate) -> str:
     report, times = shared.report, shared.update_s
     values = sorted(layer.r for layer in report.layers)
     spread = f"r from {values[0]} to {values[-1]}" if values else "no layer"
-    many = f", {min(times):.2f} s on the fastest of {len(times)} processes" if len(times) > 1 else ""
+    many = f", {min(times):.2f} s on the fastest of {len(times)} ranks" if len(times) > 1 else ""
     return (
         f"step {report.t}: {report.kind} of {len(values)} layers, {spread}, {max(times):.2f} s{many}, "
         f"SVDs {shared.svd_s:.2f} s"

@@ -214,7 +214,7 @@ def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(module, world.group)
     elif world.size > 1:
         log.warning(
-            "train.sync_batch_norm is true, but torch can do that on GPUs only: each of the %d processes takes "
+            "train.sync_batch_norm is true, but torch can do that on GPUs only: each of the %d ranks takes "
             "batch statistics from its own part of the batch.",
             world.size,
         )

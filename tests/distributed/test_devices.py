@@ -38,7 +38,7 @@ def test_more_processes_than_gpus(visible_gpus: Callable[[int], None]) -> None:
     with pytest.raises(WorldError, match=r"local rank 2 of 4 has no GPU: 2 are visible.*--gpus-per-node"):
         choose_device("cuda", 2, 4, None)
     visible_gpus(1)
-    with pytest.raises(WorldError, match=r"4 processes share a node .* has 1 GPUs.*--ntasks-per-node"):
+    with pytest.raises(WorldError, match=r"4 ranks share a node .* has 1 GPUs.*--ntasks-per-node"):
         choose_device("cuda", 0, 4, 1)
 
 

@@ -138,7 +138,7 @@ def test_mpirun_on_one_node() -> None:
 
 def test_mpirun_on_several_nodes_needs_an_address_or_slurm() -> None:
     env = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    with pytest.raises(WorldError, match=r"MASTER_ADDR is not set.*4 processes.*mpirun -x MASTER_ADDR=HOST"):
+    with pytest.raises(WorldError, match=r"MASTER_ADDR is not set.*4 ranks.*mpirun -x MASTER_ADDR=HOST"):
         launch_info(env)
     assert launch_info(env | {"MASTER_ADDR": "head"}).master_addr == "head"
     assert launch_info(env | ALLOCATION).master_addr == "a01"
@@ -181,7 +181,7 @@ BAD = {
     ),
     "no port": (without(TORCHRUN, "MASTER_PORT"), r"MASTER_PORT is not set; must be a port"),
     "no local rank": (without(TORCHRUN, "LOCAL_RANK"), r"LOCAL_RANK is not set"),
-    "local beyond all": (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, r"9 processes on this node but 8 in all"),
+    "local beyond all": (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, r"9 ranks on this node but 8 in all"),
     "stale size 1 under srun": (STEP | {"RANK": "0", "WORLD_SIZE": "1"}, r"srun started 7 tasks.*Unset RANK"),
     "another size under srun": (
         STEP | {"WORLD_SIZE": "8"},

@@ -131,7 +131,7 @@ def test_two_processes_one_table(tmp_path: Path):
     report = json.loads((tmp_path / "out0").read_text())
     assert (report["node"], report["processes"], report["problems"]) == ("node0", 2, 1)
     found = {finding["name"]: finding for finding in report["findings"]}
-    assert found["World"]["found"] == "2 processes met"
+    assert found["World"]["found"] == "2 ranks met"
     assert found["threads"]["state"] == "problem"
     assert found["threads"]["nodes"] == ["node1"]
     assert found["launcher"]["nodes"] == []

@@ -129,7 +129,7 @@ def test_faults(look, fault):
 def test_processes_that_would_share_a_gpu(look):
     environ = ASKED | step() | {"SLURM_GPUS_PER_NODE": "2"}
     own = look(SEEN | {"names": ["NVIDIA A100"] * 2}, environ=environ)[1]
-    assert (own.state, own.found) == ("problem", "4 processes share 2 GPUs of node1")
+    assert (own.state, own.found) == ("problem", "4 ranks share 2 GPUs of node1")
     assert own.fix == "srun --gpus-per-node=4 --ntasks-per-node=4"
     alone = look(SEEN | {"names": ["NVIDIA A100"]}, environ=ASKED | step())[1]
     assert alone.state == "ok", "each process may see its own only"

@@ -41,7 +41,7 @@ def machine(monkeypatch, tmp_path):
         (
             STEP | {"OMP_NUM_THREADS": "16"},
             64,
-            "4 processes with 16 threads each share 32 cores of node1",
+            "4 ranks with 16 threads each share 32 cores of node1",
             8,
         ),
         (
@@ -92,7 +92,7 @@ def test_open_files(context, machine):
     assert machine(files=1024)(context()).state == "ok"
     assert machine(files=resource.RLIM_INFINITY)(context(step(0, 4096))).state == "ok"
     found = machine(files=1024)(context(step(0, 512)))
-    assert (found.state, found.found) == ("problem", "1,024; 512 processes need 2,304")
+    assert (found.state, found.found) == ("problem", "1,024; 512 ranks need 2,304")
     assert found.fix == "ulimit -n 2304"
 
 

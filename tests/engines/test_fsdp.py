@@ -258,7 +258,7 @@ def test_averages_must_be_whole():
 def test_settings():
     with pytest.raises(ConfigError, match=r"replicas is 0; must be at least 1"):
         FSDP(replicas=0)
-    with pytest.raises(ConfigError, match=r"replicas is 3; must divide the 4 processes"):
+    with pytest.raises(ConfigError, match=r"replicas is 3; must divide the 4 ranks"):
         FSDP(replicas=3).build(World(0, 4), "fp32")
     with pytest.raises(ConfigError, match=r"engine is 'Single'; is for one process, and 2 were started"):
         Single().build(World(0, 2), "fp32")

@@ -205,7 +205,7 @@ def test_settings_say_what_is_wrong() -> None:
         ConfigError, match="size is 1; must be at least 2. Take DDP for one process to a model."
     ):
         TensorParallel(size=1)
-    with pytest.raises(ConfigError, match="size is 2; must divide the 3 processes."):
+    with pytest.raises(ConfigError, match="size is 2; must divide the 3 ranks."):
         TensorParallel(size=2).build(World(0, 3), "fp32")
     with pytest.raises(
         ConfigError, match="train.precision is 'fp16'; cannot be used with TensorParallel.* Take bf16."

@@ -93,6 +93,15 @@ def test_an_error_is_the_result(job, monkeypatch):
     assert "OIALRError: settings do not fit" in trace
 
 
+def test_a_job_of_another_version_says_what_to_do(job):
+    file = job / "7_submitted.pkl"
+    file.write_bytes(file.read_bytes().replace(b"hpc_oialr.launch.job_main", b"hpc_oialr.launch.job_life"))
+    with pytest.raises(
+        OIALRError, match=r"another version .*job_life.*\. Submit the run again, with the same --out"
+    ):
+        task.main(job)
+
+
 def test_submitit_does_not_listen_to_the_warning(job, monkeypatch):
     """A fresh interpreter: submitit reads the name of its signal when it is imported."""
     program = (

@@ -320,7 +320,7 @@ def test_optimizers_of_several_processes() -> None:
             assert torch.equal(p, q)
             assert torch.equal(p, s)
     assert first["resumed"] == second["resumed"] == [first["plain"][0]] * 3
-    assert "another process found optimizer state" in first["error"]
+    assert "another rank found optimizer state" in first["error"]
     assert "AdamW's state 'extra' of " in second["error"]
     assert first["r"] == second["r"] == {}
     assert "parameters_as_bucket_view=True keeps buckets of the dense weights" in first["view"]

@@ -18,7 +18,7 @@ def test_tables_and_files(recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 layers become low-rank" in shown
     assert "memory of a process (GiB), of 39.4" in shown
-    assert "DDP, 3 nodes: 8 samples cannot be distributed over 3 processes" in shown
+    assert "DDP, 3 nodes: 8 samples cannot be distributed over 3 ranks" in shown
     assert "stated: a100-40 (NVIDIA A100 SXM4 data sheet)" in shown
     assert "stated: hdr200 (" in shown
     content = json.loads(out.read_text())

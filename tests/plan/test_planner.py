@@ -77,7 +77,7 @@ def test_zero_sends_parameters_instead_of_gradients():
 
 
 def test_batches_that_cannot_be_distributed_are_said(rows):
-    assert rows[3]["advice"] == "8 samples cannot be distributed over 3 processes; 9 can, or take --weak"
+    assert rows[3]["advice"] == "8 samples cannot be distributed over 3 ranks; 9 can, or take --weak"
     assert [row["batch"] for row in rows[:3]] == [8, 4, 2]
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be():
     assert reason(DDP(), 16) is None
     assert "12 can, or take --weak" in reason(DDP(), 12)
     assert "over 32 processes; 32 can" in reason(FSDP(), 32)
-    assert reason(TensorParallel(size=4), 6) == "TensorParallel needs a multiple of 4 processes"
+    assert reason(TensorParallel(size=4), 6) == "TensorParallel needs a multiple of 4 ranks"
     assert reason(TensorParallel(size=4), 64) is None
     assert Deployment(TensorParallel(size=4), 64, 1).groups == 16
     assert "which Muon cannot step" in reason(DeepSpeed(), 2, "MuonAdamW")

@@ -187,7 +187,7 @@ def test_a_disk_that_hangs_holds_nothing_up(caplog: pytest.LogCaptureFixture) ->
     queue.patience_s = 60.0
     assert queue.close()
     assert gate.done == [[0], [1, 2]]
-    assert "the file: 7 updates were dropped while it hung." in caplog.text
+    assert "the file: 7 updates were dropped, since it hung" in caplog.text
 
 
 def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -204,6 +204,8 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
     assert done == [2]
     assert "the file: 1 updates could not be written" in caplog.text
     assert "a fault of ours" in caplog.text
+    assert queue.close()
+    assert "the file: 1 updates were dropped, since it hung or an error was logged." in caplog.text
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def _stable_rank(s: Any) -> float:
 def test_progress_shows_both_processes(whole: Path) -> None:
     shown = Path(f"{whole}.log.0").read_text()
     assert "step 6: conversion of " in shown
-    assert " s on the fastest of 2 processes, SVDs 0." in shown
+    assert " s on the fastest of 2 ranks, SVDs 0." in shown
 
 
 @pytest.mark.parametrize("value", [0.5, 90_000.0])

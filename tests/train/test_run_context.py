@@ -27,7 +27,7 @@ def test_elsewhere_layers_stay_and_a_warning_says_so(caplog):
     module = model()
     synchronise_batch_norm(module, World(0, 4, device=torch.device("cpu")))
     assert kinds(module) == [nn.BatchNorm2d, nn.BatchNorm1d]
-    assert "torch can do that on GPUs only: each of the 4 processes takes" in caplog.text
+    assert "torch can do that on GPUs only: each of the 4 ranks takes" in caplog.text
 
 
 def test_one_process_has_nothing_to_synchronise(caplog):
