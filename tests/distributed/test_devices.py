@@ -61,5 +61,5 @@ def test_a_gpu_that_is_not_there() -> None:
 def test_an_index_is_for_one_process_only(visible_gpus: Callable[[int], None]) -> None:
     visible_gpus(4)
     assert choose_device("cuda:2", 0, 1, None) == torch.device("cuda", 2)
-    with pytest.raises(WorldError, match=r"device is 'cuda:2' with 4 processes.*Use 'cuda'"):
+    with pytest.raises(WorldError, match=r"device is 'cuda:2' with 4 ranks.*Use 'cuda'"):
         choose_device("cuda:2", 0, 4, None)
