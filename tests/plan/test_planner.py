@@ -87,7 +87,7 @@ def test_what_cannot_be():
 
     assert reason(DDP(), 16) is None
     assert "12 can, or take --weak" in reason(DDP(), 12)
-    assert "over 32 processes; 32 can" in reason(FSDP(), 32)
+    assert "over 32 ranks; 32 can" in reason(FSDP(), 32)
     assert reason(TensorParallel(size=4), 6) == "TensorParallel needs a multiple of 4 ranks"
     assert reason(TensorParallel(size=4), 64) is None
     assert Deployment(TensorParallel(size=4), 64, 1).groups == 16
