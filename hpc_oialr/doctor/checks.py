@@ -15,12 +15,10 @@ Check = Callable[[CheckContext], list[Finding]]
 # Topic, which processes run the check, and the check; in the order of the table.
 CHECKS: Sequence[tuple[str, Scope, Check]] = (
     ("packages", "node", packages.check_packages),
-    ("DeepSpeed", "node", packages.check_deepspeed),
     ("launcher", "process", network.check_launcher),
     ("Slurm programs", "main", slurm.check_programs),
     ("slurmctld", "slurm", slurm.check_cluster),
     ("account", "slurm", slurm.check_account),
-    ("accounting", "slurm", slurm.check_accounting),
     ("job", "slurm", slurm.check_job),
     ("MPI", "process", mpi.check_mpi),
     ("GPU", "process", gpu.check_gpus),
@@ -29,7 +27,6 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
     ("interfaces", "node", network.check_interfaces),
     ("run folder", "node", files.check_folder),
     ("HDF5", "node", files.check_hdf5),
-    ("TMPDIR", "node", files.check_tmpdir),
     ("threads", "process", limits.check_threads),
     ("limits", "process", limits.check_limits),
 )

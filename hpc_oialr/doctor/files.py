@@ -1,10 +1,9 @@
-"""The run folder, its file locks, and the folder for temporary files."""
+"""The run folder and its file locks."""
 
 from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from pathlib import Path
 from shlex import quote
 
@@ -45,16 +44,6 @@ def check_folder(context: CheckContext) -> list[Finding]:
         # Some file systems do not count files.
         if report["inodes"] > 0 and report["free_inodes"] < _FEW_INODES:
             findings.append(problem("inodes", f"{report['free_inodes']} more files fit on {where}", fix))
-    if report.get("holds_run"):
-        # Checkpoints and pickles of another user are not read.
-        if report["owner"] != os.geteuid():
-            found = f"the run in {there} belongs to user {report['owner']}, this is user {os.geteuid()}"
-            findings.append(problem("owner", found, "--out DIR: a folder of your own"))
-        elif report["mode"] & 0o022:
-            fix = f"chmod go-w {quote(str(there))}"
-            findings.append(problem("owner", f"others may write into {there}", fix))
-        else:
-            findings.append(ok("owner", f"this user, mode {report['mode']:04o}"))
     return findings
 
 
@@ -69,34 +58,12 @@ def check_hdf5(context: CheckContext) -> list[Finding]:
     failed = report.get("failed", answer.reason)
     if report["lock"] in _NO_LOCKS and not unlocked:
         found = f"{mount(context.folder)} has no file locks ({os.strerror(report['lock'])})"
-        findings = [problem("HDF5", found, _WITHOUT_LOCKS)]
-    elif failed:
+        return [problem("HDF5", found, _WITHOUT_LOCKS)]
+    if failed:
         fix = _WITHOUT_LOCKS if "lock" in failed else 'pip install --force-reinstall "h5py>=3.10"'
-        findings = [problem("HDF5", f"a file cannot be written: {failed}", fix)]
-    else:
-        how = "without locks" if unlocked else "with locks"
-        findings = [ok("HDF5", f"{report['hdf5']} writes, {how}")]
-    for path, pid in report["locked"].items():
-        who, fix = f"process {pid}", f"kill {pid}"
-        if pid is None:
-            who, fix = "another process", f"lsof {quote(path)}   (on each node; then end that process)"
-        found = f"{who} has locked {path}: is a run still active there?"
-        findings.append(problem("HDF5 lock", found, f"{fix}, or {_WITHOUT_LOCKS}"))
-    return findings
-
-
-def check_tmpdir(context: CheckContext) -> list[Finding]:
-    """Temporary files: torch, MPI and compilers put sockets and caches there."""
-    given = context.environ.get("TMPDIR")
-    if given is None:
-        return []
-    try:
-        with tempfile.NamedTemporaryFile(dir=given) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        return [problem("TMPDIR", f"{given}: {error.strerror}", f"mkdir -p {quote(given)}, or: unset TMPDIR")]
-    return [ok("TMPDIR", f"{given} can be written")]
+        return [problem("HDF5", f"a file cannot be written: {failed}", fix)]
+    how = "without locks" if unlocked else "with locks"
+    return [ok("HDF5", f"{report['hdf5']} writes, {how}")]
 
 
 def mount(folder: Path) -> str:

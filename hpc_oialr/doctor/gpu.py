@@ -46,18 +46,14 @@ def check_gpus(context: CheckContext) -> list[Finding]:
     findings = [ok("GPU", f"{len(names)} x {names[0]}, {torch}"), _own(context, report, answer)]
     if "index" not in report:
         return findings
-    # An all-reduce over this process alone, and whether GPUs of the node reach each other.
+    # An all-reduce over this process alone.
     if "nccl" in report and report["nccl"] is None:
         fix = f"see {_BUILDS} for a build with NCCL"
         return [*findings, problem("NCCL", f"{torch} is built without it", fix)]
     if not report.get("reduced"):
         fix = "NCCL_DEBUG=INFO oialr doctor"
         return [*findings, problem("NCCL", f"an all-reduce fails: {answer.reason}", fix)]
-    findings.append(ok("NCCL", f"{report['nccl']}, an all-reduce is right"))
-    if report["peers"] < report["others"]:
-        found = f"GPU {report['index']} reaches {report['peers']} of {report['others']} others directly"
-        findings.append(note("peer access", found, "nvidia-smi topo -m   (shows how they are connected)"))
-    return findings
+    return [*findings, ok("NCCL", f"{report['nccl']}, an all-reduce is right")]
 
 
 def _own(context: CheckContext, report: dict[str, Any], answer: Answer) -> Finding:

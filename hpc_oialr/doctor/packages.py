@@ -62,15 +62,3 @@ def mismatch(requirement: Requirement) -> str:
     if requirement.specifier.contains(version, prereleases=True):
         return ""
     return f"{requirement.name} is {version}; must be {requirement.specifier}"
-
-
-def check_deepspeed(context: CheckContext) -> list[Finding]:
-    """Whether DeepSpeed, if it is installed, can be imported beside this torch."""
-    if any("missing" in mismatch(need) for need in required("deepspeed")):
-        return []
-    report, answer = context.probe("deepspeed", "cuda" if context.gpus_asked else "cpu", slow=True)
-    if "deepspeed" in report:
-        return [ok("DeepSpeed", f"{report['deepspeed']} can be imported")]
-    (need,) = required("deepspeed")
-    fix = f'pip install --force-reinstall --no-deps "{need.name}{need.specifier}"'
-    return [problem("DeepSpeed", f"cannot be imported: {answer.reason}", fix)]

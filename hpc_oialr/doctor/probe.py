@@ -1,4 +1,4 @@
-"""Try what may hang or kill a process: ``python -P probe.py cuda|deepspeed|folder|hdf5|mpi ARGUMENT``.
+"""Try what may hang or kill a process: ``python -P probe.py cuda|folder|hdf5|mpi ARGUMENT``.
 
 It runs in an interpreter of its own, as a plain file: nothing of this package is imported, and torch only where it is
 needed. Findings are printed as JSON objects, one a line, as far as it gets.
@@ -11,7 +11,6 @@ import ctypes
 import errno
 import fcntl
 import importlib
-import io
 import json
 import os
 import sys
@@ -21,7 +20,6 @@ from typing import Any
 
 _ONES = 2**20
 _BLOCK = 2**20
-_MOST_FILES = 64
 
 
 def say(**found: Any) -> None:
@@ -53,9 +51,7 @@ def cuda(local_rank: str) -> None:
         return
     free, total = torch.cuda.mem_get_info(index)
     right = torch.ones(_ONES, device=f"cuda:{index}").sum().item() == _ONES
-    others = [other for other in range(count) if other != index]
-    peers = [other for other in others if torch.cuda.can_device_access_peer(index, other)]
-    say(index=index, free=free, total=total, right=right, others=len(others), peers=len(peers))
+    say(index=index, free=free, total=total, right=right)
     dist: Any = importlib.import_module("torch.distributed")
     if not dist.is_nccl_available():
         say(nccl=None)
@@ -65,14 +61,6 @@ def cuda(local_rank: str) -> None:
     ones = torch.ones(_ONES, device=f"cuda:{index}")
     dist.all_reduce(ones)
     say(nccl=".".join(map(str, torch.cuda.nccl.version())), reduced=ones.sum().item() == _ONES)
-
-
-def deepspeed(device: str) -> None:
-    """Import DeepSpeed, without compiling anything; its own output is dropped."""
-    os.environ.setdefault("DS_ACCELERATOR", device)
-    with contextlib.redirect_stdout(io.StringIO()):
-        package = importlib.import_module("deepspeed")
-    say(deepspeed=str(package.__version__))
 
 
 def mpi(what: str) -> None:
@@ -108,15 +96,13 @@ def folder(where: str) -> None:
     there = next(each for each in (wanted, *wanted.parents) if each.exists())
     if not there.is_dir():
         return say(there=str(there), step="find", errno=0, error=f"{there} is no folder")
-    space, status = os.statvfs(there), there.stat()
+    space = os.statvfs(there)
     say(
         there=str(there),
-        holds_run=(wanted / "config.yaml").exists(),
         free_bytes=space.f_bavail * space.f_frsize,
         inodes=space.f_files,
         free_inodes=space.f_favail,
-        owner=status.st_uid,
-        mode=status.st_mode & 0o7777,
+        owner=there.stat().st_uid,
     )
     step = "make a folder"
     # Random bytes, which no file system compresses away.
@@ -140,16 +126,13 @@ def folder(where: str) -> None:
 
 
 def hdf5(path: str) -> None:
-    """Lock files of a folder as HDF5 does, and write one with HDF5; locks first: they alone may hang."""
+    """Lock a file as HDF5 does, and write one with HDF5; the lock first: it alone may hang."""
     wanted = Path(path)
     there = next(each for each in (wanted, *wanted.parents) if each.is_dir())
-    files = sorted([*wanted.glob("*.h5"), *wanted.glob("*/*.h5")])[:_MOST_FILES]
     try:
         with _scratch(there) as name:
             inside = Path(name)
-            (inside / "lock").touch()
-            taken = [each for each in files if lock(each) in (errno.EWOULDBLOCK, errno.EACCES)]
-            say(lock=lock(inside / "lock"), locked={str(each): _holder(each) for each in taken})
+            say(lock=lock(inside / "lock"))
             import h5py
 
             try:
@@ -165,34 +148,15 @@ def hdf5(path: str) -> None:
 
 
 def lock(path: Path) -> int:
-    """Take and release HDF5's lock of a file; 0, or the number of the error."""
-    try:
-        file = os.open(path, os.O_RDWR)
-    except OSError:
-        return 0  # a file that cannot be written is not locked for writing either
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(file, fcntl.LOCK_UN)
-    except OSError as error:
-        return error.errno or errno.EIO
-    finally:
-        os.close(file)
+    """Take and release HDF5's lock of a new file; 0, or the number of the error."""
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+        except OSError as error:
+            return error.errno or errno.EIO
     return 0
 
 
-def _holder(path: Path) -> int | None:
-    """Number of the process that holds a lock of a file, if ``/proc/locks`` names it."""
-    status = path.stat()
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()
-            if device in words and int(words[words.index(device) - 1]) > 0:
-                return int(words[words.index(device) - 1])
-    return None
-
-
 if __name__ == "__main__":
-    {"cuda": cuda, "deepspeed": deepspeed, "folder": folder, "hdf5": hdf5, "mpi": mpi}[sys.argv[1]](
-        sys.argv[2]
-    )
+    {"cuda": cuda, "folder": folder, "hdf5": hdf5, "mpi": mpi}[sys.argv[1]](sys.argv[2])

@@ -1,4 +1,4 @@
-"""Slurm: programs, controller, partition, account, accounting, the job itself."""
+"""Slurm: programs, controller, partition, account, the job itself."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.distributed.slurm import expand_nodes
 from hpc_oialr.doctor.context import SLURM_PROGRAMS, CheckContext, Finding, note, ok, problem
-from hpc_oialr.doctor.network import addresses
-from hpc_oialr.errors import WorldError
 
 _CREDENTIALS = re.compile(r"munge|authentication|auth_g_|credential", re.IGNORECASE)
-_LOOKED_UP = 8
 
 
 class Partition(NamedTuple):
@@ -26,7 +22,6 @@ class Partition(NamedTuple):
     default: bool
     state: str  # "up", "down", "drain" or "inact"
     works: bool  # whether jobs start there
-    nodes: str  # Slurm's list
 
 
 def check_programs(context: CheckContext) -> list[Finding]:
@@ -43,22 +38,20 @@ def check_programs(context: CheckContext) -> list[Finding]:
 
 
 def check_cluster(context: CheckContext) -> list[Finding]:
-    """Controller, credentials, partition and node names, by one request."""
-    answer = context.run("sinfo", "--noheader", "--all", "--format=%P|%a|%F|%N")
+    """Controller, credentials and partition, by one request."""
+    answer = context.run("sinfo", "--noheader", "--all", "--format=%P|%a|%F")
     if answer.code != 0:
         return [_unreachable(context, answer)]
     partitions = []
-    # E.g. main*|up|3/0/1/4|node[1-4]: the default one has a star; nodes are allocated, idle, down or drained, in all.
-    for name, state, counts, nodes in (
-        row.split("|") for row in answer.stdout.split() if row.count("|") == 3
-    ):
+    # E.g. main*|up|3/0/1/4: the default one has a star; nodes are allocated, idle, down or drained, in all.
+    for name, state, counts in (row.split("|") for row in answer.stdout.split() if row.count("|") == 2):
         allocated, idle, *_ = map(int, counts.split("/"))
         works = state == "up" and allocated + idle > 0
-        partitions.append(Partition(name.rstrip("*"), name.endswith("*"), state, works, nodes))
+        partitions.append(Partition(name.rstrip("*"), name.endswith("*"), state, works))
     findings = [ok("slurmctld", f"answers; partitions: {', '.join(p.name for p in partitions) or 'none'}")]
     if context.find("munge"):
         findings.append(ok("munge", "the controller took this user's credential"))
-    return [*findings, _partition(context, partitions), *_nodes(context, partitions)]
+    return [*findings, _partition(context, partitions)]
 
 
 def _unreachable(context: CheckContext, answer: Answer) -> Finding:
@@ -72,11 +65,8 @@ def _unreachable(context: CheckContext, answer: Answer) -> Finding:
     fix = "scontrol ping   (if that says DOWN, or hangs as well, only the administrators can help)"
     if "configuration source" in answer.stderr or "slurm.conf" in answer.stderr:
         fix = "export SLURM_CONF=/etc/slurm/slurm.conf   (or wherever the cluster keeps it)"
-    return problem("slurmctld", _reason("sinfo", answer), fix)
-
-
-def _reason(program: str, answer: Answer) -> str:
-    return answer.reason if answer.reason.startswith(program) else f"{program}: {answer.reason}"
+    found = answer.reason if answer.reason.startswith("sinfo") else f"sinfo: {answer.reason}"
+    return problem("slurmctld", found, fix)
 
 
 def _partition(context: CheckContext, partitions: Sequence[Partition]) -> Finding:
@@ -103,26 +93,6 @@ def _partition(context: CheckContext, partitions: Sequence[Partition]) -> Findin
     return ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))
 
 
-def _nodes(context: CheckContext, partitions: Sequence[Partition]) -> list[Finding]:
-    """Whether names of nodes resolve: all of the job, or the first few of the partition."""
-    inside = context.environ.get("SLURM_JOB_NODELIST", "")
-    wanted = (context.partition or "").split(",")
-    lists = [p.nodes for p in partitions if (p.name in wanted if context.partition else p.default)]
-    try:
-        names = [name for text in ([inside] if inside else lists) if text for name in expand_nodes(text)]
-    except WorldError as error:
-        return [problem("nodes", str(error), "unset ${!SLURM_@}")]
-    tried = names if inside else names[:_LOOKED_UP]
-    lost = [name for name in tried if not addresses(name)]
-    if not tried:
-        return []
-    if not lost:
-        return [ok("nodes", f"{len(tried)} of {len(names)} names looked up, all resolve")]
-    found = f"{', '.join(lost[:4])} cannot be resolved on {context.node}"
-    fix = f"export MASTER_ADDR=$(scontrol show node {lost[0]} | grep -oP 'NodeAddr=\\K\\S+')"
-    return [(problem if inside else note)("nodes", found, fix)]
-
-
 def check_account(context: CheckContext) -> list[Finding]:
     """The account that is asked for, against this user's associations."""
     wanted = context.account
@@ -145,15 +115,6 @@ def check_account(context: CheckContext) -> list[Finding]:
         return [problem("account", found, f"--account {near[0]}")]
     fix = f"sacctmgr add user {user} account={wanted}   (by the administrators)"
     return [problem("account", f"{user} has no account at all", fix)]
-
-
-def check_accounting(context: CheckContext) -> list[Finding]:
-    """Whether sacct knows past jobs; runs do without."""
-    answer = context.run("sacct", "--noheader", "--allocations", "--starttime=now", "--format=jobid")
-    if answer.code == 0:
-        return [ok("accounting", "sacct answers")]
-    found = f"none: {_reason('sacct', answer)}; states of jobs come from squeue and run folders"
-    return [note("accounting", found)]
 
 
 def check_job(context: CheckContext) -> list[Finding]:

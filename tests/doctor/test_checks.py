@@ -7,16 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.crowd import Crowd, Say
 
 from hpc_oialr.cli.main import entry, main
-from hpc_oialr.commands import Answer
 from hpc_oialr.doctor import run_checks
 from hpc_oialr.doctor.checks import aggregate, worst
 from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
@@ -95,25 +92,10 @@ def test_processes_that_cannot_meet_show_their_own(context):
     assert finding.fix == "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
 
 
-def without_deepspeed(replace: Callable[[Any, str, Any], None]) -> None:
-    """Its import takes seconds; one test does it."""
-    probe = CheckContext.probe
-
-    def quick(self: CheckContext, what: str, argument: str, **slow: bool) -> tuple[dict[str, Any], Answer]:
-        return (
-            ({"deepspeed": "0"}, Answer(code=0))
-            if what == "deepspeed"
-            else probe(self, what, argument, **slow)
-        )
-
-    replace(CheckContext, "probe", quick)
-
-
 def each_its_own(rank: int, size: int, say: Say, folder: str) -> None:
     """The command in one of several processes; what it prints goes to a file."""
     os.environ.update(SLURMD_NODENAME=f"node{rank}", TORCHELASTIC_RUN_ID="x", TMPDIR=f"{folder}/{rank}")
     os.environ["PATH"] = folder
-    without_deepspeed(setattr)
     os.environ["OMP_NUM_THREADS"] = str(1 + 99 * rank)
     file = os.open(f"{folder}/out{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 1)
@@ -168,7 +150,6 @@ def test_a_laptop_is_fit_and_torch_is_not_loaded(laptop, tmp_path):
 
 def test_a_problem_is_exit_code_1_and_its_fix_a_line(laptop, programs, monkeypatch, tmp_path, capsys):
     programs.put_cluster()
-    without_deepspeed(monkeypatch.setattr)
     monkeypatch.setenv("SBATCH_PARTITION", "main")
     monkeypatch.setenv("SBATCH_ACCOUNT", "phisics")
     assert main([*WORDS, str(tmp_path), "--partition", "mian"]) == 1

@@ -135,7 +135,6 @@ def test_processes_that_would_share_a_gpu(look):
     assert alone.state == "ok", "each process may see its own only"
 
 
-def test_notes(look):
-    _, own, _, peers = look(SEEN | {"free": 10 * 2**30, "peers": 1})
+def test_a_gpu_that_others_use(look):
+    _, own, _ = look(SEEN | {"free": 10 * 2**30})
     assert (own.state, own.found) == ("note", "70 of 80 GiB of GPU 0 are taken by other programs")
-    assert (peers.state, peers.found) == ("note", "GPU 0 reaches 1 of 3 others directly")

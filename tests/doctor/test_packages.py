@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from importlib import metadata
 
 import pytest
 from packaging.requirements import Requirement
 
-from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import CheckContext, packages
+from hpc_oialr.doctor import packages
 
 
 @pytest.fixture
@@ -83,15 +81,3 @@ def test_an_old_submitit(context, installed):
         "submitit is 1.4.0; must be >=1.5.2",
     )
     assert found.fix == 'pip install --upgrade "hpc_oialr[slurm]"'
-
-
-def test_deepspeed_that_cannot_be_imported(context, installed, monkeypatch):
-    installed()
-    answer = Answer(stderr="Traceback\nImportError: cannot import name 'x' from 'torch'", code=1)
-    monkeypatch.setattr(CheckContext, "probe", lambda *_, **__: ({}, answer))
-    (found,) = packages.check_deepspeed(context())
-    assert found.state == "problem"
-    assert found.found == "cannot be imported: ImportError: cannot import name 'x' from 'torch'"
-    assert re.fullmatch(r'pip install --force-reinstall --no-deps "deepspeed>=[\d.]+"', found.fix)
-    installed(deepspeed=None)
-    assert packages.check_deepspeed(context()) == []

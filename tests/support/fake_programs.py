@@ -7,13 +7,12 @@ from pathlib import Path
 
 # What a healthy cluster of Slurm 22.05 answers.
 HEALTHY = {
-    "sinfo": "main*|up|1/3/0/4|localhost\nurgent|up|0/4/0/4|localhost",
+    "sinfo": "main*|up|1/3/0/4\nurgent|up|0/4/0/4",
     "sbatch": "",
     "srun": "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4",
     "squeue": "RUNNING",
     "scontrol": "Slurmctld(primary) at head is UP",
     "scancel": "",
-    "sacct": "",
     "sacctmgr": "physics\nchemistry",
     "munge": "",
 }
