@@ -28,7 +28,6 @@ class Kernels(NamedTuple):
     linear: Callable[..., Tensor]  # x P^T + bias
     # t = x P^T and y = t Q^T + bias in one; None: by linear.
     pair: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None
-    gram: Callable[[Tensor, Tensor], Tensor] = lambda db, a: db.mT @ a
 
 
 class FactoredFunction(torch.autograd.Function):
@@ -89,7 +88,7 @@ def backward(
     return [
         dx,
         (db @ S).mT @ x if for_A and x is not None else None,
-        kernels.gram(db, a) if for_S else None,
+        db.mT @ a if for_S else None,
         dy.mT @ (a @ S.mT) if for_C else None,
         dy.sum(0) if for_bias else None,
     ]
@@ -159,12 +158,7 @@ def _fused() -> Any:
 
 TORCH = Kernels(torch_serves, F.linear)
 ONEDNN = Kernels(onednn_serves, onednn_linear)
-FUSED = Kernels(
-    fused_serves,
-    F.linear,
-    pair=lambda x, P, Q, bias: _fused().two_products(x, P, Q, bias),
-    gram=lambda db, a: _fused().core_gradient(db, a),
-)
+FUSED = Kernels(fused_serves, F.linear, pair=lambda x, P, Q, bias: _fused().two_products(x, P, Q, bias))
 # The first that serves is used.
 KERNELS: tuple[Kernels, ...] = (FUSED, ONEDNN, TORCH)
 

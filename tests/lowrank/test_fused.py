@@ -34,20 +34,5 @@ def test_output_and_all_gradients_against_float64() -> None:
 def test_where_the_kernels_do_not_run_torchs_products_are_used(caplog: pytest.LogCaptureFixture) -> None:
     from hpc_oialr.lowrank.kernels.fused import _is_faster
 
-    assert not _is_faster(torch.device("cpu"), torch.float32, 64, 32, 32, 16)
+    assert not _is_faster(torch.device("cpu"), torch.bfloat16, 64, 32, 32, 16)
     assert "do not run here" in caplog.text
-
-
-def test_another_r_below_the_same_power_of_two_is_not_tuned_again() -> None:
-    from hpc_oialr.lowrank.kernels.fused import _tuned
-
-    def key(r: int, *, forward: bool) -> list[int]:
-        P, Q = (
-            (torch.empty(r, 20), torch.empty(12, r))
-            if forward
-            else (torch.empty(12, r).mT, torch.empty(20, r))
-        )
-        strides = dict(zip(("P_row", "P_col", "Q_row", "Q_col"), (*P.stride(), *Q.stride()), strict=True))
-        return [strides[name] for name in _tuned.keys if name in strides]
-
-    assert key(5, forward=True) == key(7, forward=True) != key(5, forward=False) == key(7, forward=False)

@@ -33,7 +33,7 @@ def operands(case: int, draw: random.Random) -> list[Tensor | None]:
     return [x, A / n**0.5, S / r**0.5, C / r**0.5, bias]
 
 
-def results(given: list[Tensor | None], dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
+def results(given: list[Tensor | None], dy: Tensor, dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
     """The layer's output and every gradient, by the fused kernels or in float64."""
     leaves = [None if t is None else t.to(dtype).detach().requires_grad_() for t in given]
     x, A, S, C, bias = leaves
@@ -42,7 +42,6 @@ def results(given: list[Tensor | None], dtype: torch.dtype, *, fused: bool) -> l
         y = FactoredFunction.apply(x, A, S, C, bias, FUSED)[0]
     else:
         y = torch.nn.functional.linear(x @ A.mT @ S.mT, C, bias)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(dtype))
     return [t.detach().double() for t in (y, *grads)]
 
@@ -52,10 +51,13 @@ def main(cases: int) -> None:
     draw, worst = random.Random(0), dict.fromkeys(("float32", "bfloat16", "float16"), 0.0)
     for case in range(cases):
         given = operands(case, draw)
+        shape = given[0].shape[0], given[3].shape[0]
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         for name in worst:
             dtype = getattr(torch, name)
-            rounded = [None if t is None else t.to(dtype).double() for t in given]
-            fused, exact = results(given, dtype, fused=True), results(rounded, torch.float64, fused=False)
+            *rounded, dy = (None if t is None else t.to(dtype).double() for t in (*given, gradient))
+            fused = results(rounded, dy, dtype, fused=True)
+            exact = results(rounded, dy, torch.float64, fused=False)
             for a, b in zip(fused, exact, strict=True):
                 assert a.shape == b.shape, (case, a.shape, b.shape)
                 if b.numel():

@@ -1,16 +1,17 @@
-"""Two thin products in one kernel, ``t = x P^T`` and ``y = t Q^T + bias``; the gradient of a core; when they are used.
+"""Two thin products in one kernel, ``t = x P^T`` and ``y = t Q^T + bias``, and whether it is used.
 
 Forward pass of a layer: P = Vh, Q = U S. Backward pass: x = dy, P = U^T, Q = (S Vh)^T, so that t and y are the gradients
 of ``U^T y`` and of the layer's input. The r-wide tile stays on the chip, so x is read once, t and y are written once: B
-(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r) and took up to twice the time that
-their bytes need (``benchmarks/results/gpu_notes.md``).
+(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r). On an H100 with bf16 inputs
+cuBLAS 13.0 was faster at every shape tried all the same (``benchmarks/results/gpu_notes.md``), so each kind of shape
+is measured before the kernel is used.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,9 +21,12 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Of fp32 the tiles do not fit into shared memory.
+DTYPES = (torch.bfloat16, torch.float16)
 # The accumulator of one program is BLOCK_B x r in registers.
 MAX_R = 512
+# Above, the kernel took five times as long as two products of cuBLAS: the r-wide tile leaves no registers to hide loads.
+WORTH_TRYING = 256
 # A batch of this many rows fills any GPU; more take as much longer on both sides.
 TRIAL_ROWS = 16_384
 # Triton's interpreter, which runs these kernels on a CPU, keeps bf16 as its bits and multiplies those: WIDEN there.
@@ -69,41 +73,26 @@ def _two_products(
         )
 
 
-@triton.jit
-def _core_gradient(
-    db, a, dS, B, R, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    first = tl.program_id(2).to(tl.int64) * CHUNK
-    for start in range(0, CHUNK, BLOCK_B):
-        rows = first + start + tl.arange(0, BLOCK_B)
-        left = tl.load(db + rows[None, :] * R + i[:, None], (rows[None, :] < B) & (i[:, None] < R), 0.0)
-        right = tl.load(a + rows[:, None] * R + j[None, :], (rows[:, None] < B) & (j[None, :] < R), 0.0)
-        total = _dot(left, right, total, PRECISION, WIDEN)
-    place = dS + tl.program_id(2).to(tl.int64) * R * R + i[:, None] * R + j[None, :]
-    tl.store(place, total, (i[:, None] < R) & (j[None, :] < R))
+class Tiles(NamedTuple):
+    """Block sizes and launch settings of :func:`two_products`, the fastest of seven tried on an H100."""
+
+    BLOCK_B: int
+    BLOCK_K: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
 
 
-def _configs() -> list[triton.Config]:
-    # One where no GPU could measure: the interpreter.
+def tiles(r: int) -> Tiles:
+    """For an r-wide tile that is padded to the next power of two; INTERPRETED: small, there a block is a Python step."""
     if INTERPRETED:
-        return [triton.Config({"BLOCK_B": 32, "BLOCK_K": 32, "BLOCK_N": 32})]
-    return [
-        triton.Config({"BLOCK_B": b, "BLOCK_K": k, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for b in (32, 64, 128)
-        for k, n in ((32, 64), (64, 64), (64, 128))
-        for warps, stages in ((4, 3), (8, 3), (8, 4))
-    ]
+        return Tiles(32, 32, 32, 4, 1)
+    if r <= 128:
+        return Tiles(128, 64, 128, 8, 3)
+    return Tiles(128, 64, 64, 8, 3) if r <= 256 else Tiles(64, 64, 64, 4, 3)
 
 
-_time = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
-# Tuned once for each shape and dtype, for r up to the next power of two; kept on disk, in TRITON_CACHE_DIR. Of the
-# strides those that tell the layout of P and Q and do not change with r.
-_tuned = triton.autotune(
-    _configs(), key=["K", "N", "BLOCK_R", "P_row", "Q_col"], do_bench=_time, cache_results=True
-)(_two_products)
+_time = functools.partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")
 
 
 def _numerics(x: Tensor) -> dict[str, Any]:
@@ -121,34 +110,19 @@ def two_products(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[
     t, y = x.new_empty(B, R), x.new_empty(B, N)
     if B:
         with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            _tuned[lambda config: (triton.cdiv(B, config["BLOCK_B"]),)](
+            size = tiles(R)
+            _two_products[(triton.cdiv(B, size.BLOCK_B),)](
                 x, P, Q, x if bias is None else bias.contiguous(), t, y, B, R, *x.stride(), *P.stride(), *Q.stride(),
                 K, N, HAS_BIAS=bias is not None, **_numerics(x), BLOCK_R=max(16, triton.next_power_of_2(R)),
+                **size._asdict(),
             )  # fmt: skip
     return t, y
-
-
-def core_gradient(db: Tensor, a: Tensor) -> Tensor:
-    """``dS = db^T a`` (r x r) of two B x r matrices: the long axis in parts, whose sum is taken in a fixed order."""
-    B, R = a.shape
-    block, rows = min(128, max(16, triton.next_power_of_2(R))), 64
-    tiles = triton.cdiv(R, block)
-    # About two programs for each of some 130 multiprocessors, each with 8 blocks of rows at least; a power of two, so
-    # that batches of many lengths compile few kernels.
-    chunk = rows * triton.next_power_of_2(max(8, triton.cdiv(B * tiles**2, 256 * rows)))
-    parts = triton.cdiv(B, chunk)
-    dS = a.new_empty(parts, R, R, dtype=torch.float32)
-    with torch.cuda.device_of(a):
-        _core_gradient[(tiles, tiles, parts)](
-            db.contiguous(), a.contiguous(), dS, B, R, chunk, **_numerics(a), BLOCK_B=rows, BLOCK=block
-        )
-    return dS.sum(0).to(a.dtype)
 
 
 def fused_is_faster(x: Tensor, A: Tensor, C: Tensor) -> bool:
     """Whether :func:`two_products` is faster than torch in this layer's forward pass, measured once a kind of shape."""
     r, n = A.shape
-    if x.dtype not in DTYPES or r > MAX_R:
+    if x.dtype not in DTYPES or r > WORTH_TRYING:
         return False
     # Powers of two: the kernel's tiles are, and r changes at every update.
     rows = min(TRIAL_ROWS, triton.next_power_of_2(x.numel() // n))
@@ -169,10 +143,8 @@ def _is_faster(device: torch.device, dtype: torch.dtype, rows: int, m: int, n: i
     try:
         with torch.cuda.device(device):
             x, P, Q = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
-            t, _ = two_products(x, P, Q, None)
-            core_gradient(t, t)
-            fused = _time(lambda: two_products(x, P, Q, None), return_mode="median")
-            return bool(fused < _time(lambda: F.linear(F.linear(x, P), Q), return_mode="median"))
+            fused = _time(lambda: two_products(x, P, Q, None))
+            return bool(fused < _time(lambda: F.linear(F.linear(x, P), Q)))
     except Exception as error:  # no compiler on this node, too little shared memory on this GPU, ...
         log.warning(
             "the fused kernels of low-rank layers do not run here, torch's products are used: %s", error
