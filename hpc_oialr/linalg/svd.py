@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
+from hpc_oialr.linalg.gram_svd import gram_svd
 
 PIECE_VALUES = 1 << 18
 
@@ -47,8 +48,9 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     """Thin SVD of an m x n matrix of any floating dtype in fp32 (fp64 for fp64 input), with fall-backs.
 
     On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose bidiagonalization takes
-    another path. On a GPU: cuSOLVER's gesvdj, then gesvd; then the CPU's chain in float64. The result has the dtype
-    and device of the first attempt. About ``4 m n k + 22 k^3`` operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
+    another path. On a GPU: :func:`~hpc_oialr.linalg.gram_svd.gram_svd` for fp32; cuSOLVER's gesvdj, then gesvd; then
+    the CPU's chain in float64. The result has the dtype and device of the first attempt. About ``4 m n k + 22 k^3``
+    operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
 
     ``name``, usually the layer's, is for errors. If ``careful``, ``A`` and the result are searched for NaN and Inf,
     which waits for a GPU; otherwise the caller does that. Raises :class:`NonFiniteError` if there are any, or every
@@ -74,31 +76,34 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     )
 
 
-def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = True) -> Iterator[SVD]:
-    """:func:`svd` of matrices of one shape: in one batched call on a GPU, in a loop elsewhere or if that call fails."""
-    if len(matrices) > 1 and matrices[0].is_cuda:
-        stack = torch.stack(list(matrices)).to(compute_dtype(matrices[0].dtype))
+def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = True) -> list[SVD]:
+    """:func:`svd` of matrices of one shape: one batch on a GPU, a loop elsewhere and for those that fail in it."""
+    found: list[SVD | None] = [None] * len(matrices)
+    if len(matrices) > 1 and matrices[0].is_cuda and compute_dtype(matrices[0].dtype) == torch.float32:
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            results = torch.linalg.svd(stack, full_matrices=False)
-            if not careful or _all_finite([stack, *results]):
-                yield from (SVD(*parts) for parts in zip(*results, strict=True))
-                return
-    for A, name in zip(matrices, names, strict=True):
-        yield svd(A, name=name, careful=careful)
+            U, s, Vh = gram_svd(torch.stack([A.detach().float() for A in matrices]))
+            right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(matrices)
+            found = [SVD(*parts) if ok else None for *parts, ok in zip(U, s, Vh, right, strict=True)]
+    return [
+        done or svd(A, name=name, careful=careful)
+        for done, A, name in zip(found, matrices, names, strict=True)
+    ]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
-def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], Sequence[Tensor]]]:
+    if on_gpu and A.dtype == torch.float32:
+        yield lambda: [part[0] for part in gram_svd(A[None])]
     for driver in ("gesvdj", "gesvd") if on_gpu else (None,):
         yield partial(torch.linalg.svd, A, full_matrices=False, driver=driver)
-    A = A.to("cpu", torch.float64)
-    yield partial(torch.linalg.svd, A, full_matrices=False)
-    yield partial(_svd_of_transpose, A)
+    B = A.to("cpu", torch.float64)
+    yield partial(torch.linalg.svd, B, full_matrices=False)
+    yield partial(_svd_of_transpose, B)
 
 
-def _svd_of_transpose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_of_transpose(A: Tensor) -> Sequence[Tensor]:
     V, s, Uh = torch.linalg.svd(A.mT.contiguous(), full_matrices=False)
     return Uh.mT, s, V.mT

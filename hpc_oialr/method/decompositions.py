@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from hpc_oialr.linalg.basis_change import angles_of, gram_error, smallest_cosines
+from hpc_oialr.linalg.basis_change import (
+    angles_of,
+    gram_error,
+    smallest_cosines,
+    smallest_cosines_batched,
+)
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
@@ -19,10 +24,12 @@ from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.svd_scheduler import Job, Result, distribute
 
-# Of the results that wait on a GPU to be read back together, with what an engine may gather for a core:
-# 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results.
+# Of the results that wait on a GPU to be read back together, with what an engine may gather for them:
+# 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results of an update; a conversion has 2.2.
 WINDOW_NUMBERS = 1 << 26
 
+# Of each result some float64 numbers, on its device, which are finite unless the SVD failed.
+Figures: TypeAlias = Callable[[list[Result]], list[Tensor]]
 _FIGURES = (
     *("stability", "subspace_angle_U", "subspace_angle_Vh"),
     *("orthogonality_error_U", "orthogonality_error_Vh"),
@@ -53,10 +60,10 @@ class Rotation:
 
 def weight_factors(
     targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, float]]:
-    """``W = U diag(s) Vh`` of dense layers: index, U, s, Vh and seconds of one after another.
+) -> Iterator[tuple[int, SVD, Tensor, float]]:
+    """``W = U diag(s) Vh`` of dense layers: index, r triplets, all k values on the CPU, seconds.
 
-    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``; ``s`` all k values. The
+    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``. The
     seconds are 0 on ranks that did not compute the SVD. Whole weights are distributed over ranks by cost, and
     ``r (m + n) + k`` numbers a layer are sent. A weight in row blocks is factorised by all ranks together: each sends
     triangles of at most k^2 numbers log2 P times, and stores up to ``k max(m, n)`` numbers beside its block.
@@ -65,7 +72,7 @@ def weight_factors(
         for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
             start = time.perf_counter()
             U, s, Vh = split_svd(target, engine)
-            yield index, U[:, :r], s, Vh[:r], time.perf_counter() - start
+            yield index, SVD(U[:, :r], s[:r], Vh[:r]), s.cpu(), time.perf_counter() - start
         return
 
     def job(target: TargetWeight, r: int) -> Job:
@@ -75,10 +82,20 @@ def weight_factors(
 
         return weight_job(target, engine, pack, target.k + r * sum(target.shape))
 
-    for result in distribute(list(map(job, targets, kept)), engine.world):
+    def figures(results: list[Result]) -> list[Tensor]:
+        return [result.values[: targets[result.index].k].double() for result in results]
+
+    jobs = list(map(job, targets, kept))
+    # Only a GPU would be waited for at each of them.
+    for result, spectrum in _with_figures(jobs, engine, figures, careful=not jobs[0].like.is_cuda):
         (m, n), k, r = targets[result.index].shape, targets[result.index].k, kept[result.index]
         s, U, Vh = result.values.split([k, m * r, r * n])
-        yield result.index, U.view(m, r), s, Vh.view(r, n), result.seconds
+        yield (
+            result.index,
+            SVD(U.view(m, r), s[:r], Vh.view(r, n)),
+            spectrum.to(s.dtype),
+            result.seconds,
+        )
 
 
 def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
@@ -105,19 +122,31 @@ def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[
     On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows. Raises
     :class:`NonFiniteError` on every rank if no SVD of a core converged.
     """
+
+    def parts(result: Result) -> Sequence[Tensor]:
+        r = low_rank_layer(targets[result.index]).r
+        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
+        return s, P.view(r, r), Qh.view(r, r), cosines, errors
+
+    def figures(results: list[Result]) -> list[Tensor]:
+        found = [parts(result) for result in results]
+        if found[0][0].is_cuda:
+            cosines = smallest_cosines_batched([basis for _, P, Qh, *_ in found for basis in (P, Qh.mT)])
+        read = []
+        for i, (result, (s, P, Qh, own_cosines, errors)) in enumerate(zip(results, found, strict=True)):
+            if engine.layout.group is not None:
+                errors = _errors(low_rank_layer(targets[result.index]), engine)
+            angles = torch.stack(cosines[2 * i : 2 * i + 2]) if s.is_cuda else own_cosines.double()
+            read.append(torch.cat([s.double(), rotation_stability(P, Qh)[None], angles, errors.double()]))
+        return read
+
     jobs = [_core_job(target, engine) for target in targets]
-    failed: list[int] = []
-    for rotation in _read_back(distribute(jobs, engine.world, careful=False), jobs, targets, engine):
-        # Not finite wherever any value of P or Qh is not.
-        if math.isfinite(rotation.figures["stability"]) and bool(torch.isfinite(rotation.spectrum).all()):
-            yield rotation
-        else:
-            failed.append(rotation.index)
-    if failed:
-        # All ranks have read the same values. Where the first driver failed, the others are tried.
-        results = distribute([jobs[i] for i in failed], engine.world)
-        renumbered = (replace(result, index=failed[result.index]) for result in results)
-        yield from _read_back(renumbered, jobs, targets, engine)
+    for result, read in _with_figures(jobs, engine, figures, careful=False):
+        s, P, Qh, *_ = parts(result)
+        spectrum, rest = read.split([len(s), 5])
+        stability, _, _, *errors_of_bases = rest.tolist()
+        named = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
+        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds)
 
 
 def _core_job(target: TargetWeight, engine: Engine) -> Job:
@@ -133,41 +162,50 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
         # Errors of sharded bases are computed by all ranks together, afterwards. Between (U, Vh) and (U P, Qh Vh) the
         # Gram products of the bases are the rotations themselves.
         errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
-        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), smallest_cosines(P, Qh.mT), errors.to(s)])
+        # A GPU would be waited for; there those of all layers are computed together, afterwards.
+        cosines = s.new_zeros(2) if s.is_cuda else smallest_cosines(P, Qh.mT)
+        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), cosines, errors.to(s)])
 
     # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
     return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
 
 
+def _with_figures(
+    jobs: Sequence[Job], engine: Engine, figures: Figures, *, careful: bool
+) -> Iterator[tuple[Result, Tensor]]:
+    """Each result with its figures on the host; where one is not finite, after a second SVD by the other drivers."""
+    failed: list[int] = []
+    for result, read in _read_back(distribute(jobs, engine.world, careful=careful), jobs, figures):
+        if bool(torch.isfinite(read).all()):
+            yield result, read
+        else:
+            failed.append(result.index)
+    if failed:
+        # All ranks have read the same values.
+        results = distribute([jobs[i] for i in failed], engine.world)
+        renumbered = (replace(result, index=failed[result.index]) for result in results)
+        yield from _read_back(renumbered, jobs, figures)
+
+
 def _read_back(
-    results: Iterator[Result], jobs: Sequence[Job], targets: Sequence[TargetWeight], engine: Engine
-) -> Iterator[Rotation]:
-    """Rotations with their figures on the host; a GPU is waited for once for many layers."""
+    results: Iterator[Result], jobs: Sequence[Job], figures: Figures
+) -> Iterator[tuple[Result, Tensor]]:
+    """Results with their ``figures`` (float64) on the host; a GPU is waited for once for many layers."""
     most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
-    window: list[tuple[Result, Tensor, Tensor, Tensor]] = []
-    sent: list[Tensor] = []
+    window: list[Result] = []
     numbers = 0
     for result in chain(results, [None]):
         if result is not None:
-            layer, job = low_rank_layer(targets[result.index]), jobs[result.index]
-            r = layer.r
-            s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
-            if engine.layout.group is not None:
-                errors = _errors(layer, engine)
-            P, Qh = P.view(r, r), Qh.view(r, r)
-            window.append((result, P, s, Qh))
-            sent += [s.double(), rotation_stability(P, Qh)[None], cosines.double(), errors.double()]
-            numbers += job.size + (job.work.held or 0)
+            window.append(result)
+            job = jobs[result.index]
+            numbers += job.size + (job.work.m * job.work.n if job.work.held is None else job.work.held)
             if numbers <= most:
                 continue
-        read = torch.cat(sent).cpu().split([len(s) + 5 for _, _, s, _ in window]) if window else ()
-        for (done, P, s, Qh), values in zip(window, read, strict=True):
-            spectrum, rest = values.split([len(s), 5])
-            stability, _, _, *errors_of_bases = rest.tolist()
-            figures = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
-            yield Rotation(done.index, P, s, Qh, spectrum.to(s.dtype), figures, done.seconds)
-        window, sent, numbers = [], [], 0
+        if window:
+            sent = figures(window)
+            yield from zip(window, torch.cat(sent).cpu().split(list(map(len, sent))), strict=True)
+        window, numbers = [], 0
 
 
 def rotation_stability(P: Tensor, Qh: Tensor) -> Tensor:

@@ -246,11 +246,11 @@ class OIALR:
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
             try:
-                for i, U, s, Vh, seconds in weight_factors(targets, kept, self.engine):
-                    target, r = targets[i], kept[i]
-                    self._basis.convert(target, U, s[:r], Vh)
+                for i, factors, spectrum, seconds in weight_factors(targets, kept, self.engine):
+                    target = targets[i]
+                    self._basis.convert(target, *factors)
                     self._tracker.forget(target.name)
-                    done[i] = layer_update(target.name, target.shape, target.k, r, s, seconds)
+                    done[i] = layer_update(target.name, target.shape, target.k, kept[i], spectrum, seconds)
             finally:
                 self._basis.order(self.targets)
         self._check_replicas(targets)

@@ -130,7 +130,7 @@ class Machine:
 
 # Assumed: share of the peak that transformers and CNNs of common sizes reach without torch.compile.
 EFFICIENCY = 0.4
-# Assumed: cuSOLVER's gesvdj works on one small matrix at a time, bound by latency rather than arithmetic.
+# Assumed: cuSOLVER works on one small matrix at a time, bound by latency rather than arithmetic.
 SVD_SHARE = 0.01
 # Assumed: share of a link's bandwidth that large collectives reach, and of the memory's that kernels reach.
 LINK_EFFICIENCY = 0.8

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpc_oialr.errors import NonFiniteError
+from hpc_oialr.linalg.gram_svd import FORMS, Form, gram_svd
 from hpc_oialr.linalg.svd import svd
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,20 @@ def test_an_svd_is_accurate(shape: tuple[int, int], smallest: float, device: tor
     assert torch.linalg.norm(product - A) < 1e-5 * torch.linalg.norm(A) * min(shape) ** 0.5
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("smallest", [0.1, 1e-9], ids=["well conditioned", "singular"])
+def test_a_batch_is_accurate_in_every_form(form: Form, smallest: float, device: torch.device) -> None:
+    A = torch.stack([matrix(256, 96, smallest)] * 5).float().to(device)
+    U, s, Vh = (part.double() for part in gram_svd(A, form=form))
+    assert bool(s.isfinite().all())
+    exact = torch.linalg.svdvals(A[0].double())
+    assert (s - exact).abs().max() < 1e-6
+    assert torch.linalg.matrix_norm((U * s[:, None]) @ Vh - A).max() < 1e-6 * torch.linalg.norm(A[0])
+    for Q in (U, Vh.mT):
+        gap = Q.mT @ Q - torch.eye(96, dtype=Q.dtype, device=device)
+        assert torch.linalg.matrix_norm(gap).max() < 1e-6 * 96**0.5
+
+
 @pytest.mark.parametrize("driver", ["gesvdj", "gesvd", "gesvda"])
 def test_a_driver_is_accurate(driver: str, device: torch.device) -> None:
     A = matrix(256, 96, 0.01)
@@ -57,7 +72,7 @@ def test_what_is_not_finite_is_found_before_any_driver_sees_it(bad: float, devic
 def test_a_driver_that_fails_is_followed_by_the_next(
     failures: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the third attempt is the CPU's, in float64; the result lies where the matrix did."""
+    """On a GPU, after the Gram matrix: the third driver is the CPU's, in float64; the result lies where A did."""
     real, tried = torch.linalg.svd, []
 
     def unreliable(A: torch.Tensor, **options: object) -> object:
@@ -69,6 +84,7 @@ def test_a_driver_that_fails_is_followed_by_the_next(
     attempts = 4 if device.type == "cuda" else 3
     A = matrix(96, 48, 0.1).float().to(device)
     monkeypatch.setattr(torch.linalg, "svd", unreliable)
+    monkeypatch.setattr("hpc_oialr.linalg.svd.gram_svd", lambda A: [part * torch.nan for part in gram_svd(A)])
     if failures == attempts:
         with pytest.raises(NonFiniteError, match="no SVD of matrix .* converged"):
             svd(A)

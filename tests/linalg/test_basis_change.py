@@ -13,6 +13,7 @@ from hpc_oialr.linalg.basis_change import (
     angles_of,
     basis_change,
     smallest_cosines,
+    smallest_cosines_batched,
     triangular_factor,
 )
 from hpc_oialr.linalg.svd import SVD, svd
@@ -102,3 +103,20 @@ def test_rotated_factors() -> None:
     pairs = ((U, U @ P), (V, (Qh @ V.mT).mT))
     expected = [scipy.linalg.subspace_angles(A[:, :2].numpy(), B[:, :2].numpy()).max() for A, B in pairs]
     assert angles_of(smallest_cosines(P, Qh.mT)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_many_angles_at_once() -> None:
+    """Without a decomposition, of unequal sizes; none, small, large ones, and the largest possible."""
+    generator = torch.Generator().manual_seed(4)
+    turns = [torch.eye(r, dtype=torch.float64) for r in (1, 5, 8)] + [torch.eye(8).flip(0).double()]
+    for r, size in [(2, 1.0), (8, 1e-4), (8, 0.1), (40, 1.0), (40, 1e-3)]:
+        skew = size * torch.randn(r, r, generator=generator, dtype=torch.float64)
+        turns.append(torch.linalg.matrix_exp(skew - skew.mT))
+    exact = [angle for turn in turns for angle in angles_of(smallest_cosines(turn))]
+    found = angles_of(torch.stack(smallest_cosines_batched(turns)))
+    # Errors of 1e-6 in the square of the sine show where the cosine is near 0.
+    assert found == pytest.approx(exact, abs=1e-3)
+    small = [i for i, angle in enumerate(exact) if angle < 0.5]
+    assert [found[i] for i in small] == pytest.approx([exact[i] for i in small], rel=1e-5, abs=1e-12)
+    assert len(small) == 6
+    assert max(exact) == pytest.approx(math.pi / 2)

@@ -60,7 +60,8 @@ def test_falls_back_then_gives_up(monkeypatch: pytest.MonkeyPatch, failures: int
     assert calls == expected[: min(failures + 1, 3)]
 
 
-def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The calls a CUDA tensor would see, recorded on a CPU."""
     calls = []
 
@@ -69,32 +70,44 @@ def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "svd", record)
-    for attempt in _attempts(torch.randn(5, 3), on_gpu=True):
+    monkeypatch.setattr(torch.linalg, "eigh", record)
+    for attempt in _attempts(torch.randn(5, 3, dtype=dtype), on_gpu=True):
         with pytest.raises(torch.linalg.LinAlgError):
             attempt()
-    single, double = torch.float32, torch.float64
-    assert calls[:2] == [(single, (5, 3), "gesvdj"), (single, (5, 3), "gesvd")]
-    assert calls[2:] == [(double, (5, 3), None), (double, (3, 5), None)]
+    double = torch.float64
+    # Squares of float64 values lose half the digits.
+    expected = [(double, (1, 3, 3), None)] if dtype == torch.float32 else []
+    expected += [(dtype, (5, 3), "gesvdj"), (dtype, (5, 3), "gesvd")]
+    assert calls == [*expected, (double, (5, 3), None), (double, (3, 5), None)]
 
 
-@pytest.mark.parametrize("converges", [True, False])
-def test_a_batch_is_one_call_on_a_gpu_and_a_loop_where_it_fails(
-    monkeypatch: pytest.MonkeyPatch, converges: bool
+@pytest.mark.parametrize("failing", ["none", "one", "all"])
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_batch_is_one_call_on_a_gpu_and_what_fails_goes_to_the_drivers(
+    monkeypatch: pytest.MonkeyPatch, failing: str, careful: bool
 ) -> None:
     matrices = [torch.randn(6, 4) for _ in range(3)]
     alone = [svd(A) for A in matrices]
-    original, calls = torch.linalg.svd, []
+    original, calls = torch.linalg.eigh, []
 
-    def recorded(A: torch.Tensor, **options: object) -> object:
+    def recorded(A: torch.Tensor) -> object:
         calls.append(tuple(A.shape))
-        if A.dim() == 3 and not converges:
+        if failing == "all":
             raise torch.linalg.LinAlgError("did not converge")
-        return original(A, full_matrices=False)
+        found = original(A)
+        if failing == "one":
+            found.eigenvectors[-1, 0] += 1e-3
+        return found
 
-    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    driver = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "eigh", recorded)
+    monkeypatch.setattr(torch.linalg, "svd", lambda A, **_: driver(A, full_matrices=False))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
-    found = list(svds(matrices, "abc"))
-    assert calls == [(3, 6, 4), *([] if converges else [(6, 4)] * 3)]
-    for ours, theirs in zip(found, alone, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b)
+    found = svds(matrices, "abc", careful=careful)
+    again = {"none": 0, "one": 1 if careful else 0, "all": 3}[failing]
+    assert calls == [(3, 4, 4), *[(1, 4, 4)] * again]
+    if failing == "one" and not careful:
+        assert found.pop().s.isnan().all(), "the caller's check must fail"
+    for ours, theirs in zip(found, alone, strict=False):
+        torch.testing.assert_close(ours.s, theirs.s)
+        torch.testing.assert_close(ours.U * ours.s @ ours.Vh, theirs.U * theirs.s @ theirs.Vh)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, muon_adamw
 from hpc_oialr.errors import NonFiniteError
+from hpc_oialr.linalg.gram_svd import gram_svd
 from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.work_plan import Task, svd_rounds
 from hpc_oialr.lowrank import low_rank_layers
@@ -85,6 +86,10 @@ def an_update(layers: int, *, made_up: bool = True) -> tuple[list[str], list[Ten
     return waits, [*model.parameters(), *moments, *(update.singular_values for update in report.layers)]
 
 
+def never_converges(*_: Any, **__: Any) -> Any:
+    raise torch.linalg.LinAlgError("did not converge")
+
+
 def test_an_update_reads_back_once_however_many_layers() -> None:
     # Whether all cores are finite, then the figures of all layers.
     (few, there), (many, _) = an_update(4), an_update(8)
@@ -93,8 +98,54 @@ def test_an_update_reads_back_once_however_many_layers() -> None:
     with mock.patch.object(decompositions, "WINDOW_NUMBERS", 0):
         assert an_update(4)[0] == ["cpu"] * (1 + 4)
     _, here = an_update(4, made_up=False)
+    torch.testing.assert_close(there[-4:], here[-4:])  # singular values: vectors may have other signs
+    with mock.patch("hpc_oialr.linalg.svd.gram_svd", never_converges):
+        waits, there = an_update(4)
+    assert waits == few
     for a, b in zip(there, here, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_a_conversion_reads_back_once_however_many_layers(layers: int) -> None:
+    oialr, device = dense(layers), MadeUpDevice()
+    weights = [target.weight.detach().clone() for target in oialr.targets]
+    with device:
+        report = oialr.step()
+    assert device.waits == ["cpu", "cpu"]
+    assert report is not None
+    for weight, layer, update in zip(
+        weights, low_rank_layers(oialr.module).values(), report.layers, strict=True
+    ):
+        torch.testing.assert_close(layer.U @ layer.S @ layer.Vh, weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(update.singular_values, torch.linalg.svdvals(weight))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_conversion_whose_first_svd_misses_the_bound_is_done_again(always: bool) -> None:
+    """Missed in the batch only, or by the layer alone as well; the others are not computed twice."""
+    oialr, device, calls = dense(4), MadeUpDevice(), []
+    weights = [target.weight.detach().clone() for target in oialr.targets]
+
+    def missed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        U, s, Vh = gram_svd(A)
+        calls.append(len(A))
+        if len(calls) == 1 or always:
+            s[-1] = torch.nan
+        return U, s, Vh
+
+    with device, mock.patch("hpc_oialr.linalg.svd.gram_svd", missed):
+        oialr.step()
+    assert calls == [4, 1]
+    for weight, layer in zip(weights, low_rank_layers(oialr.module).values(), strict=True):
+        torch.testing.assert_close(layer.U @ layer.S @ layer.Vh, weight, rtol=0, atol=1e-5)
+
+
+def dense(layers: int) -> OIALR:
+    """Before a step that converts everything at full rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(layers + 1)))
+    return OIALR(model, torch.optim.AdamW(model.parameters()), OIALRConfig(delay=1))
 
 
 def network() -> nn.Sequential:
