@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -102,12 +102,15 @@ class CoreLearningRate:
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure computes the gradients inside the step.
         closure = kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:])
-        self._before[id(optimizer)] = [
-            (p, p.clone())
+        cores = [
+            p
             for group in optimizer.param_groups
             for p in group["params"]
             if self.factors.get(p, 1.0) != 1.0 and (closure or p.grad is not None)
         ]
+        # Times one: copies of all of them in one launch.
+        copies = torch._foreach_mul(cast(list[Tensor], cores), 1.0) if cores else ()
+        self._before[id(optimizer)] = list(zip(cores, copies, strict=True))
 
     @torch.no_grad()
     def _stretch(self, optimizer: Optimizer, *_: Any) -> None:

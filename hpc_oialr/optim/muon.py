@@ -19,14 +19,14 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from hpc_oialr.errors import ConfigError, UnknownNameError
-from hpc_oialr.linalg.newton_schulz import newton_schulz
+from hpc_oialr.linalg.newton_schulz import Precision, newton_schulz_each
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.work_plan import longest_processing_time
 from hpc_oialr.lowrank import Selection, low_rank_layers, select
 from hpc_oialr.lowrank.layout import chunk, exchange, local
 
 Group = dict[str, Any]
-Map = Callable[[Tensor], Tensor]
+Map = Callable[[Sequence[Tensor]], list[Tensor]]
 ALGORITHMS = ("muon", "adamw")
 
 # A core wants a somewhat larger step than the dense weight did: in exploratory runs of one seed, on
@@ -87,9 +87,12 @@ class MuonAdamW(Optimizer):
     """Muon and AdamW side by side; each parameter group names its ``algorithm``.
 
     Muon's step: ``M <- momentum M + (1 - momentum) G``; ``D`` = Newton-Schulz of ``M`` (or of
-    Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of equal shape go
-    through Newton-Schulz in one batch; a sharded one is gathered on one of its ranks and scattered again. Weights with
-    more axes are flattened to (leading axis) x (all the rest).
+    Nesterov's ``G + momentum (M - G)``); ``W <- (1 - lr wd) W - lr sqrt(max(1, m/n)) D``. Matrices of one size
+    class go through Newton-Schulz in one batch, see :func:`newton_schulz_each`; a sharded one is gathered on one of its
+    ranks and scattered again. Weights with more axes are flattened to (leading axis) x (all the rest).
+
+    After the first step, which makes the state, a step neither waits for the device nor reads from it, and a CUDA graph
+    can hold it; a learning rate that changes between replays must be a tensor on the device.
 
     Parameters
     ----------
@@ -98,12 +101,12 @@ class MuonAdamW(Optimizer):
         A group with ``"cores": True`` takes the core of every weight of the other groups that is
         converted, and its momentum with it.
     lr
-        Default learning rate of groups without one.
+        Default learning rate of groups without one; a number or a tensor without axes.
     momentum, nesterov, newton_schulz_steps, newton_schulz_dtype
         Muon's options. The dtype default is :func:`newton_schulz`'s for dense matrices, and at least
         float32 for cores: they are small, and bfloat16 would turn last-bit differences of their gradients,
         as another number of processes makes, into differences of 1e-3 after a hundred steps. On CUDA float32 goes
-        in TF32 where torch is allowed to.
+        in TF32 where torch is allowed to, "tf32" in any case.
     betas, eps
         AdamW's options.
     weight_decay
@@ -125,11 +128,11 @@ class MuonAdamW(Optimizer):
         self,
         params: Iterable[Group] | Iterable[Tensor],
         *,
-        lr: float = 0.02,
+        lr: float | Tensor = 0.02,
         momentum: float = 0.95,
         nesterov: bool = True,
         newton_schulz_steps: int = 5,
-        newton_schulz_dtype: torch.dtype | None = None,
+        newton_schulz_dtype: Precision = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -202,18 +205,25 @@ class MuonAdamW(Optimizer):
 
     def _muon(self, params: list[Tensor], group: Group) -> None:
         directions = self._momentum(params, group)
-        dtype: torch.dtype | None = group["newton_schulz_dtype"]
+        dtype: Precision = group["newton_schulz_dtype"]
         if dtype is None and group["cores"]:
             dtype = compute_dtype(directions[0].dtype)
-        iterate = partial(newton_schulz, steps=group["newton_schulz_steps"], dtype=dtype)
+        iterate = partial(newton_schulz_each, steps=group["newton_schulz_steps"], dtype=dtype)
         done = _orthogonalize(directions, iterate)
-        torch._foreach_mul_(_parts(params), 1 - group["lr"] * group["weight_decay"])
+        lr: float | Tensor = group["lr"]
+        torch._foreach_mul_(_parts(params), 1 - lr * group["weight_decay"])
         by_scale: defaultdict[float, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_scale[max(1.0, p.shape[0] ** 2 / p.numel()) ** 0.5].append(i)
         for scale, members in by_scale.items():
             chosen = _parts([params[i] for i in members])
-            torch._foreach_add_(chosen, [done[i] for i in members], alpha=-group["lr"] * scale)
+            steps = [done[i] for i in members]
+            if isinstance(lr, Tensor):
+                # ``alpha`` would be read on the host.
+                torch._foreach_mul_(steps, -lr * scale)
+                torch._foreach_add_(chosen, steps)
+            else:
+                torch._foreach_add_(chosen, steps, alpha=-lr * scale)
 
     def _momentum(self, params: list[Tensor], group: Group) -> list[Tensor]:
         """Update the momenta; returns the matrices to orthogonalize."""
@@ -273,7 +283,7 @@ def _orthogonalize(directions: Sequence[Tensor], iterate: Map) -> list[Tensor]:
     """
     results: dict[int, Tensor] = {}
     whole = [i for i, d in enumerate(directions) if not isinstance(d, DTensor)]
-    results |= zip(whole, _batched([directions[i] for i in whole], iterate), strict=True)
+    results |= zip(whole, iterate([directions[i] for i in whole]), strict=True)
     groups: defaultdict[dist.ProcessGroup, list[int]] = defaultdict(list)
     for i, direction in enumerate(directions):
         if isinstance(direction, DTensor):
@@ -282,19 +292,6 @@ def _orthogonalize(directions: Sequence[Tensor], iterate: Map) -> list[Tensor]:
     for group, members in groups.items():
         results |= zip(members, _exchanged([directions[i] for i in members], group, iterate), strict=True)
     return [results[i] for i in range(len(directions))]
-
-
-def _batched(matrices: Sequence[Tensor], iterate: Map) -> list[Tensor]:
-    """Matrices of one shape, dtype and device go through in one batch."""
-    flat = [matrix.reshape(matrix.shape[0], -1) for matrix in matrices]
-    batches: defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for i, matrix in enumerate(flat):
-        batches[matrix.shape, matrix.device, matrix.dtype].append(i)
-    for members in batches.values():
-        done = iterate(torch.stack([flat[i] for i in members]))
-        for i, result in zip(members, done.unbind(), strict=True):
-            flat[i] = result
-    return [result.view_as(matrix) for result, matrix in zip(flat, matrices, strict=True)]
 
 
 def _exchanged(directions: Sequence[Tensor], group: dist.ProcessGroup, iterate: Map) -> list[Tensor]:
@@ -313,7 +310,7 @@ def _exchanged(directions: Sequence[Tensor], group: dist.ProcessGroup, iterate: 
     there = [[parts[i] for i in theirs] for theirs in owned]
     expected = [[of_rank(i, p) for i in owned[rank]] for p in range(size)]
     received = exchange(there, expected, group, parts[0])
-    done = _batched([torch.cat(pieces) for pieces in zip(*received, strict=True)], iterate)
+    done = iterate([torch.cat(pieces) for pieces in zip(*received, strict=True)])
     back = [[matrix[rows[i][p]] for i, matrix in zip(owned[rank], done, strict=True)] for p in range(size)]
     expected = [[of_rank(i, rank) for i in theirs] for theirs in owned]
     received = exchange(back, expected, group, parts[0])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.lowrank import Selection
@@ -35,14 +36,14 @@ class AdamW(OptimizerConfig):
     betas, eps
         As torch's.
     fused
-        One kernel for all parameters, where torch has one for the device.
+        One kernel for all parameters; null = on a GPU, unless parameters are sharded.
     """
 
     lr: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    fused: bool = False
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         _check(self, "lr", "weight_decay", "eps")
@@ -50,7 +51,16 @@ class AdamW(OptimizerConfig):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Over two groups, with and without weight decay."""
         groups = decay_groups(model, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused or None)
+        on_gpu = _plain_on_gpu(groups)
+        # torch captures no AdamW in a CUDA graph but a capturable one; fused=False would forbid its foreach kernels.
+        return torch.optim.AdamW(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            fused=(on_gpu if self.fused is None else self.fused) or None,
+            capturable=on_gpu,
+        )
 
 
 @dataclass(kw_only=True)
@@ -80,7 +90,10 @@ class SGD(OptimizerConfig):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Over two groups, with and without weight decay."""
         groups = decay_groups(model, self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+        fused = _plain_on_gpu(groups) or None
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused
+        )
 
 
 @dataclass(kw_only=True)
@@ -105,7 +118,8 @@ class MuonAdamW(OptimizerConfig):
         Muon's.
     newton_schulz_dtype
         Null: bf16 for dense matrices where the hardware multiplies it, fp32 for cores. In bf16 runs on another
-        number of processes drift apart by 1e-3 of the loss within a hundred dense steps, in fp32 by 1e-6.
+        number of processes drift apart by 1e-3 of the loss within a hundred dense steps, in fp32 by 1e-6. On a GPU
+        "fp32" multiplies in TF32 where ``train.tf32`` allows, "tf32" in any case.
     betas
         AdamW's.
     """
@@ -119,7 +133,7 @@ class MuonAdamW(OptimizerConfig):
     momentum: float = 0.95
     nesterov: bool = True
     newton_schulz_steps: int = 5
-    newton_schulz_dtype: Literal["bf16", "fp32"] | None = None
+    newton_schulz_dtype: Literal["bf16", "tf32", "fp32"] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
@@ -129,8 +143,9 @@ class MuonAdamW(OptimizerConfig):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Muon beside AdamW."""
-        dtypes = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
-        settings = vars(self) | {"newton_schulz_dtype": dtypes[self.newton_schulz_dtype]}
+        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        chosen = self.newton_schulz_dtype
+        settings = vars(self) | {"newton_schulz_dtype": dtypes.get(chosen or "", chosen)}
         return muon_adamw(model, **settings)
 
 
@@ -142,6 +157,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _plain_on_gpu(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch's fused optimizers take these: they refuse DTensors, or lists of some and plain tensors."""
+    return all(p.is_cuda and not isinstance(p, DTensor) for group in groups for p in group["params"])
 
 
 def _check(settings: OptimizerConfig, *rates: str) -> None:

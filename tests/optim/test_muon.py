@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hpc_oialr import MuonAdamW, Selection, muon_adamw
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.lowrank import convert
+from hpc_oialr.optim.core_lr import CoreLearningRate
+from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 from hpc_oialr.train.checkpoint import load_optimizer
 from hpc_oialr.train.optimizers import MuonAdamW as RecipeMuonAdamW
 
@@ -157,3 +161,65 @@ def test_a_recipe_may_choose_newton_schulz_dtype() -> None:
     chosen = RecipeMuonAdamW(newton_schulz_dtype="fp32").build(network())
     assert {group["newton_schulz_dtype"] for group in chosen.param_groups} == {torch.float32}
     assert RecipeMuonAdamW().build(network()).param_groups[0]["newton_schulz_dtype"] is None
+    chosen = RecipeMuonAdamW(newton_schulz_dtype="tf32").build(network())
+    assert chosen.param_groups[0]["newton_schulz_dtype"] == "tf32"
+
+
+def test_a_rate_may_be_a_tensor() -> None:
+    models = [network() for _ in range(2)]
+    for model, convert_rate in zip(models, (float, torch.tensor), strict=True):
+        optimizer = muon_adamw(model, weight_decay=0.1, newton_schulz_dtype=torch.float64)
+        for step in range(3):
+            for group in optimizer.param_groups:
+                group["lr"] = convert_rate(0.02 / (1 + step))
+            train(model, [optimizer], steps=1)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that operations launch, by name: foreach ones launch one, but strided copies one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        self.devices |= {tensor.device.type for tensor in tensors}
+        namespace, name = func.name().split("::")
+        if namespace == "aten" and not func.is_view and "empty" not in name and name != "_unsafe_view":
+            self.names[name] += len(args[0]) if name == "_foreach_copy_" else 1
+        return result
+
+
+@pytest.mark.parametrize(("multiple", "products", "copies", "others"), [(64, 30, 127, 34), (1, 975, 0, 286)])
+def test_a_step_on_a_gpu_never_waits_and_batches_unequal_cores(
+    multiple: int, products: int, copies: int, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data raise an error for any value that the host reads, as a CUDA graph would."""
+    monkeypatch.setattr("hpc_oialr.linalg.newton_schulz.GPU_MULTIPLE", multiple)
+    with FakeTensorMode(), torch.device("cuda"):
+        cores = [nn.Parameter(torch.empty(r, r)) for r in range(129, 193)]
+        rest = [nn.Parameter(torch.empty(768)), nn.Parameter(torch.empty(768, 3, 16, 16))]
+        for p in [*cores, *rest]:
+            p.grad = torch.empty_like(p)
+        groups = [{"params": cores, "cores": True}, {"params": rest[1:]}]
+        optimizer = MuonAdamW([*groups, {"params": rest[:1], "algorithm": "adamw"}])
+        # Torch's fused AdamW takes a tensor too, but not one without data.
+        for group in optimizer.param_groups[:2]:
+            group["lr"] = torch.empty(())
+        factors = CoreLearningRate([optimizer])
+        for core in cores:
+            factors.set(core, 1.5)
+        optimizer.step()
+        with Launches() as launches:
+            optimizer.step()
+    assert launches.devices == {"cuda"}
+    names = launches.names
+    assert names["bmm"] + names["baddbmm"] == products
+    # Into a batch and out of it; a core of 192 needs none out.
+    assert names["_foreach_copy_"] + names["clone"] == copies
+    assert names.total() - products - copies == others
