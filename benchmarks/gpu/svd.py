@@ -8,7 +8,9 @@ about 1/n of the largest.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
@@ -18,24 +20,32 @@ from torch import Tensor
 from benchmarks.common import Row
 from benchmarks.gpu.runner import Case, Context
 from benchmarks.gpu.timing import timed
+from hpc_oialr.linalg.gram_svd import FORMS, gram_svd
 from hpc_oialr.linalg.svd import svd as package_svd
 
 Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 SIZES = (768, 384, 192, 96, 2048, 1024)
-BATCH = 8
 BATCHED_UP_TO = 768
+# A few layers of one shape, as on a rank of many; the layers of a ViT-B/16, at their r in updates.
+BATCHES = {8: SIZES, 73: (96, 192, 384, 768)}
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """Every way at every size, one matrix, then a batch of eight."""
-    sizes, batches = ((24,), (2,)) if context.tiny else (SIZES, (1, BATCH))
+    """Every way at every size, one matrix; then batches, by the ways that a batch could be good for."""
+    if context.tiny:
+        shapes = [(24, 2, name) for name in METHODS]
+    else:
+        shapes = [(n, 1, name) for n in SIZES for name in METHODS if name not in FOR_BATCHES]
+        shapes += [
+            (n, batch, name)
+            for batch, sizes in BATCHES.items()
+            for n in sizes
+            for name in METHODS
+            if n <= BATCHED_UP_TO and (name in FOR_BATCHES or (batch == 8 and name not in ONE_BY_ONE))
+        ]
     return [
         Case(f"n = {n}, {batch} at once, {name}", partial(measure, n, batch, name, context))
-        for batch in batches
-        for n in sizes
-        for name in METHODS
-        # One matrix after another, on the host or by the package: nothing that a batch could show.
-        if batch == 1 or context.tiny or (n <= BATCHED_UP_TO and name not in ("host LAPACK", "package"))
+        for n, batch, name in shapes
     ]
 
 
@@ -99,6 +109,19 @@ def on_host(A: Tensor) -> Triplets:
     return U.to(A.device), s.to(A.device), Vh.to(A.device)
 
 
+def on_host_threads(A: Tensor) -> Triplets:
+    """The same with a core for each matrix of a batch."""
+    threads, host = torch.get_num_threads(), A.cpu()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(partial(torch.linalg.svd, full_matrices=False), host))
+    finally:
+        torch.set_num_threads(threads)
+    U, s, Vh = (torch.stack(part).to(A.device) for part in zip(*parts, strict=True))
+    return U, s, Vh
+
+
 def by_package(A: Tensor) -> Triplets:
     """The package's ``svd``, checks included, matrix by matrix."""
     if A.dim() == 2:
@@ -116,5 +139,9 @@ METHODS: dict[str, Callable[[Tensor], Triplets]] = {
     "eigh of A^T A, fp64": partial(gram, dtype=torch.float64),
     "eigh of A^T A, fp32": partial(gram, dtype=torch.float32),
     "host LAPACK": on_host,
+    "host LAPACK, a thread a matrix": on_host_threads,
+    **{f"gram_svd, {form}": partial(gram_svd, form=form) for form in FORMS},
     "package": by_package,
 }
+FOR_BATCHES = ("host LAPACK, a thread a matrix", *(f"gram_svd, {form}" for form in FORMS))
+ONE_BY_ONE = ("host LAPACK", "package")

@@ -130,7 +130,7 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _update(rows: Sequence[Row]) -> Iterator[str]:
-    header = ["model", "event", "r/k", "layers", "s", "waits", "waits a layer", "GiB", "dense GiB"]
+    header = ["model", "SVDs by", "event", "r/k", "layers", "s", "waits", "waits a layer", "GiB", "dense GiB"]
     keys = (
         "event",
         "r_over_k",
@@ -141,7 +141,8 @@ def _update(rows: Sequence[Row]) -> Iterator[str]:
         "peak_gib",
     )
     yield from aligned(
-        header, ([row["model"], *(row[k] for k in keys), row.get("dense_gib")] for row in rows)
+        header,
+        ([row["model"], row.get("svd"), *(row[k] for k in keys), row.get("dense_gib")] for row in rows),
     )
 
 

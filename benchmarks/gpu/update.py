@@ -1,7 +1,8 @@
 """The method's own work: conversion and updates of whole models, in seconds and in waits of the host.
 
 Optimizer: AdamW with moments, carried along. Between two updates the cores get noise, since the SVD of a core that
-is still diagonal would be an easy one.
+is still diagonal would be an easy one. On a GPU each model is measured with the SVDs of today's package, by the Gram
+matrix, and by the driver that it falls back to, gesvdj.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NoReturn
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import Row
 from benchmarks.gpu import counts
@@ -19,19 +23,38 @@ from benchmarks.gpu.models import Workload, on_device, workloads
 from benchmarks.gpu.runner import Case, Context
 from benchmarks.gpu.timing import synchronise
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, UpdateReport, low_rank_layers
+from hpc_oialr.linalg.gram_svd import gram_svd
+from hpc_oialr.linalg.svd import svds
 
 FRACTIONS = (0.5, 0.25, 0.125)
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """One case a model: its conversion and the updates that follow."""
+    """Two cases a model, one for each kind of SVD: its conversion and the updates that follow."""
     models = workloads(tiny=context.tiny)
     names = ("ViT-B/16", "Llama-like 350M")
-    return [Case(name, partial(measure, models[name], context)) for name in names]
+    return [
+        Case(f"{name}, {way}", partial(measure, models[name], way, context)) for name in names for way in WAYS
+    ]
 
 
-def measure(workload: Workload, context: Context) -> Iterator[Row]:
+def not_converged(A: Tensor) -> NoReturn:
+    """In place of ``gram_svd``: the package goes on to gesvdj."""
+    raise torch.linalg.LinAlgError("not tried")  # type: ignore[attr-defined]
+
+
+WAYS = {"Gram matrix": gram_svd, "gesvdj": not_converged}
+
+
+def measure(workload: Workload, way: str, context: Context) -> Iterator[Row]:
     """Conversion at k/2; at k/2, k/4 and k/8 an update that keeps r, before each smaller one the cut to it."""
+    with mock.patch("hpc_oialr.linalg.svd.gram_svd", WAYS[way]):
+        svds([torch.eye(64, device=context.device)] * 2, "ab")  # libraries and kernels are loaded
+        for row in _events(workload, context):
+            yield row | {"svd": way}
+
+
+def _events(workload: Workload, context: Context) -> Iterator[Row]:
     device = context.device
     model = on_device(workload, device)
     optimizer = make_optimizer("AdamW", model, workload.selection)
