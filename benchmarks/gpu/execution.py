@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.models import Batch
 from benchmarks.gpu.timing import captured
 from hpc_oialr import OIALR, Selection, muon_adamw
+from hpc_oialr.train.compilation import compile_model
 
 Step = Callable[[], object]
 
@@ -58,15 +59,8 @@ def compiled_blocks(trainee: Trainee) -> tuple[Step, str]:
     """torch.compile of every transformer block by itself: one compilation serves all of them."""
     # Without a GPU only the capture is tested: generating code for the CPU takes half a minute.
     backend = "inductor" if trainee.device.type == "cuda" else "eager"
-    for block in blocks(trainee.model):
-        block.compile(backend=backend, dynamic=False)
+    compile_model(trainee.model, "blocks", backend=backend)
     return trainee.step, "compiled blocks"
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules in the model: its transformer blocks."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
 
 
 def cuda_graph(trainee: Trainee) -> tuple[Step, str]:

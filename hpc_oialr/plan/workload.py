@@ -115,7 +115,7 @@ class Workload:
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))
         train = replace(config.train, global_batch=global_batch, steps=10**9, workers=0)
-        config = replace(config, oialr=method, train=train, data=data, engine=built, compile=False)
+        config = replace(config, oialr=method, train=train, data=data, engine=built, compile="off")
         return make_run_context(config, cast(World, engine.world))
 
 

@@ -185,7 +185,9 @@ class RunConfig:
     train, checkpoint, record
         See their types.
     compile
-        Compile the model by ``torch.compile``; recompilations are counted in the summary.
+        What ``torch.compile`` compiles: "off" nothing; "blocks" each block of the model's longest list of blocks, all
+        of them by one compilation for every set of r; "model" the model as a whole. Evaluations are not compiled.
+        Recompilations are counted in the summary.
     dense
         Settings of the dense baseline that differ when ``oialr compare --own`` trains it; same structure.
     """
@@ -200,5 +202,5 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     engine: EngineConfig = field(default_factory=DDP)
-    compile: bool = False
+    compile: Literal["off", "blocks", "model"] = "off"
     dense: dict[str, Any] | None = None

@@ -37,6 +37,8 @@ RETIRED = {
     "record.side_folder": "while the disk is full spectra wait in memory",
     "record.spectra_writer": "rank 0 writes all spectra",
 }
+# What true and false mean: YAML 1.1 reads "on" and "off" as such, and earlier versions wrote them.
+SWITCHES = {"compile": {False: "off", True: "model"}}
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +164,8 @@ class _Layer:
                 valid = [f"{prefix}{k}" for k in hints]
                 raise UnknownNameError("setting", full, valid, origin=self.origin)
             self.origins[full] = self.origin
+            if isinstance(value, bool) and (words := SWITCHES.get(full.removeprefix("dense."))):
+                value = words[value]
             inner = _section_type(hints[key])
             if inner is None or value is None:
                 settings[key] = value

@@ -176,7 +176,7 @@ def _run(
     if config.train.health_check:
         check_health(world, hashlib.sha256(loaded.text.encode()).hexdigest()[:12])
     with (
-        process_settings(world, tf32=config.train.tf32, compiled=config.compile),
+        process_settings(world, tf32=config.train.tf32, compiled=config.compile != "off"),
         world.reported("the run's communication", only_communication=True),
     ):
         channel = open_channel(world)

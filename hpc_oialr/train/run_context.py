@@ -23,6 +23,7 @@ from hpc_oialr.method.participants import trained_targets
 from hpc_oialr.method.report import StepReport, UpdateReport
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.train.compilation import compile_model
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.schedules import LearningRates
 
@@ -201,8 +202,7 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
         old = getattr(module, "gradient_checkpointing_enable", None)
         enable: Any = getattr(module, "activation_checkpointing_enable", old)
         enable({"use_reentrant": False})
-    if config.compile:
-        module.compile()
+    compile_model(module, config.compile)
 
 
 def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:

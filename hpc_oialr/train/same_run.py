@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # the settings of another run, the dense baseline.
 RESUMABLE = (
     "engine",
+    "compile",
     "train.device",
     "train.timeout_s",
     "train.stop_signal",
@@ -97,7 +98,8 @@ def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any], wher
     elif state["settings"]["sha256"] == _sha256(settings):
         return
     else:
-        then, now = state["settings"]["values"], _shareable(settings)
+        then = {name: value for name, value in state["settings"]["values"].items() if not may_change(name)}
+        now = _shareable(settings)
     if names := differing(then, now):
         was, is_now = (repr(side[names[0]]) if names[0] in side else "not set" for side in (then, now))
         raise CheckpointError(

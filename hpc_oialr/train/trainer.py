@@ -253,7 +253,7 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
             return task.totals(module, _to_device(context, batch))
 
     module.eval()
-    with torch.compiler.set_stance("force_eager") if context.config.compile else nullcontext():
+    with torch.compiler.set_stance("force_eager") if context.config.compile != "off" else nullcontext():
         parts = [totals(batch) for batch in batches.epoch(0)]
         while len(parts) < len(batches):
             # A rank without a share of the last batch: some engines gather parameters in every forward pass, which is
