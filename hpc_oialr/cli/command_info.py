@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rich.table import Table
 
@@ -22,27 +20,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print what every run writes into its environment.json."""
     from hpc_oialr.record import environment_report
+    from hpc_oialr.train.load_config import flat
 
     report = environment_report()
     if arguments.json:
         show(json.dumps(report, indent=2))
         return
     table = Table(show_header=False)
-    for name, value in _flatten(report):
-        table.add_row(name, value)
+    for name, value in flat(report).items():
+        table.add_row(name, "-" if value is None else str(value))
     console().print(table)
-
-
-def _flatten(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text; a dash for what is not there.
-
-    Examples
-    --------
-    >>> list(_flatten({"a": {"b": 1, "c": None}}))
-    [('a.b', '1'), ('a.c', '-')]
-    """
-    for name, value in report.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", "-" if value is None else str(value)

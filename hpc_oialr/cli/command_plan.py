@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from rich.console import Console
 from hpc_oialr.cli.console import add_force, add_recipe, console, new_table, show
 from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 from hpc_oialr.outputs import claim, marked, new_file
+from hpc_oialr.record.progress import clock_time
 
 if TYPE_CHECKING:
     from hpc_oialr.engines import EngineConfig
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 EXAMPLES = """  oialr plan vit_b16 --nodes 1,2,4,8,16,32,64,128,256 --site horeka
   oialr plan vit_b16 --nodes 1,16,1024 --gpu a100-40 --gpus-per-node 4 --network hdr200 --weak --engines all
   oialr plan text_gpt --nodes 1 --gpus-per-node 2 --probe --calibration benchmarks/results/comm.json
-  oialr plan vit_b16 --memory-gib 4 --out plan.csv
+  oialr plan vit_b16 --memory-gib 4 --out plan.json
   oialr plan vit_b16 --dry-run 1024 --engine FSDP"""
 
 DEFAULT_NETWORK = "hdr200"
-_PLAN = marked("a plan", b'{\n "recipe": ', b"engine,nodes,processes,", mark=b"global_batch")
+_PLAN = marked("a plan", b'{\n "recipe": ', mark=b"global_batch")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +51,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--probe", action="store_true", help="measure some real steps on this machine first")
     explained = "instead: run the code as the first, middle and last of P processes"
     option("--dry-run", metavar="P", type=int, help=explained)
-    option("--out", metavar="FILE", type=Path, help="write all figures, as JSON, or CSV for .csv")
+    option("--out", metavar="FILE", type=Path, help="write all figures as JSON")
     add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables of a plan, or what a dry run did."""
     from hpc_oialr.plan.workload import label
+    from hpc_oialr.record.files import to_json
     from hpc_oialr.train.load_config import load_config
 
     config = load_config(arguments.recipe, arguments.settings).config
@@ -77,12 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
     _show(arguments.recipe, planner, rows)
     if arguments.out is not None:
         about = {"recipe": arguments.recipe, "memory_gib": planner.memory_gib, "grounds": planner.grounds()}
-        write(rows, about, arguments.out, force=arguments.force)
+        target = claim(arguments.out, _PLAN, force=arguments.force)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(target) as draft:
+            draft.write_text(to_json({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         show(arguments.out)
     return 0
-
-
-# -- options -------------------------------------------------------------------------------------------
 
 
 def _prepare(
@@ -157,78 +157,45 @@ def _machine(options: argparse.Namespace, site: ClusterPreset | None) -> Machine
     return replace(machine, between=link, adapters=adapters, fitted={}, links=f"stated: {source}")
 
 
-# -- output --------------------------------------------------------------------------------------------
-
-
-def write(
-    rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path, *, force: bool = False
-) -> None:
-    """JSON with what the plan was made of, or the rows alone as CSV, by the file's ending."""
-    from hpc_oialr.record.files import to_json
-
-    target = claim(path, _PLAN, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    if path.suffix == ".csv":
-        table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-        table.writeheader()
-        table.writerows(rows)
-    else:
-        text.write(to_json({**about, "rows": list(rows)}, indent=1) + "\n")
-    with new_file(target) as draft:
-        draft.write_text(text.getvalue(), encoding="utf-8")
-
-
-def _duration(seconds: float) -> str:
-    """Three figures in the largest unit that fits.
-
-    Examples
-    --------
-    >>> [_duration(s) for s in (12.34, 754.0, 86_400.0)]
-    ['12.3 s', '12.6 min', '24.0 h']
-    """
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-_COUNT, _TENTH, _HUNDREDTH, _WHOLE = "{:,}".format, "{:,.1f}".format, "{:,.2f}".format, "{:,.0f}".format
-# Heading, key of a row, and how its value is shown; no value, no text.
-_Columns = Sequence[tuple[str, str, Callable[[Any], str]]]
-_MEMORY: _Columns = [
-    ("procs", "processes", _COUNT),
-    ("batch", "batch", _COUNT),
-    ("dense", "dense_peak_gib", _HUNDREDTH),
-    ("convert", "conversion_peak_gib", _HUNDREDTH),
-    ("low-rank", "converted_peak_gib", _HUNDREDTH),
-    ("end", "end_peak_gib", _HUNDREDTH),
-    ("peak", "peak_gib", _HUNDREDTH),
-    ("fits", "verdict", str),
-]
 _STAGES = ("dense", "dense"), ("low-rank", "converted"), ("end", "end")
+# Heading, key of a row and format of its value; no value, no text.
+_Columns = Sequence[tuple[str, str, str]]
+_MEMORY: _Columns = [
+    ("procs", "processes", ",d"),
+    ("batch", "batch", ",d"),
+    ("dense", "dense_peak_gib", ",.2f"),
+    ("convert", "conversion_peak_gib", ",.2f"),
+    ("low-rank", "converted_peak_gib", ",.2f"),
+    ("end", "end_peak_gib", ",.2f"),
+    ("peak", "peak_gib", ",.2f"),
+    ("fits", "verdict", ""),
+]
 _STEP: _Columns = [
-    *((heading, f"{stage}_step_s", lambda s: _TENTH(1e3 * s)) for heading, stage in _STAGES),
-    *((f"MB {heading}", f"{stage}_sent_mb", _TENTH) for heading, stage in _STAGES),
+    *((heading, f"{stage}_step_ms", ",.1f") for heading, stage in _STAGES),
+    *((f"MB {heading}", f"{stage}_sent_mb", ",.1f") for heading, stage in _STAGES),
 ]
 _RUN: _Columns = [
-    ("steps", "steps", _COUNT),
-    ("GFLOP dense", "dense_gflop", _WHOLE),
-    ("GFLOP end", "end_gflop", _WHOLE),
-    ("dense", "dense_s", _duration),
-    ("OIALR", "oialr_s", _duration),
-    ("updates", "events_s", _duration),
-    ("ratio", "ratio", _HUNDREDTH),
+    ("steps", "steps", ",d"),
+    ("GFLOP dense", "dense_gflop", ",.0f"),
+    ("GFLOP end", "end_gflop", ",.0f"),
+    ("dense", "dense_time", ""),
+    ("OIALR", "oialr_time", ""),
+    ("updates", "events_time", ""),
+    ("ratio", "ratio", ",.2f"),
 ]
 
 
 def _show(recipe: str, planner: Planner, rows: Sequence[Mapping[str, Any]]) -> None:
     samples, layers = planner.workload.samples, len(planner.shapes)
     show(f"{recipe}: {samples:,} training samples, {layers} layers become low-rank")
-    verdicts = ("yes" if row["fits"] else "no" if "peak_gib" in row else "-" for row in rows)
+    verdicts = ["yes" if row["fits"] else "no" if "peak_gib" in row else "-" for row in rows]
     judged = [{**row, "verdict": verdict} for row, verdict in zip(rows, verdicts, strict=True)]
     _print_table(f"memory of a process (GiB), of {planner.memory_gib:.1f}", judged, _MEMORY)
-    timed = [{**row, "ratio": row["oialr_s"] / row["dense_s"]} for row in rows if "dense_s" in row]
+    timed = []
+    for row in (row for row in rows if "dense_s" in row):
+        of_run = {f"{name}_time": clock_time(row[f"{name}_s"]) for name in ("dense", "oialr", "events")}
+        of_step = {f"{stage}_step_ms": 1e3 * row[f"{stage}_step_s"] for stage in planner.stages}
+        timed.append({**row, **of_run, **of_step, "ratio": row["oialr_s"] / row["dense_s"]})
     basis = timed[0]["time_from"] if timed else "nothing"
     _print_table(f"a step: time (ms) from {basis}, and what a process sends (MB)", timed, _STEP)
     title = "a run: work of a process in a step, and estimated time to the end"
@@ -241,10 +208,11 @@ def _show(recipe: str, planner: Planner, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 def _print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: _Columns) -> None:
-    columns = [("nodes", "nodes", _COUNT), *columns]
+    columns = [("nodes", "nodes", ",d"), *columns]
     table = new_table(title, "engine", *(heading for heading, _, _ in columns))
     for row in rows:
-        table.add_row(row["engine"], *(form(row[key]) if key in row else "" for _, key, form in columns))
+        cells = (format(row[key], form) if key in row else "" for _, key, form in columns)
+        table.add_row(row["engine"], *cells)
     console().print(table)
 
 

@@ -23,8 +23,6 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
     ("MPI", "process", mpi.check_mpi),
     ("GPU", "process", gpu.check_gpus),
     ("MASTER_ADDR", "process", network.check_address),
-    ("MASTER_PORT", "process", network.check_port),
-    ("interfaces", "node", network.check_interfaces),
     ("run folder", "node", files.check_folder),
     ("HDF5", "node", files.check_hdf5),
     ("threads", "process", limits.check_threads),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.system_errors import read_json
 
 HALF = ("bf16", "fp16")
 
@@ -34,14 +34,9 @@ BUFFERS_IN_MODEL = 32
 LIVE_PARTS_IN_MODEL = 8
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Content of a DeepSpeed JSON; :class:`ConfigError` if there is no such file, or it holds no JSON object."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("config", path, f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError("config", path, f"must hold JSON: {error}") from None
+def read_config(path: str) -> dict[str, Any]:
+    """Content of a DeepSpeed JSON; DataError if it cannot be read, :class:`ConfigError` if it is no JSON object."""
+    content = read_json(Path(path))
     if not isinstance(content, dict):
         raise ConfigError("config", path, f"must hold a JSON object, not a {type(content).__name__}")
     return content

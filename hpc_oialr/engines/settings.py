@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hpc_oialr.distributed import World
 from hpc_oialr.engines.ddp import DDPEngine
 from hpc_oialr.engines.deepspeed import DeepSpeedEngine
-from hpc_oialr.engines.deepspeed_json import read_json
+from hpc_oialr.engines.deepspeed_json import read_config
 from hpc_oialr.engines.fsdp import FSDPEngine
 from hpc_oialr.engines.tensor.engine import TensorEngine
 from hpc_oialr.errors import ConfigError, check_interval
@@ -125,7 +125,7 @@ class DeepSpeed(EngineConfig):
             rule = "must be fp32, bf16 or fp16 under DeepSpeed"
             raise ConfigError("train.precision", precision, rule, fix="Take DDP.")
         zero = {"zero_optimization": {"stage": self.stage}}
-        given = zero if self.config is None else read_json(self.config)
+        given = zero if self.config is None else read_config(self.config)
         return DeepSpeedEngine(world, given, precision=precision, origin=self.config or "engine.stage")
 
 

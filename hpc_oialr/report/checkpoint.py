@@ -7,7 +7,7 @@ import functools
 import pickle
 import re
 import tarfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Checkpoint:
     path: Path  # what the user named
     shapes: Mapping[str, tuple[int, ...]]  # of every floating-point tensor
     tensor: Callable[[str], Tensor]  # reads one of these, onto the CPU
-    names: Collection[str] = ()  # of all tensors
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -84,7 +83,7 @@ def _of_file(path: Path) -> Checkpoint:
         raise DataError(f"{path} is not a complete safetensors file ({error}); copy it again.") from error
     # Not above: a DataError is an OSError too.
     _refuse_quantised(path, dtypes)
-    return Checkpoint(path, shapes, tensor, dtypes)
+    return Checkpoint(path, shapes, tensor)
 
 
 def _of_torch(path: Path) -> Checkpoint:
@@ -96,34 +95,27 @@ def _of_torch(path: Path) -> Checkpoint:
             raise DataError(f"{path} holds {kind} as {name}; save a dense tensor with its values.")
     _refuse_quantised(path, {name: str(tensor.dtype) for name, tensor in tensors.items()})
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return Checkpoint(path, shapes, tensors.__getitem__, tensors)
+    return Checkpoint(path, shapes, tensors.__getitem__)
 
 
 def _of_files(path: Path, files: Sequence[Path]) -> Checkpoint:
     parts = [_of_file(file) for file in files]
     holders = {name: part for part in parts for name in part.shapes}
     shapes = {name: part.shapes[name] for name, part in holders.items()}
-    names = {name for part in parts for name in part.names}
-    return Checkpoint(path, shapes, lambda name: holders[name].tensor(name), names)
+    return Checkpoint(path, shapes, lambda name: holders[name].tensor(name))
 
 
 def _indexed(index: Path) -> Checkpoint:
     try:
-        holders = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+        files = sorted({str(file) for file in read_json(index)["weight_map"].values()})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({error!r}); copy it again.") from error
-    for file in holders.values():
+    for file in files:
         if Path(file).name != file:
             raise DataError(f"{index} names {file!r}; must be plain names of files beside it.")
         if not (index.parent / file).is_file():
             raise DataError(f"{index} names {file}, which is missing; copy the whole folder.")
-    found = _of_files(index.parent, [index.parent / file for file in sorted(set(holders.values()))])
-    for name, file in holders.items():
-        if name not in found.names:
-            raise DataError(
-                f"{index} says that {file} holds {name}, which it does not; copy the whole folder."
-            )
-    return found
+    return _of_files(index.parent, [index.parent / file for file in files])
 
 
 def _of_run(path: Path) -> Checkpoint:

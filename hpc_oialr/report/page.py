@@ -25,6 +25,7 @@ from hpc_oialr.record.files import to_json
 from hpc_oialr.report.page_data import page_data
 from hpc_oialr.report.runs import Run, conversions, dense_of, ratios_to_dense, settling_steps
 from hpc_oialr.spectra import Spectra
+from hpc_oialr.train.load_config import flat
 
 SCRIPTS = ("decode.js", "theme.js", "charts.js", "layers.js", "spectrum.js", "runs.js", "page.js")
 REPORT = marked("a report page", b"<!DOCTYPE html>", mark=b"hpc_oialr ")
@@ -161,22 +162,12 @@ def environment_table(runs: Sequence[Run]) -> str:
     return table("What the runs ran on", ("", *(run.name for run in runs)), rows, marked=differ)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and values as text, e.g. ``{"train.steps": "5"}``."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = NOTHING if value is None else str(value)
-    return found
-
-
 def side_by_side(settings: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Rows of all names in the order in which they appear."""
+    """Rows of all dotted names in the order in which they appear, with a value as text from each."""
     columns = [flat(each) for each in settings]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, tuple(column.get(name, NOTHING) for column in columns)) for name in names]
+    values = {name: [column.get(name) for column in columns] for name in names}
+    return [(name, tuple(NOTHING if v is None else str(v) for v in row)) for name, row in values.items()]
 
 
 def file_list(run: Run, page: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from support.made_runs import make_run
 from support.tiny_runs import write_recipe
 
-from hpc_oialr.cli.command_plan import write
 from hpc_oialr.cli.main import main
 from hpc_oialr.compare import compare
 from hpc_oialr.errors import OIALRError
@@ -126,17 +124,6 @@ def test_links_and_devices(tmp_path):
         claim(other, TEXT)
     with pytest.raises(OutputError, match="is no regular file but a device or a pipe"):
         claim("/dev/null", TEXT, force=True)
-
-
-@pytest.mark.parametrize("suffix", ["json", "csv"])
-def test_plans_know_their_own(suffix, tmp_path):
-    path = tmp_path / f"plan.{suffix}"
-    rows = [{"engine": "ddp", "nodes": 1, "processes": 1, "batch": 8, "global_batch": 8}]
-    for _ in range(2):
-        write(rows, {"recipe": "x", "memory_gib": 1.0, "grounds": []}, path)
-    path.write_text(json.dumps({"rows": []}) if suffix == "json" else "a,b\n")
-    with pytest.raises(OutputError, match="exists and is not a plan written by oialr"):
-        write(rows, {"recipe": "x"}, path)
 
 
 def test_a_run_and_a_comparison_begin_in_folders_of_their_own(tmp_path, capsys):

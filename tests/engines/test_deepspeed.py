@@ -28,8 +28,8 @@ from hpc_oialr import muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeed, SingleEngine
 from hpc_oialr.engines.deepspeed import import_deepspeed
-from hpc_oialr.engines.deepspeed_json import ZeroConfig, read_json, sizes
-from hpc_oialr.errors import ConfigError, MissingExtraError, ModelError
+from hpc_oialr.engines.deepspeed_json import ZeroConfig, read_config, sizes
+from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, ModelError
 
 installed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'"
@@ -193,17 +193,17 @@ def test_float64_is_refused() -> None:
 
 
 def test_files(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="config is '.*none.json'; cannot be read: No such file"):
-        read_json(str(tmp_path / "none.json"))
+    with pytest.raises(DataError, match=r"none\.json: No such file"):
+        read_config(str(tmp_path / "none.json"))
     path = tmp_path / "ds.json"
     path.write_text("{")
-    with pytest.raises(ConfigError, match="must hold JSON: "):
-        read_json(str(path))
+    with pytest.raises(DataError, match="is not valid JSON"):
+        read_config(str(path))
     path.write_text("[1]")
     with pytest.raises(ConfigError, match="must hold a JSON object, not a list"):
-        read_json(str(path))
+        read_config(str(path))
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert ZeroConfig(read_json(str(path)), "fp32", "ds.json").stage == 2
+    assert ZeroConfig(read_config(str(path)), "fp32", "ds.json").stage == 2
 
 
 @pytest.mark.parametrize("given", [{}, {"zero_optimization": {"stage": 0}}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 
@@ -30,14 +29,19 @@ def test_tables_and_files(recipe, tmp_path, capsys):
     assert second["dense_gradients_gib"] > 0
     assert first["peak_gib"] == max(value for key, value in first.items() if key.endswith("_peak_gib"))
     assert set(content) == {"recipe", "memory_gib", "grounds", "rows"}
+    again = ["plan", str(recipe), "--site", "horeka", "--gpus-per-node", "1", "--out", str(out)]
+    assert main(again) == 0, "its own file is replaced"
+    out.write_text(json.dumps({"rows": []}))
+    assert main(again) == 2
+    assert "exists and is not a plan written by oialr" in capsys.readouterr().err
 
 
-def test_csv_and_too_little_memory(recipe, tmp_path, capsys):
-    out = tmp_path / "plan.csv"
+def test_too_little_memory(recipe, tmp_path, capsys):
+    out = tmp_path / "plan.json"
     words = ["plan", str(recipe), "--nodes", "2", "--gpu", "h100", "--memory-gib", "1e-7", "--oialr", "null"]
     assert main([*words, "--out", str(out)]) == 0
     assert re.search(r"\bno *$", capsys.readouterr().out, re.MULTILINE)
-    (row,) = csv.DictReader(out.read_text().splitlines())
+    (row,) = json.loads(out.read_text())["rows"]
     assert row["advice"].startswith("no engine fits; try")
     assert "conversion_s" not in row
 

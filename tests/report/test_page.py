@@ -15,10 +15,10 @@ from hpc_oialr.report.page import (
     difference_table,
     environment_table,
     file_list,
-    flat,
     metric_text,
     page,
     sentences,
+    side_by_side,
 )
 from hpc_oialr.report.page_data import floats, page_data
 from hpc_oialr.report.runs import find_runs
@@ -119,7 +119,11 @@ def test_numbers_and_settings_as_text():
     assert metric_text(0.8929, "test_accuracy") == "89.29 %"
     assert metric_text(1.25, "test_loss") == "1.2500"
     settings = {"train": {"steps": 5, "clip": None}, "compile": False}
-    assert flat(settings) == {"train.steps": "5", "train.clip": "—", "compile": "False"}
+    assert side_by_side([settings]) == [
+        ("train.steps", ("5",)),
+        ("train.clip", ("—",)),
+        ("compile", ("False",)),
+    ]
 
 
 def test_links_are_relative_to_the_page(runs, comparison, tmp_path):
