@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,15 @@ from hpc_oialr.record.progress import clock_time
 
 if TYPE_CHECKING:
     from hpc_oialr.engines import EngineConfig
-    from hpc_oialr.plan.machine import ClusterPreset, Machine
     from hpc_oialr.plan.planner import Planner
     from hpc_oialr.train.config import RunConfig
 
 EXAMPLES = """  oialr plan vit_b16 --nodes 1,2,4,8,16,32,64,128,256 --site horeka
-  oialr plan vit_b16 --nodes 1,16,1024 --gpu a100-40 --gpus-per-node 4 --network hdr200 --weak --engines all
+  oialr plan vit_b16 --nodes 1,16,1024 --gpu a100-40 --gpus-per-node 4 --weak --engines all
   oialr plan text_gpt --nodes 1 --gpus-per-node 2 --probe --calibration benchmarks/results/comm.json
   oialr plan vit_b16 --memory-gib 4 --out plan.json
   oialr plan vit_b16 --dry-run 1024 --engine FSDP"""
 
-DEFAULT_NETWORK = "hdr200"
 _PLAN = marked("a plan", b'{\n "recipe": ', mark=b"global_batch")
 
 
@@ -38,10 +35,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--nodes", metavar="N,N,...", default="1", help="numbers of nodes; default 1")
     option("--gpus-per-node", metavar="N", type=int, help="or processes; default the site's, or 1")
     option("--engines", metavar="NAME,...|all", default="", help="default the recipe's (--engine)")
-    option("--site", metavar="NAME", help="a cluster's GPUs and network, by name")
-    option("--gpu", metavar="NAME", help="a100-40, a100-80, h100, mi250x; default this machine")
-    option("--network", metavar="NAME", help="hdr200, ndr, slingshot11; default hdr200 with --gpu")
-    option("--adapters", metavar="N", type=int, help="network adapters of a node; default 1")
+    option("--site", metavar="NAME", help="horeka, juwels_booster, lumi or perlmutter: its GPUs and network")
+    option(
+        "--gpu",
+        metavar="NAME",
+        help="a100-40, a100-80, h100 or mi250x, over HDR200; default the site's, or this machine",
+    )
     option("--memory-gib", metavar="X", type=float, help="of a process; default the GPU's")
     option("--weak", action="store_true", help="keep the batch of a process, not the global one")
     explained = "share of k that r falls to, under rules that depend on singular values"
@@ -89,7 +88,7 @@ def _prepare(
     config: RunConfig, options: argparse.Namespace
 ) -> tuple[Planner, list[int], int, list[EngineConfig]]:
     """The planner, with steps measured if requested; numbers of nodes, processes of each node, engines."""
-    from hpc_oialr.plan.machine import cluster
+    from hpc_oialr.plan.machine import ClusterPreset, cluster, gpu_machine, this_machine
     from hpc_oialr.plan.planner import Planner
     from hpc_oialr.plan.scripted_run import probe
     from hpc_oialr.plan.workload import Workload, all_engines
@@ -99,12 +98,12 @@ def _prepare(
     except ValueError:
         rule = "must be whole numbers with commas between, e.g. 1,2,4"
         raise ConfigError("--nodes", options.nodes, rule) from None
-    site = cluster(options.site) if options.site else None
-    per_node = options.gpus_per_node
-    if per_node is None:
-        per_node = site.gpus_per_node if site else 1
+    site = cluster(options.site) if options.site else ClusterPreset("", "hdr200", 1, 1)
+    site = site._replace(gpu=options.gpu or site.gpu)
+    per_node = site.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     _check(options, nodes, per_node)
-    workload, machine = Workload.of(config, options.samples), _machine(options, site)
+    workload = Workload.of(config, options.samples)
+    machine = gpu_machine(site) if site.gpu else this_machine(options.calibration)
     if chosen := [name for name in options.engines.split(",") if name]:
         known = all_engines(per_node)
         valid = {type(engine).__name__ for engine in known}
@@ -123,9 +122,7 @@ def _prepare(
 
 
 def _check(options: argparse.Namespace, nodes: Sequence[int], per_node: int) -> None:
-    adapters = 1 if options.adapters is None else options.adapters
-    counts = {"--nodes": nodes, "--gpus-per-node": [per_node], "--adapters": [adapters]}
-    for name, values in counts.items():
+    for name, values in (("--nodes", nodes), ("--gpus-per-node", [per_node])):
         if min(values) < 1:
             raise ConfigError(name, values, "must be at least 1")
     check_interval("--r-fraction", options.r_fraction, 0, 1, closed=(False, True))
@@ -136,25 +133,6 @@ def _check(options: argparse.Namespace, nodes: Sequence[int], per_node: int) -> 
         if value and other:
             rule = f"is of the machine at hand, and the plan is for {other}"
             raise ConfigError(name, value, rule, fix=f"Leave out --site and --gpu, or {name}.")
-    if options.adapters is not None and not (other or options.network):
-        rule = "needs a network whose adapters they are"
-        raise ConfigError("--adapters", options.adapters, rule, fix="Name it: --network, --gpu or --site.")
-
-
-def _machine(options: argparse.Namespace, site: ClusterPreset | None) -> Machine:
-    """Presets where any is named; otherwise the machine at hand, measured."""
-    from hpc_oialr.plan.machine import gpu_machine, network_link, this_machine
-
-    gpu = options.gpu or (site.gpu if site else None)
-    network = options.network or (site.network if site else None)
-    adapters = options.adapters or (site.adapters if site else 1)
-    if gpu is not None:
-        return gpu_machine(gpu, network or DEFAULT_NETWORK, adapters)
-    machine = this_machine(options.calibration)
-    if network is None:
-        return machine
-    link, source = network_link(network)
-    return replace(machine, between=link, adapters=adapters, fitted={}, links=f"stated: {source}")
 
 
 _STAGES = ("dense", "dense"), ("low-rank", "converted"), ("end", "end")

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,7 +173,6 @@ GPUS = {
 # Source, and line rate of one adapter in GB/s, one direction.
 NETWORKS = {
     "hdr200": ("NVIDIA ConnectX-6 data sheet", 25.0),
-    "ndr": ("NVIDIA ConnectX-7 data sheet", 50.0),
     "slingshot11": ("HPE Slingshot interconnect data sheet", 25.0),
 }
 CLUSTERS = {
@@ -183,35 +182,24 @@ CLUSTERS = {
     "lumi": ClusterPreset("mi250x", "slingshot11", 8, 4),  # LUMI documentation, LUMI-G
 }
 
-_Preset = TypeVar("_Preset")
-
-
-def _named(kind: str, name: str, presets: Mapping[str, _Preset]) -> _Preset:
-    if name not in presets:
-        raise UnknownNameError(kind, name, presets)
-    return presets[name]
-
 
 def cluster(name: str) -> ClusterPreset:
-    """A cluster's preset; raises UnknownNameError, as the next two functions do."""
-    return _named("site", name.replace("-", "_"), CLUSTERS)
+    """A cluster's preset; raises UnknownNameError."""
+    preset = CLUSTERS.get(name.replace("-", "_"))
+    if preset is None:
+        raise UnknownNameError("site", name, CLUSTERS)
+    return preset
 
 
-def network_link(name: str) -> tuple[Link, str]:
-    """One adapter of a network, and the source of its figures."""
-    source, gb_per_s = _named("network", name, NETWORKS)
-    link = Link(NETWORK_HOP_S, LINK_EFFICIENCY * gb_per_s * 1e9)
-    return link, f"{name} ({source}; latency: NCCL src/graph/tuning.cc)"
-
-
-def gpu_machine(gpu: str, network: str, adapters: int) -> Machine:
-    """Nodes of GPUs, connected by a network; every figure stated, none measured."""
-    preset = _named("GPU", gpu, GPUS)
-    between, source = network_link(network)
+def gpu_machine(site: ClusterPreset) -> Machine:
+    """A cluster's nodes and network; every figure stated, none measured. Raises UnknownNameError for its GPU."""
+    if site.gpu not in GPUS:
+        raise UnknownNameError("GPU", site.gpu, GPUS)
+    preset, (network_source, gb_per_s) = GPUS[site.gpu], NETWORKS[site.network]
     half, full = EFFICIENCY * preset.bf16 * 1e12, EFFICIENCY * preset.fp32 * 1e12
     return Machine(
-        speeds=f"stated: {gpu} ({preset.source})",
-        links=f"stated: {source}",
+        speeds=f"stated: {site.gpu} ({preset.source})",
+        links=f"stated: {site.network} ({network_source}; latency: NCCL src/graph/tuning.cc)",
         assumed=f"a run reaches {EFFICIENCY:.0%} of the GPU's FLOP/s, an SVD {SVD_SHARE:.0%} of those in fp32, "
         f"collectives {LINK_EFFICIENCY:.0%} of the bandwidth; {OVERLAP:.0%} of the backward pass hides messages",
         memory_gib=preset.memory_gib,
@@ -221,8 +209,8 @@ def gpu_machine(gpu: str, network: str, adapters: int) -> Machine:
         svd_flops=SVD_SHARE * preset.fp32 * 1e12,
         overlap=OVERLAP,
         inside=Link(NVLINK_HOP_S, LINK_EFFICIENCY * preset.peer_gb_per_s * 1e9),
-        between=between,
-        adapters=adapters,
+        between=Link(NETWORK_HOP_S, LINK_EFFICIENCY * gb_per_s * 1e9),
+        adapters=site.adapters,
     )
 
 

@@ -74,8 +74,6 @@ def test_dry_run(recipe, capsys):
             ["--site", "horeka", "--calibration", "comm.json"],
             "--calibration is 'comm.json'; is of the machine at hand, and the plan is for horeka",
         ),
-        (["--adapters", "2"], "--adapters is 2; needs a network whose adapters they are"),
-        (["--gpu", "h100", "--adapters", "0"], "--adapters is [0]; must be at least 1"),
         (["--gpus-per-node", "0"], "--gpus-per-node is [0]; must be at least 1"),
         (["--r-fraction", "2"], "--r-fraction is 2.0; must lie in (0, 1]"),
         (["--dry-run", "1"], "--dry-run is 1; must be at least 2 processes"),

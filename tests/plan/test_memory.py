@@ -15,7 +15,7 @@ from hpc_oialr import FixedFraction, OIALRConfig
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, SingleEngine, TensorParallel
 from hpc_oialr.models import GPT2
-from hpc_oialr.plan.machine import gpu_machine
+from hpc_oialr.plan.machine import ClusterPreset, gpu_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.schedule import LayerShape, Phase
 from hpc_oialr.plan.scripted_run import ScriptedRun
@@ -114,7 +114,7 @@ def test_steps_and_events_as_measured():
         replace(dense.config.train, steps=20),
     )
     workload = replace(dense, config=replace(dense.config, oialr=method, train=train))
-    planner = Planner(workload, gpu_machine("h100", "ndr", 1), memory_gib=80.0)
+    planner = Planner(workload, gpu_machine(ClusterPreset("h100", "hdr200", 1, 1)), memory_gib=80.0)
     (row,) = planner.rows([1], 1, DDP())
     run = ScriptedRun(workload.run_context(SingleEngine(World()), batch=8, rule=planner.rule))
     samples, held = run.samples(8), (run.context.module, run.context.optimizer)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
-from hpc_oialr.plan.machine import gpu_machine
+from hpc_oialr.plan.machine import cluster, gpu_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_cost import messages
@@ -18,7 +18,7 @@ from hpc_oialr.plan.workload import Deployment, all_engines
 
 @pytest.fixture(scope="module")
 def machine():
-    return gpu_machine("a100-40", "hdr200", adapters=2)
+    return gpu_machine(cluster("horeka"))
 
 
 @pytest.fixture(scope="module")

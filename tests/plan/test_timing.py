@@ -98,7 +98,7 @@ def test_processes_share_cores():
     assert [MACHINE.slowdown(p) for p in (1, 2, 4, 8)] == pytest.approx([1.0, 1.1, 2.3, 4.6])
     assert MACHINE.speed(2) == pytest.approx(0.5 / 1.1)
     assert [MACHINE.memory_of_process_gib(p) for p in (1, 4)] == [16.0, 4.0]
-    gpu = presets.gpu_machine("a100-40", "hdr200", 2)
+    gpu = presets.gpu_machine(presets.cluster("horeka"))
     assert (gpu.speed(4), gpu.memory_of_process_gib(4)) == (1.0, 39.4)
 
 
@@ -145,18 +145,16 @@ def test_svds_are_distributed():
 def test_presets_by_name():
     site = presets.cluster("juwels-booster")
     assert (site.gpu, site.gpus_per_node, site.adapters) == ("a100-40", 4, 4)
-    assert presets.network_link("ndr")[0].bytes_per_s == pytest.approx(40e9), "80 % of 50 GB/s"
+    assert presets.gpu_machine(site).between.bytes_per_s == pytest.approx(20e9), "80 % of 25 GB/s"
     with pytest.raises(UnknownNameError, match="unknown GPU 'a100'; valid: a100-40, a100-80, h100, mi250x"):
-        presets.gpu_machine("a100", "ndr", 1)
-    with pytest.raises(UnknownNameError, match="unknown network 'ib'; valid: hdr200, ndr, slingshot11"):
-        presets.gpu_machine("h100", "ib", 1)
+        presets.gpu_machine(site._replace(gpu="a100"))
     with pytest.raises(UnknownNameError, match="unknown site 'lumy'; .*Did you mean 'lumi'"):
         presets.cluster("lumy")
 
 
 def test_every_cluster_has_presets():
     for site in presets.CLUSTERS.values():
-        machine = presets.gpu_machine(site.gpu, site.network, site.adapters)
+        machine = presets.gpu_machine(site)
         assert machine.speeds.startswith(f"stated: {site.gpu} (")
         assert machine.links.startswith(f"stated: {site.network} (")
 
