@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.train.chunked_loss import next_token_loss
 
 
 class Task(ABC):
@@ -185,7 +186,14 @@ class Forecasting(Task):
 
 @dataclass(kw_only=True)
 class LanguageModelling(Task):
-    """Cross-entropy of the next byte; the metric is bits per byte."""
+    """Cross-entropy of the next byte; the metric is bits per byte.
+
+    Parameters
+    ----------
+    loss_chunk
+        Tokens of which the logits exist at a time, of GPT-2 and Llama; "auto" = as many as make 2^26 logits where the
+        vocabulary has at least 32,768 tokens, all elsewhere; null = all.
+    """
 
     inputs = ("input_ids", "labels")
     outputs = "vocabulary"
@@ -193,15 +201,24 @@ class LanguageModelling(Task):
     higher_is_better = False
     unit = "tokens"
 
+    loss_chunk: int | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_chunk, int) and self.loss_chunk < 1:
+            raise ConfigError("loss_chunk", self.loss_chunk, "must be at least 1")
+
     def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean cross-entropy of a batch with ``input_ids`` and ``labels`` (B x T), in nats."""
+        if (summed := next_token_loss(model, batch, self.loss_chunk)) is not None:
+            return summed / batch["labels"][:, 1:].numel()
         return cross_entropy(*self._predictions(model, batch))
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the losses and number of predicted bytes."""
-        logits, targets = self._predictions(model, batch)
-        loss = cross_entropy(logits, targets, reduction="sum").double()
-        return torch.stack([loss, loss.new_tensor(targets.numel())])
+        loss = next_token_loss(model, batch, self.loss_chunk)
+        if loss is None:
+            loss = cross_entropy(*self._predictions(model, batch), reduction="sum")
+        return torch.stack([loss.double(), loss.new_tensor(batch["labels"][:, 1:].numel()).double()])
 
     def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (N x V) and the bytes they predict (N): as in transformers, labels are not shifted."""

@@ -6,10 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_leaves
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.models import Autoformer
+from hpc_oialr.lowrank.layout import local
+from hpc_oialr.models import GPT2, Autoformer
+from hpc_oialr.torch_compat import TorchDispatchMode
 from hpc_oialr.train.tasks import Classification, Forecasting, LanguageModelling, cutmix, mixup
 
 
@@ -69,6 +75,62 @@ def test_language_model_is_judged_in_bits():
     assert task.count(data) == 18
 
 
+class Largest(TorchDispatchMode):
+    """The largest floating-point tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        self.numel = max([self.numel, *(x.numel() for x in made)])
+        return result
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("chunk", "around"), [(7, "nothing"), (31, "DDP"), (7, "FSDP"), ("auto", "nothing")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_by_chunks_is_the_loss_of_all_logits(chunk, around, tied, one_rank, monkeypatch):
+    monkeypatch.setattr("hpc_oialr.train.chunked_loss.LARGE_VOCABULARY", 500)
+    monkeypatch.setattr("hpc_oialr.train.chunked_loss.CHUNK_LOGITS", 3_600)
+    found = []
+    for setting in (None, chunk):
+        torch.manual_seed(0)
+        model = GPT2(dim=4, depth=1, heads=2, vocabulary=500).build(
+            {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
+        )
+        model = model.double()
+        if not tied:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        tokens = torch.randint(0, 500, (4, 16))
+        net = {"nothing": lambda m: m, "DDP": DDP, "FSDP": fully_shard}[around](model)
+        data, task = {"input_ids": tokens, "labels": tokens}, LanguageModelling(loss_chunk=setting)
+        with Largest() as largest:
+            loss = task.loss(net, data, np.random.default_rng(0))
+            loss.backward()
+        with torch.no_grad():
+            total = task.totals(net, data)
+        found.append([loss, total, *(local(p.grad) for p in model.parameters())])
+        assert vars(model.lm_head).get("forward") is None
+        limit = 60 * 500 if setting is None else 7 * 500 if chunk != 31 else 31 * 500
+        assert around == "FSDP" or largest.numel == limit
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_number_of_tokens_needs_a_model_whose_head_gives_the_logits():
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(
+        ConfigError, match="task.loss_chunk is 8; needs one of GPT2LMHeadModel, LlamaForCausalLM, not"
+    ):
+        LanguageModelling(loss_chunk=8).totals(torch.nn.Linear(1, 1), {"input_ids": tokens, "labels": tokens})
+
+
 def windows(n=3, past=20, future=6):
     return {
         "past_values": torch.randn(n, past),
@@ -102,5 +164,7 @@ def test_forecasts_do_not_see_the_future():
 def test_bad_settings():
     with pytest.raises(ConfigError, match=r"label_smoothing is 1; must lie in \[0, 1\)"):
         Classification(label_smoothing=1)
+    with pytest.raises(ConfigError, match="loss_chunk is 0; must be at least 1"):
+        LanguageModelling(loss_chunk=0)
     with pytest.raises(ConfigError, match="mixup is -1; must not be negative"):
         Classification(mixup=-1)
