@@ -14,6 +14,7 @@ from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
+from hpc_oialr.method.basis import reorthogonalise
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
@@ -75,6 +76,9 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
             empty_factors(target, ranks[target.name], factor_dtype=factor_dtype)
     with torch.no_grad():
         store.read_into(step, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
+    layers = low_rank_layers(model)
+    for layer in (layers[name] for name in state["controller"].get("bases_trained", ())):
+        layer.set_factors(*reorthogonalise(*(factor.detach() for factor in layer.factors)))
     return model.eval()
 
 

@@ -82,7 +82,7 @@ class AutocastCopies:
 
 
 class LowRankWeight(nn.Module):
-    """A layer whose weight is ``U S Vh``: ``U`` (m x r) and ``Vh`` (r x n) frozen, ``S`` (r x r) trained.
+    """A layer whose weight is ``U S Vh``: ``S`` (r x r) trained, ``U`` (m x r) and ``Vh`` (r x n) in some phases only.
 
     :meth:`adopt` changes the class of a dense layer *in place*, so that hooks, names, references held elsewhere and
     every attribute survive the conversion, and :func:`hpc_oialr.merge` turns it back.
@@ -123,7 +123,7 @@ class LowRankWeight(nn.Module):
             # A view would keep a whole message, or several layers' results, in memory.
             if type(factor) is Tensor and factor.untyped_storage().nbytes() > factor.nbytes:
                 factor = factor.clone()
-            trained = name == "S" and like.requires_grad
+            trained = like.requires_grad and (name == "S" or self.bases_trained)
             self.register_parameter(name, nn.Parameter(factor, requires_grad=trained))
         pass_on_attributes(like, self.S)
         self.known_bases = self._stamp_of_bases()
@@ -169,6 +169,14 @@ class LowRankWeight(nn.Module):
         for basis in (self.U, self.Vh):
             if basis.requires_grad and isinstance(basis, nn.Parameter):
                 basis.requires_grad_(False)
+
+    def train_bases(self, trained: bool) -> None:
+        """Train ``U`` and ``Vh`` from now on, unless the core is frozen by the user; or freeze them."""
+        self.bases_trained = trained
+        for basis in (self.U, self.Vh):
+            basis.requires_grad_(trained and self.S.requires_grad)
+            if not trained:
+                basis.grad = None
 
     def check_use(self) -> None:
         """Called first in every forward pass: frozen bases must be frozen and orthonormal."""

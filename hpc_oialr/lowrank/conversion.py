@@ -154,5 +154,6 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def dense_parameters(model: nn.Module) -> int:
     """Trainable numbers of the dense twin: low-rank weights count m n instead of r^2."""
-    saved = sum(layer.m * layer.n - layer.r**2 for layer in low_rank_layers(model).values())
-    return trainable_parameters(model) + saved
+    layers = low_rank_layers(model).values()
+    free = sum(layer.r * (layer.m + layer.n) for layer in layers if layer.U.requires_grad)
+    return trainable_parameters(model) + sum(layer.m * layer.n - layer.r**2 for layer in layers) - free

@@ -24,9 +24,10 @@ from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces, order_cores
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.optim.state import transform_average, transform_state
+from hpc_oialr.optim.state import project, transform_average, transform_state
 
 Bases = tuple[Tensor, Tensor]
+Move = tuple[Tensor | None, Tensor | None]  # by which a gradient is multiplied, left^T G right^T; None: by 1
 
 
 class BasisUpdater:
@@ -68,7 +69,9 @@ class BasisUpdater:
 
     def order(self, targets: Sequence[TargetWeight]) -> None:
         """Sort cores in the optimizer, whatever order and number of ranks the layers were converted in."""
-        order_cores(self.optimizer, [target.trained for target in targets])
+        layers = [target.low_rank for target in targets] if self.config.frees_bases else []
+        bases = [basis for layer in layers if layer is not None for basis in (layer.U, layer.Vh)]
+        order_cores(self.optimizer, [target.trained for target in targets], bases)
 
     def adopt(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
         """The ``targets`` that are low-rank already, with their cores' step sizes set."""
@@ -90,6 +93,7 @@ class BasisUpdater:
                     )
             layer.crossover, layer.autocast_copies = self._options["crossover"], AutocastCopies()
             self._set_step(layer)
+            self._hold_bases(layer)
         if found:
             self.order(targets)
         return found
@@ -123,22 +127,50 @@ class BasisUpdater:
         ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S.
         """
         layer, layout = low_rank_layer(target), self.layout
-        core, dtype = layer.S, compute_dtype(layer.S.dtype)
+        dtype = compute_dtype(layer.S.dtype)
         U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
         if repair:
             U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
         reset = not self.config.carry_moments and len(s) < layer.r
+        moves: list[Move] = [(None, P.mT), (P, Qh), (Qh.mT, None)]
         with self.engine.replacing(target):
-            transform_state(self.optimizer, core, P, Qh, layout=layout, core=True, reset=reset)
-            gradient = self._gradient(core, P, Qh, core=True)
+            gradients = self._move(layer, moves, reset=reset)
             U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
             for twin in map(low_rank_layer, self.twins(target)):
                 twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
             self._set_factors(layer, U, S, Vh)
-        if gradient is not None and layer.S.grad is not None:
-            layer.S.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
-        else:
-            layer.S.grad = gradient
+        _put_gradients(layer, gradients)
+
+    @exact_arithmetic()
+    def orthonormalise(self, target: TargetWeight) -> None:
+        """``U = Q1 R1``, ``Vh^T = Q2 R2`` of trained bases: ``U <- Q1``, ``S <- R1 S R2^T``, ``Vh <- Q2^T``.
+
+        The function stays the same. With G the gradient of the weight, that of S, ``U^T G V``, becomes
+        ``R1^-T (U^T G V) R2^-1``; that of U, ``G V S^T``, is multiplied by ``R1^T`` from the right, that of Vh,
+        ``S^T U^T G``, by ``R2`` from the left. So are momenta. Two QR, ``2 r^2 (m + n)`` operations; sends nothing.
+        """
+        self.engine.gather(target)
+        layer = low_rank_layer(target)
+        dtype = compute_dtype(layer.S.dtype)
+        U, S, Vh = (factor.detach().to(dtype) for factor in layer.factors)
+        (U, R1), (V, R2) = positive_qr(U), positive_qr(Vh.mT)
+        one = torch.eye(layer.r, dtype=dtype, device=S.device)
+        inverse1, inverse2 = (torch.linalg.solve_triangular(R, one, upper=True) for R in (R1, R2))
+        with self.engine.replacing(target):
+            gradients = self._move(layer, [(None, R1), (inverse1, inverse2.mT), (R2.mT, None)], reset=False)
+            self._set_factors(layer, U, R1 @ S @ R2.mT, V.mT)
+        _put_gradients(layer, gradients)
+
+    def train_bases(self, target: TargetWeight, trained: bool) -> None:
+        """Begin a phase in which ``U`` and ``Vh`` are trained; or end it: they are orthonormal, without moments."""
+        layer = low_rank_layer(target)
+        if not trained:
+            self.orthonormalise(target)
+            for _, states in self.optimizer.states():
+                for basis in (layer.U, layer.Vh):
+                    states.pop(basis, None)
+        layer.train_bases(trained)
+        self.engine.rebuild_wrapper()
 
     # -- the structure of a checkpoint -----------------------------------------------------------
 
@@ -190,6 +222,8 @@ class BasisUpdater:
         core, dtype, shape = layer.S, compute_dtype(layer.S.dtype), layer.dense_shape
         matrix = (layer.m, layer.n)
         self._transform(core, (layer.U.to(dtype).mT, layer.Vh.to(dtype).mT), core=True)
+        if self.config.frees_bases:
+            self._groups.remove_bases((layer.U, layer.Vh))
         layer.become_dense()
         for _, states in self.optimizer.states():
             state = states.get(core, {})
@@ -206,12 +240,30 @@ class BasisUpdater:
     def _take_place(self, weight: nn.Parameter, layer: LowRankWeight) -> None:
         layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
         self._groups.replace(weight, layer.S)
+        self._hold_bases(layer)
+
+    def _hold_bases(self, layer: LowRankWeight) -> None:
+        if self.config.frees_bases:
+            self._groups.add_bases(layer.S, (layer.U, layer.Vh))
+
+    def _move(self, layer: LowRankWeight, moves: Sequence[Move], *, reset: bool) -> list[Tensor | None]:
+        """Transform the state of U, S and Vh; returns their gradients so far, in the new basis."""
+        gradients: list[Tensor | None] = []
+        for factor, (left, right) in zip(layer.factors, moves, strict=True):
+            if factor is not layer.S and not layer.bases_trained:
+                gradients.append(None)
+                continue
+            transform_state(self.optimizer, factor, left, right, layout=self.layout, core=True, reset=reset)
+            gradients.append(self._gradient(factor, left, right, core=True))
+        return gradients
 
     def _set_factors(self, layer: LowRankWeight, U: Tensor, S: Tensor, Vh: Tensor) -> None:
-        core = layer.S
+        before = layer.factors
         if layer.set_factors(U, S, Vh):
-            self._groups.replace(core, layer.S)
-            self._set_step(layer, replaces=core)
+            for old, new in zip(before, layer.factors, strict=True):
+                if old is before[1] or self.config.frees_bases:
+                    self._groups.replace(old, new)
+            self._set_step(layer, replaces=before[1])
 
     def _set_step(self, layer: LowRankWeight, replaces: nn.Parameter | None = None) -> None:
         factor = core_factor(self.optimizer, layer.S, layer.m, layer.n, self.config.core_lr_scale)
@@ -227,13 +279,15 @@ class BasisUpdater:
         reset = not self.config.carry_moments
         transform_state(self.optimizer, parameter, left, right, layout=self.layout, core=core, reset=reset)
 
-    def _gradient(self, parameter: nn.Parameter, left: Tensor, right: Tensor, *, core: bool) -> Tensor | None:
+    def _gradient(
+        self, parameter: nn.Parameter, left: Tensor | None, right: Tensor | None, *, core: bool
+    ) -> Tensor | None:
         """The gradient accumulated so far, in the new basis."""
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided:
             return None
-        project = self.layout.project_core if core else self.layout.project
-        return self.layout.put_core(project(gradient, left, right).to(gradient.dtype).contiguous())
+        moved = project(gradient, left, right, self.layout, core=core)
+        return self.layout.put_core(moved.to(gradient.dtype).contiguous())
 
 
 def turned(layer: LowRankWeight, stored: Stored) -> bool:
@@ -255,10 +309,20 @@ def reorthogonalise(
     each rank has some of the rows of ``U`` and of the columns of ``Vh``.
     """
 
-    def positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
-        Q, R = tsqr(A, group)
-        signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
-        return Q * signs, signs[:, None] * R
-
-    (Q1, R1), (Q2, R2) = positive_qr(U), positive_qr(Vh.mT)
+    (Q1, R1), (Q2, R2) = positive_qr(U, group), positive_qr(Vh.mT, group)
     return Q1, R1 @ S @ R2.mT, Q2.mT
+
+
+def positive_qr(A: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """``A = Q R`` with a diagonal of R above 0."""
+    Q, R = tsqr(A, group)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(A.dtype)
+    return Q * signs, signs[:, None] * R
+
+
+def _put_gradients(layer: LowRankWeight, gradients: Sequence[Tensor | None]) -> None:
+    for factor, gradient in zip(layer.factors, gradients, strict=True):
+        if gradient is not None and factor.grad is not None:
+            factor.grad.copy_(gradient)  # perhaps a view of a wrapper's bucket
+        else:
+            factor.grad = gradient

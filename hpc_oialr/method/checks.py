@@ -7,14 +7,17 @@ from weakref import ReferenceType as Ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS
 
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
+from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
+from hpc_oialr.optim.state_kinds import kinds_of
 
 # Largest size of a parameter that is compared between ranks at every update.
 _SMALL = 1 << 16
@@ -99,6 +102,41 @@ def check_change(
         raise error
 
 
+def check_free_bases(
+    config: OIALRConfig, optimizer: OptimizerStack, engine: Engine, averages: Sequence[nn.Module]
+) -> None:
+    """Raise :class:`ConfigError` where ``U`` and ``Vh``, which the settings train, could not be trained right."""
+    keys = {key for _, states in optimizer.states() for state in states.values() for key in state}
+    weights = [
+        node
+        for node in optimizer.nodes
+        if isinstance(node, LBFGS)
+        or any(optimizer.kind(node, key) == "weight" for key in {*keys, *kinds_of(node)})
+    ]
+    groups = [group for leaf in optimizer.leaves for group in leaf.param_groups]
+    fix = 'Keep train="cores" and bases_trained empty, or '
+    if not engine.whole_factors or engine.layout.group is not None:
+        fix += "use one process or DistributedDataParallel."
+        rule = f"{type(engine).__name__} shards factors or their optimizer's state, which frozen bases only allow"
+    elif averages:
+        rule, fix = "running averages follow frozen bases only", fix + "average the merged models."
+    elif weights:
+        rule = f"{type(weights[0]).__name__} keeps copies or a history of weights, which cannot follow changing bases"
+        fix += "use hpc_oialr.muon_adamw(model, bases_lr=...), AdamW or SGD."
+    elif optimizer.partitioned or len(groups) < len(optimizer.groups()):
+        rule = "the optimizer is inside one with groups of its own, or partitioned over ranks"
+        fix += "use the optimizer itself."
+    elif any(group.get("cores") for group in groups) and not any(group.get("bases") for group in groups):
+        rule = "the optimizer has a group for cores and none for bases"
+        fix += (
+            "give a rate for them: muon_adamw(model, bases_lr=...), in a recipe optimizer.init_args.bases_lr."
+        )
+    else:
+        return
+    name = "train" if config.train == "factors" else "bases_trained"
+    raise ConfigError(name, getattr(config, name), f"U and Vh cannot be trained here: {rule}", fix=fix)
+
+
 def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
     """Raise :class:`NonFiniteError`, naming the layers, on every rank before anything changes.
 
@@ -111,7 +149,13 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
             f"the weights of {', '.join(meta[:5])} are on the meta device and have no values. Materialise and initialise "
             "the model, make the optimizer from its parameters, then OIALR(...)."
         )
-    finite = torch.stack([torch.isfinite(engine.local_shard(target.trained)).all() for target in targets])
+
+    def is_finite(target: TargetWeight) -> Tensor:
+        layer = target.low_rank
+        changing = layer.factors if layer is not None and layer.bases_trained else (target.trained,)
+        return torch.stack([torch.isfinite(engine.local_shard(p)).all() for p in changing]).all()
+
+    finite = torch.stack([is_finite(target) for target in targets])
     found = (engine.any_rank(1 - finite.float()) > 0).cpu().tolist()
     if bad := [target.name for target, is_bad in zip(targets, found, strict=True) if is_bad]:
         raise NonFiniteError(
@@ -125,7 +169,7 @@ def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, n
 
     Comparing these shows at little cost whether gradients are still averaged over ranks.
     """
-    cores = {id(layer.S) for layer in low_rank_layers(module).values()} | set(without)
-    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in cores}
+    factors = {id(p) for layer in low_rank_layers(module).values() for p in layer.factors} | set(without)
+    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in factors}
     small = {name: p for name, p in plain.items() if p.numel() <= _SMALL}
     return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])

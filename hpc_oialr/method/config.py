@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,6 +45,12 @@ class OIALRConfig:
         Transform the optimizer's moments at every change of basis; False zeroes them, as published.
     factor_dtype
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
+    train
+        "cores" trains S, with U and Vh frozen between updates (the paper); "factors" trains all three, at the cost of
+        ``r (m + n)`` further gradients and moments a layer, and of ``B r (m + n)`` multiply-adds.
+    bases_trained
+        Phases (first step, end) in which U and Vh are trained too although ``train`` is "cores", counted in steps from
+        0; the end is not part of it, None = to the end of the run.
     orthogonality_bound
         Bases further from orthonormal than this (Frobenius norm of ``Q^T Q - I`` over sqrt(r)) are
         re-orthogonalised by QR, with R folded into S; "auto": by the dtype they are stored in, 1e-4 for fp32 and
@@ -66,6 +73,8 @@ class OIALRConfig:
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    train: Literal["cores", "factors"] = "cores"
+    bases_trained: list[tuple[int, int | None]] = field(default_factory=list)
     orthogonality_bound: float | Literal["auto"] = "auto"
     crossover: float | str = 1.0
 
@@ -86,10 +95,37 @@ class OIALRConfig:
                 raise ConfigError("stability_threshold", threshold, "needs measurements", fix=fix)
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
+        self._check_phases()
         if isinstance(self.crossover, str):
             measured_crossover(self.crossover)
         else:
             check_interval("crossover", self.crossover, 0, 2, closed=(True, True))
+
+    def _check_phases(self) -> None:
+        end = 0.0
+        for start, stop in self.bases_trained:
+            if start < end or (stop is not None and stop <= start):
+                rule = "must be pairs of steps (first, end), in order, without overlap; only the last end may be null"
+                raise ConfigError("bases_trained", self.bases_trained, rule)
+            end = math.inf if stop is None else stop
+        if self.bases_trained and self.train == "factors":
+            fix = 'Set train to "cores", or leave out bases_trained.'
+            raise ConfigError(
+                "bases_trained", self.bases_trained, 'U and Vh always train with "factors"', fix=fix
+            )
+        if self.frees_bases and self.factor_dtype in ("bfloat16", "float16"):
+            rule = "is for frozen bases: steps of trained ones would be lost in rounding"
+            raise ConfigError("factor_dtype", self.factor_dtype, rule, fix="Set it to null.")
+
+    @property
+    def frees_bases(self) -> bool:
+        """Whether ``U`` and ``Vh`` are ever trained."""
+        return self.train == "factors" or bool(self.bases_trained)
+
+    def trains_bases(self, t: int) -> bool:
+        """Whether ``U`` and ``Vh`` of low-rank layers are trained in step ``t``, counted from 0."""
+        inside = (start <= t and (stop is None or t < stop) for start, stop in self.bases_trained)
+        return self.train == "factors" or any(inside)
 
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""

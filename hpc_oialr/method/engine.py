@@ -168,6 +168,11 @@ class Engine:
             self._on_replace(target.low_rank)
         self._reshaped |= target.trained is not before
 
+    def rebuild_wrapper(self) -> None:
+        """Have it rebuilt at the end of :meth:`changing`: other parameters are trained from now on."""
+        assert self._reshaped is not None, "rebuild_wrapper() outside of changing()"
+        self._reshaped = True
+
     def _gather_moments(self, parameter: nn.Parameter) -> None:
         """Put a parameter's state into ``optimizer.state``."""
 

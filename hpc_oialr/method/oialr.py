@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.checks import (
     check_change,
+    check_free_bases,
     check_optimizer,
     check_structure,
     plain_parameters,
@@ -32,6 +34,8 @@ from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_partici
 from hpc_oialr.method.report import LayerUpdate, StepReport, UpdateReport, layer_update
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
+
+log = logging.getLogger(__name__)
 
 
 class OIALR:
@@ -96,6 +100,8 @@ class OIALR:
                 f"{len(averages)} running averages were given, but the engine splits each matrix over ranks; "
                 "averages must be whole. Average the exported models, or use DistributedDataParallel."
             )
+        if self.config.frees_bases:
+            check_free_bases(self.config, self._optimizers, self.engine, averages)
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
@@ -208,6 +214,7 @@ class OIALR:
         if due := self._due_for_update(low_rank):
             with report.part("update", due) as layers:
                 layers += self._update(due)
+        self._free_or_freeze_bases()
         self._frozen.remember(self.targets)
         return report.result()
 
@@ -262,6 +269,9 @@ class OIALR:
         self._check(targets, state_of=self._low_rank())
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
+            for target in targets if self.config.frees_bases else []:
+                if low_rank_layer(target).bases_trained:
+                    self._basis.orthonormalise(target)
             for rotation in core_rotations(targets, self.engine):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)
@@ -283,6 +293,19 @@ class OIALR:
                 )
         self._check_replicas(targets)
         return [done[i] for i in sorted(done)]
+
+    def _free_or_freeze_bases(self) -> None:
+        """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
+        wanted = self.config.trains_bases(self.t)
+        low_rank = self._low_rank() if self.config.frees_bases else []
+        if not (due := [target for target in low_rank if low_rank_layer(target).bases_trained != wanted]):
+            return
+        self._check(due, state_of=due)
+        with self.engine.changing(self.module):
+            for target in due:
+                self._basis.train_bases(target, wanted)
+        self._check_replicas(due)
+        log.info("step %d: U and Vh of %d layers are %s", self.t, len(due), "trained" if wanted else "frozen")
 
     # -- layers ----------------------------------------------------------------------------------
 
@@ -325,7 +348,9 @@ class OIALR:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the r of every low-rank layer; plain numbers that JSON can store."""
-        return {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._tracker.streaks)}
+        state = {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._tracker.streaks)}
+        layers = low_rank_layers(self.module) if self.config.frees_bases else {}
+        return state | {"bases_trained": [name for name, layer in layers.items() if layer.bases_trained]}
 
     def tensor_state(self) -> dict[str, Tensor]:
         """The bases kept for measuring stability in the full-rank phase; a collective call."""
@@ -345,11 +370,19 @@ class OIALR:
             is missing though conversions depend on it.
         """
         self._tracker.require(tensors, state["streaks"])
+        trained = state.get("bases_trained", [])
+        if trained and not self.config.frees_bases:
+            raise ModelError(
+                f"U and Vh of {trained[0]} are trained in the checkpoint's phase, never by these settings. Set train or "
+                "bases_trained as they were."
+            )
         changed = self._loader.take(state["r"])
         self._remember_dense_weights(changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
-        if state["r"] and not changed:
+        for target in self._low_rank() if self.config.frees_bases else []:
+            low_rank_layer(target).train_bases(target.name in trained)
+        if state["r"] and (trained or not changed):
             self.rewrap()
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:

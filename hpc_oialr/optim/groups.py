@@ -15,10 +15,12 @@ def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Paramete
     """Put ``new`` in the place of ``old`` with its state; a first core goes to the group for cores.
 
     Only an optimizer with a group marked ``"cores"`` has such a group, see :class:`hpc_oialr.MuonAdamW`; in every
-    other one the groups keep their order and length.
+    other one the groups keep their order and length. A basis stays in its group.
     """
     leaf, home = stack.home(old)
     cores = next((group for group in leaf.param_groups if group.get("cores")), home)
+    if home.get("bases"):
+        cores = home
     if cores is not home:
         home["params"] = [p for p in home["params"] if p is not old]
         cores["params"].append(new)
@@ -35,12 +37,17 @@ def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Paramete
     stack.replace(old, new)
 
 
-def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter]) -> None:
-    """Sort the group for cores, so that it does not depend on the order of conversions."""
+def order_cores(
+    stack: OptimizerStack, order: Sequence[nn.Parameter], bases: Sequence[nn.Parameter] = ()
+) -> None:
+    """Sort the group for cores, and ``bases`` at the end of theirs, independent of the order of conversions."""
     position = {id(p): i for i, p in enumerate(order)}
+    last = {id(p): i for i, p in enumerate(bases)}
     for group in stack.groups():
         if group.get("cores"):
             group["params"].sort(key=lambda p: position.get(id(p), len(position)))
+        # A stable sort: all others stay as they are.
+        group["params"].sort(key=lambda p: last.get(id(p), -1))
 
 
 class GroupPlaces:
@@ -74,6 +81,26 @@ class GroupPlaces:
         replace_parameter(self._stack, old, new)
         if old in self._places:
             self._places[new] = self._places.pop(old)
+
+    def add_bases(self, core: nn.Parameter, bases: Sequence[nn.Parameter]) -> None:
+        """Hold ``U`` and ``Vh`` of a core too, in the group marked ``"bases"``, else in that of its weight.
+
+        Without a gradient they are not stepped.
+        """
+        leaf, _ = self._stack.home(core)
+        weights = leaf.param_groups[self._places[core][0]]
+        group = next((group for group in leaf.param_groups if group.get("bases")), weights)
+        held = {id(p) for p in group["params"]}
+        group["params"] = [*group["params"], *(p for p in bases if id(p) not in held)]
+
+    def remove_bases(self, bases: Sequence[nn.Parameter]) -> None:
+        """Forget bases and their state, as their weight is dense again."""
+        gone = {id(p) for p in bases}
+        for group in self._stack.groups():
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for _, states in self._stack.states():
+            for p in bases:
+                states.pop(p, None)
 
     def take_back(self, core: nn.Parameter, weight: nn.Parameter) -> None:
         """Put a dense weight back where it stood before it became ``core``; under another algorithm without state."""

@@ -39,6 +39,7 @@ def muon_adamw(
     *,
     lr: float = 0.01,
     core_lr: float | None = None,
+    bases_lr: float | None = None,
     adamw_lr: float = 1e-3,
     dense_algorithm: str = "muon",
     selection: Selection | None = None,
@@ -47,7 +48,8 @@ def muon_adamw(
     """Muon for the weights that can become low-rank and for their cores, AdamW for every other parameter.
 
     The groups, each with a learning rate that schedulers see: dense matrices, cores (empty until the conversion, then
-    :class:`hpc_oialr.OIALR` moves each core there), and the rest, with and without weight decay.
+    :class:`hpc_oialr.OIALR` moves each core there), the rest, with and without weight decay, and with ``bases_lr`` the
+    bases ``U`` and ``Vh``, without weight decay.
 
     Parameters
     ----------
@@ -57,6 +59,9 @@ def muon_adamw(
         Learning rate of the dense matrices.
     core_lr
         Muon's learning rate of the cores; default ``CORE_LR_RATIO`` times ``lr`` under Muon, 0.01 otherwise.
+    bases_lr
+        Muon's learning rate of ``U`` and ``Vh``, where ``OIALRConfig(train=..., bases_trained=...)`` trains them; None:
+        no such group.
     adamw_lr
         Learning rate of the rest.
     dense_algorithm
@@ -80,6 +85,8 @@ def muon_adamw(
         {"params": decayed, "algorithm": "adamw", "lr": adamw_lr},
         {"params": others, "algorithm": "adamw", "lr": adamw_lr, "weight_decay": 0.0},
     ]
+    if bases_lr is not None:
+        groups.append({"params": [], "algorithm": "muon", "lr": bases_lr, "weight_decay": 0.0, "bases": True})
     return MuonAdamW(groups, **options)
 
 
@@ -99,7 +106,7 @@ class MuonAdamW(Optimizer):
     params
         Groups with a key ``"algorithm"``, ``"muon"`` or ``"adamw"``, and any of the options below.
         A group with ``"cores": True`` takes the core of every weight of the other groups that is
-        converted, and its momentum with it.
+        converted, and its momentum with it; one with ``"bases": True`` takes ``U`` and ``Vh`` where they are trained.
     lr
         Default learning rate of groups without one; a number or a tensor without axes.
     momentum, nesterov, newton_schulz_steps, newton_schulz_dtype

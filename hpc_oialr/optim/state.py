@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]
 def transform_state(
     optimizer: OptimizerStack | Optimizer,
     parameter: nn.Parameter,
-    left: Tensor,
-    right: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
     *,
     layout: Replicated = REPLICATED,
     core: bool = False,
@@ -110,7 +111,8 @@ def transform_state(
     raises :class:`ModelError` before anything is changed.
 
     ``left`` and ``right`` are m x r and r x n: ``U`` (this rank's rows) and ``Vh`` at the conversion, ``P[:, :r']`` and
-    ``Qh[:r']`` at an update, where ``parameter`` is a ``core``. ``reset`` zeroes the moments instead, as the published
+    ``Qh[:r']`` at an update, where ``parameter`` is a ``core``; None, for one side of a trained basis, leaves that
+    side as it is. ``reset`` zeroes the moments instead, as the published
     code does; copies of the weight are still transformed.
     """
     stack = optimizer if isinstance(optimizer, OptimizerStack) else OptimizerStack(optimizer)
@@ -135,16 +137,30 @@ def transform_state(
             state[key] = layout.put_core(value.to(state[key].dtype).contiguous())
 
 
+def project(
+    value: Tensor, left: Tensor | None, right: Tensor | None, layout: Replicated, *, core: bool
+) -> Tensor:
+    """``left^T value right^T``; without a side only whole matrices."""
+    if left is not None and right is not None:
+        return layout.project_core(value, left, right) if core else layout.project(value, left, right)
+    value = value if left is None else left.mT @ value.to(left.dtype)
+    return value if right is None else value.to(right.dtype) @ right.mT
+
+
 class _Move:
     """How one tensor of the weight's shape moves."""
 
-    def __init__(self, left: Tensor, right: Tensor, layout: Replicated, core: bool, reset: bool) -> None:
+    def __init__(
+        self, left: Tensor | None, right: Tensor | None, layout: Replicated, core: bool, reset: bool
+    ) -> None:
         self.left, self.right, self.reset = left, right, reset
-        self.project = layout.project_core if core else layout.project
+        self.project = partial(project, layout=layout, core=core)
 
     def __call__(self, kind: Kind | None, value: Tensor, state: dict[str, Any]) -> Tensor:
         if kind == "reset" or (self.reset and kind not in NEVER_ZEROED):
-            return self.left.new_zeros(self.left.shape[1], self.right.shape[0])
+            sides = [side for side in (self.left, self.right) if side is not None]
+            rows = value.shape[0] if self.left is None else self.left.shape[1]
+            return sides[0].new_zeros(rows, value.shape[1] if self.right is None else self.right.shape[0])
         if kind in ("gradient", "weight"):
             return self.project(value, self.left, self.right)
         if kind in ("magnitude", "step size"):
@@ -156,7 +172,8 @@ class _Move:
         return self._square(value)
 
     def _square(self, value: Tensor) -> Tensor:
-        return self.project(value, self.left * self.left, self.right * self.right)
+        left, right = (None if side is None else side * side for side in (self.left, self.right))
+        return self.project(value, left, right)
 
     def factored(self, state: dict[str, Any], rows: str, columns: str, axes: int) -> dict[str, Tensor]:
         """Means over rows and columns of ``rows x columns / mean(rows)`` in the new basis."""

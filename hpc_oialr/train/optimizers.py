@@ -106,6 +106,9 @@ class MuonAdamW(OptimizerConfig):
         Learning rate of dense matrices at the schedule's peak; Muon's is a step in spectral norm.
     core_lr
         Muon's learning rate of the cores at the schedule's peak; null = a fixed multiple of ``lr``.
+    bases_lr
+        Muon's learning rate of U and Vh at the schedule's peak, without weight decay; needed where ``oialr.train`` or
+        ``oialr.bases_trained`` trains them.
     adamw_lr
         Learning rate of the rest at the schedule's peak.
     dense_algorithm
@@ -126,6 +129,7 @@ class MuonAdamW(OptimizerConfig):
 
     lr: float = 0.01
     core_lr: float | None = None
+    bases_lr: float | None = None
     adamw_lr: float = 1e-3
     dense_algorithm: Literal["muon", "adamw"] = "muon"
     selection: Selection = field(default_factory=Selection)
@@ -137,7 +141,7 @@ class MuonAdamW(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
-        _check(self, "lr", "adamw_lr", "core_lr", "weight_decay")
+        _check(self, "lr", "adamw_lr", "core_lr", "bases_lr", "weight_decay")
         if self.newton_schulz_steps < 1:
             raise ConfigError("newton_schulz_steps", self.newton_schulz_steps, "must be at least 1")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_oialr.data import ArrayDataset, Batch, GlobalBatches
 from hpc_oialr.distributed.world import AsyncFlagReduce
@@ -56,7 +56,6 @@ class Trainer:
         self.timers = Timers(context.world.device)
         self.progress = Progress()
         self.first_graphs: int | None = None
-        self._trainable: list[nn.Parameter] | None = None
         total, count = context.total_steps, min(self.config.train.evaluations, context.total_steps)
         self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
@@ -97,16 +96,14 @@ class Trainer:
         with self.recorder.probe(step):
             context.rates.set(step)
             loss = forward_backward(context, batch, step)
-            if self._trainable is None:
-                self._trainable = [p for p in context.module.parameters() if p.requires_grad]
             clip = self.config.train.gradient_clip
-            context.engine.update(context.optimizer, context.scaler, self._trainable, clip)
+            clipped = [] if clip is None else [p for p in context.module.parameters() if p.requires_grad]
+            context.engine.update(context.optimizer, context.scaler, clipped, clip)
             self.recorder.collect()
             start = time.perf_counter()
             report = context.controller.step()
             if report is not None:
                 self.timers.seconds["update"] += time.perf_counter() - start
-                self._trainable = None
                 self.recorder.update(report)
         progress.step = step + 1
         if self.first_graphs is None:
