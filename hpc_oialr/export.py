@@ -78,7 +78,8 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
         store.read_into(step, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
     layers = low_rank_layers(model)
     for layer in (layers[name] for name in state["controller"].get("bases_trained", ())):
-        layer.set_factors(*reorthogonalise(*(factor.detach() for factor in layer.factors)))
+        U, S, Vh = (factor.detach() for factor in layer.factors)
+        layer.set_factors(*reorthogonalise(U, S, Vh))
     return model.eval()
 
 
