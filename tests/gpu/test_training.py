@@ -7,7 +7,7 @@ import torch
 from support.gpu_loop import OPTIMIZERS, batch, make, no_synchronisation, one_step, train
 from torch import nn
 
-from hpc_oialr import OIALR, low_rank_layers
+from hpc_oialr import OIALR, MuonAdamW, low_rank_layers
 from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.record.memory import MemoryMeter
 
@@ -98,3 +98,30 @@ def test_the_conversion_needs_no_more_memory_than_a_dense_step(optimizer: str, d
         peaks.append(meter.peak_bytes)
     assert [report and report.kind for report in reports] == [None, None, "conversion"]
     assert 0 < peaks[2] <= 1.01 * peaks[1]
+
+
+def test_a_step_of_muon_in_a_graph_is_the_eager_one(device: torch.device) -> None:
+    """Over unequal cores, padded on a GPU, with a rate that changes between replays."""
+    torch.manual_seed(0)
+    start = [torch.randn(r, r, device=device) for r in (5, 60, 64, 100)]
+    runs = []
+    for graphed in (False, True):
+        cores = [nn.Parameter(value.clone()) for value in start]
+        rate = torch.tensor(0.1, device=device)
+        optimizer = MuonAdamW([{"params": cores, "cores": True}])
+        optimizer.param_groups[0]["lr"] = rate
+        for p in cores:
+            p.grad = p.detach().clone()
+        optimizer.step()
+        step = optimizer.step
+        if graphed and device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for t in range(3):
+            rate.fill_(0.1 / (t + 1))
+            step()
+        runs.append([p.detach().clone() for p in cores])
+    torch.testing.assert_close(runs[1], runs[0])
+    assert all((a - b).norm() > 0.1 for a, b in zip(runs[1], start, strict=True))

@@ -18,7 +18,10 @@ from hpc_oialr.lowrank import convert
 from hpc_oialr.optim.core_lr import CoreLearningRate
 from hpc_oialr.torch_compat import FakeTensorMode, TorchDispatchMode
 from hpc_oialr.train.checkpoint import load_optimizer
+from hpc_oialr.train.optimizers import SGD as RecipeSGD
+from hpc_oialr.train.optimizers import AdamW as RecipeAdamW
 from hpc_oialr.train.optimizers import MuonAdamW as RecipeMuonAdamW
+from hpc_oialr.train.optimizers import OptimizerConfig
 
 
 def network() -> nn.Sequential:
@@ -223,3 +226,15 @@ def test_a_step_on_a_gpu_never_waits_and_batches_unequal_cores(
     # Into a batch and out of it; a core of 192 needs none out.
     assert names["_foreach_copy_"] + names["clone"] == copies
     assert names.total() - products - copies == others
+
+
+@pytest.mark.parametrize("make", [RecipeAdamW, RecipeSGD])
+def test_recipes_take_the_fused_kernels_on_a_gpu_for_plain_tensors(make: type[OptimizerConfig]) -> None:
+    assert {group["fused"] for group in make().build(network()).param_groups} == {None}
+    with FakeTensorMode(), torch.device("cuda"):
+        model = nn.ParameterList([torch.empty(4, 4), torch.empty(4)])
+        optimizer = make().build(model)
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
+    assert optimizer.param_groups[0].get("capturable", True)
+    assert RecipeAdamW(fused=False).build(model).param_groups[0]["fused"] is None
+    assert RecipeAdamW(fused=True).build(network()).param_groups[0]["fused"] is True
