@@ -8,9 +8,7 @@ about 1/n of the largest.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
@@ -109,19 +107,6 @@ def on_host(A: Tensor) -> Triplets:
     return U.to(A.device), s.to(A.device), Vh.to(A.device)
 
 
-def on_host_threads(A: Tensor) -> Triplets:
-    """The same with a core for each matrix of a batch."""
-    threads, host = torch.get_num_threads(), A.cpu()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(partial(torch.linalg.svd, full_matrices=False), host))
-    finally:
-        torch.set_num_threads(threads)
-    U, s, Vh = (torch.stack(part).to(A.device) for part in zip(*parts, strict=True))
-    return U, s, Vh
-
-
 def by_package(A: Tensor) -> Triplets:
     """The package's ``svd``, checks included, matrix by matrix."""
     if A.dim() == 2:
@@ -139,9 +124,8 @@ METHODS: dict[str, Callable[[Tensor], Triplets]] = {
     "eigh of A^T A, fp64": partial(gram, dtype=torch.float64),
     "eigh of A^T A, fp32": partial(gram, dtype=torch.float32),
     "host LAPACK": on_host,
-    "host LAPACK, a thread a matrix": on_host_threads,
     **{f"gram_svd, {form}": partial(gram_svd, form=form) for form in FORMS},
     "package": by_package,
 }
-FOR_BATCHES = ("host LAPACK, a thread a matrix", *(f"gram_svd, {form}" for form in FORMS))
+FOR_BATCHES = tuple(f"gram_svd, {form}" for form in FORMS)
 ONE_BY_ONE = ("host LAPACK", "package")

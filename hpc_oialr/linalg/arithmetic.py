@@ -41,9 +41,7 @@ def exact_arithmetic() -> Iterator[None]:
     inside autocast, under TF32, in ``torch.inference_mode()``, and inside ``with torch.device(...)``. Also a decorator;
     may be nested; everything is restored at the end.
     """
-    with ExitStack() as stack:
-        stack.enter_context(full_precision())
-        stack.enter_context(torch.no_grad())
+    with without_autocast(), _ieee_products(), torch.no_grad(), ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Form = Literal["batched", "loop", "streams"]
+Form = Literal["batched", "loop", "streams", "host"]
 FORMS: tuple[Form, ...] = get_args(Form)
 STREAMS = 4
 
@@ -19,8 +19,12 @@ _LOST = 2e-8
 
 
 def best_form(count: int, k: int) -> Form:
-    """How eigenvectors of ``count`` matrices of size k are computed; compare with ``python -m benchmarks.gpu``, svd."""
-    return "batched"
+    """Where eigenvectors of ``count`` matrices of size k are computed: on the host's cores if these promise to be faster.
+
+    Predicted, not measured: an H200 needs 7.8 ms at k = 768 and, bound by latency, a time proportional to k below; a core
+    needs 2.8, 16 and 104 ms at k = 192, 384 and 768. ``python -m benchmarks.gpu`` (section svd) measures all forms.
+    """
+    return "host" if k <= 48 * min(count, torch.get_num_threads()) else "batched"
 
 
 def gram_svd(A: Tensor, *, form: Form | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +88,8 @@ def _eigenvectors(G: Tensor, form: Form) -> Tensor:
         return V
     if form == "loop":
         return torch.stack([torch.linalg.eigh(matrix).eigenvectors for matrix in G])
+    if form == "host":
+        return _on_host(G.cpu()).to(G.device)
     # eigh waits for its stream, so that each stream needs a thread.
     current = torch.cuda.current_stream(G.device) if G.is_cuda else None
 
@@ -100,3 +106,13 @@ def _eigenvectors(G: Tensor, form: Form) -> Tensor:
 
     with ThreadPoolExecutor(STREAMS) as pool:
         return torch.cat(list(pool.map(work, G.tensor_split(min(STREAMS, len(G))))))
+
+
+def _on_host(G: Tensor) -> Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a core for each matrix
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.stack([found.eigenvectors for found in pool.map(torch.linalg.eigh, G)])
+    finally:
+        torch.set_num_threads(threads)

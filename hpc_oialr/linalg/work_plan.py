@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-# Numbers held for the layers of one batch, unless a single layer has more: 32 MiB in fp32.
-BATCH_NUMBERS = 1 << 23
+# Numbers held for the layers of one batch, unless a single layer has more: 64 MiB in fp32. gram_svd needs about 16 times
+# as much meanwhile; a batch has a matrix for each of 16 cores up to 768 x 768 and r = k/2.
+BATCH_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_oialr.linalg import gram_svd as module
-from hpc_oialr.linalg.gram_svd import FORMS, Form, gram_svd
+from hpc_oialr.linalg.gram_svd import FORMS, Form, best_form, gram_svd
 
 SPECTRA = {
     "graded to 1e-12": lambda k: torch.logspace(0, -12, k, dtype=torch.float64),
@@ -64,6 +64,19 @@ def test_every_form(form: Form, count: int) -> None:
     assert max(errors(A, *found)) < 1e-6
     for ours, batched in zip(found, gram_svd(A, form="batched"), strict=True):
         assert torch.equal(ours, batched)
+
+
+def test_the_host_is_asked_where_its_cores_are_enough() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        asked = {(count, k): best_form(count, k) for count in (1, 4, 73) for k in (32, 192, 384, 768)}
+        gram_svd(matrices(24, 24, "repeated"), form="host")
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(threads)
+    host = [shape for shape, form in asked.items() if form == "host"]
+    assert host == [(1, 32), (4, 32), (4, 192), (73, 32), (73, 192), (73, 384)]
 
 
 def test_equal_rows_leave_one_direction() -> None:
