@@ -36,7 +36,7 @@ Predicted in eager mode, at 5 us a launch: 6.3 and 1.0 ms. Not measured yet.
 
 Update and conversion of ViT-B/16's 73 layers by `gram_svd`, with 16 host cores (one takes 2.8 and 16 ms for the
 eigenvectors of a 192 x 192 and a 384 x 384 matrix): at k/4 13 ms for eigenvectors on the host and 90 ms for Python
-(process time of an update of 73 layers of 32 x 32 on a CPU, which computes hardly anything), .11 s together, .54 s before;
+(process time of an update of 73 layers of 32 x 32 on a CPU, which computes hardly anything), .11 s together, .54 before;
 at k/2 73 and 90 ms, 1.04 s before. Conversion: 73 x 7.8 ms for eigenvectors on the GPU, 90 ms for Python and 40 ms for
 products in float64, .7 s together, 2.7 s before. Not measured yet; sections update and svd do.
 
