@@ -7,8 +7,7 @@ files, oldest rows first::
     spectra.h5.003.npz, spectra.h5.004.npz, ...       one flush each, not joined yet
 
 A file is written under a temporary name, then renamed, and never changed in place. A kill between the join of some
-files and their removal leaves rows twice; readers take each row once. Files of ranks (``spectra.p0003.h5``) of earlier
-versions are read as further chains of the same record.
+files and their removal leaves rows twice; readers take each row once.
 
 A flush is a ``.npz`` of ``header`` (JSON: attributes of the root; name, index, m, n and count of rows of each layer),
 ``events`` and ``singular_values`` (layer after layer), and ``steps``. The zip's checksums reveal damage.
@@ -50,7 +49,7 @@ from hpc_oialr.spectra.schema import (
 WHOLE_BYTES = 16 * 2**20
 # What h5py and NumPy raise for a damaged file.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipFile)
-_NAME = re.compile(r"(?P<head>.+?)(?:\.(?P<number>\d{3,})(?:\.npz)?)?")
+_NAME = re.compile(r"^(.+?)(?:\.(\d{3,})(?:\.npz)?)?$")
 # NumPy's files cannot store the names of an enumeration.
 _EVENT = np.dtype([(name, EVENT[name].str) for name in EVENT.names or ()])
 # The unit of reading, and of loss by one damaged byte.
@@ -59,23 +58,18 @@ _ROWS_PER_CHUNK, _CHUNK_BYTES = 32, 1 << 14
 # -- names ---------------------------------------------------------------------------------------
 
 
-def _parts(path: Path) -> tuple[str, int]:
-    found = _NAME.fullmatch(path.name)
-    return (found["head"], int(found["number"] or 0)) if found else (path.name, 0)
-
-
 def head_of(path: Path) -> Path:
     """The ``spectra.h5`` of a run's folder, of one of its segments, or the path itself.
 
     >>> head_of(Path("run/spectra.h5.007")).as_posix()
     'run/spectra.h5'
     """
-    return path / "spectra.h5" if path.is_dir() else path.with_name(_parts(path)[0])
+    return path / "spectra.h5" if path.is_dir() else path.with_name(_NAME.sub(r"\1", path.name))
 
 
 def number_of(path: Path) -> int:
     """A file's number in its chain; 0 for the head."""
-    return _parts(path)[1]
+    return int(_NAME.sub(r"\2", path.name) or 0)
 
 
 def is_flush(path: Path) -> bool:
@@ -90,34 +84,21 @@ def segment_path(head: Path, number: int, *, flush: bool = False) -> Path:
     >>> [segment_path(head, n).name for n in (0, 7)], segment_path(head, 0, flush=True).name
     (['spectra.h5', 'spectra.h5.007'], 'spectra.h5.000.npz')
     """
-    if flush:
-        return head.with_name(f"{head.name}.{number:03d}.npz")
-    return head.with_name(f"{head.name}.{number:03d}") if number else head
-
-
-def chain_of(head: Path) -> list[Path]:
-    """All files of one chain, oldest rows first; a joined file comes before the flush of its number."""
-    listed = head.parent.iterdir() if head.parent.is_dir() else ()
-    found = [path for path in listed if _parts(path)[0] == head.name and path.is_file()]
-    return sorted(found, key=lambda path: (number_of(path), is_flush(path)))
+    suffix = ".npz" if flush else ""
+    return head.with_name(f"{head.name}.{number:03d}{suffix}") if number or flush else head
 
 
 def record_files(head: Path) -> list[Path]:
-    """All files of a record: its chain, then those of ranks."""
-    names = sorted({_parts(path)[0] for path in head.parent.iterdir()}) if head.parent.is_dir() else []
-    part = re.compile(rf"{re.escape(head.stem)}\.p\d{{4,}}{re.escape(head.suffix)}")
-    heads = [head, *(head.with_name(name) for name in names if part.fullmatch(name))]
-    return [path for each in heads for path in chain_of(each)]
+    """All files of a record, oldest rows first; a joined file comes before the flush of its number."""
+    listed = head.parent.iterdir() if head.parent.is_dir() else ()
+    found = [path for path in listed if path.is_file() and head_of(path) == head]
+    return sorted(found, key=lambda path: (number_of(path), is_flush(path)))
 
 
-def gaps_in(paths: Sequence[Path], least: int = 0) -> list[Path]:
-    """Files that are missing in each chain of the given files; the first chain has at least number ``least``."""
-    missing = []
-    for head in dict.fromkeys(map(head_of, paths)):
-        numbers = {number_of(path) for path in paths if head_of(path) == head}
-        missing += [segment_path(head, n) for n in range(max(*numbers, least) + 1) if n not in numbers]
-        least = 0
-    return missing
+def gaps_in(chain: Sequence[Path]) -> list[Path]:
+    """Files of a record that are missing between the given ones, or before them."""
+    numbers = {number_of(path) for path in chain}
+    return [segment_path(head_of(chain[0]), n) for n in range(max(numbers, default=0)) if n not in numbers]
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -150,20 +131,13 @@ def write_record(
                 file.attrs.update(root_attributes(attributes))
                 file.create_group("layers", track_order=True)
                 for rows in layers:
-                    k, count = min(rows.m, rows.n), len(rows.events)
                     group = file["layers"].create_group(group_name(rows.name))
-                    group.attrs.update(
-                        {"name": rows.name, "index": rows.index, "m": rows.m, "n": rows.n, "k": k}
-                    )
+                    group.attrs.update(_shape_of(rows.name, rows.index, rows.m, rows.n))
                     # np.concatenate drops the names of the enumeration; the view restores them.
-                    events = np.ascontiguousarray(rows.events).view(EVENT)
-                    group.create_dataset(
-                        "events", data=events, dtype=EVENT, **_chunked(count, _ROWS_PER_CHUNK)
-                    )
-                    chunks = _chunked(count, max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * k))), k)
-                    group.create_dataset("singular_values", data=rows.singular_values, **chunks)
+                    _write_table(group, "events", np.ascontiguousarray(rows.events).view(EVENT))
+                    _write_table(group, "singular_values", rows.singular_values)
                 if len(steps):
-                    file.create_dataset("steps", data=steps, **_chunked(len(steps), _ROWS_PER_CHUNK))
+                    _write_table(file, "steps", steps)
         except (OSError, RuntimeError, ValueError):
             # After a failed write HDF5 fails again where it reads back.
             if sink.failure is None:
@@ -189,15 +163,19 @@ class _Sink(io.FileIO):
         return size
 
 
-def _chunked(rows: int, per_chunk: int, *width: int) -> dict[str, Any]:
-    chunks = (max(1, min(rows, per_chunk)), *width)
-    return {
-        "chunks": chunks,
-        "compression": "gzip",
-        "compression_opts": 1,
-        "shuffle": True,
-        "fletcher32": True,
-    }
+def _shape_of(name: str, index: int, m: int, n: int) -> dict[str, Any]:
+    return {"name": name, "index": index, "m": m, "n": n, "k": min(m, n)}
+
+
+def _write_table(group: h5py.Group, name: str, rows: NDArray[Any]) -> None:
+    most = (
+        _ROWS_PER_CHUNK
+        if rows.ndim == 1
+        else max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * rows.shape[1])))
+    )
+    chunks = (max(1, min(len(rows), most)), *rows.shape[1:])
+    packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
+    group.create_dataset(name, data=rows, chunks=chunks, **packed)
 
 
 def written_by(command: str) -> Kind:
@@ -233,10 +211,6 @@ class RecordFile:
             )
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
             version = int(self.attributes["schema_version"])
-            if self.attributes.get("virtual"):
-                # A master of earlier versions shows the files beside it, and HDF5 shows zeros for a damaged one.
-                self.tree.close()
-                self.tree = _Group(self.attributes, {})
             groups = list(self.tree.get("layers", ()))
         except FileNotFoundError:
             raise
@@ -245,9 +219,10 @@ class RecordFile:
                 f"{path} is damaged or no spectra file ({error}). Save what can be read with: "
                 f"oialr spectra repair {head_of(path)}"
             ) from error
-        if version > SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
             raise DataError(
-                f"{path} has schema version {version}; must be at most {SCHEMA_VERSION}. Update hpc_oialr."
+                f"{path} has schema version {version}; must be {SCHEMA_VERSION}. Read it with the version of hpc_oialr "
+                "that wrote it, or a newer one."
             )
         self._groups = {"" if group == "%" else unquote(group): group for group in groups}
         self.layers = tuple(self._groups)
@@ -257,10 +232,10 @@ class RecordFile:
         return self.tree["layers"][self._groups[layer]]
 
     def shape(self, layer: str) -> tuple[int, int, int]:
-        """A layer's index in the model, or -1, and its weight's m and n."""
+        """A layer's index in the model, and its weight's m and n."""
         with self._reading(f"attributes of layers/{self._groups[layer]}"):
             found = self.group(layer).attrs
-            return int(found.get("index", -1)), int(found["m"]), int(found["n"])
+            return int(found["index"]), int(found["m"]), int(found["n"])
 
     def events(self, layer: str) -> NDArray[np.void]:
         """A layer's events, of dtype EVENT."""
@@ -332,6 +307,6 @@ def _read_flush(path: Path) -> _Group:
             "events": events[row : row + count],
             "singular_values": values[value : value + count * k].reshape(count, k),
         }
-        layers[group_name(name)] = _Group({"name": name, "index": index, "m": m, "n": n, "k": k}, tables)
+        layers[group_name(name)] = _Group(_shape_of(name, index, m, n), tables)
         row, value = row + count, value + count * k
     return _Group(header["attributes"], {"layers": _Group({}, layers), "steps": steps})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
 from hpc_oialr.spectra.files import RecordFile, gaps_in, head_of, record_files
-from hpc_oialr.spectra.schema import EVENT, NO_STEPS, kind_words
+from hpc_oialr.spectra.schema import EVENT, KINDS, NO_STEPS
 
 if TYPE_CHECKING:
     import pandas
@@ -29,8 +29,7 @@ TABLES = ("events", "steps")
 class Layer:
     """Events of the layer ``name`` in the order of steps, read on demand.
 
-    ``m``, ``n`` and ``k`` are the shape of its weight and the shorter side, ``index`` its position in the model (-1 in
-    files of version 1).
+    ``m``, ``n`` and ``k`` are the shape of its weight and the shorter side, ``index`` its position in the model.
     """
 
     def __init__(self, name: str, files: list[RecordFile]) -> None:
@@ -64,7 +63,7 @@ class Layer:
     @property
     def kinds(self) -> list[str]:
         """Each event in words: stability, conversion, update."""
-        return kind_words(self["kind"])
+        return np.array(list(KINDS))[self["kind"]].tolist()
 
     @property
     def r(self) -> NDArray[np.int64]:
@@ -193,7 +192,7 @@ class Spectra(Mapping[str, Layer]):
 
         Where a layer has no event of a step, and beyond its k, there is NaN. ``layers``: shell pattern of names.
         """
-        return tables.to_xarray(self, self.steps, str(self.path), layers)
+        return tables.to_xarray(self, layers)
 
     def close(self) -> None:
         """Close all files."""
@@ -206,10 +205,8 @@ class Spectra(Mapping[str, Layer]):
         for file in self.files:
             for name in file.layers:
                 found.setdefault(name, []).append(file)
-        layers = [Layer(name, files) for name, files in found.items()]
-        if all(layer.index >= 0 for layer in layers):
-            layers.sort(key=lambda layer: layer.index)
-        return {layer.name: layer for layer in layers}
+        layers = (Layer(name, files) for name, files in found.items())
+        return {layer.name: layer for layer in sorted(layers, key=lambda layer: layer.index)}
 
 
 def _open_files(path: Path) -> list[RecordFile]:
@@ -221,11 +218,11 @@ def _open_files(path: Path) -> list[RecordFile]:
         files: list[RecordFile] = []
         try:
             files += [RecordFile(each) for each in record_files(head)]
-            # The head of an earlier version counts its segments.
-            counted = int(files[0].attributes.get("segments", 0)) if files else 0
-            missing = gaps_in([file.path for file in files], counted)
             # After a join a number may be that of newer rows.
-            missing += [file.path for file in files if file.replaced]
+            missing = [
+                *gaps_in([file.path for file in files]),
+                *(file.path for file in files if file.replaced),
+            ]
         except DataError:
             raise
         except FileNotFoundError as error:

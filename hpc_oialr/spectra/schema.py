@@ -8,8 +8,7 @@
         singular_values     float32  the same rows, of width k: before the cut, descending, padded with NaN
     /steps                  one row per step range, of the fields of STEP
 
-A number that was not computed, or that an older version did not store, is NaN. Version 1 had the fields up to
-``seconds``, and no steps.
+A number that was not computed, or that an older version did not store, is NaN.
 """
 
 from __future__ import annotations
@@ -78,10 +77,8 @@ NO_STEPS = np.zeros(0, dtype=STEP)
 
 def root_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The root's attributes as this version stores them: mappings as JSON."""
-    # These describe a file, not the record; the last two are of earlier versions.
-    kept = {k: v for k, v in attributes.items() if k not in ("schema_version", "segments", "virtual")}
-    stored = {k: to_json(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
-    return {"schema_version": SCHEMA_VERSION, **stored}
+    stored = {k: to_json(v) if isinstance(v, Mapping) else v for k, v in attributes.items()}
+    return {**stored, "schema_version": SCHEMA_VERSION}
 
 
 def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.void]:
@@ -95,16 +92,6 @@ def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.voi
         elif table[name].kind == "f":
             converted[name] = np.nan
     return converted
-
-
-def kind_words(kinds: NDArray[np.uint8]) -> list[str]:
-    """Names of the numbers in ``kind``.
-
-    >>> kind_words(np.array([0, 2], dtype=np.uint8))
-    ['stability', 'update']
-    """
-    words = list(KINDS)
-    return [words[int(number)] for number in kinds]
 
 
 def group_name(layer: str) -> str:

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from hpc_oialr.errors import DataError
 from hpc_oialr.outputs import claim
-from hpc_oialr.record.quantities import spectral_quantities
 from hpc_oialr.spectra.files import (
     DAMAGE,
     WHOLE_BYTES,
     RecordFile,
-    chain_of,
     gaps_in,
     head_of,
     is_flush,
@@ -65,8 +63,8 @@ class Chain:
 
     def append(self, rows: Rows) -> None:
         """Add rows; they are on the disk when this returns. OSError if that fails; files are then as before."""
-        chain = chain_of(self.head)
-        number = number_of(chain[-1]) + 1 if chain and not gaps_in(chain[:1]) else 0
+        chain = record_files(self.head)
+        number = number_of(chain[-1]) + 1 if chain else 0
         write_flush(segment_path(self.head, number, flush=True), self.attributes, rows)
         try:
             self._join_flushed()
@@ -84,7 +82,7 @@ class Chain:
                         continue
                     steps = run.steps[run.steps["step"] <= t]
                     # Only the last file can be removed without a gap.
-                    if later.all() and path == chain_of(head_of(path))[-1]:
+                    if later.all() and path == record_files(self.head)[-1]:
                         path.unlink()
                     elif is_flush(path):
                         write_flush(path, run.attributes, Rows(tuple(_rows_of(run, t)), steps))
@@ -96,7 +94,7 @@ class Chain:
 
     def _join_flushed(self) -> None:
         """Join the flushes at the end of the chain once they are many, and the file before them while it is small."""
-        chain = chain_of(self.head)
+        chain = record_files(self.head)
         flushes = [path for path in chain if is_flush(path)]
         flushed = sum(path.stat().st_size for path in flushes)
         if len(flushes) < self.join_flushes and flushed < self.join_bytes:
@@ -111,7 +109,7 @@ class Chain:
 
 
 def merge(path: Path | str) -> Path:
-    """Join all files of a record, those of earlier versions too; ``path`` is a run's folder or its ``spectra.h5``.
+    """Join all files of a record; ``path`` is a run's folder or its ``spectra.h5``.
 
     A run does this at its end, unless it was stopped or the disk was full. No run may be writing. DataError if there is
     no record, or a file is damaged, OSError if there is no room: all files stay as they are.
@@ -126,7 +124,7 @@ def _join(run: Spectra, target: Path) -> None:
     """Write an open record, or some files of it, as one HDF5 file, and remove the others.
 
     The target is renamed into its place, then the others are removed, newest first: a kill in between leaves rows
-    twice. Rows of version 1 get the quantities that follow from their singular values.
+    twice.
     """
     others = [file.path for file in run.files if file.path != target]
     if not others:
@@ -145,13 +143,8 @@ def _rows_of(run: Spectra, until: int | None = None) -> Iterator[LayerRows]:
         kept = np.flatnonzero(layer.t <= until) if until is not None else np.arange(len(layer))
         if not len(kept):
             continue
-        events, values = layer.events[kept], layer.singular_values[kept]
-        for event, row in zip(events, values, strict=True):
-            # Of version 1.
-            if np.isnan(event["stable_rank"]):
-                for name, figure in spectral_quantities(row[~np.isnan(row)], layer.m, layer.n).items():
-                    event[name] = figure
-        yield LayerRows(layer.name, layer.index, layer.m, layer.n, events, values)
+        tables = layer.events[kept], layer.singular_values[kept]
+        yield LayerRows(layer.name, layer.index, layer.m, layer.n, *tables)
 
 
 @dataclass(frozen=True)
@@ -181,7 +174,6 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
     saved: list[Rows] = []
     lost: list[str] = []
     attributes: dict[str, Any] = {}
-    counted = 0  # segments, by the head of an earlier version
     for each in paths:
         try:
             file = RecordFile(each)
@@ -192,10 +184,8 @@ def repair(path: Path | str, target: Path | None = None, *, force: bool = False)
             # Those of the oldest file win.
             attributes = {**file.attributes, **attributes}
             saved.append(_readable(file, lost))
-        if each == paths[0]:
-            counted = int(file.attributes.get("segments", 0))
     if not alone:
-        lost = [f"{gap.name}: it is missing." for gap in gaps_in(paths, counted)] + lost
+        lost = [f"{gap.name}: it is missing." for gap in gaps_in(paths)] + lost
     rows = together(saved)
     if not rows:
         raise DataError(f"nothing of {head} can be saved: {' '.join(lost) or 'there is no such file.'}")

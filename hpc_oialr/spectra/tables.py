@@ -12,13 +12,13 @@ import numpy as np
 
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.outputs import new_folder
-from hpc_oialr.spectra.schema import EVENT, KINDS, STEP, kind_words
+from hpc_oialr.spectra.schema import EVENT, KINDS, STEP
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
-    from hpc_oialr.spectra.reader import Layer, Spectra
+    from hpc_oialr.spectra.reader import Spectra
 
 NO_KIND = -1  # an event that a layer does not have
 FORMATS = ("csv", "parquet")
@@ -32,18 +32,15 @@ def need(package: str) -> Any:
         raise MissingExtraError(package, "spectra", purpose="a table of spectra") from error
 
 
-def events_to_pandas(layers: Mapping[str, Layer], *, singular_values: bool) -> pandas.DataFrame:
+def events_to_pandas(run: Spectra, *, singular_values: bool) -> pandas.DataFrame:
     """A row per layer and event; see :meth:`hpc_oialr.spectra.Spectra.to_pandas`."""
     pandas = need("pandas")
-    events = np.concatenate([np.zeros(0, dtype=EVENT), *(layer.events for layer in layers.values())])
-    frame = pandas.DataFrame({name: events[name] for name in EVENT.names or ()})
-    frame["kind"] = pandas.Categorical(kind_words(events["kind"]), categories=list(KINDS))
-    places = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers.values()])
-    frame.insert(0, "layer", pandas.Categorical.from_codes(places, categories=list(layers)))
+    frame = pandas.DataFrame(run.events)
+    for name, words in (("layer", run.layers), ("kind", tuple(KINDS))):
+        frame[name] = pandas.Categorical.from_codes(frame[name], categories=words)
     if singular_values:
-        frame["singular_values"] = [
-            row[~np.isnan(row)] for layer in layers.values() for row in layer.singular_values
-        ]
+        rows = (row for layer in run.values() for row in layer.singular_values)
+        frame["singular_values"] = [row[~np.isnan(row)] for row in rows]
     return frame
 
 
@@ -57,14 +54,12 @@ def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
     return need("pandas").concat(frames.values(), ignore_index=True)
 
 
-def to_xarray(
-    layers: Mapping[str, Layer], steps: np.ndarray[Any, Any], path: str, pattern: str
-) -> xarray.Dataset:
+def to_xarray(run: Spectra, pattern: str) -> xarray.Dataset:
     """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`; of two events of one step the later one counts."""
     xarray = need("xarray")
-    chosen = [layer for name, layer in layers.items() if fnmatchcase(name, pattern)]
+    chosen = [layer for name, layer in run.items() if fnmatchcase(name, pattern)]
     if not chosen:
-        raise DataError(f"{path} has no layer like {pattern!r}; it has {', '.join(layers) or 'none'}.")
+        raise DataError(f"{run.path} has no layer like {pattern!r}; it has {', '.join(run) or 'none'}.")
     t = np.unique(np.concatenate([layer.t for layer in chosen]))
     shape = (len(chosen), len(t))
     data: dict[str, Any] = {}
@@ -78,29 +73,26 @@ def to_xarray(
     for rows, layer in zip(values, chosen, strict=True):
         rows[np.searchsorted(t, layer.t), : layer.k] = layer.singular_values
     data["singular_values"] = (("layer", "t", "index"), values)
-    of_steps = {f"step_{n}" if n in data else n: ("step", steps[n]) for n in STEP.names or () if n != "step"}
+    names = (name for name in STEP.names or () if name != "step")
+    of_steps = {f"step_{name}" if name in data else name: ("step", run.steps[name]) for name in names}
     coordinates = {
         "layer": [layer.name for layer in chosen],
         "t": t,
         "m": ("layer", [layer.m for layer in chosen]),
         "n": ("layer", [layer.n for layer in chosen]),
-        "step": steps["step"],
+        "step": run.steps["step"],
     }
-    attributes = {"path": path, "kinds": ", ".join(f"{n} = {word}" for word, n in KINDS.items())}
+    attributes = {"path": str(run.path), "kinds": ", ".join(f"{n} = {word}" for word, n in KINDS.items())}
     return xarray.Dataset({**data, **of_steps}, coords=coordinates, attrs=attributes)
 
 
 def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
     """Join arrays of several runs, with a first dimension ``run``."""
     xarray = need("xarray")
-    options = {
-        "join": "outer",
-        "data_vars": "all",
-        "coords": "minimal",
-        "compat": "override",
-        "combine_attrs": "drop",
-    }
-    joined = xarray.concat([each.drop_attrs() for each in sets.values()], dim="run", **options)
+    options = {"join": "outer", "data_vars": "all", "coords": "minimal", "compat": "override"}
+    joined = xarray.concat(
+        [each.drop_attrs() for each in sets.values()], dim="run", combine_attrs="drop", **options
+    )
     return joined.assign_coords(run=xarray.Variable("run", list(sets)))
 
 

@@ -65,7 +65,7 @@ class SpectraWriter:
         """Keep a row of the table of steps; it is written with the next update, or by :meth:`flush`."""
         self._steps.append(row)
         if len(self._steps) >= _STEPS:
-            self._put(None)
+            self._put()
 
     def flush(self, checkpoint: int | None = None) -> bool:
         """Wait until everything is on the disk; False if that is full or hangs: the rest is written later.
@@ -73,8 +73,7 @@ class SpectraWriter:
         ``checkpoint``: step of a checkpoint that was written after a flush returned False: try once more, without waiting
         for a disk that hangs, and if that fails warn of the steps that are only in memory.
         """
-        if self._steps:
-            self._put(None)
+        self._put()
         done = self._queue.drain(None if checkpoint is None else 0) and self._write_waiting()
         if not done and checkpoint is not None:
             first = min((rows.first_step for rows in list(self._waiting)), default=checkpoint)
@@ -111,22 +110,21 @@ class SpectraWriter:
 
     def close(self) -> None:
         """Write what is left, end the thread, and warn of what was lost."""
-        if self._steps:
-            self._put(None)
+        self._put()
         if self._queue.close():
             self._write_waiting()
             if lost := self.dropped + sum(rows.events for rows in self._waiting):
                 log.warning("%s: %d updates could not be written and are lost.", self.chain.head, lost)
 
-    def _put(self, report: UpdateReport | None) -> None:
+    def _put(self, *reports: UpdateReport) -> None:
         steps, self._steps = self._steps, []
-        self._queue.put((report, steps))
+        if reports or steps:
+            self._queue.put((reports, steps))
 
-    def _write(self, jobs: Sequence[tuple[UpdateReport | None, Sequence[Mapping[str, float]]]]) -> None:
-        updates = [rows_of_update(report, self._places) for report, _ in jobs if report is not None]
-        if rows := together([*updates, steps_of([row for _, steps in jobs for row in steps])]):
-            self._waiting.append(rows)
-            self._write_waiting()
+    def _write(self, jobs: Sequence[tuple[Sequence[UpdateReport], Sequence[Mapping[str, float]]]]) -> None:
+        updates = [rows_of_update(report, self._places) for reports, _ in jobs for report in reports]
+        self._waiting.append(together([*updates, steps_of([row for _, steps in jobs for row in steps])]))
+        self._write_waiting()
 
     def _write_waiting(self) -> bool:
         if not self._waiting:

@@ -94,14 +94,6 @@ def test_outside_a_job_and_wrong_usage(slurm):
     assert slurm.calls == []
 
 
-def test_batch_scripts_of_ones_own_call_it_by_its_module(slurm, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_oialr.launch.requeue", "75"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (75, "oialr: stopped with a checkpoint; requeue 1 of 20\n")
-
-
 def test_it_is_light():
     """What every process of a job imports before its run."""
     code = "import sys, hpc_oialr.launch.job_main; print({'torch', 'numpy'} & set(sys.modules))"

@@ -1,4 +1,4 @@
-"""Reading: lazily, from files of all versions, as tables and arrays, one run or several, and clear errors."""
+"""Reading: lazily, as tables and arrays, one run or several, and clear errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from support.mpirun import HERE
@@ -17,7 +18,7 @@ import hpc_oialr.spectra as spectra
 from hpc_oialr.errors import DataError, MissingExtraError, UnknownNameError
 from hpc_oialr.spectra import reader
 from hpc_oialr.spectra.files import RecordFile
-from hpc_oialr.spectra.schema import EVENT, KINDS
+from hpc_oialr.spectra.schema import EVENT, KINDS, SCHEMA_VERSION
 from hpc_oialr.spectra.store import merge
 from hpc_oialr.spectra.tables import export
 
@@ -214,3 +215,15 @@ def test_reading_takes_no_torch(run: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", script, str(run)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["5", "False"]
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    writer = writer_of(tmp_path / "spectra.h5")
+    writer.write(report(1))
+    writer.finish()
+    writer.close()
+    with h5py.File(tmp_path / "spectra.h5", "a") as file:
+        file.attrs["schema_version"] = version
+    with pytest.raises(DataError, match=rf"schema version {version}; must be {SCHEMA_VERSION}"):
+        spectra.open(tmp_path)
