@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.spectra import tables
 from hpc_oialr.spectra.files import RecordFile, gaps_in, head_of, record_files
-from hpc_oialr.spectra.schema import EVENT, KINDS, NO_STEPS
+from hpc_oialr.spectra.schema import EVENT, NO_STEPS, kind_words
 
 if TYPE_CHECKING:
     import pandas
@@ -63,7 +63,7 @@ class Layer:
     @property
     def kinds(self) -> list[str]:
         """Each event in words: stability, conversion, update."""
-        return np.array(list(KINDS))[self["kind"]].tolist()
+        return kind_words(self["kind"])
 
     @property
     def r(self) -> NDArray[np.int64]:

@@ -94,6 +94,16 @@ def as_table(rows: NDArray[np.void], table: np.dtype[np.void]) -> NDArray[np.voi
     return converted
 
 
+def kind_words(kinds: NDArray[np.uint8]) -> list[str]:
+    """Names of the numbers in ``kind``.
+
+    >>> kind_words(np.array([0, 2], dtype=np.uint8))
+    ['stability', 'update']
+    """
+    words = list(KINDS)
+    return [words[int(number)] for number in kinds]
+
+
 def group_name(layer: str) -> str:
     """A layer's name as one HDF5 link: "/" would start a subgroup, "." means the group itself.
 
