@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from hpc_oialr.lowrank.built_weight import BuiltWeight, read_only, refuse_assign
 from hpc_oialr.lowrank.execution import prefer_factored
 from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
 from hpc_oialr.torch_compat import is_transformed
+
+if TYPE_CHECKING:
+    from hpc_oialr.lowrank.shared_input import SharedInput
 
 Crossover = float | Mapping[torch.dtype, float]
 
@@ -101,6 +104,8 @@ class LowRankWeight(nn.Module):
     known_bases: tuple[int, ...] = ()
     # None where an engine shards the factors.
     autocast_copies: AutocastCopies | None = None
+    # Of a linear layer that is called with the same tensor as others.
+    shared_input: SharedInput | None = None
 
     @classmethod
     def adopt(

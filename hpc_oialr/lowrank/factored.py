@@ -20,8 +20,8 @@ def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | N
     compiling = torch.compiler.is_compiling()
     # On a GPU torch.compile sees the layer as one operator; an exported program must not depend on ours.
     ours = x.is_cuda and not torch.compiler.is_exporting() if compiling else not is_transformed()
-    if ours and _plain(x, A, S, C):
-        x, A, S, C, bias = _under_autocast(x, A, S, C, bias)
+    if ours and is_plain(x, A, S, C):
+        x, A, S, C, bias = under_autocast(x, A, S, C, bias)
         y = None
         if not compiling:
             if (kernels := serving(x, A, S, C)) is not None:
@@ -33,7 +33,7 @@ def factored_linear(x: Tensor, A: Tensor, S: Tensor, C: Tensor, bias: Tensor | N
     return F.linear(F.linear(F.linear(x, A), S), C, bias)
 
 
-def _plain(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
+def is_plain(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     """Whether nothing is a subclass or sparse, and the shapes fit: where they do not, torch's own error is clearer."""
     return (
         all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, A, S, C))
@@ -45,7 +45,7 @@ def _plain(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     )
 
 
-def _under_autocast(*tensors: Any) -> tuple[Any, ...]:
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """What torch's products would do first under autocast: cast, and record the casts."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or any(

@@ -17,6 +17,8 @@ class LowRankLinear(LowRankWeight, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., n), output (..., m)."""
+        if self.shared_input is not None and (y := self.shared_input.output(self, input)) is not None:
+            return y
         if not self.factored(_tokens(input)):
             return F.linear(input, self.matrix(), self.bias)
         U, S, Vh = self.matched_factors()

@@ -17,6 +17,7 @@ from hpc_oialr.lowrank import LowRankWeight, TargetWeight, select
 from hpc_oialr.lowrank.base import AutocastCopies
 from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fused_inference
 from hpc_oialr.lowrank.execution import crossover_by_dtype
+from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import low_rank_layer
@@ -45,7 +46,7 @@ class BasisUpdater:
         averages: Sequence[nn.Module],
         engine: Engine,
     ) -> None:
-        self.optimizer, self.config = optimizer, config
+        self.model, self.optimizer, self.config = model, optimizer, config
         self.engine, self.layout = engine, engine.layout
         self._groups = GroupPlaces(optimizer, model)
         self.core_lr = CoreLearningRate(optimizer.leaves)
@@ -68,7 +69,11 @@ class BasisUpdater:
         return [targets[target.name] for _, targets in self.averages]
 
     def order(self, targets: Sequence[TargetWeight]) -> None:
-        """Sort cores in the optimizer, whatever order and number of ranks the layers were converted in."""
+        """Sort cores in the optimizer, whatever order and number of ranks the layers were converted in.
+
+        Called after every change of structure, so layers with one input are put together here.
+        """
+        share_inputs(self.model)
         layers = [target.low_rank for target in targets] if self.config.frees_bases else []
         bases = [basis for layer in layers if layer is not None for basis in (layer.U, layer.Vh)]
         order_cores(self.optimizer, [target.trained for target in targets], bases)

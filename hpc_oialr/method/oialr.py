@@ -15,6 +15,7 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
+from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.checks import (
     check_change,
@@ -120,6 +121,7 @@ class OIALR:
         """Register hooks on the model, its layers and the optimizers."""
         self._dense_weight_refs: dict[str, weakref.ref[nn.Parameter]] = {}
         self._remember_dense_weights(self.layers)
+        share_inputs(self.module)
         self._attachment = Attachment(self)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
