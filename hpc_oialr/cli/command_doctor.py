@@ -13,7 +13,7 @@ from rich.text import Text
 from hpc_oialr.cli.console import console
 
 EXAMPLES = """  oialr doctor                                     (on a laptop, or a login node)
-  oialr doctor --partition gpu --account my-project --folder /scratch/me/runs --need-gib 50
+  oialr doctor --partition gpu --folder /scratch/me/runs --need-gib 50
   oialr doctor --site horeka
   srun --nodes=2 --ntasks-per-node=4 oialr doctor     (every process looks at itself)
 
@@ -27,7 +27,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--site", metavar="NAME|FILE", help="site file of the cluster, sourced first")
     option("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
     option("--partition", metavar="NAME", help="partition that jobs will ask for")
-    option("--account", metavar="NAME", help="account that jobs will ask for")
     option("--need-gib", metavar="GIB", type=float, default=5.0, help="space the run needs; default 5")
     explained = "limit of each program that a check runs; default 10"
     option("--timeout-s", metavar="S", type=float, default=10.0, help=explained)
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hpc_oialr.doctor.checks import aggregate, run_checks
     from hpc_oialr.doctor.context import CheckContext
 
-    names = ("folder", "partition", "account", "need_gib", "timeout_s")
+    names = ("folder", "partition", "need_gib", "timeout_s")
     options = {name: getattr(arguments, name) for name in names}
     context, findings = CheckContext.at_site(arguments.site, **options)
     summary = aggregate(context, [*findings, *run_checks(context)])

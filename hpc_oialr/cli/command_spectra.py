@@ -165,8 +165,6 @@ def run_repair(arguments: argparse.Namespace) -> None:
     show(f"saved: {result.events} rows of events of {result.layers} layers, in {result.target}")
 
 
-# -- the table of layers -------------------------------------------------------------------------------
-
 _FIELDS = (
     ("stability", "stability", "{:.3f}"),
     ("stable rank", "stable_rank", "{:.1f}"),

@@ -20,8 +20,6 @@ from hpc_oialr.distributed import launch_info
 from hpc_oialr.errors import HostError, OIALRError, ReplicaMismatchError, SampleError, WorldError
 from hpc_oialr.redaction import one_line
 
-# -- parsers -------------------------------------------------------------------------------------------
-
 
 def add_command(
     commands: Any,
@@ -60,9 +58,6 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     """The option that lets ``--out`` replace what the command did not write."""
     explained = "replace what --out names, or files of the same names in it, though not written by oialr"
     parser.add_argument("--force", action="store_true", help=explained)
-
-
-# -- output --------------------------------------------------------------------------------------------
 
 
 def is_main() -> bool:

@@ -18,7 +18,6 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
     ("launcher", "process", network.check_launcher),
     ("Slurm programs", "main", slurm.check_programs),
     ("slurmctld", "slurm", slurm.check_cluster),
-    ("account", "slurm", slurm.check_account),
     ("job", "slurm", slurm.check_job),
     ("MPI", "process", mpi.check_mpi),
     ("GPU", "process", gpu.check_gpus),

@@ -58,7 +58,6 @@ class CheckContext:
     environ: Mapping[str, str]  # passed on to programs that a check starts
     folder: Path = Path("runs")  # the run folder, which need not exist
     partition: str | None = None  # None: the cluster's
-    account: str | None = None
     need_gib: float = 5.0  # space that the run needs in its folder
     timeout_s: float = 10.0  # for a program; three times as long if it loads torch or starts MPI
 
@@ -73,7 +72,6 @@ class CheckContext:
         *,
         folder: Path | None = None,
         partition: str | None = None,
-        account: str | None = None,
         **limits: float,
     ) -> tuple[CheckContext, list[Finding]]:
         """This process, with the variables and options that a site file gives batch scripts; whether it runs here.
@@ -94,7 +92,6 @@ class CheckContext:
             environ=environ,
             folder=folder or Path(environ.get("OIALR_RUNS", "runs")),
             partition=partition or config.sbatch.get("partition") or environ.get("SBATCH_PARTITION"),
-            account=account or config.sbatch.get("account") or environ.get("SBATCH_ACCOUNT"),
             **limits,
         )
         return context, findings

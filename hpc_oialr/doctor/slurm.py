@@ -1,10 +1,8 @@
-"""Slurm: programs, controller, partition, account, the job itself."""
+"""Slurm: programs, controller, partition, the job itself."""
 
 from __future__ import annotations
 
 import difflib
-import os
-import pwd
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -91,30 +89,6 @@ def _partition(context: CheckContext, partitions: Sequence[Partition]) -> Findin
         state = down if idle[0].state == "up" else f"is {idle[0].state}"
         return problem("partition", f"{idle[0].name!r} {state}; jobs there do not start", fix)
     return ok("partition", f"{','.join(names)} is up" + ("" if context.partition else " (the default)"))
-
-
-def check_account(context: CheckContext) -> list[Finding]:
-    """The account that is asked for, against this user's associations."""
-    wanted = context.account
-    if wanted is None:
-        return []
-    try:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        user = str(os.geteuid())
-    what = ["show", "associations", f"user={user}", "format=account"]
-    answer = context.run("sacctmgr", "--noheader", "--parsable2", *what)
-    if answer.code != 0:
-        return [note("account", f"{wanted!r} cannot be checked: {answer.reason}")]
-    names = list(dict.fromkeys(line.strip() for line in answer.stdout.splitlines() if line.strip()))
-    if wanted in names:
-        return [ok("account", f"{wanted} is one of {user}'s")]
-    if names:
-        near = difflib.get_close_matches(wanted, names, n=1) or names
-        found = f"{user} has no account {wanted!r}; has: {', '.join(names)}"
-        return [problem("account", found, f"--account {near[0]}")]
-    fix = f"sacctmgr add user {user} account={wanted}   (by the administrators)"
-    return [problem("account", f"{user} has no account at all", fix)]
 
 
 def check_job(context: CheckContext) -> list[Finding]:

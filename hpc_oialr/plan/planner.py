@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan import step_cost
 from hpc_oialr.plan.fake_world import fake_tensors
 from hpc_oialr.plan.machine import GIB, Machine
-from hpc_oialr.plan.schedule import LayerShape, Phase, phases, predictable_rule
+from hpc_oialr.plan.schedule import Phase, phases, predictable_rule
 from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.trace_step import Step, trace_event, trace_step, traced_context
 from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
@@ -71,19 +72,17 @@ class Planner:
             "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event",
         ]
 
-    # -- the method's part -----------------------------------------------------------------------
-
     @cached_property
-    def shapes(self) -> dict[str, LayerShape]:
-        """Layers that become low-rank, in order; none without the method."""
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes (m, n) of the layers that become low-rank, in order; none without the method."""
         with fake_tensors():
             controller = traced_context(self.workload, SingleEngine(World()), batch=1, r={}).controller
             targets = controller.targets if isinstance(controller, OIALR) else []
-            return {target.name: LayerShape(target.name, *target.shape) for target in targets}
+            return {target.name: target.shape for target in targets}
 
     def phases(self, steps: int) -> list[Phase]:
         """All phases of a run of ``steps``."""
-        return phases(self.workload.config.oialr, list(self.shapes.values()), steps, self.rule)
+        return phases(self.workload.config.oialr, self.shapes, steps, self.rule)
 
     @cached_property
     def stages(self) -> dict[str, Phase]:
@@ -95,8 +94,6 @@ class Planner:
     def first_events(self) -> dict[str, Phase]:
         """The phases that begin with the conversion and with the first update, by event."""
         return {phase.event: phase for phase in reversed(self.phases(self.workload.total_steps)[1:3])}
-
-    # -- rows ------------------------------------------------------------------------------------
 
     def deployment(self, nodes: int, per_node: int, engine: EngineConfig) -> Deployment:
         """Processes on ``nodes`` nodes, each with its share of the batch."""
@@ -205,8 +202,7 @@ class Planner:
             # New buckets are made before the old ones are freed.
             resident += memory.gradients
             for name, r in phase.before.items():
-                shape = self.shapes[name]
-                trained = shape.m * shape.n if phase.event == "conversion" else r * r
+                trained = math.prod(self.shapes[name]) if phase.event == "conversion" else r * r
                 resident -= 4.0 * (trained - phase.r[name] ** 2)
         if d.sharded:
             return resident + step_cost.sharded_event_bytes(self.shapes, phase, d.processes)
@@ -225,7 +221,7 @@ class Planner:
         first, last = figures["converted_step_s"], figures["end_step_s"]
         # Multiply-adds per token, forward and backward.
         here, high, low = (
-            sum(2 * r * (self.shapes[name].m + self.shapes[name].n) + 3 * r * r for name, r in p.r.items())
+            sum(2 * r * sum(self.shapes[name]) + 3 * r * r for name, r in p.r.items())
             for p in (phase, self.stages["converted"], self.stages["end"])
         )
         return last + (first - last) * ((here - low) / (high - low) if high > low else 0.0)

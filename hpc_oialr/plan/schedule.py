@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,20 +12,6 @@ from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.rules import FixedFraction, RankRule
 
 _NO_VALUES = torch.empty(0)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A layer that becomes low-rank, and its weight's shape (m, n)."""
-
-    name: str
-    m: int
-    n: int
-
-    @property
-    def k(self) -> int:
-        """min(m, n)."""
-        return min(self.m, self.n)
 
 
 @dataclass(frozen=True)
@@ -51,11 +37,15 @@ def predictable_rule(rule: RankRule, r_fraction: float) -> tuple[RankRule, str |
 
 
 def phases(
-    config: OIALRConfig | None, shapes: Sequence[LayerShape], total: int, rule: RankRule | None = None
+    config: OIALRConfig | None,
+    shapes: Mapping[str, tuple[int, int]],
+    total: int,
+    rule: RankRule | None = None,
 ) -> list[Phase]:
     """Every phase of a run of ``total`` steps; one dense phase without the method.
 
-    ``shapes`` in the model's order. ``rule``, instead of the recipe's, must not depend on singular values.
+    ``shapes`` (m, n) by layer, in the model's order. ``rule``, instead of the recipe's, must not depend on singular
+    values.
     """
     if config is None:
         return [Phase(0, total, "start", {}, {})]
@@ -69,10 +59,11 @@ def phases(
     for number, (start, end) in enumerate(zip(times, ends[1:], strict=True)):
         # The conversion takes all layers, updates a growing share of them, from the last one.
         share = min(1.0, config.layer_share_step * number)
-        due = shapes[len(shapes) - max(1, round(share * len(shapes))) :] if number else shapes
-        before = {shape.name: r.get(shape.name, shape.k) for shape in due}
-        for name, m, n, k in ((s.name, s.m, s.n, s.k) for s in due):
-            new = limits.apply(rule.choose(_NO_VALUES, m, n), r[name], k) if number else limits.initial(k)
+        due = list(shapes)[len(shapes) - max(1, round(share * len(shapes))) :] if number else list(shapes)
+        before = {name: r.get(name, min(shapes[name])) for name in due}
+        for name in due:
+            shape, k = shapes[name], min(shapes[name])
+            new = limits.apply(rule.choose(_NO_VALUES, *shape), r[name], k) if number else limits.initial(k)
             r = {**r, name: new}
         found.append(Phase(start, end - start, "update" if number else "conversion", before, r))
     return found

@@ -109,9 +109,6 @@ def trained_parameters(context: RunContext) -> list[torch.nn.Parameter]:
     return [p for p in context.module.parameters() if p.requires_grad]
 
 
-# -- measured steps ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Measured:
     """Times on one process: of a step, by stage and batch, and of the conversion (s)."""
@@ -148,9 +145,6 @@ def probe(workload: Workload, rule: RankRule | None, batches: Iterable[int], thr
             found.steps[stage, batch] = statistics.median(times[1:])
     torch.set_num_threads(threads_before)
     return found
-
-
-# -- one rank of many ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,13 @@ from hpc_oialr.engines.ddp import bucket_mb
 from hpc_oialr.engines.deepspeed_json import BUFFERS_IN_MODEL, LIVE_PARTS_IN_MODEL
 from hpc_oialr.linalg.work_plan import LayerWork, svd_cost, svd_rounds
 from hpc_oialr.plan.machine import Machine
-from hpc_oialr.plan.schedule import LayerShape, Phase
+from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.trace_step import Step
 from hpc_oialr.plan.tracer import Message, Trace
 from hpc_oialr.plan.workload import Deployment
 
 # Share of the backward pass, during which gradients can be sent, of forward and backward pass.
 BACKWARD_SHARE = 2 / 3
-
-
-# -- memory --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def _highest(trace: Trace, share: float) -> float:
     return float((live - (1.0 - share) * gradients).max(initial=0.0))
 
 
-def sharded_event_bytes(shapes: Mapping[str, LayerShape], phase: Phase, processes: int) -> float:
+def sharded_event_bytes(shapes: Mapping[str, tuple[int, int]], phase: Phase, processes: int) -> float:
     """Bytes of an event, in fp32, on top of resident ones, where matrices are sharded over ``processes``; a formula.
 
     One layer at a time. At the conversion (TSQR) rank 0 has a copy of its rows, two k x k factors per level of the
@@ -99,12 +96,9 @@ def sharded_event_bytes(shapes: Mapping[str, LayerShape], phase: Phase, processe
         return 4.0 * max(6.0 * r * r for r in phase.before.values())
     levels = math.ceil(math.log2(processes))
     return 4.0 * max(
-        2.0 * shapes[name].m * shapes[name].n / processes + (2 * levels + 6) * k * k
+        2.0 * math.prod(shapes[name]) / processes + (2 * levels + 6) * k * k
         for name, k in phase.before.items()
     )
-
-
-# -- messages ------------------------------------------------------------------------------------------
 
 
 def messages(step: Step, d: Deployment) -> list[Message]:
@@ -135,7 +129,7 @@ def messages(step: Step, d: Deployment) -> list[Message]:
     return [*step.passes.messages, *step.update.messages]
 
 
-def event_messages(phase: Phase, shapes: Mapping[str, LayerShape], processes: int) -> list[Message]:
+def event_messages(phase: Phase, shapes: Mapping[str, tuple[int, int]], processes: int) -> list[Message]:
     """Factors of every layer of an event, in fp32: values and new bases, or both rotations of a core."""
     if processes == 1:
         return []
@@ -143,13 +137,9 @@ def event_messages(phase: Phase, shapes: Mapping[str, LayerShape], processes: in
     for name, r in phase.before.items():
         numbers = 2 * r * r + r + 2
         if phase.event == "conversion":
-            shape = shapes[name]
-            numbers = shape.k + phase.r[name] * (shape.m + shape.n)
+            numbers = min(shapes[name]) + phase.r[name] * sum(shapes[name])
         sent.append(Message("broadcast", 4.0 * numbers, processes))
     return sent
-
-
-# -- time ----------------------------------------------------------------------------------------------
 
 
 def step_time(
@@ -179,14 +169,16 @@ def _counted_s(trace: Trace, machine: Machine, d: Deployment) -> float:
     return max(busy_s, len(trace.live) * machine.launch_s)
 
 
-def svd_seconds(phase: Phase, shapes: Mapping[str, LayerShape], d: Deployment, machine: Machine) -> float:
+def svd_seconds(
+    phase: Phase, shapes: Mapping[str, tuple[int, int]], d: Deployment, machine: Machine
+) -> float:
     """Time of an event's SVDs, until the last process has finished.
 
     Sharded weights are decomposed one after another by all processes (TSQR); all other SVDs are distributed by cost.
     """
     sizes = [(r, r) for r in phase.before.values()]
     if phase.event == "conversion":
-        sizes = [(shapes[name].m, shapes[name].n) for name in phase.before]
+        sizes = [shapes[name] for name in phase.before]
     if d.sharded and phase.event == "conversion":
         flops = sum(svd_cost(m, n, d.processes) for m, n in sizes)
     else:

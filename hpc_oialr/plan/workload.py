@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -25,19 +24,11 @@ NEVER = 10**8
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a batch: its shape without the batch dim, and its dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Workload:
     """A recipe and the shapes of its data."""
 
     config: RunConfig
-    specs: Mapping[str, TensorSpec]  # of every tensor of a batch
+    sample: Batch  # one, without the batch dim; only shapes and dtypes count
     samples: int  # of the training data
     assumption: str | None = None  # what was assumed of the data, if they are not on this machine
 
@@ -52,21 +43,20 @@ class Workload:
             train = config.data.build().train
         except DataError as missing:
             return cls._without_data(config, samples, missing)
-        batch = train.gather(torch.arange(1))
-        specs = {key: TensorSpec(tuple(value.shape[1:]), value.dtype) for key, value in batch.items()}
-        return cls(config, specs, samples or len(train))
+        sample = {key: value[0] for key, value in train.gather(torch.arange(1)).items()}
+        return cls(config, sample, samples or len(train))
 
     @classmethod
     def _without_data(cls, config: RunConfig, samples: int | None, missing: DataError) -> Workload:
-        data, labels = config.data, TensorSpec((), torch.int64)
+        data = config.data
         length = getattr(data, "sequence_length", None)
         side = getattr(data, "size", getattr(data, "image_size", None))
         if length is not None:
-            tokens = TensorSpec((length,), torch.int64)
-            specs = {"input_ids": tokens, "labels": tokens}
+            tokens = torch.zeros(length, dtype=torch.int64)
+            sample = {"input_ids": tokens, "labels": tokens}
         elif side is not None:
-            shape = getattr(data, "num_channels", 3), side, side
-            specs = {"pixel_values": TensorSpec(shape, torch.float32), "labels": labels}
+            pixels = torch.zeros(getattr(data, "num_channels", 3), side, side)
+            sample = {"pixel_values": pixels, "labels": torch.tensor(0)}
         else:
             raise missing
         count = samples or KNOWN_SAMPLES.get(type(data).__name__)
@@ -74,7 +64,7 @@ class Workload:
             raise DataError(f"{missing} Or say how many training samples there are: --samples N")
         if data.limit is not None:
             count = min(count, data.limit)
-        return cls(config, specs, count, f"the data are not here: {count:,} training samples")
+        return cls(config, sample, count, f"the data are not here: {count:,} training samples")
 
     def with_train(self, **changes: Any) -> Workload:
         """The same with other settings of the recipe's section ``train``."""
@@ -93,12 +83,12 @@ class Workload:
         """A batch of these shapes: noise, or zeros for integers (labels, tokens)."""
         double = self.config.train.precision == "float64"
 
-        def tensor(spec: TensorSpec) -> Tensor:
-            if not spec.dtype.is_floating_point:
-                return torch.zeros(size, *spec.shape, dtype=spec.dtype)
-            return torch.randn(size, *spec.shape, dtype=torch.float64 if double else spec.dtype)
+        def many(one: Tensor) -> Tensor:
+            if not one.is_floating_point():
+                return torch.zeros(size, *one.shape, dtype=one.dtype)
+            return torch.randn(size, *one.shape, dtype=torch.float64 if double else one.dtype)
 
-        return {key: tensor(spec) for key, spec in self.specs.items()}
+        return {key: many(one) for key, one in self.sample.items()}
 
     def run_context(
         self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
@@ -144,9 +134,6 @@ class _FakeData(ArrayDataset):
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         return self.workload.batch(len(indices))
-
-
-# -- processes -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

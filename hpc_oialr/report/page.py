@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -102,16 +102,13 @@ def content_policy(*scripts: str) -> str:
     )
 
 
-def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Collection[int] = ()
-) -> str:
-    """A table that scrolls by itself where it is too wide; the first column names the rows, some are ``marked``."""
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself where it is too wide; the first column names the rows."""
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     body = ""
-    for number, (first, *rest) in enumerate(rows):
-        kind = ' class="marked"' if number in marked else ""
+    for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        body += f'<tr{kind}><th scope="row">{escape(first)}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
     label = escape(caption, quote=True)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table><caption>{escape(caption)}</caption>'
@@ -155,11 +152,13 @@ def difference_table(runs: Sequence[Run]) -> str:
 
 
 def environment_table(runs: Sequence[Run]) -> str:
-    """What the runs ran on; rows that differ are marked."""
-    known = [row for row in side_by_side([run.environment for run in runs]) if set(row[1]) != {NOTHING}]
-    differ = [number for number, (_, cells) in enumerate(known) if len(set(cells)) > 1]
-    rows = [(f"{name} (differs)" if n in differ else name, *cells) for n, (name, cells) in enumerate(known)]
-    return table("What the runs ran on", ("", *(run.name for run in runs)), rows, marked=differ)
+    """What the runs ran on; rows that differ say so."""
+    rows = [
+        (name if len(set(cells)) == 1 else f"{name} (differs)", *cells)
+        for name, cells in side_by_side([run.environment for run in runs])
+        if set(cells) != {NOTHING}
+    ]
+    return table("What the runs ran on", ("", *(run.name for run in runs)), rows)
 
 
 def side_by_side(settings: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
@@ -227,14 +226,13 @@ def _against(run: Run, dense: Run) -> str:
         f"Against {dense.name}, {run.name} took {own['wall_s'] / other['wall_s']:.2f} of the time and "
         f"{own['peak_memory_gib'] / other['peak_memory_gib']:.2f} of the peak memory"
     )
-    if not len(curve):
-        return text + "."
-    name = own["metric_name"]
-    text += f", and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
-    text += metric_text(other["metric"], name)
-    if (at := curve.at(own["wall_s"])) is None:
-        return f"{text}, which had not been evaluated after the same time."
-    return f"{text} and stood at {metric_text(at, name)} after the same time."
+    if len(curve):
+        name, at = own["metric_name"], curve.at(own["wall_s"])
+        text += f", and ended at {metric_text(own['metric'], name)} where {dense.name} ended at "
+        text += metric_text(other["metric"], name)
+        text += ", which had not been evaluated" if at is None else f" and stood at {metric_text(at, name)}"
+        text += " after the same time"
+    return f"{text}."
 
 
 def _stability(name: str, record: Spectra) -> Iterator[str]:

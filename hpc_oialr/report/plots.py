@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hpc_oialr.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
+from hpc_oialr.errors import ConfigError, DataError, MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.report.runs import Run, conversions, share_of_k, spread
 from hpc_oialr.spectra import Layer, Spectra
@@ -35,7 +35,6 @@ WIDTH_IN = {"single": 3.4, "double": 7.0}
 
 # Okabe and Ito, Color universal design (2008); yellow is left out, it is too light for a line.
 BLACK, GREY, VERMILION = "#000000", "#767676", "#D55E00"
-NAMES = ("stability", "r", "waterfall")
 STYLE = str(resources.files(__package__) / "assets" / "paper.mplstyle")
 # Viridis without its lightest end, which is lost on white paper.
 SHADES = LinearSegmentedColormap.from_list("depth", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 231)))
@@ -191,12 +190,10 @@ def waterfall(layer: Layer, *, width: Width = "single") -> Figure:
 
 
 def figure_of(name: str, run: Run, *, layer: str | None, width: Width) -> Figure:
-    """The figure of one of :data:`NAMES`; ``layer`` is that of a waterfall, default the first one.
+    """The figure "stability", "r" or "waterfall"; ``layer`` is that of a waterfall, default the first one.
 
-    Raises UnknownNameError for another figure or layer, and DataError if the run has recorded no spectra.
+    Raises UnknownNameError for another layer, and DataError if the run has recorded no spectra.
     """
-    if name not in NAMES:
-        raise UnknownNameError("figure", name, NAMES)
     record = run.spectra
     if record is None or not len(record.events):
         raise DataError(

@@ -122,7 +122,7 @@ def test_two_processes_one_table(tmp_path: Path):
 @pytest.fixture
 def laptop(programs, monkeypatch):
     monkeypatch.setenv("PATH", str(programs.path))
-    for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "TMPDIR"):
+    for name in ("SLURM_JOB_ID", "SLURM_CONF", "SBATCH_PARTITION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -151,11 +151,10 @@ def test_a_laptop_is_fit_and_torch_is_not_loaded(laptop, tmp_path):
 def test_a_problem_is_exit_code_1_and_its_fix_a_line(laptop, programs, monkeypatch, tmp_path, capsys):
     programs.put_cluster()
     monkeypatch.setenv("SBATCH_PARTITION", "main")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "phisics")
     assert main([*WORDS, str(tmp_path), "--partition", "mian"]) == 1
     out = capsys.readouterr().out
     assert "there is no 'mian'" in out
-    assert "problem  partition: --partition main\nproblem  account: --account physics\n" in out
+    assert "problem  partition: --partition main\n" in out
 
 
 def test_contradictory_variables_reach_the_command(monkeypatch, capsys):

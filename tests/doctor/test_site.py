@@ -34,7 +34,7 @@ def write(tmp_path: Path, script: str) -> str:
 def test_variables_of_a_site_count(tmp_path: Path) -> None:
     around, findings = CheckContext.at_site(write(tmp_path, SITE))
     assert [(found.name, found.state) for found in findings] == [("site", "ok")]
-    assert (around.partition, around.account) == ("accelerated", "chemistry")
+    assert around.partition == "accelerated"
     assert around.folder == Path("/scratch/runs")
     assert around.environ["TWO"] == "a\nb=c"
     assert around.environ["SITE_MPI"] == "pmix"
@@ -84,5 +84,5 @@ def test_without_a_site_slurms_own_variables_count(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
     monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
     around, _ = CheckContext.at_site(None)
-    assert (around.partition, around.account) == ("cpu", "physics")
+    assert around.partition == "cpu"
     assert CheckContext.at_site(None, partition="gpu")[0].partition == "gpu"

@@ -27,11 +27,10 @@ def cluster(programs):
 
 
 def test_a_healthy_cluster(context):
-    who = context({"SLURM_JOB_ID": "7"}, partition="urgent", account="physics")
+    who = context({"SLURM_JOB_ID": "7"}, partition="urgent")
     checks = (
         slurm.check_programs,
         slurm.check_cluster,
-        slurm.check_account,
         slurm.check_job,
     )
     findings = [finding for check in checks for finding in check(who)]
@@ -41,14 +40,13 @@ def test_a_healthy_cluster(context):
         "slurmctld",
         "munge",
         "partition",
-        "account",
         "job",
     ]
 
 
 def test_no_slurm_is_one_note(context, programs):
     programs.remove(*SLURM_PROGRAMS)
-    who = context(account="physics")
+    who = context()
     assert slurm.check_programs(who) == [Finding("note", "Slurm", "no Slurm here")]
     assert not who.in_scope("slurm")
 
@@ -157,29 +155,6 @@ def test_no_default_partition(context, programs):
     programs.put("sinfo", "main|up|0/1/0/1")
     partition = by_name(slurm.check_cluster(context()))["partition"]
     assert (partition.state, partition.fix) == ("note", "--partition main")
-
-
-def test_an_unknown_account(context):
-    (found,) = slurm.check_account(context(account="phisics"))
-    assert found.state == "problem"
-    assert found.found.endswith("has no account 'phisics'; has: physics, chemistry")
-    assert found.fix == "--account physics"
-
-
-def test_no_account_at_all(context, programs):
-    programs.put("sacctmgr")
-    (found,) = slurm.check_account(context(account="physics"))
-    assert found.state == "problem"
-    assert found.fix.startswith("sacctmgr add user ")
-
-
-def test_accounts_without_accounting_are_a_note(context, programs):
-    programs.put(
-        "sacctmgr", err="sacctmgr: You are not running a supported accounting_storage plugin", code=1
-    )
-    (found,) = slurm.check_account(context(account="physics"))
-    assert found.state == "note"
-    assert "'physics' cannot be checked" in found.found
 
 
 def test_a_shell_that_outlived_its_job(context, programs):

@@ -17,12 +17,12 @@ from hpc_oialr.engines import DDP, FSDP, DeepSpeed, SingleEngine, TensorParallel
 from hpc_oialr.models import GPT2
 from hpc_oialr.plan.machine import ClusterPreset, gpu_machine
 from hpc_oialr.plan.planner import Planner
-from hpc_oialr.plan.schedule import LayerShape, Phase
+from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.scripted_run import ScriptedRun
 from hpc_oialr.plan.step_cost import footprint, sharded_event_bytes
 from hpc_oialr.plan.trace_step import Resident, Step, trace_step
 from hpc_oialr.plan.tracer import Trace
-from hpc_oialr.plan.workload import Deployment, TensorSpec, Workload
+from hpc_oialr.plan.workload import Deployment, Workload
 from hpc_oialr.record import MemoryMeter
 from hpc_oialr.train.load_config import load_config
 
@@ -88,7 +88,7 @@ def test_a_step_as_measured(recipe, engine, processes, precision, resident, peak
     """A GPT-2 of width 384 and six blocks under AdamW, two samples of 64 tokens a process."""
     config = load_config(recipe).config
     model, train = GPT2(dim=384, depth=6, heads=6), replace(config.train, precision=precision)
-    tokens = TensorSpec((64,), torch.int64)
+    tokens = torch.zeros(64, dtype=torch.int64)
     config = replace(config, model=model, train=train)
     workload = Workload(config, {"input_ids": tokens, "labels": tokens}, samples=8)
     d = Deployment(engine, processes, 1, batch=2)
@@ -135,7 +135,7 @@ def test_steps_and_events_as_measured():
 
 
 def test_events_of_sharded_matrices():
-    shapes = {"a": LayerShape("a", 8, 4)}
+    shapes = {"a": (8, 4)}
     conversion = Phase(1, 1, "conversion", {"a": 4}, {"a": 2})
     # Rows of process 0 and their copy, 2 x 8 numbers; two 4 x 4 factors on each of two levels, and six more.
     assert sharded_event_bytes(shapes, conversion, 4) == 4 * (16 + 4 * 16 + 6 * 16)

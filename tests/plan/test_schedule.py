@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, RelativeCutoff
-from hpc_oialr.plan.schedule import LayerShape, phases, predictable_rule
+from hpc_oialr.plan.schedule import phases, predictable_rule
 
 
-def run(config: OIALRConfig, steps: int) -> tuple[list[LayerShape], list[dict[str, int]]]:
+def run(config: OIALRConfig, steps: int) -> tuple[dict[str, tuple[int, int]], list[dict[str, int]]]:
     """Shapes of the layers, and r after every step of a real run."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)), nn.Linear(24, 10), nn.Linear(10, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     oialr = OIALR(model, optimizer, config)
-    shapes, seen = [LayerShape(target.name, *target.shape) for target in oialr.targets], []
+    shapes, seen = {target.name: target.shape for target in oialr.targets}, []
     for _ in range(steps):
         oialr.model(torch.randn(4, 24)).square().mean().backward()
         optimizer.step()
@@ -52,7 +52,7 @@ def test_the_sequence_is_the_methods(config):
 
 def test_what_events_work_on():
     config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.5), layer_share_step=0.5)
-    shapes = [LayerShape("a", 8, 8), LayerShape("b", 8, 4)]
+    shapes = {"a": (8, 8), "b": (8, 4)}
     found = [(p.event, dict(p.before), dict(p.r)) for p in phases(config, shapes, 6)]
     assert found == [
         ("start", {}, {}),

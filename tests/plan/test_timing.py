@@ -14,7 +14,7 @@ from hpc_oialr.engines import DDP, FSDP, TensorParallel
 from hpc_oialr.errors import DataError, UnknownNameError
 from hpc_oialr.plan import machine as presets
 from hpc_oialr.plan.machine import Link, Machine, this_machine
-from hpc_oialr.plan.schedule import LayerShape, Phase
+from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.step_cost import step_time, svd_seconds
 from hpc_oialr.plan.trace_step import Resident, Step
 from hpc_oialr.plan.tracer import Message, Trace
@@ -130,7 +130,7 @@ def test_measured_steps_replace_counted_operations_and_hide_gradients():
 
 def test_svds_are_distributed():
     """26 k^3 for a square matrix: two of 100 x 100 on one process, or one each; a core of r = 10 at the update."""
-    shapes = {name: LayerShape(name, 100, 100) for name in "ab"}
+    shapes = dict.fromkeys("ab", (100, 100))
     conversion = Phase(1, 1, "conversion", {"a": 100, "b": 100}, {"a": 10, "b": 10})
     gpu = replace(MACHINE, cores=0)
     times = [svd_seconds(conversion, shapes, Deployment(DDP(), p, 1), gpu) for p in (1, 2, 8)]

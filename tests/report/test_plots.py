@@ -99,8 +99,6 @@ def test_figures_by_name_say_what_they_miss(runs):
         figure_of("r", runs[0], layer=None, width="single")
     with pytest.raises(UnknownNameError, match="unknown layer 'encoder'"):
         figure_of("waterfall", runs[1], layer="encoder", width="single")
-    with pytest.raises(UnknownNameError, match="unknown figure 'pie'; valid: r, stability, waterfall"):
-        figure_of("pie", runs[0], layer=None, width="single")
 
 
 def test_command_draws_and_names_the_file(comparison, tmp_path, capsys):

@@ -13,7 +13,6 @@ HEALTHY = {
     "squeue": "RUNNING",
     "scontrol": "Slurmctld(primary) at head is UP",
     "scancel": "",
-    "sacctmgr": "physics\nchemistry",
     "munge": "",
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc_oialr.engines import DDP
-from hpc_oialr.plan.workload import TensorSpec, Workload
+from hpc_oialr.plan.workload import Workload
 from hpc_oialr.train.config import RunConfig, TrainConfig
 from hpc_oialr.train.optimizers import AdamW
 
@@ -35,4 +35,4 @@ def two_layers(width: int, batch: int) -> Workload:
         train=TrainConfig(steps=1, global_batch=batch),
         engine=DDP(),
     )
-    return Workload(config, {"x": TensorSpec((width,), torch.float32)}, samples=10 * batch)
+    return Workload(config, {"x": torch.zeros(width)}, samples=10 * batch)
