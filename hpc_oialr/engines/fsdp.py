@@ -60,6 +60,7 @@ class FSDPEngine(GroupEngine):
         self.layout: Sharded = Sharded(mesh)
         self._reshard = reshard_after_forward
         summed = None if gather_dtype is None else torch.float32
+        self.casts_itself = gather_dtype is not None
         self._precision = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=summed)
         self._replicas = world.within(mesh.get_group(0)) if mesh.ndim > 1 else World(device=world.device)
 

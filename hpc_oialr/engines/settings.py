@@ -46,7 +46,7 @@ class EngineConfig(ABC):
     """Settings of one engine. One process alone needs none: every engine is then :class:`SingleEngine`."""
 
     def build(self, world: World, precision: str) -> Engine:
-        """The engine of these ranks, in the run's ``precision`` ("fp32", "bf16", "fp16" or "float64").
+        """The engine of these ranks, in the run's ``precision`` ("fp32", "bf16", "bf16-params", "fp16" or "float64").
 
         Raises :class:`ConfigError` if it cannot run on so many ranks.
         """
@@ -121,9 +121,12 @@ class DeepSpeed(EngineConfig):
     stage: Literal[1, 2, 3] = 2
 
     def _of_many(self, world: World, precision: str) -> Engine:
-        if precision == "float64":
+        if precision in ("float64", "bf16-params"):
             rule = "must be fp32, bf16 or fp16 under DeepSpeed"
-            raise ConfigError("train.precision", precision, rule, fix="Take DDP.")
+            fix = (
+                "Take DDP." if precision == "float64" else "Take bf16, in which it stores the module in bf16."
+            )
+            raise ConfigError("train.precision", precision, rule, fix=fix)
         zero = {"zero_optimization": {"stage": self.stage}}
         given = zero if self.config is None else read_config(self.config)
         return DeepSpeedEngine(world, given, precision=precision, origin=self.config or "engine.stage")
@@ -155,8 +158,8 @@ class FSDP(EngineConfig):
         return processes
 
     def _of_many(self, world: World, precision: str) -> Engine:
-        gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return FSDPEngine(world, **asdict(self), gather_dtype=gathered)
+        half = {"bf16": torch.bfloat16, "bf16-params": torch.bfloat16, "fp16": torch.float16}
+        return FSDPEngine(world, **asdict(self), gather_dtype=half.get(precision))
 
 
 @dataclass(kw_only=True)

@@ -207,7 +207,9 @@ class LowRankWeight(nn.Module):
     def _check_bases(self) -> None:
         """Raise :class:`ModelError` if ``U`` or ``Vh`` was written into and is not orthonormal any more."""
         stamp = self._stamp_of_bases()
-        if stamp and not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not stamp:  # casts or shards stand in the place of the parameters
+            return
+        if not (self.U.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.require_orthonormal(self.bases_error(), self.U.dtype)
         self.known_bases = stamp
 

@@ -15,7 +15,7 @@ from hpc_oialr.errors import ConfigError
 class ModelConfig(ABC):
     """Settings of one model; a choice of model is a choice of type."""
 
-    float64: ClassVar[bool] = True  # whether the model can compute in float64 throughout
+    float64: ClassVar[bool] = True  # whether it computes in its parameters' dtype throughout
     pairs: ClassVar[tuple[ColumnRowPair, ...]] = ()  # layers between which features may stay sharded
 
     @abstractmethod

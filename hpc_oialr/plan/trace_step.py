@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hpc_oialr.engines import FSDPEngine, SingleEngine, TensorEngine
+from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.rules import RankRule
@@ -27,7 +28,7 @@ class Resident:
     """Bytes that live between steps on one process."""
 
     trained: float  # parameters with gradients
-    frozen: float  # parameters without: the bases
+    frozen: float  # parameters without: the bases, and their copies in half precision
     buffers: float  # of the model
     state: float  # of the optimizer
     largest: float  # trained parameter
@@ -40,7 +41,7 @@ class Step:
     resident: Resident
     passes: Trace
     update: Trace
-    half: bool = False  # whether the precision is "bf16" or "fp16"
+    half: bool = False  # whether the precision is bf16 or fp16
 
     @property
     def flops(self) -> float:
@@ -94,6 +95,10 @@ def traced_context(
     context.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if r:
         context.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
+        dtype = {**AUTOCAST, "bf16-params": torch.bfloat16}.get(workload.config.train.precision)
+        for layer in low_rank_layers(context.module).values():
+            if dtype is not None and layer.autocast_copies is not None:
+                layer.autocast_copies.of(layer.U, layer.Vh, dtype)  # as after any forward pass
     return context
 
 
@@ -104,11 +109,12 @@ def _update(context: RunContext) -> None:
 
 
 def _resident(context: RunContext) -> Resident:
-    parameters = list(context.module.parameters())
+    parameters, layers = list(context.module.parameters()), low_rank_layers(context.module).values()
+    copies = [t for layer in layers if layer.autocast_copies for t in layer.autocast_copies.tensors]
     trained = [local(p).nbytes for p in parameters if p.requires_grad]
     return Resident(
         trained=sum(trained),
-        frozen=sum(local(p).nbytes for p in parameters if not p.requires_grad),
+        frozen=sum(local(p).nbytes for p in [*parameters, *copies] if not p.requires_grad),
         buffers=sum(b.nbytes for b in context.module.buffers()),
         state=sum(local(t).nbytes for t in resident_tensors(context.optimizer)),
         largest=max(trained),

@@ -15,7 +15,7 @@ from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
 
-Precision = Literal["fp32", "bf16", "fp16", "float64"]
+Precision = Literal["fp32", "bf16", "bf16-params", "fp16", "float64"]
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,9 @@ class TrainConfig:
     accumulation
         Parts into which each process splits its share of a batch, to save memory.
     precision
-        fp32 and float64 throughout; bf16 and fp16 by autocast, fp16 with a loss scale.
+        fp32 and float64 throughout; bf16 and fp16 by autocast, fp16 with a loss scale; bf16-params: forward and
+        backward pass on bf16 copies of the fp32 parameters, so that activations are bf16 too. Normalisations and the
+        loss compute in fp32 inside.
     tf32
         On CUDA, products of fp32 matrices and convolutions in TF32, in every precision: 10 bits of the inputs, sums
         in fp32. The cores' Newton-Schulz follows; SVDs, Gram matrices and changes of basis are in IEEE fp32 anyway.

@@ -186,9 +186,11 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
     train = config.train
     if train.sync_batch_norm:
         synchronise_batch_norm(module, peers)
-    if train.precision == "float64" and not config.model.float64:
+    if train.precision in ("float64", "bf16-params") and not config.model.float64:
         name = type(config.model).__name__
-        raise ConfigError("train.precision", "float64", f"{name} of transformers computes parts in float32")
+        raise ConfigError(
+            "train.precision", train.precision, f"{name} of transformers computes parts in float32"
+        )
     dtype = torch.float64 if train.precision == "float64" else torch.float32
     floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     # Tensors without data, of which a plan makes its models, cannot be moved.

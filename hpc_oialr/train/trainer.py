@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from hpc_oialr.lowrank.layout import whole
 from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import checkpoint
+from hpc_oialr.train.bf16_params import cast_parameters
 from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.recorder import Recorder
@@ -31,6 +32,7 @@ from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INPUTS = {"bf16-params": torch.bfloat16, "float64": torch.float64}
 
 
 class Trainer:
@@ -218,14 +220,15 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
     """
     train, losses = context.config.train, []
     parts = {key: value.chunk(train.accumulation) for key, value in _to_device(context, batch).items()}
-    for i in range(train.accumulation):
-        piece = {key: values[i] for key, values in parts.items()}
-        rng, last = np.random.default_rng((train.seed, step, i)), i == train.accumulation - 1
-        with nullcontext() if last else context.controller.no_sync():
-            with _autocast(context):
-                loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
-            context.engine.backward(loss, context.scaler)
-        losses.append(loss.detach())
+    with _casts(context):
+        for i in range(train.accumulation):
+            piece = {key: values[i] for key, values in parts.items()}
+            rng, last = np.random.default_rng((train.seed, step, i)), i == train.accumulation - 1
+            with nullcontext() if last else context.controller.no_sync():
+                with _autocast(context):
+                    loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
+                context.engine.backward(loss, context.scaler)
+            losses.append(loss.detach())
     return torch.stack(losses).sum()
 
 
@@ -250,7 +253,8 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
             return task.totals(module, _to_device(context, batch))
 
     module.eval()
-    with torch.compiler.set_stance("force_eager") if context.config.compile != "off" else nullcontext():
+    eager = torch.compiler.set_stance("force_eager") if context.config.compile != "off" else nullcontext()
+    with eager, _casts(context):
         parts = [totals(batch) for batch in batches.epoch(0)]
         while len(parts) < len(batches):
             # A rank without a share of the last batch: some engines gather parameters in every forward pass, which is
@@ -267,12 +271,20 @@ def _autocast(context: RunContext) -> torch.autocast:
     return torch.autocast(context.world.device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def _casts(context: RunContext) -> AbstractContextManager[None]:
+    """bf16 copies in the place of the parameters, where the precision asks for it and the engine does not do it."""
+    if context.config.train.precision != "bf16-params" or context.engine.casts_itself:
+        return nullcontext()
+    return cast_parameters(context.module, torch.bfloat16)
+
+
 def _to_device(context: RunContext, batch: Batch) -> Batch:
-    """A batch on the device; floating-point values as float64 in a float64 run."""
+    """A batch on the device; floating-point values in the dtype of the passes, if that is not fp32 or autocast's."""
     moved = {key: value.to(context.world.device, non_blocking=True) for key, value in batch.items()}
-    if context.config.train.precision != "float64":
+    dtype = INPUTS.get(context.config.train.precision)
+    if dtype is None:
         return moved
-    return {key: value.double() if value.is_floating_point() else value for key, value in moved.items()}
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in moved.items()}
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -106,12 +106,13 @@ def test_one_process_needs_no_engine():
     assert (found.resident, found.peak) == (364, 364 + 40)
 
 
-def test_steps_and_events_as_measured():
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-params"])
+def test_steps_and_events_as_measured(precision):
     """A layer of 512 x 512 becomes low-rank, then its r is cut to 256; by MemoryMeter, on one process."""
     dense = two_layers(512, 8)
     method, train = (
         OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.25)),
-        replace(dense.config.train, steps=20),
+        replace(dense.config.train, steps=20, precision=precision),
     )
     workload = replace(dense, config=replace(dense.config, oialr=method, train=train))
     planner = Planner(workload, gpu_machine(ClusterPreset("h100", "hdr200", 1, 1)), memory_gib=80.0)

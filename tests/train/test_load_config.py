@@ -144,7 +144,7 @@ def test_dense_twin_takes_its_own_settings(recipe):
         (
             ["--train.precision", "fp8"],
             ConfigError,
-            "train.precision is 'fp8' (from the command line); must be 'fp32' | 'bf16' | 'fp16' | 'float64'.",
+            "train.precision is 'fp8' (from the command line); must be 'fp32' | 'bf16' | 'bf16-params' | 'fp16' | ",
         ),
         (
             ["--oialr.factor_dtype", "abc"],
