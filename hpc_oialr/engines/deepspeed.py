@@ -63,6 +63,8 @@ class DeepSpeedEngine(GroupEngine):
     """
 
     steps_itself = True
+    # Stage 3 has not gathered U yet when a layer's gradient arrives.
+    importances = ("weights", "inputs")
 
     def __init__(
         self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = ""

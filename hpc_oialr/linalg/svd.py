@@ -24,6 +24,10 @@ class SVD(NamedTuple):
     s: Tensor
     Vh: Tensor
 
+    def leading(self, r: int) -> SVD:
+        """The largest ``r`` values and their vectors."""
+        return SVD(self.U[:, :r], self.s[:r], self.Vh[:r])
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a factorization runs in: float64 stays, everything else becomes float32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,24 @@ class Attachment:
             controller.after_optimizer_load(optimizer)
 
 
+class LayerHook:
+    """A method of a controller's as a layer's hook, held weakly; copies and pickles of the layer do nothing."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        """Call the method, if its object is still there."""
+        if self._method is not None and (method := self._method()) is not None:
+            method(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
+        return LayerHook()
+
+    def __reduce__(self) -> tuple[type[LayerHook], tuple[()]]:
+        return LayerHook, ()
+
+
 def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """The controllers that are tied to modules of ``model``, with those modules and their names."""
     for name, module in model.named_modules():
@@ -111,7 +129,9 @@ def untie(model: nn.Module) -> None:
             handle.remove()
         mark._handles.clear()
         # A copy's hooks belong to no handle.
-        for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+        kinds = (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks)
+        for hooks in kinds:
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), Attachment):
+                owner = getattr(getattr(hook, "hook", hook), "__self__", hook)
+                if isinstance(owner, (Attachment, LayerHook)):
                     del hooks[key]

@@ -8,10 +8,13 @@ from typing import Literal
 
 import torch
 
-from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 from hpc_oialr.lowrank import Selection
 from hpc_oialr.lowrank.execution import measured_crossover
 from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
+
+IMPORTANCES = ("weights", "inputs", "inputs and gradients")
+MOMENTS = ("full", "diagonal")
 
 
 @dataclass(kw_only=True)
@@ -43,6 +46,14 @@ class OIALRConfig:
         The step of a core over the step its optimizer would give it; "auto" chooses by optimizer.
     carry_moments
         Transform the optimizer's moments at every change of basis; False zeroes them, as published.
+    importance
+        What a cut, at the conversion or later, preserves: "weights" keeps the largest singular values of the weight, as
+        published; "inputs" changes the layers' outputs least; "inputs and gradients" also counts by how much the loss
+        depends on each output. The rule chooses r by the weights' singular values in every case.
+    moments
+        Of dense layers: "full" second moments (n^2 numbers a layer, for up to 4,096 features), or the "diagonal".
+    moments_steps
+        The steps before a change over which second moments are gathered.
     factor_dtype
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
     train
@@ -72,6 +83,9 @@ class OIALRConfig:
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
+    importance: Literal["weights", "inputs", "inputs and gradients"] = "weights"
+    moments: Literal["full", "diagonal"] = "full"
+    moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     train: Literal["cores", "factors"] = "cores"
     bases_trained: list[tuple[int, int | None]] = field(default_factory=list)
@@ -79,9 +93,12 @@ class OIALRConfig:
     crossover: float | str = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("delay", 0), ("frequency", 1), ("stability_patience", 1)):
+        for name, least in (("delay", 0), ("frequency", 1), ("stability_patience", 1), ("moments_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
+        for name, choices in (("importance", IMPORTANCES), ("moments", MOMENTS)):
+            if getattr(self, name) not in choices:
+                raise UnknownNameError(name, getattr(self, name), choices)
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
         if not isinstance(self.orthogonality_bound, str):
             check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
@@ -126,6 +143,18 @@ class OIALRConfig:
         """Whether ``U`` and ``Vh`` of low-rank layers are trained in step ``t``, counted from 0."""
         inside = (start <= t and (stop is None or t < stop) for start, stop in self.bases_trained)
         return self.train == "factors" or any(inside)
+
+    def next_conversion(self, t: int) -> float:
+        """The first step after ``t`` that may convert dense layers which the user has not frozen; infinite if none."""
+        first = max(1, self.delay)
+        if t < first:
+            return first
+        every = self.stability_frequency if self.stability_threshold is not None else None
+        return math.inf if every is None else (t // every + 1) * every
+
+    def next_update(self, t: int) -> int:
+        """The first step after ``t`` that updates low-rank layers."""
+        return self.delay + (max(0, t - self.delay) // self.frequency + 1) * self.frequency
 
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.method.engine import Engine
+from hpc_oialr.method.second_moments import NOTHING, SecondMoments, approximate, approximate_shards
 from hpc_oialr.method.svd_scheduler import Job, Result, distribute
 
 # Of the results that wait on a GPU to be read back together, with what an engine may gather for them:
@@ -30,6 +31,8 @@ WINDOW_NUMBERS = 1 << 26
 
 # Of each result some float64 numbers, on its device, which are finite unless the SVD failed.
 Figures: TypeAlias = Callable[[list[Result]], list[Tensor]]
+# How many values of a layer's core are kept, given all of them on the CPU.
+Keep: TypeAlias = Callable[[LowRankWeight, Tensor], int]
 _FIGURES = (
     *("stability", "subspace_angle_U", "subspace_angle_Vh"),
     *("orthogonality_error_U", "orthogonality_error_Vh"),
@@ -49,53 +52,76 @@ class Rotation:
     s: Tensor
     Qh: Tensor
     spectrum: Tensor
-    figures: dict[str, float]
+    figures: dict[str, Any]
     seconds: float
+    chosen: Tensor  # by moments, another P, s and Qh of fewer values, in a row; or empty
+
+    def cut(self, r: int) -> SVD:
+        """The ``r`` directions to keep."""
+        k = len(self.s)
+        if r == k or not len(self.chosen):
+            return SVD(self.P, self.s, self.Qh).leading(r)
+        P, s, Qh = self.chosen[: r * (2 * k + 1)].split([k * r, r, r * k])
+        return SVD(P.view(k, r), s, Qh.view(r, k))
 
     @property
     def error(self) -> float:
         """The larger orthogonality error of ``U`` and ``Vh`` before the rotation."""
-        return max(self.figures["orthogonality_error_U"], self.figures["orthogonality_error_Vh"])
+        return float(max(self.figures["orthogonality_error_U"], self.figures["orthogonality_error_Vh"]))
 
 
 def weight_factors(
-    targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine
-) -> Iterator[tuple[int, SVD, Tensor, float]]:
-    """``W = U diag(s) Vh`` of dense layers: index, r triplets, all k values on the CPU, seconds.
+    targets: Sequence[TargetWeight], kept: Sequence[int], engine: Engine, moments: SecondMoments
+) -> Iterator[tuple[int, SVD, Tensor, dict[str, Any]]]:
+    """``W = U diag(s) Vh`` of dense layers: index, r triplets, all k values on the CPU, figures for the report.
 
     ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``. The
     seconds are 0 on ranks that did not compute the SVD. Whole weights are distributed over ranks by cost, and
-    ``r (m + n) + k`` numbers a layer are sent. A weight in row blocks is factorised by all ranks together: each sends
-    triangles of at most k^2 numbers log2 P times, and stores up to ``k max(m, n)`` numbers beside its block.
+    ``r (m + n) + k`` numbers a layer are sent, r more where ``moments`` choose the triplets. A weight in row blocks is
+    factorised by all ranks together: each sends triangles of at most k^2 numbers log2 P times, and stores up to
+    ``k max(m, n)`` numbers beside its block.
     """
+    watched = [r < target.k and moments.watches(target) for target, r in zip(targets, kept, strict=True)]
     if engine.layout.group is not None:
         for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
             start = time.perf_counter()
-            U, s, Vh = split_svd(target, engine)
-            yield index, SVD(U[:, :r], s[:r], Vh[:r]), s.cpu(), time.perf_counter() - start
+            factors = SVD(*split_svd(target, engine))
+            chosen = factors.leading(r)
+            if watched[index]:
+                chosen = approximate_shards(factors, r, moments.reduce(target), target.shape, engine)
+            seconds = time.perf_counter() - start
+            yield index, chosen, factors.s.cpu(), {"seconds": seconds, "by_moments": watched[index]}
         return
 
-    def job(target: TargetWeight, r: int) -> Job:
-        def pack(factors: SVD) -> Tensor:
-            U, s, Vh = factors
-            return torch.cat([s, U[:, :r].reshape(-1), Vh[:r].reshape(-1)])
+    def job(target: TargetWeight, r: int, watched: bool) -> Job:
+        found = NOTHING
 
-        return weight_job(target, engine, pack, target.k + r * sum(target.shape))
+        def pack(factors: SVD) -> Tensor:
+            chosen = approximate(factors, r, found)
+            values = [factors.s, chosen.s] if watched else [factors.s]
+            return torch.cat([part.reshape(-1) for part in (*values, chosen.U, chosen.Vh)])
+
+        def prepare() -> Tensor:
+            nonlocal found
+            if watched and moments.watches(target):  # not at a second attempt
+                found = moments.reduce(target)
+            return plain.prepare()
+
+        plain = weight_job(target, engine, pack, target.k + r * (sum(target.shape) + watched))
+        return replace(plain, prepare=prepare)
 
     def figures(results: list[Result]) -> list[Tensor]:
         return [result.values[: targets[result.index].k].double() for result in results]
 
-    jobs = list(map(job, targets, kept))
+    jobs = list(map(job, targets, kept, watched))
     # Only a GPU would be waited for at each of them.
     for result, spectrum in _with_figures(jobs, engine, figures, careful=not jobs[0].like.is_cuda):
-        (m, n), k, r = targets[result.index].shape, targets[result.index].k, kept[result.index]
-        s, U, Vh = result.values.split([k, m * r, r * n])
-        yield (
-            result.index,
-            SVD(U.view(m, r), s[:r], Vh.view(r, n)),
-            spectrum.to(s.dtype),
-            result.seconds,
-        )
+        i, target = result.index, targets[result.index]
+        (m, n), r = target.shape, kept[i]
+        values, U, Vh = result.values.split([target.k + r * watched[i], m * r, r * n])
+        s = values[-r:] if watched[i] else values[:r]
+        about = {"seconds": result.seconds, "by_moments": watched[i]}
+        yield i, SVD(U.view(m, r), s, Vh.view(r, n)), spectrum.to(s.dtype), about
 
 
 def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
@@ -116,8 +142,12 @@ def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
     return U, s, Vh[:, layout.own_columns(target.shape[1])]
 
 
-def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[Rotation]:
+def core_rotations(
+    targets: Sequence[TargetWeight], engine: Engine, moments: SecondMoments, keep: Keep
+) -> Iterator[Rotation]:
     """``S = P diag(s) Qh`` of low-rank layers, distributed over the ranks; sends ``2 r^2 + r + 4`` numbers a layer.
+
+    With ``moments`` of the layer twice as many: what they choose where ``keep`` is less than r.
 
     On a GPU the host waits once for the figures of all layers, or of as many as :data:`WINDOW_NUMBERS` allows. Raises
     :class:`NonFiniteError` on every rank if no SVD of a core converged.
@@ -125,35 +155,42 @@ def core_rotations(targets: Sequence[TargetWeight], engine: Engine) -> Iterator[
 
     def parts(result: Result) -> Sequence[Tensor]:
         r = low_rank_layer(targets[result.index]).r
-        s, P, Qh, cosines, errors = result.values.split([r, r * r, r * r, 2, 2])
-        return s, P.view(r, r), Qh.view(r, r), cosines, errors
+        sizes = [r, r * r, r * r, 2, 2]
+        s, P, Qh, cosines, errors, chosen = result.values.split([*sizes, len(result.values) - sum(sizes)])
+        return s, P.view(r, r), Qh.view(r, r), cosines, errors, chosen
 
     def figures(results: list[Result]) -> list[Tensor]:
         found = [parts(result) for result in results]
         if found[0][0].is_cuda:
             cosines = smallest_cosines_batched([basis for _, P, Qh, *_ in found for basis in (P, Qh.mT)])
         read = []
-        for i, (result, (s, P, Qh, own_cosines, errors)) in enumerate(zip(results, found, strict=True)):
+        for i, (result, (s, P, Qh, own_cosines, errors, _)) in enumerate(zip(results, found, strict=True)):
             if engine.layout.group is not None:
                 errors = _errors(low_rank_layer(targets[result.index]), engine)
             angles = torch.stack(cosines[2 * i : 2 * i + 2]) if s.is_cuda else own_cosines.double()
             read.append(torch.cat([s.double(), rotation_stability(P, Qh)[None], angles, errors.double()]))
         return read
 
-    jobs = [_core_job(target, engine) for target in targets]
+    jobs = [_core_job(target, engine, moments, keep) for target in targets]
     for result, read in _with_figures(jobs, engine, figures, careful=False):
-        s, P, Qh, *_ = parts(result)
+        s, P, Qh, _, _, chosen = parts(result)
         spectrum, rest = read.split([len(s), 5])
         stability, _, _, *errors_of_bases = rest.tolist()
-        named = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
-        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds)
+        named: dict[str, Any] = dict(
+            zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True)
+        )
+        named["by_moments"] = len(chosen) > 0
+        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen)
 
 
-def _core_job(target: TargetWeight, engine: Engine) -> Job:
+def _core_job(target: TargetWeight, engine: Engine, moments: SecondMoments, keep: Keep) -> Job:
     layer = low_rank_layer(target)
-    r = layer.r
+    r, watched, found = layer.r, moments.watches(target), NOTHING
 
     def prepare() -> Tensor:
+        nonlocal found
+        if moments.watches(target):  # not at a second attempt
+            found = moments.reduce(target)
         engine.gather(target)
         return engine.layout.core(layer.S)
 
@@ -164,11 +201,17 @@ def _core_job(target: TargetWeight, engine: Engine) -> Job:
         errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
         # A GPU would be waited for; there those of all layers are computed together, afterwards.
         cosines = s.new_zeros(2) if s.is_cuda else smallest_cosines(P, Qh.mT)
-        return torch.cat([s, P.reshape(-1), Qh.reshape(-1), cosines, errors.to(s)])
+        parts = [s, P, Qh, cosines, errors.to(s)]
+        if watched:
+            values = s.cpu()
+            # Where no SVD converged, the caller tries another driver.
+            chosen = approximate(factors, keep(layer, values) if bool(values.isfinite().all()) else r, found)
+            parts += [*chosen, s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))]
+        return torch.cat([part.reshape(-1) for part in parts])
 
     # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
-    return Job(work, prepare, pack, r + 2 * r * r + 4, layer.S)
+    return Job(work, prepare, pack, (r + 2 * r * r) * (1 + watched) + 4, layer.S)
 
 
 def _with_figures(

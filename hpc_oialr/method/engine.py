@@ -20,6 +20,7 @@ from hpc_oialr.errors import ModelError
 from hpc_oialr.lowrank import TargetWeight, untied_state
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
+from hpc_oialr.method.config import IMPORTANCES
 from hpc_oialr.torch_compat import active_ddp_module
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ class Engine:
     world: Peers  # all ranks
     layout: Replicated = REPLICATED  # how one matrix is stored
     whole_factors: bool = False  # whether each rank always has all of U and Vh, in ordinary tensors
+    importances: Sequence[str] = IMPORTANCES  # values of OIALRConfig.importance for which layers see enough
     steps_itself: bool = False  # whether the optimizer given to wrap() never steps
     casts_itself: bool = (
         False  # whether forward passes use parameters in the dtype of the run's precision anyway

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.lowrank import TargetWeight, low_rank_layers
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.method.basis import BasisUpdater
@@ -33,6 +33,7 @@ from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.other_optimizers import OtherOptimizers
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import LayerUpdate, StepReport, UpdateReport, layer_update
+from hpc_oialr.method.second_moments import SecondMoments
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 
@@ -106,6 +107,7 @@ class OIALR:
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
+        self._moments = SecondMoments(self.config, self.engine)
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.targets, self._basis, self.engine)
@@ -116,6 +118,7 @@ class OIALR:
         self._attach()
         self._other_optimizers = OtherOptimizers(self._basis.core_lr, self.engine)
         self._other_optimizers.remember(self.targets)
+        self._watch()
 
     def _attach(self) -> None:
         """Register hooks on the model, its layers and the optimizers."""
@@ -178,12 +181,14 @@ class OIALR:
         """Remove all hooks from model and optimizer; layers stay as they are, the steps of cores are no longer scaled."""
         for model in (self.module, *(average for average, _ in self._basis.averages)):
             untie(model)
+        self._moments.forget()
         self._basis.core_lr.remove()
 
     def before_forward(self) -> None:
         """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
+        self._moments.tie()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -218,6 +223,7 @@ class OIALR:
                 layers += self._update(due)
         self._free_or_freeze_bases()
         self._frozen.remember(self.targets)
+        self._watch()
         return report.result()
 
     def _due_for_conversion(self) -> list[TargetWeight]:
@@ -239,9 +245,17 @@ class OIALR:
         if not low_rank or since <= 0 or since % self.config.frequency:
             return []
         self.updates += 1
-        share = min(1.0, self.config.layer_share_step * self.updates)
-        first = len(self.targets) - max(1, round(share * len(self.targets)))
-        return [target for target in self.targets[first:] if target in low_rank and not self._frozen(target)]
+        due = self._last(self.updates)
+        return [target for target in due if target in low_rank and not self._frozen(target)]
+
+    def _last(self, updates: int) -> list[TargetWeight]:
+        """The layers that an update of this number reaches."""
+        share = min(1.0, self.config.layer_share_step * updates)
+        return self.targets[len(self.targets) - max(1, round(share * len(self.targets))) :]
+
+    def _watch(self) -> None:
+        """Gather the second moments of layers that may be cut soon."""
+        self._moments.watch(self.t, self._dense(), self._last(self.updates + 1), self._tracker.streaks)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -255,11 +269,13 @@ class OIALR:
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
             try:
-                for i, factors, spectrum, seconds in weight_factors(targets, kept, self.engine):
+                for i, factors, spectrum, figures in weight_factors(
+                    targets, kept, self.engine, self._moments
+                ):
                     target = targets[i]
                     self._basis.convert(target, *factors)
                     self._tracker.forget(target.name)
-                    done[i] = layer_update(target.name, target.shape, target.k, kept[i], spectrum, seconds)
+                    done[i] = layer_update(target.name, target.shape, target.k, kept[i], spectrum, **figures)
             finally:
                 self._basis.order(self.targets)
         self._check_replicas(targets)
@@ -270,20 +286,22 @@ class OIALR:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         self._check(targets, state_of=self._low_rank())
         done: dict[int, LayerUpdate] = {}
+
+        def choose(layer: LowRankWeight, s: Tensor) -> int:
+            return self.config.limits.apply(self.config.rule.choose(s, layer.m, layer.n), layer.r, layer.k)
+
         with self.engine.changing(self.module):
             for target in targets if self.config.frees_bases else []:
                 if low_rank_layer(target).bases_trained:
                     self._basis.orthonormalise(target)
-            for rotation in core_rotations(targets, self.engine):
+            for rotation in core_rotations(targets, self.engine, self._moments, choose):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)
                 r, dtype = layer.r, self.engine.basis_dtype(layer)
                 layer.require_orthonormal(rotation.error, dtype, target.name)
-                wanted = self.config.rule.choose(rotation.spectrum, layer.m, layer.n)
-                keep = self.config.limits.apply(wanted, r, layer.k)
-                P, s, Qh = rotation.P[:, :keep], rotation.s[:keep], rotation.Qh[:keep]
+                keep = choose(layer, rotation.spectrum)
                 repair = rotation.error > self.config.bound_on_errors(dtype)
-                self._basis.rotate(target, P, s, Qh, repair=repair)
+                self._basis.rotate(target, *rotation.cut(keep), repair=repair)
                 done[rotation.index] = layer_update(
                     target.name,
                     target.shape,
@@ -355,8 +373,12 @@ class OIALR:
         return state | {"bases_trained": [name for name, layer in layers.items() if layer.bases_trained]}
 
     def tensor_state(self) -> dict[str, Tensor]:
-        """The bases kept for measuring stability in the full-rank phase; a collective call."""
-        return self._tracker.bases(self._dense())
+        """What was gathered for coming changes; a collective call.
+
+        Of every rank the second moments ``LAYER.moments.RANK`` where a change is near, and the bases kept for
+        measuring stability in the full-rank phase.
+        """
+        return self._tracker.bases(self._dense()) | self._moments.state()
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
@@ -382,6 +404,9 @@ class OIALR:
         self._remember_dense_weights(changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
+        self._moments.forget()
+        self._watch()
+        self._moments.restore(tensors or {})
         for target in self._low_rank() if self.config.frees_bases else []:
             low_rank_layer(target).train_bases(target.name in trained)
         if state["r"] and (trained or not changed):
@@ -390,7 +415,10 @@ class OIALR:
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:
         """Pre-hook of the model's ``load_state_dict``: layers are given the structure of the state."""
         self._other_optimizers.forget()
-        self._remember_dense_weights(self._loader.before_load(module, state, prefix, assign=assign))
+        changed = self._loader.before_load(module, state, prefix, assign=assign)
+        self._remember_dense_weights(changed)
+        if changed:
+            self._moments.forget()
 
     def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Pre-hook of the optimizer's ``load_state_dict``: groups of another structure raise an error."""

@@ -42,6 +42,8 @@ class LayerUpdate:
     r_factor_distance
         ``||R' - R||_F / ||R||_F``, with R of the weight's previous QR and R' the new one; None if there is none, and
         once the weight is low-rank.
+    by_moments
+        Whether second moments were gathered for this change.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerUpdate:
     subspace_angle_U: float | None = None
     subspace_angle_Vh: float | None = None
     r_factor_distance: float | None = None
+    by_moments: bool = False
 
     @property
     def cut_values(self) -> int:
@@ -101,10 +104,11 @@ class UpdateReport:
         return cut or any(each.reshaped for each in self.earlier)
 
 
-# Numbers broadcast for one layer: U, s and Vh; P, s, Qh and four figures; s and a BasisChange.
+# Numbers broadcast for one layer: U, s and Vh; P, s, Qh and four figures; s and a BasisChange. What moments chose is
+# another s, or P, s and Qh.
 _NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
-    "conversion": lambda layer: layer.r * (layer.m + layer.n) + layer.r_before,
-    "update": lambda layer: 2 * layer.r_before**2 + layer.r_before + 4,
+    "conversion": lambda layer: layer.r * (layer.m + layer.n + layer.by_moments) + layer.r_before,
+    "update": lambda layer: (2 * layer.r_before**2 + layer.r_before) * (1 + layer.by_moments) + 4,
     "stability": lambda layer: layer.r + 4,
 }
 

@@ -43,6 +43,7 @@ class TensorEngine(GroupEngine):
     """
 
     layout: Sharded
+    importances = ("weights",)
 
     def __init__(self, world: World, *, size: int, bucket_mb: float = 25.0) -> None:
         assert world.size % size == 0

@@ -1,0 +1,272 @@
+"""Second moments of layers' inputs and output gradients, gathered in the last steps before a conversion or an update.
+
+Each rank sums over its own samples in hooks that exist in these steps only; a change begins with one all-reduce a layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hpc_oialr.errors import ConfigError
+from hpc_oialr.linalg.arithmetic import without_autocast
+from hpc_oialr.linalg.svd import SVD, compute_dtype
+from hpc_oialr.linalg.weighted_svd import weighted_svd
+from hpc_oialr.lowrank import LowRankWeight, TargetWeight
+from hpc_oialr.lowrank.attachment import LayerHook
+from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.engine import Engine
+from hpc_oialr.torch_compat import is_transformed
+
+log = logging.getLogger(__name__)
+
+# Up to this many features a dense layer's moments are a full matrix.
+FULL = 4096
+
+
+class Moments(NamedTuple):
+    """Of the rows of a matrix (m) and of its columns (n): c x c, or c for a diagonal; None where nothing was seen.
+
+    For a convolution c is the number of input channels, and the same moments stand for all places in the kernel.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def within(self, U: Tensor, Vh: Tensor) -> Moments:
+        """In bases: ``U^T left U`` and ``Vh right Vh^T``."""
+        return Moments(_within(self.left, U.mT), _within(self.right, Vh))
+
+
+NOTHING = Moments(None, None)
+
+
+def _within(moments: Tensor | None, basis: Tensor) -> Tensor | None:
+    if moments is None:
+        return None
+    k, moments = len(basis), moments.to(basis.dtype)
+    by_channel = basis.reshape(k, len(moments), -1)
+    product = moments[:, None] * by_channel if moments.dim() == 1 else moments @ by_channel
+    return product.reshape(k, -1) @ basis.mT
+
+
+class _Sums:
+    """The sums of one layer on this rank, and the hooks that add to them."""
+
+    def __init__(self, target: TargetWeight, config: OIALRConfig) -> None:
+        layer, trained = target.low_rank, target.trained
+        self.target = target
+        # The sides of inputs and of gradients: transformers' Conv1D stores its weight input by output.
+        self._sides = ("left", "right") if target.kind == "Conv1D" else ("right", "left")
+        sides = self._sides if config.importance == "inputs and gradients" else self._sides[:1]
+        features = {"left": target.shape[0], "right": whole_shape(trained)[1]}
+        self._shapes: dict[str, torch.Size] = {}
+        for side in sides:
+            c = features[side] if layer is None else layer.r
+            full = layer is not None or (config.moments == "full" and c <= FULL)
+            self._shapes[side] = torch.Size((c, c) if full else (c,))
+        numbers = sum(shape.numel() for shape in self._shapes.values())
+        self.flat = torch.zeros(numbers, dtype=compute_dtype(trained.dtype), device=trained.device)
+
+    def totals(self) -> dict[str, Tensor]:
+        """The sums by side, views of ``flat``."""
+        parts = self.flat.split([shape.numel() for shape in self._shapes.values()])
+        return {side: part.view(self._shapes[side]) for side, part in zip(self._shapes, parts, strict=True)}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the inputs of a training pass."""
+        if not self._counts(module):
+            return
+        inputs = [*args, *kwargs.values()][:1]
+        if isinstance(module, nn.MultiheadAttention):
+            inputs = self._attended(args, kwargs)
+        for x in inputs:
+            self._add(module, x, self._sides[0])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Add the gradients of the output, once they are there."""
+        # An attention's output, a tuple, is not that of its input projection.
+        wanted = len(self._shapes) > 1 and isinstance(output, Tensor) and output.requires_grad
+        if wanted and self._counts(module):
+            reference = weakref.ref(self)
+
+            def add(gradient: Tensor) -> None:
+                if (sums := reference()) is not None:
+                    sums._add(module, gradient, sums._sides[1])
+
+            output.register_hook(add)
+
+    def _counts(self, module: nn.Module) -> bool:
+        captured = self.flat.is_cuda and torch.cuda.is_current_stream_capturing()
+        return module.training and torch.is_grad_enabled() and not captured and not is_transformed()
+
+    def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The inputs of a dense attention's projection, each once."""
+        names = ("query", "key", "value")
+        given = dict(zip(names, args, strict=False)) | {key: kwargs[key] for key in names if key in kwargs}
+        alone = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
+        if (name := alone.get(self.target.parameter)) is not None:
+            return [given[name]]
+        return list({id(x): x for x in given.values()}.values())
+
+    @torch.no_grad()
+    def _add(self, module: nn.Module, x: Tensor, side: str) -> None:
+        """Add ``x^T x``, with x as tokens x features; of a low-rank layer tokens x r."""
+        if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.layout is not torch.strided:
+            return
+        with without_autocast():
+            x = _features(module, x, side)
+            total = self.totals()[side]
+            x = x.to(total.dtype)
+            product = x.mT @ x if total.dim() == 2 else x.square().sum(0)
+            # Where a loss scale was too large gradients are not finite, and the step is not taken.
+            total += torch.where(torch.isfinite(product).all(), product, 0.0)
+
+
+def _features(module: nn.Module, x: Tensor, side: str) -> Tensor:
+    convolution, basis = isinstance(module, nn.modules.conv._ConvNd), None
+    if isinstance(module, LowRankWeight):
+        basis = module.U if side == "left" else module.Vh.mT
+        if convolution and side == "right":
+            filters = module.Vh.to(x.dtype).reshape(module.r, *module.dense_shape[1:])
+            x, basis = module._conv_forward(x, filters, None), None  # type: ignore[operator]
+    if convolution:
+        x = x.movedim(-1 - len(module.kernel_size), -1)  # type: ignore[arg-type]
+    x = x.reshape(-1, x.shape[-1])
+    return x if basis is None else x @ basis.to(x.dtype)
+
+
+class SecondMoments:
+    """Gathers the moments of the layers that change next; nothing if bases are chosen by the weights alone.
+
+    While dense layers are watched, n^2 numbers a layer on every rank (m^2 more with gradients); for the largest
+    products ``2 B n^2`` operations a step of B tokens. For low-rank ones r^2 numbers and ``2 B r (n + r)`` operations.
+
+    Raises :class:`ConfigError` if the engine's layers do not see whole inputs.
+    """
+
+    def __init__(self, config: OIALRConfig, engine: Engine) -> None:
+        self._config, self._engine = config, engine
+        self._sums: dict[str, _Sums] = {}
+        self._handles: list[RemovableHandle] = []
+        if config.importance not in engine.importances:
+            known = " or ".join(map(repr, engine.importances))
+            rule = f"under {type(engine).__name__} must be {known}, as a layer does not see the others whole"
+            raise ConfigError("importance", config.importance, rule)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": []}
+
+    def watch(
+        self,
+        t: int,
+        dense: Iterable[TargetWeight],
+        low_rank: Iterable[TargetWeight],
+        streaks: Mapping[str, int],
+    ) -> None:
+        """After step ``t``: gather in the next step for layers that may be cut in at most ``moments_steps`` steps.
+
+        ``dense`` may be converted, with their ``streaks`` of stability; of ``low_rank`` those that are, may be updated.
+        """
+        config, until = self._config, t + self._config.moments_steps
+        if config.importance == "weights":
+            return
+        if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
+            self._sums.clear()  # a change ends all windows
+        found: list[TargetWeight] = []
+        if config.next_conversion(t) <= until:
+            least = 0 if config.stability_threshold is None else config.stability_patience - 1
+            stable = (target for target in dense if streaks.get(target.name, 0) >= least)
+            found += [target for target in stable if config.limits.initial(target.k) < target.k]
+        if config.next_update(t) <= until:
+            found += [target for target in low_rank if target.low_rank is not None]
+        self._untie()
+        self._sums = {each.name: self._sums.get(each.name) or _Sums(each, config) for each in found}
+
+    def forget(self) -> None:
+        """Free all sums and remove the hooks."""
+        self._untie()
+        self._sums.clear()
+
+    def _untie(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def tie(self) -> None:
+        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors."""
+        if self._handles:
+            return
+        for sums in self._sums.values():
+            before, after = LayerHook(sums.before), LayerHook(sums.after)
+            holder = sums.target.holder
+            self._handles += [
+                holder.register_forward_pre_hook(before, with_kwargs=True),
+                holder.register_forward_hook(after, with_kwargs=True),
+            ]
+
+    def watches(self, target: TargetWeight) -> bool:
+        """Whether a layer's moments are gathered; the same on every rank."""
+        return target.name in self._sums
+
+    def reduce(self, target: TargetWeight) -> Moments:
+        """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
+        sums = self._sums.pop(target.name)
+        self._engine.data_parallel.all_reduce(sums.flat)
+        seen = {side: total for side, total in sums.totals().items() if bool(total.any())}
+        if not seen:
+            log.info("%s: bases from the weight alone, since no inputs were seen", target.name)
+        return Moments(seen.get("left"), seen.get("right"))
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's sums, ``NAME.moments.RANK``."""
+        rank = self._engine.world.rank
+        return {f"{name}.moments.{rank}": sums.flat for name, sums in self._sums.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's sums of :meth:`state`; of another number of ranks, those of every so many-th."""
+        world = self._engine.world
+        for name, sums in self._sums.items():
+            start = f"{name}.moments."
+            ranks = sorted(int(key.removeprefix(start)) for key in tensors if key.startswith(start))
+            for rank in ranks:
+                if rank % world.size == world.rank:
+                    sums.flat += tensors[f"{start}{rank}"].to(sums.flat)
+
+
+def approximate(factors: SVD, r: int, moments: Moments) -> SVD:
+    """``U diag(s) Vh`` cut to ``r``; by its largest values where nothing was seen."""
+    U, s, Vh = factors
+    inner = moments.within(U, Vh)
+    if r == len(s) or inner == (None, None):
+        return factors.leading(r)
+    P, values, Qh = weighted_svd(torch.diag(s), r, *inner)
+    return SVD(U @ P, values, Qh @ Vh)
+
+
+def approximate_shards(factors: SVD, r: int, moments: Moments, shape: tuple[int, int], engine: Engine) -> SVD:
+    """:func:`approximate` with this rank's rows of ``U`` and columns of ``Vh``; a collective call.
+
+    All ranks compute it; rank 0's result is used, k r numbers twice.
+    """
+    (U, s, Vh), layout = factors, engine.layout
+    left = None if moments.left is None else layout.whole_columns(U.mT.contiguous(), shape[0])
+    right = None if moments.right is None else layout.whole_columns(Vh, shape[1])
+    inner = Moments(
+        None if left is None else _within(moments.left, left),
+        None if right is None else _within(moments.right, right),
+    )
+    if inner == (None, None):
+        return factors.leading(r)
+    P, values, Qh = (part.contiguous() for part in weighted_svd(torch.diag(s), r, *inner))
+    engine.world.share([P, values, Qh])
+    return SVD(U @ P, values, Qh @ Vh)

@@ -1,0 +1,251 @@
+"""Bases chosen by what layers do: which passes count, the same on every engine, after a resume and in copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.small_training import batch, settings, small_model, train
+from support.spawn import spawn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hpc_oialr import OIALR, OIALRConfig, RankLimits, merge, muon_adamw
+from hpc_oialr.distributed import World
+from hpc_oialr.engines import FSDPEngine, TensorEngine
+from hpc_oialr.errors import ConfigError, UnknownNameError
+from hpc_oialr.linalg.weighted_svd import weighted_svd
+from hpc_oialr.lowrank.attachment import LayerHook
+
+BOTH = "inputs and gradients"
+LIMITS = RankLimits(at_conversion=0.5, round_to=1)
+
+
+def controller(model: nn.Module, **options: Any) -> OIALR:
+    defaults: dict[str, Any] = {"importance": "inputs", "moments_steps": 3, "limits": LIMITS}
+    return OIALR(model, muon_adamw(model, lr=0.01), settings(**{**defaults, **options}))
+
+
+def hooks(model: nn.Module) -> int:
+    registries = [(m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+    return sum(isinstance(h, LayerHook) for pair in registries for each in pair for h in each.values())
+
+
+class Attention(nn.Module):
+    """Self-attention with packed projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)), (12,), "0"),
+    "attention": (Attention, (5, 12), "attention.in_proj"),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 4, 1)),
+        (8, 6, 6),
+        "0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_conversion_is_the_best_for_the_inputs_of_the_last_steps(kind: str) -> None:
+    build, shape, name = MODELS[kind]
+    torch.manual_seed(0)
+    model = build()
+    scale = torch.logspace(0, -2, 12) if kind != "convolution" else torch.logspace(0, -2, 8)[:, None, None]
+    inputs = [torch.randn(16, *shape) * scale for _ in range(4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    oialr = OIALR(model, optimizer, settings(importance="inputs", moments_steps=3, limits=LIMITS))
+    target = next(target for target in oialr.targets if target.name == name)
+    W = target.weight.detach().reshape(target.shape).double()
+    for x in inputs:
+        oialr.model(x).square().mean().backward()
+        oialr.step()
+    counted = torch.cat(inputs[1:])  # the last three steps before the fourth, which converts
+    x = (counted.movedim(1, -1) if kind == "convolution" else counted).flatten(0, -2).double()
+    moments = x.mT @ x
+    if kind == "convolution":
+        moments = torch.kron(moments, torch.eye(9, dtype=torch.float64))
+    assert target.low_rank is not None
+    r = target.low_rank.r
+    expected = weighted_svd(W, r, None, moments)
+    torch.testing.assert_close(
+        target.low_rank.merged_weight().reshape(target.shape).double(),
+        expected.U @ torch.diag(expected.s) @ expected.Vh,
+        rtol=2e-3,
+        atol=2e-3,
+    )
+
+
+@pytest.mark.parametrize("moments", ["full", "diagonal"])
+@pytest.mark.parametrize("bases", ["inputs", BOTH])
+def test_outputs_change_less_than_by_weights(bases: str, moments: str) -> None:
+    def change(bases: str) -> float:
+        model = small_model()
+        oialr = controller(model, importance=bases, moments=moments, frequency=4)
+        changes = []
+        for t in range(12):
+            x, y = batch(t)
+            x = x * torch.logspace(0, -2, 12)
+            loss = cross_entropy(oialr.model(x), y)
+            loss.backward()
+            oialr.optimizer.step()
+            oialr.optimizer.zero_grad()
+            with torch.no_grad():
+                before = model(x)
+                report = oialr.step()
+                if report is not None:
+                    assert all(layer.by_moments == (bases != "weights") for layer in report.layers)
+                    changes.append(float((model(x) - before).square().mean()))
+        assert len(changes) == 3
+        return sum(changes)
+
+    assert change(bases) < 0.5 * change("weights")
+
+
+def test_evaluations_are_not_counted_and_hooks_go() -> None:
+    def run(evaluate: bool) -> tuple[nn.Module, list[int]]:
+        model = small_model()
+        oialr, seen = controller(model, importance=BOTH), []
+        for _ in range(8):
+            if evaluate:
+                model.eval()
+                model(torch.full((3, 12), 100.0)).sum().backward()
+                model.train()
+                with torch.no_grad():
+                    model(torch.full((3, 12), 100.0))
+            train(oialr, oialr.optimizer, 1)
+            model(batch(0)[0])
+            seen.append(hooks(model))
+        oialr.detach()
+        assert hooks(model) == 0
+        return model, seen
+
+    (alone, seen), (evaluated, _) = run(False), run(True)
+    # Two hooks on each of the layers that the next change may cut: conversion after 4 steps, updates every 3.
+    assert seen == [4] * 8
+    for p, q in zip(alone.parameters(), evaluated.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_nothing_is_registered_by_weights_or_between_windows() -> None:
+    model = small_model()
+    oialr = controller(model, moments_steps=1)
+    counts = []
+    for _ in range(8):
+        train(oialr, oialr.optimizer, 1)
+        model(batch(0)[0])
+        counts.append(hooks(model) > 0)
+    # Only before the conversion (4) and the update (7).
+    assert counts == [False, False, True, False, False, True, False, False]
+    model = small_model()
+    oialr = controller(model, importance="weights")
+    train(oialr, oialr.optimizer, 3)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 6])
+def test_resumes_bitwise_within_a_window(at: int) -> None:
+    options = {"importance": BOTH, "frequency": 4}
+    model = small_model()
+    oialr = controller(model, **options)
+    train(oialr, oialr.optimizer, at)
+    buffer = io.BytesIO()
+    state = oialr.state_dict(), oialr.tensor_state(), model.state_dict(), oialr.optimizer.state_dict()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    losses = train(oialr, oialr.optimizer, 8)
+
+    counters, tensors, values, moments = torch.load(buffer)
+    again = small_model(seed=1)
+    resumed = controller(again, **options)
+    resumed.load_state_dict(counters, tensors)
+    again.load_state_dict(values)
+    resumed.optimizer.load_state_dict(moments)
+    assert train(resumed, resumed.optimizer, 8) == losses
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_alone(copied: Callable[[Any], Any]) -> None:
+    model = small_model()
+    oialr = controller(model, importance=BOTH)
+    train(oialr, oialr.optimizer, 2)
+    twin = copied(oialr)
+    frozen = copy.deepcopy(model)
+    before = [part.clone() for part in oialr.tensor_state().values()]
+    frozen(batch(0)[0]).sum().backward()
+    train(twin, twin.optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, oialr.tensor_state().values(), strict=True))
+    assert hooks(merge(model)) == 0
+    assert train(twin, twin.optimizer, 8) == train(oialr, oialr.optimizer, 9)[1:]
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(UnknownNameError, match="unknown importance 'input'"):
+        OIALRConfig(importance="input")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="unknown moments"):
+        OIALRConfig(moments="half")  # type: ignore[arg-type]
+
+
+def _trained(rank: int, size: int, sharded: bool) -> tuple[list[float], list[Tensor], bool]:
+    torch.set_num_threads(1)
+    world = World.from_environment(device="cpu") if size > 1 else World()
+    model = small_model(dtype=torch.float64)
+    engine = FSDPEngine(world) if sharded else None
+    if engine is not None:
+        engine.place(model)
+    oialr = OIALR(
+        model,
+        muon_adamw(model, lr=0.01),
+        settings(importance=BOTH, moments_steps=3, limits=LIMITS),
+        engine=engine,
+    )
+    losses, weighted = [], True
+    for t in range(12):
+        x, y = (part.chunk(size)[rank] for part in batch(t, torch.float64))
+        loss = cross_entropy(oialr.model(x), y)
+        loss.backward()
+        oialr.optimizer.step()
+        oialr.optimizer.zero_grad()
+        report = oialr.step()
+        weighted &= report is None or all(layer.by_moments for layer in report.layers)
+        losses.append(float(world.all_reduce(loss.detach().clone())) / size)
+    full = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+    return losses, full, weighted
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_choose_the_same_bases_as_one_process(sharded: bool) -> None:
+    alone, _, _ = _trained(0, 1, False)
+    first, second = spawn(_trained, 2, sharded)
+    assert first[0] == second[0] == pytest.approx(alone, rel=1e-8)
+    assert first[2]
+    assert all(torch.equal(p, q) for p, q in zip(first[1], second[1], strict=True))
+
+
+def _tensor_parallel(rank: int, size: int) -> str:
+    torch.set_num_threads(1)
+    engine = TensorEngine(World.from_environment(device="cpu"), size=size)
+    model = small_model()
+    engine.place(model)
+    with pytest.raises(ConfigError) as error:
+        OIALR(model, muon_adamw(model, lr=0.01), settings(importance="inputs"), engine=engine)
+    return str(error.value)
+
+
+def test_tensor_parallel_layers_refuse() -> None:
+    for message in spawn(_tensor_parallel, 2):
+        assert message.startswith("importance is 'inputs'; under TensorEngine must be 'weights'")
