@@ -150,7 +150,7 @@ class _Run:
 
         The seam for a captured step: all inputs are on the device and no value comes back to the host. A CUDA graph
         of this function must be captured anew whenever ``oialr.step()`` reports an update, needs the batch in fixed
-        buffers, and learning rates as tensors, since ``rates.set`` gives Python numbers that a graph would keep.
+        buffers, and learning rates as tensors, ``rates.device``; as hpc_oialr.train.cuda_graph does for ``oialr train``.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.criterion(self.model(pixel_values=pixels).logits, labels)

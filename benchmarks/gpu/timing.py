@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
+
+from hpc_oialr.train.cuda_graph import CaptureError, capture
 
 # Called with the number of an input set, 0 <= i < sets.
 Call = Callable[[int], object]
@@ -147,18 +148,10 @@ def captured(
             call()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
-        with torch.cuda.graph(graph, pool=cast(Any, pool)):
-            call()
-    except Exception as error:
-        # After a failed capture torch 2.11 stays on the capture's stream. The first error is the cause; the end
-        # of the capture then raises one of its own.
-        torch.cuda.set_stream(stream)
-        torch.cuda.synchronize(device)
-        cause = str(error.__context__ or error).splitlines() or [type(error).__name__]
-        return call, f"eager: {cause[0][:160]}"
-    return graph.replay, "graph"
+        return capture(call, device, pool=pool)[0], "graph"
+    except CaptureError as error:
+        return call, f"eager: {error}"
 
 
 def synchronise(device: torch.device) -> None:

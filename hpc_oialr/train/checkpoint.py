@@ -23,6 +23,9 @@ from hpc_oialr.train.run_context import RunContext, seed_process
 from hpc_oialr.train.same_run import require_same_data, require_same_model, require_settings, stored
 from hpc_oialr.train.timing import Timers
 
+# Options of an optimizer that say how a device computes its step: a run may go on on another one.
+_OF_DEVICE = ("fused", "foreach", "capturable")
+
 
 @dataclass
 class Progress:
@@ -190,7 +193,12 @@ def load_optimizer(
         state.setdefault(index[parameter], {})[key] = tensor
     # JSON has no tuples.
     groups = [
-        group | {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved["options"].items()}
+        group
+        | {
+            k: tuple(v) if isinstance(group.get(k), tuple) else v
+            for k, v in saved["options"].items()
+            if k not in _OF_DEVICE
+        }
         for group, saved in zip(optimizer.state_dict()["param_groups"], rest["groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -53,6 +53,10 @@ class TrainConfig:
         Batch statistics over all ranks; on GPUs only.
     activation_checkpointing
         Recompute activations in the backward pass, where the model can.
+    cuda_graph
+        Whether a whole step is captured as a CUDA graph and replayed, which takes the launches off the host: "auto"
+        on one GPU, unless something prevents it, which the log and ``summary.json`` name; "on" makes that an error;
+        "off". It is captured anew, in about a second, after every change of r.
     workers
         Data loader processes; 0 = load in the training process.
     device
@@ -82,6 +86,7 @@ class TrainConfig:
     early_stopping: int | None = None
     sync_batch_norm: bool = False
     activation_checkpointing: bool = False
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     workers: int = 0
     device: str | None = None
     timeout_s: float = 600.0

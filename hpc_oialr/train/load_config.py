@@ -38,7 +38,10 @@ RETIRED = {
     "record.spectra_writer": "rank 0 writes all spectra",
 }
 # What true and false mean: YAML 1.1 reads "on" and "off" as such, and earlier versions wrote them.
-SWITCHES = {"compile": {False: "off", True: "model"}}
+SWITCHES = {
+    "compile": {False: "off", True: "model"},
+    "train.cuda_graph": {False: "off", True: "on"},
+}
 
 log = logging.getLogger(__name__)
 

@@ -31,6 +31,8 @@ def process_settings(world: World, *, tf32: bool = True, compiled: bool = False)
     deepspeed, environment = logging.getLogger("DeepSpeed"), dict(os.environ)
     with ExitStack() as stack, warnings.catch_warnings():
         stack.callback(_restore_environment, environment)
+        # The steps before a CUDA graph is captured are meant to be without one.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         stack.callback(deepspeed.setLevel, deepspeed.level)
         if compiled:
             # Every set of shapes is compiled once; by default torch gives up on a function after 8.

@@ -20,6 +20,7 @@ from hpc_oialr.record.owner import Claim, Ownership
 from hpc_oialr.redaction import mask_tree
 from hpc_oialr.system_errors import read_json
 from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.cuda_graph import refusal
 from hpc_oialr.train.load_config import LoadedConfig, load_config
 from hpc_oialr.train.process_settings import log_into, process_settings
 from hpc_oialr.train.recorder import Recorder
@@ -182,6 +183,7 @@ def _run(
         channel = open_channel(world)
         # Before the folder is made: most errors are raised here.
         context = make_run_context(config, world)
+        refusal(context)
         with owned(folder, world, claim) as held, log_into(folder.logs / f"process_{world.rank}.log"):
             if world.is_main:
                 _begin_folder(folder, loaded)

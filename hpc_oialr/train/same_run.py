@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 RESUMABLE = (
     "engine",
     "compile",
+    "train.cuda_graph",
     "train.device",
     "train.timeout_s",
     "train.stop_signal",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hpc_oialr.errors import ConfigError, check_interval
@@ -114,22 +116,32 @@ class LearningRates:
     """Sets every group's learning rate to its initial value times ``factor(step)``.
 
     Groups keep their order when the method replaces parameters in them.
+
+    Attributes
+    ----------
+    current
+        Learning rate of the first group.
+    device
+        Where the rates are tensors (fp32), for steps that a CUDA graph holds; None for numbers.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         self.optimizer, self.factor = optimizer, factor
         self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.current = self.base[0]
+        self.device: torch.device | None = None
 
     def set(self, step: int) -> None:
         """Set the learning rates for step ``step`` (from 0)."""
         factor = self.factor(step)
+        self.current = self.base[0] * factor
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
-            group["lr"] = base * factor
-
-    @property
-    def current(self) -> float:
-        """Learning rate of the first group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+            if self.device is None:
+                group["lr"] = base * factor
+            elif isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = torch.tensor(base * factor, dtype=torch.float32, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Initial learning rates, fit for JSON."""

@@ -25,6 +25,8 @@ class Task(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str]  # what count() counts
+    # Whether loss() uses its rng, or anything else that the host decides anew in each step: a CUDA graph cannot hold it.
+    draws: bool = True
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
@@ -89,6 +91,7 @@ class Classification(Task):
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, getattr(self, name), "must not be negative")
+        self.draws = bool(self.mixup or self.cutmix)
 
     def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean cross-entropy of a batch with ``pixel_values`` (B x C x H x W) and ``labels`` (B)."""
@@ -160,6 +163,7 @@ class Forecasting(Task):
     metric = "mse"
     higher_is_better = False
     unit = "windows"
+    draws = False
 
     def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
         """Mean negative log-likelihood."""
@@ -200,6 +204,7 @@ class LanguageModelling(Task):
     metric = "bits_per_byte"
     higher_is_better = False
     unit = "tokens"
+    draws = False
 
     loss_chunk: int | Literal["auto"] | None = "auto"
 

@@ -25,6 +25,7 @@ from hpc_oialr.train import checkpoint
 from hpc_oialr.train.bf16_params import cast_parameters
 from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
+from hpc_oialr.train.cuda_graph import GraphedStep, refusal
 from hpc_oialr.train.recorder import Recorder
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timing import Stopping, StopRequest, Timers
@@ -58,6 +59,11 @@ class Trainer:
         self.timers = Timers(context.world.device)
         self.progress = Progress()
         self.first_graphs: int | None = None
+        self._graph = GraphedStep(
+            self._compute, context.module, context.world.device, refusal=refusal(context)
+        )
+        if not self._graph.refusal:
+            context.rates.device = context.world.device
         total, count = context.total_steps, min(self.config.train.evaluations, context.total_steps)
         self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
@@ -97,20 +103,28 @@ class Trainer:
         context, progress, step = self.context, self.progress, self.progress.step
         with self.recorder.probe(step):
             context.rates.set(step)
-            loss = forward_backward(context, batch, step)
-            clip = self.config.train.gradient_clip
-            clipped = [] if clip is None else [p for p in context.module.parameters() if p.requires_grad]
-            context.engine.update(context.optimizer, context.scaler, clipped, clip)
+            loss = self._graph(batch)
             self.recorder.collect()
             start = time.perf_counter()
             report = context.controller.step()
             if report is not None:
                 self.timers.seconds["update"] += time.perf_counter() - start
+                if report.kind != "stability":
+                    self._graph.forget()
                 self.recorder.update(report)
         progress.step = step + 1
         if self.first_graphs is None:
             self.first_graphs = graphs_compiled()
         self.recorder.step(progress.step, loss, self._waited_s, self.timers)
+
+    def _compute(self, batch: Batch) -> Tensor:
+        """The part of a step that a CUDA graph can hold: from the batch to changed parameters; returns the loss."""
+        context = self.context
+        loss = forward_backward(context, batch, self.progress.step)
+        clip = self.config.train.gradient_clip
+        clipped = [] if clip is None else [p for p in context.module.parameters() if p.requires_grad]
+        context.engine.update(context.optimizer, context.scaler, clipped, clip)
+        return loss
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches from the current step to the last one."""
@@ -206,6 +220,7 @@ class Trainer:
             "peak_memory_gib": self.recorder.peak_memory_gib(progress.peak_memory_gib),
             "peak_rss_gib": peak_rss_bytes() / 1024**3,
             "r": context.controller.r,
+            "cuda_graph": self._graph.status,
             "recompilations": 0 if self.first_graphs is None else graphs_compiled() - self.first_graphs,
             "world_size": context.world.size,
             "seed": self.config.train.seed,

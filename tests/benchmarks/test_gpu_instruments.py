@@ -62,7 +62,11 @@ class FakeCuda(types.SimpleNamespace):
     """The part of ``torch.cuda`` that a capture uses, with a capture that fails as torch 2.11 does."""
 
     def __init__(self, *, fails):
-        super().__init__(fails=fails, streams=[], replays=0, clock_ms=0.0)
+        super().__init__(fails=fails, streams=[], replays=0, clock_ms=0.0, states=["capturing"])
+        generator = types.SimpleNamespace(
+            clone_state=lambda: "a copy", graphsafe_set_state=self.states.append
+        )
+        self.default_generators = (generator,)
 
     def Stream(self, device):
         return types.SimpleNamespace(wait_stream=lambda other: None)
@@ -104,7 +108,7 @@ class FakeCuda(types.SimpleNamespace):
 
         return types.SimpleNamespace(replay=replay)
 
-    def graph(self, graph, pool=None):
+    def graph(self, graph, pool=None, capture_error_mode=None):
         cuda = self
 
         class Capture:
@@ -133,6 +137,7 @@ def test_a_call_that_cannot_be_captured_runs_eagerly_and_says_why(monkeypatch):
     assert run_it is waits
     assert method == "eager: operation not permitted when stream is capturing"
     assert cuda.streams == ["the caller's"]
+    assert cuda.states == ["capturing", "a copy"]
     assert calls == [False, False, False, True]
 
 
