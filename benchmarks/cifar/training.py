@@ -244,6 +244,7 @@ def _optimizer(variant: Variant, model: nn.Module) -> torch.optim.Optimizer:
         model,
         lr=variant.lr,
         core_lr=variant.core_lr,
+        bases_lr=None if variant.free_from is None else variant.bases_lr or variant.lr,
         adamw_lr=variant.rest_lr,
         dense_algorithm="muon" if variant.optimizer == "muon" else "adamw",
         weight_decay=variant.weight_decay,

@@ -63,6 +63,10 @@ class Variant:
         Carry the optimizer's moments through changes of basis.
     core_lr_scale
         Of a core's step under an optimizer without rates for cores; None = chosen by the optimizer.
+    free_from, free_until
+        Shares of the run between which U and Vh are trained too; None = never, and to the end.
+    bases_lr
+        Of U and Vh then; None = ``lr``.
     layer_share
         Updates reach this share more of the layers each time.
     keep_first
@@ -92,6 +96,9 @@ class Variant:
     round_to: int | None = None
     carry: bool = True
     core_lr_scale: float | None = None
+    free_from: float | None = None
+    free_until: float | None = None
+    bases_lr: float | None = None
     layer_share: float = 1.0
     keep_first: bool = False
 
@@ -122,7 +129,10 @@ class Variant:
     def oialr(self, steps: int, dim: int) -> tuple[OIALRConfig, RankRule]:
         """The method's settings for a run of ``steps`` steps, and its rule."""
         rule = make_rule(self)
+        until = None if self.free_until is None else round(self.free_until * steps)
+        phases = [] if self.free_from is None else [(round(self.free_from * steps), until)]
         config = OIALRConfig(
+            bases_trained=phases,
             delay=max(1, round(self.delay * steps)),
             frequency=max(1, round((self.until - self.delay) * steps / self.cuts)),
             rule=rule,

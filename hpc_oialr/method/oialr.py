@@ -316,8 +316,10 @@ class OIALR:
 
     def _free_or_freeze_bases(self) -> None:
         """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
-        wanted = self.config.trains_bases(self.t)
-        low_rank = self._low_rank() if self.config.frees_bases else []
+        wanted, low_rank = (
+            self.config.trains_bases(self.t),
+            self._low_rank() if self.config.frees_bases else [],
+        )
         if not (due := [target for target in low_rank if low_rank_layer(target).bases_trained != wanted]):
             return
         self._check(due, state_of=due)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -86,14 +85,20 @@ class Planner:
 
     @cached_property
     def stages(self) -> dict[str, Phase]:
-        """The phases that are reported: "dense"; after the conversion also "converted" and "end"."""
+        """The phases that are reported: "dense"; after the conversion also "converted" and "end".
+
+        "factors": the first in which bases are trained, if they are frozen in another.
+        """
         every = self.phases(self.workload.total_steps)
-        return {"dense": every[0]} | ({"converted": every[1], "end": every[-1]} if len(every) > 1 else {})
+        found = {"dense": every[0]} | ({"converted": every[1], "end": every[-1]} if len(every) > 1 else {})
+        trained = [phase for phase in every if phase.trained]
+        return found | ({"factors": trained[0]} if 0 < len(trained) < len(every) - 1 else {})
 
     @cached_property
     def first_events(self) -> dict[str, Phase]:
         """The phases that begin with the conversion and with the first update, by event."""
-        return {phase.event: phase for phase in reversed(self.phases(self.workload.total_steps)[1:3])}
+        events = [p for p in self.phases(self.workload.total_steps)[1:] if p.event != "bases"]
+        return {phase.event: phase for phase in reversed(events[:2])}
 
     def deployment(self, nodes: int, per_node: int, engine: EngineConfig) -> Deployment:
         """Processes on ``nodes`` nodes, each with its share of the batch."""
@@ -118,6 +123,9 @@ class Planner:
             row: dict[str, Any] = {"engine": label(engine), "nodes": count, "processes": d.processes}
             row |= {"batch": d.batch, "global_batch": batch}
             reason = d.incompatibility(batch, accumulation=train.accumulation, optimizer=optimizer)
+            method = self.workload.config.oialr
+            if method is not None and method.frees_bases and not isinstance(engine, (Single, DDP)):
+                reason = "trains no bases (oialr.train, oialr.bases_trained); DDP does"
             if reason is None:
                 row |= self._figures(d, batch)
                 row["fits"] = row["peak_gib"] <= self.memory_gib
@@ -127,11 +135,12 @@ class Planner:
             rows.append(row)
         return rows
 
-    def _step(self, d: Deployment, r: Mapping[str, int]) -> Step:
+    def _step(self, d: Deployment, phase: Phase) -> Step:
         """A traced step; deployments that are traced alike share one, since a trace takes some seconds."""
-        key = ("" if d.bare else repr(d.engine), 1 if d.bare else d.processes, d.batch, *r.values())
+        engine, processes = ("", 1) if d.bare else (repr(d.engine), d.processes)
+        key = (engine, processes, d.batch, phase.trained, *phase.r.values())
         if key not in self._traces:
-            self._traces[key] = trace_step(self.workload, d, r)
+            self._traces[key] = trace_step(self.workload, d, phase.r, trained=phase.trained)
         return self._traces[key]
 
     def advice(self, d: Deployment, nodes: Sequence[int]) -> str:
@@ -149,7 +158,7 @@ class Planner:
 
     def _figures(self, d: Deployment, global_batch: int) -> dict[str, Any]:
         total = self.workload.with_train(global_batch=global_batch).total_steps
-        steps = {name: self._step(d, phase.r) for name, phase in self.stages.items()}
+        steps = {name: self._step(d, phase) for name, phase in self.stages.items()}
         figures: dict[str, Any] = {"steps": total}
         for name, step in steps.items():
             memory, sent = step_cost.footprint(step, d), step_cost.messages(step, d)
@@ -202,26 +211,34 @@ class Planner:
             # New buckets are made before the old ones are freed.
             resident += memory.gradients
             for name, r in phase.before.items():
-                trained = math.prod(self.shapes[name]) if phase.event == "conversion" else r * r
-                resident -= 4.0 * (trained - phase.r[name] ** 2)
+                m, n = self.shapes[name]
+                bases = m + n if phase.trained else 0
+                trained = m * n if phase.event == "conversion" else r * (r + bases)
+                resident -= 4.0 * (trained - phase.r[name] * (phase.r[name] + bases))
         if d.sharded:
             return resident + step_cost.sharded_event_bytes(self.shapes, phase, d.processes)
         # At most one result of each layer is alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:
-            peak = trace_event(self.workload, phase, self.rule, processes=key[0], held=key[1])
+            trained = self.stages[BEFORE[phase.event]].trained
+            peak = trace_event(
+                self.workload, phase, self.rule, processes=key[0], held=key[1], trained=trained
+            )
             self._event_peaks[key] = peak
         alone = step_cost.footprint(before, Deployment(d.engine, 1, 1))
         return self._event_peaks[key] + resident - alone.resident
 
     def _step_s(self, phase: Phase, figures: Mapping[str, float]) -> float:
-        """Time of a step of any phase: interpolated by the low-rank layers' operations between "converted" and "end"."""
+        """Time of a step of any phase: interpolated by operations between reported ones with bases trained or not."""
         if not phase.r:
             return figures["dense_step_s"]
-        first, last = figures["converted_step_s"], figures["end_step_s"]
+        stages = [name for name in ("converted", "end", "factors") if name in self.stages]
+        alike = [name for name in stages if self.stages[name].trained == phase.trained] or stages
+        begin, end = alike[0], alike[-1]
+        first, last = figures[f"{begin}_step_s"], figures[f"{end}_step_s"]
         # Multiply-adds per token, forward and backward.
         here, high, low = (
             sum(2 * r * sum(self.shapes[name]) + 3 * r * r for name, r in p.r.items())
-            for p in (phase, self.stages["converted"], self.stages["end"])
+            for p in (phase, self.stages[begin], self.stages[end])
         )
         return last + (first - last) * ((here - low) / (high - low) if high > low else 0.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,9 +21,11 @@ class Phase:
 
     start: int  # steps done before it
     steps: int  # its length
-    event: Literal["start", "conversion", "update"]  # what it begins with
+    # What it begins with; "bases" are trained from now on, or frozen.
+    event: Literal["start", "conversion", "update", "bases"]
     before: Mapping[str, int]  # r before the event of each layer it works on; k at the conversion
     r: Mapping[str, int]  # of each low-rank layer from now on; empty while the model is dense
+    trained: bool = False  # whether U and Vh of these layers are trained
 
 
 def predictable_rule(rule: RankRule, r_fraction: float) -> tuple[RankRule, str | None]:
@@ -65,5 +68,16 @@ def phases(
             shape, k = shapes[name], min(shapes[name])
             new = limits.apply(rule.choose(_NO_VALUES, *shape), r[name], k) if number else limits.initial(k)
             r = {**r, name: new}
-        found.append(Phase(start, end - start, "update" if number else "conversion", before, r))
+        found += _split(Phase(start, end - start, "update" if number else "conversion", before, r), config)
     return found
+
+
+def _split(phase: Phase, config: OIALRConfig) -> list[Phase]:
+    """At the steps in which bases begin or cease to be trained."""
+    end = phase.start + phase.steps
+    changes = {t for pair in config.bases_trained for t in pair if t is not None and phase.start < t < end}
+    parts = []
+    for start, stop in pairwise([phase.start, *sorted(changes), end]):
+        part = phase if start == phase.start else Phase(start, 0, "bases", {}, phase.r)
+        parts.append(replace(part, steps=stop - start, trained=config.trains_bases(start)))
+    return parts

@@ -128,7 +128,10 @@ def probe(workload: Workload, rule: RankRule | None, batches: Iterable[int], thr
             f"--probe trains for some steps, but {workload.assumption}. Fetch the data, or leave out --probe."
         )
     found, batches, threads_before = Measured(), sorted(set(batches)), torch.get_num_threads()
-    context = workload.run_context(SingleEngine(World()), batch=batches[-1], rule=rule, fake_data=False)
+    trained = workload.config.oialr is not None and workload.config.oialr.train == "factors"
+    context = workload.run_context(
+        SingleEngine(World()), batch=batches[-1], rule=rule, trained=trained, fake_data=False
+    )
     run = ScriptedRun(context)
     small = run.samples(batches[0])
     for stage in STAGES if workload.config.oialr is not None else STAGES[:1]:
@@ -191,7 +194,9 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
     start = time.perf_counter()
     batch = workload.config.train.accumulation
     built = engine.build(world, workload.config.train.precision)
-    context = workload.run_context(built, batch=batch, rule=rule)
+    method = workload.config.oialr
+    trained = method is not None and method.frees_bases
+    context = workload.run_context(built, batch=batch, rule=rule, trained=trained)
     if isinstance(context.controller.model, DistributedDataParallel):
         # DDP's own all-reduce would wait for the other ranks.
         context.controller.model.register_comm_hook(None, _all_reduce_alone)

@@ -49,17 +49,20 @@ class Step:
         return float(sum(self.passes.flops.values()) + sum(self.update.flops.values()))
 
 
-def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int]) -> Step:
-    """One step of rank 0, whose shards are the largest; ``r`` of every low-rank layer, empty if all are dense."""
+def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int], *, trained: bool = False) -> Step:
+    """One step of rank 0, whose shards are the largest; ``r`` of every low-rank layer, empty if all are dense.
+
+    With their bases ``trained`` or frozen.
+    """
     with fake_world(0, 1 if d.bare else d.processes) as world:
         built = d.engine.build(world, workload.config.train.precision)
         with fake_tensors():
-            context = traced_context(workload, built, batch=d.batch, r=r)
+            context = traced_context(workload, built, batch=d.batch, r=r, trained=trained)
             context.module.train()
             # FSDP2 sets its parameters' gradients itself, later: they are not told apart from other memory.
-            fsdp, trained = isinstance(context.engine, FSDPEngine), trained_parameters(context)
+            fsdp, parameters = isinstance(context.engine, FSDPEngine), trained_parameters(context)
             forward = Tracer(resident_tensors(context.module, context.optimizer), resizing=fsdp)
-            noted = [] if fsdp else trained
+            noted = [] if fsdp else parameters
             handles = [p.register_post_accumulate_grad_hook(forward.note_gradient) for p in noted]
             with forward:
                 # Made here, so that it counts: on a GPU it is copied there in each step.
@@ -70,7 +73,7 @@ def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int]) -> Step:
             # The optimizer makes its state in its first update; the second one is like all others.
             _update(context)
             update = Tracer(resident_tensors(context.module, context.optimizer), resizing=fsdp)
-            for parameter in trained:
+            for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
                 update.note_gradient(parameter)
             with update:
@@ -80,21 +83,28 @@ def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int]) -> Step:
 
 
 def traced_context(
-    workload: Workload, engine: Engine, *, batch: int, r: Mapping[str, int], rule: RankRule | None = None
+    workload: Workload,
+    engine: Engine,
+    *,
+    batch: int,
+    r: Mapping[str, int],
+    rule: RankRule | None = None,
+    trained: bool = False,
 ) -> RunContext:
-    """A context of tensors without data, dense or with given r."""
+    """A context of tensors without data, dense or with given r, and with bases ``trained`` or frozen."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if workload.config.train.precision == "float64" else torch.float32)
     try:
         # Messages of SyncBatchNorm carry no gradients, and its layers are for GPUs.
         workload = workload.with_train(sync_batch_norm=False)
-        context = workload.run_context(engine, batch=batch, rule=rule)
+        context = workload.run_context(engine, batch=batch, rule=rule, trained=trained)
     finally:
         torch.set_default_dtype(before)
     # A scaler selects by values.
     context.scaler = torch.amp.GradScaler("cpu", enabled=False)
     if r:
-        context.controller.load_state_dict({"t": 1, "updates": 0, "r": dict(r), "streaks": {}})
+        state = {"t": 1, "updates": 0, "r": dict(r), "streaks": {}}
+        context.controller.load_state_dict(state | {"bases_trained": list(r) if trained else []})
         dtype = {**AUTOCAST, "bf16-params": torch.bfloat16}.get(workload.config.train.precision)
         for layer in low_rank_layers(context.module).values():
             if dtype is not None and layer.autocast_copies is not None:
@@ -122,17 +132,24 @@ def _resident(context: RunContext) -> Resident:
 
 
 def trace_event(
-    workload: Workload, phase: Phase, rule: RankRule | None, *, processes: int, held: bool
+    workload: Workload,
+    phase: Phase,
+    rule: RankRule | None,
+    *,
+    processes: int,
+    held: bool,
+    trained: bool = False,
 ) -> float:
     """Most bytes of one process during the event at the beginning of ``phase``; replicated matrices.
 
     The SVDs are distributed over ``processes``; as many results are alive at once. ``held``: the old parameters are
-    kept until the end, as ``DistributedDataParallel`` keeps them.
+    kept until the end, as ``DistributedDataParallel`` keeps them. Bases are ``trained`` or frozen before an update.
     """
     with fake_world(0, processes) as world, fake_tensors(), fake_collectives():
         update = phase.event == "update"
         r = {name: phase.before.get(name, r) for name, r in phase.r.items()} if update else {}
-        run = ScriptedRun(traced_context(workload, SingleEngine(world), batch=1, r=r, rule=rule))
+        context = traced_context(workload, SingleEngine(world), batch=1, r=r, rule=rule, trained=trained)
+        run = ScriptedRun(context)
         # With made-up values all bases would be repaired, which a real first update does not do.
         run.method.config.orthogonality_bound = math.inf
         for parameter in trained_parameters(run.context):

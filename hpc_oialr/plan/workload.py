@@ -91,16 +91,24 @@ class Workload:
         return {key: many(one) for key, one in self.sample.items()}
 
     def run_context(
-        self, engine: Engine, *, batch: int, rule: RankRule | None = None, fake_data: bool = True
+        self,
+        engine: Engine,
+        *,
+        batch: int,
+        rule: RankRule | None = None,
+        trained: bool = False,
+        fake_data: bool = True,
     ) -> RunContext:
         """A run under a built engine, in which conversion and updates happen on request only.
 
-        ``batch`` samples per process and step; ``rule`` instead of the recipe's; made-up data, or the recipe's.
+        ``batch`` samples per process and step; ``rule`` instead of the recipe's; bases ``trained`` or frozen all along;
+        made-up data, or the recipe's.
         """
         config, method = self.config, self.config.oialr
         if method is not None:
             method = replace(method, delay=NEVER, frequency=NEVER, rule=rule or method.rule)
             method = replace(method, stability_frequency=None, stability_threshold=None)
+            method = replace(method, train="factors" if trained else "cores", bases_trained=[])
         global_batch = batch * engine.data_parallel.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import cifar
+from benchmarks import bases_trained, cifar
 from benchmarks.cifar.images import Batches
 from benchmarks.cifar.runs import RowFile
 from benchmarks.cifar.training import _Run
-from benchmarks.cifar.variants import Line, parse
+from benchmarks.cifar.variants import Line, Variant, parse
 from hpc_oialr.errors import ConfigError, DataError, UnknownNameError
 
 Image = pytest.importorskip("PIL.Image")
@@ -240,6 +240,20 @@ def test_variants_from_words_and_files(tmp_path: Path) -> None:
 def test_wrong_variants_are_refused(word: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse([word])
+
+
+def test_bases_are_free_in_a_part_of_the_run() -> None:
+    always, middle, never = (
+        Variant(name="x", low_rank=True, free_from=start, free_until=end).oialr(1000, 192)[0]
+        for start, end in ((0.0, None), (0.3, 0.6), (None, None))
+    )
+    assert always.bases_trained == [(0, None)]
+    assert (middle.bases_trained, never.frees_bases) == ([(300, 600)], False)
+    assert {variant.name for variant in bases_trained.variants()} >= {
+        "cores",
+        "factors",
+        "factors at the end",
+    }
 
 
 def test_r_falls_down_a_straight_line() -> None:

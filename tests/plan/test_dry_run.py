@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch.distributed as dist
 
@@ -25,6 +27,14 @@ def test_some_of_1024_processes(workload, engine):
         assert len({run.resident_bytes for run in found}) == 1
     if isinstance(engine, FSDP):
         assert found[0].resident_bytes > found[-1].resident_bytes, "the last ones have empty shards"
+
+
+def test_trained_bases_on_1024_processes(workload):
+    config = replace(workload.config, oialr=replace(workload.config.oialr, train="factors"))
+    (frozen,) = dry_run(workload, 1024, rule=FixedFraction(0.25), ranks=[512])
+    (run,) = dry_run(replace(workload, config=config), 1024, rule=FixedFraction(0.25), ranks=[512])
+    assert run.r == (9, 9)
+    assert run.resident_bytes > frozen.resident_bytes
 
 
 def test_deepspeed_cannot(workload):

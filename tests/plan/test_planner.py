@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
-from hpc_oialr.plan.machine import cluster, gpu_machine
+from hpc_oialr.plan.machine import GIB, cluster, gpu_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.scripted_run import Measured
 from hpc_oialr.plan.step_cost import messages
@@ -110,6 +110,43 @@ def test_a_run_is_the_sum_of_its_phases(workload, machine):
     assert 12 * 0.2 < row["oialr_s"] - 6 * 1.0 - 4 * 0.8 - 2 * 0.2 < 12 * 0.8
     planner.use(Measured({(stage, 8): 0.5 for stage in ("dense", "converted", "end")}))
     assert planner.rows([1], 1, DDP())[0]["oialr_s"] == pytest.approx(12.0)
+
+
+def with_bases(workload, **options):
+    config = workload.config
+    return replace(workload, config=replace(config, oialr=replace(config.oialr, **options)))
+
+
+def test_trained_bases_cost_gradients_and_moments(workload, machine):
+    """Under AdamW two moments of every basis, and a step counter of each of eight."""
+    frozen = Planner(workload, machine, memory_gib=40.0).rows([1, 2], 1, DDP())
+    planner = Planner(with_bases(workload, train="factors"), machine, memory_gib=40.0)
+    assert set(planner.stages) == {"dense", "converted", "end"}
+    bases = sum(r * sum(planner.shapes[name]) for name, r in planner.stages["end"].r.items())
+    for before, row in zip(frozen, planner.rows([1, 2], 1, DDP()), strict=True):
+        assert (row["end_optimizer_gib"] - before["end_optimizer_gib"]) * GIB == 2 * 4 * bases + 4 * 8
+        assert (row["end_gradients_gib"] > 0) == (row["processes"] > 1)
+        sent = 4e-6 * bases if row["processes"] > 1 else 0
+        assert row["end_sent_mb"] - before["end_sent_mb"] == pytest.approx(sent)
+        assert row["end_gflop"] > before["end_gflop"]
+        assert row["dense_gflop"] == before["dense_gflop"]
+        assert row["update_peak_gib"] > before["update_peak_gib"]
+    (refused,) = planner.rows([2], 1, FSDP())
+    assert (refused["fits"], refused["advice"]) == (
+        False,
+        "trains no bases (oialr.train, oialr.bases_trained); DDP does",
+    )
+
+
+def test_a_phase_of_trained_bases_has_a_stage(workload, machine):
+    planner = Planner(with_bases(workload, bases_trained=[(12, 18)]), machine, memory_gib=40.0)
+    assert [name for name, phase in planner.stages.items() if phase.trained] == ["factors"]
+    (row,) = planner.rows([1], 1, DDP())
+    assert row["factors_optimizer_gib"] > row["converted_optimizer_gib"]
+    stages = {"dense": 1.0, "converted": 0.5, "end": 0.5, "factors": 0.75}
+    planner.use(Measured({(stage, 8): seconds for stage, seconds in stages.items()}))
+    row = planner.rows([1], 1, DDP())[0]
+    assert row["oialr_s"] - row["events_s"] == pytest.approx(6 * 1.0 + 12 * 0.5 + 6 * 0.75)
 
 
 def test_a_measured_conversion_sets_the_speed_of_svds(workload, machine):

@@ -50,6 +50,20 @@ def test_the_sequence_is_the_methods(config):
     assert sum(phase.steps for phase in phases(settings, shapes, 20)) == 20
 
 
+def test_steps_with_trained_bases_are_phases_of_their_own():
+    config = OIALRConfig(
+        delay=3, frequency=4, rule=FixedFraction(0.5), bases_trained=[(1, 5), (7, 9), (12, None)]
+    )
+    found = phases(config, {"a": (8, 8)}, 14)
+    # Updates after 7 and 11.
+    assert [(p.start, p.event) for p in found] == [
+        (0, "start"), (3, "conversion"), (5, "bases"), (7, "update"), (9, "bases"), (11, "update"), (12, "bases")
+    ]  # fmt: skip
+    trained = [t for p in found if p.trained for t in range(p.start, p.start + p.steps)]
+    assert trained == [t for t in range(3, 14) if config.trains_bases(t)]
+    assert sum(p.steps for p in found) == 14
+
+
 def test_what_events_work_on():
     config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.5), layer_share_step=0.5)
     shapes = {"a": (8, 8), "b": (8, 4)}
