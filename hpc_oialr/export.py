@@ -85,9 +85,11 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
 
 def _choose(store: CheckpointStore, step: int | None) -> int:
     if step is None:
-        if (step := store.latest()) is None:
-            message = f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
-            raise CheckpointError(message)
+        step = store.latest()
+        if step is None:
+            raise CheckpointError(
+                f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
+            )
         return step
     if step not in store.steps():
         held = ", ".join(map(str, store.steps())) or "none"

@@ -22,31 +22,20 @@ class GlobalBatches:
     The order of an epoch is a pure function of (seed, epoch). Rank p of P gets slice p of every global batch; the
     slices joined in the order of ranks are the global batch, for any P.
 
-    Parameters
-    ----------
-    dataset, global_batch
-        The samples, and how many of them make a step over all ranks.
-    world_rank, world_size
-        This rank and the number of ranks.
-    seed
-        Seed of the order and of the augmentation.
-    training
-        True: a new order each epoch, with augmentation, without the samples at the end that fill no global batch.
-        False: all samples in the order of the data set; the last batch is sliced as evenly as possible, and a rank
-        may have one batch fewer than another.
-    num_workers, pin_memory
-        Processes that prepare batches, 0 is best for arrays in memory; pinned memory, for copies to a GPU.
+    In training an epoch has a new order, augmentation, and no samples at the end that fill no global batch. Otherwise
+    all samples come in the order of the data set; the last batch is sliced as evenly as possible, and a rank may have
+    one batch fewer than another.
     """
 
     dataset: ArrayDataset
-    global_batch: int
+    global_batch: int  # samples of a step over all ranks
     _: KW_ONLY
     world_rank: int = 0
     world_size: int = 1
-    seed: int
+    seed: int  # of the order and of the augmentation
     training: bool
-    num_workers: int = 0
-    pin_memory: bool = False
+    num_workers: int = 0  # processes that prepare batches; 0 is best for arrays in memory
+    pin_memory: bool = False  # for copies to a GPU
 
     def __post_init__(self) -> None:
         check_shares(self.global_batch, self.world_size)

@@ -26,12 +26,8 @@ log = logging.getLogger(__name__)
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
-    """``OIALR_DATA`` if it is set, else ``hpc_oialr`` in the user's cache (``XDG_CACHE_HOME``, ``~/.cache``).
+    """``OIALR_DATA`` if it is set, else ``hpc_oialr`` in the user's cache; DataError if the user has no home.
 
-    Raises :class:`DataError` if neither is set and the user has no home.
-
-    Examples
-    --------
     >>> str(cache_root({"XDG_CACHE_HOME": "/home/me/.cache"}))
     '/home/me/.cache/hpc_oialr'
     """
@@ -186,7 +182,7 @@ CATALOG = {
 
 
 def describe(name: str) -> FetchableDataset:
-    """The entry of a data set; :class:`UnknownNameError` lists the valid names."""
+    """The entry of a data set; UnknownNameError lists the valid names."""
     if name not in CATALOG:
         raise UnknownNameError("data set", name, CATALOG)
     return CATALOG[name]
@@ -195,15 +191,9 @@ def describe(name: str) -> FetchableDataset:
 def fetch(name: str, data_dir: str | Path | None = None, *, force: bool = False) -> Path:
     """Fetch a data set, unless this machine has an undamaged copy; returns the folder of its files.
 
-    Parameters
-    ----------
-    name
-        E.g. ``"fashion-mnist"``; UnknownNameError lists the valid ones.
-    data_dir
-        Folder with the files, or in which a folder ``name`` is made for them; default the cache. DataError if no
-        source delivers, OutputError if it has other files of these names.
-    force
-        Replace damaged files in ``data_dir`` too; those in the cache always are.
+    ``data_dir`` has the files, or gets a folder ``name`` with them; default the cache. ``force`` replaces damaged files
+    in it too; those in the cache always are. DataError if no source delivers, OutputError if ``data_dir`` has other
+    files of these names, UnknownNameError for another ``name`` than those of :data:`CATALOG`.
     """
     dataset = describe(name)
     if data_dir is None:

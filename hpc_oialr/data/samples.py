@@ -28,13 +28,9 @@ ETTM2_COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 def write_sample(name: str, folder: Path) -> Path:
     """Write a stand-in for a data set into ``folder``, unless it is there already; returns the folder.
 
-    Parameters
-    ----------
-    name
-        "imagenet": 160 JPEGs of 256 x 256 in ten class folders; "cifar-10": 384 images in its binary files;
-        "ettm2": 8,063 rows of seven columns, a quarter of an hour apart. UnknownNameError for others.
-    folder
-        New or empty; DataError if it has other files, or if the source of the stand-in cannot be fetched.
+    "imagenet": 160 JPEGs of 256 x 256 in ten class folders; "cifar-10": 384 images in its binary files; "ettm2": 8,063
+    rows of seven columns, a quarter of an hour apart. DataError if the folder has other files, or if the source of the
+    stand-in cannot be fetched.
     """
     writers = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
     if name not in writers:

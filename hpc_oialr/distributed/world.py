@@ -81,19 +81,9 @@ class World:
     ) -> World:
         """Join the ranks that torchrun, srun or mpirun started; alone without one of them.
 
-        WorldError if variables contradict each other, a GPU is missing, or the others cannot be reached.
-
-        Parameters
-        ----------
-        device
-            "cpu" or "cuda"; default "cuda" if there is one. A GPU's index is the local rank, or 0
-            where each rank sees one only.
-        backend
-            torch.distributed backend; default gloo for CPU tensors and NCCL for CUDA tensors.
-        timeout_s
-            After this long without an answer a rank counts as dead (s).
-        environ
-            Variables to read; default ``os.environ``.
+        ``device``: see :func:`choose_device`; ``backend`` of torch.distributed: by default gloo for tensors on the CPU
+        and NCCL for those on a GPU. WorldError if variables contradict each other, a GPU is missing, or the others
+        cannot be reached.
         """
         info = launch_info(environ)
         place = choose_device(device, info.local_rank, info.local_size, gpus_per_node(environ))
@@ -281,8 +271,7 @@ def choose_device(
             f"device is {name!r} but torch {torch.__version__} sees no GPU; one must be visible. "
             "Use 'cpu', or install a CUDA build."
         )
-    index: int | None = device.index
-    if index is not None:
+    if ":" in name:
         if local_size > 1:
             raise WorldError(
                 f"device is {name!r} with {local_size} ranks on this node; each must have its own. Use 'cuda'."

@@ -46,10 +46,7 @@ class Request:
     setup
         Shell commands that the job runs before the training.
 
-    Raises
-    ------
-    ConfigError
-        With the value, its rule and the fix.
+    ConfigError with the value, its rule and the fix, if one does not fit.
     """
 
     folder: Path | str | None = None

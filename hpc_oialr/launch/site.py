@@ -39,9 +39,8 @@ class ClusterConfig:
     """What a site file says."""
 
     file: Path | None = None  # None: no site
-    sbatch: Mapping[str, str] = field(
-        default_factory=dict
-    )  # by long name, {"gres": "gpu:4"}; "" for a bare option
+    # By long name, {"gres": "gpu:4"}; "" for a bare option.
+    sbatch: Mapping[str, str] = field(default_factory=dict)
     srun: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)  # all variables, once the file was sourced
 

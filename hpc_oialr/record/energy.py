@@ -32,7 +32,7 @@ class EnergyMeter:
             # A package's counter includes its parts (cores, graphics). None at all if one cannot be read.
             packages = [*sorted(powercap.glob("intel-rapl:?")), *sorted(powercap.glob("intel-rapl:??"))]
             with contextlib.suppress(OSError, ValueError):
-                self._counters = [_Package(package) for package in packages]
+                self._counters = [_package_counter(package) for package in packages]
         self._complete = bool(self._counters) or not first_of_node
         if device.type == "cuda":
             gpu = _gpu_counter(device)
@@ -56,21 +56,19 @@ class EnergyMeter:
             return math.nan
 
 
-class _Package:
+def _package_counter(folder: Path) -> Counter:
     """RAPL's counter of one processor package, which starts again from 0 after its highest value."""
+    highest, last, rounds = int((folder / "max_energy_range_uj").read_text()), 0, 0
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "energy_uj"
-        self._highest = int((folder / "max_energy_range_uj").read_text())
-        self._last = self._rounds = 0
-        self()
+    def read() -> float:
+        nonlocal last, rounds
+        value = int((folder / "energy_uj").read_text())
+        rounds += highest if value < last else 0
+        last = value
+        return (rounds + value) / 1e6
 
-    def __call__(self) -> float:
-        value = int(self._file.read_text())
-        if value < self._last:
-            self._rounds += self._highest
-        self._last = value
-        return (self._rounds + value) / 1e6
+    read()
+    return read
 
 
 def _gpu_counter(device: torch.device) -> Counter | None:

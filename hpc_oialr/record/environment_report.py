@@ -26,15 +26,14 @@ def environment_report() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if on_gpu else 0)]
     mpi = (_output(("mpirun", "--version")) or "").strip().splitlines()
+    nccl = torch.cuda.nccl.version() if on_gpu and dist.is_nccl_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "libraries": {
             "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version()))
-            if on_gpu and dist.is_nccl_available()
-            else None,
+            "nccl": nccl and ".".join(map(str, nccl)),
             "mpi": mpi[0].strip() if mpi else None,
             "hdf5": h5py.version.hdf5_version,
         },

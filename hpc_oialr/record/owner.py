@@ -32,9 +32,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 20.0  # between two signs of life
 SILENT_S = 300.0  # silence after which an owner counts as dead
-SILENT_JOB_S = (
-    50.0  # the same, if Slurm says its job is over (it may be another cluster's job of the same number)
-)
+# The same, if Slurm says its job is over (it may be another cluster's job of the same number).
+SILENT_JOB_S = 50.0
 _HANDOVER_S = 60.0  # the command that submits a run holds its folder until the job does
 _REMOVAL_S = 30.0  # a process that died while it removed a dead owner's file
 _SUBMIT = "oialr submit"
@@ -90,9 +89,8 @@ class Claim:
 
     command: str = "python"  # what claims it
     job_over: Callable[[str], bool | None] = lambda _: None  # whether a Slurm job is over; None if unknown
-    first: Callable[[], object] = lambda: (
-        None
-    )  # called before the run begins, if nobody else holds the folder
+    # Called before the run begins, if nobody else holds the folder.
+    first: Callable[[], object] = lambda: None
 
     def check(self, folder: RunFolder) -> None:
         """Raise :class:`FolderInUseError` if another process holds the folder; else call ``first``."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_oialr.errors import WorldError
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.record.quantities import effective_rank, stable_rank
 
@@ -64,14 +63,8 @@ def pack(report: UpdateReport, rank: int, size: int) -> Tensor:
 
 
 def unpack(report: UpdateReport, largest: Tensor) -> SharedUpdate:
-    """The update with all times, from the reduced vector; WorldError if a time is missing."""
+    """The update with all times, from the reduced vector."""
     values, count = largest.tolist(), len(report.layers)
-    names = [layer.name for layer in report.layers] + [f"rank {i}" for i in range(len(values) - count)]
-    for name, value in zip(names, values, strict=True):
-        if value == _UNKNOWN:
-            raise WorldError(
-                f"no rank sent a time for {name!r}; at least one must, the one that computed its SVD. Every rank "
-                "must report the same layers, in the same order."
-            )
+    assert _UNKNOWN not in values, "every SVD and every update was timed by some rank"
     layers = (replace(layer, seconds=s) for layer, s in zip(report.layers, values[:count], strict=True))
     return SharedUpdate(replace(report, layers=tuple(layers)), tuple(values[count:]))

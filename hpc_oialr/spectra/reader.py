@@ -295,14 +295,7 @@ def open(path: list[Any] | tuple[Any, ...]) -> Runs: ...
 def open(path: Path_ | list[Any] | tuple[Any, ...]) -> Spectra | Runs:
     """Open the record of a run or of several, also while they are written.
 
-    Parameters
-    ----------
-    path
-        A run's folder, its ``spectra.h5``, or one segment of it; a list of them for :class:`Runs`.
-
-    Raises
-    ------
-    DataError
-        If there is none, it is damaged, or of a newer schema.
+    ``path``: a run's folder, its ``spectra.h5``, or one segment of it; a list of them for :class:`Runs`. DataError if
+    there is none, it is damaged, or of another schema.
     """
     return Spectra(path) if isinstance(path, str | Path) else Runs(path)
