@@ -38,7 +38,7 @@ def cases(context: Context) -> Sequence[Case]:
     ]
 
 
-def not_converged(A: Tensor) -> NoReturn:
+def not_converged(A: Tensor, form: str) -> NoReturn:
     """In place of ``gram_svd``: the package goes on to gesvdj."""
     raise torch.linalg.LinAlgError("not tried")  # type: ignore[attr-defined]
 

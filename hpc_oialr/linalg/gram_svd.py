@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Form = Literal["batched", "loop", "streams", "host"]
+# cuSOLVER's gesvda works on all matrices of a batch at once, its syevd on one after another: 73 of 192 x 192 took 12 and
+# 111 ms on an H100, gesvdj 351 ms (torch 2.11).
+Form = Literal["gesvda", "eigh"]
 FORMS: tuple[Form, ...] = get_args(Form)
-STREAMS = 4
 
 # Largest ||Q^T Q - I||_F / sqrt(k) of both bases and ||A - U diag(s) Vh||_F / ||A||_F: about those of fp32 drivers.
 TOLERANCE = 1e-6
@@ -18,16 +18,7 @@ TOLERANCE = 1e-6
 _LOST = 2e-8
 
 
-def best_form(count: int, k: int) -> Form:
-    """Where eigenvectors of ``count`` matrices of size k are computed: on the host's cores if these promise to be faster.
-
-    Predicted, not measured: an H200 needs 7.8 ms at k = 768 and, bound by latency, a time proportional to k below; a core
-    needs 2.8, 16 and 104 ms at k = 192, 384 and 768. ``python -m benchmarks.gpu`` (section svd) measures all forms.
-    """
-    return "host" if k <= 48 * min(count, torch.get_num_threads()) else "batched"
-
-
-def gram_svd(A: Tensor, *, form: Form | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def gram_svd(A: Tensor, *, form: Form = FORMS[0]) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVDs of fp32 matrices (L x m x n): ``A^T A = V diag(s^2) V^T`` in float64, ``U`` from ``A V``.
 
     Returns fp32 ``U`` (L x m x k), ``s`` (L x k, descending), ``Vh`` (L x k x n), with k = min(m, n). ``s`` is NaN for
@@ -38,7 +29,7 @@ def gram_svd(A: Tensor, *, form: Form | None = None) -> tuple[Tensor, Tensor, Te
     wide = A.shape[-2] < A.shape[-1]
     B = A.detach().double()
     B = B.mT if wide else B
-    V = _eigenvectors(B.mT @ B, form or best_form(len(A), B.shape[-1])).flip(-1)
+    V = _right_vectors(B, form)
     C = B @ V
     U = _orthonormal_columns(C)
     # What U^T C has above its diagonal is in the residual. Noise must not disturb the order.
@@ -81,38 +72,11 @@ def _cholesky_qr(Q: Tensor, extra: Tensor | None = None) -> Tensor:
     return solved
 
 
-def _eigenvectors(G: Tensor, form: Form) -> Tensor:
-    """Of symmetric matrices (L x k x k), in ascending order of their eigenvalues."""
-    if form == "batched":
-        V: Tensor = torch.linalg.eigh(G).eigenvectors
+def _right_vectors(B: Tensor, form: Form) -> Tensor:
+    """Right singular vectors of matrices (L x m x k, m >= k) in float64, of descending singular values."""
+    if form == "eigh":
+        V: Tensor = torch.linalg.eigh(B.mT @ B).eigenvectors.flip(-1)
         return V
-    if form == "loop":
-        return torch.stack([torch.linalg.eigh(matrix).eigenvectors for matrix in G])
-    if form == "host":
-        return _on_host(G.cpu()).to(G.device)
-    # eigh waits for its stream, so that each stream needs a thread.
-    current = torch.cuda.current_stream(G.device) if G.is_cuda else None
-
-    def work(part: Tensor) -> Tensor:
-        stream = torch.cuda.Stream(G.device) if current else None
-        with torch.cuda.stream(stream):
-            if stream and current:
-                stream.wait_stream(current)
-            found = _eigenvectors(part, "loop")
-            if stream and current:
-                current.wait_stream(stream)
-                found.record_stream(current)
-        return found
-
-    with ThreadPoolExecutor(STREAMS) as pool:
-        return torch.cat(list(pool.map(work, G.tensor_split(min(STREAMS, len(G))))))
-
-
-def _on_host(G: Tensor) -> Tensor:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a core for each matrix
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.stack([found.eigenvectors for found in pool.map(torch.linalg.eigh, G)])
-    finally:
-        torch.set_num_threads(threads)
+    found = torch.linalg.svd(B, full_matrices=False, driver="gesvda" if B.is_cuda else None)
+    # Its columns are orthonormal to 1e-8 only, as its eigenvectors come from products in blocks.
+    return _cholesky_qr(found.Vh.mT)

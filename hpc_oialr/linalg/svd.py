@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.linalg.gram_svd import gram_svd
+from hpc_oialr.linalg.gram_svd import FORMS, Form, gram_svd
 
 PIECE_VALUES = 1 << 18
 
@@ -83,11 +83,16 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
 def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = True) -> list[SVD]:
     """:func:`svd` of matrices of one shape: one batch on a GPU, a loop elsewhere and for those that fail in it."""
     found: list[SVD | None] = [None] * len(matrices)
-    if len(matrices) > 1 and matrices[0].is_cuda and compute_dtype(matrices[0].dtype) == torch.float32:
+    fp32 = compute_dtype(matrices[0].dtype) == torch.float32
+    for form in FORMS if matrices[0].is_cuda and fp32 else ():
+        left = [i for i, done in enumerate(found) if done is None]
+        if len(left) < 2:
+            break
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            U, s, Vh = gram_svd(torch.stack([A.detach().float() for A in matrices]))
-            right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(matrices)
-            found = [SVD(*parts) if ok else None for *parts, ok in zip(U, s, Vh, right, strict=True)]
+            U, s, Vh = gram_svd(torch.stack([matrices[i].detach().float() for i in left]), form=form)
+            right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(left)
+            for i, *parts, ok in zip(left, U, s, Vh, right, strict=True):
+                found[i] = SVD(*parts) if ok else None
     return [
         done or svd(A, name=name, careful=careful)
         for done, A, name in zip(found, matrices, names, strict=True)
@@ -100,12 +105,17 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], Sequence[Tensor]]]:
     if on_gpu and A.dtype == torch.float32:
-        yield lambda: [part[0] for part in gram_svd(A[None])]
+        for form in FORMS:
+            yield partial(_by_gram_matrix, A, form)
     for driver in ("gesvdj", "gesvd") if on_gpu else (None,):
         yield partial(torch.linalg.svd, A, full_matrices=False, driver=driver)
     B = A.to("cpu", torch.float64)
     yield partial(torch.linalg.svd, B, full_matrices=False)
     yield partial(_svd_of_transpose, B)
+
+
+def _by_gram_matrix(A: Tensor, form: Form) -> Sequence[Tensor]:
+    return [part[0] for part in gram_svd(A[None], form=form)]
 
 
 def _svd_of_transpose(A: Tensor) -> Sequence[Tensor]:

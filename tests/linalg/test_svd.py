@@ -69,7 +69,6 @@ def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
         calls.append((A.dtype, tuple(A.shape), options.get("driver")))
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr("hpc_oialr.linalg.gram_svd.best_form", lambda *_: "batched")
     monkeypatch.setattr(torch.linalg, "svd", record)
     monkeypatch.setattr(torch.linalg, "eigh", record)
     for attempt in _attempts(torch.randn(5, 3, dtype=dtype), on_gpu=True):
@@ -101,7 +100,6 @@ def test_a_batch_is_one_call_on_a_gpu_and_what_fails_goes_to_the_drivers(
         return found
 
     driver = torch.linalg.svd
-    monkeypatch.setattr("hpc_oialr.linalg.gram_svd.best_form", lambda *_: "batched")
     monkeypatch.setattr(torch.linalg, "eigh", recorded)
     monkeypatch.setattr(torch.linalg, "svd", lambda A, **_: driver(A, full_matrices=False))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
