@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg import gram_svd
+from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg.svd import _attempts, svd, svds
 
 
