@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.linalg.splitmix import INCREMENT, mix, shift_right, signed
 
 Batch = dict[str, Tensor]
+OnDevice = Literal["auto", "always", "never"]
+MOST_ON_DEVICE = 2 * 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class CounterRNG:
 
     def integers(self, samples: Tensor, high: int, *, stream: int) -> Tensor:
         """One integer in [0, high) for each sample; the bias of the remainder is below high / 2^64."""
-        unsigned = self.bits(samples, stream).numpy().view(np.uint64)
-        return torch.from_numpy((unsigned % np.uint64(high)).astype(np.int64))
+        bits = self.bits(samples, stream)
+        # The remainder of the unsigned number, which torch does not have: of all bits but the last, then with it.
+        return ((shift_right(bits, 1) % high) * 2 + (bits & 1)) % high
 
     def uniform(self, samples: Tensor, *, stream: int) -> Tensor:
         """One float64 in [0, 1) for each sample, a multiple of 2^-53."""
@@ -56,6 +59,9 @@ def fixed_order(n: int) -> Tensor:
 class ArrayDataset(ABC):
     """Samples that are gathered a batch at a time, so that no collation is needed."""
 
+    # Attributes that hold all samples; gather() makes batches on whichever device they are.
+    movable: ClassVar[tuple[str, ...]] = ()
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples."""
@@ -63,6 +69,16 @@ class ArrayDataset(ABC):
     @abstractmethod
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """Stack the samples at ``indices`` (int64 [B]); ``rng`` draws the augmentation, None for none."""
+
+    def tensors(self) -> list[tuple[ArrayDataset, str, Tensor]]:
+        """Object, name and value of every attribute in ``movable``."""
+        return [(self, name, getattr(self, name)) for name in self.movable]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made."""
+        found = self.tensors()
+        return found[0][2].device if found else torch.device("cpu")
 
     def subset(self, indices: Tensor) -> ArrayDataset:
         """A view of the samples at ``indices``, int64 [n]; nothing is copied."""
@@ -79,12 +95,17 @@ class SubsetView(ArrayDataset):
     def __init__(self, whole: ArrayDataset, indices: Tensor) -> None:
         self.whole, self.indices = whole, indices
 
+    def tensors(self) -> list[tuple[ArrayDataset, str, Tensor]]:
+        """Those of the whole data set, and the positions."""
+        found = self.whole.tensors()
+        return found and [*found, (self, "indices", self.indices)]
+
     def __len__(self) -> int:
         return len(self.indices)
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """Stack the samples at ``indices`` of the view."""
-        return self.whole.gather(self.indices[indices], rng)
+        return self.whole.gather(self.indices[indices.to(self.indices.device)], rng)
 
     def subset(self, indices: Tensor) -> ArrayDataset:
         """A view of this view, one level deep."""
@@ -100,6 +121,19 @@ class Splits:
     test: ArrayDataset | None
     classes: int | None = None  # labels or tokens; None where there are none
 
+    def keep_on(self, device: torch.device, choice: str) -> bool:
+        """Move all samples of all parts to ``device``, in place, if they can and shall be; whether they were."""
+        parts = [part for part in (self.train, self.validation, self.test) if part is not None]
+        held = [part.tensors() for part in parts]
+        distinct = {id(tensor): tensor for tensors in held for *_, tensor in tensors}
+        fits = choice == "always" or sum(tensor.nbytes for tensor in distinct.values()) <= MOST_ON_DEVICE
+        if device.type == "cpu" or choice == "never" or not (fits and all(held)):
+            return False
+        there = {key: tensor.to(device) for key, tensor in distinct.items()}
+        for holder, name, tensor in (found for tensors in held for found in tensors):
+            setattr(holder, name, there[id(tensor)])
+        return True
+
 
 class DataConfig(ABC):
     """A data set to choose in a recipe; each kind is a keyword-only dataclass.
@@ -108,9 +142,14 @@ class DataConfig(ABC):
     ----------
     limit
         Use only the first so many training samples, for smoke runs; None for all.
+    on_device
+        Keep all samples on the GPU and make batches there, of the same bits: "auto" up to 2 GiB, "always", "never".
     """
 
     limit: int | None
+    on_device = (
+        "never"  # a field where the samples can be moved; annotated here, jsonargparse reads no type below
+    )
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

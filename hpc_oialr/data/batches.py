@@ -52,10 +52,19 @@ class GlobalBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's slices of an epoch's global batches, from step ``start`` on; torch's generator is not used."""
         n, rng = len(self.dataset), CounterRNG(self.seed, epoch)
+        order, drawn = (
+            rng.permutation(n) if self.training else torch.arange(n),
+            rng if self.training else None,
+        )
+        if self.dataset.device.type != "cpu":
+            # One copy an epoch, and neither workers nor pinned memory.
+            for part in self._slices(order.to(self.dataset.device), start):
+                yield self.dataset.gather(part, drawn)
+            return
         loader = DataLoader(
-            _SliceDataset(self.dataset, rng if self.training else None),
+            _SliceDataset(self.dataset, drawn),
             batch_size=None,
-            sampler=self._slices(rng.permutation(n) if self.training else torch.arange(n), start),
+            sampler=(part.tolist() for part in self._slices(order, start)),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_ignore_signals,
@@ -66,13 +75,13 @@ class GlobalBatches:
                 raise batch
             yield batch
 
-    def _slices(self, order: Tensor, start: int) -> Iterator[list[int]]:
+    def _slices(self, order: Tensor, start: int) -> Iterator[Tensor]:
         p, size = self.world_rank, self.world_size
         for step in range(start, len(self)):
             whole = order[step * self.global_batch : (step + 1) * self.global_batch]
             part = whole[p * len(whole) // size : (p + 1) * len(whole) // size]
             if len(part):
-                yield part.tolist()
+                yield part
 
 
 def check_shares(global_batch: int, size: int) -> None:

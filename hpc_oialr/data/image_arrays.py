@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits, fixed_order
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, OnDevice, Splits, fixed_order
 from hpc_oialr.data.fetch import CIFAR10_FILES, FASHION_MNIST_SYSTEM_FOLDER, cache_root, describe
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -47,8 +47,8 @@ class FlipAndCrop:
         """Augment images [B, C, H, W] by the random numbers of ``samples``, int64 [B]."""
         batch, channels, height, width = images.shape
         span = 2 * self.padding + 1
-        rows = torch.arange(height) + rng.integers(samples, span, stream=_ROW)[:, None]
-        columns = torch.arange(width).expand(batch, -1)
+        rows = torch.arange(height, device=images.device) + rng.integers(samples, span, stream=_ROW)[:, None]
+        columns = torch.arange(width, device=images.device).expand(batch, -1)
         if self.flip:
             flipped = rng.integers(samples, 2, stream=_FLIP)[:, None].bool()
             columns = torch.where(flipped, columns.flip(1), columns)
@@ -69,15 +69,19 @@ class Normalisation:
     def __init__(self, mean: Values, std: Values) -> None:
         self.mean, self.std = mean, std
         m, s = (torch.tensor(each, dtype=torch.float64).reshape(-1, 1, 1) for each in (mean, std))
-        self._factor, self._shift = (1 / (255 * s)).float(), (-m / s).float()
+        self.factor, self.shift = (1 / (255 * s)).float(), (-m / s).float()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] as float32."""
-        return images.to(torch.float32).mul_(self._factor).add_(self._shift)
+        if self.factor.device != images.device:
+            self.factor, self.shift = self.factor.to(images.device), self.shift.to(images.device)
+        return images.to(torch.float32).mul_(self.factor).add_(self.shift)
 
 
 class ImageArrays(ArrayDataset):
     """Images stored as uint8 [N, C, H, W]; batches are normalised floats."""
+
+    movable = ("images", "labels")
 
     def __init__(
         self, images: Tensor, labels: Tensor, *, mean: Values, std: Values, augment: FlipAndCrop | None = None
@@ -91,6 +95,7 @@ class ImageArrays(ArrayDataset):
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}``."""
+        indices = indices.to(self.images.device)
         images = self.images.index_select(0, indices)
         if self.augment is not None and rng is not None:
             images = self.augment(images, indices, rng)
@@ -124,6 +129,7 @@ class ImageSet(DataConfig):
     validation: int = 0
     augment: FlipAndCrop = field(default_factory=FlipAndCrop)
     limit: int | None = None
+    on_device: OnDevice = "auto"
 
     # Its name for oialr data fetch; names of its folder in data_dir; folders that may have it beside the cache.
     name: ClassVar[str]

@@ -15,6 +15,7 @@ from hpc_oialr.data.base import (
     Batch,
     CounterRNG,
     DataConfig,
+    OnDevice,
     Splits,
     check_fractions,
     fixed_order,
@@ -29,6 +30,8 @@ SEPARATOR = b"\0"
 class ByteSequences(ArrayDataset):
     """Consecutive sequences of a corpus (uint8 [bytes]), without overlap; a remainder at the end is dropped."""
 
+    movable = ("sequences",)
+
     def __init__(self, corpus: Tensor, sequence_length: int) -> None:
         self.num_bytes = len(corpus)
         count = self.num_bytes // sequence_length
@@ -39,7 +42,7 @@ class ByteSequences(ArrayDataset):
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"input_ids": int64 [B, T], "labels": int64 [B, T]}``, equal: the model shifts them."""
-        tokens = self.sequences.index_select(0, indices).to(torch.int64)
+        tokens = self.sequences.index_select(0, indices.to(self.sequences.device)).to(torch.int64)
         return {"input_ids": tokens, "labels": tokens.clone()}
 
 
@@ -65,6 +68,7 @@ class TextFolder(DataConfig):
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     limit: int | None = None
+    on_device: OnDevice = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -149,6 +149,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     with _section("model"):
         module = config.model.build(sample)
     _prepare_model(module, config, world, peers)
+    splits.keep_on(world.device, config.data.on_device)
     # Before the engine shards tensors and changes the class.
     tensors = {name: [list(t.shape), str(t.dtype)] for name, t in module.state_dict().items()}
     identity = {"class": type(module).__name__, "tensors": tensors}

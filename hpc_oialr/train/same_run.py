@@ -30,6 +30,7 @@ RESUMABLE = (
     "checkpoint",
     "data.path",
     "data.data_dir",
+    "data.on_device",
     "dense",
 )
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG
+from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, Splits
 from hpc_oialr.data.batches import GlobalBatches
 from hpc_oialr.data.image_arrays import FlipAndCrop, ImageArrays, split_off
 from hpc_oialr.data.image_folder import ResizedCrop
@@ -208,3 +209,36 @@ def test_batches_are_the_bits_they_always_were() -> None:
     digest.update(ResizedCrop().numbers(torch.arange(50), CounterRNG(7, 2)).numpy().tobytes())
     digest.update(str(split_documents([3 * i % 11 + 1 for i in range(50)], 0.1, 0.2)).encode())
     assert digest.hexdigest() == "cf7471b0e797acf4874678b581e475e10a5343f97abfbce3249e118d9f660a6d"
+
+
+def image_splits() -> Splits:
+    images = torch.randint(
+        0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    labels, augment = torch.arange(40) % 10, FlipAndCrop(flip=True, padding=2)
+    train = ImageArrays(images, labels, mean=0.5, std=(0.2, 0.3, 0.4), augment=augment)
+    test = ImageArrays(images[:8].clone(), labels[:8].clone(), mean=0.5, std=(0.2, 0.3, 0.4))
+    return split_off(train, 10, test)
+
+
+def all_batches(part: ArrayDataset) -> list[Batch]:
+    batches = GlobalBatches(part, 4, world_rank=1, world_size=2, seed=3, training=True, num_workers=1)
+    return [batch for epoch in range(2) for batch in batches.epoch(epoch, 1)]
+
+
+def test_samples_on_the_device_are_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits, meta = image_splits(), torch.device("meta")
+    size = 48 * 3 * 64 + 48 * 8 + 40 * 8  # images and labels of both sets, and positions, each once
+    monkeypatch.setattr("hpc_oialr.data.base.MOST_ON_DEVICE", size - 1)
+    assert not splits.keep_on(torch.device("cpu"), "always")
+    assert not splits.keep_on(meta, "auto")
+    assert not splits.keep_on(meta, "never")
+    assert not replace(splits, validation=Numbers(3)).keep_on(meta, "always")
+    monkeypatch.setattr("hpc_oialr.data.base.MOST_ON_DEVICE", size)
+    assert splits.keep_on(meta, "auto")
+    assert splits.train.tensors()[0][2] is splits.validation.tensors()[0][2], "shared, as before"
+    found = all_batches(splits.train)
+    assert [{k: (v.shape, v.dtype) for k, v in batch.items()} for batch in found] == [
+        {k: (v.shape, v.dtype) for k, v in batch.items()} for batch in all_batches(image_splits().train)
+    ]
+    assert all(value.is_meta for batch in found for value in batch.values())
