@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 # the settings of another run, the dense baseline.
 RESUMABLE = (
     "engine",
-    "compile",
-    "train.cuda_graph",
     "train.device",
     "train.timeout_s",
     "train.stop_signal",
     "train.health_check",
     "train.workers",
+    "train.cuda_graph",
+    "compile",
     "checkpoint",
     "data.path",
     "data.data_dir",
