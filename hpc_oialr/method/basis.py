@@ -22,6 +22,7 @@ from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import low_rank_layer
 from hpc_oialr.method.engine import Engine
+from hpc_oialr.method.second_moments import SecondMoments
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces, order_cores
 from hpc_oialr.optim.stack import OptimizerStack
@@ -147,12 +148,13 @@ class BasisUpdater:
         _put_gradients(layer, gradients)
 
     @exact_arithmetic()
-    def orthonormalise(self, target: TargetWeight) -> None:
+    def orthonormalise(self, target: TargetWeight, gathered: SecondMoments) -> None:
         """``U = Q1 R1``, ``Vh^T = Q2 R2`` of trained bases: ``U <- Q1``, ``S <- R1 S R2^T``, ``Vh <- Q2^T``.
 
         The function stays the same. With G the gradient of the weight, that of S, ``U^T G V``, becomes
         ``R1^-T (U^T G V) R2^-1``; that of U, ``G V S^T``, is multiplied by ``R1^T`` from the right, that of Vh,
-        ``S^T U^T G``, by ``R2`` from the left. So are momenta. Two QR, ``2 r^2 (m + n)`` operations; sends nothing.
+        ``S^T U^T G``, by ``R2`` from the left. So are momenta; what is ``gathered`` of inputs and gradients follows. Two
+        QR, ``2 r^2 (m + n)`` operations; sends nothing.
         """
         self.engine.gather(target)
         layer = low_rank_layer(target)
@@ -165,12 +167,13 @@ class BasisUpdater:
             gradients = self._move(layer, [(None, R1), (inverse1, inverse2.mT), (R2.mT, None)], reset=False)
             self._set_factors(layer, U, R1 @ S @ R2.mT, V.mT)
         _put_gradients(layer, gradients)
+        gathered.turn(target, inverse1, inverse2)
 
-    def train_bases(self, target: TargetWeight, trained: bool) -> None:
+    def train_bases(self, target: TargetWeight, trained: bool, gathered: SecondMoments) -> None:
         """Begin a phase in which ``U`` and ``Vh`` are trained; or end it: they are orthonormal, without moments."""
         layer = low_rank_layer(target)
         if not trained:
-            self.orthonormalise(target)
+            self.orthonormalise(target, gathered)
             for _, states in self.optimizer.states():
                 for basis in (layer.U, layer.Vh):
                     states.pop(basis, None)

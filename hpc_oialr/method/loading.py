@@ -36,8 +36,17 @@ class Loader:
         self.optimizer_loaded = False  # since the last step
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
 
-    def take(self, r: Mapping[str, int]) -> list[str]:
-        """Give every layer its r, or make it dense if ``r`` lacks it; returns the names of the layers changed."""
+    def take(self, r: Mapping[str, int], bases_trained: Sequence[str]) -> list[str]:
+        """Give every layer its r, or make it dense if ``r`` lacks it; returns the names of the layers changed.
+
+        The bases of those in ``bases_trained`` are trained in the stored phase.
+        """
+        frees_bases = self._basis.config.frees_bases
+        if bases_trained and not frees_bases:
+            raise ModelError(
+                f"U and Vh of {bases_trained[0]} are trained in the checkpoint's phase, never by these settings. Set "
+                "train or bases_trained as they were."
+            )
         if missing := set(r) - {target.name for target in self.targets}:
             raise ModelError(
                 f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
@@ -46,6 +55,9 @@ class Loader:
         wanted = {target.name: int(r[target.name]) if target.name in r else None for target in self.targets}
         with self._engine.changing(self._root):
             changed = self._restructure(wanted)
+        for target in self.targets:
+            if frees_bases and target.low_rank is not None:
+                target.low_rank.train_bases(target.name in bases_trained)
         self.empty |= set(changed) & set(r)
         return changed
 

@@ -293,7 +293,7 @@ class OIALR:
         with self.engine.changing(self.module):
             for target in targets if self.config.frees_bases else []:
                 if low_rank_layer(target).bases_trained:
-                    self._basis.orthonormalise(target)
+                    self._basis.orthonormalise(target, self._moments)
             for rotation in core_rotations(targets, self.engine, self._moments, choose):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)
@@ -316,16 +316,14 @@ class OIALR:
 
     def _free_or_freeze_bases(self) -> None:
         """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
-        wanted, low_rank = (
-            self.config.trains_bases(self.t),
-            self._low_rank() if self.config.frees_bases else [],
-        )
-        if not (due := [target for target in low_rank if low_rank_layer(target).bases_trained != wanted]):
+        wanted = self.config.trains_bases(self.t)
+        due = [target for target in self._low_rank() if low_rank_layer(target).bases_trained != wanted]
+        if not (due and self.config.frees_bases):
             return
         self._check(due, state_of=due)
         with self.engine.changing(self.module):
             for target in due:
-                self._basis.train_bases(target, wanted)
+                self._basis.train_bases(target, wanted, self._moments)
         self._check_replicas(due)
         log.info("step %d: U and Vh of %d layers are %s", self.t, len(due), "trained" if wanted else "frozen")
 
@@ -396,22 +394,14 @@ class OIALR:
             is missing though conversions depend on it.
         """
         self._tracker.require(tensors, state["streaks"])
-        trained = state.get("bases_trained", [])
-        if trained and not self.config.frees_bases:
-            raise ModelError(
-                f"U and Vh of {trained[0]} are trained in the checkpoint's phase, never by these settings. Set train or "
-                "bases_trained as they were."
-            )
-        changed = self._loader.take(state["r"])
+        changed = self._loader.take(state["r"], state.get("bases_trained", []))
         self._remember_dense_weights(changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
         self._moments.forget()
         self._watch()
         self._moments.restore(tensors or {})
-        for target in self._low_rank() if self.config.frees_bases else []:
-            low_rank_layer(target).train_bases(target.name in trained)
-        if state["r"] and (trained or not changed):
+        if state["r"] and (self.config.frees_bases or not changed):
             self.rewrap()
 
     def before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *, assign: bool) -> None:

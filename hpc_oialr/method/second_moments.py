@@ -216,6 +216,14 @@ class SecondMoments:
         """Whether a layer's moments are gathered; the same on every rank."""
         return target.name in self._sums
 
+    def turn(self, target: TargetWeight, left: Tensor, right: Tensor) -> None:
+        """Follow a low-rank layer's bases to ``U left`` and ``right^T Vh``."""
+        if self.watches(target):
+            sums = self._sums[target.name]
+            for side, total in sums.totals().items():
+                turn = left if side == "left" else right
+                total.copy_(turn.mT @ total @ turn)
+
     def reduce(self, target: TargetWeight) -> Moments:
         """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
         sums = self._sums.pop(target.name)

@@ -362,3 +362,41 @@ def test_engines_that_shard_factors_refuse():
 def test_settings_are_checked(options, match):
     with pytest.raises(ConfigError, match=match):
         OIALRConfig(**options)
+
+
+def test_what_was_gathered_of_inputs_and_gradients_follows_the_bases():
+    """The same batch before and after bases are made orthonormal gives the same second moments, in float64."""
+    model = small_model(dtype=torch.float64)
+    config = settings(
+        train="factors", importance="inputs and gradients", moments_steps=50, frequency=40, delay=2
+    )
+    oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
+    train(oialr, oialr.optimizer, 3, same=True)
+    moments, generator = oialr._moments._sums, torch.Generator().manual_seed(5)
+    for layer in low_rank_layers(model).values():
+        for basis in (layer.U, layer.Vh):
+            basis.data += 0.1 * torch.randn(basis.shape, generator=generator, dtype=torch.float64)
+    for sums in moments.values():
+        sums.flat.zero_()
+    train(oialr, oialr.optimizer, 1, same=True)
+    assert len(moments) == len(oialr.targets) == 2
+    with oialr.engine.changing(model):
+        for target in oialr.targets:
+            oialr._basis.orthonormalise(target, oialr._moments)
+    once = {name: sums.flat.clone() for name, sums in moments.items()}
+    train(oialr, oialr.optimizer, 1, same=True)
+    for name, sums in moments.items():
+        torch.testing.assert_close(sums.flat, 2 * once[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("importance", ["inputs", "inputs and gradients"])
+def test_bases_chosen_by_moments_are_trained_and_resumed(importance):
+    options = {"importance": importance, "moments_steps": 3}
+    first = controlled("MuonAdamW", "end", **options)
+    run(first, 9)
+    state, tensors = state_of(first), copy.deepcopy(first.tensor_state())
+    second = controlled("MuonAdamW", "end", **options)
+    second.load_state_dict(state["oialr"], tensors)
+    second.module.load_state_dict(state["model"])
+    second.optimizer.load_state_dict(state["optimizer"])
+    assert run(first, 11) == run(second, 11)
