@@ -67,6 +67,8 @@ class Variant:
         Shares of the run between which U and Vh are trained too; None = never, and to the end.
     bases_lr
         Of U and Vh then; None = ``lr``.
+    importance, moments
+        By what conversion and cuts choose directions.
     layer_share
         Updates reach this share more of the layers each time.
     keep_first
@@ -99,6 +101,8 @@ class Variant:
     free_from: float | None = None
     free_until: float | None = None
     bases_lr: float | None = None
+    importance: Literal["weights", "inputs", "inputs and gradients"] = "weights"
+    moments: Literal["full", "diagonal"] = "full"
     layer_share: float = 1.0
     keep_first: bool = False
 
@@ -133,6 +137,8 @@ class Variant:
         phases = [] if self.free_from is None else [(round(self.free_from * steps), until)]
         config = OIALRConfig(
             bases_trained=phases,
+            importance=self.importance,
+            moments=self.moments,
             delay=max(1, round(self.delay * steps)),
             frequency=max(1, round((self.until - self.delay) * steps / self.cuts)),
             rule=rule,

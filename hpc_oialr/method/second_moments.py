@@ -34,7 +34,8 @@ FULL = 4096
 class Moments(NamedTuple):
     """Of the rows of a matrix (m) and of its columns (n): c x c, or c for a diagonal; None where nothing was seen.
 
-    For a convolution c is the number of input channels, and the same moments stand for all places in the kernel.
+    For a convolution of overlapping patches c is the number of input channels, and the same moments stand for all
+    places in the kernel.
     """
 
     left: Tensor | None
@@ -66,7 +67,8 @@ class _Sums:
         # The sides of inputs and of gradients: transformers' Conv1D stores its weight input by output.
         self._sides = ("left", "right") if target.kind == "Conv1D" else ("right", "left")
         sides = self._sides if config.importance == "inputs and gradients" else self._sides[:1]
-        features = {"left": target.shape[0], "right": whole_shape(trained)[1]}
+        columns = target.shape[1] if _takes_patches(target.holder) else whole_shape(trained)[1]
+        features = {"left": target.shape[0], "right": columns}
         self._shapes: dict[str, torch.Size] = {}
         for side in sides:
             c = features[side] if layer is None else layer.r
@@ -130,17 +132,33 @@ class _Sums:
             total += torch.where(torch.isfinite(product).all(), product, 0.0)
 
 
-def _features(module: nn.Module, x: Tensor, side: str) -> Tensor:
-    convolution, basis = isinstance(module, nn.modules.conv._ConvNd), None
+def _features(module: Any, x: Tensor, side: str) -> Tensor:
+    """``x`` as tokens x features; in the bases of a low-rank layer."""
+    basis, convolution = None, isinstance(module, nn.modules.conv._ConvNd)
     if isinstance(module, LowRankWeight):
         basis = module.U if side == "left" else module.Vh.mT
         if convolution and side == "right":
             filters = module.Vh.to(x.dtype).reshape(module.r, *module.dense_shape[1:])
             x, basis = module._conv_forward(x, filters, None), None  # type: ignore[operator]
     if convolution:
-        x = x.movedim(-1 - len(module.kernel_size), -1)  # type: ignore[arg-type]
+        channel = x.dim() - len(module.kernel_size) - 1
+        if basis is None and side == "right" and _takes_patches(module):
+            for i, extent in enumerate(module.kernel_size, start=channel + 1):
+                x = x.unfold(i, extent, extent)
+            x = x.movedim(channel, -1 - len(module.kernel_size)).flatten(-1 - len(module.kernel_size))
+        else:
+            x = x.movedim(channel, -1)
     x = x.reshape(-1, x.shape[-1])
     return x if basis is None else x @ basis.to(x.dtype)
+
+
+def _takes_patches(module: Any) -> bool:
+    """Whether a dense convolution sees each number once, as a patch embedding: a linear layer on patches."""
+    convolution, low_rank = isinstance(module, nn.modules.conv._ConvNd), isinstance(module, LowRankWeight)
+    if low_rank or not convolution:
+        return False
+    unpadded = not isinstance(module.padding, str) and not any(module.padding)
+    return unpadded and module.stride == module.kernel_size and set(module.dilation) == {1}
 
 
 class SecondMoments:

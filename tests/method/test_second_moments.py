@@ -63,7 +63,8 @@ def test_the_conversion_is_the_best_for_the_inputs_of_the_last_steps(kind: str) 
     build, shape, name = MODELS[kind]
     torch.manual_seed(0)
     model = build()
-    scale = torch.logspace(0, -2, 12) if kind != "convolution" else torch.logspace(0, -2, 8)[:, None, None]
+    images = kind in ("convolution", "patches")
+    scale = torch.logspace(0, -2, 8)[:, None, None] if images else torch.logspace(0, -2, 12)
     inputs = [torch.randn(16, *shape) * scale for _ in range(4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     oialr = OIALR(model, optimizer, settings(importance="inputs", moments_steps=3, limits=LIMITS))
@@ -73,7 +74,9 @@ def test_the_conversion_is_the_best_for_the_inputs_of_the_last_steps(kind: str) 
         oialr.model(x).square().mean().backward()
         oialr.step()
     counted = torch.cat(inputs[1:])  # the last three steps before the fourth, which converts
-    x = (counted.movedim(1, -1) if kind == "convolution" else counted).flatten(0, -2).double()
+    if kind == "patches":
+        counted = nn.functional.unfold(counted, 2, stride=2)
+    x = (counted.movedim(1, -1) if images else counted).flatten(0, -2).double()
     moments = x.mT @ x
     if kind == "convolution":
         moments = torch.kron(moments, torch.eye(9, dtype=torch.float64))
