@@ -25,12 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("checkpoints", metavar="CHECKPOINT", type=Path, nargs="+", help="file or folder")
     option("--out", metavar="FILE.h5", type=Path, required=True, help="file to write")
-    explained = "of the checkpoints, in the order given; default the last numbers in their names"
-    option("--steps", metavar="N", type=int, nargs="+", help=explained)
-    explained = "shell patterns of layers that are measured; default all"
-    option("--include", metavar="PATTERN", nargs="+", help=explained)
-    explained = "of those that are not; default tables of embeddings"
-    option("--exclude", metavar="PATTERN", nargs="+", help=explained)
+    option("--steps", metavar="N", type=int, nargs="+", help="default the last numbers in their names")
+    option("--include", metavar="PATTERN", nargs="+", help="layers that are measured; default all")
+    option("--exclude", metavar="PATTERN", nargs="+", help="layers that are not; default embeddings")
     option("--max-aspect", metavar="X", type=float, help="leave out matrices longer than that; default 10")
     option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add_force(parser)

@@ -12,8 +12,7 @@ EXAMPLES = """  oialr cancel runs/first
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    explained = "folder of a run, or number of a job"
-    parser.add_argument("target", metavar="RUN|JOB", nargs="+", help=explained)
+    parser.add_argument("target", metavar="RUN|JOB", nargs="+", help="folder of a run, or number of a job")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -24,10 +24,9 @@ EXAMPLES = """  oialr compare fashion_mnist_vit --own
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    explained = "the dense baseline takes the recipe's dense settings, not the same steps"
-    parser.add_argument("--own", action="store_true", help=explained)
-    explained = "folder of both runs; default runs/RECIPE-TIME"
-    parser.add_argument("--out", metavar="DIR", type=Path, help=explained)
+    option = parser.add_argument
+    option("--own", action="store_true", help="dense run with its own settings, not with the same steps")
+    option("--out", metavar="DIR", type=Path, help="folder of both runs; default runs/RECIPE-TIME")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,8 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     summary = "make a tiny stand-in of a data set's form, for smoke runs only"
     sample = add_command(actions, "sample", run_sample, summary=summary, examples=EXAMPLES)
     sample.add_argument("name", metavar="NAME", help="imagenet, cifar-10 or ettm2")
-    explained = "new folder; left as it is if it has the sample"
-    sample.add_argument("folder", metavar="DIR", type=Path, help=explained)
+    sample.add_argument("folder", metavar="DIR", type=Path, help="new folder, or one with this sample")
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

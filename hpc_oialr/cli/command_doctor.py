@@ -28,8 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--folder", metavar="DIR", type=Path, help="run folder; default the site's, or runs")
     option("--partition", metavar="NAME", help="partition that jobs will ask for")
     option("--need-gib", metavar="GIB", type=float, default=5.0, help="space the run needs; default 5")
-    explained = "limit of each program that a check runs; default 10"
-    option("--timeout-s", metavar="S", type=float, default=10.0, help=explained)
+    option("--timeout-s", metavar="S", type=float, default=10.0, help="for a program of a check; default 10")
     option("--json", action="store_true", help="print JSON")
 
 
@@ -42,29 +41,31 @@ def run(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in names}
     context, findings = CheckContext.at_site(arguments.site, **options)
     summary = aggregate(context, [*findings, *run_checks(context)])
-    if not summary.shown:
+    if summary is None:
         return 0
+    found, processes = summary
+    problems = sum(finding.state == "problem" for finding in found)
     # Where processes cannot meet, each prints.
     out = console(every_rank=True)
-    code = 1 if summary.problems else 0
+    code = 1 if problems else 0
     if arguments.json:
-        listed = [vars(finding) for finding in summary.findings]
-        content = {"node": context.node, "processes": summary.processes, "problems": summary.problems}
+        listed = [vars(finding) for finding in found]
+        content = {"node": context.node, "processes": processes, "problems": problems}
         out.print(json.dumps({**content, "findings": listed}, indent=2), markup=False)
         return code
-    several = f"{summary.processes} processes, seen from {context.node}"
-    title = context.node if summary.processes == 1 else several
+    several = f"{processes} processes, seen from {context.node}"
+    title = context.node if processes == 1 else several
     table = Table("check", "", "found", title=title, title_justify="left")
-    for finding in summary.findings:
+    for finding in found:
         state = Text(finding.state, style=_COLOURS[finding.state])
         where = f" [{_names(finding.nodes)}]" if finding.nodes else ""
         table.add_row(finding.name, state, Text(finding.found + where))
     out.print(table)
     for wanted in ("problem", "note"):
-        for finding in summary.findings:
+        for finding in found:
             if finding.state == wanted and finding.fix:
                 out.print(f"{wanted:8} {finding.name}: {finding.fix}", markup=False)
-    if not summary.problems:
+    if not problems:
         out.print("no problems", markup=False)
     return code
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from hpc_oialr.cli.console import add_force, add_run, show
+from hpc_oialr.cli.console import add_out, add_run, show
 
 EXAMPLES = """  oialr export runs/first --format dense
   oialr export runs/first --format lowrank --step 500 --out my_model"""
@@ -17,8 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     explained = "dense: loads into the stock class; lowrank: U, S and Vh of every layer (default: dense)"
     option("--format", choices=("dense", "lowrank"), default="dense", help=explained)
     option("--step", type=int, metavar="N", help="checkpoint to take; default the last")
-    option("--out", type=Path, metavar="DIR", help="folder to write; default RUN/export/FORMAT")
-    add_force(parser)
+    add_out(parser, "DIR", "folder to write; default RUN/export/FORMAT")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,8 +17,7 @@ EXAMPLES = """  oialr logs runs/first
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    explained = "follow until the run has finished or its job is over"
-    parser.add_argument("-f", "--follow", action="store_true", help=explained)
+    parser.add_argument("-f", "--follow", action="store_true", help="until the run or its job is over")
     parser.add_argument("--process", type=int, default=0, metavar="N", help="which process; default 0")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpc_oialr.cli.console import add_force, add_recipe, console, new_table, show
+from hpc_oialr.cli.console import add_out, add_recipe, console, new_table, show
 from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.progress import clock_time
@@ -43,15 +43,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     option("--memory-gib", metavar="X", type=float, help="of a process; default the GPU's")
     option("--weak", action="store_true", help="keep the batch of a process, not the global one")
-    explained = "share of k that r falls to, under rules that depend on singular values"
-    option("--r-fraction", metavar="F", type=float, default=0.25, help=explained)
+    option("--r-fraction", metavar="F", type=float, default=0.25, help="of k, to which r is taken to fall")
     option("--samples", metavar="N", type=int, help="of the training data, if it is not here")
     option("--calibration", metavar="FILE", type=Path, help="result of python -m benchmarks.comm")
     option("--probe", action="store_true", help="measure some real steps on this machine first")
-    explained = "instead: run the code as the first, middle and last of P processes"
-    option("--dry-run", metavar="P", type=int, help=explained)
-    option("--out", metavar="FILE", type=Path, help="write all figures as JSON")
-    add_force(parser)
+    option("--dry-run", metavar="P", type=int, help="run the code as the first, middle and last of P")
+    add_out(parser, "FILE", "write all figures as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

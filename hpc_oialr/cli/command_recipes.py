@@ -17,8 +17,7 @@ EXAMPLES = """  oialr recipes
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe's YAML")
-    explained = "write the batch scripts for sbatch into DIR/slurm"
-    parser.add_argument("--scripts", metavar="DIR", type=Path, help=explained)
+    parser.add_argument("--scripts", metavar="DIR", type=Path, help="write batch scripts into DIR/slurm")
     add_force(parser)
 
 

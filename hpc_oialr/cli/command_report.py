@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hpc_oialr.cli.console import add_force, is_main, show, writing
+from hpc_oialr.cli.console import add_out, is_main, show, writing
 
 EXAMPLES = """  oialr report runs/demo
   oialr report runs/first runs/second --out comparison.html"""
@@ -15,9 +15,7 @@ EXAMPLES = """  oialr report runs/demo
 def add(parser: argparse.ArgumentParser) -> None:
     explained = "folder of a run or of oialr compare, or a spectra.h5"
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help=explained)
-    explained = "page to write; default report.html in the folder that holds all"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=explained)
-    add_force(parser)
+    add_out(parser, "FILE", "page to write; default report.html in the folder that holds all")
 
 
 def run(arguments: argparse.Namespace) -> None:

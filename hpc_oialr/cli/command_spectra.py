@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from hpc_oialr.cli.console import add_command, add_force, console, is_main, new_table, show, writing
+from hpc_oialr.cli.console import add_command, add_out, console, is_main, new_table, show, writing
 from hpc_oialr.errors import DataError, OIALRError
 from hpc_oialr.record import RunFolder
 
@@ -49,32 +49,23 @@ def add(parser: argparse.ArgumentParser) -> None:
     shown = action("show", run_show, "show every layer as it stood after its last event")
     watched = action("watch", run_watch, "follow a running job's spectra, until it ends or Ctrl-C")
     for parser in (shown, watched):
-        explained = "shell pattern of names; default all"
-        parser.add_argument("--layers", metavar="PATTERN", default="*", help=explained)
-    explained = "time between two updates of the display; default 2"
-    watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help=explained)
+        parser.add_argument("--layers", metavar="PATTERN", default="*", help="names of layers; default all")
+    watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help="default 2")
     parser = action("plot", run_plot, "draw a figure for a paper")
     listed = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
     explained = f"{listed}; default stability"
     parser.add_argument("--figure", choices=tuple(FIGURES), default="stability", help=explained)
     parser.add_argument("--layer", metavar="NAME", help="of the waterfall; default the first")
-    explained = "columns of a paper; default single"
-    parser.add_argument("--width", choices=("single", "double"), default="single", help=explained)
-    explained = "file to write, .png, .pdf or .svg; default FIGURE.png"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=explained)
-    add_force(parser)
+    parser.add_argument("--width", choices=("single", "double"), default="single", help="columns of a paper")
+    add_out(parser, "FILE", "file to write, .png, .pdf or .svg; default FIGURE.png")
     parser = action("export", run_export, "write tables of events, steps and singular values")
     parser.add_argument("--format", choices=("csv", "parquet"), default="csv", help="default: csv")
-    explained = "folder to write; default spectra_FORMAT in the run's"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=explained)
-    add_force(parser)
+    add_out(parser, "DIR", "folder to write; default spectra_FORMAT in the run's")
     parser = action("merge", run_merge, "join all files of a record whose run was stopped")
     # Accepted for old command lines; it always copies now.
     parser.add_argument("--copy", action="store_true", help=argparse.SUPPRESS)
     parser = action("repair", run_repair, "save what can be read of a damaged record into a new file")
-    explained = "file to write; default FILE.repaired.h5"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=explained)
-    add_force(parser)
+    add_out(parser, "FILE", "file to write; default FILE.repaired.h5")
 
 
 def run_show(arguments: argparse.Namespace) -> None:

@@ -47,8 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     for option, kind, metavar, explanation in OPTIONS:
         parser.add_argument(option, type=kind, metavar=metavar, help=explanation)
-    explained = "shell command before the training; may be repeated"
-    parser.add_argument("--setup", metavar="COMMAND", action="append", help=explained)
+    parser.add_argument("--setup", metavar="COMMAND", action="append", help="before the training; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print the script, and ask sbatch --test-only")
 
 

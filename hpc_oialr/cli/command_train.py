@@ -40,10 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     option = parser.add_argument
     option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
-    explained = "resume the run in --out, or start it if there is none yet; for batch scripts"
-    option("--continue", dest="go_on", action="store_true", help=explained)
-    explained = "train the dense baseline, with the recipe's dense settings"
-    option("--dense", action="store_true", help=explained)
+    option("--continue", dest="go_on", action="store_true", help="resume the run in --out, or start it")
+    option("--dense", action="store_true", help="train the dense baseline, with the recipe's dense settings")
     option("--print_config", action="store_true", help="print all settings as YAML and stop")
     option("--help_settings", action="store_true", help="explain all settings and stop")
 

@@ -45,13 +45,18 @@ def add_command(
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe that a command is about."""
-    explained = "name of a recipe (see oialr recipes), or a YAML file"
-    parser.add_argument("recipe", metavar="RECIPE|FILE", help=explained)
+    parser.add_argument("recipe", metavar="RECIPE|FILE", help="name (see oialr recipes), or a YAML file")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The run that a command is about."""
     parser.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+
+
+def add_out(parser: argparse.ArgumentParser, metavar: str, explained: str) -> None:
+    """The options for an output and for replacing what is in its place."""
+    parser.add_argument("--out", metavar=metavar, type=Path, help=explained)
+    add_force(parser)
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from hpc_oialr.doctor import files, gpu, limits, mpi, network, packages, slurm
+from hpc_oialr.doctor import gpu, host, mpi, network, packages, slurm
 from hpc_oialr.doctor.context import SLOW, CheckContext, Finding, Scope, note, ok, problem
 from hpc_oialr.errors import WorldError
 
@@ -22,10 +22,10 @@ CHECKS: Sequence[tuple[str, Scope, Check]] = (
     ("MPI", "process", mpi.check_mpi),
     ("GPU", "process", gpu.check_gpus),
     ("MASTER_ADDR", "process", network.check_address),
-    ("run folder", "node", files.check_folder),
-    ("HDF5", "node", files.check_hdf5),
-    ("threads", "process", limits.check_threads),
-    ("limits", "process", limits.check_limits),
+    ("run folder", "node", host.check_folder),
+    ("HDF5", "node", host.check_hdf5),
+    ("threads", "process", host.check_threads),
+    ("limits", "process", host.check_limits),
 )
 # Times the timeout of one program: longer than any check waits for its programs.
 _PATIENCE = 4
@@ -56,27 +56,13 @@ def run_checks(context: CheckContext, checks: Sequence[tuple[str, Scope, Check]]
     return [each for topic in due for each in found.get(topic, [problem(topic, late, fix)])]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Findings of so many processes, and whether this process prints them."""
-
-    findings: Sequence[Finding]
-    processes: int
-    shown: bool
-
-    @property
-    def problems(self) -> int:
-        """Number of findings that need a fix."""
-        return sum(finding.state == "problem" for finding in self.findings)
-
-
-def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
-    """Findings of all ranks, on rank 0; each rank's own if the ranks cannot connect.
+def aggregate(context: CheckContext, findings: Sequence[Finding]) -> tuple[Sequence[Finding], int] | None:
+    """Findings of all ranks and their number on rank 0, None on others; each rank's own if the ranks cannot connect.
 
     Collective if there are several ranks; each sends its findings, a few kB.
     """
     if context.size == 1:
-        return Summary(findings, 1, shown=True)
+        return findings, 1
     from hpc_oialr.distributed.world import World
 
     limit_s = context.timeout_s * (1 if network.by_hand(context) else SLOW)
@@ -90,8 +76,8 @@ def aggregate(context: CheckContext, findings: Sequence[Finding]) -> Summary:
     except WorldError as error:
         fix = "oialr doctor on each node; look at MASTER_ADDR and MASTER_PORT"
         fix = network.unset(context) if network.by_hand(context) else fix
-        return Summary([*findings, problem("World", str(error), fix)], 1, shown=True)
-    return Summary(worst(everyone), context.size, shown=context.is_main)
+        return [*findings, problem("World", str(error), fix)], 1
+    return (worst(everyone), context.size) if context.is_main else None
 
 
 def worst(everyone: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:

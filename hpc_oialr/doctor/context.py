@@ -67,12 +67,7 @@ class CheckContext:
 
     @classmethod
     def at_site(
-        cls,
-        site: str | None,
-        *,
-        folder: Path | None = None,
-        partition: str | None = None,
-        **limits: float,
+        cls, site: str | None, *, folder: Path | None = None, partition: str | None = None, **limits: float
     ) -> tuple[CheckContext, list[Finding]]:
         """This process, with the variables and options that a site file gives batch scripts; whether it runs here.
 

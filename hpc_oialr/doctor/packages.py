@@ -1,4 +1,4 @@
-"""Python packages: installed versions against those that the package and its extras require."""
+"""Python packages: installed versions against those that are required."""
 
 from __future__ import annotations
 
@@ -9,36 +9,23 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from hpc_oialr.distributed.environment import in_step
-from hpc_oialr.doctor.context import CheckContext, Finding, note, ok, problem
+from hpc_oialr.doctor.context import CheckContext, Finding, ok, problem
 
 _SELF = "hpc_oialr"
 
 
 def check_packages(context: CheckContext) -> list[Finding]:
-    """Required packages, then the extras: those that are installed must fit, submitit must be where Slurm is."""
+    """Required packages, and submitit where Slurm is."""
     wrong = [text for requirement in required("") if (text := mismatch(requirement))]
     found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     findings = [ok("packages", found)]
     if wrong:
         findings = [problem("packages", "; ".join(wrong), f'pip install --upgrade "{_SELF}"')]
-    absent = []
-    for extra in metadata.metadata(_SELF).get_all("Provides-Extra") or []:
-        needs = list(required(extra))
-        if any(need.name == _SELF for need in needs):
-            continue  # an extra that only gathers others
-        states = [mismatch(need) for need in needs]
-        if any("missing" in state for state in states):
-            absent.append(extra)
-        elif any(states):
-            fix = f'pip install --upgrade "{_SELF}[{extra}]"'
-            findings.append(problem(f"[{extra}]", "; ".join(filter(None, states)), fix))
-    if "slurm" in absent and context.has_slurm and not in_step(context.environ):
-        absent.remove("slurm")
-        fix = f'pip install "{_SELF}[slurm]"'
-        findings.append(problem("submitit", "missing: oialr submit cannot submit jobs", fix))
-    if absent:
-        fix = f'pip install "{_SELF}[{",".join(absent)}]"'
-        findings.append(note("extras", f"not installed: {', '.join(absent)}; runs do without", fix))
+    # Other extras name themselves where they are needed, in a job's first seconds; a submission has none.
+    (submitit,) = required("slurm")
+    if (wrong_submitit := mismatch(submitit)) and context.has_slurm and not in_step(context.environ):
+        fix = f'pip install --upgrade "{_SELF}[slurm]"'
+        findings.append(problem("submitit", f"{wrong_submitit}: oialr submit cannot submit jobs", fix))
     return findings
 
 

@@ -86,8 +86,6 @@ class DeepSpeedEngine(GroupEngine):
         """The ranks that store the same; each alone where stage 3 has sharded the parameters."""
         return self.world if self.stage < 3 or self._live is None else World(device=self.world.device)
 
-    # -- setup and end ---------------------------------------------------------------------------
-
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
         """Raise :class:`ConfigError` if the JSON's batch sizes or clipping are not the recipe's."""
         self._json.check_step(
@@ -170,8 +168,6 @@ class DeepSpeedEngine(GroupEngine):
         self._live.stretch_steps(self._factors)
         self.builds += 1
 
-    # -- a change of layers ----------------------------------------------------------------------
-
     @torch.no_grad()
     def gather(self, target: TargetWeight) -> None:
         """Gather a layer's parameters, whole on every rank, trained ones in fp32."""
@@ -215,8 +211,6 @@ class DeepSpeedEngine(GroupEngine):
         """What DeepSpeed stores beside the module."""
         return () if self._live is None else self._live.extra_tensors()
 
-    # -- one step --------------------------------------------------------------------------------
-
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
         """Accumulate gradients; stages 2 and 3 reduce them over ranks in every backward pass."""
@@ -251,8 +245,6 @@ class DeepSpeedEngine(GroupEngine):
         if self._precision == "fp16":
             self._shown = float(live.zero.loss_scaler.cur_scale)
             scaler.load_state_dict(scaler.state_dict() | {"scale": self._shown})
-
-    # -- checkpoints -----------------------------------------------------------------------------
 
     @cached_property
     def _rows(self) -> Sharded:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,8 +88,6 @@ class LiveZero:
             _share_masters(self.zero)
         self._places = dict(_by_parameter(self.zero, world) if self.sharded else _by_group(self.zero))
 
-    # -- values and moments ----------------------------------------------------------------------
-
     def part(self, parameter: nn.Parameter) -> Part:
         """Views of this rank's part of a trained parameter."""
         flat, offset, start, numel = self._places[parameter]
@@ -132,8 +129,6 @@ class LiveZero:
             yield self.zero.grad_partitions_flat_buffer
             yield from (b.buffer for b in self.zero.ipg_buckets.values() if b.buffer is not None)
 
-    # -- from one engine to the next -------------------------------------------------------------
-
     def parts(self, trained: Iterable[nn.Parameter]) -> dict[nn.Parameter, Part]:
         """This rank's part of every parameter, in host memory."""
         return {p: self.new.pop(p) if p in self.new else self.part(p).kept() for p in trained}
@@ -166,23 +161,21 @@ class LiveZero:
 
     def stretch_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
         """Multiply parameters' steps, weight decay included, as :class:`~hpc_oialr.optim.core_lr.CoreLearningRate`."""
-        parts: defaultdict[int, list[tuple[Tensor, float]]] = defaultdict(list)
-        for parameter, place in self._places.items():
-            factor = factors.get(parameter, 1.0)
-            if factor != 1.0 and place.numel:
-                parts[id(place.flat)].append((self.part(parameter).values[MASTER], factor))
-        before: list[tuple[Tensor, Tensor, float]] = []
+        parts = [
+            (self.part(p).values[MASTER], factors[p])
+            for p, place in self._places.items()
+            if factors.get(p, 1.0) != 1.0 and place.numel
+        ]
+        before: list[Tensor] = []
 
         @torch.no_grad()
-        def remember(inner: Optimizer, *_: Any) -> None:
-            # ZeRO steps one flat piece after another.
-            stepped = [flat for group in inner.param_groups for flat in group["params"]]
-            found = [part for flat in stepped for part in parts.get(id(flat), ())]
-            before[:] = [(values, values.clone(), factor) for values, factor in found]
+        def remember(*_: Any) -> None:
+            before[:] = [values.clone() for values, _ in parts]
 
         @torch.no_grad()
         def stretch(*_: Any) -> None:
-            for values, old, factor in before:
+            # ZeRO steps one flat piece after another: all values of the others stay.
+            for (values, factor), old in zip(parts, before, strict=True):
                 values.add_((values - old).mul_(factor - 1.0))
             before.clear()
 
@@ -205,8 +198,6 @@ class LiveZero:
         for owner in (self.engine, self.zero, *gone, self):
             vars(owner).clear()
         gc.collect()
-
-    # -- a change of layers ----------------------------------------------------------------------
 
     def gather(self, parameter: nn.Parameter) -> None:
         """Put a parameter's whole values into it, trained ones in fp32; a collective call."""

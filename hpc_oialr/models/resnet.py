@@ -128,26 +128,23 @@ class ResNetRS(ModelConfig):
 
         Raises :class:`MissingExtraError` if timm was asked for and cannot be imported.
         """
-        size = self.require_input(example, "pixel_values", "image").shape[-1]
-        reason = None
-        if self.library != "transformers":
-            try:
-                importlib.import_module("timm")
-            except Exception as error:
-                # It needs torchvision, which fails in many ways where it was built for another torch.
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if reason is not None and self.library == "timm":
-            raise MissingExtraError(f"timm ({reason})", "timm", purpose="model.library timm")
-        if reason is not None:
+        size = max(32, self.require_input(example, "pixel_values", "image").shape[-1])
+        plain = ResNet(image_size=size, channels=self.channels, depths=self.depths, classes=self.classes)
+        if self.library == "transformers":
+            return plain.build(example)
+        try:
+            importlib.import_module("timm")
+        except Exception as error:
+            # It needs torchvision, which fails in many ways where it was built for another torch.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if self.library == "timm":
+                raise MissingExtraError(f"timm ({reason})", "timm", purpose="model.library timm") from error
             log.warning(
                 "the model is transformers' ResNet, which has no squeeze and excitation, not ResNet-RS: timm cannot "
                 "be imported (%s). Install it with: pip install 'hpc_oialr[timm]'; or choose: "
                 "--model.library transformers",
                 reason,
             )
-        if reason is not None or self.library == "transformers":
-            size = max(size, 32)
-            plain = ResNet(image_size=size, channels=self.channels, depths=self.depths, classes=self.classes)
             return plain.build(example)
         quiet_transformers()
         from transformers import TimmWrapperConfig, TimmWrapperForImageClassification

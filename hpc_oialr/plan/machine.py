@@ -125,7 +125,6 @@ class Machine:
         return Link(self.between.latency_s, wire if alone else min(self.inside.bytes_per_s, wire))
 
 
-# -- stated: GPUs, networks and clusters by name -------------------------------------------------------
 # FLOP/s are those of dense matrix products, without sparsity; fp32 is plain fp32, as torch uses TF32 only on request.
 
 # Assumed: share of the peak that transformers and CNNs of common sizes reach without torch.compile.
@@ -212,9 +211,6 @@ def gpu_machine(site: ClusterPreset) -> Machine:
         between=Link(NETWORK_HOP_S, LINK_EFFICIENCY * gb_per_s * 1e9),
         adapters=site.adapters,
     )
-
-
-# -- measured: this machine ----------------------------------------------------------------------------
 
 
 def this_machine(calibration: str | Path | None = None) -> Machine:

@@ -170,7 +170,7 @@ class Planner:
                 "optimizer_gib": memory.state / GIB,
                 "activations_gib": memory.activations / GIB,
                 "peak_gib": memory.peak / GIB,
-                "gflop": step.flops / 1e9,
+                "gflop": (step.passes.flops.total() + step.update.flops.total()) / 1e9,
                 "sent_mb": sum(m.size for m in sent) / MB,
                 "compute_s": compute_s,
                 "waiting_s": waiting_s,

@@ -43,11 +43,6 @@ class Step:
     update: Trace
     half: bool = False  # whether the precision is bf16 or fp16
 
-    @property
-    def flops(self) -> float:
-        """Of all dtypes."""
-        return float(sum(self.passes.flops.values()) + sum(self.update.flops.values()))
-
 
 def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int], *, trained: bool = False) -> Step:
     """One step of rank 0, whose shards are the largest; ``r`` of every low-rank layer, empty if all are dense.

@@ -90,24 +90,14 @@ def analyze(
     Layers are distributed over ranks, longest SVD first; each reads only its own, and keeps two SVDs at a time.
     The file does not depend on the number of ranks.
 
-    Parameters
-    ----------
-    paths, steps
-        Dense checkpoints of one model, see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`, and their steps,
-        by default the last numbers in their names.
-    out, force
-        File to write, see :mod:`hpc_oialr.spectra.schema`; ``force`` replaces one that no analysis wrote.
-    selection, world
-        Layers and ranks; by default all matrices on one rank.
-    progress
-        Called after each layer of this rank with the layers done and their total.
+    ``paths`` are dense checkpoints of one model, see :func:`~hpc_oialr.report.checkpoint.open_checkpoint`, and ``steps``
+    theirs, by default the last numbers in their names. ``out`` has the schema of :mod:`hpc_oialr.spectra.schema`;
+    ``force`` replaces one that no analysis wrote. ``progress`` is called after each layer of this rank with the layers
+    done and their total. By default all matrices are measured, on one rank.
 
-    Raises
-    ------
-    ConfigError, DataError, NonFiniteError
-        Steps are missing or equal; checkpoints cannot be read or are not of one model; a weight holds NaN or Inf.
-    OutputError, OSError
-        ``out`` is a checkpoint, or not from an earlier analysis; it cannot be written.
+    Raises ConfigError, DataError or NonFiniteError if steps are missing or equal, checkpoints cannot be read or are not
+    of one model, or a weight holds NaN or Inf; OutputError or OSError if ``out`` is a checkpoint, is not from an earlier
+    analysis or cannot be written.
     """
     world, selection, out = world or World.single(), selection or MatrixSelection(), Path(out)
     given = [Path(path) for path in paths]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hpc_oialr.commands import Answer
-from hpc_oialr.doctor import CheckContext, Finding, files, probe
+from hpc_oialr.doctor import CheckContext, Finding, host, probe
 
 DONE = Answer(code=0)
 
@@ -66,7 +66,7 @@ def report_of(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any
 
 
 def test_a_good_folder_that_is_not_there_yet(context, tmp_path):
-    findings = files.check_folder(context(folder=tmp_path / "a" / "b", need_gib=1e-6))
+    findings = host.check_folder(context(folder=tmp_path / "a" / "b", need_gib=1e-6))
     assert [(finding.name, finding.state) for finding in findings] == [
         ("run folder", "ok"),
         ("free space", "ok"),
@@ -78,7 +78,7 @@ def test_a_good_folder_that_is_not_there_yet(context, tmp_path):
 def test_a_full_disk(context, mounted):
     disk = mounted("size=1m")
     (disk / "big").write_bytes(bytes(2**20 - 8192))
-    found = by_name(files.check_folder(context(folder=disk, need_gib=5.0)))
+    found = by_name(host.check_folder(context(folder=disk, need_gib=5.0)))
     assert found["run folder"].state == found["free space"].state == "problem"
     assert found["run folder"].found == f"{disk}: cannot write: No space left on device"
     assert found["run folder"].fix.startswith(f"df -h {disk}; quota -s")
@@ -88,7 +88,7 @@ def test_a_full_disk(context, mounted):
 
 def test_a_disk_without_inodes(context, mounted):
     disk = mounted("size=8m,nr_inodes=40")
-    inodes = by_name(files.check_folder(context(folder=disk, need_gib=1e-6)))["inodes"]
+    inodes = by_name(host.check_folder(context(folder=disk, need_gib=1e-6)))["inodes"]
     assert inodes.state == "problem"
     assert f"more files fit on {disk} (tmpfs)" in inodes.found
 
@@ -97,7 +97,7 @@ def test_little_space_as_the_system_tells_it(context, monkeypatch, reported, tmp
     space = SimpleNamespace(f_bavail=1, f_frsize=2**30, f_files=0, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda path: space)
     reported(report_of(capsys, tmp_path))
-    found = by_name(files.check_folder(context(folder=tmp_path, need_gib=5.0)))
+    found = by_name(host.check_folder(context(folder=tmp_path, need_gib=5.0)))
     assert found["free space"].state == "problem"
     assert found["free space"].found.startswith("1.0 GiB on ")
     assert "inodes" not in found, "some file systems do not count them"
@@ -105,7 +105,7 @@ def test_little_space_as_the_system_tells_it(context, monkeypatch, reported, tmp
 
 def test_a_read_only_disk(context, mounted):
     disk = mounted("size=1m,ro")
-    found = by_name(files.check_folder(context(folder=disk, need_gib=1e-6)))["run folder"]
+    found = by_name(host.check_folder(context(folder=disk, need_gib=1e-6)))["run folder"]
     assert found.state == "problem"
     assert found.found == f"{disk}: cannot make a folder: Read-only file system"
     assert found.fix.startswith("--folder DIR, and --out DIR")
@@ -114,16 +114,16 @@ def test_a_read_only_disk(context, mounted):
 def test_a_folder_closed_to_its_owner(context, reported, tmp_path):
     report = {"there": str(tmp_path), "step": "write", "errno": errno.EACCES, "error": "Permission denied"}
     reported(report | {"owner": os.geteuid()})
-    (found,) = files.check_folder(context())
+    (found,) = host.check_folder(context())
     assert (found.state, found.fix) == ("problem", f"chmod u+rwx {tmp_path}")
     reported(report | {"owner": os.geteuid() + 1})
-    (found,) = files.check_folder(context())
+    (found,) = host.check_folder(context())
     assert found.fix.startswith("--folder DIR")
 
 
 def test_a_file_in_the_folders_place(context, tmp_path):
     (tmp_path / "runs").write_text("")
-    (found,) = files.check_folder(context(folder=tmp_path / "runs"))
+    (found,) = host.check_folder(context(folder=tmp_path / "runs"))
     assert found.state == "problem"
     assert "is no folder" in found.found
 
@@ -137,7 +137,7 @@ def test_a_rename_that_leaves_the_old_file(monkeypatch, tmp_path, capsys):
 
 def test_a_file_server_that_does_not_answer(context, reported):
     reported({}, Answer(trouble="hung"))
-    (found,) = files.check_folder(context())
+    (found,) = host.check_folder(context())
     assert found.state == "problem"
     assert found.found.endswith("gives no answer: no answer in time")
     assert "tell the administrators of " in found.fix
@@ -152,7 +152,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_hdf5(context, tmp_path):
-    (found,) = files.check_hdf5(context(folder=tmp_path))
+    (found,) = host.check_hdf5(context(folder=tmp_path))
     assert (found.name, found.state) == ("HDF5", "ok")
     assert found.found.endswith(" writes, with locks")
     assert list(tmp_path.glob(".oialr*")) == []
@@ -167,17 +167,17 @@ def test_a_file_system_without_locks(context, monkeypatch, reported, tmp_path, n
     (tmp_path / "x").touch()
     report = {"lock": probe.lock(tmp_path / "x"), "hdf5": "2.0.0", "failed": ""}
     reported(report)
-    (found,) = files.check_hdf5(context(folder=tmp_path))
+    (found,) = host.check_hdf5(context(folder=tmp_path))
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert f"has no file locks ({os.strerror(number)})" in found.found
     heeded = context({"HDF5_USE_FILE_LOCKING": "FALSE"}, folder=tmp_path)
-    (found,) = files.check_hdf5(heeded)
+    (found,) = host.check_hdf5(heeded)
     assert (found.state, found.found) == ("ok", "2.0.0 writes, without locks")
 
 
 def test_a_lock_that_hangs(context, reported):
     reported({}, Answer(trouble="hung"))
-    (found,) = files.check_hdf5(context())
+    (found,) = host.check_hdf5(context())
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     assert found.found.endswith("fails: no answer in time")
 
@@ -185,8 +185,8 @@ def test_a_lock_that_hangs(context, reported):
 def test_hdf5_that_cannot_write(context, reported):
     report = {"lock": 0, "hdf5": "2.0.0", "failed": "unable to lock file, errno = 524"}
     reported(report)
-    (found,) = files.check_hdf5(context())
+    (found,) = host.check_hdf5(context())
     assert (found.state, found.fix) == ("problem", "export HDF5_USE_FILE_LOCKING=FALSE")
     reported(report | {"failed": "broken"})
-    (found,) = files.check_hdf5(context())
+    (found,) = host.check_hdf5(context())
     assert "pip install --force-reinstall" in found.fix

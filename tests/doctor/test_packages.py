@@ -52,32 +52,15 @@ def test_an_old_torch(context, installed):
     assert found.fix == 'pip install --upgrade "hpc_oialr"'
 
 
-def test_missing_submitit_where_there_is_slurm(context, installed, programs):
-    installed(submitit=None)
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [(None, "submitit is missing: oialr"), ("1.4.0", "submitit is 1.4.0; must be >=1.5.2: oialr")],
+)
+def test_submitit_where_there_is_slurm(context, installed, programs, version, found):
+    installed(submitit=version)
+    assert len(packages.check_packages(context())) == 1, "no Slurm, no submission"
     programs.put_cluster()
-    _, found = packages.check_packages(context())
-    assert (found.name, found.state) == ("submitit", "problem")
-    assert found.found == "missing: oialr submit cannot submit jobs"
-    assert found.fix == 'pip install "hpc_oialr[slurm]"'
-
-
-def test_missing_extras_on_a_laptop_are_one_note(context, installed):
-    installed(submitit=None, mpi4py=None)
-    _, found = packages.check_packages(context())
-    assert (found.name, found.state, found.found) == (
-        "extras",
-        "note",
-        "not installed: mpi, slurm; runs do without",
-    )
-    assert found.fix == 'pip install "hpc_oialr[mpi,slurm]"'
-
-
-def test_an_old_submitit(context, installed):
-    installed(submitit="1.4.0")
-    _, found = packages.check_packages(context())
-    assert (found.name, found.state, found.found) == (
-        "[slurm]",
-        "problem",
-        "submitit is 1.4.0; must be >=1.5.2",
-    )
-    assert found.fix == 'pip install --upgrade "hpc_oialr[slurm]"'
+    _, submitit = packages.check_packages(context())
+    assert (submitit.name, submitit.state) == ("submitit", "problem")
+    assert submitit.found == f"{found} submit cannot submit jobs"
+    assert submitit.fix == 'pip install --upgrade "hpc_oialr[slurm]"'

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from support.slurm_step import step
 
-from hpc_oialr.doctor import limits
+from hpc_oialr.doctor import host
 
 STEP = step(SLURMD_NODENAME="node1")
 
@@ -21,15 +21,15 @@ def machine(monkeypatch, tmp_path):
         (tmp_path / "mlx5_0").touch()
         space = SimpleNamespace(f_blocks=shared, f_frsize=1)
         both = {resource.RLIMIT_NOFILE: files, resource.RLIMIT_MEMLOCK: locked}
-        monkeypatch.setattr(limits, "usable_cores", lambda: cores)
-        monkeypatch.setattr(limits.os, "cpu_count", lambda: 32)
-        monkeypatch.setattr(limits.os, "statvfs", lambda path: space)
-        monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (both[which], resource.RLIM_INFINITY))
-        monkeypatch.setattr(limits, "_INFINIBAND", tmp_path)
+        monkeypatch.setattr(host, "usable_cores", lambda: cores)
+        monkeypatch.setattr(host.os, "cpu_count", lambda: 32)
+        monkeypatch.setattr(host.os, "statvfs", lambda path: space)
+        monkeypatch.setattr(host.resource, "getrlimit", lambda which: (both[which], resource.RLIM_INFINITY))
+        monkeypatch.setattr(host, "_INFINIBAND", tmp_path)
         return find
 
     def find(context, name="open files"):
-        return next(finding for finding in limits.check_limits(context) if finding.name == name)
+        return next(finding for finding in host.check_limits(context) if finding.name == name)
 
     return pretend
 
@@ -55,7 +55,7 @@ def machine(monkeypatch, tmp_path):
 )
 def test_more_threads_than_cores(context, machine, environ, cores, found, fix):
     machine(cores=cores)
-    problem = limits.check_threads(context(environ))[0]
+    problem = host.check_threads(context(environ))[0]
     assert (problem.name, problem.state, problem.found) == ("threads", "problem", found)
     assert problem.fix == f"export OMP_NUM_THREADS={fix}"
 
@@ -63,29 +63,29 @@ def test_more_threads_than_cores(context, machine, environ, cores, found, fix):
 @pytest.mark.parametrize("environ", [{}, STEP, {"OMP_NUM_THREADS": "32"}, STEP | {"OMP_NUM_THREADS": "8"}])
 def test_threads_that_fit(context, machine, environ):
     machine(cores=32)
-    assert [finding.state for finding in limits.check_threads(context(environ))] == ["ok"]
+    assert [finding.state for finding in host.check_threads(context(environ))] == ["ok"]
 
 
 def test_this_machine(context):
-    cores = limits.usable_cores()
-    (found,) = limits.check_threads(context({"OMP_NUM_THREADS": str(cores + 1)}))
+    cores = host.usable_cores()
+    (found,) = host.check_threads(context({"OMP_NUM_THREADS": str(cores + 1)}))
     assert found.state == "problem"
-    (found,) = limits.check_threads(context({"OMP_NUM_THREADS": "1"}))
+    (found,) = host.check_threads(context({"OMP_NUM_THREADS": "1"}))
     assert found.state == "ok"
 
 
 def test_srun_does_not_inherit_cpus_per_task(context, machine):
     who = context(STEP | {"SLURM_CPUS_PER_TASK": "8"})
     machine(cores=1)
-    _, found = limits.check_threads(who)
+    _, found = host.check_threads(who)
     assert (found.state, found.found) == (
         "problem",
         "SLURM_CPUS_PER_TASK is 8, but srun bound this task to 1",
     )
     assert found.fix.startswith("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-    assert len(limits.check_threads(context(STEP))) == 1
+    assert len(host.check_threads(context(STEP))) == 1
     machine(cores=8)
-    assert [finding.state for finding in limits.check_threads(who)] == ["ok", "ok"]
+    assert [finding.state for finding in host.check_threads(who)] == ["ok", "ok"]
 
 
 def test_open_files(context, machine):
@@ -115,4 +115,4 @@ def test_shared_memory(context, machine):
 
 
 def test_limits_of_this_machine(context):
-    assert {finding.name for finding in limits.check_limits(context())} >= {"open files"}
+    assert {finding.name for finding in host.check_limits(context())} >= {"open files"}
