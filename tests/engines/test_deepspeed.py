@@ -268,7 +268,7 @@ RECIPE: dict[str, Any] = {"ranks": 4, "global_batch": 64, "accumulation": 2, "cl
         (
             "train_micro_batch_size_per_gpu",
             64,
-            r"must be 8, as train.global_batch / \(train.accumulation x 4 proc",
+            r"must be 8, as train.global_batch / \(train.accumulation x 4 ranks",
         ),
         ("gradient_accumulation_steps", 1, "must be 2, as train.accumulation says"),
         (
