@@ -46,8 +46,7 @@ class JobFile:
     @property
     def elsewhere(self) -> str:
         """What to set before Slurm is asked about the job; "" if nothing."""
-        here = all_variables().get("SLURM_CLUSTERS", "")
-        if here == self.clusters:
+        if all_variables().get("SLURM_CLUSTERS", "") == self.clusters:
             return ""
         return f"export SLURM_CLUSTERS={self.clusters}" if self.clusters else "unset SLURM_CLUSTERS"
 

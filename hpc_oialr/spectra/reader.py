@@ -270,13 +270,20 @@ class Runs(dict[str, Spectra]):
 
     def to_pandas(self, table: str = "events", *, singular_values: bool = False) -> pandas.DataFrame:
         """As :meth:`Spectra.to_pandas`, with a first column ``run``."""
-        return tables.runs_to_pandas(
-            {name: run.to_pandas(table, singular_values=singular_values) for name, run in self.items()}
-        )
+        frames = [run.to_pandas(table, singular_values=singular_values) for run in self.values()]
+        for name, frame in zip(self, frames, strict=True):
+            if "layer" in frame:
+                # Categories differ between models.
+                frame["layer"] = frame["layer"].astype(str)
+            frame.insert(0, "run", name)
+        return tables.need("pandas").concat(frames, ignore_index=True)
 
     def to_xarray(self, layers: str = "*") -> xarray.Dataset:
         """As :meth:`Spectra.to_xarray`, with a first dimension ``run``."""
-        return tables.runs_to_xarray({name: run.to_xarray(layers) for name, run in self.items()})
+        xarray, sets = tables.need("xarray"), [run.to_xarray(layers).drop_attrs() for run in self.values()]
+        options = {"join": "outer", "data_vars": "all", "coords": "minimal", "compat": "override"}
+        joined = xarray.concat(sets, dim="run", combine_attrs="drop", **options)
+        return joined.assign_coords(run=xarray.Variable("run", list(self)))
 
     def close(self) -> None:
         """Close all files."""

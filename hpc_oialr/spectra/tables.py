@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,16 +43,6 @@ def events_to_pandas(run: Spectra, *, singular_values: bool) -> pandas.DataFrame
     return frame
 
 
-def runs_to_pandas(frames: Mapping[str, pandas.DataFrame]) -> pandas.DataFrame:
-    """Join tables of several runs, with a first column ``run``."""
-    for name, frame in frames.items():
-        if "layer" in frame:
-            # Categories differ between models.
-            frame["layer"] = frame["layer"].astype(str)
-        frame.insert(0, "run", name)
-    return need("pandas").concat(frames.values(), ignore_index=True)
-
-
 def to_xarray(run: Spectra, pattern: str) -> xarray.Dataset:
     """See :meth:`hpc_oialr.spectra.Spectra.to_xarray`; of two events of one step the later one counts."""
     xarray = need("xarray")
@@ -84,16 +73,6 @@ def to_xarray(run: Spectra, pattern: str) -> xarray.Dataset:
     }
     attributes = {"path": str(run.path), "kinds": ", ".join(f"{n} = {word}" for word, n in KINDS.items())}
     return xarray.Dataset({**data, **of_steps}, coords=coordinates, attrs=attributes)
-
-
-def runs_to_xarray(sets: Mapping[str, xarray.Dataset]) -> xarray.Dataset:
-    """Join arrays of several runs, with a first dimension ``run``."""
-    xarray = need("xarray")
-    options = {"join": "outer", "data_vars": "all", "coords": "minimal", "compat": "override"}
-    joined = xarray.concat(
-        [each.drop_attrs() for each in sets.values()], dim="run", combine_attrs="drop", **options
-    )
-    return joined.assign_coords(run=xarray.Variable("run", list(sets)))
 
 
 def export(run: Spectra, form: str, out: Path | None = None, *, force: bool = False) -> list[Path]:
