@@ -135,14 +135,18 @@ class OIALRConfig:
             raise ConfigError("factor_dtype", self.factor_dtype, rule, fix="Set it to null.")
 
     @property
+    def free_phases(self) -> list[tuple[int, int | None]]:
+        """The phases, as ``bases_trained``, in which ``U`` and ``Vh`` are trained."""
+        return [(0, None)] if self.train == "factors" else self.bases_trained
+
+    @property
     def frees_bases(self) -> bool:
         """Whether ``U`` and ``Vh`` are ever trained."""
-        return self.train == "factors" or bool(self.bases_trained)
+        return bool(self.free_phases)
 
     def trains_bases(self, t: int) -> bool:
         """Whether ``U`` and ``Vh`` of low-rank layers are trained in step ``t``, counted from 0."""
-        inside = (start <= t and (stop is None or t < stop) for start, stop in self.bases_trained)
-        return self.train == "factors" or any(inside)
+        return any(start <= t and (stop is None or t < stop) for start, stop in self.free_phases)
 
     def next_conversion(self, t: int) -> float:
         """The first step after ``t`` that may convert dense layers which the user has not frozen; infinite if none."""

@@ -75,7 +75,7 @@ def phases(
 def _split(phase: Phase, config: OIALRConfig) -> list[Phase]:
     """At the steps in which bases begin or cease to be trained."""
     end = phase.start + phase.steps
-    changes = {t for pair in config.bases_trained for t in pair if t is not None and phase.start < t < end}
+    changes = {t for pair in config.free_phases for t in pair if t is not None and phase.start < t < end}
     parts = []
     for start, stop in pairwise([phase.start, *sorted(changes), end]):
         part = phase if start == phase.start else Phase(start, 0, "bases", {}, phase.r)

@@ -75,12 +75,14 @@ class Recorder:
     def probe(self, step: int) -> AbstractContextManager[None]:
         """Around the step after ``step`` steps: measures its memory if that may be the highest so far.
 
-        The first two steps (the optimizer's state exists from the second on), and the steps of the method's first
-        conversion and update and the ones after them. Later updates work on smaller factors.
+        The first two steps (the optimizer's state exists from the second on), also of every phase in which bases are
+        trained, and the steps of the method's first conversion and update and the ones after them. Later updates work
+        on smaller factors.
         """
         method, steps = self.context.config.oialr, [self._first, self._first + 1]
         if method is not None:
             events = [method.delay, method.delay + method.frequency]
+            events += [max(start, method.delay) + 1 for start, _ in method.free_phases]
             every = method.stability_frequency if method.stability_threshold is not None else None
             if every is not None and step >= method.delay:
                 events += [t for t in (step, step + 1) if t % every == 0]

@@ -14,6 +14,7 @@ from support.train_workers import losses, resume_worker, stop_at_step, train_wor
 from hpc_oialr.distributed import World
 from hpc_oialr.export import export, load_model
 from hpc_oialr.lowrank import low_rank_layers
+from hpc_oialr.record.memory import MemoryMeter
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 
@@ -85,3 +86,21 @@ def test_two_ranks_resume_within_a_phase(recipe, tmp_path):
     resumed = spawn(resume_worker, 2, str(tmp_path / "run"))
     assert resumed[0]["weights_sha256"] == together[0]["weights_sha256"]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_memory_of_a_phase_is_measured(recipe, tmp_path, monkeypatch):
+    probed = []
+    probe = MemoryMeter.probe
+
+    def note(meter):
+        probed.append(meter)
+        return probe(meter)
+
+    def steps_of(*settings):
+        probed.clear()
+        train(load_config(recipe, settings), tmp_path / str(len(settings)), world=WORLD)
+        return len(probed)
+
+    monkeypatch.setattr(MemoryMeter, "probe", note)
+    # The first two steps of two phases, of which one is the step of the first update.
+    assert steps_of() - steps_of("--oialr.bases_trained", "[]") == 3
