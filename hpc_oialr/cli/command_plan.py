@@ -60,9 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.settings).config
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
+    target = None
     if arguments.out is not None:
-        inputs = [arguments.recipe, *([arguments.calibration] if arguments.calibration else [])]
-        claim(arguments.out, _PLAN, inputs=inputs, force=arguments.force)
+        inputs = [each for each in (arguments.recipe, arguments.calibration) if each]
+        target = claim(arguments.out, _PLAN, inputs=inputs, force=arguments.force)
     planner, nodes, per_node, engines = _prepare(config, arguments)
     rows: list[dict[str, Any]] = []
     # Some engines take a minute; only terminals show it.
@@ -71,9 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             status.update(f"{label(engine)}: the run's code on tensors without data")
             rows += planner.rows(nodes, per_node, engine)
     _show(arguments.recipe, planner, rows)
-    if arguments.out is not None:
+    if target is not None:
         about = {"recipe": arguments.recipe, "memory_gib": planner.memory_gib, "grounds": planner.grounds()}
-        target = claim(arguments.out, _PLAN, force=arguments.force)
         target.parent.mkdir(parents=True, exist_ok=True)
         with new_file(target) as draft:
             draft.write_text(to_json({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -101,15 +101,12 @@ def _prepare(
     _check(options, nodes, per_node)
     workload = Workload.of(config, options.samples)
     machine = gpu_machine(site) if site.gpu else this_machine(options.calibration)
-    if chosen := [name for name in options.engines.split(",") if name]:
-        known = all_engines(per_node)
-        valid = {type(engine).__name__ for engine in known}
-        for name in chosen:
-            if name not in valid and chosen != ["all"]:
-                raise UnknownNameError("engine", name, [*valid, "all"])
-        engines = [engine for engine in known if chosen == ["all"] or type(engine).__name__ in chosen]
-    else:
-        engines = [config.engine]
+    chosen, known = options.engines.split(","), all_engines(per_node)
+    valid = {type(engine).__name__ for engine in known}
+    if unknown := [name for name in chosen if name not in (*valid, "all", "")]:
+        raise UnknownNameError("engine", unknown[0], [*valid, "all"])
+    engines = [engine for engine in known if "all" in chosen or type(engine).__name__ in chosen]
+    engines = engines or [config.engine]
     memory_gib = options.memory_gib or machine.memory_of_process_gib(per_node)
     planner = Planner(workload, machine, memory_gib, r_fraction=options.r_fraction, weak=options.weak)
     if options.probe:
@@ -123,8 +120,8 @@ def _check(options: argparse.Namespace, nodes: Sequence[int], per_node: int) -> 
         if min(values) < 1:
             raise ConfigError(name, values, "must be at least 1")
     check_interval("--r-fraction", options.r_fraction, 0, 1, closed=(False, True))
-    if options.memory_gib is not None and options.memory_gib <= 0:
-        raise ConfigError("--memory-gib", options.memory_gib, "must be positive")
+    if options.memory_gib is not None:
+        check_interval("--memory-gib", options.memory_gib, 0, float("inf"))
     other = options.site or options.gpu
     for name, value in (("--probe", options.probe), ("--calibration", str(options.calibration or ""))):
         if value and other:
