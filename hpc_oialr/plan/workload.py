@@ -133,6 +133,7 @@ class _FakeData(ArrayDataset):
 
     workload: Workload
     count: int
+    on_device = "never"  # as in DataConfig
 
     def build(self) -> Splits:
         return Splits(self, self, None)
