@@ -53,8 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         content = {"node": context.node, "processes": processes, "problems": problems}
         out.print(json.dumps({**content, "findings": listed}, indent=2), markup=False)
         return code
-    several = f"{processes} processes, seen from {context.node}"
-    title = context.node if processes == 1 else several
+    title = context.node if processes == 1 else f"{processes} processes, seen from {context.node}"
     table = Table("check", "", "found", title=title, title_justify="left")
     for finding in found:
         state = Text(finding.state, style=_COLOURS[finding.state])

@@ -52,8 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--layers", metavar="PATTERN", default="*", help="names of layers; default all")
     watched.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help="default 2")
     parser = action("plot", run_plot, "draw a figure for a paper")
-    listed = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
-    explained = f"{listed}; default stability"
+    explained = "; ".join(f"{name}: {content}" for name, content in FIGURES.items())
     parser.add_argument("--figure", choices=tuple(FIGURES), default="stability", help=explained)
     parser.add_argument("--layer", metavar="NAME", help="of the waterfall; default the first")
     parser.add_argument("--width", choices=("single", "double"), default="single", help="columns of a paper")

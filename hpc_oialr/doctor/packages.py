@@ -17,8 +17,7 @@ _SELF = "hpc_oialr"
 def check_packages(context: CheckContext) -> list[Finding]:
     """Required packages, and submitit where Slurm is."""
     wrong = [text for requirement in required("") if (text := mismatch(requirement))]
-    found = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
-    findings = [ok("packages", found)]
+    findings = [ok("packages", f"Python {platform.python_version()}, torch {metadata.version('torch')}")]
     if wrong:
         findings = [problem("packages", "; ".join(wrong), f'pip install --upgrade "{_SELF}"')]
     # Other extras name themselves where they are needed, in a job's first seconds; a submission has none.
