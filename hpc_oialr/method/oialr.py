@@ -165,6 +165,11 @@ class OIALR:
         return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
 
     @property
+    def gathers_moments(self) -> bool:
+        """Whether hooks on layers gather second moments in the next step: a replayed CUDA graph would not run them."""
+        return self._moments.active
+
+    @property
     def layers(self) -> list[str]:
         """Names of the layers that are or become low-rank, in the model's order."""
         return [target.name for target in self.targets]

@@ -230,6 +230,11 @@ class SecondMoments:
                 holder.register_forward_hook(after, with_kwargs=True),
             ]
 
+    @property
+    def active(self) -> bool:
+        """Whether hooks gather moments in the next step."""
+        return bool(self._sums)
+
     def watches(self, target: TargetWeight) -> bool:
         """Whether a layer's moments are gathered; the same on every rank."""
         return target.name in self._sums

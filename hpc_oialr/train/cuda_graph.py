@@ -56,7 +56,8 @@ class GraphedStep:
     """Runs ``step``, which takes a batch to a loss: eagerly at first, as a replayed graph once shapes have settled.
 
     A graph is captured after :data:`WARM_UP` steps with the same shapes of the batch and the same trained parameters, and
-    dropped when these change or :meth:`forget` is called. If it cannot be captured, ``step`` runs eagerly from then on.
+    dropped when these change, ``eager`` says so or :meth:`forget` is called. If it cannot be captured, ``step`` runs
+    eagerly from then on.
 
     Parameters
     ----------
@@ -64,6 +65,8 @@ class GraphedStep:
         Must end without gradients, and use nothing that the host decides anew in each step.
     module
         Whose trained parameters are watched.
+    eager
+        Whether the step about to be made must run eagerly, for hooks of layers.
     refusal
         Why nothing is ever captured; "" if it may be.
     """
@@ -74,9 +77,10 @@ class GraphedStep:
         module: nn.Module,
         device: torch.device,
         *,
+        eager: Callable[[], bool] = lambda: False,
         refusal: str = "",
     ) -> None:
-        self._step, self._module, self._device = step, module, device
+        self._step, self._module, self._device, self._must_be_eager = step, module, device, eager
         self.refusal, self.captures = refusal, 0
         self.forget()
         if refusal:
@@ -100,6 +104,9 @@ class GraphedStep:
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns its loss, on the device."""
         if self.refusal:
+            return self._step(batch)
+        if self._must_be_eager():
+            self.forget()
             return self._step(batch)
         # Ids, since references would keep replaced parameters alive.
         trained = [id(p) for p in self._module.parameters() if p.requires_grad]
@@ -153,10 +160,11 @@ def refusal(context: RunContext) -> str:
             fix = 'Set it to "auto" or "off".'
             raise ConfigError("train.cuda_graph", "on", f"cannot be had here: {reason}", fix=fix)
         return ""
-    if not reason and method is not None and method.frequency < SHORTEST:
-        return (
-            f"r changes every {method.frequency} steps (oialr.frequency), too often for a capture each time"
-        )
+    if not reason and method is not None:
+        watched = 0 if method.importance == "weights" else method.moments_steps
+        if method.frequency - watched < SHORTEST:
+            hooks = f", of which the last {watched} run hooks (oialr.moments_steps)" if watched else ""
+            reason = f"r changes every {method.frequency} steps (oialr.frequency){hooks}: too often"
     return reason
 
 

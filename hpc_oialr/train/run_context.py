@@ -36,6 +36,8 @@ class Dense:
     Every ``frequency`` steps it measures how stable the layers' bases are; never if that is None.
     """
 
+    gathers_moments = False
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
     ) -> None:

@@ -60,7 +60,11 @@ class Trainer:
         self.progress = Progress()
         self.first_graphs: int | None = None
         self._graph = GraphedStep(
-            self._compute, context.module, context.world.device, refusal=refusal(context)
+            self._compute,
+            context.module,
+            context.world.device,
+            eager=lambda: context.controller.gathers_moments,
+            refusal=refusal(context),
         )
         if not self._graph.refusal:
             context.rates.device = context.world.device

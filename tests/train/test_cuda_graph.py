@@ -39,11 +39,21 @@ def losses(result):
 # -- whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["MuonAdamW", "AdamW"])
-def test_a_run_of_replays_is_that_of_eager_steps(tmp_path, monkeypatch, optimizer):
+# Captures of 24 steps: dense, after the conversion at step 6, and after updates at steps 12 and 18 or in another phase.
+@pytest.mark.parametrize(
+    ("optimizer", "method", "captures"),
+    [
+        ("MuonAdamW", {"frequency": 6}, 4),
+        ("AdamW", {"frequency": 6}, 4),
+        ("MuonAdamW", {"frequency": 9, "importance": "inputs and gradients", "moments_steps": 2}, 3),
+        ("AdamW", {"frequency": 30, "bases_trained": [[11, 17]]}, 4),
+    ],
+    ids=["Muon", "AdamW", "moments", "phases"],
+)
+def test_a_run_of_replays_is_that_of_eager_steps(tmp_path, monkeypatch, optimizer, method, captures):
     """Through a conversion and cuts, with dropout, in two parts and clipped; stopped and resumed in between."""
     over = {"optimizer": {"class_path": optimizer, "init_args": {"lr": 0.01}}}
-    over |= {"oialr": {"frequency": 6}, "train": {"accumulation": 2, "gradient_clip": 0.5}}
+    over |= {"oialr": method, "train": {"accumulation": 2, "gradient_clip": 0.5}}
     recipe = load_config(write_recipe(tmp_path, **over))
     plain = train(recipe, tmp_path / "plain", world=WORLD)
     assert plain.summary["cuda_graph"] == "off: it needs a GPU"
@@ -61,8 +71,7 @@ def test_a_run_of_replays_is_that_of_eager_steps(tmp_path, monkeypatch, optimize
     allow_on_cpu(monkeypatch, counted)
     graphed = train(recipe, tmp_path / "graphed", world=WORLD)
     assert graphed.summary["cuda_graph"] == "on"
-    # Dense, after the conversion at step 6, and after the updates at steps 12 and 18.
-    assert len(made) == 4
+    assert len(made) == captures
     train(recipe, tmp_path / "halves", world=WORLD, stop=stop_at_step(10))
     halves = resume(tmp_path / "halves", world=WORLD)
     for run in (graphed, halves):
@@ -139,6 +148,9 @@ def test_what_is_captured_and_what_not(on_gpu):
     assert reason(optimizer=torch.optim.SGD([p], fused=True)) == ""
     method = replace(on_gpu.config.oialr, frequency=19)
     assert "r changes every 19 steps" in configured(oialr=method)
+    watched = replace(method, frequency=39, importance="inputs", moments_steps=20)
+    assert "of which the last 20 run hooks" in configured(oialr=watched)
+    assert configured(oialr=replace(watched, frequency=40)) == ""
     assert configured(oialr=None) == ""
     assert configured(oialr=method, train=replace(on_gpu.config.train, cuda_graph="on")) == ""
     assert configured(train=replace(on_gpu.config.train, cuda_graph="off")) == "train.cuda_graph is off"
