@@ -137,6 +137,12 @@ def is_transformed() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 or active is None or active()
 
 
+def is_watched() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operation of torch, e.g. to count them; False if torch cannot tell."""
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return depth is not None and depth() > 0
+
+
 def active_ddp_module() -> DistributedDataParallel | None:
     """The ``DistributedDataParallel`` whose forward pass is running."""
     active: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()

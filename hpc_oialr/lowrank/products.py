@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 from hpc_oialr.linalg.arithmetic import without_autocast
 from hpc_oialr.lowrank.execution import folds
-from hpc_oialr.torch_compat import is_transformed, onednn_enabled, onednn_linear, register_onednn_flops
+from hpc_oialr.torch_compat import (
+    is_transformed,
+    is_watched,
+    onednn_enabled,
+    onednn_linear,
+    register_onednn_flops,
+)
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -142,10 +148,11 @@ def torch_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
 def fused_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     """Whether Triton is there, and its kernel faster than two products of torch for this shape and dtype.
 
-    Timings differ from run to run, and so would the choice: never under ``torch.use_deterministic_algorithms(True)``.
+    Timings differ from run to run, and so would the choice: never under ``torch.use_deterministic_algorithms(True)``. Nor
+    where operations are counted: a kernel of ours is none of torch's operations.
     """
     reproducible = torch.are_deterministic_algorithms_enabled()
-    if not (TRITON and x.is_cuda and torch_serves(x, A, S, C)) or reproducible:
+    if not (TRITON and x.is_cuda and torch_serves(x, A, S, C)) or reproducible or is_watched():
         return False
     return bool(_fused().fused_is_faster(x, A, C))
 

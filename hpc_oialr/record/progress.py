@@ -33,6 +33,7 @@ class Status:
     eta_s: float
     metric: float | None = None  # last evaluation, if there was one
     metric_name: str = ""
+    mfu: float | None = None  # of the last steps, in [0, 1]
     left_s: float | None = None  # time to the end of the job, if it has one
 
     def words(self) -> list[str]:
@@ -46,6 +47,7 @@ class Status:
             *evaluation,
             f"trained {self.trained_share:.1%}",
             f"{self.rate:,.0f} {self.unit}/s",
+            *([] if self.mfu is None else [f"MFU {self.mfu:.0%}"]),
             f"data wait {self.data_wait_share:.0%}",
             f"memory {self.memory_bytes / 2**30:.2f} GiB",
             f"ETA {clock_time(self.eta_s)}{of_the_job}",

@@ -29,6 +29,7 @@ class RunFolder:
         self.metrics, self.updates = self.path / "metrics.jsonl", self.path / "updates.jsonl"
         self.spectra = self.path / "spectra.h5"  # singular values of every layer and update
         self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
+        self.profile = self.path / "profile"  # traces of some steps, where asked for
         # With which settings the checkpoints may be continued; there from the run's begin.
         self.settings = self.checkpoints / "settings.json"
         self.summary = self.path / "summary.json"  # what came out; written last

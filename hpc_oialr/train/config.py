@@ -61,6 +61,13 @@ class TrainConfig:
         Data loader processes; 0 = load in the training process.
     device
         "cpu", "cuda"; null = CUDA where there is one.
+    profile
+        Write a trace of torch's profiler of so many steps, after ten others, into RUN/profile; null = none.
+    profile_ranks
+        Ranks that write one.
+    peak_tflops
+        Of one device, in dense products of this precision, for the MFU shown; null = from its data sheet (A100, H100,
+        H200), no MFU for others.
     timeout_s
         A process that keeps the others waiting this long counts as dead and ends the run, which can be resumed (s).
         Must be longer than the SVD of the largest layer, than a checkpoint, and than the time between the start of
@@ -89,6 +96,9 @@ class TrainConfig:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     workers: int = 0
     device: str | None = None
+    profile: int | None = None
+    profile_ranks: tuple[int, ...] = (0,)
+    peak_tflops: float | None = None
     timeout_s: float = 600.0
     stop_signal: str = "USR2"
     health_check: bool = True
@@ -96,7 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise ConfigError("epochs", None, "must be set, or steps", fix="E.g. --train.epochs 3")
-        for name in ("epochs", "steps", "gradient_clip", "early_stopping"):
+        for name in ("epochs", "steps", "gradient_clip", "early_stopping", "profile", "peak_tflops"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(name, getattr(self, name), "must be positive")
         for name in ("global_batch", "accumulation", "evaluations", "evaluation_batch"):

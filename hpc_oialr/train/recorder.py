@@ -21,8 +21,10 @@ from hpc_oialr.record.energy import EnergyMeter
 from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
 from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
+from hpc_oialr.train.profiling import StepProfiler
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timing import Timers
+from hpc_oialr.train.utilisation import Utilisation
 
 
 class Recorder:
@@ -52,6 +54,10 @@ class Recorder:
             self.spectra = SpectraWriter(chain, context.controller.layers, queue_length=config.spectra_queue)
         self.energy = EnergyMeter(world.device, first_of_node=world.local_rank == 0)
         self.progress, self.throughput = make_progress(show=world.is_main), Throughput()
+        self.utilisation = Utilisation(context.config, world.device)
+        train = context.config.train
+        traced = train.profile if world.rank in train.profile_ranks else None
+        self.profiler = StepProfiler(traced, folder.profile, world.rank)
         self.meter = MemoryMeter(
             lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors()),
             world.device,
@@ -87,12 +93,13 @@ class Recorder:
             if every is not None and step >= method.delay:
                 events += [t for t in (step, step + 1) if t % every == 0]
             steps += [t + after for t in events for after in (-1, 0)]
-        return self.meter.probe() if step in steps else nullcontext()
+        return self.meter.probe() if step in steps and not self.profiler.on else nullcontext()
 
     def step(self, step: int, loss: Tensor, waited_s: float, timers: Timers) -> None:
         """Record step number ``step``; a collective call every ``record.every`` steps and at the end."""
         context, world = self.context, self.context.world
         self.throughput.tick(context.units_per_step, waited_s)
+        self.profiler.step()
         if step % context.config.record.every and step != context.total_steps:
             return
         own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
@@ -111,6 +118,8 @@ class Recorder:
             "trained_share": trained / dense_parameters(context.module),
             f"{unit}_per_s": self.throughput.items_per_s,
         }
+        if self.mfu is not None:
+            row["mfu"] = self.mfu
         self._write(row)
         if self.spectra is not None:
             fields = {name: row[name] for name in ("step", "loss", "lr", "wall_s", "data_wait_s")}
@@ -124,6 +133,7 @@ class Recorder:
             loss=row["loss"],
             trained_share=row["trained_share"],
             rate=self.throughput.items_per_s,
+            mfu=self.mfu,
             unit=unit,
             data_wait_share=self.throughput.data_wait_share,
             memory_bytes=memory,
@@ -182,6 +192,11 @@ class Recorder:
             f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
         )
 
+    @property
+    def mfu(self) -> float | None:
+        """Of the last steps; None where the device's peak is unknown."""
+        return self.utilisation.mfu(self.throughput.items_per_s / self.context.units_per_step)
+
     def peak_memory_gib(self, before: float) -> float:
         """Highest so far, at least ``before`` (GiB)."""
         return max(before, self.meter.peak_bytes / 1024**3)
@@ -193,7 +208,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close the files and restore the terminal, also after an error."""
-        for each in (self.progress, self.spectra, self.metrics, self.updates, self.board):
+        for each in (self.profiler, self.progress, self.spectra, self.metrics, self.updates, self.board):
             if each is not None:
                 each.close()
 

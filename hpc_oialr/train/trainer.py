@@ -115,6 +115,7 @@ class Trainer:
                 self.timers.seconds["update"] += time.perf_counter() - start
                 if report.kind != "stability":
                     self._graph.forget()
+                    self.recorder.utilisation.forget()
                 self.recorder.update(report)
         progress.step = step + 1
         if self.first_graphs is None:
@@ -124,7 +125,8 @@ class Trainer:
     def _compute(self, batch: Batch) -> Tensor:
         """The part of a step that a CUDA graph can hold: from the batch to changed parameters; returns the loss."""
         context = self.context
-        loss = forward_backward(context, batch, self.progress.step)
+        with self.recorder.utilisation.counting():
+            loss = forward_backward(context, batch, self.progress.step)
         clip = self.config.train.gradient_clip
         clipped = [] if clip is None else [p for p in context.module.parameters() if p.requires_grad]
         context.engine.update(context.optimizer, context.scaler, clipped, clip)
@@ -217,6 +219,7 @@ class Trainer:
             "eval_wall_s": seconds["eval"],
             "checkpoint_wall_s": seconds["checkpoint"],
             f"{self.config.task.unit}_per_s": units / seconds["wall"] if seconds["wall"] else 0.0,
+            "mfu": self.recorder.mfu,
             "steps": progress.step,
             "trainable_params": trainable_parameters(module),
             "dense_trainable_params": dense_parameters(module),
