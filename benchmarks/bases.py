@@ -22,11 +22,11 @@ from benchmarks.common import Row, arguments, finish
 from hpc_oialr import OIALR, OIALRConfig, RankLimits
 
 EPOCHS, DELAYS, FRACTIONS, STEPS = 20.0, (0.1, 0.3), (0.5, 0.25, 0.125), 20
+FIGURES = ("accuracy_before", "loss_before", "accuracy_after", "loss_after")
 CHOICES: list[dict[str, Any]] = [
     {"importance": "weights"},
     {"importance": "inputs", "moments": "diagonal"},
     {"importance": "inputs", "moments": "full"},
-    {"importance": "inputs and gradients", "moments": "diagonal"},
     {"importance": "inputs and gradients", "moments": "full"},
 ]
 
@@ -61,43 +61,42 @@ def main() -> None:
 def converted(run: _Run, batches: list[tuple[Tensor, Tensor]], delay: float) -> list[Row]:
     """Accuracy and loss before and after the conversion of copies of the run's model, trained for the last steps."""
     rows: list[Row] = []
-    for fraction in FRACTIONS:
-        for choice in CHOICES:
-            twin = copy.deepcopy((run.plain, run.optimizer))
-            limits = RankLimits(at_conversion=fraction, round_to=8)
-            config = OIALRConfig(delay=STEPS, moments_steps=STEPS, limits=limits, **choice)
-            model, optimizer = twin
-            oialr = OIALR(model, optimizer, config)
-            report, before = None, (0.0, 0.0)
-            for i, (pixels, labels) in enumerate(batches):
-                run.criterion(oialr.model(pixel_values=pixels).logits, labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if i == STEPS - 1:
-                    before = judge(model, run)
-                report = oialr.step()
+    before: list[float] = []
+    for choice in CHOICES:
+        model, optimizer = copy.deepcopy((run.plain, run.optimizer))
+        limits = RankLimits(at_conversion=FRACTIONS[0])
+        oialr = OIALR(
+            model, optimizer, OIALRConfig(delay=STEPS, moments_steps=STEPS, limits=limits, **choice)
+        )
+        for i, (pixels, labels) in enumerate(batches, start=1):
+            run.criterion(oialr.model(pixel_values=pixels).logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if i < STEPS:
+                oialr.step()
+        # Gathering changes nothing: all copies are the same so far.
+        before = before or judge(model, run)
+        for fraction in FRACTIONS:
+            twin = copy.deepcopy(oialr)
+            twin.config.limits = RankLimits(at_conversion=fraction, round_to=8)
+            report = twin.step()
             assert report is not None
-            after = judge(model, run)
-            row = {"delay": delay, "fraction": fraction, "moments": "", **choice}
-            named = zip(
-                ("accuracy_before", "loss_before", "accuracy_after", "loss_after"),
-                before + after,
-                strict=True,
-            )
-            rows.append({**row, **dict(named), "conversion_s": report.seconds})
+            named = zip(FIGURES, before + judge(twin.module, run), strict=True)
+            row = {"delay": delay, "fraction": fraction, "moments": "", **choice, **dict(named)}
+            rows.append({**row, "conversion_s": report.seconds})
             print(rows[-1], flush=True)
     return rows
 
 
 @torch.no_grad()
-def judge(model: nn.Module, run: _Run) -> tuple[float, float]:
+def judge(model: nn.Module, run: _Run) -> list[float]:
     """Accuracy (%) and cross-entropy."""
     model.eval()
     images, labels = run.images.test_images, run.images.test_labels
     logits = torch.cat([model(pixel_values=normalised(part)).logits for part in images.split(500)])
     model.train()
     right = (logits.argmax(1) == labels).double().mean()
-    return 100 * float(right), float(nn.functional.cross_entropy(logits, labels))
+    return [100 * float(right), float(nn.functional.cross_entropy(logits, labels))]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ MOMENTS = ("full", "diagonal")
 
 @dataclass(kw_only=True)
 class OIALRConfig:
-    """Settings of :class:`hpc_oialr.OIALR`; the defaults are those of the paper (arXiv 2401.08505).
+    """Settings of :class:`hpc_oialr.OIALR`, by default close to those of the paper; see :meth:`paper`.
 
     Parameters
     ----------
@@ -49,7 +49,8 @@ class OIALRConfig:
     importance
         What a cut, at the conversion or later, preserves: "weights" keeps the largest singular values of the weight, as
         published; "inputs" changes the layers' outputs least; "inputs and gradients" also counts by how much the loss
-        depends on each output. The rule chooses r by the weights' singular values in every case.
+        depends on each output; "auto" is "inputs" where the engine's layers see them whole, else "weights". The rule
+        chooses r by the weights' singular values in every case.
     moments
         Of dense layers: "full" second moments (n^2 numbers a layer, for up to 4,096 features), or the "diagonal".
     moments_steps
@@ -83,7 +84,7 @@ class OIALRConfig:
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
-    importance: Literal["weights", "inputs", "inputs and gradients"] = "weights"
+    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "weights"
     moments: Literal["full", "diagonal"] = "full"
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -96,7 +97,7 @@ class OIALRConfig:
         for name, least in (("delay", 0), ("frequency", 1), ("stability_patience", 1), ("moments_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
-        for name, choices in (("importance", IMPORTANCES), ("moments", MOMENTS)):
+        for name, choices in (("importance", ("auto", *IMPORTANCES)), ("moments", MOMENTS)):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
@@ -147,6 +148,21 @@ class OIALRConfig:
     def trains_bases(self, t: int) -> bool:
         """Whether ``U`` and ``Vh`` of low-rank layers are trained in step ``t``, counted from 0."""
         return any(start <= t and (stop is None or t < stop) for start, stop in self.free_phases)
+
+    @classmethod
+    def paper(cls, **settings: Any) -> OIALRConfig:
+        """The published method (arXiv 2401.08505), with some ``settings`` of its own.
+
+        All directions are kept at the conversion, the largest singular values at updates, r follows the cutoff to the
+        last number, moments are zeroed at a cut, and a core's step is the optimizer's own.
+        """
+        published: dict[str, Any] = {
+            "limits": RankLimits(round_to=1),
+            "importance": "weights",
+            "carry_moments": False,
+            "core_lr_scale": 1.0,
+        }
+        return cls(**published | settings)
 
     def next_conversion(self, t: int) -> float:
         """The first step after ``t`` that may convert dense layers which the user has not frozen; infinite if none."""

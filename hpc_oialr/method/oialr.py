@@ -193,7 +193,7 @@ class OIALR:
         """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
-        self._moments.tie()
+        self._moments.tie(self.module)
 
     # -- the algorithm ---------------------------------------------------------------------------
 

@@ -61,18 +61,18 @@ def _within(moments: Tensor | None, basis: Tensor) -> Tensor | None:
 class _Sums:
     """The sums of one layer on this rank, and the hooks that add to them."""
 
-    def __init__(self, target: TargetWeight, config: OIALRConfig) -> None:
+    def __init__(self, target: TargetWeight, importance: str, moments: str) -> None:
         layer, trained = target.low_rank, target.trained
         self.target = target
         # The sides of inputs and of gradients: transformers' Conv1D stores its weight input by output.
         self._sides = ("left", "right") if target.kind == "Conv1D" else ("right", "left")
-        sides = self._sides if config.importance == "inputs and gradients" else self._sides[:1]
+        sides = self._sides if importance == "inputs and gradients" else self._sides[:1]
         columns = target.shape[1] if _takes_patches(target.holder) else whole_shape(trained)[1]
         features = {"left": target.shape[0], "right": columns}
         self._shapes: dict[str, torch.Size] = {}
         for side in sides:
             c = features[side] if layer is None else layer.r
-            full = layer is not None or (config.moments == "full" and c <= FULL)
+            full = layer is not None or (moments == "full" and c <= FULL)
             self._shapes[side] = torch.Size((c, c) if full else (c,))
         numbers = sum(shape.numel() for shape in self._shapes.values())
         self.flat = torch.zeros(numbers, dtype=compute_dtype(trained.dtype), device=trained.device)
@@ -174,7 +174,9 @@ class SecondMoments:
         self._config, self._engine = config, engine
         self._sums: dict[str, _Sums] = {}
         self._handles: list[RemovableHandle] = []
-        if config.importance not in engine.importances:
+        best = "inputs" if "inputs" in engine.importances else "weights"
+        self.importance = best if config.importance == "auto" else config.importance
+        if self.importance not in engine.importances:
             known = " or ".join(map(repr, engine.importances))
             rule = f"under {type(engine).__name__} must be {known}, as a layer does not see the others whole"
             raise ConfigError("importance", config.importance, rule)
@@ -194,7 +196,7 @@ class SecondMoments:
         ``dense`` may be converted, with their ``streaks`` of stability; of ``low_rank`` those that are, may be updated.
         """
         config, until = self._config, t + self._config.moments_steps
-        if config.importance == "weights":
+        if self.importance == "weights":
             return
         if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
             self._sums.clear()  # a change ends all windows
@@ -206,7 +208,10 @@ class SecondMoments:
         if config.next_update(t) <= until:
             found += [target for target in low_rank if target.low_rank is not None]
         self._untie()
-        self._sums = {each.name: self._sums.get(each.name) or _Sums(each, config) for each in found}
+        self._sums = {
+            each.name: self._sums.get(each.name) or _Sums(each, self.importance, config.moments)
+            for each in found
+        }
 
     def forget(self) -> None:
         """Free all sums and remove the hooks."""
@@ -218,9 +223,12 @@ class SecondMoments:
             handle.remove()
         self._handles.clear()
 
-    def tie(self) -> None:
-        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors."""
-        if self._handles:
+    def tie(self, model: nn.Module) -> None:
+        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors.
+
+        Compiled code would not run them, or be compiled anew in each window: there are none in a compiled model.
+        """
+        if self._handles or not self._sums or any(module._compiled_call_impl for module in model.modules()):
             return
         for sums in self._sums.values():
             before, after = LayerHook(sums.before), LayerHook(sums.after)

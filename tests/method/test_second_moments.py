@@ -196,6 +196,21 @@ def test_copies_go_on_alone(copied: Callable[[Any], Any]) -> None:
     assert train(twin, twin.optimizer, 8) == train(oialr, oialr.optimizer, 9)[1:]
 
 
+def test_compiled_models_have_no_hooks() -> None:
+    model = small_model()
+    oialr = controller(model)
+    model[0].compile(backend="eager")
+    train(oialr, oialr.optimizer, 4)
+    assert hooks(model) == 0
+    assert oialr.r
+
+
+def test_the_published_settings() -> None:
+    paper = OIALRConfig.paper(delay=7)
+    assert (paper.importance, paper.carry_moments, paper.delay) == ("weights", False, 7)
+    assert (paper.limits.at_conversion, paper.limits.round_to) == (1.0, 1)
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(UnknownNameError, match="unknown importance 'input'"):
         OIALRConfig(importance="input")  # type: ignore[arg-type]
@@ -246,6 +261,8 @@ def _tensor_parallel(rank: int, size: int) -> str:
     engine.place(model)
     with pytest.raises(ConfigError) as error:
         OIALR(model, muon_adamw(model, lr=0.01), settings(importance="inputs"), engine=engine)
+    oialr = OIALR(model, muon_adamw(model, lr=0.01), settings(importance="auto"), engine=engine)
+    assert oialr._moments.importance == "weights"
     return str(error.value)
 
 
