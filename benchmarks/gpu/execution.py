@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.models import Batch
 from benchmarks.gpu.timing import captured
 from hpc_oialr import OIALR, Selection, muon_adamw
+from hpc_oialr.train.bf16_params import cast_parameters
 from hpc_oialr.train.compilation import compile_model
 
 Step = Callable[[], object]
@@ -25,12 +27,17 @@ class Trainee:
     batch: Batch
     device: torch.device
     controller: OIALR | None = None
+    bf16_params: bool = False  # bf16 casts of the parameters instead of autocast
 
     def gradients(self) -> Tensor:
-        """Forward under bf16 autocast, and backward."""
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss: Tensor = self.model(**self.batch).loss
-        loss.backward()
+        """Forward in bf16, and backward."""
+        batch = self.batch
+        if self.bf16_params:
+            batch = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
+        with cast_parameters(self.model, torch.bfloat16) if self.bf16_params else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.bf16_params):
+                loss: Tensor = self.model(**batch).loss
+            loss.backward()
         return loss.detach()
 
     def step(self) -> Tensor:
@@ -39,6 +46,9 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+
+Mode = Callable[[Trainee], tuple[Step, str]]
 
 
 def make_optimizer(
@@ -60,7 +70,8 @@ def compiled_blocks(trainee: Trainee) -> tuple[Step, str]:
     # Without a GPU only the capture is tested: generating code for the CPU takes half a minute.
     backend = "inductor" if trainee.device.type == "cuda" else "eager"
     compile_model(trainee.model, "blocks", backend=backend)
-    return trainee.step, "compiled blocks"
+    name = "bf16 params, compiled blocks" if trainee.bf16_params else "compiled blocks"
+    return trainee.step, name
 
 
 def cuda_graph(trainee: Trainee) -> tuple[Step, str]:
@@ -68,9 +79,22 @@ def cuda_graph(trainee: Trainee) -> tuple[Step, str]:
     return captured(trainee.step, trainee.device)
 
 
+def bf16_params(mode: Mode) -> Mode:
+    """``mode`` with ``train.precision: bf16-params`` instead of autocast."""
+
+    def run(trainee: Trainee) -> tuple[Step, str]:
+        step, method = mode(replace(trainee, bf16_params=True))
+        return step, "bf16 params" if mode is eager else method
+
+    return run
+
+
 # Compiling the whole model at once is left out: it was slower than eager on an H200, dense and low-rank.
-MODES: dict[str, Callable[[Trainee], tuple[Step, str]]] = {
+MODES: dict[str, Mode] = {
     "eager": eager,
     "cuda graph": cuda_graph,
     "compiled blocks": compiled_blocks,
+    "bf16 params": bf16_params(eager),
+    "bf16 params, cuda graph": bf16_params(cuda_graph),
+    "bf16 params, compiled blocks": bf16_params(compiled_blocks),
 }

@@ -1,4 +1,4 @@
-"""Whole training steps in bf16 autocast: dense and low-rank, AdamW and Muon, every way to run them.
+"""Whole training steps in bf16, by autocast or on casts of parameters: dense and low-rank, AdamW and Muon, in every way.
 
 One model is alive at a time. The dense model is measured before and after its low-rank twins: the distance of the
 two is the drift of the machine. ``tflop`` counts the products and attentions of forward and backward as they are
@@ -29,6 +29,9 @@ ROUNDS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     ("Muon", "eager", (0.25,)),
     ("AdamW", "cuda graph", (0.25,)),
     ("AdamW", "compiled blocks", (0.25,)),
+    ("AdamW", "bf16 params", (0.25,)),
+    ("AdamW", "bf16 params, cuda graph", (0.25,)),
+    ("AdamW", "bf16 params, compiled blocks", (0.25,)),
     ("Muon", "eager", (0.5, 0.125)),
     ("Muon", "cuda graph", (0.25,)),
 )
@@ -47,7 +50,7 @@ class Setting:
 def cases(context: Context) -> Sequence[Case]:
     """One case for each round and model."""
     models, found = workloads(tiny=context.tiny), []
-    for turn, (optimizer, mode, fractions) in enumerate(ROUNDS[:4] if context.tiny else ROUNDS):
+    for turn, (optimizer, mode, fractions) in enumerate(ROUNDS[:7] if context.tiny else ROUNDS):
         # In the tiny size every model once, and every optimizer and mode with the last of them.
         for name in ORDER if turn == 0 or not context.tiny else ORDER[-1:]:
             fractions = fractions[:1] if context.tiny else fractions
@@ -107,7 +110,7 @@ def measure(setting: Setting, context: Context, *, again: bool = False) -> Row:
         "repeated": again,
     }
     row = row if again else row | _counted(step, device)
-    if setting.mode == "compiled blocks":
+    if "compiled blocks" in setting.mode:
         # Compiled code may hold what it was compiled for.
         torch.compiler.reset()
     return row
@@ -130,7 +133,7 @@ def make(setting: Setting, device: torch.device) -> Trainee:
     """Model, optimizer and batch on the device; at low rank if the setting says so."""
     workload = setting.workload
     model = on_device(workload, device)
-    capturable = setting.mode == "cuda graph" and device.type == "cuda"
+    capturable = "cuda graph" in setting.mode and device.type == "cuda"
     optimizer = make_optimizer(setting.optimizer, model, workload.selection, capturable=capturable)
     controller = None
     if setting.fraction is not None:
