@@ -13,7 +13,9 @@ DAMPING = 1e-3
 
 
 @exact_arithmetic()
-def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | None = None) -> SVD:
+def weighted_svd(
+    A: Tensor, r: int, left: Tensor | None = None, right: Tensor | None = None
+) -> tuple[SVD, Tensor]:
     """``X = U diag(s) Vh`` of inner dimension ``r`` that minimises ``tr(left (A - X) right (A - X)^T)``.
 
     With ``right = E[x x^T]`` that is ``E ||(A - X) x||^2``, the change of the output; with ``left = E[dy dy^T]`` as
@@ -32,7 +34,8 @@ def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | 
 
     Returns
     -------
-    Orthonormal ``U`` (m x r) and ``Vh`` (r x n), ``s`` descending.
+    Orthonormal ``U`` (m x r) and ``Vh`` (r x n), ``s`` descending; and the minimum over ``tr(left A right A^T)``,
+    shape (): the share that is lost.
 
     Notes
     -----
@@ -44,13 +47,15 @@ def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | 
     """
     L, R = _cholesky(left), _cholesky(right)
     B = A if L is None else L.mT @ A
-    P = svd(B if R is None else B @ R).U[:, :r]
+    P, values, _ = svd(B if R is None else B @ R)
+    squares, P = values.square(), P[:, :r]
+    lost = squares[r:].sum() / squares.sum().clamp(min=torch.finfo(A.dtype).tiny)
     core = P.mT @ B
     if L is not None:
         P, T = torch.linalg.qr(torch.linalg.solve_triangular(L.mT, P, upper=True))
         core = T @ core
     U, s, Vh = svd(core)
-    return SVD(P @ U, s, Vh)
+    return SVD(P @ U, s, Vh), lost
 
 
 def _cholesky(moments: Tensor | None) -> Tensor | None:

@@ -75,31 +75,34 @@ def weight_factors(
 ) -> Iterator[tuple[int, SVD, Tensor, dict[str, Any]]]:
     """``W = U diag(s) Vh`` of dense layers: index, r triplets, all k values on the CPU, figures for the report.
 
-    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``. The
-    seconds are 0 on ranks that did not compute the SVD. Whole weights are distributed over ranks by cost, and
-    ``r (m + n) + k`` numbers a layer are sent, r more where ``moments`` choose the triplets. A weight in row blocks is
-    factorised by all ranks together: each sends triangles of at most k^2 numbers log2 P times, and stores up to
-    ``k max(m, n)`` numbers beside its block.
+    ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, with r from ``kept``. The seconds are 0 on ranks
+    that did not compute the SVD. Whole weights are distributed over ranks by cost, and ``r (m + n) + k`` numbers a layer
+    are sent, r + 1 more where ``moments`` choose the triplets. A weight in row blocks is factorised by all ranks
+    together: each sends triangles of at most k^2 numbers log2 P times, and stores up to ``k max(m, n)`` numbers beside
+    its block.
     """
     watched = [r < target.k and moments.watches(target) for target, r in zip(targets, kept, strict=True)]
     if engine.layout.group is not None:
         for index, (target, r) in enumerate(zip(targets, kept, strict=True)):
             start = time.perf_counter()
             factors = SVD(*split_svd(target, engine))
-            chosen = factors.leading(r)
+            chosen, lost = factors.leading(r), None
             if watched[index]:
-                chosen = approximate_shards(factors, r, moments.reduce(target), target.shape, engine)
-            seconds = time.perf_counter() - start
-            yield index, chosen, factors.s.cpu(), {"seconds": seconds, "by_moments": watched[index]}
+                found = moments.reduce(target)
+                chosen, lost = approximate_shards(factors, r, found, target.shape, engine)
+            about = {"cut_share": None if lost is None else float(lost)}
+            yield index, chosen, factors.s.cpu(), about | {"seconds": time.perf_counter() - start}
         return
 
     def job(target: TargetWeight, r: int, watched: bool) -> Job:
         found = NOTHING
 
         def pack(factors: SVD) -> Tensor:
-            chosen = approximate(factors, r, found)
-            values = [factors.s, chosen.s] if watched else [factors.s]
-            return torch.cat([part.reshape(-1) for part in (*values, chosen.U, chosen.Vh)])
+            if not watched:
+                return torch.cat([part.reshape(-1) for part in (factors.s, *factors.leading(r)[::2])])
+            chosen, lost = approximate(factors, r, found)
+            parts = factors.s, lost, chosen.s, chosen.U, chosen.Vh
+            return torch.cat([part.reshape(-1) for part in parts])
 
         def prepare() -> Tensor:
             nonlocal found
@@ -107,21 +110,22 @@ def weight_factors(
                 found = moments.reduce(target)
             return plain.prepare()
 
-        plain = weight_job(target, engine, pack, target.k + r * (sum(target.shape) + watched))
+        plain = weight_job(target, engine, pack, target.k + r * sum(target.shape) + (r + 1) * watched)
         return replace(plain, prepare=prepare)
 
     def figures(results: list[Result]) -> list[Tensor]:
-        return [result.values[: targets[result.index].k].double() for result in results]
+        heads = (targets[result.index].k + watched[result.index] for result in results)
+        return [result.values[:head].double() for result, head in zip(results, heads, strict=True)]
 
     jobs = list(map(job, targets, kept, watched))
     # Only a GPU would be waited for at each of them.
-    for result, spectrum in _with_figures(jobs, engine, figures, careful=not jobs[0].like.is_cuda):
+    for result, read in _with_figures(jobs, engine, figures, careful=not jobs[0].like.is_cuda):
         i, target = result.index, targets[result.index]
-        (m, n), r = target.shape, kept[i]
-        values, U, Vh = result.values.split([target.k + r * watched[i], m * r, r * n])
+        (m, n), k, r = target.shape, target.k, kept[i]
+        values, U, Vh = result.values.split([k + (r + 1) * watched[i], m * r, r * n])
         s = values[-r:] if watched[i] else values[:r]
-        about = {"seconds": result.seconds, "by_moments": watched[i]}
-        yield i, SVD(U.view(m, r), s, Vh.view(r, n)), spectrum.to(s.dtype), about
+        about = {"seconds": result.seconds, "cut_share": float(read[k]) if watched[i] else None}
+        yield i, SVD(U.view(m, r), s, Vh.view(r, n)), read[:k].to(s.dtype), about
 
 
 def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
@@ -164,23 +168,26 @@ def core_rotations(
         if found[0][0].is_cuda:
             cosines = smallest_cosines_batched([basis for _, P, Qh, *_ in found for basis in (P, Qh.mT)])
         read = []
-        for i, (result, (s, P, Qh, own_cosines, errors, _)) in enumerate(zip(results, found, strict=True)):
+        for i, (result, (s, P, Qh, own_cosines, errors, chosen)) in enumerate(
+            zip(results, found, strict=True)
+        ):
             if engine.layout.group is not None:
                 errors = _errors(low_rank_layer(targets[result.index]), engine)
             angles = torch.stack(cosines[2 * i : 2 * i + 2]) if s.is_cuda else own_cosines.double()
-            read.append(torch.cat([s.double(), rotation_stability(P, Qh)[None], angles, errors.double()]))
+            own = [s, rotation_stability(P, Qh)[None], angles, errors, chosen[:1]]
+            read.append(torch.cat([part.double() for part in own]))
         return read
 
     jobs = [_core_job(target, engine, moments, keep) for target in targets]
     for result, read in _with_figures(jobs, engine, figures, careful=False):
         s, P, Qh, _, _, chosen = parts(result)
-        spectrum, rest = read.split([len(s), 5])
+        spectrum, rest, lost = read.tensor_split([len(s), len(s) + 5])
         stability, _, _, *errors_of_bases = rest.tolist()
         named: dict[str, Any] = dict(
             zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True)
         )
-        named["by_moments"] = len(chosen) > 0
-        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen)
+        named["cut_share"] = float(lost) if len(lost) else None
+        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen[1:])
 
 
 def _core_job(target: TargetWeight, engine: Engine, moments: SecondMoments, keep: Keep) -> Job:
@@ -205,13 +212,14 @@ def _core_job(target: TargetWeight, engine: Engine, moments: SecondMoments, keep
         if watched:
             values = s.cpu()
             # Where no SVD converged, the caller tries another driver.
-            chosen = approximate(factors, keep(layer, values) if bool(values.isfinite().all()) else r, found)
-            parts += [*chosen, s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))]
+            r_new = keep(layer, values) if bool(values.isfinite().all()) else r
+            chosen, lost = approximate(factors, r_new, found)
+            parts += [lost, *chosen, s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))]
         return torch.cat([part.reshape(-1) for part in parts])
 
     # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
-    return Job(work, prepare, pack, (r + 2 * r * r) * (1 + watched) + 4, layer.S)
+    return Job(work, prepare, pack, (r + 2 * r * r) * (1 + watched) + 4 + watched, layer.S)
 
 
 def _with_figures(

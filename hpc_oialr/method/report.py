@@ -42,8 +42,9 @@ class LayerUpdate:
     r_factor_distance
         ``||R' - R||_F / ||R||_F``, with R of the weight's previous QR and R' the new one; None if there is none, and
         once the weight is low-rank.
-    by_moments
-        Whether second moments were gathered for this change.
+    cut_share
+        Where second moments were gathered: the share of ``E ||y||^2`` of the layer's outputs that the cut takes, with
+        gradients of the second-order estimate of their effect on the loss; None elsewhere.
     """
 
     name: str
@@ -59,7 +60,7 @@ class LayerUpdate:
     subspace_angle_U: float | None = None
     subspace_angle_Vh: float | None = None
     r_factor_distance: float | None = None
-    by_moments: bool = False
+    cut_share: float | None = None
 
     @property
     def cut_values(self) -> int:
@@ -104,11 +105,19 @@ class UpdateReport:
         return cut or any(each.reshaped for each in self.earlier)
 
 
+def _gathered(layer: LayerUpdate) -> bool:
+    return layer.cut_share is not None
+
+
 # Numbers broadcast for one layer: U, s and Vh; P, s, Qh and four figures; s and a BasisChange. What moments chose is
-# another s, or P, s and Qh.
+# another s, or P, s and Qh, and the share that is cut.
 _NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
-    "conversion": lambda layer: layer.r * (layer.m + layer.n + layer.by_moments) + layer.r_before,
-    "update": lambda layer: (2 * layer.r_before**2 + layer.r_before) * (1 + layer.by_moments) + 4,
+    "conversion": lambda layer: (
+        layer.r * (layer.m + layer.n) + layer.r_before + (layer.r + 1) * _gathered(layer)
+    ),
+    "update": lambda layer: (
+        (2 * layer.r_before**2 + layer.r_before) * (1 + _gathered(layer)) + 4 + _gathered(layer)
+    ),
     "stability": lambda layer: layer.r + 4,
 }
 

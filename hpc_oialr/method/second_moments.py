@@ -282,17 +282,19 @@ class SecondMoments:
                     sums.flat += tensors[f"{start}{rank}"].to(sums.flat)
 
 
-def approximate(factors: SVD, r: int, moments: Moments) -> SVD:
-    """``U diag(s) Vh`` cut to ``r``; by its largest values where nothing was seen."""
+def approximate(factors: SVD, r: int, moments: Moments) -> tuple[SVD, Tensor]:
+    """``U diag(s) Vh`` cut to ``r``, and the share lost; by its largest values where nothing was seen."""
     U, s, Vh = factors
     inner = moments.within(U, Vh)
-    if r == len(s) or inner == (None, None):
-        return factors.leading(r)
-    P, values, Qh = weighted_svd(torch.diag(s), r, *inner)
-    return SVD(U @ P, values, Qh @ Vh)
+    if r == len(s):
+        return factors, s.new_zeros(())
+    (P, values, Qh), lost = weighted_svd(torch.diag(s), r, *inner)
+    return SVD(U @ P, values, Qh @ Vh), lost
 
 
-def approximate_shards(factors: SVD, r: int, moments: Moments, shape: tuple[int, int], engine: Engine) -> SVD:
+def approximate_shards(
+    factors: SVD, r: int, moments: Moments, shape: tuple[int, int], engine: Engine
+) -> tuple[SVD, Tensor]:
     """:func:`approximate` with this rank's rows of ``U`` and columns of ``Vh``; a collective call.
 
     All ranks compute it; rank 0's result is used, k r numbers twice.
@@ -304,8 +306,7 @@ def approximate_shards(factors: SVD, r: int, moments: Moments, shape: tuple[int,
         None if left is None else _within(moments.left, left),
         None if right is None else _within(moments.right, right),
     )
-    if inner == (None, None):
-        return factors.leading(r)
-    P, values, Qh = (part.contiguous() for part in weighted_svd(torch.diag(s), r, *inner))
-    engine.world.share([P, values, Qh])
-    return SVD(U @ P, values, Qh @ Vh)
+    chosen, lost = weighted_svd(torch.diag(s), r, *inner)
+    P, values, Qh = (part.contiguous() for part in chosen)
+    engine.world.share([P, values, Qh, lost])
+    return SVD(U @ P, values, Qh @ Vh), lost

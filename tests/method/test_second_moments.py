@@ -82,7 +82,7 @@ def test_the_conversion_is_the_best_for_the_inputs_of_the_last_steps(kind: str) 
         moments = torch.kron(moments, torch.eye(9, dtype=torch.float64))
     assert target.low_rank is not None
     r = target.low_rank.r
-    expected = weighted_svd(W, r, None, moments)
+    expected, _ = weighted_svd(W, r, None, moments)
     torch.testing.assert_close(
         target.low_rank.merged_weight().reshape(target.shape).double(),
         expected.U @ torch.diag(expected.s) @ expected.Vh,
@@ -109,7 +109,9 @@ def test_outputs_change_less_than_by_weights(bases: str, moments: str) -> None:
                 before = model(x)
                 report = oialr.step()
                 if report is not None:
-                    assert all(layer.by_moments == (bases != "weights") for layer in report.layers)
+                    assert all(
+                        (layer.cut_share is not None) == (bases != "weights") for layer in report.layers
+                    )
                     changes.append(float((model(x) - before).square().mean()))
         assert len(changes) == 3
         return sum(changes)
@@ -239,7 +241,7 @@ def _trained(rank: int, size: int, sharded: bool) -> tuple[list[float], list[Ten
         oialr.optimizer.step()
         oialr.optimizer.zero_grad()
         report = oialr.step()
-        weighted &= report is None or all(layer.by_moments for layer in report.layers)
+        weighted &= report is None or all(layer.cut_share is not None for layer in report.layers)
         losses.append(float(world.all_reduce(loss.detach().clone())) / size)
     full = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
     return losses, full, weighted
