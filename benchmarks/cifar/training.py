@@ -16,6 +16,7 @@ from benchmarks.cifar.variants import Line, Variant
 from hpc_oialr import OIALR, dense_parameters, muon_adamw, trainable_parameters
 from hpc_oialr.models import ViT
 from hpc_oialr.record.memory import MemoryMeter
+from hpc_oialr.train.cuda_graph import GraphedStep
 from hpc_oialr.train.schedules import LearningRates, WarmupCosine
 
 Row = dict[str, Any]
@@ -113,6 +114,9 @@ class _Run:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=variant.label_smoothing)
         self.clock = _Clock(self.device)
         self.memory = MemoryMeter(lambda: (self.plain, self.optimizer), self.device)
+        cuda = self.device.type == "cuda"
+        self.graph = GraphedStep(self.compute, model, self.device, refusal="" if cuda else "it needs a GPU")
+        self.rates.device = self.device if cuda else None
         self.done, self.update_s, self.loss = 0, 0.0, torch.zeros((), device=self.device)
         self.curve: list[Row] = []
         self.at_conversion: Row = {}
@@ -128,8 +132,11 @@ class _Run:
         probed = self.device.type == "cpu" and (
             self.done in PROBED or (self.oialr is not None and self.done == self.oialr.config.delay)
         )
+        # Hooks that gather second moments do not run in a replay.
+        watched = self.oialr is not None and self.oialr.needs_hooks
+        batch = {"pixel_values": pixels, "labels": labels}
         with self._probe() if probed else nullcontext():
-            self.compute(pixels, labels)
+            self.loss = self.compute(batch) if watched else self.graph(batch)
         self.done += 1
         if self.oialr is None:
             return
@@ -140,26 +147,23 @@ class _Run:
             begin, end = (share * self.steps for share in (self.variant.delay, self.variant.until))
             self.rule.progress = (self.done - begin) / (end - begin)
         report = self.oialr.step()
+        if report is not None:
+            self.graph.forget()
         self.update_s += 0.0 if report is None else report.seconds
         if converts:
             with self.clock.paused():
                 self.at_conversion["after_conversion"] = self.judge()
 
-    def compute(self, pixels: Tensor, labels: Tensor) -> None:
-        """Forward, backward, optimizer.
-
-        The seam for a captured step: all inputs are on the device and no value comes back to the host. A CUDA graph
-        of this function must be captured anew whenever ``oialr.step()`` reports an update, needs the batch in fixed
-        buffers, and learning rates as tensors, ``rates.device``; as hpc_oialr.train.cuda_graph does for ``oialr train``.
-        """
+    def compute(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward, backward, optimizer: what a CUDA graph holds on a GPU; returns the loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.criterion(self.model(pixel_values=pixels).logits, labels)
+            loss = self.criterion(self.model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
         loss.backward()
         if self.variant.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.variant.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.loss = loss.detach()
+        return loss.detach()
 
     @contextmanager
     def _probe(self) -> Iterator[None]:
@@ -239,7 +243,8 @@ def _optimizer(variant: Variant, model: nn.Module) -> torch.optim.Optimizer:
         parameters = list(model.parameters())
         matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": variant.weight_decay}
         rest = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-        return torch.optim.AdamW([matrices, rest], lr=variant.lr, fused=True)
+        cuda = matrices["params"][0].is_cuda
+        return torch.optim.AdamW([matrices, rest], lr=variant.lr, fused=True, capturable=cuda)
     return muon_adamw(
         model,
         lr=variant.lr,
