@@ -115,7 +115,13 @@ class _Run:
         self.clock = _Clock(self.device)
         self.memory = MemoryMeter(lambda: (self.plain, self.optimizer), self.device)
         cuda = self.device.type == "cuda"
-        self.graph = GraphedStep(self.compute, model, self.device, refusal="" if cuda else "it needs a GPU")
+        self.graph = GraphedStep(
+            self.compute,
+            model,
+            self.device,
+            eager=lambda: self.oialr is not None and self.oialr.gathers_moments,
+            refusal="" if cuda else "it needs a GPU",
+        )
         self.rates.device = self.device if cuda else None
         self.done, self.update_s, self.loss = 0, 0.0, torch.zeros((), device=self.device)
         self.curve: list[Row] = []
@@ -132,11 +138,9 @@ class _Run:
         probed = self.device.type == "cpu" and (
             self.done in PROBED or (self.oialr is not None and self.done == self.oialr.config.delay)
         )
-        # Hooks that gather second moments do not run in a replay.
-        watched = self.oialr is not None and self.oialr.needs_hooks
         batch = {"pixel_values": pixels, "labels": labels}
         with self._probe() if probed else nullcontext():
-            self.loss = self.compute(batch) if watched else self.graph(batch)
+            self.loss = self.graph(batch)
         self.done += 1
         if self.oialr is None:
             return
