@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -19,17 +19,27 @@ from torch.utils.flop_counter import FlopCounterMode
 SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
-def kernels(call: Callable[[], object], device: torch.device) -> int:
+class Kernels(NamedTuple):
+    """What one call launches: how many kernels, and milliseconds by name of those that take the most (none on a CPU)."""
+
+    count: int
+    ms: dict[str, float]
+
+
+def kernels(call: Callable[[], object], device: torch.device, *, most: int = 16) -> Kernels:
     """CUDA kernels of one call, copies and fills not counted; on a CPU the calls of ATen operators."""
     if device.type != "cuda":
         with _OperatorCounter() as counter:
             call()
-        return int(counter.operators)
+        return Kernels(int(counter.operators), {})
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize(device)
-    return sum(_is_kernel(event) for event in profiler.events() or ())
+    found, ms = [event for event in profiler.events() or () if _is_kernel(event)], Counter[str]()
+    for event in found:
+        ms[event.name[:100]] += event.time_range.elapsed_us() / 1e3
+    return Kernels(len(found), {name: round(value, 3) for name, value in ms.most_common(most)})
 
 
 def _is_kernel(event: Any) -> bool:

@@ -79,6 +79,13 @@ def cuda_graph(trainee: Trainee) -> tuple[Step, str]:
     return captured(trainee.step, trainee.device)
 
 
+def compiled_blocks_in_a_graph(trainee: Trainee) -> tuple[Step, str]:
+    """Both."""
+    compiled_blocks(trainee)
+    step, method = cuda_graph(trainee)
+    return step, f"compiled blocks, {method}"
+
+
 def bf16_params(mode: Mode) -> Mode:
     """``mode`` with ``train.precision: bf16-params`` instead of autocast."""
 
@@ -97,4 +104,5 @@ MODES: dict[str, Mode] = {
     "bf16 params": bf16_params(eager),
     "bf16 params, cuda graph": bf16_params(cuda_graph),
     "bf16 params, compiled blocks": bf16_params(compiled_blocks),
+    "bf16 params, compiled blocks, cuda graph": bf16_params(compiled_blocks_in_a_graph),
 }

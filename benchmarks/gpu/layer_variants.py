@@ -185,7 +185,11 @@ VARIANTS: dict[str, Variant] = {
     "merged": Variant(package(0.0), merged_cost, _merged_numbers),
     "three products": Variant(function(three_products), three_products_cost, _three_products_numbers),
     "folded": Variant(function(by(TORCH)), factored_cost, _folded_numbers),
-    **({"fused": Variant(function(by(FUSED)), factored_cost, _fused_numbers)} if _fused_is_there() else {}),
+    **(
+        {"fused": Variant(function(by(FUSED)), factored_cost, _fused_numbers, quarter_only=True)}
+        if _fused_is_there()
+        else {}
+    ),
     "dense autocast": Variant(autocast(dense), _dense_cost, _dense_numbers, quarter_only=True),
     "factored autocast": Variant(autocast(package(1e9)), factored_cost, _folded_numbers, quarter_only=True),
 }

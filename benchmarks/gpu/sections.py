@@ -7,8 +7,8 @@ from benchmarks.gpu.runner import Plan
 
 PLANS = (
     Plan("card", 4, card.cases),
-    Plan("layer", 16, layer.cases),
-    Plan("step", 36, step.cases),
+    Plan("layer", 18, layer.cases),
+    Plan("step", 46, step.cases),
     Plan("update", 10, update.cases),
     Plan("accuracy", 18, accuracy.cases),
     Plan("svd", 6, svd.cases),

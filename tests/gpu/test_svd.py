@@ -40,6 +40,11 @@ def test_an_svd_is_accurate(shape: tuple[int, int], smallest: float, device: tor
 @pytest.mark.parametrize("smallest", [0.1, 1e-9], ids=["well conditioned", "singular"])
 def test_a_batch_is_accurate_in_every_form(form: Form, smallest: float, device: torch.device) -> None:
     A = torch.stack([matrix(256, 96, smallest)] * 5).float().to(device)
+    if form == "gesvda" and smallest < 1e-7 and device.type == "cuda":
+        # Values below the rounding of fp32: it gives up, and "eigh" follows.
+        with pytest.raises(torch.linalg.LinAlgError):
+            gram_svd(A, form=form)
+        return
     U, s, Vh = (part.double() for part in gram_svd(A, form=form))
     assert bool(s.isfinite().all())
     exact = torch.linalg.svdvals(A[0].double())
@@ -84,7 +89,10 @@ def test_a_driver_that_fails_is_followed_by_the_next(
     attempts = 4 if device.type == "cuda" else 3
     A = matrix(96, 48, 0.1).float().to(device)
     monkeypatch.setattr(torch.linalg, "svd", unreliable)
-    monkeypatch.setattr("hpc_oialr.linalg.svd.gram_svd", lambda A: [part * torch.nan for part in gram_svd(A)])
+    real_gram = gram_svd(A[None])
+    monkeypatch.setattr(
+        "hpc_oialr.linalg.svd.gram_svd", lambda A, form: [part * torch.nan for part in real_gram]
+    )
     if failures == attempts:
         with pytest.raises(NonFiniteError, match="no SVD of matrix .* converged"):
             svd(A)
