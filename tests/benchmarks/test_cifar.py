@@ -161,13 +161,13 @@ def test_a_step_waits_for_nothing(data: cifar.Images, index: int) -> None:
     with HostReads() as sanity:
         float(torch.ones(()))
     assert sanity.found == ["_local_scalar_dense"]
-    run.compute(*next(batches))
+    run.compute(dict(zip(("pixel_values", "labels"), next(batches), strict=True)))
     if run.oialr is not None:
         run.oialr.step()
         assert run.oialr.r
-    run.compute(*next(batches))
+    run.compute(dict(zip(("pixel_values", "labels"), next(batches), strict=True)))
     with HostReads() as reads:
-        run.compute(*next(batches))
+        run.compute(dict(zip(("pixel_values", "labels"), next(batches), strict=True)))
     assert reads.found == []
 
 
