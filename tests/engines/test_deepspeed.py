@@ -24,7 +24,7 @@ from support.deepspeed_workers import (
 )
 from support.spawn import spawn
 
-from hpc_oialr import muon_adamw
+from hpc_oialr import Selection, muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DeepSpeed, SingleEngine
 from hpc_oialr.engines.deepspeed import import_deepspeed
@@ -41,6 +41,12 @@ KINDS = [
     (2, "bf16", "AdamW"),
     (3, "bf16", "AdamW"),
 ]
+# Stage 3 hands three copies of its input to a self-attention, which then does not call its input projection.
+BY_INPUTS: dict[str, Any] = {
+    "importance": "inputs",
+    "moments_steps": 4,
+    "selection": Selection(exclude=("attend.in_proj",)),
+}
 
 
 def on_two(rank: int, size: int) -> dict[str, Any]:
@@ -48,6 +54,7 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     World.from_environment(device="cpu", timeout_s=60)
     results: dict[str, Any] = {str(kind): trained(*kind) for kind in KINDS}
     results["with copies"] = trained_with_copies()
+    results["by inputs"] = Run(zero(3), **BY_INPUTS).train().losses
     results["held"] = held_bytes_a_number(3)
     results["outputs"] = evaluated(3)
     results["bytes"] = {stage: bytes_after(stage, [2, 6]) for stage in (2, 3)}
@@ -110,6 +117,15 @@ def test_a_rebuild_keeps_every_bit(two: list[dict[str, Any]], kind: tuple[int, s
 def test_one_copy_of_fp32_values_trains_as_two_do(two: list[dict[str, Any]]) -> None:
     for of_process in two:
         assert of_process["with copies"] == of_process[str((3, "fp32", "AdamW"))]["losses"]
+
+
+@installed
+def test_bases_by_inputs_are_those_of_one_process(two: list[dict[str, Any]]) -> None:
+    expected = Run(SingleEngine(), **BY_INPUTS).train().losses
+    by_weights = Run(SingleEngine(), **BY_INPUTS | {"importance": "weights"}).train().losses
+    for of_process in two:
+        assert of_process["by inputs"] == pytest.approx(expected, rel=1e-4)
+        assert of_process["by inputs"][CONVERTED:] != pytest.approx(by_weights[CONVERTED:], rel=1e-4)
 
 
 @installed

@@ -40,7 +40,9 @@ class Net(nn.Module):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(self, engine: Engine, precision: str = "fp32", optimizer: str = "AdamW") -> None:
+    def __init__(
+        self, engine: Engine, precision: str = "fp32", optimizer: str = "AdamW", **settings: Any
+    ) -> None:
         self.engine, self.precision = engine, precision
         self.module = Net()
         groups = [
@@ -55,6 +57,7 @@ class Run:
             rule=FixedFraction(0.4),
             limits=RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
             layer_share_step=1.0,
+            **settings,
         )
         self.oialr = OIALR(self.module, self.optimizer, config, engine=engine)
         self.generator, self.losses = torch.Generator().manual_seed(1), []
