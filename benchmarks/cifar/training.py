@@ -135,9 +135,10 @@ class _Run:
         """One step and what the method does after it; nothing here waits for a GPU but a conversion or update."""
         converts = self.oialr is not None and self.done + 1 == self.oialr.config.delay
         self.rates.set(self.done)
-        probed = self.device.type == "cpu" and (
-            self.done in PROBED or (self.oialr is not None and self.done == self.oialr.config.delay)
-        )
+        config = None if self.oialr is None else self.oialr.config
+        # The optimizer has state from the second step of a phase on.
+        starts = [] if config is None else [config.delay, *(start + 1 for start, _ in config.free_phases)]
+        probed = self.device.type == "cpu" and self.done in [*PROBED, *starts]
         batch = {"pixel_values": pixels, "labels": labels}
         with self._probe() if probed else nullcontext():
             self.loss = self.graph(batch)
