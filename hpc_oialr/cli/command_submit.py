@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc_oialr.cli.console import add_recipe, show
 from hpc_oialr.errors import ConfigError, UnknownNameError
-from hpc_oialr.launch.request import Request
+from hpc_oialr.launch.request import EXECUTORS, Request
 from hpc_oialr.launch.slurm import NoAnswerError, ask
 from hpc_oialr.launch.submission import Submission
 
@@ -18,9 +18,10 @@ EXAMPLES = """  oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --time 04:00:00
   oialr submit fashion_mnist_vit --nodes 2 --train.epochs 1 --out runs/first
   oialr submit fashion_mnist_vit --array seeds=0,1,2 --partition cpu
   oialr submit vit_b16 --nodes 4 --gpus-per-node 4 --dry-run
+  oialr submit fashion_mnist_vit --executor local --tasks-per-node 2
 
 A run that is stopped by its time limit, by preemption or by a failing node is requeued and resumes from its last
-checkpoint.
+checkpoint; with --executor local it resumes after its time limit, at most five times.
 Other options of sbatch: Slurm's own variables, e.g. SBATCH_RESERVATION. Settings as for oialr train."""
 
 # Option, type, metavar, help; each becomes the parameter of its name.
@@ -39,6 +40,7 @@ OPTIONS: tuple[tuple[str, type, str, str], ...] = (
     ("--signal-s", int, "SECONDS", "how long before the end the processes are told to stop; default 120"),
     ("--max-requeues", int, "N", "a job is not requeued more often; default 20"),
     ("--site", str, "NAME|FILE", "site file of the cluster"),
+    ("--executor", str, "NAME", f"{', '.join(EXECUTORS)}; default slurm"),
 )
 
 
@@ -79,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = submission.submit()
     for job, each in zip(jobs, submission.runs, strict=True):
         show(f"job {job.job_id}: {shlex.quote(str(each.folder))}")
+    if request.executor == "debug":
+        for job in jobs:
+            job.results()
     return 0
 
 

@@ -42,7 +42,7 @@ class LaunchInfo:
     size: int
     local_rank: int  # among the ranks of its node
     local_size: int
-    launcher: str  # "single", "torchrun", "slurm" or "mpi"
+    launcher: str  # "single", "torchrun", "slurm", "mpi" or "submitit" (its local executor)
     master_addr: str  # where rank 0 listens
     master_port: int
     spare_ports: tuple[int, ...] = ()  # if another program has that port
@@ -70,12 +70,17 @@ class LaunchInfo:
 def launch_info(environ: Environ | None = None) -> LaunchInfo:
     """Find the launcher and this process's rank; WorldError if variables are missing or contradict each other.
 
-    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then mpirun, whose daemons may be a Slurm
-    step; then srun. A shell inside an allocation, without srun, is one process.
+    torchrun's RANK and WORLD_SIZE come first, also inside a Slurm job; then submitit's local executor; then mpirun, whose
+    daemons may be a Slurm step; then srun. A shell inside an allocation, without srun, is one process.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
         return _from_torchrun(env)
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        # submitit's local executor: all processes on this machine.
+        rank, size = _number(env, "SUBMITIT_LOCAL_GLOBALID"), _number(env, "SUBMITIT_LOCAL_NTASKS")
+        job = _required(env, "SUBMITIT_LOCAL_JOB_ID", "must be the number of the job")
+        return LaunchInfo(rank, size, rank, size, "submitit", "127.0.0.1", *_ports(env, f"{job}.0"))
     if _number(env, "OMPI_COMM_WORLD_SIZE", 0) > 1 or ("OMPI_COMM_WORLD_SIZE" in env and not in_step(env)):
         names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
         return _from_mpi(env, names, env.get("PMIX_NAMESPACE", "mpi"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from hpc_oialr.errors import ConfigError
 # Sent by a batch system before the end of a job; data loader processes ignore these, and Ctrl-C.
 NAMES = ("USR2", "USR1", "TERM", "HUP")
 _TWICE_S = 0.3  # one Ctrl-C may arrive twice within this time, from the terminal and from a launcher
+_PR_SET_PDEATHSIG = 1
 
 
 class SignalFlag:
@@ -100,6 +102,16 @@ def leave_upon_term(code: int) -> None:
     srun ends the other tasks by TERM: if they died of the signal, it would report that instead of the first task's code.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
+def end_with_parent() -> None:
+    """Let the kernel send TERM to this process when its parent dies; on Linux only."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_name(field: str, name: str) -> None:

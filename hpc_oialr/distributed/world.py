@@ -57,7 +57,7 @@ class World:
     local_rank: int = 0  # among the ranks of its node
     local_size: int = 1
     device: torch.device = _CPU  # where this rank computes
-    # "torchrun", "slurm", "mpi", or "adopted" (the group existed before)
+    # "torchrun", "slurm", "mpi", "submitit", or "adopted" (the group existed before)
     launcher: str = "single"
     group: dist.ProcessGroup | None = None  # None for one rank
     owns_group: bool = False  # whether close() ends the group

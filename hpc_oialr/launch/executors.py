@@ -1,4 +1,4 @@
-"""submitit's executor, configured for runs: one process per GPU, requeued by the batch script, results read safely."""
+"""submitit's executors, configured for runs: one process per GPU, requeued by the batch script, results read safely."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from submitit import SlurmExecutor, SlurmJob
+from submitit import DebugExecutor, Executor, LocalExecutor, LocalJob, SlurmExecutor, SlurmJob
+from submitit.core.core import Job
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmInfoWatcher, _make_sbatch_string
 
@@ -54,10 +55,8 @@ class SlurmWatcher(SlurmInfoWatcher):
         self._last_status_check = time.time()
 
 
-class OwnSlurmJob(SlurmJob[Any]):
+class _OwnPickles(Job[Any]):
     """A job whose pickles are read only if nobody else can have written them."""
-
-    watcher = SlurmWatcher()
 
     def submission(self) -> DelayedSubmission:
         """What was submitted."""
@@ -70,6 +69,16 @@ class OwnSlurmJob(SlurmJob[Any]):
         return super()._get_outcome_and_result()
 
 
+class OwnSlurmJob(_OwnPickles, SlurmJob[Any]):
+    """A job of Slurm."""
+
+    watcher = SlurmWatcher()
+
+
+class OwnLocalJob(_OwnPickles, LocalJob[Any]):
+    """A job on this machine."""
+
+
 class RunsOnSlurm(SlurmExecutor):
     """Starts runs by srun inside a batch script."""
 
@@ -79,12 +88,35 @@ class RunsOnSlurm(SlurmExecutor):
         return 2
 
 
-def make_executor(submission: Submission) -> RunsOnSlurm:
-    """The executor of a submission."""
+def make_executor(submission: Submission) -> Executor:
+    """The executor of a submission; raises :class:`ConfigError` if it cannot send the run's signal."""
+    request, folder = submission.request, submission.files
+    match request.executor:
+        case "slurm":
+            executor: Executor = RunsOnSlurm(folder, python=_TASK)
+            # submitit renders a script with them at once.
+            executor.update_parameters(**_slurm_parameters(submission))
+        case "local":
+            if submission.signal != "USR2":
+                rule = "must be USR2 with the executor 'local', which sends no other"
+                raise ConfigError("train.stop_signal", submission.signal, rule)
+            executor = LocalExecutor(folder, python=_TASK)
+            executor.update_parameters(
+                tasks_per_node=request.processes_per_node,
+                gpus_per_node=request.gpus,
+                timeout_min=request.time_s / 60,
+                signal_delay_s=request.signal_s,
+            )
+        case _:
+            executor = DebugExecutor(folder)
+    return executor
+
+
+def _slurm_parameters(submission: Submission) -> dict[str, Any]:
     request, site = submission.request, submission.site
     # job.sh comes first, so that it sees a site file that fails, too.
     sources = [_JOB] if site.file is None else [_JOB, site.file]
-    parameters = {
+    return {
         **{key: getattr(request, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
         "job_name": submission.folder.name,
         "nodes": request.nodes,
@@ -111,29 +143,38 @@ def make_executor(submission: Submission) -> RunsOnSlurm:
             "requeue": True,
         },
     }
-    executor = RunsOnSlurm(submission.files, python=_TASK)
-    # submitit renders a script with them at once.
-    executor.update_parameters(**parameters)
-    return executor
 
 
-def batch_script(executor: RunsOnSlurm, runs: int) -> str:
+def batch_script(executor: Executor, runs: int) -> str:
     """The batch script of a run, or of an array of several."""
+    assert isinstance(executor, SlurmExecutor)
     many: dict[str, Any] = {"map_count": runs} if runs > 1 else {}
     command = executor._submitit_command_str
     return str(_make_sbatch_string(command, executor.folder, **executor.parameters, **many))
 
 
-def submit_runs(executor: RunsOnSlurm, calls: Sequence[Callable[[], Any]]) -> list[SlurmJob[Any]]:
+def submit_runs(executor: Executor, calls: Sequence[Callable[[], Any]]) -> list[Job[Any]]:
     """Submit one run, or several as an array; raises :class:`OIALRError` if Slurm refuses."""
+    with_slurm = isinstance(executor, SlurmExecutor)
+    variables = only_as_written(batch_script(executor, len(calls))) if with_slurm else nullcontext()
     try:
         # submitit prints sbatch's message, which the error holds.
-        with only_as_written(batch_script(executor, len(calls))), redirect_stderr(StringIO()):
+        with variables, redirect_stderr(StringIO()):
             jobs = executor.submit_array(calls)
     except (FailedJobError, FailedSubmissionError) as error:
         reason = " ".join(str(error).split()) or "sbatch says no reason"
         raise OIALRError(f"Slurm refused the job: {reason}") from None
-    return [OwnSlurmJob(job.paths.folder, job.job_id, range(job.num_tasks)) for job in jobs]
+    return [_own(job) for job in jobs]
+
+
+def _own(job: Job[Any]) -> Job[Any]:
+    tasks = range(job.num_tasks)
+    match job:
+        case SlurmJob():
+            return OwnSlurmJob(job.paths.folder, job.job_id, tasks)
+        case LocalJob():
+            return OwnLocalJob(job.paths.folder, job.job_id, tasks, job._process)
+    return job
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,19 +35,23 @@ _TELLING = (
 class JobFile:
     """A submitted job."""
 
-    job_id: str  # Slurm's, e.g. "12" or "12_0"
+    # Slurm's, e.g. "12" or "12_0"; with the executor "local" the process id of submitit's controller.
+    job_id: str
+    executor: str
     recipe: str
     processes: int
     max_requeues: int
     output: Path  # log files: %t stands for the process, %s for "out" or "err"
     # SLURM_CLUSTERS at submission: on another cluster the same number is another job.
     clusters: str = field(default_factory=lambda: all_variables().get("SLURM_CLUSTERS", ""))
+    host: str = field(default_factory=socket.gethostname)
     submitted: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def elsewhere(self) -> str:
         """What to set before Slurm is asked about the job; "" if nothing."""
-        if all_variables().get("SLURM_CLUSTERS", "") == self.clusters:
+        here = all_variables().get("SLURM_CLUSTERS", "")
+        if self.executor != "slurm" or here == self.clusters:
             return ""
         return f"export SLURM_CLUSTERS={self.clusters}" if self.clusters else "unset SLURM_CLUSTERS"
 
@@ -65,10 +70,6 @@ def read_job(folder: RunFolder) -> JobFile:
     try:
         fields: dict[str, Any] = json.loads(folder.job.read_text(encoding="utf-8"))
         fields.pop("version")
-        # Of earlier versions, whose local jobs had process numbers.
-        fields.pop("host", None)
-        if (executor := fields.pop("executor", "slurm")) != "slurm":
-            raise ValueError(f"a job of the executor {executor!r}, which is gone")
         return JobFile(**{**fields, "output": folder.path / fields["output"]})
     except FileNotFoundError:
         raise DataError(f"{folder.path} holds no submitted run: there is no {folder.job}.") from None
@@ -96,6 +97,7 @@ def note_job(folder: Path, recipe: str, environ: Mapping[str, str] | None = None
     run_folder.create()
     JobFile(
         job_id=job.id,
+        executor="slurm",
         recipe=recipe,
         processes=info.size,
         max_requeues=max_requeues(environ),

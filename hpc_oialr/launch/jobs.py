@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -118,19 +121,37 @@ def read_progress(folder: RunFolder) -> dict[str, Any]:
 
 
 def states_of(jobs: Sequence[JobFile], slurm: Slurm) -> list[JobState]:
-    """One state for each job.
+    """One state for each job, of any executor.
 
     UNKNOWN where nobody can be asked; FORGOTTEN where the job is over and how it ended is not known.
     """
-    known = slurm.states(job.job_id for job in jobs if not job.elsewhere)
+    known = slurm.states(job.job_id for job in jobs if job.executor == "slurm" and not job.elsewhere)
 
     def state(job: JobFile) -> JobState:
         if job.elsewhere:
             slurm.warn_once("clusters", f"job {job.job_id} is another cluster's; to see it: {job.elsewhere}")
             return JobState(state=UNKNOWN)
-        return known.get(job.job_id, JobState(state=FORGOTTEN if slurm.reached else UNKNOWN))
+        if job.executor == "slurm":
+            return known.get(job.job_id, JobState(state=FORGOTTEN if slurm.reached else UNKNOWN))
+        if job.executor == "local" and job.host != socket.gethostname():
+            return JobState(state=UNKNOWN)
+        return JobState(state="RUNNING" if job.executor == "local" and is_controller(job) else FORGOTTEN)
 
     return [state(job) for job in jobs]
+
+
+def is_controller(job: JobFile) -> bool:
+    """Whether a local job's controller is alive; another process may have its number by now."""
+    path = Path("/proc", job.job_id, "cmdline")
+    try:
+        if path.parents[1].exists():
+            words = path.read_text(errors="replace")
+        else:
+            # Systems without /proc have ps, and containers without ps have /proc.
+            words = ask(["ps", "-ww", "-o", "args=", "-p", job.job_id]).stdout
+    except (OSError, NoAnswerError):
+        return False
+    return "submitit.local._local" in words and str(job.output.parent.resolve()) in words
 
 
 def watch_job(
@@ -161,7 +182,17 @@ def cancel(target: str) -> list[str]:
     for job in jobs:
         if job.elsewhere:
             raise OIALRError(f"job {job.job_id} is another cluster's. First: {job.elsewhere}")
-        _scancel(job.job_id)
+        if job.executor == "slurm":
+            _scancel(job.job_id)
+        elif job.host != socket.gethostname():
+            raise OIALRError(
+                f"job {job.job_id} runs on {job.host}, and this is {socket.gethostname()}. End it there."
+            )
+        elif not is_controller(job):
+            raise OIALRError(f"job {job.job_id} is not running on this machine any more.")
+        else:
+            # The controller forwards the signal to the processes, which write a checkpoint and stop.
+            os.kill(int(job.job_id), signal.SIGTERM)
     return [job.job_id for job in jobs]
 
 

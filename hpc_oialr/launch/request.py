@@ -12,6 +12,7 @@ from hpc_oialr.distributed.slurm import gpu_count
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.launch.slurm import FORMS, seconds_of
 
+EXECUTORS = ("slurm", "local", "debug")
 _GPUS = re.compile(r"([\w.-]+:)?\d+")
 
 
@@ -23,6 +24,8 @@ class Request:
     ----------
     folder
         Run folder; default ``runs/RECIPE-TIME``. An unfinished run in it is resumed.
+    executor
+        "slurm"; "local": in the background on this machine; "debug": in this process.
     nodes
         Number of nodes.
     gpus_per_node
@@ -50,6 +53,7 @@ class Request:
     """
 
     folder: Path | str | None = None
+    executor: str = "slurm"
     nodes: int = 1
     gpus_per_node: int | str | None = None
     tasks_per_node: int | None = None
@@ -89,18 +93,35 @@ class Request:
             raise ConfigError("setup", self.setup, rule, fix="Put it in brackets.")
         if self.folder is not None:
             check_folder(Path(self.folder))
-        if self.array is not None:
-            self._check_seeds(self.array)
+        self._check_seeds()
+        self._check_executor()
 
-    @staticmethod
-    def _check_seeds(array: Mapping[str, Sequence[int]]) -> None:
-        for name in array:
+    def _check_seeds(self) -> None:
+        if self.array is None:
+            return
+        for name in self.array:
             if name != "seeds":
                 raise UnknownNameError("array", name, ["seeds"])
-        seeds = list(array.get("seeds", ()))
+        seeds = list(self.array.get("seeds", ()))
         if not seeds or len(set(seeds)) < len(seeds) or not all(_is_whole(s) and s >= 0 for s in seeds):
             rule = "must be different whole numbers, none below 0"
-            raise ConfigError("array", dict(array), rule, fix="E.g. seeds=0,1,2.")
+            raise ConfigError("array", dict(self.array), rule, fix="E.g. seeds=0,1,2.")
+
+    def _check_executor(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise UnknownNameError("executor", str(self.executor), EXECUTORS)
+        if self.executor == "slurm":
+            return
+        here = f"with the executor {self.executor!r}, which works on this machine"
+        for name, only in (("nodes", 1), ("site", None), ("setup", ())):
+            if (value := getattr(self, name)) != only and (value or only):
+                rule = f"must be {only or 'left out'} {here}"
+                raise ConfigError(name, value, rule, fix="Take the executor 'slurm'.")
+        if self.executor == "debug" and self.processes_per_node > 1:
+            rule = f"must be 1 {here}, in this process"
+            raise ConfigError(
+                "tasks_per_node", self.processes_per_node, rule, fix="Take the executor 'local'."
+            )
 
     @classmethod
     def of(cls, **parameters: Any) -> Request:
@@ -117,9 +138,14 @@ class Request:
         return None if self.array is None else tuple(self.array["seeds"])
 
     @property
+    def gpus(self) -> int:
+        """GPUs of each node."""
+        return gpu_count(str(self.gpus_per_node or "")) or 0
+
+    @property
     def processes_per_node(self) -> int:
         """Processes of each node."""
-        return self.tasks_per_node or gpu_count(str(self.gpus_per_node or "")) or 1
+        return self.tasks_per_node or max(1, self.gpus)
 
     @property
     def processes(self) -> int:

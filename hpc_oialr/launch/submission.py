@@ -24,13 +24,13 @@ from hpc_oialr.record.owner import Claim
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
-    from submitit import SlurmJob
+    from submitit import Job
 
 
 @overload
 def submit(
     recipe: str | Path, settings: Sequence[str] = ..., *, dry_run: Literal[False] = ..., **parameters: Any
-) -> list[SlurmJob[Any]]: ...
+) -> list[Job[Any]]: ...
 
 
 @overload
@@ -41,7 +41,7 @@ def submit(
 
 def submit(
     recipe: str | Path, settings: Sequence[str] = (), *, dry_run: bool = False, **parameters: Any
-) -> list[SlurmJob[Any]] | str:
+) -> list[Job[Any]] | str:
     """Submit a run, or one for each seed.
 
     Parameters
@@ -57,7 +57,7 @@ def submit(
 
     Returns
     -------
-    list of submitit.SlurmJob, or str
+    list of submitit.Job, or str
         ``job.result()`` waits for the run's summary, also over requeues.
 
     Raises
@@ -109,12 +109,15 @@ class Submission:
         return cls(request, site, folder, tuple(runs), train.stop_signal)
 
     def script(self) -> str:
-        """The batch script."""
+        """The batch script; raises :class:`ConfigError` with an executor that has none."""
+        if self.request.executor != "slurm":
+            rule = "has no batch script to look at"
+            raise ConfigError("executor", self.request.executor, rule, fix="Take the executor 'slurm'.")
         from hpc_oialr.launch.executors import batch_script, make_executor
 
         return batch_script(make_executor(self), len(self.runs))
 
-    def submit(self) -> list[SlurmJob[Any]]:
+    def submit(self) -> list[Job[Any]]:
         """Submit; each run folder then holds its ``job.json``.
 
         Raises :class:`OIALRError` if a folder is in use, or Slurm refuses the job.
@@ -145,13 +148,15 @@ class Submission:
             for folder, ownership, job in zip(folders, held, jobs, strict=True):
                 JobFile(
                     job_id=job.job_id,
+                    executor=self.request.executor,
                     recipe=self.runs[0].recipe,
                     processes=self.request.processes,
                     max_requeues=self.request.max_requeues,
                     # submitit's names.
                     output=self.files / f"{job.job_id}_%t_log.%s",
                 ).write(folder)
-                ownership.hand_over(job.job_id)
+                if self.request.executor == "slurm":
+                    ownership.hand_over(job.job_id)
         return jobs
 
     @property

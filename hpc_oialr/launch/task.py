@@ -9,18 +9,22 @@ import os
 import shlex
 import stat
 import sys
+import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_oialr.distributed.environment import launch_info
-from hpc_oialr.distributed.signals import leave_upon_term
+from hpc_oialr.distributed.signals import end_with_parent, leave_upon_term
 from hpc_oialr.errors import OIALRError
-from hpc_oialr.exit_codes import PROCESS_LOST, of_error, of_task
+from hpc_oialr.exit_codes import PROCESS_LOST, STOPPED, of_error, of_task
 from hpc_oialr.redaction import one_line
 from hpc_oialr.streams import tolerate_output_failures
 
 # submitit requeues the job upon its signal. Here the batch script does, so submitit gets a signal that nobody sends.
 _UNUSED_SIGNAL = "URG"
+# submitit's local controller counts time by its sleeps, so its signal may come early by our clock (s).
+_LEEWAY_S = 2.0
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 
@@ -67,9 +71,13 @@ def main(folder: Path) -> None:
 
 def entry() -> None:
     """Exit at once with the code: what is left of a process group may hang at interpreter shutdown."""
+    started = time.monotonic()
     code: object = 0
     tolerate_output_failures()
     leave_upon_term(PROCESS_LOST)
+    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+        # Without its controller the process would run unnoticed, and the next submission find the folder in use.
+        end_with_parent()
     try:
         main(Path(sys.argv[-1]))
     except SystemExit as left:
@@ -82,7 +90,28 @@ def entry() -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(of_task(code if isinstance(code, int) else 1, launch_info().launcher))
+    done = of_task(code if isinstance(code, int) else 1, launch_info().launcher)
+    if done == STOPPED and at_local_limit(time.monotonic() - started):
+        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+        done = LOCAL_REQUEUE_RETURN_CODE
+    os._exit(done)
+
+
+def at_local_limit(elapsed_s: float, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the local executor's controller has stopped this process because its time is up.
+
+    The controller then starts the tasks again, five times at most, if one of them exits with submitit's code for that.
+
+    >>> limit = {"SUBMITIT_LOCAL_TIMEOUT_S": "600", "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "120"}
+    >>> at_local_limit(100.0, limit), at_local_limit(481.0, limit), at_local_limit(481.0, {})
+    (False, True, False)
+    """
+    env = os.environ if environ is None else environ
+    if "SUBMITIT_LOCAL_TIMEOUT_S" not in env:
+        return False
+    limit_s = int(env["SUBMITIT_LOCAL_TIMEOUT_S"]) - int(env["SUBMITIT_LOCAL_SIGNAL_DELAY_S"])
+    return elapsed_s >= limit_s - _LEEWAY_S
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_run_and_a_comparison_begin_in_folders_of_their_own(tmp_path, capsys):
     (work / "environment.json").write_text("mine")
     assert main(["train", str(recipe), "--out", str(work)]) == 2
     assert "environment.json exists already, and a run would write over it" in capsys.readouterr().err
-    assert main(["submit", str(recipe), "--out", str(work)]) == 2
+    assert main(["submit", str(recipe), "--executor", "local", "--out", str(work)]) == 2
     assert "environment.json exists already" in capsys.readouterr().err
     (work / "dense.yaml").write_text("mine")
     with pytest.raises(

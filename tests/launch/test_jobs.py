@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from datetime import datetime, timedelta
 
@@ -23,6 +26,7 @@ def submitted(path, job_id="12", **changes):
     folder = RunFolder(path).create()
     (path / "submitit").mkdir()
     fields = {
+        "executor": "slurm",
         "recipe": "tiny",
         "processes": 2,
         "max_requeues": 20,
@@ -214,7 +218,7 @@ def test_a_batch_script_notes_its_job(slurm, tmp_path, capsys):
     note_job(folder.path, "tiny", environ)
     assert folder.path.stat().st_mode & 0o777 == 0o700
     job = read_job(folder)
-    assert (job.job_id, job.processes, job.max_requeues) == ("12", 1, 3)
+    assert (job.job_id, job.executor, job.processes, job.max_requeues) == ("12", "slurm", 1, 3)
     (tmp_path / "x-12.out").write_text("started\noialr: error: no data\n")
     assert last_error(job) == "oialr: error: no data"
     assert run(capsys, "logs", "runs/first")[1] == "started\noialr: error: no data\n"
@@ -312,6 +316,29 @@ def test_cancel_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OIALRError, match=r"job 12 was not cancelled: there is no scancel here."):
         cancel("12")
+
+
+def test_cancel_of_a_local_job_hits_its_own_process_only(tmp_path):
+    """Another process may have the number by now; on another host it means nothing."""
+    folder, job = submitted(tmp_path / "run", str(os.getpid()), executor="local")
+    with pytest.raises(OIALRError, match=rf"job {job.job_id} is not running on this machine any more"):
+        cancel(str(folder.path))
+    folder, _ = submitted(tmp_path / "there", "1", executor="local", host="elsewhere")
+    with pytest.raises(OIALRError, match=r"job 1 runs on elsewhere, and this is .*. End it there."):
+        cancel(str(folder.path))
+
+
+def test_cancel_of_a_local_job(tmp_path):
+    files = str(tmp_path / "run" / "submitit")
+    program = "import time; print('ready', flush=True); time.sleep(20)"
+    command = [sys.executable, "-c", program, "submitit.local._local", files]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
+        folder, job = submitted(tmp_path / "run", str(controller.pid), executor="local")
+        assert controller.stdout.readline() == "ready\n"
+        assert not watch_job(job)()
+        assert cancel(str(folder.path)) == [str(controller.pid)]
+    assert controller.returncode == -signal.SIGTERM
+    assert watch_job(job)()
 
 
 def test_states_that_are_over():

@@ -15,7 +15,7 @@ from support.tiny_runs import write_recipe
 import hpc_oialr.launch
 from hpc_oialr.cli.command_submit import OPTIONS
 from hpc_oialr.cli.main import main
-from hpc_oialr.errors import MissingExtraError, OIALRError
+from hpc_oialr.errors import ConfigError, MissingExtraError, OIALRError
 from hpc_oialr.launch import Request, submit
 from hpc_oialr.launch.site import at_site, read_site
 from hpc_oialr.record import RunFolder
@@ -150,10 +150,11 @@ def test_submission(slurm, recipe, tmp_path):
     call = job.submission().function
     assert (call.recipe, call.folder, call.settings) == (str(recipe), folder, ("--train.steps", "30"))
     written = json.loads((folder / "job.json").read_text())
-    assert written.pop("submitted")
-    assert written == {
+    assert {"submitted", "host"} <= set(written)
+    assert {key: value for key, value in written.items() if key not in ("submitted", "host")} == {
         "version": 1,
         "job_id": "12",
+        "executor": "slurm",
         "recipe": str(recipe),
         "processes": 4,
         "max_requeues": 20,
@@ -331,6 +332,15 @@ def test_submitit_is_missing(slurm, recipe, monkeypatch):
         MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"
     ):
         submit(recipe, folder="runs/first")
+
+
+def test_local_executor_sends_one_signal_only(recipe, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"train.stop_signal is 'HUP'; must be USR2 with the executor 'local'"
+    ):
+        submit(recipe, ["--train.stop_signal", "HUP"], folder=tmp_path / "x", executor="local")
+    with pytest.raises(ConfigError, match=r"executor is 'local'; has no batch script to look at"):
+        submit(recipe, folder=tmp_path / "x", executor="local", dry_run=True)
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hpc_oialr.launch.slurm import seconds_of
 
 def test_defaults():
     request = Request()
-    assert (request.processes, request.time_s, request.seeds) == (1, 3600, None)
+    assert (request.processes, request.gpus, request.time_s, request.seeds) == (1, 0, 3600, None)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,15 @@ def test_one_process_a_gpu_if_not_said(parameters, processes):
         ),
         ({"array": {"seeds": []}}, "array is {'seeds': []}; must be different whole numbers, none below 0."),
         ({"array": {"seeds": [1, 1]}}, "must be different whole numbers"),
+        (
+            {"executor": "local", "nodes": 2},
+            "nodes is 2; must be 1 with the executor 'local', which works on this",
+        ),
+        ({"executor": "local", "site": "x"}, "site is 'x'; must be left out with the executor 'local'"),
+        (
+            {"executor": "debug", "tasks_per_node": 2},
+            "tasks_per_node is 2; must be 1 with the executor 'debug'",
+        ),
     ],
 )
 def test_what_cannot_be(parameters, text):
@@ -70,7 +79,7 @@ def test_what_cannot_be(parameters, text):
     ("parameters", "text"),
     [
         ({"array": {"seed": [1]}}, "unknown array 'seed'; valid: seeds."),
-        ({"executor": "local"}, "unknown parameter of submit 'executor'; valid: account=None,"),
+        ({"executor": "pbs"}, "unknown executor 'pbs'; valid: debug, local, slurm."),
         ({"node": 3}, "unknown parameter of submit 'node'; valid: account=None, array=None, constraint=None"),
     ],
 )

@@ -25,10 +25,17 @@ def job(tmp_path, monkeypatch, signals):
 
     folder = tmp_path / "submitit"
     folder.mkdir(mode=0o700)
-    names = {"JOB_ID": "7", "NTASKS": "1", "JOB_NUM_NODES": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+    names = {
+        "JOB_ID": "7",
+        "NTASKS": "1",
+        "JOB_NUM_NODES": "1",
+        "NODEID": "0",
+        "GLOBALID": "0",
+        "LOCALID": "0",
+    }
     for name, value in names.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "")
     monkeypatch.setenv("SUBMITIT_FOLDER", "")
     call = RecipeRun("recipe", tmp_path / "run", ("--train.steps", "3"))
@@ -146,12 +153,12 @@ def test_folder_of_another_user(tmp_path, monkeypatch):
 
 
 def test_results_are_read_from_ones_own_folder_only(job, tmp_path, monkeypatch):
-    from hpc_oialr.launch.executors import OwnSlurmJob
+    from hpc_oialr.launch.executors import OwnLocalJob
 
     monkeypatch.setattr(job_main, "run_job", lambda *_: 0)
     RunFolder(tmp_path / "run").create().write_summary({"metric": 0.5})
     task.main(job)
-    submitted = OwnSlurmJob(job, "7")
+    submitted = OwnLocalJob(job, "7")
     assert submitted.result() == {"metric": 0.5}
     assert isinstance(submitted.submission().function, RecipeRun)
     job.chmod(stat.S_IRWXU | stat.S_IRWXO)
