@@ -65,9 +65,7 @@ def converted(run: _Run, batches: list[tuple[Tensor, Tensor]], delay: float) -> 
     for choice in CHOICES:
         model, optimizer = copy.deepcopy((run.plain, run.optimizer))
         limits = RankLimits(at_conversion=FRACTIONS[0])
-        oialr = OIALR(
-            model, optimizer, OIALRConfig(delay=STEPS, moments_steps=STEPS, limits=limits, **choice)
-        )
+        oialr = OIALR(model, optimizer, OIALRConfig(delay=STEPS, moments_steps=STEPS, limits=limits, **choice))
         for i, (pixels, labels) in enumerate(batches, start=1):
             run.criterion(oialr.model(pixel_values=pixels).logits, labels).backward()
             optimizer.step()

@@ -37,12 +37,8 @@ def variants() -> list[Variant]:
 
 def main() -> None:
     """Run what is not in the file yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER|TAR", help="as for benchmarks.cifar"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER|TAR", help="as for benchmarks.cifar")
     parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
     parser.add_argument("--epochs", type=float, help="default: the size's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -168,9 +168,7 @@ def fits_of(rows: Sequence[Row]) -> list[Row]:
     found = []
     for key in dict.fromkeys((row["backend"], row["collective"], row["processes"]) for row in rows):
         backend, collective, processes = key
-        measured = [
-            (r["bytes"], r["seconds"]) for r in rows if (r["backend"], r["collective"], r["processes"]) == key
-        ]
+        measured = [(r["bytes"], r["seconds"]) for r in rows if (r["backend"], r["collective"], r["processes"]) == key]
         link = Link.fit(collective, processes, measured)
         errors = [abs(link.seconds(collective, size, processes) / s - 1) for size, s in measured]
         found.append(

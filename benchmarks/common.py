@@ -23,9 +23,7 @@ CALLS = 10
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with ``--out``, which may name an earlier result but no other file; scripts add their own options."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=result_file, help="result file (JSON); default: print only")
     return parser
 

@@ -33,9 +33,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "weights": summary["weights_sha256"],
         "metric": summary["metric"],
         "losses": [(row["step"], row.get("loss"), row.get("metric")) for row in rows],
-        "spectra": {
-            name: (layer.r.tolist(), str(layer.singular_values.tolist())) for name, layer in spectra.items()
-        },
+        "spectra": {name: (layer.r.tolist(), str(layer.singular_values.tolist())) for name, layer in spectra.items()},
     }
 
 
@@ -50,9 +48,7 @@ def time_limit(cluster: Cluster, job: Job, tasks: list[int]) -> None:
 def preemption(cluster: Cluster, job: Job, tasks: list[int]) -> None:
     """A job of the partition urgent wants the same nodes."""
     nodes = job.fields()["NodeList"]
-    cluster.sbatch(
-        "--partition=urgent", f"--nodelist={nodes}", "--exclusive", "--output=/dev/null", "--wrap=true"
-    )
+    cluster.sbatch("--partition=urgent", f"--nodelist={nodes}", "--exclusive", "--output=/dev/null", "--wrap=true")
     until(lambda: not any(is_paused(task) for task in tasks), "the signal of preemption")
 
 

@@ -40,19 +40,13 @@ def start(log: Path, *words: str) -> subprocess.Popen[bytes]:
     """A run of two processes; what they write goes to a file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
-        return subprocess.Popen(
-            command(2, *words), env=environment, start_new_session=True, stdout=file, stderr=file
-        )
+        return subprocess.Popen(command(2, *words), env=environment, start_new_session=True, stdout=file, stderr=file)
 
 
 def undisturbed(engine: str, timeout_s: float, folder: Path) -> tuple[dict[str, Any], float]:
     """What a resumed run must equal, and how long its steps took (s)."""
-    if start(
-        Path(f"{folder}.log"), "train", RECIPE, *settings(engine, timeout_s), "--out", str(folder)
-    ).wait():
-        raise SystemExit(
-            f"the undisturbed run under {engine} failed: {Path(f'{folder}.log').read_text()[-2000:]}"
-        )
+    if start(Path(f"{folder}.log"), "train", RECIPE, *settings(engine, timeout_s), "--out", str(folder)).wait():
+        raise SystemExit(f"the undisturbed run under {engine} failed: {Path(f'{folder}.log').read_text()[-2000:]}")
     summary = json.loads((folder / "summary.json").read_text())
     return outcome(folder), sum(summary[key] for key in ("wall_s", "eval_wall_s", "checkpoint_wall_s"))
 

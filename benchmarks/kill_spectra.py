@@ -106,9 +106,7 @@ def content(path: Path) -> list[Any]:
     """Every data set of every layer, as bytes, and the table of steps."""
     with open_spectra(path) as run:
         steps = {name: run.steps[name].tolist() for name in ("step", "loss")}
-        return [(n, layer.events.tobytes(), layer.singular_values.tobytes()) for n, layer in run.items()] + [
-            steps
-        ]
+        return [(n, layer.events.tobytes(), layer.singular_values.tobytes()) for n, layer in run.items()] + [steps]
 
 
 def found(path: Path) -> list[int]:

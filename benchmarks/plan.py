@@ -190,9 +190,7 @@ def compare(recipe: str, engine: str, sizes: Sequence[int], machine: Machine, ro
     return rows
 
 
-def round_of(
-    probe: Team, teams: dict[int, Team], batches: dict[int, int], cores: int, *, warm: bool
-) -> dict[int, Row]:
+def round_of(probe: Team, teams: dict[int, Team], batches: dict[int, int], cores: int, *, warm: bool) -> dict[int, Row]:
     """Probe, slowdown and measurement of every number of processes, once."""
     found = {}
     for size, team in teams.items():

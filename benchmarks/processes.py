@@ -42,9 +42,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _child(
-    rank: int, size: int, port: int, folder: str, function: Callable[..., Row], args: tuple[Any, ...]
-) -> None:
+def _child(rank: int, size: int, port: int, folder: str, function: Callable[..., Row], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                    "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip

@@ -111,9 +111,7 @@ def budgets() -> str:
         f"{100 * then:.1f} %, in the middle of its schedule; at its last evaluation, after {seconds[-1]:.0f} s, it was "
         f"at {100 * accuracies[-1]:.1f} %. One seed; the standard error of each figure is 0.3 points."
     )
-    return (
-        f"{table(header, rows)}\n\n{textwrap.fill(remark, 118)}\n{origin('budgets', result['environment'])}"
-    )
+    return f"{table(header, rows)}\n\n{textwrap.fill(remark, 118)}\n{origin('budgets', result['environment'])}"
 
 
 def cifar() -> str:
@@ -326,8 +324,7 @@ def stability() -> str:
             optimizer = {"muon": "Muon, cosine"}.get(variant, f"AdamW, {variant}")
             medians = [f"{run[f'median_{when}']:.4f}" for when in ("first", "middle", "last")]
             angle, distance = (
-                " to ".join(f"{value:.2f}" for value in run[name])
-                for name in ("subspace_angle_U", "r_factor_distance")
+                " to ".join(f"{value:.2f}" for value in run[name]) for name in ("subspace_angle_U", "r_factor_distance")
             )
             rows.append((recipe, optimizer, *medians, angle, distance))
     header = (
@@ -379,12 +376,8 @@ def rendered(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write, or check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit code 1 if the README is out of date"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is out of date")
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = rendered(before)

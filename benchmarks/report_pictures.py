@@ -28,9 +28,7 @@ BORDER = 24
 
 def main() -> None:
     """Write the page beside the runs, and all pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of oialr compare")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default benchmarks/results")
     given = parser.parse_args()

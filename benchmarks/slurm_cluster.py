@@ -120,9 +120,7 @@ class Job:
 
     def wait(self) -> Job:
         """Until it is over; an error if it failed."""
-        until(
-            lambda: self.state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), f"the end of {self.number}"
-        )
+        until(lambda: self.state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), f"the end of {self.number}")
         assert self.state == "COMPLETED", self.output
         return self
 
@@ -137,9 +135,7 @@ class Job:
         found = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
-                variables = dict(
-                    line.partition("=")[::2] for line in path.read_text(errors="replace").split("\0")
-                )
+                variables = dict(line.partition("=")[::2] for line in path.read_text(errors="replace").split("\0"))
                 words = (path.parent / "cmdline").read_text().split("\0")
             except OSError:
                 continue

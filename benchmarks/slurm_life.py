@@ -146,9 +146,7 @@ def _ending(cluster: Cluster, programs: Path, what: str, line: str, expected: st
     (programs / "srun").chmod(0o755)
     limit = "0" if "too often" in what else "20"
     path = f"{programs}:{cluster.environment['PATH']}"
-    job = cluster.sbatch(
-        "--time=1", "--signal=USR1@1", SCRIPT, PATH=path, OIALR_VENV="/none", OIALR_MAX_REQUEUES=limit
-    )
+    job = cluster.sbatch("--time=1", "--signal=USR1@1", SCRIPT, PATH=path, OIALR_VENV="/none", OIALR_MAX_REQUEUES=limit)
     if "cancelled" in what:
         until(lambda: job.state == "RUNNING", "its start")
         time.sleep(1)

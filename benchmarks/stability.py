@@ -159,9 +159,7 @@ def _course(cosine: dict[str, Any]) -> str:
     first, middle, last = (cosine[f"median_{when}"] for when in ("first", "middle", "last"))
     course = f"{first:.5f} at first, {middle:.5f} half-way, {last:.5f} at the end"
     if last > middle > first:
-        return (
-            f"As in the paper stability, here over {FREQUENCY} steps, rises with training: median {course}."
-        )
+        return f"As in the paper stability, here over {FREQUENCY} steps, rises with training: median {course}."
     return f"Unlike in the paper stability, here over {FREQUENCY} steps, does not rise throughout: median {course}."
 
 

@@ -295,11 +295,7 @@ def page(content: Mapping[str, Any]) -> str:
         if row["optimizer"] in FACTORED_OPTIMIZERS:
             state += ", means over rows and columns square"
         tested = (
-            row["version"]
-            if row["result"] == "passed"
-            else "not tested"
-            if row["result"] == "skipped"
-            else "FAILED"
+            row["version"] if row["result"] == "passed" else "not tested" if row["result"] == "skipped" else "FAILED"
         )
         lines.append(f"| `{row['optimizer']}` | {state} | {tested} |")
     lines += [*_BETWEEN, "", "| optimizer | why: it ... |", "| --- | --- |"]

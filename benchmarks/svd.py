@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--square", type=int, default=4096, metavar="N", help="0 leaves it out")
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--repeats", type=int, default=2, help="rounds, after one that is dropped")
-    parser.add_argument(
-        "--dim", type=int, default=768, help="width of the vision transformer; 0 leaves it out"
-    )
+    parser.add_argument("--dim", type=int, default=768, help="width of the vision transformer; 0 leaves it out")
     parser.add_argument("--depth", type=int, default=12)
     options = parser.parse_args()
     for name in ONE_THREAD:

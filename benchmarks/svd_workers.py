@@ -41,9 +41,7 @@ def work(rank: int, size: int, port: int, out: str, jobs: Sequence[tuple[str, di
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     comm = communicator(dist.group.WORLD)
-    rows = [
-        row for kind, settings in jobs for row in {"matrix": matrix, "update": update}[kind](comm, **settings)
-    ]
+    rows = [row for kind, settings in jobs for row in {"matrix": matrix, "update": update}[kind](comm, **settings)]
     if rank == 0:
         Path(out).write_text(json.dumps(rows))
     comm.all_reduce(torch.zeros(1))
@@ -154,15 +152,11 @@ def other_packages(A: Tensor, workers: int) -> dict[str, Callable[[], Any]]:
     blocks = da.from_array(array, chunks=(max(1, -(-len(array) // 8)), array.shape[1]))
     run = partial(dask.compute, scheduler="threads", num_workers=workers)
     found["dask tsqr"] = lambda: run(*da.linalg.svd(blocks))
-    found["dask svd_compressed r=32"] = lambda: run(
-        *da.linalg.svd_compressed(blocks, R, n_power_iter=2, seed=0)
-    )
+    found["dask svd_compressed r=32"] = lambda: run(*da.linalg.svd_compressed(blocks, R, n_power_iter=2, seed=0))
     return found
 
 
-def update(
-    comm: Communicator, *, kind: str, layers: list[tuple[int, int]], repeats: int, dropped: int
-) -> list[Row]:
+def update(comm: Communicator, *, kind: str, layers: list[tuple[int, int]], repeats: int, dropped: int) -> list[Row]:
     """The SVDs of one update, distributed by cost, against all of them on process 0; each result is freed."""
     matrices = [gaussian(m, n, seed=i) for i, (m, n) in enumerate(layers)]
     costs = [svd_cost(m, n) for m, n in layers]
@@ -175,9 +169,7 @@ def update(
 
     functions = {"alone": (partial(run, None), 1), "dealt": (partial(run, comm.rank), comm.size)}
     times = rounds(comm, functions, repeats, dropped)
-    loads = [
-        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == p) for p in range(comm.size)
-    ]
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == p) for p in range(comm.size)]
     share = median_ratio(times, "dealt", "alone")
     return [
         {

@@ -36,9 +36,7 @@ def train(processes: int, recipe: str, settings: Sequence[str], folder: Path) ->
     if start(processes, "train", recipe, *STEPS, *settings, "--out", str(folder)).wait():
         raise SystemExit(f"the run on {processes} processes failed: {recipe} {' '.join(settings)}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "metric" not in row], json.loads(
-        (folder / "summary.json").read_text()
-    )
+    return [row["loss"] for row in rows if "metric" not in row], json.loads((folder / "summary.json").read_text())
 
 
 def compare(alone: tuple[list[float], Any], other: tuple[list[float], Any]) -> Row:
@@ -63,9 +61,7 @@ def main() -> None:
     parser.add_argument("--settings", default="--data.limit 13000", help="further settings, as one word")
     options = parser.parse_args()
     rows = earlier(options.out)
-    done = {
-        (row["recipe"], row["engine"], row["precision"], row["processes"], row["settings"]) for row in rows
-    }
+    done = {(row["recipe"], row["engine"], row["precision"], row["processes"], row["settings"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         for precision in options.precisions:
             common = [*options.settings.split(), "--train.precision", precision]

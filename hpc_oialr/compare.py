@@ -49,9 +49,7 @@ def compare(
     trains dense, the folder has a comparison already, or a run fails.
     """
     if loaded.config.oialr is None:
-        raise OIALRError(
-            "oialr is null: there is nothing to compare a dense run with. Leave out --oialr null."
-        )
+        raise OIALRError("oialr is null: there is nothing to compare a dense run with. Leave out --oialr null.")
     sides = {"dense": dense_twin(loaded, own=own), "oialr": loaded}
     stop, claim = stop or StopRequest(), claim or Claim("oialr compare")
     if launch_info().size > 1:
@@ -75,9 +73,7 @@ def _begin(sides: Mapping[str, LoadedConfig], folder: Path) -> None:
     if RunFolder(folder).holds_run or RunFolder(folder).job.exists():
         raise OIALRError(f"{folder} holds a run, and a comparison has a folder of two. Take another --out.")
     recipes = {side: folder / f"{side}.yaml" for side in sides}
-    known = {
-        side: path.is_file() and path.read_text("utf-8") == sides[side].text for side, path in recipes.items()
-    }
+    known = {side: path.is_file() and path.read_text("utf-8") == sides[side].text for side, path in recipes.items()}
     names = [name for side in sides if not known[side] for name in (f"{side}.yaml", side)]
     require_absent(folder, names if any(known.values()) else [*names, "compare.png"], "this comparison")
     folder.mkdir(parents=True, exist_ok=True)

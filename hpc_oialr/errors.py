@@ -27,9 +27,7 @@ class ConfigError(OIALRError, ValueError):
 
     def with_context(self, *, prefix: str = "", origin: str | None = None) -> ConfigError:
         """The same error with its setting's full dotted name and its origin."""
-        return ConfigError(
-            f"{prefix}{self.name}", self.value, self.rule, origin=origin or self.origin, fix=self.fix
-        )
+        return ConfigError(f"{prefix}{self.name}", self.value, self.rule, origin=origin or self.origin, fix=self.fix)
 
     def in_section(self, section: str, origins: Mapping[str, str] | None = None) -> ConfigError:
         """The same error with its setting's full dotted name, and the origin if it is known."""

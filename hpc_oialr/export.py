@@ -61,10 +61,7 @@ def load_model(run: Path, *, step: int | None = None) -> nn.Module:
     store = CheckpointStore(run / "checkpoints", World.single("cpu"))
     step = _choose(store, step)
     state, config = store.read_state(step), load_config(run / "config.yaml").config
-    example = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype))
-        for key, (shape, dtype) in state["example"].items()
-    }
+    example = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in state["example"].items()}
     model = config.model.build(example)
     model.to(torch.float64 if config.train.precision == "float64" else torch.float32)
     ranks: dict[str, int] = state["controller"]["r"]
@@ -87,9 +84,7 @@ def _choose(store: CheckpointStore, step: int | None) -> int:
     if step is None:
         step = store.latest()
         if step is None:
-            raise CheckpointError(
-                f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every."
-            )
+            raise CheckpointError(f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every.")
         return step
     if step not in store.steps():
         held = ", ".join(map(str, store.steps())) or "none"

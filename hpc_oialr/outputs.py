@@ -48,9 +48,7 @@ def marked(title: str, *beginnings: bytes, mark: bytes) -> Kind:
     return Kind(title, is_own)
 
 
-def claim(
-    path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool | None = False
-) -> Path:
+def claim(path: Path | str, kind: Kind, *, inputs: Sequence[Path | str] = (), force: bool | None = False) -> Path:
     """The file to write for an output path; raises :class:`OutputError` if that would destroy something.
 
     Links are followed. ``inputs`` are files and folders that are read: they and their contents are never overwritten,
@@ -176,9 +174,7 @@ def _check_folder(
     for folder in (each for each in map(Path, inputs) if each.is_dir()):
         if target.is_relative_to(folder.resolve()):
             where = "is" if target == folder.resolve() else "lies in"
-            raise OutputError(
-                f"{path} {where} {folder}, which is read here, and holds {some}. Name a new folder."
-            )
+            raise OutputError(f"{path} {where} {folder}, which is read here, and holds {some}. Name a new folder.")
     if not force:
         raise OutputError(
             f"{path} holds what {command} did not write: {some}. Name a new folder, or replace files of the same "

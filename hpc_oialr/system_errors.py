@@ -64,9 +64,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(str(_of_os(error))) from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is no UTF-8 text (byte {error.start}: {error.reason}). Name a text file."
-        ) from None
+        raise DataError(f"{path} is no UTF-8 text (byte {error.start}: {error.reason}). Name a text file.") from None
 
 
 def read_json(path: Path) -> Any:

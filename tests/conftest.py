@@ -63,9 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("mpi")
         elif item.nodeid.startswith(SLOW) or STARTS_PROCESSES & names:
             item.add_marker("slow")
-    items.sort(
-        key=lambda item: next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99)
-    )
+    items.sort(key=lambda item: next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99))
 
 
 @pytest.hookimpl(optionalhook=True)

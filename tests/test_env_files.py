@@ -29,9 +29,7 @@ def asked_for() -> Iterator[Requirement]:
     extras = setup["options.extras_require"]
     names = re.search(r"\[(.*)\]", extras[EXTRAS])[1].split(",")
     for text in [setup["options"]["install_requires"], *(extras[name] for name in names)]:
-        yield from (
-            Requirement(line) for line in text.splitlines() if line and not line.startswith("hpc_oialr")
-        )
+        yield from (Requirement(line) for line in text.splitlines() if line and not line.startswith("hpc_oialr"))
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

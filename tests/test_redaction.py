@@ -71,12 +71,7 @@ def test_logs_and_their_tracebacks() -> None:
 
 def test_messages(tmp_path, capsys) -> None:
     recipe = write_recipe(tmp_path)
-    assert (
-        main(
-            ["train", str(recipe), "--data.path", "https://me:s3cret@host/text", "--out", str(tmp_path / "x")]
-        )
-        == 2
-    )
+    assert main(["train", str(recipe), "--data.path", "https://me:s3cret@host/text", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "s3cret" not in said
     assert "https:/" in said

@@ -36,9 +36,7 @@ def test_output_that_fails_ends_nothing(tmp_path, shell, variables):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     line = "set -o pipefail; " + shell.format(f"{sys.executable} {script} {done}")
-    ended = subprocess.run(
-        ["bash", "-c", line], env={**os.environ, **variables}, capture_output=True, text=True
-    )
+    ended = subprocess.run(["bash", "-c", line], env={**os.environ, **variables}, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.strip()) in ((0, ""), (0, "an error"))
     assert done.read_text() == "went on"
 

@@ -36,19 +36,13 @@ def private_names(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.Attribute) and id(node) not in inner:
             found.append(ast.unparse(node))
-    of_torch = [
-        name for name in found if re.match(r"torch\.[\w.]+$", name) and not name.startswith("torch.ops.aten")
-    ]
-    return [
-        name for name in of_torch if re.search(r"\._[a-z]\w*|\._C\b", name) and not DOCUMENTED.fullmatch(name)
-    ]
+    of_torch = [name for name in found if re.match(r"torch\.[\w.]+$", name) and not name.startswith("torch.ops.aten")]
+    return [name for name in of_torch if re.search(r"\._[a-z]\w*|\._C\b", name) and not DOCUMENTED.fullmatch(name)]
 
 
 def test_private_names_of_torch_stand_in_one_file() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "torch_compat.py"]
-    assert {
-        str(path.relative_to(PACKAGE)): private_names(path) for path in files if private_names(path)
-    } == {}
+    assert {str(path.relative_to(PACKAGE)): private_names(path) for path in files if private_names(path)} == {}
     assert "torch._C._profiler._EventType.Allocation" in private_names(PACKAGE / "torch_compat.py")
 
 

@@ -42,9 +42,7 @@ print(json.dumps(ends))
 
 
 def _run(*command: object, cwd: Path, variables: dict[str, str] | None = None, **options) -> str:
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | (
-        variables or {}
-    )
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | (variables or {})
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environ, capture_output=True, text=True, check=False, **options
     )

@@ -42,9 +42,7 @@ def main() -> None:
         if file is not None:
             file.add(row)
         shown = [f"{k} {row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in SHOWN if k in row]
-        print(
-            ", ".join([*shown, *(str(row[key]) for key in ("left_out", "failed") if key in row)]), flush=True
-        )
+        print(", ".join([*shown, *(str(row[key]) for key in ("left_out", "failed") if key in row)]), flush=True)
 
     deadline = None if options.budget is None else time.monotonic() + options.budget
     finished = file.rows() if file is not None and not options.again else []
@@ -54,9 +52,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = "; ".join(variant.name for variant in standard_variants())
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER|TAR", help="images as files, or tar archives"

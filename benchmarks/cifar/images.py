@@ -87,9 +87,7 @@ class Images:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def load(
-    path: str | Path, size: str = "full", *, validation: bool = False, cache: Path | None = None
-) -> Images:
+def load(path: str | Path, size: str = "full", *, validation: bool = False, cache: Path | None = None) -> Images:
     """CIFAR-10 in one of :data:`SIZES`, decoded once.
 
     Parameters

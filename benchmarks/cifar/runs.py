@@ -85,9 +85,7 @@ def _load_libraries(device: torch.device) -> None:
 
 
 def _complete(variant: Variant, data: Images) -> Variant:
-    return replace(
-        variant, epochs=float(variant.epochs or data.size.epochs), batch=variant.batch or data.size.batch
-    )
+    return replace(variant, epochs=float(variant.epochs or data.size.epochs), batch=variant.batch or data.size.batch)
 
 
 def _steps(variant: Variant, data: Images) -> int:

@@ -25,8 +25,7 @@ from hpc_oialr import (
 from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 
 RULES: dict[str, type[RankRule]] = {
-    rule.__name__: rule
-    for rule in (RelativeCutoff, CumulativeSum, Energy, NoiseEdge, StableRank, FixedFraction)
+    rule.__name__: rule for rule in (RelativeCutoff, CumulativeSum, Energy, NoiseEdge, StableRank, FixedFraction)
 }
 
 
@@ -118,9 +117,7 @@ class Variant:
         if self.cuts < 1:
             raise ConfigError("cuts", self.cuts, "must be at least 1")
         if self.fraction > self.at_conversion:
-            raise ConfigError(
-                "fraction", self.fraction, f"must be at most at_conversion = {self.at_conversion:g}"
-            )
+            raise ConfigError("fraction", self.fraction, f"must be at most at_conversion = {self.at_conversion:g}")
         for name in ("at_conversion", "fraction"):
             check_interval(name, getattr(self, name), 0, 1, closed=(False, True))
         make_rule(self)

@@ -45,9 +45,7 @@ def measure(options: argparse.Namespace) -> None:
     if not 0 <= options.budget < float("inf"):
         raise ValueError(f"--budget is {options.budget}; must be a number of seconds, 0 or more.")
     if options.data is not None and not options.data.exists():
-        raise ValueError(
-            f"--data {options.data} does not exist; give the folder or archive of CIFAR-10 images."
-        )
+        raise ValueError(f"--data {options.data} does not exist; give the folder or archive of CIFAR-10 images.")
     results = Results(out, card, tiny=tiny)
     torch.manual_seed(0)
     run(plans, Context(device, tiny, options.data), results, options.budget)
@@ -79,16 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         description=benchmarks.gpu.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="result file (JSON), rewritten after each row"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="result file (JSON), rewritten after each row")
     parser.add_argument("--budget", type=float, default=450, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--only", metavar="SECTION,...", help=", ".join(plan.name for plan in PLANS))
     parser.add_argument("--data", type=Path, metavar="FOLDER|TAR", help="CIFAR-10 images, for accuracy")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, as always without a GPU")
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print the table of a result file, measure nothing"
-    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result file, measure nothing")
     return parser
 
 

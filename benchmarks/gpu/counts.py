@@ -44,9 +44,7 @@ def kernels(call: Callable[[], object], device: torch.device, *, most: int = 16)
 
 def _is_kernel(event: Any) -> bool:
     # Optimizer.step and the profiler put ranges of their own on the GPU's timeline.
-    annotation = getattr(event, "is_user_annotation", False) or event.name.startswith(
-        ("Optimizer.", "Profiler")
-    )
+    annotation = getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "Profiler"))
     moved = event.name.startswith(("Memcpy", "Memset"))
     return event.device_type == DeviceType.CUDA and not (annotation or moved)
 
@@ -85,9 +83,7 @@ def synchronisations(device: torch.device) -> Iterator[Synchronisations]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     places = Counter(
-        f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}"
-        for w in caught
-        if SYNC_WARNING in str(w.message)
+        f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in caught if SYNC_WARNING in str(w.message)
     )
     found.count, found.places = places.total(), dict(places.most_common(5))
 

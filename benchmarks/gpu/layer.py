@@ -47,12 +47,7 @@ def cases(context: Context) -> Sequence[Case]:
     if context.tiny:
         shapes = [Shape(48, 32, 8, 64)]
     else:
-        shapes = [
-            Shape(m, n, round(f * min(m, n)), tokens)
-            for tokens in TOKENS
-            for f in FRACTIONS
-            for m, n in SHAPES
-        ]
+        shapes = [Shape(m, n, round(f * min(m, n)), tokens) for tokens in TOKENS for f in FRACTIONS for m, n in SHAPES]
         shapes += [Shape(m, n, min(m, n) // 4 + 1, TOKENS[0]) for m, n in SHAPES]
     return [Case(f"{s.m} x {s.n}, r = {s.r}, {s.tokens} tokens", _case(s, context)) for s in shapes]
 
@@ -121,9 +116,7 @@ def exact(factors: Factors, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def worst_error(
-    built: Built, inputs: tuple[Tensor, Tensor], reference: tuple[Tensor, ...], factors: Factors
-) -> float:
+def worst_error(built: Built, inputs: tuple[Tensor, Tensor], reference: tuple[Tensor, ...], factors: Factors) -> float:
     """Largest of ``||out - ref|| / ||ref||`` over output and gradients; NaN never passes as small."""
     with torch.enable_grad():
         found = list(results(built, *inputs))

@@ -88,9 +88,7 @@ def package(crossover: float) -> Callable[[Factors], Built]:
     """The package's layer, made to run factored (a large ``crossover``) or merged (0)."""
 
     def build(factors: Factors) -> Built:
-        layer = nn.Linear(
-            factors.Vh.shape[1], factors.U.shape[0], device=factors.U.device, dtype=factors.U.dtype
-        )
+        layer = nn.Linear(factors.Vh.shape[1], factors.U.shape[0], device=factors.U.device, dtype=factors.U.dtype)
         with torch.no_grad():
             layer.bias.copy_(factors.bias)
         clones = (t.clone() for t in (factors.U, factors.S, factors.Vh))

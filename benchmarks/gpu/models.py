@@ -55,9 +55,7 @@ def _full() -> tuple[Workload, ...]:
             Selection(),
         ),
         _gpt2("GPT-2 124M", GPT2(vocabulary=50257), 16, 1024),
-        _llama(
-            "Llama-like 350M", dim=2048, depth=8, heads=16, mlp=4096, vocabulary=8192, batch=8, length=2048
-        ),
+        _llama("Llama-like 350M", dim=2048, depth=8, heads=16, mlp=4096, vocabulary=8192, batch=8, length=2048),
     )
 
 
@@ -77,9 +75,7 @@ def _vit(name: str, config: ViT, batch: int, selection: Selection) -> Workload:
         return {"pixel_values": pixels, "labels": torch.randint(config.classes, (batch,))}
 
     def build() -> nn.Module:
-        return config.build(
-            {"pixel_values": torch.empty(1, config.channels, config.image_size, config.image_size)}
-        )
+        return config.build({"pixel_values": torch.empty(1, config.channels, config.image_size, config.image_size)})
 
     tokens = batch * (1 + (config.image_size // config.patch_size) ** 2)
     return Workload(name, build, images, batch, tokens, selection)
@@ -152,9 +148,7 @@ def batch_on(workload: Workload, device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in workload.batch().items()}
 
 
-def to_low_rank(
-    model: nn.Module, optimizer: torch.optim.Optimizer, fraction: float, selection: Selection
-) -> OIALR:
+def to_low_rank(model: nn.Module, optimizer: torch.optim.Optimizer, fraction: float, selection: Selection) -> OIALR:
     """The controller of the model at ``r = fraction k``, its factors random: for times an SVD of each weight is idle.
 
     Bases are nearly orthonormal, cores diagonal plus noise, as after some steps.
@@ -165,9 +159,6 @@ def to_low_rank(
     with torch.no_grad():
         for layer in low_rank_layers(model).values():
             U, Vh = (torch.randn_like(t) for t in (layer.U, layer.Vh))
-            S = (
-                torch.diag(torch.linspace(1, 0.1, layer.r)).to(layer.S)
-                + 0.1 * torch.randn_like(layer.S) / layer.r**0.5
-            )
+            S = torch.diag(torch.linspace(1, 0.1, layer.r)).to(layer.S) + 0.1 * torch.randn_like(layer.S) / layer.r**0.5
             layer.set_factors(U / layer.m**0.5, S, Vh / layer.n**0.5)
     return oialr

@@ -73,9 +73,7 @@ def lines() -> Sequence[str]:
     for m, n in SHAPES:
         for part, then in zip((2, 4, 8), FOLDED_THEN[m, n], strict=True):
             operations, folded, both = ratios(m, n, min(m, n) // part)
-            rows.append(
-                f"| {m} x {n} | k/{part} | {operations:.2f} | {folded:.2f} | {then:.2f} | {both:.2f} | - |"
-            )
+            rows.append(f"| {m} x {n} | k/{part} | {operations:.2f} | {folded:.2f} | {then:.2f} | {both:.2f} | - |")
     limit = ratios(768, 768, 1)[2]
     return [HEAD.format(tokens=TOKENS), *rows, TAIL.format(limit=limit)]
 

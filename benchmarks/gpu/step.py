@@ -58,9 +58,7 @@ def cases(context: Context) -> Sequence[Case]:
         for name in ORDER if turn == 0 or not context.tiny else ORDER[-1:]:
             fractions = fractions[:1] if context.tiny else fractions
             measured = partial(measure_round, models[name], optimizer, mode, fractions, context)
-            found.append(
-                Case(f"{name}, {optimizer}, {mode}, r/k = {', '.join(map(str, fractions))}", measured)
-            )
+            found.append(Case(f"{name}, {optimizer}, {mode}, r/k = {', '.join(map(str, fractions))}", measured))
     return found
 
 

@@ -72,13 +72,9 @@ def _layer(rows: Sequence[Row]) -> Iterator[str]:
         found.items(), key=lambda f: (-f[0][0], shapes.index(f[0][1:3]), -f[0][3])
     ):
         done = [by_name[name] for name in names if "time_ratio" in by_name.get(name, {})]
-        bounds = [
-            min((row[key] for row in done), default=None) for key in ("roofline_ratio", "operation_ratio")
-        ]
+        bounds = [min((row[key] for row in done), default=None) for key in ("roofline_ratio", "operation_ratio")]
         dense_ms = by_name.get("dense", {}).get("ms")
-        table.append(
-            [f"{m} x {n}", tokens, r, dense_ms, *(_ratio(by_name.get(name)) for name in names), *bounds]
-        )
+        table.append([f"{m} x {n}", tokens, r, dense_ms, *(_ratio(by_name.get(name)) for name in names), *bounds])
     yield from aligned(["layer", "tokens", "r", "dense ms", *names, "roofline", "operations"], table)
 
 
@@ -121,9 +117,7 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     if kept > LEFTOVER_GIB:
         yield f"  NOT ALONE: up to {kept:.1f} GiB were held when a model was built; peaks are too high by that"
     lost = [
-        f"{row['model']}, {row['optimizer']}, r/k {text(row['r_over_k'])}"
-        for row in rows
-        if row["finite"] is False
+        f"{row['model']}, {row['optimizer']}, r/k {text(row['r_over_k'])}" for row in rows if row["finite"] is False
     ]
     if lost:
         yield f"  NOT FINITE: {'; '.join(lost)}"

@@ -85,9 +85,7 @@ def interleaved(
     return {name: _timing(values, prepared[name].method) for name, values in samples.items()}
 
 
-def timed(
-    call: Callable[[], object], device: torch.device, *, in_a_row: int = 1, seconds: float = 1.0
-) -> Timing:
+def timed(call: Callable[[], object], device: torch.device, *, in_a_row: int = 1, seconds: float = 1.0) -> Timing:
     """Time of one call by itself, launched kernel by kernel."""
     calls = {"": lambda _: call()}
     return interleaved(calls, device, graphs=False, in_a_row=in_a_row, seconds=seconds)[""]

@@ -33,9 +33,7 @@ def cases(context: Context) -> Sequence[Case]:
     """Two cases a model, one for each kind of SVD: its conversion and the updates that follow."""
     models = workloads(tiny=context.tiny)
     names = ("ViT-B/16", "Llama-like 350M")
-    return [
-        Case(f"{name}, {way}", partial(measure, models[name], way, context)) for name in names for way in WAYS
-    ]
+    return [Case(f"{name}, {way}", partial(measure, models[name], way, context)) for name in names for way in WAYS]
 
 
 def not_converged(A: Tensor, form: str) -> NoReturn:
@@ -114,7 +112,5 @@ def _event(kind: str, fraction: float, oialr: OIALR, workload: Workload, device:
         "synchronisations_per_layer": waits.count / len(report.layers),
         "places": waits.places,
         "peak_gib": counts.peak_gib(device),
-        "orthogonality_error": max(
-            max(u.orthogonality_error_U, u.orthogonality_error_Vh) for u in report.layers
-        ),
+        "orthogonality_error": max(max(u.orthogonality_error_U, u.orthogonality_error_Vh) for u in report.layers),
     }

@@ -81,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(
-    config: RunConfig, options: argparse.Namespace
-) -> tuple[Planner, list[int], int, list[EngineConfig]]:
+def _prepare(config: RunConfig, options: argparse.Namespace) -> tuple[Planner, list[int], int, list[EngineConfig]]:
     """The planner, with steps measured if requested; numbers of nodes, processes of each node, engines."""
     from hpc_oialr.plan.machine import ClusterPreset, cluster, gpu_machine, this_machine
     from hpc_oialr.plan.planner import Planner

@@ -147,9 +147,7 @@ class DataConfig(ABC):
     """
 
     limit: int | None
-    on_device = (
-        "never"  # a field where the samples can be moved; annotated here, jsonargparse reads no type below
-    )
+    on_device = "never"  # a field where the samples can be moved; annotated here, jsonargparse reads no type below
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -241,9 +241,7 @@ def fetch_into(dataset: FetchableDataset, root: Path, *, replace: bool = True) -
                 return target
         log.info("%s: %s: %s", dataset.name, source.title, reason)
         tried.append(f"{source.title}: {reason}")
-    raise DataError(
-        f"{dataset.name} could not be fetched into {target}. Tried {'; '.join(tried)}. {dataset.fix}"
-    )
+    raise DataError(f"{dataset.name} could not be fetched into {target}. Tried {'; '.join(tried)}. {dataset.fix}")
 
 
 def _put_in_place(dataset: FetchableDataset, new: Path, target: Path) -> None:

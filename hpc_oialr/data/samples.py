@@ -35,9 +35,7 @@ def write_sample(name: str, folder: Path) -> Path:
     writers = {"imagenet": _imagenet, "cifar-10": _cifar10, "ettm2": _ettm2}
     if name not in writers:
         raise UnknownNameError("sample", name, writers)
-    note = (
-        f"A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
-    )
+    note = f"A stand-in for {name}, made by `oialr data sample {name}` for smoke runs only: not the real data.\n"
     mark = folder / "SAMPLE.txt"
     if mark.is_file() and mark.read_text(encoding="utf-8") == note:
         return folder

@@ -203,9 +203,7 @@ class TimeSeriesCSV(DataConfig):
 
     def _load(self) -> Splits:
         path = self.file()
-        tables = read_series(
-            path, self.columns, id_column=self.id_column, timestamp_column=self.timestamp_column
-        )
+        tables = read_series(path, self.columns, id_column=self.id_column, timestamp_column=self.timestamp_column)
         series = [one for name, table in tables.items() for one in self._standardised(path, name, *table)]
         return Splits(
             self._windows(path, series, 0),
@@ -213,9 +211,7 @@ class TimeSeriesCSV(DataConfig):
             self._windows(path, series, 2) if self.split_steps or self.test_fraction else None,
         )
 
-    def _standardised(
-        self, path: Path, name: str, columns: list[list[float]], times: list[datetime]
-    ) -> list[Series]:
+    def _standardised(self, path: Path, name: str, columns: list[list[float]], times: list[datetime]) -> list[Series]:
         training, validation, end = self._ends(path, len(columns[0]))
         calendar = calendar_features(times[:end]) if times else None
         labels = [f"{name}/{column}" if name else column for column in self.columns]

@@ -52,9 +52,7 @@ class LaunchInfo:
         ranks = {"rank": (self.rank, self.size), "local rank": (self.local_rank, self.local_size)}
         for what, (place, of) in ranks.items():
             if not 0 <= place < of:
-                raise WorldError(
-                    f"{what} is {place} of {of} ({self.launcher}); must lie in [0, {of}). {_STALE}"
-                )
+                raise WorldError(f"{what} is {place} of {of} ({self.launcher}); must lie in [0, {of}). {_STALE}")
         if self.local_size > self.size:
             raise WorldError(
                 f"{self.launcher} gives {self.local_size} ranks on this node but {self.size} in all; a "
@@ -237,9 +235,7 @@ def _number(env: Environ, name: str, default: int | None = None) -> int:
         return default
     text = _required(env, name, "must be a whole number")
     if not text.strip().isdigit():
-        raise WorldError(
-            f"{name} is {text!r}; must be a whole number. The launcher sets it: do not set it by hand."
-        )
+        raise WorldError(f"{name} is {text!r}; must be a whole number. The launcher sets it: do not set it by hand.")
     return int(text)
 
 

@@ -40,9 +40,7 @@ class SignalFlag:
 
 
 @contextmanager
-def catch_signals(
-    names: Sequence[str], interrupted: Callable[[], object] = lambda: None
-) -> Iterator[SignalFlag]:
+def catch_signals(names: Sequence[str], interrupted: Callable[[], object] = lambda: None) -> Iterator[SignalFlag]:
     """While active, signals set a flag instead of terminating the process; ``names``: of ``NAMES``, and "INT".
 
     A signal that the process was started to ignore (HUP under nohup, INT behind ``&``) stays ignored unless it is the

@@ -97,9 +97,7 @@ def expand_counts(text: str) -> list[int]:
     """
     matches = [_REPEATED.fullmatch(part) for part in text.strip().split(",")]
     if not all(matches):
-        raise WorldError(
-            f"tasks per node are {text!r}; must look like '4(x2),3', as Slurm sets SLURM_TASKS_PER_NODE."
-        )
+        raise WorldError(f"tasks per node are {text!r}; must look like '4(x2),3', as Slurm sets SLURM_TASKS_PER_NODE.")
     return [int(match[1]) for match in matches if match for _ in range(int(match[2] or 1))]
 
 

@@ -24,9 +24,7 @@ T = TypeVar("T")
 _SETTLING_S = 0.2
 _CPU = torch.device("cpu")
 # Gloo raises plain RuntimeErrors, with its source files in their text.
-_COMMUNICATION = re.compile(
-    r"gloo/|pair closure|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)"
-)
+_COMMUNICATION = re.compile(r"gloo/|pair closure|ProcessGroup|NCCL|TCPStore|c10d|MPI_|[Cc]onnection (closed|reset)")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -251,9 +249,7 @@ class AsyncFlagReduce:
         return bool(word.item())
 
 
-def choose_device(
-    name: str | None, local_rank: int, local_size: int, gpus_of_node: int | None
-) -> torch.device:
+def choose_device(name: str | None, local_rank: int, local_size: int, gpus_of_node: int | None) -> torch.device:
     """The CPU, or the GPU with the local rank's index, or GPU 0 where each rank sees only its own.
 
     ``name``: "cpu", "cuda", "cuda:INDEX" (one rank only); None: "cuda" if there is one. ``gpus_of_node``: the job's GPUs

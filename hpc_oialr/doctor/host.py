@@ -132,9 +132,7 @@ def check_threads(context: CheckContext) -> list[Finding]:
     elif given and threads > given:
         found = f"OMP_NUM_THREADS is {threads}, but a task has {given} cores"
     elif threads * context.local_size > of_node:
-        found = (
-            f"{context.local_size} ranks with {threads} threads each share {of_node} cores of {context.node}"
-        )
+        found = f"{context.local_size} ranks with {threads} threads each share {of_node} cores of {context.node}"
     if found:
         findings = [problem("threads", found, f"export OMP_NUM_THREADS={fair}")]
     else:

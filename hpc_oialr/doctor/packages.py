@@ -33,9 +33,7 @@ def required(extra: str) -> Iterator[Requirement]:
     for text in metadata.requires(_SELF) or ():
         requirement = Requirement(text)
         conditional = "extra" in str(requirement.marker or "")
-        if conditional == bool(extra) and (
-            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        ):
+        if conditional == bool(extra) and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
             yield requirement
 
 

@@ -66,9 +66,7 @@ class DeepSpeedEngine(GroupEngine):
     # Stage 3 has not gathered U yet when a layer's gradient arrives.
     importances = ("weights", "inputs")
 
-    def __init__(
-        self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = ""
-    ) -> None:
+    def __init__(self, world: World, given: dict[str, Any], *, precision: str = "fp32", origin: str = "") -> None:
         self._json = ZeroConfig(given, precision, origin)
         self.stage = self._json.stage
         self.world = world
@@ -88,9 +86,7 @@ class DeepSpeedEngine(GroupEngine):
 
     def expect(self, *, global_batch: int, accumulation: int, clip: float | None) -> None:
         """Raise :class:`ConfigError` if the JSON's batch sizes or clipping are not the recipe's."""
-        self._json.check_step(
-            ranks=self.world.size, global_batch=global_batch, accumulation=accumulation, clip=clip
-        )
+        self._json.check_step(ranks=self.world.size, global_batch=global_batch, accumulation=accumulation, clip=clip)
 
     def scale_steps(self, factors: Mapping[nn.Parameter, float]) -> None:
         """Multiply the steps of these parameters; read whenever DeepSpeed's engine is made."""

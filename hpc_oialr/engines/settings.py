@@ -123,9 +123,7 @@ class DeepSpeed(EngineConfig):
     def _of_many(self, world: World, precision: str) -> Engine:
         if precision in ("float64", "bf16-params"):
             rule = "must be fp32, bf16 or fp16 under DeepSpeed"
-            fix = (
-                "Take DDP." if precision == "float64" else "Take bf16, in which it stores the module in bf16."
-            )
+            fix = "Take DDP." if precision == "float64" else "Take bf16, in which it stores the module in bf16."
             raise ConfigError("train.precision", precision, rule, fix=fix)
         zero = {"zero_optimization": {"stage": self.stage}}
         given = zero if self.config is None else read_config(self.config)

@@ -278,9 +278,7 @@ def _share_masters(zero: Any) -> None:
     Its ``_create_fp32_partitions`` copies unless the shards are on its device, but compares the device with its name
     (0.19.8), which is never equal.
     """
-    for master, parts in zip(
-        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
-    ):
+    for master, parts in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
         if master.dtype == parts.dtype:
             master.data = parts.detach()
 

@@ -76,9 +76,7 @@ def read_job(folder: RunFolder) -> JobFile:
     except OSError as error:
         raise DataError(f"{folder.job} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{folder.job} is damaged ({error}). Remove it; the run itself is not touched."
-        ) from None
+        raise DataError(f"{folder.job} is damaged ({error}). Remove it; the run itself is not touched.") from None
 
 
 def note_job(folder: Path, recipe: str, environ: Mapping[str, str] | None = None) -> None:

@@ -185,9 +185,7 @@ def cancel(target: str) -> list[str]:
         if job.executor == "slurm":
             _scancel(job.job_id)
         elif job.host != socket.gethostname():
-            raise OIALRError(
-                f"job {job.job_id} runs on {job.host}, and this is {socket.gethostname()}. End it there."
-            )
+            raise OIALRError(f"job {job.job_id} runs on {job.host}, and this is {socket.gethostname()}. End it there.")
         elif not is_controller(job):
             raise OIALRError(f"job {job.job_id} is not running on this machine any more.")
         else:

@@ -119,9 +119,7 @@ class Request:
                 raise ConfigError(name, value, rule, fix="Take the executor 'slurm'.")
         if self.executor == "debug" and self.processes_per_node > 1:
             rule = f"must be 1 {here}, in this process"
-            raise ConfigError(
-                "tasks_per_node", self.processes_per_node, rule, fix="Take the executor 'local'."
-            )
+            raise ConfigError("tasks_per_node", self.processes_per_node, rule, fix="Take the executor 'local'.")
 
     @classmethod
     def of(cls, **parameters: Any) -> Request:

@@ -80,9 +80,7 @@ def _options(words: Sequence[str], file: Path) -> Iterator[tuple[str, str]]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--"):
-            raise OIALRError(
-                f"SITE_SBATCH of {file} holds {name!r}; must hold long options. E.g. --partition=NAME."
-            )
+            raise OIALRError(f"SITE_SBATCH of {file} holds {name!r}; must hold long options. E.g. --partition=NAME.")
         if not equals and rest and not rest[0].startswith("-"):
             value = rest.pop(0)
         yield name[2:], value

@@ -19,9 +19,7 @@ QUESTION_S = 10.0
 # Orders (cancel, source a site file) should succeed even while the controller is busy (s).
 ORDER_S = 60.0
 # Defaults of users and sites that change the output of programs: other columns, other jobs, other time formats.
-_CHANGE_OUTPUT = re.compile(
-    r"(SQUEUE|SACCT|SINFO|SCONTROL|SCANCEL)_|SLURM_(TIME_FORMAT|BITSTR_LEN|JSON|YAML)"
-)
+_CHANGE_OUTPUT = re.compile(r"(SQUEUE|SACCT|SINFO|SCONTROL|SCANCEL)_|SLURM_(TIME_FORMAT|BITSTR_LEN|JSON|YAML)")
 # Names and widths of squeue's columns.
 _COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "EndTime": 24, "Reason": 60}
 # Slurm does not answer; Slurm answers but no longer knows the job; the job is over but its run is not finished.
@@ -32,9 +30,7 @@ _OVER = re.compile(
 # In scontrol's output a value, which may hold blanks, extends to the next name.
 _FIELD = re.compile(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)")
 FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
-_TIME_FORM = re.compile(
-    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?", re.ASCII
-)
+_TIME_FORM = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?", re.ASCII)
 
 
 class NoAnswerError(Exception):

@@ -34,9 +34,7 @@ def submit(
 
 
 @overload
-def submit(
-    recipe: str | Path, settings: Sequence[str] = ..., *, dry_run: Literal[True], **parameters: Any
-) -> str: ...
+def submit(recipe: str | Path, settings: Sequence[str] = ..., *, dry_run: Literal[True], **parameters: Any) -> str: ...
 
 
 def submit(

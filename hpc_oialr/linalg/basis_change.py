@@ -49,9 +49,7 @@ def basis_change(
 
 
 @exact_arithmetic()
-def gram_products(
-    U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None
-) -> tuple[Tensor, Tensor]:
+def gram_products(U1: Tensor, Vh1: Tensor, U2: Tensor, Vh2: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
     """``U1^T U2`` and ``Vh1 Vh2^T``, whole on every rank: one all-reduce of ``2 r1 r2`` numbers.
 
     Of this rank's rows of ``U`` (m_p x r1, m_p x r2) and columns of ``Vh`` (r1 x n_p, r2 x n_p).

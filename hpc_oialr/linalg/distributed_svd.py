@@ -159,9 +159,7 @@ class _Truncated(Scheme):
         Q, U, s, Vh = self._truncate(X, ledger, budget, 0)
         return Top(Q(U), torch.cat([s[:, None], Vh], dim=1), math.sqrt(ledger.cut))
 
-    def _truncate(
-        self, X: Tensor, ledger: Ledger, budget: float, shift: int
-    ) -> tuple[Apply, Tensor, Tensor, Tensor]:
+    def _truncate(self, X: Tensor, ledger: Ledger, budget: float, shift: int) -> tuple[Apply, Tensor, Tensor, Tensor]:
         Q, R = blocked_qr(X)
         U, s, Vh = svd(R, name="a stack of factors")
         keep = fewest(s, budget) if self.r is None else min(self.r + shift, len(s))

@@ -99,9 +99,7 @@ def newton_schulz_each(
             batch = torch.stack(chosen)
         else:
             batch = chosen[0].new_zeros(len(chosen), m, n)
-            torch._foreach_copy_(
-                [_corner(*pair) for pair in zip(batch.unbind(), chosen, strict=True)], chosen
-            )
+            torch._foreach_copy_([_corner(*pair) for pair in zip(batch.unbind(), chosen, strict=True)], chosen)
         done = newton_schulz(batch, steps=steps, dtype=dtype)
         for i, result in zip(members, done.unbind(), strict=True):
             # Contiguous: others go through foreach's slow path, one by one.
@@ -117,7 +115,5 @@ def _corner(padded: Tensor, matrix: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _fast_bf16_on_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
-    probes = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(bool(probe()) for probe in probes if probe)

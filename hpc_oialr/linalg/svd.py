@@ -97,10 +97,7 @@ def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = Tr
                 right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(part)
                 for i, *parts, ok in zip(part, U, s, Vh, right, strict=True):
                     found[i] = SVD(*parts) if ok else None
-    return [
-        done or svd(A, name=name, careful=careful)
-        for done, A, name in zip(found, matrices, names, strict=True)
-    ]
+    return [done or svd(A, name=name, careful=careful) for done, A, name in zip(found, matrices, names, strict=True)]
 
 
 def _that_fit(A: Tensor, count: int) -> int:

@@ -13,9 +13,7 @@ DAMPING = 1e-3
 
 
 @exact_arithmetic()
-def weighted_svd(
-    A: Tensor, r: int, left: Tensor | None = None, right: Tensor | None = None
-) -> tuple[SVD, Tensor]:
+def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | None = None) -> tuple[SVD, Tensor]:
     """``X = U diag(s) Vh`` of inner dimension ``r`` that minimises ``tr(left (A - X) right (A - X)^T)``.
 
     With ``right = E[x x^T]`` that is ``E ||(A - X) x||^2``, the change of the output; with ``left = E[dy dy^T]`` as

@@ -65,9 +65,7 @@ class Attachment:
         if not torch.compiler.is_compiling() and (controller := self.controller) is not None:
             controller.before_forward()
 
-    def _before_load(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any
-    ) -> None:
+    def _before_load(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
         if (controller := self.controller) is not None:
             assign = bool(metadata.get("assign_to_params_buffers"))
             controller.before_load(module, state, prefix, assign=assign)

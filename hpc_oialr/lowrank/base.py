@@ -108,9 +108,7 @@ class LowRankWeight(nn.Module):
     shared_input: SharedInput | None = None
 
     @classmethod
-    def adopt(
-        cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: Crossover = 1.0
-    ) -> LowRankWeight:
+    def adopt(cls, layer: nn.Module, U: Tensor, S: Tensor, Vh: Tensor, *, crossover: Crossover = 1.0) -> LowRankWeight:
         """Turn the dense ``layer`` into this class, with the given factors; its weight is dropped."""
         dense_class = type(layer)
         weight = cast(Tensor, layer._parameters.pop("weight"))

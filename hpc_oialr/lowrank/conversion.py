@@ -60,9 +60,7 @@ def leave_fused_inference(model: nn.Module) -> None:
 
 
 @exact_arithmetic()
-def convert(
-    model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0
-) -> list[TargetWeight]:
+def convert(model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0) -> list[TargetWeight]:
     """Convert every selected layer of ``model`` in place by an SVD, of which ``fraction`` of the k triplets is kept.
 
     For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training, and the optimizer's state

@@ -48,9 +48,7 @@ def is_plain(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """What torch's products would do first under autocast: cast, and record the casts."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(
-        t is not None and t.dtype == torch.float64 for t in tensors
-    ):
+    if not torch.is_autocast_enabled(device) or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
@@ -78,9 +76,7 @@ def _operator_backward(
 
 
 @_operator_backward.register_fake
-def _(
-    dy: Tensor, a: Tensor, A: Tensor, S: Tensor, C: Tensor, x: Tensor | None, needed: list[bool]
-) -> list[Tensor]:
+def _(dy: Tensor, a: Tensor, A: Tensor, S: Tensor, C: Tensor, x: Tensor | None, needed: list[bool]) -> list[Tensor]:
     shapes = ((dy.shape[0], A.shape[1]), A.shape, S.shape, C.shape, (C.shape[0],))
     return [dy.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
 

@@ -141,9 +141,7 @@ class Sharded(Replicated):
             block = block.clone()
         stride = torch.empty(shape, device="meta").stride()
         placements = self.placements(dim)
-        return DTensor.from_local(
-            block, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return DTensor.from_local(block, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def own_rows(self, m: int) -> slice:
         """As ``torch.chunk`` cuts them."""

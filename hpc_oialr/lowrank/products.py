@@ -140,9 +140,7 @@ def onednn_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
 
 def torch_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:
     """Whether folding saves operations; three products in a row need no kernels of ours."""
-    return (
-        folds(x.numel() // x.shape[-1], C.shape[0], A.shape[1]) and x.dtype == A.dtype == S.dtype == C.dtype
-    )
+    return folds(x.numel() // x.shape[-1], C.shape[0], A.shape[1]) and x.dtype == A.dtype == S.dtype == C.dtype
 
 
 def fused_serves(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> bool:

@@ -59,9 +59,7 @@ class Selection:
             if kind not in KINDS:
                 raise UnknownNameError("layer kind", kind, KINDS)
         if self.max_aspect < 1:
-            raise ConfigError(
-                "max_aspect", self.max_aspect, "must be at least 1", fix="The published code uses 10."
-            )
+            raise ConfigError("max_aspect", self.max_aspect, "must be at least 1", fix="The published code uses 10.")
         if self.min_dim < 1:
             raise ConfigError("min_dim", self.min_dim, "must be at least 1")
 

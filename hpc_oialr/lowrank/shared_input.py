@@ -43,9 +43,7 @@ def share_inputs(model: nn.Module) -> None:
         for family in FAMILIES:
             found = [module._modules.get(name) for name in family]
             layers = [x for x in found if type(x) is LowRankLinear and x.n == found[-1].n]  # type: ignore[union-attr]
-            if len(layers) > 1 and any(
-                x.shared_input is None or x.shared_input.layers != layers for x in layers
-            ):
+            if len(layers) > 1 and any(x.shared_input is None or x.shared_input.layers != layers for x in layers):
                 group = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = group
@@ -92,12 +90,7 @@ class SharedInput:
         if x.device.type not in DEVICES or self._misses >= PATIENCE or is_transformed():
             return None
         position = next(i for i, other in enumerate(self.layers) if other is layer)
-        if (
-            self._x is None
-            or x is not self._x[0]
-            or _version(x) != self._x[1]
-            or self._parts[position] is None
-        ):
+        if self._x is None or x is not self._x[0] or _version(x) != self._x[1] or self._parts[position] is None:
             if any(part is not None for part in self._parts):
                 self._misses += 1
             self._parts = self._multiply(x)

@@ -113,9 +113,7 @@ class BasisUpdater:
         weight, layout, (m, n) = target.weight, self.layout, target.shape
         reset = not self.config.carry_moments
         with self.engine.replacing(target):
-            transform_state(
-                self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset
-            )
+            transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
             stored = layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n)
             gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
             layer = convert_weight(target, *stored, **self._options)

@@ -95,9 +95,7 @@ def check_change(
     if optimizer.partitioned:
         flag = torch.tensor([float(error is not None)], device=engine.world.device)
         if engine.world.all_reduce(flag, op="max").item() and error is None:
-            error = ModelError(
-                "another rank found optimizer state that cannot follow the change; see its message."
-            )
+            error = ModelError("another rank found optimizer state that cannot follow the change; see its message.")
     if error is not None:
         raise error
 
@@ -110,8 +108,7 @@ def check_free_bases(
     weights = [
         node
         for node in optimizer.nodes
-        if isinstance(node, LBFGS)
-        or any(optimizer.kind(node, key) == "weight" for key in {*keys, *kinds_of(node)})
+        if isinstance(node, LBFGS) or any(optimizer.kind(node, key) == "weight" for key in {*keys, *kinds_of(node)})
     ]
     groups = [group for leaf in optimizer.leaves for group in leaf.param_groups]
     fix = 'Keep train="cores" and bases_trained empty, or '
@@ -128,9 +125,7 @@ def check_free_bases(
         fix += "use the optimizer itself."
     elif any(group.get("cores") for group in groups) and not any(group.get("bases") for group in groups):
         rule = "the optimizer has a group for cores and none for bases"
-        fix += (
-            "give a rate for them: muon_adamw(model, bases_lr=...), in a recipe optimizer.init_args.bases_lr."
-        )
+        fix += "give a rate for them: muon_adamw(model, bases_lr=...), in a recipe optimizer.init_args.bases_lr."
     else:
         return
     name = "train" if config.train == "factors" else "bases_trained"

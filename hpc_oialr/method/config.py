@@ -128,9 +128,7 @@ class OIALRConfig:
             end = math.inf if stop is None else stop
         if self.bases_trained and self.train == "factors":
             fix = 'Set train to "cores", or leave out bases_trained.'
-            raise ConfigError(
-                "bases_trained", self.bases_trained, 'U and Vh always train with "factors"', fix=fix
-            )
+            raise ConfigError("bases_trained", self.bases_trained, 'U and Vh always train with "factors"', fix=fix)
         if self.frees_bases and self.factor_dtype in ("bfloat16", "float16"):
             rule = "is for frozen bases: steps of trained ones would be lost in rounding"
             raise ConfigError("factor_dtype", self.factor_dtype, rule, fix="Set it to null.")

@@ -168,9 +168,7 @@ def core_rotations(
         if found[0][0].is_cuda:
             cosines = smallest_cosines_batched([basis for _, P, Qh, *_ in found for basis in (P, Qh.mT)])
         read = []
-        for i, (result, (s, P, Qh, own_cosines, errors, chosen)) in enumerate(
-            zip(results, found, strict=True)
-        ):
+        for i, (result, (s, P, Qh, own_cosines, errors, chosen)) in enumerate(zip(results, found, strict=True)):
             if engine.layout.group is not None:
                 errors = _errors(low_rank_layer(targets[result.index]), engine)
             angles = torch.stack(cosines[2 * i : 2 * i + 2]) if s.is_cuda else own_cosines.double()
@@ -183,9 +181,7 @@ def core_rotations(
         s, P, Qh, _, _, chosen = parts(result)
         spectrum, rest, lost = read.tensor_split([len(s), len(s) + 5])
         stability, _, _, *errors_of_bases = rest.tolist()
-        named: dict[str, Any] = dict(
-            zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True)
-        )
+        named: dict[str, Any] = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
         named["cut_share"] = float(lost) if len(lost) else None
         yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen[1:])
 
@@ -239,9 +235,7 @@ def _with_figures(
         yield from _read_back(renumbered, jobs, figures)
 
 
-def _read_back(
-    results: Iterator[Result], jobs: Sequence[Job], figures: Figures
-) -> Iterator[tuple[Result, Tensor]]:
+def _read_back(results: Iterator[Result], jobs: Sequence[Job], figures: Figures) -> Iterator[tuple[Result, Tensor]]:
     """Results with their ``figures`` (float64) on the host; a GPU is waited for once for many layers."""
     most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
     window: list[Result] = []

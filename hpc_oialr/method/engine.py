@@ -96,9 +96,7 @@ class Engine:
     whole_factors: bool = False  # whether each rank always has all of U and Vh, in ordinary tensors
     importances: Sequence[str] = IMPORTANCES  # values of OIALRConfig.importance for which layers see enough
     steps_itself: bool = False  # whether the optimizer given to wrap() never steps
-    casts_itself: bool = (
-        False  # whether forward passes use parameters in the dtype of the run's precision anyway
-    )
+    casts_itself: bool = False  # whether forward passes use parameters in the dtype of the run's precision anyway
     pairs: Sequence[Any] = ()  # of layers between which features may stay sharded; set before place()
     model: nn.Module  # what the user calls in the loop: the last result of wrap() or rewrap()
     wrapper: nn.Module | None = None  # the DistributedDataParallel that is kept up to date, if any

@@ -28,9 +28,7 @@ ORDER = "load the model's state (or call oialr.load_state_dict) first, then the 
 class Loader:
     """Gives the layers of one controller the structure of what is loaded into them."""
 
-    def __init__(
-        self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine
-    ) -> None:
+    def __init__(self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine) -> None:
         self._root, self.targets, self._basis, self._engine = root, targets, basis, engine
         self.empty: set[str] = set()  # names of layers whose values are yet to be loaded
         self.optimizer_loaded = False  # since the last step
@@ -61,9 +59,7 @@ class Loader:
         self.empty |= set(changed) & set(r)
         return changed
 
-    def before_load(
-        self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool
-    ) -> list[str]:
+    def before_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool) -> list[str]:
         """Give layers the structure that they have in ``state``; returns the names of the layers changed.
 
         ``state`` is about to be loaded into ``module``, whose names in it begin with ``prefix``.

@@ -268,15 +268,11 @@ class OIALR:
         self._other_optimizers.check_conversion(targets, self._optimizers.nodes)
         self._check(targets, state_of=targets)
         # Weights that the user has frozen since keep their value: nothing is cut.
-        kept = [
-            target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets
-        ]
+        kept = [target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets]
         done: dict[int, LayerUpdate] = {}
         with self.engine.changing(self.module):
             try:
-                for i, factors, spectrum, figures in weight_factors(
-                    targets, kept, self.engine, self._moments
-                ):
+                for i, factors, spectrum, figures in weight_factors(targets, kept, self.engine, self._moments):
                     target = targets[i]
                     self._basis.convert(target, *factors)
                     self._tracker.forget(target.name)

@@ -40,9 +40,7 @@ class ReferenceOIALR:
         Of its settings: ``delay`` d, ``frequency`` nu, ``rule``, ``limits`` and ``layer_share_step``.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, layers: list[str], config: OIALRConfig
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, layers: list[str], config: OIALRConfig) -> None:
         self.model, self.optimizer, self.layers, self.config = model, optimizer, layers, config
         self.t = self.updates = 0
 

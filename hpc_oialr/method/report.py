@@ -112,12 +112,8 @@ def _gathered(layer: LayerUpdate) -> bool:
 # Numbers broadcast for one layer: U, s and Vh; P, s, Qh and four figures; s and a BasisChange. What moments chose is
 # another s, or P, s and Qh, and the share that is cut.
 _NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
-    "conversion": lambda layer: (
-        layer.r * (layer.m + layer.n) + layer.r_before + (layer.r + 1) * _gathered(layer)
-    ),
-    "update": lambda layer: (
-        (2 * layer.r_before**2 + layer.r_before) * (1 + _gathered(layer)) + 4 + _gathered(layer)
-    ),
+    "conversion": lambda layer: layer.r * (layer.m + layer.n) + layer.r_before + (layer.r + 1) * _gathered(layer),
+    "update": lambda layer: (2 * layer.r_before**2 + layer.r_before) * (1 + _gathered(layer)) + 4 + _gathered(layer),
     "stability": lambda layer: layer.r + 4,
 }
 
@@ -152,6 +148,4 @@ def layer_update(
     m, n = shape
     # A copy: a view would keep all factors alive as long as the report.
     values = s.float().cpu().clone()
-    return LayerUpdate(
-        name=name, m=m, n=n, r_before=r_before, r=r, singular_values=values, seconds=seconds, **figures
-    )
+    return LayerUpdate(name=name, m=m, n=n, r_before=r_before, r=r, singular_values=values, seconds=seconds, **figures)

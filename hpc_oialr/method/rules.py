@@ -154,9 +154,7 @@ class RankLimits:
     at_conversion: float = 1.0
 
     def __post_init__(self) -> None:
-        check_interval(
-            "limits.max_drop", self.max_drop, 0, 1, closed=(False, True), fix="The published code uses 0.5."
-        )
+        check_interval("limits.max_drop", self.max_drop, 0, 1, closed=(False, True), fix="The published code uses 0.5.")
         check_interval("limits.min_fraction", self.min_fraction, 0, 1, closed=(True, True))
         check_interval("limits.at_conversion", self.at_conversion, 0, 1, closed=(False, True))
         if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):

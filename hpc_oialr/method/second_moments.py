@@ -209,8 +209,7 @@ class SecondMoments:
             found += [target for target in low_rank if target.low_rank is not None]
         self._untie()
         self._sums = {
-            each.name: self._sums.get(each.name) or _Sums(each, self.importance, config.moments)
-            for each in found
+            each.name: self._sums.get(each.name) or _Sums(each, self.importance, config.moments) for each in found
         }
 
     def forget(self) -> None:

@@ -72,9 +72,7 @@ class StabilityTracker:
         if last is None:
             return BasisChange()
         last = SVD(*(part.to(now.s) for part in last))
-        return basis_change(
-            last, now, layout.group, whole=lambda Vh: layout.whole_columns(Vh, target.shape[1])
-        )
+        return basis_change(last, now, layout.group, whole=lambda Vh: layout.whole_columns(Vh, target.shape[1]))
 
     def _count(self, target: TargetWeight, s: Tensor, change: BasisChange, seconds: float) -> LayerUpdate:
         stable = self.threshold is not None and change.stability >= self.threshold
@@ -124,9 +122,7 @@ class StabilityTracker:
                 self._bases[name] = SVD(U[rows].clone(), s.clone(), Vh[:, columns].contiguous())
 
 
-def measured(
-    name: str, shape: tuple[int, int], s: Tensor, change: BasisChange, seconds: float
-) -> LayerUpdate:
+def measured(name: str, shape: tuple[int, int], s: Tensor, change: BasisChange, seconds: float) -> LayerUpdate:
     """The report of a dense weight's SVD."""
     names = ("stability", "subspace_angle_U", "subspace_angle_Vh", "r_factor_distance")
     figures = {key: None if math.isnan(value) else value for key, value in zip(names, change, strict=True)}

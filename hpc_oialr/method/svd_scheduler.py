@@ -83,9 +83,7 @@ def _agree(failure: Exception | None, mine: Task | None, jobs: Sequence[Job], wo
     if failure is not None:
         raise failure
     if world.size > 1 and (first := int(flag)) > 0:
-        raise NonFiniteError(
-            f"{jobs[first - 1].work.name}: no SVD on the rank that had to do it; see its log."
-        )
+        raise NonFiniteError(f"{jobs[first - 1].work.name}: no SVD on the rank that had to do it; see its log.")
 
 
 def _empty(jobs: Sequence[Job], task: Task) -> Tensor:

@@ -54,9 +54,7 @@ class ResNet(ModelConfig):
         if len(self.dims) != len(self.depths) or not self.dims:
             raise ConfigError("dims", self.dims, f"must have one entry for each of depths = {self.depths}")
         if min(*self.dims, *self.depths) < 1:
-            raise ConfigError(
-                "dims", self.dims, f"must, like depths = {self.depths}, hold numbers of at least 1"
-            )
+            raise ConfigError("dims", self.dims, f"must, like depths = {self.depths}, hold numbers of at least 1")
         self.check_at_least(4 * 2 ** (len(self.dims) - 1), "image_size")
 
     def build(self, example: Batch) -> nn.Module:

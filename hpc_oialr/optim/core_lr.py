@@ -86,8 +86,7 @@ class CoreLearningRate:
     def at_rest(self, cores: Set[nn.Parameter]) -> bool:
         """Whether one of these has a learning rate of 0."""
         return any(
-            float(group.get("lr", 1.0)) == 0 and not cores.isdisjoint(group["params"])
-            for group in self._groups()
+            float(group.get("lr", 1.0)) == 0 and not cores.isdisjoint(group["params"]) for group in self._groups()
         )
 
     def remove(self) -> None:

@@ -37,9 +37,7 @@ def replace_parameter(stack: OptimizerStack, old: nn.Parameter, new: nn.Paramete
     stack.replace(old, new)
 
 
-def order_cores(
-    stack: OptimizerStack, order: Sequence[nn.Parameter], bases: Sequence[nn.Parameter] = ()
-) -> None:
+def order_cores(stack: OptimizerStack, order: Sequence[nn.Parameter], bases: Sequence[nn.Parameter] = ()) -> None:
     """Sort the group for cores, and ``bases`` at the end of theirs, independent of the order of conversions."""
     position = {id(p): i for i, p in enumerate(order)}
     last = {id(p): i for i, p in enumerate(bases)}
@@ -131,9 +129,7 @@ def _leave_out_bases(stack: OptimizerStack, model: nn.Module, order: dict[nn.Par
         params = [p for p in group["params"] if id(p) not in bases]
         if len(params) < len(group["params"]):
             places = [here[p] for p in params]
-            group["params"][:] = (
-                sorted(params, key=lambda p: order[p]) if places == sorted(places) else params
-            )
+            group["params"][:] = sorted(params, key=lambda p: order[p]) if places == sorted(places) else params
 
 
 def _dense_order(module: nn.Module) -> list[nn.Parameter | None]:

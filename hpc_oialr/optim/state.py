@@ -38,9 +38,7 @@ def check_state(stack: OptimizerStack, parameters: Sequence[tuple[str, nn.Parame
                     _check_value(stack, node, key, value, name, shape)
 
 
-def _check_value(
-    stack: OptimizerStack, node: Any, key: str, value: Any, name: str, shape: torch.Size
-) -> None:
+def _check_value(stack: OptimizerStack, node: Any, key: str, value: Any, name: str, shape: torch.Size) -> None:
     where = f"{type(node).__name__}'s state {key!r} of {name}"
     if not isinstance(value, Tensor):
         if any(tensor.numel() > 1 for tensor in tensors_in(value, objects=True)):
@@ -137,9 +135,7 @@ def transform_state(
             state[key] = layout.put_core(value.to(state[key].dtype).contiguous())
 
 
-def project(
-    value: Tensor, left: Tensor | None, right: Tensor | None, layout: Replicated, *, core: bool
-) -> Tensor:
+def project(value: Tensor, left: Tensor | None, right: Tensor | None, layout: Replicated, *, core: bool) -> Tensor:
     """``left^T value right^T``; without a side only whole matrices."""
     if left is not None and right is not None:
         return layout.project_core(value, left, right) if core else layout.project(value, left, right)
@@ -150,9 +146,7 @@ def project(
 class _Move:
     """How one tensor of the weight's shape moves."""
 
-    def __init__(
-        self, left: Tensor | None, right: Tensor | None, layout: Replicated, core: bool, reset: bool
-    ) -> None:
+    def __init__(self, left: Tensor | None, right: Tensor | None, layout: Replicated, core: bool, reset: bool) -> None:
         self.left, self.right, self.reset = left, right, reset
         self.project = partial(project, layout=layout, core=core)
 

@@ -194,9 +194,7 @@ def register_optimizer_state(optimizer: type[Optimizer], kinds: Kinds) -> None:
     """
     for key, kind in kinds.items():
         if kind not in get_args(Kind):
-            raise ConfigError(
-                f"the kind of {key!r}", kind, f"must be one of {', '.join(map(repr, get_args(Kind)))}"
-            )
+            raise ConfigError(f"the kind of {key!r}", kind, f"must be one of {', '.join(map(repr, get_args(Kind)))}")
     _registered[optimizer] = dict(kinds)
 
 

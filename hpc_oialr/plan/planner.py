@@ -221,9 +221,7 @@ class Planner:
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:
             trained = self.stages[BEFORE[phase.event]].trained
-            peak = trace_event(
-                self.workload, phase, self.rule, processes=key[0], held=key[1], trained=trained
-            )
+            peak = trace_event(self.workload, phase, self.rule, processes=key[0], held=key[1], trained=trained)
             self._event_peaks[key] = peak
         alone = step_cost.footprint(before, Deployment(d.engine, 1, 1))
         return self._event_peaks[key] + resident - alone.resident

@@ -96,8 +96,7 @@ def sharded_event_bytes(shapes: Mapping[str, tuple[int, int]], phase: Phase, pro
         return 4.0 * max(6.0 * r * r for r in phase.before.values())
     levels = math.ceil(math.log2(processes))
     return 4.0 * max(
-        2.0 * math.prod(shapes[name]) / processes + (2 * levels + 6) * k * k
-        for name, k in phase.before.items()
+        2.0 * math.prod(shapes[name]) / processes + (2 * levels + 6) * k * k for name, k in phase.before.items()
     )
 
 
@@ -169,9 +168,7 @@ def _counted_s(trace: Trace, machine: Machine, d: Deployment) -> float:
     return max(busy_s, len(trace.live) * machine.launch_s)
 
 
-def svd_seconds(
-    phase: Phase, shapes: Mapping[str, tuple[int, int]], d: Deployment, machine: Machine
-) -> float:
+def svd_seconds(phase: Phase, shapes: Mapping[str, tuple[int, int]], d: Deployment, machine: Machine) -> float:
     """Time of an event's SVDs, until the last process has finished.
 
     Sharded weights are decomposed one after another by all processes (TSQR); all other SVDs are distributed by cost.

@@ -56,9 +56,7 @@ class Tracer(TorchDispatchMode):
     their size, as FSDP2's do; slower.
     """
 
-    def __init__(
-        self, resident: Iterable[Tensor] = (), *, counted: bool = False, resizing: bool = False
-    ) -> None:
+    def __init__(self, resident: Iterable[Tensor] = (), *, counted: bool = False, resizing: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._resizing = resizing

@@ -113,9 +113,7 @@ class Claim:
             _write(draft, mine)
             self._replace_dead(folder, mine, draft)
         except OSError as error:
-            raise OIALRError(
-                f"{folder.owner} cannot be written ({error}). Name another folder: --out"
-            ) from error
+            raise OIALRError(f"{folder.owner} cannot be written ({error}). Name another folder: --out") from error
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()

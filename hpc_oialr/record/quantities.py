@@ -124,9 +124,7 @@ def _distances(logs: NDArray[np.float64], exponents: NDArray[np.float64]) -> NDA
         first = np.arange(start, stop)[:, None]
         place = np.arange(start, count)[None] - first
         with np.errstate(invalid="ignore", over="ignore"):
-            fitted = 1 - np.exp(
-                (1 - exponents[start:stop, None]) * (logs[None, start:] - logs[start:stop, None])
-            )
+            fitted = 1 - np.exp((1 - exponents[start:stop, None]) * (logs[None, start:] - logs[start:stop, None]))
             gaps = np.abs(fitted - place / (count - first))
         gaps[place < 0] = 0
         distances[start:stop] = gaps.max(axis=1)

@@ -150,9 +150,7 @@ def _load(path: Path) -> Any:
         start = file.read(16)
     # An archive; a pickle or a tar archive, torch's formats of before 2020.
     if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):
-        raise DataError(
-            f"{path} is not a torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file."
-        )
+        raise DataError(f"{path} is not a torch file: it begins with {start!r}. Name a .safetensors, .pt or .bin file.")
     load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
         with contextlib.suppress(RuntimeError):
@@ -176,9 +174,7 @@ def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
                 return _state_dict(loaded[key], path)
         if any(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
-    raise DataError(
-        f"{path} holds no state dict; must be a dict of tensors, or hold one as {', '.join(NESTED)}."
-    )
+    raise DataError(f"{path} holds no state dict; must be a dict of tensors, or hold one as {', '.join(NESTED)}.")
 
 
 def _refuse_quantised(path: Path, dtypes: Mapping[str, str]) -> None:

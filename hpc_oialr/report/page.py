@@ -240,9 +240,7 @@ def _stability(name: str, record: Spectra) -> Iterator[str]:
         steps = [step for step in settled.values() if math.isfinite(step)]
         text = f"In {name}, the stability of {len(steps)} of {len(settled)} layers stays above {STABLE:g}"
         if steps:
-            text += (
-                f", of half of these from step {np.median(steps):,.0f} on, of all from step {max(steps):,.0f}"
-            )
+            text += f", of half of these from step {np.median(steps):,.0f} on, of all from step {max(steps):,.0f}"
         yield f"{text}."
 
 

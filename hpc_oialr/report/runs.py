@@ -74,9 +74,7 @@ class Run:
         self.name = self.folder.path.resolve().name
         self._record = path if path.is_file() else self.folder.spectra
         if not (self.folder.holds_run or record_files(self._record)):
-            raise DataError(
-                f"{path} holds no run; must be the folder of a run, of oialr compare, or a spectra.h5."
-            )
+            raise DataError(f"{path} holds no run; must be the folder of a run, of oialr compare, or a spectra.h5.")
 
     @functools.cached_property
     def spectra(self) -> Spectra | None:

@@ -168,11 +168,7 @@ def _shape_of(name: str, index: int, m: int, n: int) -> dict[str, Any]:
 
 
 def _write_table(group: h5py.Group, name: str, rows: NDArray[Any]) -> None:
-    most = (
-        _ROWS_PER_CHUNK
-        if rows.ndim == 1
-        else max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * rows.shape[1])))
-    )
+    most = _ROWS_PER_CHUNK if rows.ndim == 1 else max(1, min(_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * rows.shape[1])))
     chunks = (max(1, min(len(rows), most)), *rows.shape[1:])
     packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
     group.create_dataset(name, data=rows, chunks=chunks, **packed)
@@ -206,9 +202,7 @@ class RecordFile:
         try:
             small = path.stat().st_size <= WHOLE_BYTES
             whole = {"driver": "core", "backing_store": False} if small else {}
-            self.tree: Any = (
-                _read_flush(path) if is_flush(path) else h5py.File(path, "r", locking=False, **whole)
-            )
+            self.tree: Any = _read_flush(path) if is_flush(path) else h5py.File(path, "r", locking=False, **whole)
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
             version = int(self.attributes["schema_version"])
             groups = list(self.tree.get("layers", ()))

@@ -160,9 +160,7 @@ class AsyncWriter:
     stop a training. ``name`` is used in messages.
     """
 
-    def __init__(
-        self, work: Callable[[list[Any]], None], length: int, *, name: str, patience_s: float = 60.0
-    ) -> None:
+    def __init__(self, work: Callable[[list[Any]], None], length: int, *, name: str, patience_s: float = 60.0) -> None:
         self.name, self.patience_s = name, patience_s
         self.waited_s, self.dropped = 0.0, 0
         self._work, self._stuck = work, False
@@ -212,9 +210,7 @@ class AsyncWriter:
         if self.waited_s:
             log.info("%s: the training waited %.2f s in all.", self.name, self.waited_s)
         if self.dropped:
-            log.warning(
-                "%s: %d updates were dropped, since it hung or an error was logged.", self.name, self.dropped
-            )
+            log.warning("%s: %d updates were dropped, since it hung or an error was logged.", self.name, self.dropped)
         return done
 
     def _run(self) -> None:

@@ -39,9 +39,7 @@ class CheckpointStore:
     ``lost`` returns why nothing may be written there any more, "" if it may; called on rank 0.
     """
 
-    def __init__(
-        self, folder: Path, world: World, *, keep: int = 2, lost: Callable[[], str] = lambda: ""
-    ) -> None:
+    def __init__(self, folder: Path, world: World, *, keep: int = 2, lost: Callable[[], str] = lambda: "") -> None:
         self.folder, self.world, self.keep, self._lost = folder, world, keep, lost
 
     def path(self, step: int) -> Path:

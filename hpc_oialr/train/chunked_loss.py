@@ -21,9 +21,7 @@ LARGE_VOCABULARY = 32_768
 CHUNK_LOGITS = 2**26  # 256 MiB in fp32
 
 
-def chunked_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int
-) -> Tensor:
+def chunked_cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Sum of the cross-entropies of ``head(hidden)``, ``chunk`` tokens at a time; a scalar with a graph.
 
     Backward computes the logits again, so that at most chunk x V of them exist, at the price of one more product with
@@ -44,9 +42,7 @@ def chunked_cross_entropy(
     def loss(states: Tensor, labels: Tensor) -> Tensor:
         logits = head(states)
         # At least fp32.
-        return cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum"
-        )
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
     pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     losses = [checkpoint(loss, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]

@@ -91,9 +91,7 @@ class SGD(OptimizerConfig):
         """Over two groups, with and without weight decay."""
         groups = decay_groups(model, self.weight_decay)
         fused = _plain_on_gpu(groups) or None
-        return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused
-        )
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
 
 @dataclass(kw_only=True)

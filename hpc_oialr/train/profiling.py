@@ -32,9 +32,7 @@ class StepProfiler:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         plan = schedule(wait=0, skip_first=SKIPPED, warmup=WARM_UP, active=steps, repeat=1)
-        self._profiler = profile(
-            activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True
-        )
+        self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True)
         self._profiler.start()
 
     @property

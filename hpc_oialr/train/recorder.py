@@ -188,9 +188,7 @@ class Recorder:
             return
         self._write({"step": step, "wall_s": wall_s, **row})
         self._evaluation = {"metric": row["metric"], "metric_name": row["metric_name"]}
-        self.progress.note(
-            f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training"
-        )
+        self.progress.note(f"step {step}: {row['metric_name']} {row['metric']:.4f}, {wall_s:.1f} s of training")
 
     @property
     def mfu(self) -> float | None:

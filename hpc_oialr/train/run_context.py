@@ -38,9 +38,7 @@ class Dense:
 
     gathers_moments = False
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None) -> None:
         self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency
         stack = OptimizerStack(optimizer)
         self.targets = trained_targets(select(model, Selection()), stack) if frequency else []
@@ -128,9 +126,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
             raise ConfigError("class_path", type(config.data).__name__, rule)
     with _section("engine"):
         engine = config.engine.build(world, train.precision)
-        engine.expect(
-            global_batch=train.global_batch, accumulation=train.accumulation, clip=train.gradient_clip
-        )
+        engine.expect(global_batch=train.global_batch, accumulation=train.accumulation, clip=train.gradient_clip)
     peers = engine.data_parallel
     with _section("train"):
         train.check_accumulation(peers.size)
@@ -191,9 +187,7 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
         synchronise_batch_norm(module, peers)
     if train.precision in ("float64", "bf16-params") and not config.model.float64:
         name = type(config.model).__name__
-        raise ConfigError(
-            "train.precision", train.precision, f"{name} of transformers computes parts in float32"
-        )
+        raise ConfigError("train.precision", train.precision, f"{name} of transformers computes parts in float32")
     dtype = torch.float64 if train.precision == "float64" else torch.float32
     floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     # Tensors without data, of which a plan makes its models, cannot be moved.

@@ -113,9 +113,7 @@ def test_an_update_counts_waits_and_keeps_bases_orthonormal(tiny):
     rows = rows_of(tiny, "update")
     later = [("cut", 0.25), ("update", 0.25), ("cut", 0.125), ("update", 0.125)]
     for way in update.WAYS:
-        events = [
-            (row["event"], row["r_over_k"]) for row in rows if (row["model"], row["svd"]) == ("ViT-B/16", way)
-        ]
+        events = [(row["event"], row["r_over_k"]) for row in rows if (row["model"], row["svd"]) == ("ViT-B/16", way)]
         assert events == [("conversion", 0.5), ("update", 0.5), *later]
     for row in rows:
         assert row["synchronisations"] > 0
@@ -146,7 +144,4 @@ def test_accuracy_has_a_row_a_run(tiny):
 
 def test_the_result_is_plain_json(tiny):
     text = tiny[0].read_text()
-    assert (
-        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["kind"]
-        == "benchmarks.gpu"
-    )
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["kind"] == "benchmarks.gpu"

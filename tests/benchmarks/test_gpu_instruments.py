@@ -63,9 +63,7 @@ class FakeCuda(types.SimpleNamespace):
 
     def __init__(self, *, fails):
         super().__init__(fails=fails, streams=[], replays=0, clock_ms=0.0, states=["capturing"])
-        generator = types.SimpleNamespace(
-            clone_state=lambda: "a copy", graphsafe_set_state=self.states.append
-        )
+        generator = types.SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=self.states.append)
         self.default_generators = (generator,)
 
     def Stream(self, device):
@@ -159,9 +157,7 @@ def test_a_graph_of_several_inputs_gives_the_time_of_one(monkeypatch):
 
 
 def test_times_are_of_one_call():
-    slow = timing.interleaved(
-        {"a": lambda i: time.sleep(0.004), "b": lambda i: None}, CPU, sets=3, seconds=0.1
-    )
+    slow = timing.interleaved({"a": lambda i: time.sleep(0.004), "b": lambda i: None}, CPU, sets=3, seconds=0.1)
     assert slow["a"].ms >= 4
     assert slow["a"].ms > slow["b"].ms
     assert slow["a"].method == "eager"
@@ -221,9 +217,7 @@ def test_marked_tests_are_found_run_and_counted(tmp_path, monkeypatch):
     assert (row["passed"], row["failed"], row["skipped"], row["exit_code"]) == (2, 1, 1, 1)
     assert row["failures"] == ["tests/test_marked.py::test_bad"]
     assert "assert 1 == 2" in row["output"]
-    (folder / "test_marked.py").write_text(
-        "import time, pytest\n@pytest.mark.gpu\ndef test_long(): time.sleep(60)\n"
-    )
+    (folder / "test_marked.py").write_text("import time, pytest\n@pytest.mark.gpu\ndef test_long(): time.sleep(60)\n")
     row = marked_tests.run_pytest(files, 1)
     assert row["cut_off"] == "after 1 s"
     assert row["exit_code"] is None

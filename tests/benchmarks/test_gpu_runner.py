@@ -136,9 +136,7 @@ def test_sections_that_are_not_run_again_are_kept(tmp_path):
 def test_files_of_something_else_are_refused(tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text('{"rows": []}')
-    with pytest.raises(
-        SystemExit, match=r"other.json is no result of python -m benchmarks.gpu: it has no kind"
-    ):
+    with pytest.raises(SystemExit, match=r"other.json is no result of python -m benchmarks.gpu: it has no kind"):
         main(["--out", str(other), "--only", "card"])
     assert other.read_text() == '{"rows": []}'
     other.write_text("what")
@@ -146,9 +144,7 @@ def test_files_of_something_else_are_refused(tmp_path, capsys):
         main(["--table", str(other)])
     card = tmp_path / "card.json"
     Results(card, "NVIDIA H100", tiny=False)
-    expected = (
-        r"holds results of NVIDIA H100 in full size, this run is on CPU in tiny size; choose another --out"
-    )
+    expected = r"holds results of NVIDIA H100 in full size, this run is on CPU in tiny size; choose another --out"
     with pytest.raises(SystemExit, match=expected):
         main(["--out", str(card)])
     with pytest.raises(SystemExit, match=r"--budget is nan; must be a number of seconds, 0 or more"):

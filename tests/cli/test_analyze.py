@@ -20,9 +20,7 @@ def files(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def test_writes_and_prints_the_path(
-    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_writes_and_prints_the_path(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "new" / "spectra.h5")
     words = [*files, "--out", out, "--steps", "0", "900", "--include", "b", "--device", "cpu"]
     assert main(["analyze", *words]) == 0

@@ -110,9 +110,7 @@ def test_unknown_option_of_a_command_without_settings(capsys):
 
 
 def test_module_and_entry_point_are_the_same():
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_oialr", "recipes", "nonsense"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hpc_oialr", "recipes", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("oialr: error: unknown recipe")
 

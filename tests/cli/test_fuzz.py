@@ -38,10 +38,7 @@ def command_lines(recipe, few):
     names = [*flat(load_config(recipe).tree), *CHOICES]
     for seed in seeds(few):
         rng = random.Random(seed)
-        pairs = [
-            (rng.choice(names).removesuffix(".class_path"), rng.choice(VALUES))
-            for _ in range(rng.randint(1, 3))
-        ]
+        pairs = [(rng.choice(names).removesuffix(".class_path"), rng.choice(VALUES)) for _ in range(rng.randint(1, 3))]
         yield list(itertools.chain.from_iterable((f"--{name}", value) for name, value in pairs))
 
 
@@ -53,9 +50,7 @@ def ends_well(capsys, arguments):
     err = capsys.readouterr().err
     assert "Traceback" not in err
     errors = [line for line in err.splitlines() if line.startswith("oialr: error: ")]
-    assert (code, len(errors)) == (0, 0) or (
-        code == 2 and len(errors) == 1 and err.endswith(errors[0] + "\n")
-    )
+    assert (code, len(errors)) == (0, 0) or (code == 2 and len(errors) == 1 and err.endswith(errors[0] + "\n"))
 
 
 def test_settings_are_a_recipe_or_an_error(recipe, capsys):

@@ -136,9 +136,7 @@ def test_a_run_and_a_comparison_begin_in_folders_of_their_own(tmp_path, capsys):
     assert main(["submit", str(recipe), "--executor", "local", "--out", str(work)]) == 2
     assert "environment.json exists already" in capsys.readouterr().err
     (work / "dense.yaml").write_text("mine")
-    with pytest.raises(
-        OIALRError, match=r"dense\.yaml exists already, and this comparison would write over it"
-    ):
+    with pytest.raises(OIALRError, match=r"dense\.yaml exists already, and this comparison would write over it"):
         compare(load_config(recipe), work, own=False)
     assert contents(work) == {"environment.json": b"mine", "dense.yaml": b"mine"}
     assert sorted(path.name for path in work.iterdir()) == ["dense.yaml", "environment.json"]

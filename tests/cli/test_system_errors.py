@@ -58,9 +58,7 @@ def test_a_dangling_link_names_its_target(tmp_path):
 
 
 def test_memory_is_told_and_bugs_are_not_hidden():
-    assert "not enough memory" in str(
-        of_system(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    )
+    assert "not enough memory" in str(of_system(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
     assert "not enough memory" in str(of_system(MemoryError()))
     assert of_system(RuntimeError("shapes do not match")) is None
 

@@ -142,9 +142,7 @@ def test_workers_give_the_same_batches_and_survive_signals() -> None:
 
 def test_augmentation_is_the_same_for_any_world_size_and_in_a_subset() -> None:
     images = torch.randint(0, 256, (16, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator())
-    whole = ImageArrays(
-        images, torch.arange(16), mean=0.5, std=0.5, augment=FlipAndCrop(flip=True, padding=2)
-    )
+    whole = ImageArrays(images, torch.arange(16), mean=0.5, std=0.5, augment=FlipAndCrop(flip=True, padding=2))
     plain = ImageArrays(images, torch.arange(16), mean=0.5, std=0.5)
 
     def pixels(dataset: ArrayDataset, size: int, epoch: int) -> dict[int, Tensor]:
@@ -179,8 +177,7 @@ def test_take_and_subset_are_views() -> None:
         (
             100,
             {"global_batch": 30, "world_size": 4},
-            "global_batch is 30; must be a positive multiple of the world size, which is 4. "
-            "Nearest that fits: 32.",
+            "global_batch is 30; must be a positive multiple of the world size, which is 4. Nearest that fits: 32.",
         ),
         (100, {"global_batch": 0}, "global_batch is 0; must be a positive multiple of the world size"),
         (20, {"global_batch": 32}, "global_batch is 32; must not exceed the 20 samples of the data set."),
@@ -196,9 +193,7 @@ def test_bad_settings_are_named(n: int, options: dict[str, int], message: str) -
 def test_batches_are_the_bits_they_always_were() -> None:
     """A change of the order or the augmentation would make every resumed run another one."""
     pixels = (torch.arange(40 * 3 * 6 * 5) * 2654435761 >> 8).to(torch.uint8).view(40, 3, 6, 5)
-    images = ImageArrays(
-        pixels, torch.arange(40), mean=0.5, std=0.25, augment=FlipAndCrop(flip=True, padding=2)
-    )
+    images = ImageArrays(pixels, torch.arange(40), mean=0.5, std=0.25, augment=FlipAndCrop(flip=True, padding=2))
     splits = split_off(images, 9, images)
     digest = hashlib.sha256()
     batches = GlobalBatches(splits.train, 10, seed=2**64 - 5, training=True)
@@ -212,9 +207,7 @@ def test_batches_are_the_bits_they_always_were() -> None:
 
 
 def image_splits() -> Splits:
-    images = torch.randint(
-        0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels, augment = torch.arange(40) % 10, FlipAndCrop(flip=True, padding=2)
     train = ImageArrays(images, labels, mean=0.5, std=(0.2, 0.3, 0.4), augment=augment)
     test = ImageArrays(images[:8].clone(), labels[:8].clone(), mean=0.5, std=(0.2, 0.3, 0.4))

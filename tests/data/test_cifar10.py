@@ -58,9 +58,7 @@ def test_files_below_the_folder_are_found(folder: Path) -> None:
 
 def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "data_batch_2.bin").write_bytes(bytes(100))
-    with pytest.raises(
-        DataError, match=r"data_batch_2\.bin is damaged: it has 100 bytes, not a multiple of 3073"
-    ):
+    with pytest.raises(DataError, match=r"data_batch_2\.bin is damaged: it has 100 bytes, not a multiple of 3073"):
         CIFAR10(data_dir=str(folder)).build()
     (folder / "data_batch_2.bin").write_bytes(bytes([77]) * 3073)
     with pytest.raises(DataError, match=r"data_batch_2\.bin is damaged: label 77, but CIFAR-10 has 0 to 9"):

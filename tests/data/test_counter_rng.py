@@ -19,9 +19,7 @@ def slow_finalise(z: int) -> int:
 
 def test_published_outputs_of_splitmix64() -> None:
     state = torch.tensor([signed(1234567 + k * _GOLDEN) for k in range(1, 6)])
-    assert [mix(number) & _MASK for number in state.tolist()] == [
-        number & _MASK for number in mix(state).tolist()
-    ]
+    assert [mix(number) & _MASK for number in state.tolist()] == [number & _MASK for number in mix(state).tolist()]
     assert [number & _MASK for number in mix(state).tolist()] == [
         6457827717110365317,
         3203168211198807973,
@@ -50,9 +48,7 @@ def test_permutation_holds_each_index_once(n: int, seed: int, epoch: int) -> Non
 
 
 def test_seeds_epochs_and_streams_differ() -> None:
-    orders = {
-        tuple(CounterRNG(seed, epoch).permutation(50).tolist()) for seed in range(-3, 4) for epoch in range(4)
-    }
+    orders = {tuple(CounterRNG(seed, epoch).permutation(50).tolist()) for seed in range(-3, 4) for epoch in range(4)}
     assert len(orders) == 28
     rng, samples = CounterRNG(0), torch.arange(100)
     assert (rng.bits(samples, 1) != rng.bits(samples, 2)).all()

@@ -15,9 +15,7 @@ def parse(*arguments: str) -> tuple[DataConfig, str]:
 
 
 def test_configs_come_from_the_command_line() -> None:
-    config, text = parse(
-        "--data=FashionMNIST", "--data.validation=5000", "--data.augment.flip=true", "--data.limit=10"
-    )
+    config, text = parse("--data=FashionMNIST", "--data.validation=5000", "--data.augment.flip=true", "--data.limit=10")
     assert config == FashionMNIST(validation=5000, augment=FlipAndCrop(flip=True), limit=10)
     assert "class_path: hpc_oialr.data.FashionMNIST" in text
     config, _ = parse("--data=TextFolder", "--data.patterns=['*.c','*.h']", "--data.sequence_length=64")

@@ -49,9 +49,7 @@ def test_batch_has_the_documented_form(whole: ImageArrays) -> None:
 
 
 def test_validation_images_are_set_aside_and_limit_cuts_training(folder: Path) -> None:
-    splits = FashionMNIST(
-        data_dir=str(folder), validation=5000, limit=300, augment=FlipAndCrop(flip=True)
-    ).build()
+    splits = FashionMNIST(data_dir=str(folder), validation=5000, limit=300, augment=FlipAndCrop(flip=True)).build()
     larger = FashionMNIST(data_dir=str(folder), validation=6000).build()
     assert isinstance(splits.train, SubsetView)
     assert isinstance(splits.validation, SubsetView)

@@ -140,9 +140,7 @@ DPKG = "mkdir -p unpacked/usr/x/sub && echo doc > unpacked/usr/x/sub/a.txt && ec
         "*) echo E: no lists >&2; exit 100;; esac",
     ],
 )
-def test_debian_package_is_unpacked_without_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apt: str
-) -> None:
+def test_debian_package_is_unpacked_without_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apt: str) -> None:
     programs(tmp_path / "bin", monkeypatch, apt_get=apt, dpkg=DPKG)
     (tmp_path / "new").mkdir()
     debian_package("p", "usr/x", "*.txt").fill(tmp_path / "new", ())

@@ -22,9 +22,7 @@ def packed(array: torch.Tensor) -> bytes:
 @settings(deadline=None)
 @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_reads_back_what_was_written(shape: list[int], seed: int) -> None:
-    array = torch.randint(
-        0, 256, tuple(shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    array = torch.randint(0, 256, tuple(shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(parse_idx(gzip.compress(packed(array))), array)
 
 

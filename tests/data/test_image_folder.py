@@ -61,8 +61,7 @@ def test_pixels_are_normalised_by_channel(tmp_path: Path) -> None:
 def pixels_of(dataset: ArrayDataset, size: int, epoch: int, start: int = 0) -> list[Tensor]:
     """Global batches of one epoch, joined from the slices of ``size`` processes."""
     slices = [
-        GlobalBatches(dataset, 8, world_rank=rank, world_size=size, seed=5, training=True)
-        for rank in range(size)
+        GlobalBatches(dataset, 8, world_rank=rank, world_size=size, seed=5, training=True) for rank in range(size)
     ]
     parts = zip(*(batches.epoch(epoch, start) for batches in slices), strict=True)
     return [torch.cat([batch["pixel_values"] for batch in step]) for step in parts]

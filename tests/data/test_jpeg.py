@@ -30,9 +30,7 @@ def expected(box: Box, size: int, *, mirrored: bool = False) -> tuple[np.ndarray
         ((200, 100, 220, 120), 60, False),  # enlarged
     ],
 )
-def test_views_show_what_they_should(
-    tmp_path: Path, suffix: str, box: Box, size: int, mirrored: bool
-) -> None:
+def test_views_show_what_they_should(tmp_path: Path, suffix: str, box: Box, size: int, mirrored: bool) -> None:
     path = tmp_path / f"ramp.{suffix}"
     ramp(600, 400).save(path, **({"quality": 98} if suffix == "jpg" else {}))
     seen = read_view(path, size, lambda width, height: View(box, mirrored)).double().numpy()
@@ -80,6 +78,4 @@ def test_missing_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(MissingExtraError) as caught:
         require_pillow()
-    assert str(caught.value) == (
-        "reading image files needs Pillow. Install it with: pip install 'hpc_oialr[images]'"
-    )
+    assert str(caught.value) == ("reading image files needs Pillow. Install it with: pip install 'hpc_oialr[images]'")

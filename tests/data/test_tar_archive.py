@@ -42,9 +42,7 @@ def test_named_members_are_taken_out_and_nothing_else(archive: Path, tmp_path: P
 def test_what_is_wrong_is_said(archive: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
-    with pytest.raises(
-        SourceError, match=r"the download is damaged: expected sha256 0000, found [0-9a-f]{64}"
-    ):
+    with pytest.raises(SourceError, match=r"the download is damaged: expected sha256 0000, found [0-9a-f]{64}"):
         source(archive, sha256="0000").fill(folder, ("a.bin",))
     with pytest.raises(SourceError, match=r"does not give c\.bin: .*not found"):
         source(archive).fill(folder, ("c.bin",))
@@ -66,7 +64,5 @@ def test_a_fetched_archive_is_checked_by_the_sizes_of_its_files(archive: Path, t
     assert toy.fault(root / "toy") == f"{root / 'toy' / 'a.bin'} is damaged: expected 4 bytes, found 3"
     fetch_into(toy, root)
     assert (root / "toy" / "a.bin").read_bytes() == b"a.bi"
-    with pytest.raises(
-        DataError, match=r"a\.bin is damaged: expected 5 bytes, found 4\. Run `oialr data fetch"
-    ):
+    with pytest.raises(DataError, match=r"a\.bin is damaged: expected 5 bytes, found 4\. Run `oialr data fetch"):
         fetch_into(FetchableDataset("other", {"a.bin": 5}, (source(archive),)), root)

@@ -220,9 +220,7 @@ def test_parts_of_so_many_steps(two: str) -> None:
     series = windows(splits.test).series[0]
     assert len(series.values) == 52
     assert series.mean == pytest.approx(14.5)
-    with pytest.raises(
-        ConfigError, match=r"split_steps is \(50, 10, 1\); must not add up to more than the 60"
-    ):
+    with pytest.raises(ConfigError, match=r"split_steps is \(50, 10, 1\); must not add up to more than the 60"):
         TimeSeriesCSV(path=two, columns=("x",), split_steps=(50, 10, 1), **SMALL).build()
     with pytest.raises(ConfigError, match=r"split_steps is \(1, 2\); must be three positive numbers"):
         TimeSeriesCSV(split_steps=(1, 2))

@@ -85,9 +85,7 @@ def test_tasks_per_node_in_slurms_short_form() -> None:
 
 
 def test_an_older_slurm_sets_the_jobs_variables_only() -> None:
-    env = without(
-        STEP, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_STEP_ID"
-    )
+    env = without(STEP, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_STEP_ID")
     assert launch_info(env | {"SLURM_STEPID": "0"}) == launch_info(STEP)
 
 

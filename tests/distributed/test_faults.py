@@ -67,8 +67,7 @@ def test_stopped(tmp_path: Path, kinds: list[str], size: int) -> None:
     """Many crowds at a time: each waits for the timeout."""
     with ExitStack() as stack:
         crowds = [
-            stack.enter_context(Crowd(over_and_over, size, kind, str(tmp_path / kind), TIMEOUT_S))
-            for kind in kinds
+            stack.enter_context(Crowd(over_and_over, size, kind, str(tmp_path / kind), TIMEOUT_S)) for kind in kinds
         ]
         for crowd in crowds:
             struck(crowd, signal.SIGSTOP, random.Random(size))
@@ -76,9 +75,7 @@ def test_stopped(tmp_path: Path, kinds: list[str], size: int) -> None:
             check_survivors(crowd, kind)
 
 
-@pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'"
-)
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'")
 def test_killed_and_stopped_under_deepspeed(tmp_path: Path) -> None:
     """In a step of ZeRO-3 with an update."""
     with ExitStack() as stack:

@@ -67,12 +67,8 @@ def test_a_device_that_is_not_there():
 
 
 def test_two_processes_on_one_gpu():
-    check_devices(
-        [NodeInfo("a1", "", "GPU x", {}), NodeInfo("a2", "", "GPU x", {}), NodeInfo("a1", "", "GPU y", {})]
-    )
-    with pytest.raises(
-        HealthError, match=r"ranks 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"
-    ):
+    check_devices([NodeInfo("a1", "", "GPU x", {}), NodeInfo("a2", "", "GPU x", {}), NodeInfo("a1", "", "GPU y", {})])
+    with pytest.raises(HealthError, match=r"ranks 0 and 2 on node a1 both compute on GPU x; .*--gpus-per-node"):
         check_devices(
             [
                 NodeInfo("a1", "", "GPU x", {}),
@@ -85,9 +81,7 @@ def test_two_processes_on_one_gpu():
 @pytest.mark.parametrize("name", VERSIONS)
 def test_a_node_with_something_else(name):
     check_versions(crew())
-    with pytest.raises(
-        HealthError, match=rf"2 of 4 on node a2 has {name} old, most have .*; .* --exclude=a2\."
-    ):
+    with pytest.raises(HealthError, match=rf"2 of 4 on node a2 has {name} old, most have .*; .* --exclude=a2\."):
         check_versions(crew(versions=VERSIONS | {name: "old"}))
 
 

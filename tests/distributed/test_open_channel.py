@@ -37,9 +37,7 @@ def test_started_under_mpi(environ: dict[str, str]) -> None:
     assert not under_mpi(environ | {"TORCHELASTIC_RUN_ID": "none"}), "a child of torchrun is not"
 
 
-@pytest.mark.parametrize(
-    "environ", [{}, {"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}]
-)
+@pytest.mark.parametrize("environ", [{}, {"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}])
 def test_not_started_under_mpi(environ: dict[str, str]) -> None:
     assert not under_mpi(environ)
 

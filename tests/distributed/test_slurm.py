@@ -31,9 +31,7 @@ def test_node_lists(text: str) -> None:
     assert expand_nodes(text) == NODE_LISTS[text]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[5,3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"]
-)
+@pytest.mark.parametrize("text", ["", "a[1-3", "a1-3]", "a[3-1]", "a[5,3-1]", "a[x]", "a,,b", "a[[1]]", "a[]"])
 def test_a_damaged_node_list_is_an_error(text: str) -> None:
     with pytest.raises(WorldError, match=r"node list is .* must look like 'a\[01-03,7\],b2'.*MASTER_ADDR"):
         expand_nodes(text)
@@ -81,7 +79,5 @@ def test_an_arrays_task_has_a_name_of_its_own():
 def test_how_often():
     assert max_requeues({}) == 20
     assert max_requeues({"OIALR_MAX_REQUEUES": "0"}) == 0
-    with pytest.raises(
-        ConfigError, match="OIALR_MAX_REQUEUES is '' .from the environment.; must be a whole number"
-    ):
+    with pytest.raises(ConfigError, match="OIALR_MAX_REQUEUES is '' .from the environment.; must be a whole number"):
         max_requeues({"OIALR_MAX_REQUEUES": ""})

@@ -60,9 +60,7 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def report_of(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, Any]:
     """What the probe reports of a folder, run in this process."""
     probe.folder(str(folder))
-    return {
-        key: value for line in capsys.readouterr().out.splitlines() for key, value in json.loads(line).items()
-    }
+    return {key: value for line in capsys.readouterr().out.splitlines() for key, value in json.loads(line).items()}
 
 
 def test_a_good_folder_that_is_not_there_yet(context, tmp_path):

@@ -73,9 +73,7 @@ def test_no_munge(context, programs):
 
 
 def test_the_controller_is_down(context, programs):
-    programs.put(
-        "sinfo", err="slurm_load_partitions: Unable to contact slurm controller (connect failure)", code=1
-    )
+    programs.put("sinfo", err="slurm_load_partitions: Unable to contact slurm controller (connect failure)", code=1)
     (found,) = slurm.check_cluster(context())
     assert (found.name, found.state) == ("slurmctld", "problem")
     assert "sinfo: slurm_load_partitions: Unable to contact slurm controller" in found.found

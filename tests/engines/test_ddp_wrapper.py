@@ -299,9 +299,7 @@ def refused() -> None:
         made(net, DistributedDataParallel(net, device_mesh=mesh["data"]))
     stepping = DistributedDataParallel(copy.deepcopy(net))
     stepping._comm_hooks.append((_hook_then_optimizer(default_hooks.allreduce_hook, None), None))
-    with pytest.raises(
-        ModelError, match="hook_then_optimizer_wrapper steps the optimizer in the backward pass"
-    ):
+    with pytest.raises(ModelError, match="hook_then_optimizer_wrapper steps the optimizer in the backward pass"):
         made(net, stepping)
     unknown = DistributedDataParallel(net)
     unknown.register_comm_hook({"seen": {0: torch.zeros(3)}}, remembering_hook)

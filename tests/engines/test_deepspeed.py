@@ -162,9 +162,7 @@ def test_rebuilds_leave_no_memory_behind(two: list[dict[str, Any]]) -> None:
 @installed
 def test_muon_is_refused_with_what_to_take(two: list[dict[str, Any]]) -> None:
     text = two[0]["muon"]
-    assert text.startswith(
-        "the optimizer is MuonAdamW; under DeepSpeed it must be one of ASGD, Adadelta, Adagrad"
-    )
+    assert text.startswith("the optimizer is MuonAdamW; under DeepSpeed it must be one of ASGD, Adadelta, Adagrad")
     assert text.endswith("Take the engine DDP or FSDP for Muon.")
 
 
@@ -202,9 +200,7 @@ def test_one_process_needs_no_deepspeed() -> None:
 
 
 def test_float64_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"train.precision is 'float64'; must be fp32, bf16 or fp16 under DeepSpeed"
-    ):
+    with pytest.raises(ConfigError, match=r"train.precision is 'float64'; must be fp32, bf16 or fp16 under DeepSpeed"):
         DeepSpeed().build(World(size=2), "float64")
 
 

@@ -183,9 +183,7 @@ def precision(rank: int, size: int) -> dict[str, Any]:
     engine = FSDP().build(world, "bf16")
     seen: list[torch.dtype] = []
     net = Net()
-    net.layers[1].inner[1].register_forward_hook(
-        lambda layer, *_: seen.extend(p.dtype for p in layer.parameters())
-    )
+    net.layers[1].inner[1].register_forward_hook(lambda layer, *_: seen.extend(p.dtype for p in layer.parameters()))
     engine.place(net)
     optimizer = muon_adamw(net, lr=0.02)
     oialr = OIALR(net, optimizer, settings(delay=2, frequency=2), engine=engine)

@@ -119,9 +119,7 @@ def against_whole_layers(rank: int, size: int) -> int:
             compare(layer, torch.randn(2, TOKENS // 2, n).double(), (into, out), r, layout)
             count += 1
     for r in (None, 3):
-        compare(
-            nn.Conv2d(3, 6, 3, padding=1).double(), torch.randn(2, 3, 5, 5).double(), (False,) * 2, r, layout
-        )
+        compare(nn.Conv2d(3, 6, 3, padding=1).double(), torch.randn(2, 3, 5, 5).double(), (False,) * 2, r, layout)
         compare(nn.Conv1d(2, 5, 2, stride=2).double(), torch.randn(2, 2, 6).double(), (False,) * 2, r, layout)
         count += 2
     return count

@@ -66,9 +66,7 @@ def loss_of(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    return (
-        muon_adamw(model, lr=0.01) if name == "MuonAdamW" else torch.optim.AdamW(model.parameters(), lr=3e-3)
-    )
+    return muon_adamw(model, lr=0.01) if name == "MuonAdamW" else torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
 def config() -> OIALRConfig:
@@ -97,9 +95,7 @@ def trained(
                     engine.backward(loss, scaler)
             else:
                 engine.backward(loss, scaler)
-            total += (
-                float(engine.data_parallel.all_reduce(loss.detach().double())) / engine.data_parallel.size
-            )
+            total += float(engine.data_parallel.all_reduce(loss.detach().double())) / engine.data_parallel.size
         engine.update(oialr.optimizer, scaler, [p for p in model.parameters() if p.requires_grad], clip)
         oialr.step()
         losses.append(total)
@@ -138,11 +134,7 @@ def test_equal_to_one_process(alone: dict[Any, Any], size: int) -> None:
 def test_layers_are_cut_in_these_runs(alone: dict[Any, Any]) -> None:
     for case, (_, r) in alone.items():
         model, _ = built(case[0])
-        k = {
-            name: min(model.get_submodule(name).weight.flatten(1).shape)
-            for name in r
-            if "in_proj" not in name
-        }
+        k = {name: min(model.get_submodule(name).weight.flatten(1).shape) for name in r if "in_proj" not in name}
         assert k, case
         assert all(r[name] < 0.75 * k[name] for name in k), (case, r)
 
@@ -201,14 +193,10 @@ def test_blocks_are_stored_and_the_rest_is_named() -> None:
 
 
 def test_settings_say_what_is_wrong() -> None:
-    with pytest.raises(
-        ConfigError, match="size is 1; must be at least 2. Take DDP for one process to a model."
-    ):
+    with pytest.raises(ConfigError, match="size is 1; must be at least 2. Take DDP for one process to a model."):
         TensorParallel(size=1)
     with pytest.raises(ConfigError, match="size is 2; must divide the 3 ranks."):
         TensorParallel(size=2).build(World(0, 3), "fp32")
-    with pytest.raises(
-        ConfigError, match="train.precision is 'fp16'; cannot be used with TensorParallel.* Take bf16."
-    ):
+    with pytest.raises(ConfigError, match="train.precision is 'fp16'; cannot be used with TensorParallel.* Take bf16."):
         TensorParallel(size=2).build(World(0, 2), "fp16")
     assert isinstance(TensorParallel(size=2).build(World.single("cpu"), "fp32"), SingleEngine)

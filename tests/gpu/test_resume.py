@@ -32,9 +32,7 @@ def text(tmp_path: Path) -> Path:
     return write_text_folder(tmp_path / "text")
 
 
-def new_session(
-    text: Path, device: torch.device, optimizer: OptimizerConfig, precision: Precision
-) -> RunContext:
+def new_session(text: Path, device: torch.device, optimizer: OptimizerConfig, precision: Precision) -> RunContext:
     config = RunConfig(
         data=TextFolder(path=str(text), sequence_length=32, validation_fraction=0.2, test_fraction=0.2),
         model=GPT2(dim=64, depth=2, heads=4),
@@ -63,9 +61,7 @@ def go_on(context: RunContext, first: int, last: int) -> Iterator[float]:
         epoch += 1
 
 
-@pytest.mark.parametrize(
-    "optimizer", [AdamW(), AdamW(fused=True), MuonAdamW()], ids=["AdamW", "fused", "Muon"]
-)
+@pytest.mark.parametrize("optimizer", [AdamW(), AdamW(fused=True), MuonAdamW()], ids=["AdamW", "fused", "Muon"])
 @pytest.mark.parametrize(
     ("saved", "precision"),
     [(2, "fp32"), (6, "fp32"), (6, "bf16"), (6, "fp16")],

@@ -38,9 +38,7 @@ def test_a_step_that_overflows_is_left_out(optimizer: str, skipped: int, device:
         kinds.append(report.kind if report else None)
     assert scaler.get_scale() == 512.0
     assert kinds == [None, "conversion", None, "update", None, "update", None]
-    state = [
-        v for values in oialr.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)
-    ]
+    state = [v for values in oialr.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
     assert all(torch.isfinite(value).all() for value in state)
     assert all(torch.isfinite(p).all() for p in oialr.module.parameters())
     assert oialr.r == {"layers.0": 16, "layers.1": 32, "layers.2": 16}

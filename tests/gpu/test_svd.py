@@ -90,16 +90,12 @@ def test_a_driver_that_fails_is_followed_by_the_next(
     A = matrix(96, 48, 0.1).float().to(device)
     monkeypatch.setattr(torch.linalg, "svd", unreliable)
     real_gram = gram_svd(A[None])
-    monkeypatch.setattr(
-        "hpc_oialr.linalg.svd.gram_svd", lambda A, form: [part * torch.nan for part in real_gram]
-    )
+    monkeypatch.setattr("hpc_oialr.linalg.svd.gram_svd", lambda A, form: [part * torch.nan for part in real_gram])
     if failures == attempts:
         with pytest.raises(NonFiniteError, match="no SVD of matrix .* converged"):
             svd(A)
         return
     U, s, Vh = svd(A)
-    assert (
-        tried == ([device.type, device.type, "cpu", "cpu"] if attempts == 4 else ["cpu"] * 3)[: failures + 1]
-    )
+    assert tried == ([device.type, device.type, "cpu", "cpu"] if attempts == 4 else ["cpu"] * 3)[: failures + 1]
     assert U.device == s.device == Vh.device == A.device
     torch.testing.assert_close(U * s @ Vh, A, rtol=0, atol=1e-5)

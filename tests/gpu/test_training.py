@@ -17,9 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("state", ["dense", "converted"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_never_waits_for_the_host(
-    optimizer: str, state: str, precision: str, device: torch.device
-) -> None:
+def test_a_step_never_waits_for_the_host(optimizer: str, state: str, precision: str, device: torch.device) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else None
     oialr = make(device, optimizer, delay=100 if state == "dense" else 2, frequency=4)
     # The second update is at step 10: the steps in between change nothing.

@@ -124,8 +124,7 @@ def test_the_same_call_again(tmp_path, signals):
     assert run_job(recipe, folder) == 0
     assert losses(folder) == losses(tmp_path / "whole")
     weights = [
-        json.loads((path / "summary.json").read_text())["weights_sha256"]
-        for path in (folder, tmp_path / "whole")
+        json.loads((path / "summary.json").read_text())["weights_sha256"] for path in (folder, tmp_path / "whole")
     ]
     assert weights[0] == weights[1]
     before = (folder / "summary.json").stat().st_mtime_ns

@@ -44,9 +44,7 @@ def trained(folder, steps=40):
         {"step": step, "total_steps": 100, "loss": 1 / step, "wall_s": step / 2, "trained_share": 0.25}
         for step in range(10, steps + 1, 10)
     ]
-    rows.insert(
-        2, {"step": 20, "split": "test", "metric_name": "test_accuracy", "metric": 0.75, "wall_s": 10.0}
-    )
+    rows.insert(2, {"step": 20, "split": "test", "metric_name": "test_accuracy", "metric": 0.75, "wall_s": 10.0})
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder.updates.write_text(json.dumps({"step": 20, "kind": "conversion", "r_mean": 12.5}) + "\n")
 
@@ -62,9 +60,7 @@ def test_a_running_job(slurm, tmp_path):
     trained(folder)
     now = datetime.now()
     end = (now + timedelta(seconds=600)).isoformat(timespec="seconds")
-    slurm.answer(
-        jobs={"12": {"State": "RUNNING", "RestartCnt": 3, "EndTime": end}, "13": {"State": "PENDING"}}
-    )
+    slurm.answer(jobs={"12": {"State": "RUNNING", "RestartCnt": 3, "EndTime": end}, "13": {"State": "PENDING"}})
     (row,) = rows_of(find_runs(), Slurm())
     assert (row.state.state, row.state.requeues, row.error) == ("RUNNING", 3, "")
     assert (row.step, row.total_steps, row.step_s) == (40, 100, 0.5)
@@ -89,9 +85,7 @@ def test_table(slurm, tmp_path, capsys):
     running, _ = submitted(tmp_path / "runs" / "first")
     trained(running)
     failed, job = submitted(tmp_path / "runs" / "second", "13", submitted="2026-01-01T11:00:00+00:00")
-    job.log(1, "err").write_text(
-        "Traceback\n  line\noialr: error: data.path is 'x'; no such folder.\nsrun: error: 2\n"
-    )
+    job.log(1, "err").write_text("Traceback\n  line\noialr: error: data.path is 'x'; no such folder.\nsrun: error: 2\n")
     done, _ = submitted(tmp_path / "runs" / "many" / "seed_0", "14_0", submitted="2026-01-01T12:00:00+00:00")
     done.write_summary({})
     submitted(tmp_path / "runs" / "many" / "seed_1", "14_1", submitted="2026-01-01T12:00:00+00:00")
@@ -202,9 +196,7 @@ def test_a_moved_folder_keeps_its_logs(tmp_path):
 def test_damaged_job_file(tmp_path, content):
     folder, _ = submitted(tmp_path / "run")
     folder.job.write_text(content)
-    with pytest.raises(
-        DataError, match=r"job.json is damaged \(.*\). Remove it; the run itself is not touched."
-    ):
+    with pytest.raises(DataError, match=r"job.json is damaged \(.*\). Remove it; the run itself is not touched."):
         read_job(folder)
 
 

@@ -22,9 +22,7 @@ def run(code: object, **variables: str) -> tuple[int, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OIALR_"))}
     sh = shutil.which("dash") or "/bin/sh"
     environ = kept | {"SLURM_JOB_ID": "12"} | variables
-    done = subprocess.run(
-        [sh, str(SCRIPT), str(code)], env=environ, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sh, str(SCRIPT), str(code)], env=environ, capture_output=True, text=True, check=False)
     assert done.stdout == ""
     return done.returncode, done.stderr
 

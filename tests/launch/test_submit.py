@@ -107,9 +107,7 @@ def test_what_is_left_open_is_the_sites(tmp_path, options, parameters, expected)
     file = tmp_path / "site.sh"
     file.write_text(f"SITE_SBATCH=({options})\n")
     request, site = at_site(Request(**parameters), read_site(str(file)))
-    found = {
-        name: getattr(request, name) if hasattr(request, name) else site.sbatch[name] for name in expected
-    }
+    found = {name: getattr(request, name) if hasattr(request, name) else site.sbatch[name] for name in expected}
     assert found == expected
 
 
@@ -183,9 +181,7 @@ def test_names_with_quotes_and_commands_are_only_names(slurm, recipe, tmp_path):
     """The script is run by a real bash; srun and the requeue see what was given, and nothing else happens."""
     slurm.answer(srun_code=75)
     setting = f"{NASTY}\ntouch broken"
-    (job,) = submit(
-        recipe, ["--model.dim", setting, "--model.dim", "16"], folder=tmp_path / NASTY, constraint=NASTY
-    )
+    (job,) = submit(recipe, ["--model.dim", setting, "--model.dim", "16"], folder=tmp_path / NASTY, constraint=NASTY)
     script = job.paths.submission_file
     environ = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "3"}
     done = subprocess.run(["bash", str(script)], env=environ, capture_output=True, text=True)
@@ -224,9 +220,7 @@ def test_the_script_requeues_by_the_code_of_srun(slurm, recipe, code, calls):
     slurm.answer(srun_code=code)
     (job,) = submit(recipe, folder="runs/first")
     environ = {**os.environ, "SLURM_JOB_ID": "12"}
-    done = subprocess.run(
-        ["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True)
     assert done.returncode == code
     assert len([call for call in slurm.calls if call[0] == "scontrol"]) == calls
 
@@ -246,9 +240,7 @@ def test_a_site_file_that_fails_ends_the_job(slurm, recipe, tmp_path):
     site.write_text("[[ -n ${SLURM_JOB_ID:-} ]] || return 0\nfalse\n")
     (job,) = submit(recipe, folder="runs/first", site=str(site))
     environ = {**os.environ, "SLURM_JOB_ID": "12"}
-    done = subprocess.run(
-        ["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", str(job.paths.submission_file)], env=environ, capture_output=True, text=True)
     assert done.returncode == 1
     assert [call[0] for call in slurm.calls] == ["sbatch"]
 
@@ -294,9 +286,7 @@ def test_tensor_parallel_processes_share_a_batch(slurm, recipe):
 
 def test_refusal(slurm, recipe, capsys):
     slurm.answer(refuse="invalid partition specified: moon")
-    with pytest.raises(
-        OIALRError, match=r"Slurm refused the job: sbatch: error: invalid partition specified: moon"
-    ):
+    with pytest.raises(OIALRError, match=r"Slurm refused the job: sbatch: error: invalid partition specified: moon"):
         submit(recipe, folder="runs/first", partition="moon")
     assert not RunFolder("runs/first").path.exists()
     assert capsys.readouterr().err == ""
@@ -305,9 +295,7 @@ def test_refusal(slurm, recipe, capsys):
 def test_one_job_a_folder(slurm, recipe, tmp_path):
     submit(recipe, folder="runs/first")
     slurm.answer(jobs={"12": {"State": "RUNNING"}})
-    with pytest.raises(
-        OIALRError, match=r"job 12 \(running\) works in .*runs/first; one job a folder\..*oialr cancel"
-    ):
+    with pytest.raises(OIALRError, match=r"job 12 \(running\) works in .*runs/first; one job a folder\..*oialr cancel"):
         submit(recipe, folder="runs/first")
     slurm.answer(jobs={"12": {"State": "FAILED"}})
     submit(recipe, folder="runs/first")
@@ -318,9 +306,7 @@ def test_one_job_a_folder(slurm, recipe, tmp_path):
 
 def test_a_folder_with_another_run(slurm, recipe, tmp_path):
     RunFolder("runs/first").create().write_config(load_config(recipe, ["--train.steps", "7"]).text)
-    with pytest.raises(
-        OIALRError, match=r"runs/first holds a run with other settings: train.steps is 7 there, 24"
-    ):
+    with pytest.raises(OIALRError, match=r"runs/first holds a run with other settings: train.steps is 7 there, 24"):
         submit(recipe, folder="runs/first")
     (job,) = submit(recipe, ["--train.steps", "7", "--train.timeout_s", "60"], folder="runs/first")
     assert job.job_id == "12"
@@ -328,16 +314,12 @@ def test_a_folder_with_another_run(slurm, recipe, tmp_path):
 
 def test_submitit_is_missing(slurm, recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(
-        MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"needs submitit. Install it with: pip install 'hpc_oialr\[slurm\]'"):
         submit(recipe, folder="runs/first")
 
 
 def test_local_executor_sends_one_signal_only(recipe, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"train.stop_signal is 'HUP'; must be USR2 with the executor 'local'"
-    ):
+    with pytest.raises(ConfigError, match=r"train.stop_signal is 'HUP'; must be USR2 with the executor 'local'"):
         submit(recipe, ["--train.stop_signal", "HUP"], folder=tmp_path / "x", executor="local")
     with pytest.raises(ConfigError, match=r"executor is 'local'; has no batch script to look at"):
         submit(recipe, folder=tmp_path / "x", executor="local", dry_run=True)
@@ -359,9 +341,7 @@ def test_every_parameter_is_an_option():
 
 def test_command(slurm, recipe, tmp_path, capsys):
     out = tmp_path / "runs" / "a b"
-    code, text, _ = run(
-        capsys, "submit", recipe, "--nodes", 2, "--train.seed", 4, "--out", out, "--array", "seeds=0-1"
-    )
+    code, text, _ = run(capsys, "submit", recipe, "--nodes", 2, "--train.seed", 4, "--out", out, "--array", "seeds=0-1")
     assert (code, text) == (0, f"job 12_0: '{out}/seed_0'\njob 12_1: '{out}/seed_1'\n")
 
 

@@ -96,9 +96,7 @@ def test_an_error_is_the_result(job, monkeypatch):
 def test_a_job_of_another_version_says_what_to_do(job):
     file = job / "7_submitted.pkl"
     file.write_bytes(file.read_bytes().replace(b"hpc_oialr.launch.job_main", b"hpc_oialr.launch.job_life"))
-    with pytest.raises(
-        OIALRError, match=r"another version .*job_life.*\. Submit the run again, with the same --out"
-    ):
+    with pytest.raises(OIALRError, match=r"another version .*job_life.*\. Submit the run again, with the same --out"):
         task.main(job)
 
 
@@ -121,9 +119,7 @@ def test_the_exit_code_of_a_users_mistake(job):
     job.chmod(0o770)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"oialr: error: {job} has mode 0770; pickles are read only where nobody else can"
-    )
+    assert done.stderr.startswith(f"oialr: error: {job} has mode 0770; pickles are read only where nobody else can")
 
 
 # -- whose pickles -------------------------------------------------------------------------------
@@ -136,9 +132,7 @@ def test_own_closed_folder(tmp_path):
     file.chmod(0o666)
     require_own(tmp_path, file)
     tmp_path.chmod(0o755)
-    with pytest.raises(
-        OIALRError, match=r"result.pkl has mode 0666; .* If you trust what is there: chmod go-w"
-    ):
+    with pytest.raises(OIALRError, match=r"result.pkl has mode 0666; .* If you trust what is there: chmod go-w"):
         require_own(tmp_path, file)
     file.chmod(0o644)
     require_own(tmp_path, file)
@@ -146,9 +140,7 @@ def test_own_closed_folder(tmp_path):
 
 def test_folder_of_another_user(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(
-        OIALRError, match=r"belongs to user \d+; pickles are read only from what belongs to you"
-    ):
+    with pytest.raises(OIALRError, match=r"belongs to user \d+; pickles are read only from what belongs to you"):
         require_own(tmp_path)
 
 

@@ -41,9 +41,7 @@ def test_against_scipy_and_numpy(m: int, n: int) -> None:
     k = min(m, n)
     d = math.ceil(k / 4)
     assert change.stability == pytest.approx(np.sum((U1 @ Vh1) * (U2 @ Vh2)) / k, abs=1e-12)
-    angles = [
-        scipy.linalg.subspace_angles(*pair).max() for pair in ((U1[:, :d], U2[:, :d]), (Vh1[:d].T, Vh2[:d].T))
-    ]
+    angles = [scipy.linalg.subspace_angles(*pair).max() for pair in ((U1[:, :d], U2[:, :d]), (Vh1[:d].T, Vh2[:d].T))]
     assert [change.angle_U, change.angle_Vh] == pytest.approx(angles, abs=1e-7)
     R1, R2 = numpy_r(first), numpy_r(second)
     assert change.r_distance == pytest.approx(np.linalg.norm(R2 - R1) / np.linalg.norm(R1), abs=1e-12)
@@ -97,8 +95,7 @@ def test_a_known_angle() -> None:
 def test_rotated_factors() -> None:
     generator = torch.Generator().manual_seed(3)
     P, Qh, U, V = (
-        torch.linalg.qr(torch.randn(m, 8, generator=generator, dtype=torch.float64))[0]
-        for m in (8, 8, 20, 12)
+        torch.linalg.qr(torch.randn(m, 8, generator=generator, dtype=torch.float64))[0] for m in (8, 8, 20, 12)
     )
     pairs = ((U, U @ P), (V, (Qh @ V.mT).mT))
     expected = [scipy.linalg.subspace_angles(A[:, :2].numpy(), B[:, :2].numpy()).max() for A, B in pairs]

@@ -94,9 +94,7 @@ def test_columns_of_vh_join_to_the_whole(backend: str, size: int) -> None:
 
 @worlds
 @pytest.mark.parametrize("method", ["hierarchical", "randomized"])
-def test_truncated_methods_are_near_the_optimum_and_know_their_error(
-    backend: str, size: int, method: str
-) -> None:
+def test_truncated_methods_are_near_the_optimum_and_know_their_error(backend: str, size: int, method: str) -> None:
     for name, A in matrices(run(backend, size)).items():
         U, s, Vh, error = whole(run(backend, size), f"{method} {name}")
         assert len(s) == 4

@@ -23,10 +23,7 @@ SPECTRA = {
 def matrices(m: int, n: int, spectrum: str, count: int = 3) -> torch.Tensor:
     """Random bases around the spectrum, fp32."""
     generator, k = torch.Generator().manual_seed(0), min(m, n)
-    U, V = (
-        torch.linalg.qr(torch.randn(count, rows, k, generator=generator, dtype=torch.float64)).Q
-        for rows in (m, n)
-    )
+    U, V = (torch.linalg.qr(torch.randn(count, rows, k, generator=generator, dtype=torch.float64)).Q for rows in (m, n))
     return (U * SPECTRA[spectrum](k) @ V.mT).float()
 
 
@@ -70,9 +67,7 @@ def test_equal_rows_leave_one_direction() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["turned", "not orthonormal", "not finite"])
-def test_wrong_eigenvectors_make_nan_of_their_matrix_only(
-    wrong: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_eigenvectors_make_nan_of_their_matrix_only(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module._right_vectors
 
     def broken(B: torch.Tensor, form: Form) -> torch.Tensor:

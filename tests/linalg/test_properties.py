@@ -58,9 +58,7 @@ def test_qr(rows: list[int], n: int, seed: int) -> None:
 @given(rows=splits, n=widths, seed=seeds, r=st.integers(1, 5), shift=st.integers(0, 3))
 def test_hierarchical_error_is_the_true_one(rows: list[int], n: int, seed: int, r: int, shift: int) -> None:
     A = random(rows, n, seed)
-    found = joined(
-        run_threads(len(rows), lambda c: hierarchical_svd(A.split(rows)[c.rank], c, r=r, shift=shift))
-    )
+    found = joined(run_threads(len(rows), lambda c: hierarchical_svd(A.split(rows)[c.rank], c, r=r, shift=shift)))
     true = float(torch.linalg.matrix_norm(A - (found.U * found.s) @ found.Vh))
     assert found.error == pytest.approx(true, rel=1e-10, abs=1e-12)
     # The reference's bound with q = 3 levels; far from tight.
@@ -71,9 +69,7 @@ def test_hierarchical_error_is_the_true_one(rows: list[int], n: int, seed: int, 
 @given(rows=splits, n=widths, seed=seeds, tolerance=st.floats(0, 0.99))
 def test_hierarchical_keeps_the_tolerance(rows: list[int], n: int, seed: int, tolerance: float) -> None:
     A = random(rows, n, seed)
-    found = joined(
-        run_threads(len(rows), lambda c: hierarchical_svd(A.split(rows)[c.rank], c, tolerance=tolerance))
-    )
+    found = joined(run_threads(len(rows), lambda c: hierarchical_svd(A.split(rows)[c.rank], c, tolerance=tolerance)))
     true, norm = float(torch.linalg.matrix_norm(A - (found.U * found.s) @ found.Vh)), frobenius_norm(A)
     assert true <= tolerance * norm + 1e-12 * norm
     assert found.error == pytest.approx(true, rel=1e-10, abs=1e-12)

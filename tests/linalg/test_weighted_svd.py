@@ -16,9 +16,7 @@ def moments(n: int, seed: int) -> Tensor:
     """Second moments of samples of very unequal features."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    x = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) @ (
-        mixed * torch.logspace(0, -2, n).double()
-    )
+    x = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) @ (mixed * torch.logspace(0, -2, n).double())
     return x.mT @ x / len(x)
 
 

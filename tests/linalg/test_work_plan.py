@@ -40,9 +40,7 @@ def test_every_layer_is_done_once_by_its_owner(sizes: list[tuple[int, int]], pro
 
 
 @given(shapes, st.integers(1, 8))
-def test_a_rank_has_one_task_a_round_and_its_longest_first(
-    sizes: list[tuple[int, int]], processes: int
-) -> None:
+def test_a_rank_has_one_task_a_round_and_its_longest_first(sizes: list[tuple[int, int]], processes: int) -> None:
     rounds = svd_rounds([LayerWork("a", m, n) for m, n in sizes], processes)
     for tasks in rounds:
         assert [task.rank for task in tasks] == sorted({task.rank for task in tasks})
@@ -52,9 +50,7 @@ def test_a_rank_has_one_task_a_round_and_its_longest_first(
 
 
 def test_a_batch_holds_no_more_than_it_may() -> None:
-    layers = (
-        [LayerWork("a", 10, 10)] * 3 + [LayerWork("b", 20, 20)] * 2 + [LayerWork("c", 5, 5, held=101)] * 2
-    )
+    layers = [LayerWork("a", 10, 10)] * 3 + [LayerWork("b", 20, 20)] * 2 + [LayerWork("c", 5, 5, held=101)] * 2
     rounds = svd_rounds(layers, 1, batch_numbers=200)
     assert sorted(task.layers for (task,) in rounds) == [(0, 1), (2,), (3,), (4,), (5,), (6,)]
     assert all(len(task.layers) == 1 for (task,) in svd_rounds(layers, 1, batch_numbers=0))

@@ -228,9 +228,7 @@ def test_bases_are_not_repaired_for_the_rounding_of_their_storage(dtype: str, bo
     stored = getattr(torch, dtype)
     assert config.bound_on_errors(stored) == bound
     assert OIALRConfig(orthogonality_bound=0.5).bound_on_errors(stored) == 0.5
-    Q = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[
-        0
-    ]
+    Q = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     Q = Q.to(stored).double()
     error = float(torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(96, dtype=torch.float64))) / 96**0.5
     assert error < bound / 3

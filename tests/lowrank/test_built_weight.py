@@ -96,9 +96,7 @@ def test_a_write_is_refused_and_changes_nothing(write: str, kind: str, inference
     layer = layer_of(kind)
     before, other = layer.weight.detach().clone(), torch.rand(layer.dense_shape)
     with torch.inference_mode(inference), torch.no_grad():
-        with pytest.raises(
-            ModelError, match="written in place, but it is built from U, S and Vh at each access"
-        ):
+        with pytest.raises(ModelError, match="written in place, but it is built from U, S and Vh at each access"):
             WRITES[write](layer.weight, other)
         with pytest.raises(ModelError, match="Clip, constrain or initialise layer.S instead"):
             WRITES[write](layer.weight, other)
@@ -152,9 +150,7 @@ def test_what_a_built_weight_cannot_do() -> None:
             layer.weight = new  # type: ignore[misc, assignment]
     with pytest.raises(ModelError, match="in torch.func.functional_call give S"):
         functional_call(layer, {"weight": W}, (torch.ones(1, 12),))
-    torch.testing.assert_close(
-        functional_call(layer, {"S": 0 * layer.S}, (torch.ones(1, 12),))[0], layer.bias
-    )
+    torch.testing.assert_close(functional_call(layer, {"S": 0 * layer.S}, (torch.ones(1, 12),))[0], layer.bias)
     with pytest.raises(ValueError, match="does not have a parameter"):
         parametrizations.weight_norm(layer)
     torch.testing.assert_close(layer.weight.detach(), W)
@@ -182,7 +178,5 @@ def test_layers_are_still_of_their_dense_class() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_scripting_is_refused() -> None:
-    with pytest.raises(
-        ModelError, match=r"torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge"
-    ):
+    with pytest.raises(ModelError, match=r"torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge"):
         torch.jit.script(nn.Sequential(layer_of()))

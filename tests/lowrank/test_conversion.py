@@ -33,9 +33,7 @@ def gpt2() -> nn.Module:
 
 def vit() -> nn.Module:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(
-        ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=5, **size)
-    )
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=5, **size))
 
 
 def encoder() -> nn.Module:
@@ -67,9 +65,7 @@ def test_there_and_back(name: str) -> None:
     torch.testing.assert_close(output(model, x), expected, rtol=0, atol=5e-5)
     dense = merge(model)
     assert low_rank_layers(model), "merge must leave its argument alone"
-    assert [(k, type(m)) for k, m in dense.named_modules()] == [
-        (k, type(m)) for k, m in original.named_modules()
-    ]
+    assert [(k, type(m)) for k, m in dense.named_modules()] == [(k, type(m)) for k, m in original.named_modules()]
     assert [k for k, _ in dense.named_parameters()] == [k for k, _ in original.named_parameters()]
     untouched = MODELS[name]().eval()
     untouched.load_state_dict(dense.state_dict(), strict=True)
@@ -142,9 +138,7 @@ def test_tied_language_model_head_stays() -> None:
 
 
 def test_first_layer_and_kinds() -> None:
-    names = [
-        target.name for target in select(conv_net(), Selection(keep_first=True, kinds=("Linear", "Conv2d")))
-    ]
+    names = [target.name for target in select(conv_net(), Selection(keep_first=True, kinds=("Linear", "Conv2d")))]
     assert names == ["4"]
     with pytest.raises(UnknownNameError, match="unknown layer kind 'Linea'; valid: .*Did you mean 'Linear'"):
         Selection(kinds=("Linea",))

@@ -14,9 +14,7 @@ from hpc_oialr.lowrank.products import ONEDNN, TORCH, serving
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
-def factors(
-    m: int, n: int, r: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def factors(m: int, n: int, r: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(m + n + r)
     A, C = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((r, n), (m, r)))
     S = torch.randn(r, r, generator=generator, dtype=dtype, requires_grad=True)

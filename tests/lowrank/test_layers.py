@@ -152,9 +152,7 @@ def test_transformer_encoder_inference(padding: bool) -> None:
     x = torch.randn(3, 5, 16)
     mask = torch.arange(5)[None] >= torch.tensor([5, 5, 3])[:, None] if padding else None
     with torch.no_grad():
-        expected = encoder.layers[1](
-            encoder.layers[0](x, src_key_padding_mask=mask), src_key_padding_mask=mask
-        )
+        expected = encoder.layers[1](encoder.layers[0](x, src_key_padding_mask=mask), src_key_padding_mask=mask)
         got = low(x, src_key_padding_mask=mask)
     keep = slice(None) if mask is None else ~mask
     torch.testing.assert_close(got[keep], expected[keep], rtol=0, atol=1e-4)

@@ -89,8 +89,7 @@ def test_few_tokens_and_autocast():
     alone, together = alone.float(), together.float()
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = (
-            model(torch.randn(40, 12, generator=torch.Generator().manual_seed(1)))
-            for model in (together, alone)
+            model(torch.randn(40, 12, generator=torch.Generator().manual_seed(1))) for model in (together, alone)
         )
     assert y.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.03, atol=0.03)

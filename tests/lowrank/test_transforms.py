@@ -179,9 +179,7 @@ def test_export_with_any_batch(kind: str, crossover: float) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_script_and_symbolic_trace_are_errors_until_merged() -> None:
     _, low, x = twins("linear", torch.float32, "factored")
-    with pytest.raises(
-        ModelError, match=r"torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge"
-    ):
+    with pytest.raises(ModelError, match=r"torch.jit.script cannot compile low-rank layers. Script hpc_oialr.merge"):
         torch.jit.script(low)
     model = nn.Sequential(low)
     with pytest.raises(torch.fx.proxy.TraceError):

@@ -79,9 +79,7 @@ def test_an_optimizer_made_anew_is_noticed() -> None:
     train(oialr, optimizer, 6)
     new = torch.optim.AdamW(oialr.module.parameters(), 1e-2)
     train(oialr, new, 2)
-    with pytest.raises(
-        ModelError, match=r"changed 3 times while the optimizer given to OIALR\(...\) did not step"
-    ):
+    with pytest.raises(ModelError, match=r"changed 3 times while the optimizer given to OIALR\(...\) did not step"):
         train(oialr, new, 1)
 
 

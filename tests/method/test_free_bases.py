@@ -150,9 +150,7 @@ def test_gradients_of_drifted_bases_against_float64():
     for n, layer in low_rank_layers(oialr.module).items():
         U, S, Vh = (p.detach().double() for p in layer.factors)
         G = weights[n].grad
-        for p, expected in zip(
-            layer.factors, (G @ Vh.mT @ S.mT, U.mT @ G @ Vh.mT, S.mT @ U.mT @ G), strict=True
-        ):
+        for p, expected in zip(layer.factors, (G @ Vh.mT @ S.mT, U.mT @ G @ Vh.mT, S.mT @ U.mT @ G), strict=True):
             assert (p.grad - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -344,9 +342,7 @@ def _sharded(rank: int, size: int) -> str:
 
 def test_engines_that_shard_factors_refuse():
     for text in spawn(_sharded, 2):
-        assert text.startswith(
-            "bases_trained is [(5, None)]; U and Vh cannot be trained here: FSDPEngine shards"
-        )
+        assert text.startswith("bases_trained is [(5, None)]; U and Vh cannot be trained here: FSDPEngine shards")
 
 
 @pytest.mark.parametrize(
@@ -367,9 +363,7 @@ def test_settings_are_checked(options, match):
 def test_what_was_gathered_of_inputs_and_gradients_follows_the_bases():
     """The same batch before and after bases are made orthonormal gives the same second moments, in float64."""
     model = small_model(dtype=torch.float64)
-    config = settings(
-        train="factors", importance="inputs and gradients", moments_steps=50, frequency=40, delay=2
-    )
+    config = settings(train="factors", importance="inputs and gradients", moments_steps=50, frequency=40, delay=2)
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
     train(oialr, oialr.optimizer, 3, same=True)
     moments, generator = oialr._moments._sums, torch.Generator().manual_seed(5)

@@ -65,9 +65,7 @@ def test_every_order_with_the_structure_before_the_optimizer_is_the_same_run(nam
             for here in (0, 5):
                 second = Run(linear, name).train(here)
                 if order[0] == "optimizer" and (phase < 3) != (here < 3):
-                    with pytest.raises(
-                        ModelError, match="oialr.load_state_dict\\) first, then the optimizer's"
-                    ):
+                    with pytest.raises(ModelError, match="oialr.load_state_dict\\) first, then the optimizer's"):
                         second.load(state, order)
                     continue
                 if order[0] == "optimizer" and phase >= 3:
@@ -94,9 +92,7 @@ def test_every_order_with_the_structure_before_the_optimizer_is_the_same_run(nam
     ),
     warm=st.integers(0, 7),
 )
-def test_saves_and_loads_at_any_time_change_nothing(
-    name: str, pieces: list[int], orders: Any, warm: int
-) -> None:
+def test_saves_and_loads_at_any_time_change_nothing(name: str, pieces: list[int], orders: Any, warm: int) -> None:
     """Into models that are fresh, or have trained on by themselves."""
     whole = Run(linear, name).train(sum(pieces) + 1)
     run = Run(linear, name)
@@ -142,9 +138,7 @@ def test_averages_follow_a_load() -> None:
         assert not any(p.requires_grad for n, p in average.named_parameters() if n.endswith(".S"))
 
 
-@pytest.mark.parametrize(
-    "order", [("oialr", "model", "average"), ("model", "average", "oialr"), ("average", "model")]
-)
+@pytest.mark.parametrize("order", [("oialr", "model", "average"), ("model", "average", "oialr"), ("average", "model")])
 def test_an_average_is_loaded_after_its_model(order: tuple[str, ...]) -> None:
     """Its cores are in the model's bases; a state of others would be averaged with them."""
     runs = []
@@ -221,9 +215,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_call_to_make() -> None:
         run.model.load_state_dict(copy.deepcopy(state["model"]), assign=True)
     with pytest.raises(ModelError, match="holds layer 1 twice: 1.weight and 1.S"):
         run.model.load_state_dict(state["model"] | {"1.weight": torch.zeros(24, 32)}, strict=False)
-    with pytest.raises(
-        ModelError, match="layer 1 is 20 x 32 .* here it is 24 x 32. It belongs to another model"
-    ):
+    with pytest.raises(ModelError, match="layer 1 is 20 x 32 .* here it is 24 x 32. It belongs to another model"):
         run.model.load_state_dict(state["model"] | {"1.U": torch.zeros(20, saved.oialr.r["1"])}, strict=False)
     assert run.oialr.r == {}
     run.load(state, ("oialr",))
@@ -231,14 +223,10 @@ def test_what_cannot_be_loaded_is_refused_with_the_call_to_make() -> None:
         run.model(X)
     run.load(state, ("model", "optimizer"))
     assert torch.equal(run.output(), saved.output())
-    with pytest.raises(
-        ModelError, match=r"groups hold .2, 0, 1, 3. parameters, those of the state .0, 2, 1, 3."
-    ):
+    with pytest.raises(ModelError, match=r"groups hold .2, 0, 1, 3. parameters, those of the state .0, 2, 1, 3."):
         Run(linear, "MuonAdamW").load(Run(linear, "MuonAdamW").train(6).state(), ("optimizer",))
     late = Run(linear, "AdamW").load(Run(linear, "AdamW").train(1).state(), ("optimizer",))
-    with pytest.raises(
-        ModelError, match="layer 1 changes its structure after the optimizer's state was loaded"
-    ):
+    with pytest.raises(ModelError, match="layer 1 changes its structure after the optimizer's state was loaded"):
         late.load(state, ("model",))
 
 

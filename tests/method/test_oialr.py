@@ -88,9 +88,7 @@ def test_trains_through_conversion_and_cuts(name: str) -> None:
 def test_schedule_is_the_papers() -> None:
     """Conversion at d, an update every nu steps after it, last layers first, a growing share of them."""
     limits = RankLimits(round_to=1)
-    config = OIALRConfig(
-        delay=4, frequency=3, rule=RelativeCutoff(0.999), limits=limits, layer_share_step=0.34
-    )
+    config = OIALRConfig(delay=4, frequency=3, rule=RelativeCutoff(0.999), limits=limits, layer_share_step=0.34)
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
     events = {}
@@ -113,9 +111,7 @@ def test_schedule_is_the_papers() -> None:
 @pytest.mark.parametrize("bound", [1e-4, 1e-15], ids=["no repair", "repair"])
 def test_updates_without_a_cut_change_nothing_but_the_basis(bound: float) -> None:
     torch.manual_seed(0)
-    config = OIALRConfig(
-        delay=1, frequency=2, rule=FixedFraction(1.0), layer_share_step=1.0, orthogonality_bound=bound
-    )
+    config = OIALRConfig(delay=1, frequency=2, rule=FixedFraction(1.0), layer_share_step=1.0, orthogonality_bound=bound)
     model = network(torch.float64)
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), config)
     train(oialr, 2)
@@ -132,9 +128,7 @@ def test_updates_without_a_cut_change_nothing_but_the_basis(bound: float) -> Non
     assert all(model[i].S is core for i, core in weights.items()), "no shape changed, so no new parameter"
     for layer in (model[0], model[2]):
         torch.testing.assert_close(layer.S, torch.diag(layer.S.diagonal()), rtol=0, atol=1e-14)
-        torch.testing.assert_close(
-            layer.U.mT @ layer.U, torch.eye(layer.r, dtype=torch.float64), rtol=0, atol=1e-13
-        )
+        torch.testing.assert_close(layer.U.mT @ layer.U, torch.eye(layer.r, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
 def test_sgd_with_momentum_at_full_r_equals_projected_dense_training() -> None:
@@ -163,9 +157,7 @@ def test_muon_at_full_r_equals_dense_muon() -> None:
     dense = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     low = copy.deepcopy(dense)
     optimizers = [MuonAdamW([m[0].weight, m[2].weight], lr=0.05, weight_decay=0.1) for m in (dense, low)]
-    config = OIALRConfig(
-        delay=5, frequency=4, rule=FixedFraction(1.0), layer_share_step=1.0, core_lr_scale=1.0
-    )
+    config = OIALRConfig(delay=5, frequency=4, rule=FixedFraction(1.0), layer_share_step=1.0, core_lr_scale=1.0)
     oialr = OIALR(low, optimizers[1], config)
     for step in range(16):
         x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
@@ -194,18 +186,14 @@ def test_averages_follow() -> None:
     expected += 0.1 * model[2].weight.detach()
     torch.testing.assert_close(ema.module[2].weight, expected, rtol=0, atol=1e-5)
     train(oialr, 30, average=ema)
-    assert {n: p.shape for n, p in ema.module.named_parameters()} == {
-        n: p.shape for n, p in model.named_parameters()
-    }
+    assert {n: p.shape for n, p in ema.module.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     for layer, twin in ((model[0], ema.module[0]), (model[2], ema.module[2])):
         assert torch.equal(layer.U, twin.U)
         assert not twin.S.requires_grad
 
 
 def test_conversion_layer_by_layer_when_stable() -> None:
-    config = OIALRConfig(
-        delay=4, frequency=100, stability_frequency=2, stability_threshold=0.99, stability_patience=2
-    )
+    config = OIALRConfig(delay=4, frequency=100, stability_frequency=2, stability_threshold=0.99, stability_patience=2)
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
     kinds = {}
@@ -226,9 +214,7 @@ def test_conversion_layer_by_layer_when_stable() -> None:
 
 
 def test_factor_dtype_and_drift_repair() -> None:
-    config = OIALRConfig(
-        delay=1, frequency=1, rule=FixedFraction(1.0), layer_share_step=1.0, factor_dtype="bfloat16"
-    )
+    config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(1.0), layer_share_step=1.0, factor_dtype="bfloat16")
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=1e-3), config)
     losses = train(oialr, 40)
@@ -264,9 +250,7 @@ def test_resume_into_a_fresh_model_is_bitwise() -> None:
 def test_measured_bases_belong_to_the_checkpoint() -> None:
     """Those of the run it is loaded into are forgotten, and a checkpoint without its own is refused."""
     config = OIALRConfig(delay=2, stability_frequency=2, stability_threshold=0.5, stability_patience=1)
-    oialr, other = (
-        OIALR(m, torch.optim.SGD(m.parameters(), lr=0.01), config) for m in (network(), network())
-    )
+    oialr, other = (OIALR(m, torch.optim.SGD(m.parameters(), lr=0.01), config) for m in (network(), network()))
     start = oialr.state_dict(), oialr.tensor_state()
     train(oialr, 3)
     oialr.load_state_dict(*start)
@@ -302,18 +286,14 @@ def test_wrong_optimizer_is_refused() -> None:
         )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model[0].weight] = {"momentum_buffer": torch.zeros(32, 16, device="meta")}
-    with pytest.raises(
-        ModelError, match=r"state 'momentum_buffer' of 0.weight is on meta, the parameter on cpu"
-    ):
+    with pytest.raises(ModelError, match=r"state 'momentum_buffer' of 0.weight is on meta, the parameter on cpu"):
         OIALR(model, optimizer)
 
 
 def test_checkpoint_of_another_model_is_refused() -> None:
     model = network()
     oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(
-        ModelError, match="low-rank layer 'encoder.0' that this model and selection do not have"
-    ):
+    with pytest.raises(ModelError, match="low-rank layer 'encoder.0' that this model and selection do not have"):
         oialr.load_state_dict({"t": 5, "updates": 0, "r": {"encoder.0": 3}, "streaks": {}})
 
 

@@ -35,9 +35,7 @@ def resumed(state: dict[str, Any], make: Any, name: str, here: int) -> Run:
     ("make", "name", "phases"),
     [("attention", "AdamW", (4, 6, 8)), ("separate", "MuonAdamW", (6,)), ("linear", "SGD", (1, 8))],
 )
-def test_a_state_loaded_before_the_controller_is_made_is_the_same_run(
-    make: str, name: str, phases: Any
-) -> None:
+def test_a_state_loaded_before_the_controller_is_made_is_the_same_run(make: str, name: str, phases: Any) -> None:
     for phase in phases:
         first = Run(MAKE[make], name).train(phase)
         state = first.state()
@@ -90,16 +88,12 @@ def test_what_cannot_be_taken_over_is_refused_with_the_call_to_make() -> None:
     model = linear()
     match_structure(model, state)
     with pytest.raises(ModelError, match=r"layer 1 is low-rank already, but oialr.selection .*not selected"):
-        OIALR(
-            model, torch.optim.SGD(model.parameters(), 0.1), OIALRConfig(selection=Selection(exclude=("1",)))
-        )
+        OIALR(model, torch.optim.SGD(model.parameters(), 0.1), OIALRConfig(selection=Selection(exclude=("1",))))
     run = Run(linear, "AdamW", model)
     with pytest.raises(ModelError, match=r"layer 1 has no values: .*model.load_state_dict\(...\)"):
         run.model(X)
     average = torch.optim.swa_utils.AveragedModel(linear())
-    with pytest.raises(
-        ModelError, match="layer 1 is low-rank with r = .*not so, or in other bases, in a running"
-    ):
+    with pytest.raises(ModelError, match="layer 1 is low-rank with r = .*not so, or in other bases, in a running"):
         OIALR(twin := copy.deepcopy(model), torch.optim.SGD(twin.parameters(), 0.1), averages=[average])
     with pytest.raises(ModelError, match=r"low-rank layer 'module.1' that this model does not have"):
         match_structure(linear(), {f"module.{key}": value for key, value in state.items()})

@@ -112,9 +112,7 @@ def test_cuts_never_stall(
     assert path[-1] < floor + each
 
 
-@pytest.mark.parametrize(
-    ("k", "multiple"), [(31, 1), (32, 8), (127, 8), (128, 16), (511, 16), (512, 64), (4096, 64)]
-)
+@pytest.mark.parametrize(("k", "multiple"), [(31, 1), (32, 8), (127, 8), (128, 16), (511, 16), (512, 64), (4096, 64)])
 def test_automatic_multiples(k: int, multiple: int) -> None:
     assert RankLimits().multiple(k) == multiple
     assert RankLimits(round_to=5).multiple(k) == 5

@@ -109,9 +109,7 @@ def test_outputs_change_less_than_by_weights(bases: str, moments: str) -> None:
                 before = model(x)
                 report = oialr.step()
                 if report is not None:
-                    assert all(
-                        (layer.cut_share is not None) == (bases != "weights") for layer in report.layers
-                    )
+                    assert all((layer.cut_share is not None) == (bases != "weights") for layer in report.layers)
                     changes.append(float((model(x) - before).square().mean()))
         assert len(changes) == 3
         return sum(changes)

@@ -15,9 +15,7 @@ def stability(*bases: Tensor) -> float:
 
 
 def basis(m: int, r: int, seed: int) -> Tensor:
-    return torch.linalg.qr(
-        torch.randn(m, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    ).Q
+    return torch.linalg.qr(torch.randn(m, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
 
 
 @pytest.mark.parametrize(("r1", "r2"), [(6, 6), (6, 4)])
@@ -41,6 +39,4 @@ def test_unrelated_bases_are_near_zero() -> None:
 
 def test_rotation_needs_no_bases() -> None:
     U, V, P, Q = basis(20, 6, 0), basis(12, 6, 1), basis(6, 6, 2), basis(6, 6, 3)
-    assert float(rotation_stability(P, Q.mT)) == pytest.approx(
-        stability(U, V.mT, U @ P, Q.mT @ V.mT), abs=1e-14
-    )
+    assert float(rotation_stability(P, Q.mT)) == pytest.approx(stability(U, V.mT, U @ P, Q.mT @ V.mT), abs=1e-14)

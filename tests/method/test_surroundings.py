@@ -51,9 +51,7 @@ def test_a_second_controller_is_refused_naming_the_first() -> None:
     model = network()
     first = made(model)
     for overlapping in (model, nn.Sequential(model, nn.Linear(4, 4)), model[2]):
-        with pytest.raises(
-            ModelError, match=r"belongs to OIALR\(step 0, 0 of 2 layers of Sequential low-rank\)"
-        ):
+        with pytest.raises(ModelError, match=r"belongs to OIALR\(step 0, 0 of 2 layers of Sequential low-rank\)"):
             made(overlapping)
     first.step(), first.step()
     with pytest.raises(ModelError, match=r"OIALR\(step 2, 2 of 2 layers.*detach\(\)"):

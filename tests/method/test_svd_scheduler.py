@@ -73,9 +73,7 @@ def with_nan(rank: int, size: int) -> tuple[str, list[int]]:
     with pytest.raises(NonFiniteError) as caught:
         list(distribute(jobs, world))
     failed = [
-        found.index
-        for found in distribute(jobs, world, careful=False)
-        if not bool(found.values.isfinite().all())
+        found.index for found in distribute(jobs, world, careful=False) if not bool(found.values.isfinite().all())
     ]
     return str(caught.value), failed
 

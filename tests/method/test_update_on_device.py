@@ -114,9 +114,7 @@ def test_a_conversion_reads_back_once_however_many_layers(layers: int) -> None:
         report = oialr.step()
     assert device.waits == ["cpu", "cpu"]
     assert report is not None
-    for weight, layer, update in zip(
-        weights, low_rank_layers(oialr.module).values(), report.layers, strict=True
-    ):
+    for weight, layer, update in zip(weights, low_rank_layers(oialr.module).values(), report.layers, strict=True):
         torch.testing.assert_close(layer.U @ layer.S @ layer.Vh, weight, rtol=0, atol=1e-5)
         torch.testing.assert_close(update.singular_values, torch.linalg.svdvals(weight))
 

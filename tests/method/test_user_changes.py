@@ -138,9 +138,7 @@ def test_made_unfit_after_the_start(act, reason: str) -> None:
     oialr = controller(model)
     train(oialr, 1)
     act(model[2])
-    with pytest.warns(
-        UserWarning, match=re.escape("these layers stay dense: 2 (its") + f".*{reason}|2 .*{reason}"
-    ):
+    with pytest.warns(UserWarning, match=re.escape("these layers stay dense: 2 (its") + f".*{reason}|2 .*{reason}"):
         train(oialr, 3)
     assert list(oialr.r) == ["0"]
     with warnings.catch_warnings():
@@ -195,9 +193,7 @@ def test_a_write_to_the_bases_is_an_error(act: str) -> None:
                 p.data.mul_(0.999)
     with pytest.warns(UserWarning, match="U or Vh of 0, 2 is not orthonormal"):
         merge(model)
-    with pytest.raises(
-        ModelError, match=r"U or Vh of (0|2|LowRank.*) is not orthonormal any more .*model.parameters"
-    ):
+    with pytest.raises(ModelError, match=r"U or Vh of (0|2|LowRank.*) is not orthonormal any more .*model.parameters"):
         train(oialr, 2)
 
 
@@ -230,9 +226,7 @@ def test_bases_written_in_the_loop_are_an_error_in_the_next_forward_pass(made: s
         nn.utils.vector_to_parameters(1.1 * vector, other.parameters())
     with pytest.raises(ModelError, match=r"LowRankLinear.* not orthonormal any more .*averages=\[...\]"):
         other(X)
-    other.load_state_dict(
-        copy.deepcopy(oialr.module).state_dict() if made != "averaged" else other.state_dict()
-    )
+    other.load_state_dict(copy.deepcopy(oialr.module).state_dict() if made != "averaged" else other.state_dict())
     other(X)
 
 

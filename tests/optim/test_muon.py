@@ -26,9 +26,7 @@ from hpc_oialr.train.optimizers import OptimizerConfig
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
-    )
+    return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3))
 
 
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 5) -> None:
@@ -91,12 +89,8 @@ def load(way: str, optimizer: torch.optim.Optimizer, state: dict[str, Any], mode
     names = {p: name for name, p in model.named_parameters()}
     held = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     order = [name for members in held for name in members]
-    tensors = {
-        f"{order[i]}.{key}": value for i, values in state["state"].items() for key, value in values.items()
-    }
-    options = [
-        {key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]
-    ]
+    tensors = {f"{order[i]}.{key}": value for i, values in state["state"].items() for key, value in values.items()}
+    options = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
     groups = [{"names": a, "options": b} for a, b in zip(held, options, strict=True)]
     load_optimizer(model, optimizer, tensors, {"groups": groups, "values": {}})
 
@@ -150,9 +144,7 @@ def test_bad_groups() -> None:
         ConfigError, match=r"params is \(3,\); must have at least two axes under Muon. Give it algorithm"
     ):
         MuonAdamW([p])
-    with pytest.raises(
-        UnknownNameError, match="unknown algorithm 'moun'; valid: adamw, muon. Did you mean 'muon'"
-    ):
+    with pytest.raises(UnknownNameError, match="unknown algorithm 'moun'; valid: adamw, muon. Did you mean 'muon'"):
         MuonAdamW([{"params": [p], "algorithm": "moun"}])
     with pytest.raises(ConfigError, match="lr is -1; must not be negative"):
         MuonAdamW([{"params": [p], "algorithm": "adamw"}], lr=-1)

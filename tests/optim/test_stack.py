@@ -114,9 +114,7 @@ def test_lbfgs_goes_on_with_a_new_history() -> None:
     losses = train(oialr, optimizer, 12, use_closure=True, same=True)
     assert (core - start).norm() > 0
     assert losses[-1] < losses[0]
-    with pytest.raises(
-        Exception, match=r"must be 1 or \"auto\" with LBFGS, whose state \(its history of steps\)"
-    ):
+    with pytest.raises(Exception, match=r"must be 1 or \"auto\" with LBFGS, whose state \(its history of steps\)"):
         controlled(lambda m: torch.optim.LBFGS(m.parameters()), core_lr_scale=2.0)
 
 
@@ -159,9 +157,7 @@ class Duck:
 
 def test_what_is_no_optimizer_is_refused() -> None:
     model = small_model()
-    with pytest.raises(
-        ModelError, match=r"Duck does not behave as a torch.optim.Optimizer.*Pass the optimizer itself"
-    ):
+    with pytest.raises(ModelError, match=r"Duck does not behave as a torch.optim.Optimizer.*Pass the optimizer itself"):
         OIALR(model, Duck(model.parameters()))  # type: ignore[arg-type]
     for nothing in ([], [model]):
         with pytest.raises(ModelError, match="has no param_groups"):
@@ -233,9 +229,7 @@ def test_cores_stepped_through_data_at_a_rate_of_zero_or_not_at_all_are_no_error
                     (p.data if p.dim() > 1 else p).sub_(group["lr"] * p.grad)
 
     def grouped(m: nn.Module) -> Data:
-        by_axes = [
-            {"params": [p for p in m.parameters() if p.dim() == d], "lr": 0.1 * (d == 1)} for d in (1, 2)
-        ]
+        by_axes = [{"params": [p for p in m.parameters() if p.dim() == d], "lr": 0.1 * (d == 1)} for d in (1, 2)]
         return Data(by_axes, {})
 
     for make in (lambda m: Data(m.parameters(), {"lr": 0.1}), grouped):

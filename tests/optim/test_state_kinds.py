@@ -213,9 +213,7 @@ def test_refused_by_name_at_the_start(name: str) -> None:
     model = small_model()
     foreign = type(name, (torch.optim.Optimizer,), {"step": torch.optim.SGD.step})
     optimizer = foreign(model.parameters(), {})
-    with pytest.raises(
-        ModelError, match=f"{name} .*{REFUSED[name]}.*AdamW, SGD.*work.*register_optimizer_state"
-    ):
+    with pytest.raises(ModelError, match=f"{name} .*{REFUSED[name]}.*AdamW, SGD.*work.*register_optimizer_state"):
         OIALR(model, optimizer)
 
 

@@ -47,7 +47,5 @@ def test_trains_converts_cuts_and_resumes(name: str) -> None:
     assert all(math.isfinite(loss) for loss in first + undisturbed)
     assert min(undisturbed) < first[0]
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1):
-        matrices = [
-            key for key, value in optimizer.state[p].items() if getattr(value, "shape", None) == p.shape
-        ]
+        matrices = [key for key, value in optimizer.state[p].items() if getattr(value, "shape", None) == p.shape]
         assert all(kind_of(optimizer, key) for key in matrices)

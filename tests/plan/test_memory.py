@@ -59,9 +59,7 @@ def test_shards_of_fsdp():
     assert found.state == pytest.approx(MIB, abs=64)
 
 
-MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json").read_text())[
-    "rows"
-]
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json").read_text())["rows"]
 
 
 def of_results(engine: str) -> float:

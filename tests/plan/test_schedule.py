@@ -51,9 +51,7 @@ def test_the_sequence_is_the_methods(config):
 
 
 def test_steps_with_trained_bases_are_phases_of_their_own():
-    config = OIALRConfig(
-        delay=3, frequency=4, rule=FixedFraction(0.5), bases_trained=[(1, 5), (7, 9), (12, None)]
-    )
+    config = OIALRConfig(delay=3, frequency=4, rule=FixedFraction(0.5), bases_trained=[(1, 5), (7, 9), (12, None)])
     found = phases(config, {"a": (8, 8)}, 14)
     # Updates after 7 and 11.
     assert [(p.start, p.event) for p in found] == [

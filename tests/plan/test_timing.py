@@ -166,9 +166,7 @@ def test_measured_collectives_of_this_repository_are_explained():
     assert machine.links == f"measured: gloo ({path})"
     assert machine.slowdown(4) > 1.5
     large = [
-        row
-        for row in json.loads(path.read_text())["rows"]
-        if row["backend"] == "gloo" and row["bytes"] >= 1 << 20
+        row for row in json.loads(path.read_text())["rows"] if row["backend"] == "gloo" and row["bytes"] >= 1 << 20
     ]
     assert len(large) > 20
     for row in large:

@@ -99,9 +99,7 @@ for step in itertools.count():
 
 def test_kill_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-c", KILL, str(path)], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", KILL, str(path)], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "go\n"
         child.kill()

@@ -45,9 +45,8 @@ def test_a_second_one_is_told_who_and_what_to_do(folder):
     with closing(Claim("oialr train").take(folder)) as held:
         with pytest.raises(FolderInUseError) as caught:
             take(folder)
-        assert (
-            f"{folder.path} is in use by process {os.getpid()} on {held.owner.host} (oialr train, since "
-            in str(caught.value)
+        assert f"{folder.path} is in use by process {os.getpid()} on {held.owner.host} (oialr train, since " in str(
+            caught.value
         )
         assert str(caught.value).endswith(f"if it is gone for sure: rm {folder.owner}")
         assert list(folder.path.iterdir()) == [folder.owner]
@@ -139,9 +138,7 @@ def test_a_damaged_file_is_a_holder_that_nobody_knows(folder, content):
 def test_what_is_no_file_is_an_error_and_no_endless_wait(folder, make):
     folder.path.mkdir()
     make(folder.owner)
-    with pytest.raises(
-        OIALRError, match=r"owner\.json cannot be written \(it is there as a link, a folder or a pipe"
-    ):
+    with pytest.raises(OIALRError, match=r"owner\.json cannot be written \(it is there as a link, a folder or a pipe"):
         take(folder)
 
 

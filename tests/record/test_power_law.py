@@ -59,9 +59,7 @@ def test_no_tail_to_speak_of(s: np.ndarray) -> None:
 
 def test_is_in_the_record() -> None:
     s = singular_values(1, (64, 32), True).astype(np.float32)
-    assert spectral_quantities(s, 64, 32)["alpha"] == pytest.approx(
-        WEIGHTWATCHER[1, (64, 32), True], rel=1e-4
-    )
+    assert spectral_quantities(s, 64, 32)["alpha"] == pytest.approx(WEIGHTWATCHER[1, (64, 32), True], rel=1e-4)
 
 
 @pytest.mark.parametrize(("m", "n"), [(40, 40), (90, 30), (30, 900)])

@@ -145,9 +145,7 @@ def test_folders_of_transformers_whole_and_sharded(tmp_path: Path) -> None:
     for name, size in (("whole-7", "1GB"), ("sharded-7", "40KB")):
         model.save_pretrained(tmp_path / name, max_shard_size=size)
     assert len(list((tmp_path / "sharded-7").glob("*.safetensors"))) > 1
-    whole, sharded = (
-        analyze([tmp_path / name], tmp_path / f"{name}.h5") for name in ("whole-7", "sharded-7")
-    )
+    whole, sharded = (analyze([tmp_path / name], tmp_path / f"{name}.h5") for name in ("whole-7", "sharded-7"))
     assert_equal(whole, sharded)
     with spectra.open(whole) as run:
         layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

@@ -160,7 +160,5 @@ def test_command_names_what_is_wrong(comparison, tmp_path, capsys):
 
 def test_without_plotly_the_install_line_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
-    with pytest.raises(
-        ImportError, match=r"The report page needs plotly. Install it with: pip install 'hpc_oialr"
-    ):
+    with pytest.raises(ImportError, match=r"The report page needs plotly. Install it with: pip install 'hpc_oialr"):
         page(runs, tmp_path / "report.html")

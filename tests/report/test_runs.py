@@ -61,9 +61,7 @@ def test_evaluations_know_the_share_that_was_trained(run):
 
 def test_a_metric_between_two_evaluations_is_interpolated(run):
     assert run.evaluations.at(19.0) is None
-    assert [run.evaluations.at(seconds) for seconds in (20.0, 35.0, 99.0)] == pytest.approx(
-        [0.52, 0.535, 0.55]
-    )
+    assert [run.evaluations.at(seconds) for seconds in (20.0, 35.0, 99.0)] == pytest.approx([0.52, 0.535, 0.55])
     assert run.losses.at(5.0) is None
 
 
@@ -102,9 +100,7 @@ def test_costs_over_the_dense_runs(runs):
 
 
 def test_costs_need_a_dense_run_and_an_end(runs, tmp_path):
-    with pytest.raises(
-        DataError, match="runs are oialr; one must be dense and one not. Name the folder of oialr"
-    ):
+    with pytest.raises(DataError, match="runs are oialr; one must be dense and one not. Name the folder of oialr"):
         ratios_to_dense(runs[1:])
     going = find_runs([make_run(tmp_path / "going", ended=False)])
     with pytest.raises(DataError, match=r"has no summary.json: the run has not ended. Let it end."):

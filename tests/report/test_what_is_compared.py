@@ -20,9 +20,7 @@ def set_config(folder, **sections):
 def test_runs_of_different_kinds_are_refused(tmp_path, section, one, other):
     for name, chosen in (("first", one), ("second", other)):
         set_config(make_run(tmp_path / name), **{section: {"class_path": chosen}})
-    with pytest.raises(
-        DataError, match=f"different {section}s: first {one}, second {other}. Make a report for each"
-    ):
+    with pytest.raises(DataError, match=f"different {section}s: first {one}, second {other}. Make a report for each"):
         find_runs([tmp_path / "first", tmp_path / "second"])
     assert len(find_runs([tmp_path / "first", tmp_path / "first"])) == 2
 

@@ -33,9 +33,7 @@ class Shell:
         _program(slurm.folder / "bin" / "python", 'printf "%s\\n" "$@" >> python.txt')
 
     def start(self, script: str | Path, *words: str, **extra: str) -> subprocess.Popen[str]:
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OIALR_"))
-        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OIALR_"))}
         environment = kept | {"OIALR_VENV": str(self.folder / "none")} | extra
         path = script if isinstance(script, Path) else HERE / "slurm" / f"{script}.sh"
         return subprocess.Popen(
@@ -107,9 +105,7 @@ def test_a_folder_and_an_image_of_ones_own(shell: Shell) -> None:
     assert shell.called("srun") == [*SRUN, *image, *OIALR, *train]
 
 
-@pytest.mark.parametrize(
-    "found_by", ["where it was submitted", "the command", "the command in a path with blanks"]
-)
+@pytest.mark.parametrize("found_by", ["where it was submitted", "the command", "the command in a path with blanks"])
 def test_from_slurms_spool(shell: Shell, tmp_path: Path, found_by: str) -> None:
     root = tmp_path / "my slurm" / "project" if "blanks" in found_by else HERE
     if root != HERE:
@@ -121,9 +117,7 @@ def test_from_slurms_spool(shell: Shell, tmp_path: Path, found_by: str) -> None:
     shutil.copy(HERE / "slurm" / "text_gpt.sh", spool / "slurm_script")
     known = {"SLURM_SUBMIT_DIR": str(HERE if "where" in found_by else shell.folder)}
     if "command" in found_by:
-        shell.slurm.answer(
-            show=f"JobId=12\n   Command={root}/slurm/text_gpt.sh --data.path /a/slurm/b\n   WorkDir=/"
-        )
+        shell.slurm.answer(show=f"JobId=12\n   Command={root}/slurm/text_gpt.sh --data.path /a/slurm/b\n   WorkDir=/")
     shell.run(spool / "slurm_script", **JOB | known)
     assert shell.called("srun")[3:6] == OIALR
 

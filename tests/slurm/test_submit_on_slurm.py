@@ -36,9 +36,7 @@ def struck(cluster: Cluster) -> tuple[Path, Job]:
     return folder, job
 
 
-def test_four_blows_lose_nothing(
-    struck: tuple[Path, Job], whole: Callable[[], Path], cluster: Cluster
-) -> None:
+def test_four_blows_lose_nothing(struck: tuple[Path, Job], whole: Callable[[], Path], cluster: Cluster) -> None:
     folder, _ = struck
     assert outcome(folder) == outcome(whole())
     assert not list(cluster.root.rglob("broken"))

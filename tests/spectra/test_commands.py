@@ -91,10 +91,7 @@ def test_damage_and_repair(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectra", "show", str(tmp_path)]) == 2
-    assert (
-        f"{tmp_path / 'spectra.h5'} does not exist; must be the spectra.h5 of a run."
-        in capsys.readouterr().err
-    )
+    assert f"{tmp_path / 'spectra.h5'} does not exist; must be the spectra.h5 of a run." in capsys.readouterr().err
 
 
 def test_watch_follows_a_run_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,9 +63,7 @@ def write(writer: SpectraWriter, steps: range) -> SpectraWriter:
 
 
 @pytest.mark.parametrize("before", [0, 3])
-def test_a_full_disk(
-    run: Path, disk: Disk, whole: Path, caplog: pytest.LogCaptureFixture, before: int
-) -> None:
+def test_a_full_disk(run: Path, disk: Disk, whole: Path, caplog: pytest.LogCaptureFixture, before: int) -> None:
     writer = write(writer_of(run / "spectra.h5"), range(1, before + 1))
     disk.full = True
     write(writer, range(before + 1, 7))
@@ -133,9 +131,7 @@ def test_a_join_without_room(run: Path, disk: Disk, whole: Path, caplog: pytest.
     assert content(run) == content(whole)
 
 
-def test_what_neither_disk_nor_memory_can_take(
-    run: Path, disk: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_neither_disk_nor_memory_can_take(run: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     disk.full = True
     writer = write(writer_of(run / "spectra.h5", memory_bytes=2500), range(1, 9))
     writer.close()

@@ -118,9 +118,7 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     [("pandas", lambda r: r.to_pandas()), ("xarray", lambda r: r.to_xarray())],
     ids=["pandas", "xarray"],
 )
-def test_a_missing_package_is_named(
-    run: Path, monkeypatch: pytest.MonkeyPatch, package: str, use: Any
-) -> None:
+def test_a_missing_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, package: str, use: Any) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with (
         spectra.open(run) as opened,

@@ -80,9 +80,7 @@ def test_a_damaged_chunk_of_singular_values(whole: Path, tmp_path: Path) -> None
         lost = np.isnan(run["encoder.0"].singular_values).all(axis=1)
         assert lost[50]
         assert 1 <= lost.sum() <= 32
-        assert result.lost == (
-            f"spectra.h5: layer 'encoder.0', the singular values of {lost.sum()} of {LAST} events.",
-        )
+        assert result.lost == (f"spectra.h5: layer 'encoder.0', the singular values of {lost.sum()} of {LAST} events.",)
         kept, all_values = run["encoder.0"].singular_values[~lost], before["encoder.0"].singular_values
         assert np.array_equal(kept, all_values[~lost], equal_nan=True)
         assert run.events.tobytes() == before.events.tobytes()

@@ -158,9 +158,7 @@ def life(path: Path) -> Iterator[int]:
     merge(path)
 
 
-def test_a_crash_between_any_two_operations_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_between_any_two_operations_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, album, expected = tmp_path / "run", tmp_path / "album", tmp_path / "expected.h5"
     written(expected, range(1, 6))
     folder.mkdir()
@@ -185,9 +183,7 @@ def test_a_crash_between_any_two_operations_loses_nothing(
 
 
 @pytest.mark.parametrize("name", ["spectra.h5", "spectra.h5.002", "spectra.h5.005.npz"])
-def test_a_damaged_file_does_not_stop_a_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+def test_a_damaged_file_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     path, file = tmp_path / "spectra.h5", tmp_path / name
     chain = written(path, range(1, 6), **SEGMENTS)
     chain.join_flushes, chain.join_bytes = 99, 2**20
@@ -215,12 +211,8 @@ def test_a_missing_file_is_named(tmp_path: Path, kind: str, monkeypatch: pytest.
     monkeypatch.setattr("hpc_oialr.spectra.reader._PAUSE_S", 0)
     written(tmp_path / "spectra.h5", range(1, 7), **KINDS[kind])
     for number, name in ((2, "spectra.h5.002"), (0, "spectra.h5")):
-        next(
-            tmp_path.glob(f"spectra.h5.{number:03d}*" if number or kind == "flushes" else "spectra.h5")
-        ).unlink()
-        with pytest.raises(
-            DataError, match=rf"{name} does not exist, or changes; it is a part of .*spectra.h5"
-        ):
+        next(tmp_path.glob(f"spectra.h5.{number:03d}*" if number or kind == "flushes" else "spectra.h5")).unlink()
+        with pytest.raises(DataError, match=rf"{name} does not exist, or changes; it is a part of .*spectra.h5"):
             open(tmp_path)
 
 

@@ -81,9 +81,7 @@ def oialr(rank: int, size: int, say: Say, log: str, *words: str) -> None:
     entry()
 
 
-def _child(
-    rank: int, fn: Callable[..., None], size: int, port: int, mouth: Connection, args: tuple[Any, ...]
-) -> None:
+def _child(rank: int, fn: Callable[..., None], size: int, port: int, mouth: Connection, args: tuple[Any, ...]) -> None:
     os.environ.update(launch_environment(rank, size, port))
     settle()
     code = 0

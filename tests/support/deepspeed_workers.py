@@ -40,9 +40,7 @@ class Net(nn.Module):
 class Run:
     """One process's part of a training run."""
 
-    def __init__(
-        self, engine: Engine, precision: str = "fp32", optimizer: str = "AdamW", **settings: Any
-    ) -> None:
+    def __init__(self, engine: Engine, precision: str = "fp32", optimizer: str = "AdamW", **settings: Any) -> None:
         self.engine, self.precision = engine, precision
         self.module = Net()
         groups = [

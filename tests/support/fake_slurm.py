@@ -60,9 +60,7 @@ def _sbatch(answers: dict[str, Any], arguments: list[str]) -> int:
         sys.stderr.write(f"sbatch: error: {answers['refuse']}\n")
         return 1
     if "--test-only" in arguments:
-        sys.stderr.write(
-            "sbatch: Job 5 to start at 2026-01-01T10:00:00 on nodes node[1-2] in partition main\n"
-        )
+        sys.stderr.write("sbatch: Job 5 to start at 2026-01-01T10:00:00 on nodes node[1-2] in partition main\n")
     else:
         sys.stdout.write("Submitted batch job 12\n")
     return 0

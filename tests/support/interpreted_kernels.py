@@ -51,9 +51,7 @@ def sizes(given: list[Tensor], dy: Tensor, exact: list[Tensor]) -> list[float]:
     x, A, S, C, *_ = given
     a, db = x @ A.mT, dy @ C
     factors = {2: (db @ S, x), 3: (db, a), 4: (dy, a @ S.mT)}
-    terms = {
-        i: float((left.square().mT @ right.square()).sum().sqrt()) for i, (left, right) in factors.items()
-    }
+    terms = {i: float((left.square().mT @ right.square()).sum().sqrt()) for i, (left, right) in factors.items()}
     return [max(float(t.norm()), terms.get(i, 0.0), 1e-30) for i, t in enumerate(exact)]
 
 

@@ -61,9 +61,7 @@ def _rows(*, dense: bool) -> list[dict[str, object]]:
     slow, rows = (2.0 if dense else 1.0), []
     for step in STEPS:
         share = 1.0 if dense or step <= 30 else 0.25
-        rows.append(
-            {"step": step, "loss": 1 / step, "lr": 0.1, "wall_s": slow * step, "trained_share": share}
-        )
+        rows.append({"step": step, "loss": 1 / step, "lr": 0.1, "wall_s": slow * step, "trained_share": share})
         if step in (20, 50):
             metric = {"split": "test", "metric_name": "test_accuracy", "metric": 0.5 + step / 1000}
             rows.append({"step": step, "wall_s": slow * step, **metric})

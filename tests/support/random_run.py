@@ -198,9 +198,7 @@ class RandomRun:
         scaled = plan.precision == "scaler"
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**126, growth_interval=3)
         self.scheduler = (
-            StepLR(self.optimizer if plan.wrapper == "zero" else self.inner, 3, 0.7)
-            if plan.schedule
-            else None
+            StepLR(self.optimizer if plan.wrapper == "zero" else self.inner, 3, 0.7) if plan.schedule else None
         )
 
     def _wrapped(self, net: nn.Module) -> Any:
@@ -210,9 +208,7 @@ class RandomRun:
                 warnings.simplefilter("ignore")  # torch's own module compiles functions as it is imported
                 from torch.distributed.optim import ZeroRedundancyOptimizer
             (group,) = make_optimizer(name, net).param_groups
-            return ZeroRedundancyOptimizer(
-                group["params"], find_class(name), **OPTIONS.get(name, {"lr": 1e-2})
-            )
+            return ZeroRedundancyOptimizer(group["params"], find_class(name), **OPTIONS.get(name, {"lr": 1e-2}))
         optimizer = make_optimizer(name, net)
         return {"accelerated": Accelerated, "chained": Chained}.get(wrapper, lambda same: same)(optimizer)
 

@@ -40,9 +40,7 @@ def separate() -> nn.Module:
 
 
 def linear() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 5)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 5))
 
 
 X, Y = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 5
@@ -61,9 +59,7 @@ class Run:
         self.model = make() if model is None else model
         self.optimizer = OPTIMIZERS[optimizer](self.model)
         limits = RankLimits(max_drop=0.3, round_to=1)
-        config = OIALRConfig(
-            delay=3, frequency=2, rule=FixedFraction(0.3), layer_share_step=1.0, limits=limits
-        )
+        config = OIALRConfig(delay=3, frequency=2, rule=FixedFraction(0.3), layer_share_step=1.0, limits=limits)
         self.oialr = OIALR(self.model, self.optimizer, config)
 
     def train(self, steps: int) -> Run:

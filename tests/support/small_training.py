@@ -41,9 +41,7 @@ def settings(**options: Any) -> OIALRConfig:
 CUT_NOTHING = RelativeCutoff(1e-9)
 
 
-def train(
-    oialr: OIALR, optimizer: Any, steps: int, *, use_closure: bool = False, same: bool = False
-) -> list[float]:
+def train(oialr: OIALR, optimizer: Any, steps: int, *, use_closure: bool = False, same: bool = False) -> list[float]:
     """Losses of so many more steps; ``optimizer`` is stepped as its user would; on the ``same`` batch or on new ones."""
     losses = []
     dtype = next(p.dtype for p in oialr.module.parameters())

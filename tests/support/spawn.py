@@ -48,9 +48,7 @@ def launch_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _child(
-    rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
-) -> None:
+def _child(rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(launch_environment(rank, world_size, port))
     settle()
     result = fn(rank, world_size, *args)

@@ -47,10 +47,7 @@ FEW = (
 def with_spectrum(m: int, n: int, s: Tensor, seed: int = 0) -> Tensor:
     """A random m x n matrix with these singular values, float64."""
     generator = torch.Generator().manual_seed(seed)
-    U, V = (
-        torch.linalg.qr(torch.randn(size, len(s), dtype=torch.float64, generator=generator)).Q
-        for size in (m, n)
-    )
+    U, V = (torch.linalg.qr(torch.randn(size, len(s), dtype=torch.float64, generator=generator)).Q for size in (m, n))
     return U @ torch.diag(s) @ V.mT
 
 

@@ -52,9 +52,7 @@ def everything(comm: Communicator, matrices: Iterable[Case]) -> dict[str, Any]:
 def figures(comm: Communicator) -> list[float]:
     """Of two random bases in blocks."""
     generator = torch.Generator().manual_seed(1)
-    U1, U2, V1, V2 = (
-        torch.linalg.qr(torch.randn(30, 6, dtype=torch.float64, generator=generator)).Q for _ in range(4)
-    )
+    U1, U2, V1, V2 = (torch.linalg.qr(torch.randn(30, 6, dtype=torch.float64, generator=generator)).Q for _ in range(4))
     U, V, Q, W = (block(part, comm.rank, comm.size) for part in (U1, V1, U2, V2))
     return [
         stability_of(*gram_products(U, V.mT, Q, W.mT, comm)),

@@ -11,9 +11,7 @@ from hpc_oialr.train.run import resume, train
 from hpc_oialr.train.timing import StopRequest
 
 
-def train_worker(
-    rank: int, size: int, recipe: str, folder: str, stop_at: int | None = None
-) -> dict[str, Any] | None:
+def train_worker(rank: int, size: int, recipe: str, folder: str, stop_at: int | None = None) -> dict[str, Any] | None:
     """Train a recipe, stopping after ``stop_at`` steps; the summary."""
     stop = None if stop_at is None else stop_at_step(stop_at)
     return train(load_config(recipe), Path(folder), stop=stop).summary

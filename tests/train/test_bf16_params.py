@@ -189,7 +189,5 @@ def test_two_ranks_of_each_engine(tmp_path: Path) -> None:
 
 
 def test_deepspeed_says_what_to_take() -> None:
-    with pytest.raises(
-        ConfigError, match="train.precision is 'bf16-params'; .* Take bf16, in which it stores"
-    ):
+    with pytest.raises(ConfigError, match="train.precision is 'bf16-params'; .* Take bf16, in which it stores"):
         DeepSpeed().build(World(size=2), "bf16-params")

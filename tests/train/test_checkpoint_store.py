@@ -26,9 +26,7 @@ TENSORS = {
 def store(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints", World.single("cpu"), keep=2)
     for step in (1, 2, 3):
-        store.save(
-            step, {name: tensor + step for name, tensor in TENSORS.items()}, {"step": step, "x": 0.1 + 0.2}
-        )
+        store.save(step, {name: tensor + step for name, tensor in TENSORS.items()}, {"step": step, "x": 0.1 + 0.2})
     return store
 
 
@@ -60,9 +58,7 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    "harm", [flip_a_bit, cut_in_half, lambda path: path.unlink()], ids=["flip", "torn", "missing"]
-)
+@pytest.mark.parametrize("harm", [flip_a_bit, cut_in_half, lambda path: path.unlink()], ids=["flip", "torn", "missing"])
 @pytest.mark.parametrize("suffix", [".safetensors", "state.json", "manifest.json"])
 def test_a_damaged_one_is_passed_over(store, caplog, harm, suffix):
     harm(next(path for path in store.path(3).iterdir() if path.name.endswith(suffix)))

@@ -61,15 +61,11 @@ def test_blocks_of_a_model() -> None:
         {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64)}
     )
     assert len(repeated_blocks(resnet)) == 4
-    with pytest.raises(
-        ConfigError, match='compile is .?blocks.?; needs a model with a ModuleList.*Set it to "model"'
-    ):
+    with pytest.raises(ConfigError, match='compile is .?blocks.?; needs a model with a ModuleList.*Set it to "model"'):
         compile_model(nn.Sequential(nn.Linear(2, 2)), "blocks")
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"), [(True, "model"), (False, "off"), ("blocks", "blocks"), ("off", "off")]
-)
+@pytest.mark.parametrize(("given", "meant"), [(True, "model"), (False, "off"), ("blocks", "blocks"), ("off", "off")])
 def test_true_and_false_of_earlier_versions(tmp_path, given, meant):
     loaded = load_config(write_recipe(tmp_path, compile=given))
     assert loaded.config.compile == loaded.tree["compile"] == meant

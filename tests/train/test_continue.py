@@ -63,9 +63,7 @@ def test_from_the_start_if_there_is_no_checkpoint(recipe, stopped, tmp_path):
 
 def test_another_run_is_an_error(recipe, stopped):
     over = ["--optimizer.lr", "0.5", "--train.device", "cpu", "--oialr", "null"]
-    with pytest.raises(
-        OIALRError, match=r"holds a run with other settings: optimizer.lr is 0.02 there, 0.5 here"
-    ) as e:
+    with pytest.raises(OIALRError, match=r"holds a run with other settings: optimizer.lr is 0.02 there, 0.5 here") as e:
         train_or_resume(load_config(recipe, over), stopped, world=WORLD)
     assert "more); only these may differ: engine, train.device, " in str(e.value)
     assert str(e.value).endswith(f"go on with the run as it is: oialr resume {stopped}")

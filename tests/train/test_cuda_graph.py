@@ -97,10 +97,7 @@ def test_a_refusal_is_logged_once_and_an_error_where_graphs_are_asked_for(tmp_pa
 def test_it_may_change_when_a_run_is_resumed(tmp_path):
     train(load_config(write_recipe(tmp_path)), tmp_path / "run", world=WORLD, stop=stop_at_step(3))
     result = resume(tmp_path / "run", settings=["--train.cuda_graph", "off"], world=WORLD)
-    assert (
-        json.loads((result.folder / "summary.json").read_text())["cuda_graph"]
-        == "off: train.cuda_graph is off"
-    )
+    assert json.loads((result.folder / "summary.json").read_text())["cuda_graph"] == "off: train.cuda_graph is off"
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu():

@@ -75,7 +75,5 @@ def test_fsdp_resumes_bitwise(tmp_path):
 
 
 def test_a_resumed_run_stays_the_same_run(stopped):
-    with pytest.raises(
-        OIALRError, match=r"optimizer.lr cannot change when a run is resumed; .* engine, train"
-    ):
+    with pytest.raises(OIALRError, match=r"optimizer.lr cannot change when a run is resumed; .* engine, train"):
         resume(stopped / "ddp", settings=["--optimizer.lr", "1"])

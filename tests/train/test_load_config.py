@@ -13,9 +13,7 @@ from hpc_oialr.train.load_config import dense_twin, load_config
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW
 from hpc_oialr.train.run_context import make_run_context
 
-RULES = ", ".join(
-    sorted(rule.__name__ for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__)
-)
+RULES = ", ".join(sorted(rule.__name__ for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__))
 
 
 @pytest.fixture
@@ -171,9 +169,7 @@ def test_bad_settings(recipe, arguments, error, text):
 
 
 def test_bad_setting_in_a_file_names_the_file(tmp_path):
-    recipe = write_recipe(
-        tmp_path, oialr={"rule": {"class_path": "RelativeCutoff", "init_args": {"beta": 1.3}}}
-    )
+    recipe = write_recipe(tmp_path, oialr={"rule": {"class_path": "RelativeCutoff", "init_args": {"beta": 1.3}}})
     with pytest.raises(ConfigError, match=r"oialr.rule.beta is 1.3 \(from tiny.yaml\); must lie in \(0, 1\)"):
         load_config(recipe)
     recipe = write_recipe(tmp_path, trian={})
@@ -184,9 +180,7 @@ def test_bad_setting_in_a_file_names_the_file(tmp_path):
 def test_unknown_recipe():
     with pytest.raises(UnknownNameError) as caught:
         load_config("fashion_mnist_vitt")
-    assert "unknown recipe 'fashion_mnist_vitt'; valid: autoformer_ettm2, fashion_mnist_convnet," in str(
-        caught.value
-    )
+    assert "unknown recipe 'fashion_mnist_vitt'; valid: autoformer_ettm2, fashion_mnist_convnet," in str(caught.value)
     assert "Did you mean 'fashion_mnist_vit'?" in str(caught.value)
 
 
@@ -215,9 +209,7 @@ def test_broken_yaml(tmp_path, text):
         load_config(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "seed"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)]
-)
+@pytest.mark.parametrize(("text", "seed"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)])
 def test_numbers_are_those_of_yaml_1_2(recipe, text, seed):
     assert load_config(recipe, ["--train.seed", text]).config.train.seed == seed
 
@@ -278,9 +270,7 @@ def test_a_date_is_text(recipe):
 
 
 def test_retired_settings_are_dropped_with_one_warning(tmp_path, caplog):
-    path = write_recipe(
-        tmp_path, record={"spectra_writer": "per_process"}, dense={"record": {"side_folder": "/x"}}
-    )
+    path = write_recipe(tmp_path, record={"spectra_writer": "per_process"}, dense={"record": {"side_folder": "/x"}})
     loaded = load_config(path, ["--record.side_folder", "/y"])
     assert "side_folder" not in loaded.text
     assert "spectra_writer" not in loaded.text

@@ -84,9 +84,7 @@ def test_resuming_nothing(tmp_path):
 def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
     """At any step: within the dense phase, at the conversion, after a cut, in another epoch."""
     recipe, whole = finished
-    stopped = train(
-        load_config(recipe), tmp_path / "run", world=World.single("cpu"), stop=stop_at_step(stop_at)
-    )
+    stopped = train(load_config(recipe), tmp_path / "run", world=World.single("cpu"), stop=stop_at_step(stop_at))
     assert stopped.summary is None
     torch.manual_seed(123)
     resumed = resume(tmp_path / "run", world=World.single("cpu"))

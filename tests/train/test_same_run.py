@@ -77,9 +77,7 @@ def test_settings_edited_before_the_first_checkpoint_are_noticed(recipe, stopped
     for step in (5, 7):
         shutil.rmtree(stopped / "checkpoints" / f"step_{step:08d}")
     edit(stopped, optimizer__init_args__lr=0.5)
-    with pytest.raises(
-        CheckpointError, match=r"settings\.json is of another run: optimizer\.lr was 0\.02 then"
-    ):
+    with pytest.raises(CheckpointError, match=r"settings\.json is of another run: optimizer\.lr was 0\.02 then"):
         resume(stopped, world=WORLD)
     edit(stopped, optimizer__init_args__lr=0.02)
     (stopped / "checkpoints" / "settings.json").write_bytes(b"\0" * 100)
@@ -96,9 +94,7 @@ def test_what_may_change_may(stopped, whole, tmp_path):
     assert result.summary["weights_sha256"] == whole.summary["weights_sha256"]
     (stopped / "summary.json").unlink()
     (moved / "00.txt").write_text("More words than there were before. " * 40)
-    with pytest.raises(
-        CheckpointError, match=r"is of a run on other data: [\d,]+ training samples then, [\d,]+ now"
-    ):
+    with pytest.raises(CheckpointError, match=r"is of a run on other data: [\d,]+ training samples then, [\d,]+ now"):
         resume(stopped, world=WORLD)
 
 
@@ -166,9 +162,7 @@ def test_a_run_whose_folder_is_removed_is_an_error(recipe, tmp_path):
             shutil.rmtree(folder)
         return ""
 
-    with pytest.raises(
-        FolderLostError, match=r"was removed while its run was going on; step 5 cannot be saved"
-    ):
+    with pytest.raises(FolderLostError, match=r"was removed while its run was going on; step 5 cannot be saved"):
         train(load_config(recipe), folder, world=WORLD, stop=StopRequest(asked))
     assert len(steps) == 5
     assert not folder.exists()

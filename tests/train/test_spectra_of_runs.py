@@ -245,18 +245,14 @@ def test_a_checkpoint_that_is_ahead_of_the_spectra(
 )
 def test_settings_out_of_range(tmp_path: Path, setting: str, value: str, rule: str) -> None:
     recipe = write_recipe(tmp_path)
-    with pytest.raises(
-        ConfigError, match=rf"record.{setting} is '?{value}'? \(from the command line\); {rule}"
-    ):
+    with pytest.raises(ConfigError, match=rf"record.{setting} is '?{value}'? \(from the command line\); {rule}"):
         load_config(recipe, [f"--record.{setting}", value])
 
 
 def test_both_stabilities_are_the_same_measure() -> None:
     """Of a dense phase's basis and of a rotated one."""
     generator = torch.Generator().manual_seed(0)
-    P, Qh = (
-        torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0] for _ in range(2)
-    )
+    P, Qh = (torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0] for _ in range(2))
     whole = torch.eye(6, dtype=torch.float64)
     direct = stability_of(*gram_products(whole, whole, P, Qh))
     assert float(rotation_stability(P, Qh)) == pytest.approx(direct, abs=1e-12)

@@ -33,9 +33,7 @@ def batch(n=8):
 def test_classification_loss_and_metrics():
     data, task = batch(), Classification()
     logits = data["pixel_values"].flatten(1)[:, :3]
-    assert torch.equal(
-        task.loss(Pixels(), data, np.random.default_rng(0)), cross_entropy(logits, data["labels"])
-    )
+    assert torch.equal(task.loss(Pixels(), data, np.random.default_rng(0)), cross_entropy(logits, data["labels"]))
     metrics = task.metrics(task.totals(Pixels(), data) + task.totals(Pixels(), data))
     assert metrics["accuracy"] == (logits.argmax(1) == data["labels"]).double().mean()
     assert metrics["loss"] == pytest.approx(float(cross_entropy(logits, data["labels"])))
@@ -102,9 +100,7 @@ def test_a_loss_by_chunks_is_the_loss_of_all_logits(chunk, around, tied, one_ran
     found = []
     for setting in (None, chunk):
         torch.manual_seed(0)
-        model = GPT2(dim=4, depth=1, heads=2, vocabulary=500).build(
-            {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
-        )
+        model = GPT2(dim=4, depth=1, heads=2, vocabulary=500).build({"input_ids": torch.zeros(1, 16, dtype=torch.long)})
         model = model.double()
         if not tied:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -125,9 +121,7 @@ def test_a_loss_by_chunks_is_the_loss_of_all_logits(chunk, around, tied, one_ran
 
 def test_a_number_of_tokens_needs_a_model_whose_head_gives_the_logits():
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(
-        ConfigError, match="task.loss_chunk is 8; needs one of GPT2LMHeadModel, LlamaForCausalLM, not"
-    ):
+    with pytest.raises(ConfigError, match="task.loss_chunk is 8; needs one of GPT2LMHeadModel, LlamaForCausalLM, not"):
         LanguageModelling(loss_chunk=8).totals(torch.nn.Linear(1, 1), {"input_ids": tokens, "labels": tokens})
 
 
@@ -145,11 +139,7 @@ def windows(n=3, past=20, future=6):
 def test_forecasts_do_not_see_the_future():
     torch.manual_seed(0)
     data = windows()
-    model = (
-        Autoformer(dim=16, mlp_dim=16, heads=2, lags=(1, 2), moving_average=5, label_length=6)
-        .build(data)
-        .eval()
-    )
+    model = Autoformer(dim=16, mlp_dim=16, heads=2, lags=(1, 2), moving_average=5, label_length=6).build(data).eval()
     task = Forecasting()
     with torch.no_grad():
         totals = task.totals(model, data)

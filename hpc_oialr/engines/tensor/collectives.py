@@ -45,9 +45,7 @@ class _Linear(Function):
     """A linear operation and its transpose, which the backward pass swaps, for derivatives of any order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, operation: Operation, transpose: Operation, layout: Sharded, n: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, operation: Operation, transpose: Operation, layout: Sharded, n: int) -> Tensor:
         ctx.backward_arguments = transpose, operation, layout, n
         return operation(x, layout, n)
 

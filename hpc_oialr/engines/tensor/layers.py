@@ -182,8 +182,7 @@ class ShardedLowRankConv3d(ShardedFactors, LowRankConv3d):  # type: ignore[misc,
 
 
 DENSE: dict[str, type[ShardedDense]] = {
-    kind.low_rank_kind: kind
-    for kind in (ShardedLinear, ShardedConv1D, ShardedConv1d, ShardedConv2d, ShardedConv3d)
+    kind.low_rank_kind: kind for kind in (ShardedLinear, ShardedConv1D, ShardedConv1d, ShardedConv2d, ShardedConv3d)
 }
 LOW_RANK: dict[type[LowRankWeight], type[ShardedFactors]] = {
     LowRankLinear: ShardedLowRankLinear,

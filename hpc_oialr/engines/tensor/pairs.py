@@ -53,8 +53,7 @@ def bridges(
             row = [prefix + child for child, layer in children if not isinstance(layer, ELEMENTWISE)]
             found += [((before,), after, 0) for before, after in pairwise(row)]
     features = {
-        name: target.shape if target.kind == "Conv1D" else target.shape[::-1]
-        for name, target in targets.items()
+        name: target.shape if target.kind == "Conv1D" else target.shape[::-1] for name, target in targets.items()
     }  # inputs and outputs
 
     def fits(first: tuple[str, ...], second: str, heads: int) -> bool:

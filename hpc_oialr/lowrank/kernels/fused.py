@@ -68,9 +68,7 @@ def _two_products(
         out = _dot(tile, part, tl.zeros((BLOCK_B, BLOCK_N), tl.float32), PRECISION, WIDEN)
         if HAS_BIAS:
             out += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
-        tl.store(
-            y + rows * N + columns[None, :], out.to(y.dtype.element_ty), (rows < B) & (columns[None, :] < N)
-        )
+        tl.store(y + rows * N + columns[None, :], out.to(y.dtype.element_ty), (rows < B) & (columns[None, :] < N))
 
 
 class Tiles(NamedTuple):
@@ -146,7 +144,5 @@ def _is_faster(device: torch.device, dtype: torch.dtype, rows: int, m: int, n: i
             fused = _time(lambda: two_products(x, P, Q, None))
             return bool(fused < _time(lambda: F.linear(F.linear(x, P), Q)))
     except Exception as error:  # no compiler on this node, too little shared memory on this GPU, ...
-        log.warning(
-            "the fused kernels of low-rank layers do not run here, torch's products are used: %s", error
-        )
+        log.warning("the fused kernels of low-rank layers do not run here, torch's products are used: %s", error)
         return False
