@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -41,15 +42,25 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = call()
     except Exception as error:
-        # torch 2.11 stays on the capture's stream, and its random generator waits for the capture's end for ever.
+        # torch 2.11 stays on the capture's stream, its random generator waits for the capture's end for ever, and what
+        # the step would have held, most of a GPU's memory, stays in the graph's pool.
         torch.cuda.set_stream(stream)
         torch.cuda.synchronize(device)
+        _free_pool(graph, device)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         # The first error is the cause; the end of the capture then raises one of its own.
         cause = str(error.__context__ or error).splitlines() or [type(error).__name__]
         raise CaptureError(cause[0][:160]) from error
     return graph.replay, result
+
+
+def _free_pool(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """End the use of a pool of memory by a capture that failed, as ``torch.cuda.use_mem_pool`` ends its own."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # where a newer torch has done so
+        torch._C._cuda_endAllocateToPool(index, graph.pool())
+        torch._C._cuda_releasePool(index, graph.pool())
 
 
 class GraphedStep:
@@ -150,6 +161,7 @@ def refusal(context: RunContext) -> str:
         "the loss scale of fp16 is read by the host": context.scaler.is_enabled(),
         f"{type(task).__name__} draws random numbers on the host": task.draws,
         f"{type(context.optimizer).__name__} computes on the host": not _is_capturable(context.optimizer),
+        "torch 2.11 compiles blocks anew during a capture, which it cannot": context.config.compile != "off",
         "deterministic algorithms are asked for": torch.are_deterministic_algorithms_enabled(),
     }
     reason = next((reason for reason, applies in reasons.items() if applies), "")

@@ -87,18 +87,6 @@ def test_resumed_between_two_replays(tmp_path: Path, device: torch.device) -> No
     assert course_of_r(halves) == course_of_r(whole)
 
 
-def test_compiled_blocks_in_a_graph(tmp_path: Path, device: torch.device) -> None:
-    if device.type == "cpu":
-        pytest.skip("compiling for a CPU takes a minute")
-    world, over = World.single(device), ["--train.steps", "10", "--oialr.delay", "100"]
-    recipe = settings(tmp_path, compile="blocks")
-    on = train(load_config(recipe, [*over, "--train.cuda_graph", "on"]), tmp_path / "on", world=world)
-    off = train(load_config(recipe, [*over, "--train.cuda_graph", "off"]), tmp_path / "off", world=world)
-    assert on.summary is not None
-    assert (on.summary["cuda_graph"], on.summary["recompilations"]) == ("on", 0)
-    assert losses(on) == pytest.approx(losses(off), rel=2e-3)
-
-
 def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_numbers(
     device: torch.device,
 ) -> None:
@@ -108,7 +96,7 @@ def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_number
     module = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5)).to(device)
 
     def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = module(batch["x"]).square().mean()
+        loss = module(batch["x"]).square().mean() + torch.zeros(1 << 24, device=device).sum()
         assert loss.item() > 0
         loss.backward()
         module.zero_grad()
@@ -121,6 +109,8 @@ def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_number
     torch.manual_seed(0)
     assert found == [float(step({"x": batch["x"].to(device)})) for _ in range(6)]
     assert graphed.status.startswith("off: it cannot be captured (")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) < 1 << 26, "memory of the failed capture is free again"
     # Another capture works after it.
     replay, result = capture(lambda: torch.rand(4, device=device), device)
     replay()

@@ -29,7 +29,7 @@ def test_an_svd_is_accurate(shape: tuple[int, int], smallest: float, device: tor
     assert {t.device.type for t in (U, s, Vh)} == {device.type}
     assert {t.dtype for t in (U, s, Vh)} == {torch.float32}
     exact = torch.linalg.svdvals(A.float().double())
-    assert (s.cpu().double() - exact).abs().max() < 5e-6
+    assert (s.cpu().double() - exact).abs().max() < 2e-5  # of gesvdj, where memory is too short for a Gram matrix
     for Q in (U.cpu().double(), Vh.mT.cpu().double()):
         assert torch.linalg.norm(Q.mT @ Q - torch.eye(Q.shape[1])) < 1e-4
     product = U.cpu().double() * s.cpu().double() @ Vh.cpu().double()
@@ -89,8 +89,8 @@ def test_a_driver_that_fails_is_followed_by_the_next(
     attempts = 4 if device.type == "cuda" else 3
     A = matrix(96, 48, 0.1).float().to(device)
     monkeypatch.setattr(torch.linalg, "svd", unreliable)
-    real_gram = gram_svd(A[None])
-    monkeypatch.setattr("hpc_oialr.linalg.svd.gram_svd", lambda A, form: [part * torch.nan for part in real_gram])
+    missed = [part * torch.nan for part in gram_svd(A[None], form="eigh")]
+    monkeypatch.setattr("hpc_oialr.linalg.svd.gram_svd", lambda A, form: missed)
     if failures == attempts:
         with pytest.raises(NonFiniteError, match="no SVD of matrix .* converged"):
             svd(A)

@@ -2,9 +2,9 @@
 
 Forward pass of a layer: P = Vh, Q = U S. Backward pass: x = dy, P = U^T, Q = (S Vh)^T, so that t and y are the gradients
 of ``U^T y`` and of the layer's input. The r-wide tile stays on the chip, so x is read once, t and y are written once: B
-(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r). On an H100 with bf16 inputs
-cuBLAS 13.0 was faster at every shape tried all the same (``benchmarks/results/gpu_notes.md``), so each kind of shape
-is measured before the kernel is used.
+(m + n + r) numbers of traffic each way, where two calls of cuBLAS move B (m + n + 2 r). On an H100 cuBLAS 13.0 was faster
+at every shape tried all the same (``benchmarks/results/gpu_notes.md``); on other GPUs each kind of shape is measured
+before the kernel is used.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_R = 512
 # Above, the kernel took five times as long as two products of cuBLAS: the r-wide tile leaves no registers to hide loads.
 WORTH_TRYING = 256
-# A batch of this many rows fills any GPU; more take as much longer on both sides.
-TRIAL_ROWS = 16_384
+# From this capability on cuBLAS was faster at every shape tried, by 1.2 times and more (Hopper, measured on an H100).
+SLOWER = (9, 0)
+# A batch of this many rows fills any GPU, and its input no L2 cache holds.
+TRIAL_ROWS = 65_536
 # Triton's interpreter, which runs these kernels on a CPU, keeps bf16 as its bits and multiplies those: WIDEN there.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -90,7 +92,8 @@ def tiles(r: int) -> Tiles:
     return Tiles(128, 64, 64, 8, 3) if r <= 256 else Tiles(64, 64, 64, 4, 3)
 
 
-_time = functools.partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")
+# In a graph: the launches of two products take longer than their difference to one kernel.
+_time = functools.partial(triton.testing.do_bench_cudagraph, rep=20, return_mode="median")
 
 
 def _numerics(x: Tensor) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def two_products(x: Tensor, P: Tensor, Q: Tensor, bias: Tensor | None) -> tuple[
 def fused_is_faster(x: Tensor, A: Tensor, C: Tensor) -> bool:
     """Whether :func:`two_products` is faster than torch in this layer's forward pass, measured once a kind of shape."""
     r, n = A.shape
-    if x.dtype not in DTYPES or r > WORTH_TRYING:
+    if x.dtype not in DTYPES or r > WORTH_TRYING or torch.cuda.get_device_capability(x.device) >= SLOWER:
         return False
     # Powers of two: the kernel's tiles are, and r changes at every update.
     rows = min(TRIAL_ROWS, triton.next_power_of_2(x.numel() // n))
