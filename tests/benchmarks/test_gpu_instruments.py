@@ -104,7 +104,7 @@ class FakeCuda(types.SimpleNamespace):
             self.replays += 1
             self.clock_ms += 6.0
 
-        return types.SimpleNamespace(replay=replay)
+        return types.SimpleNamespace(replay=replay, pool=lambda: "its pool")
 
     def graph(self, graph, pool=None, capture_error_mode=None):
         cuda = self
@@ -122,8 +122,10 @@ class FakeCuda(types.SimpleNamespace):
 
 
 def test_a_call_that_cannot_be_captured_runs_eagerly_and_says_why(monkeypatch):
-    cuda = FakeCuda(fails=True)
+    cuda, freed = FakeCuda(fails=True), []
     monkeypatch.setattr(torch, "cuda", cuda)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given: freed.append(given))
     calls = []
 
     def waits():
@@ -136,6 +138,7 @@ def test_a_call_that_cannot_be_captured_runs_eagerly_and_says_why(monkeypatch):
     assert method == "eager: operation not permitted when stream is capturing"
     assert cuda.streams == ["the caller's"]
     assert cuda.states == ["capturing", "a copy"]
+    assert freed == [(0, "its pool"), (0, "its pool")]
     assert calls == [False, False, False, True]
 
 
