@@ -29,8 +29,8 @@ RUNS = [
 # The trainer's clock is told to count processor time; nothing else in the process is changed.
 CHILD = """
 import sys, time, types
-from hpc_oialr.train import timers
-timers.time = types.SimpleNamespace(perf_counter=time.process_time)
+from hpc_oialr.train import timing
+timing.time = types.SimpleNamespace(perf_counter=time.process_time)
 from hpc_oialr.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -11,10 +11,8 @@ import torch
 
 _NAMES = ("wall", "update", "data_wait", "eval", "checkpoint")
 _SAFETY = 2.0  # times the longest step and the longest checkpoint so far are kept
-_FIRST_SHARE, _FIRST_MOST_S = (
-    0.1,
-    120.0,
-)  # assumed for the first checkpoint: share of the time left, at most (s)
+# Assumed for the first checkpoint: this share of the time left, at most so many seconds.
+_FIRST_SHARE, _FIRST_MOST_S = 0.1, 120.0
 _EXIT_S = 10.0  # closing files, ending the process, asking for another job
 
 

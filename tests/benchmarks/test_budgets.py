@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def test_schedules_scale_with_the_budget() -> None:
         "--oialr.delay", "224", "--oialr.frequency", "240", "--train.epochs", "14",
     ]  # fmt: skip
     assert budgets.settings("dense", 0.5) == [*budgets.DENSE, "--train.epochs", "0.5"]
+
+
+def test_the_child_finds_the_clock_it_replaces() -> None:
+    done = subprocess.run([sys.executable, "-c", budgets.CHILD, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_its_own_length_is_the_recipe() -> None:
