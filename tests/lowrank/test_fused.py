@@ -31,6 +31,23 @@ def test_output_and_all_gradients_against_float64() -> None:
     assert errors["float16"] < 2e-3
 
 
+def test_every_way_to_compute_gives_the_same_training_run() -> None:
+    """The same r at every step; losses differ by rounding, which Muon's sign-like steps enlarge a little."""
+    script = Path(__file__).parents[1] / "support" / "execution_paths.py"
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)
+    expected = runs.pop("three products")
+    assert len(runs) == 5
+    assert expected["r"][0] == {}
+    assert len({str(r) for r in expected["r"]}) == 4, "before, at the conversion, and after two cuts"
+    assert expected["losses"][-1] < 0.5 * expected["losses"][0]
+    for name, run in runs.items():
+        assert run["r"] == expected["r"], name
+        assert run["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
+
+
 def test_where_the_kernels_do_not_run_torchs_products_are_used(caplog: pytest.LogCaptureFixture) -> None:
     from hpc_oialr.lowrank.kernels.fused import _is_faster
 
