@@ -347,10 +347,18 @@ def support() -> str:
     return summary(result) + "\n" + origin("support", result["environment"])
 
 
+def gpu() -> str:
+    """Layers, steps and updates on one GPU."""
+    from benchmarks.gpu.measured import summary  # which uses this file's helpers
+
+    return summary()
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "budgets": budgets,
     "cifar": cifar,
+    "gpu": gpu,
     "layer": layer,
     "step": step,
     "settings": settings,

@@ -1,81 +1,297 @@
-"""What a layer should take on a GPU, before it is measured: writes `benchmarks/results/gpu_notes.md` to stdout.
+"""What a layer should take on a GPU, and what it took: writes `benchmarks/results/gpu_notes.md` to stdout.
 
 Each product or fused kernel takes the longer of its operations at the rate of large products and its bytes at two thirds
-of the speed of copies, both measured on one H200 (torch 2.11, bf16, commit 64dc837).
+of the speed of copies, both of one card in bf16. Outcomes are read from the committed file (`measured.py`).
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-FLOPS_PER_S, BYTES_PER_S = 780e12, 4.3e12 * 2 / 3
-TOKENS = 50_432
+from benchmarks.common import Row
+from benchmarks.gpu import measured
+from benchmarks.gpu.measured import PARTS, TOKENS, event, fastest, layer, number, pairs, rows, way
+from benchmarks.readme import load, table
+
 SHAPES = ((768, 768), (3072, 768), (2048, 2048))
-# Measured then: time over dense of the folded core by torch's products, at k/2, k/4 and k/8.
+# Measured on an H200 at commit 64dc837: time over dense of the folded core by torch's products, at k/2, k/4 and k/8.
 FOLDED_THEN = {
     (768, 768): (1.18, 1.14, 1.02),
     (3072, 768): (0.59, 0.36, 0.30),
     (2048, 2048): (0.91, 0.46, 0.26),
 }
+# Aimed at: time over the fastest dense run of the same code, and seconds.
+LAYER_GOALS = {(768, 768): (0.85, 0.55, 0.40), (3072, 768): (0.50, 0.30, 0.20), (2048, 2048): (0.80, 0.42, 0.22)}
+STEP_GOALS = {"ViT-B/16": 0.60, "Llama-like 350M": 0.55, "mini ViT": 0.75}
+EVENT_GOALS = {("update", 0.25): 0.15, ("conversion", 0.5): 1.0}
+# Parts of kernels' names; the first that fits. Products come before what a compiler fuses into none of them.
+KINDS = {
+    "products": ("nvjet", "gemm", "_two_products"),
+    "attention": ("sdpa", "dot_do_o", "convert_dq"),
+    "activations": ("gelu", "Gelu", "silu", "tanh"),
+    "norms": ("layer_norm", "GammaBeta", "mul_pow_sum"),
+}
+# Weights of a block of ViT-B/16 (m, n, how many), of 12 blocks.
+VIT_BLOCK = ((768, 768, 4), (3072, 768, 2))
+
+
+class Card(NamedTuple):
+    """Rates of large products in bf16 and of copies."""
+
+    flops_per_s: float
+    copied_bytes_per_s: float
+
+    def seconds(self, operations: float, numbers: float) -> float:
+        """Of one kernel in bf16."""
+        return max(2 * operations / self.flops_per_s, 2 * numbers / (self.copied_bytes_per_s * 2 / 3))
+
+    def product(self, a: int, b: int, c: int) -> float:
+        """(a x b) (b x c) by one call."""
+        return self.seconds(a * b * c, a * b + b * c + a * c)
+
+    def fused(self, tokens: int, K: int, N: int, r: int) -> float:
+        """``t = x P^T`` and ``y = t Q^T`` in one kernel."""
+        return self.seconds(tokens * r * (K + N), tokens * (K + N + r) + r * (K + N))
+
+    def ratios(self, m: int, n: int, r: int, tokens: int = TOKENS) -> tuple[float, float]:
+        """Time over dense of the folded core by five products, and by two fused kernels and one product."""
+        dense = self.product(tokens, n, m) + self.product(tokens, m, n) + self.product(m, tokens, n)
+        core = self.product(r, tokens, r)
+        five = sum(self.product(tokens, a, b) for a, b in ((n, r), (r, m), (m, r), (r, n))) + core
+        return five / dense, (self.fused(tokens, n, m, r) + self.fused(tokens, m, n, r) + core) / dense
+
+
+H200 = Card(780e12, 4.3e12)
+
+
+def h100() -> Card:
+    """As the committed file has it."""
+    return Card(measured.card("product bf16")["tflop_per_s"] * 1e12, measured.card("copy")["tb_per_s"] * 1e12)
+
+
+def layers() -> str:
+    """Predictions beside outcomes."""
+    lines, here = [], h100()
+    for m, n in SHAPES:
+        for part, then in zip(PARTS, FOLDED_THEN[m, n], strict=True):
+            r = min(m, n) // part
+            operations = (2 * TOKENS * r * (m + n) + TOKENS * r * r) / (3 * TOKENS * m * n)
+            predicted = [f"{ratio:.2f}" for card in (H200, here) for ratio in card.ratios(m, n, r)]
+            outcome = [number(layer(m, n, part, variant)) for variant in ("folded", "fused")]
+            before = [*predicted[:2], f"{then:.2f}"]
+            lines.append([f"{m} x {n}", f"k/{part}", f"{operations:.2f}", *before, *predicted[2:], *outcome])
+    header = ("folded, predicted", "fused, predicted")
+    columns = [f"H200: {header[0]}", header[1], "folded, measured", f"H100: {header[0]}", header[1]]
+    return table(["layer", "r", "operations", *columns, "folded, measured", "fused, measured"], lines)
+
+
+def goals() -> str:
+    """What was aimed at and what was reached."""
+    lines = []
+    for (m, n), wanted in LAYER_GOALS.items():
+        for part, goal in zip(PARTS, wanted, strict=True):
+            row, dense = layer(m, n, part, "folded"), layer(m, n, part, "dense")
+            assert row is not None
+            assert dense is not None
+            limit = row["floor_ms"] / dense["ms"]
+            why = f"{row['tb_per_s']:.1f} TB/s, {row['tflop_per_s']:.0f} TFLOP/s; {limit:.2f} at full speed"
+            lines.append([f"layer {m} x {n}, k/{part}", *_judged(row["time_ratio"], goal), why])
+    for model, goal in STEP_GOALS.items():
+        dense, low = fastest(model, None), fastest(model, 0.25)
+        why = f"{low['ms']:.1f} ms ({way(low)}) against {dense['ms']:.1f} ms ({way(dense)})"
+        lines.append([f"{model}, k/4", *_judged(low["ms"] / dense["ms"], goal), why])
+    for (what, r), goal in EVENT_GOALS.items():
+        row, other = event("ViT-B/16", what, r), event("ViT-B/16", what, r, "gesvdj")
+        assert row is not None
+        why = f"{row['layers']} layers, {row['synchronisations']} waits; {number(other, 'seconds')} s by gesvdj"
+        lines.append([f"ViT-B/16, {what} at k/{1 / r:.0f}, s", *_judged(row["seconds"], goal), why])
+    return table(("what", "goal", "measured", "", "how"), lines)
+
+
+def _judged(value: float, goal: float) -> tuple[str, str, str]:
+    return f"{goal:.2f}", f"{value:.2f}", "reached" if value <= goal else "missed"
+
+
+def kernels() -> str:
+    """Milliseconds of the longest kernels of each step, by what they do."""
+    lines = []
+    for pair in pairs():
+        for row in pair:
+            by_kind = sums(row)
+            r = "dense" if row["r_over_k"] is None else "k/4"
+            launches = [f"{row['kernels']:,}", f"{1e3 * row['ms'] / row['kernels']:.0f}"]
+            times = [f"{ms:.1f}" for ms in (row["ms"], sum(by_kind.values()), *by_kind.values())]
+            lines.append([row["model"], way(row), r, *times, *launches, f"{row['spread']:.0%}"])
+    header = ("model", "mode", "r", "step", "listed kernels", *KINDS, "rest", "launches", "us", "scatter")
+    return table(header, lines)
+
+
+def sums(row: Row) -> dict[str, float]:
+    """Milliseconds for each of :data:`KINDS`, and "rest"."""
+    found = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for name, ms in row["kernel_ms"].items():
+        found[next((kind for kind, parts in KINDS.items() if any(p in name for p in parts)), "rest")] += ms
+    return found
+
+
+def vit_bounds() -> tuple[float, float]:
+    """Least time of the products of ViT-B/16's linear layers (ms): dense by operations, at k/4 by bytes."""
+    here, r = h100(), 192
+    weights = 12 * sum(m * n * count for m, n, count in VIT_BLOCK)
+    numbers = 12 * sum((2 * (m + n) + 6 * r) * count for m, n, count in VIT_BLOCK)
+    return 1e3 * 6 * TOKENS * weights / here.flops_per_s, 1e3 * 2 * TOKENS * numbers / here.copied_bytes_per_s
+
+
 HEAD = """# Notes on the GPU's speed: prediction first, outcome beside it
 
-Written by `python -m benchmarks.gpu.predict`. One linear layer, forward and backward, bf16, {tokens:,} tokens, time over
-dense. Launches: dense 3, three products 7, folded 5 (and 2 small ones that fold), fused 3 (and the same 2).
+Written by `python -m benchmarks.gpu.predict`. Outcomes are those of `benchmarks/results/{name}.json` (commit
+10ff24d). Where "trial" is said, they are of a script on a card of the same kind that is not in the repository, so
+these figures cannot be checked here.
 
-| layer | r | operations | predicted, folded | measured, folded (64dc837) | predicted, fused | measured, fused |
-| --- | --- | --- | --- | --- | --- | --- |"""
-TAIL = """
-What the prediction says: five separate products would come close to the fused kernels if cuBLAS ran thin shapes at the
-memory's speed. The measured ones are up to twice the prediction, so the kernels must win by their tiles, not by fewer
-bytes. A 768 x 768 layer is bound by its own input and output: even r = 1 would take {limit:.2f} of dense.
+## One layer
 
-Muon's step on 64 cores, r from 129 to 192, and one 768 x 768 weight: 1,261 launches with a batch for each shape, 191 with
-cores padded to 192 in one batch, of which 127 copy cores into it and out of it (counted in `tests/optim/test_muon.py`).
-Predicted in eager mode, at 5 us a launch: 6.3 and 1.0 ms. Not measured yet.
+Forward and backward, bf16, {tokens:,} tokens, time over dense. Launches: dense 3, three products 7, folded 5 (and 2
+small ones that fold), fused 3 (and the same 2). H200: predicted before a fused kernel had run; "folded, measured" is
+of commit 64dc837. H100: the same rule, applied afterwards to its {tflops:.0f} TFLOP/s and {tbs:.2f} TB/s.
+"""
+FUSED = """
+**The fused kernels lost.** They ran at k/4, five shapes with two numbers of tokens, and took {low:.1f} to {high:.1f}
+times as long as cuBLAS's five products, although they move fewer bytes: the rule takes two thirds of the copy speed
+for granted, and at 768 x 768 they moved {fused_tbs:.1f} TB/s. In the trial none of six tiles at 768 x 768, r = 192
+beat cuBLAS: the forward pass took .17 ms at best, .10 ms by two calls of cuBLAS. The likely reason, not shown by a
+profile: the r-wide fp32 tile fills the registers, so one block runs on a multiprocessor and its loads are not hidden.
+Autotuning made the first step take 69 s (trial) and is gone. In this run the package chose the kernel at 768 x 768,
+k/4 by a measurement of its own, and was slower by it: {factored} of dense, where "folded" took {folded}. Since then
+cards of capability 9.0 use cuBLAS without trying.
 
-Update and conversion of ViT-B/16's 73 layers by `gram_svd`, with 16 host cores (one takes 2.8 and 16 ms for the
-eigenvectors of a 192 x 192 and a 384 x 384 matrix): at k/4 13 ms for eigenvectors on the host and 90 ms for Python
-(process time of an update of 73 layers of 32 x 32 on a CPU, which computes hardly anything), .11 s together, .54 before;
-at k/2 73 and 90 ms, 1.04 s before. Conversion: 73 x 7.8 ms for eigenvectors on the GPU, 90 ms for Python and 40 ms for
-products in float64, .7 s together, 2.7 s before. Not measured yet; sections update and svd do.
+## What was aimed at
 
-Not measured yet: no GPU has run the fused kernels. `python -m benchmarks.gpu` has a variant for each column."""
+Layers have their core folded. "At full speed": the bytes or operations of the folded products at the card's rates,
+over the measured dense time. Steps are compared with the fastest dense step of the model in any mode.
+"""
+STEPS = """
+Thin products reach neither the rate of large products nor the speed of copies; dense ones are near the former. At
+3072 x 768, k/8 the goal asks for more than the folded products could give at full speed.
+
+## Steps
+
+Milliseconds. The file keeps the 16 longest kernels of a step; general elementwise kernels of eager mode count as
+"rest". "us" is the step's time over its launches; a bare launch takes {eager:.1f} us from Python and {graph:.1f} us
+in a graph.
+"""
+OUTCOME = """
+- **ViT-B/16 missed.** Products take {dense:.1f} ms dense, of which {dense_bound:.1f} ms are due at the rate of large
+  products. At k/4 they take {low:.1f} ms, of which {low_bound:.1f} ms are due for the bytes of the linear layers, 2
+  (m + n) + 6 r numbers a token, at the speed of copies: they can give {left:.1f} ms more. The other listed kernels
+  take {rest:.1f} ms, so even with free products the step would be {free:.2f} of dense or more. The step is {idle:.1f}
+  ms longer than its listed kernels (all kernels: about 52 ms in the trial): most likely it waits for the host, which
+  launches {launches:,} kernels, one every {every:.0f} us.
+- The trial shows the same kernels with a faster host side, the whole model in bf16: 54.1 ms with compiled blocks
+  (dense 72.5: .75), of which the 22 longest kernels are 50.3 and products 18.8. Free products would leave .43 of
+  dense or more. Eager 62.9 (dense 80.1); under autocast 93.1 eager (dense 102.3), 67.7 with compiled blocks (dense
+  77.6).
+- **The dense step of at most 65 ms was missed too:** {fastest:.1f} ms, 72.5 in the trial.
+- **Llama-like: missed by little** ({llama:.3f}), both sides in a CUDA graph of compiled blocks. The replayed loss was
+  not looked at.
+- **Mini ViT missed.** Its listed kernels take {mini_kernels:.1f} of {mini:.1f} ms at k/4: it is bound by launches. In
+  the trial, eager 43.5 (dense 27.1), in a CUDA graph 21.8 (dense 25.5: .85); with Muon eager 41.4 (32.2), in a graph
+  22.1 (28.7: .77). This file has a dense eager step of {mini_dense:.1f} ms; 21.8 is {mini_ratio:.2f} of that. Epochs
+  were not measured.
+- **GPT-2 gains nothing.** {gpt_head:.1f} ms of its step are three kernels for unaligned data (`align1` in their
+  names), as long in the dense step: those of the head, whose vocabulary of 50,257 is odd.
+- **Graphs of compiled blocks.** The capture failed for both ViTs ("backend='inductor' raised"), whose blocks were
+  launched one by one; it worked for the Llama-like model. The package captures none of them since. Memory stayed
+  reserved after it: GPT-2 in that mode and every run of Muon ended out of memory ({errors}), and {left_out} cases had
+  no time left. Muon's steps are not measured.
+
+## Muon's step
+
+On 64 cores, r from 129 to 192, and one 768 x 768 weight: 1,261 launches with a batch for each shape, 191 with cores
+padded to 192 in one batch, of which 127 copy cores into it and out of it (counted in `tests/optim/test_muon.py`).
+Predicted in eager mode, at 5 us a launch: 6.3 and 1.0 ms; at the measured {eager:.1f} us twice that. Not measured.
+
+## Update and conversion of ViT-B/16
+
+Predicted with eigenvectors of Gram matrices, those of an update on 16 host cores: .11 s for an update at k/4, .16 s
+at k/2, .7 s for the conversion. Measured: {update4:.2f}, {update2:.2f} and {conversion:.2f} s; {update4_then:.2f},
+{update2_then:.2f} and {conversion_then:.2f} s by gesvdj. **The update at k/4 missed .15 s.** SVDs were by then gesvda
+in float64, on the GPU and a batch at once (trial, 73 matrices of 192 x 192 in fp32: 12 ms; gesvdj 351, eigh in
+float64 111), so most of that time is presumably not theirs; it was not profiled. The conversion's peak was
+{conversion_gib:.1f} GiB, {conversion_then_gib:.1f} by gesvdj and {dense_gib:.1f} in a dense step of the optimizer."""
 
 
-def seconds(operations: float, numbers: float) -> float:
-    """Of one kernel in bf16."""
-    return max(2 * operations / FLOPS_PER_S, 2 * numbers / BYTES_PER_S)
+def filled(text: str) -> str:
+    """Paragraphs, headings and items of a list, wrapped."""
+    blocks = []
+    for block in re.split(r"\n(?=\n|- |#)", text):
+        indent = "  " if block.startswith("- ") else ""
+        words = " ".join(block.split())
+        wrapped = textwrap.fill(words, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        blocks.append("\n" * block.startswith("\n") + wrapped)
+    return "\n".join(blocks) + "\n" * text.endswith("\n")
 
 
-def product(a: int, b: int, c: int) -> float:
-    """(a x b) (b x c) by one call."""
-    return seconds(a * b * c, a * b + b * c + a * c)
-
-
-def fused(tokens: int, K: int, N: int, r: int) -> float:
-    """``t = x P^T`` and ``y = t Q^T`` in one kernel."""
-    return seconds(tokens * r * (K + N), tokens * (K + N + r) + r * (K + N))
-
-
-def ratios(m: int, n: int, r: int, tokens: int = TOKENS) -> tuple[float, float, float]:
-    """Operations, and time over dense of the folded core by five products and by two fused kernels and one product."""
-    dense = product(tokens, n, m) + product(tokens, m, n) + product(m, tokens, n)
-    core = product(r, tokens, r)
-    five = sum(product(tokens, a, b) for a, b in ((n, r), (r, m), (m, r), (r, n))) + core
-    operations = (2 * tokens * r * (m + n) + tokens * r * r) / (3 * tokens * m * n)
-    return operations, five / dense, (fused(tokens, n, m, r) + fused(tokens, m, n, r) + core) / dense
-
-
-def lines() -> Sequence[str]:
+def lines() -> Iterator[str]:
     """The notes."""
-    rows = []
-    for m, n in SHAPES:
-        for part, then in zip((2, 4, 8), FOLDED_THEN[m, n], strict=True):
-            operations, folded, both = ratios(m, n, min(m, n) // part)
-            rows.append(f"| {m} x {n} | k/{part} | {operations:.2f} | {folded:.2f} | {then:.2f} | {both:.2f} | - |")
-    limit = ratios(768, 768, 1)[2]
-    return [HEAD.format(tokens=TOKENS), *rows, TAIL.format(limit=limit)]
+    here = h100()
+    by_key: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in rows("layer"):
+        by_key.setdefault(tuple(row[key] for key in ("m", "n", "r", "tokens")), {})[row["variant"]] = row
+    lost = [found["fused"]["ms"] / found["folded"]["ms"] for found in by_key.values() if "fused" in found]
+    tflops, tbs = here.flops_per_s / 1e12, here.copied_bytes_per_s / 1e12
+    yield filled(HEAD.format(name=measured.NAME, tokens=TOKENS, tflops=tflops, tbs=tbs))
+    yield layers()
+    square = by_key[768, 768, 192, TOKENS]
+    chosen = {variant: number(square[variant]) for variant in ("factored", "folded")}
+    yield filled(FUSED.format(low=min(lost), high=max(lost), fused_tbs=square["fused"]["tb_per_s"], **chosen))
+    yield goals()
+    launch = measured.card("launch")
+    yield filled(STEPS.format(eager=launch["eager_us"], graph=launch["graph_us"]))
+    yield kernels()
+    yield filled(OUTCOME.format(eager=launch["eager_us"], **outcome()))
+
+
+def outcome() -> dict[str, Any]:
+    """Figures of the last part."""
+    dense, low = fastest("ViT-B/16", None), fastest("ViT-B/16", 0.25)
+    by_kind, (dense_bound, low_bound) = sums(low), vit_bounds()
+    listed = sum(by_kind.values())
+    mini, mini_dense, gpt = fastest("mini ViT", 0.25), fastest("mini ViT", None), fastest("GPT-2 124M", 0.25)
+    section = load(measured.NAME)["sections"]["step"]
+    found: dict[str, Any] = {
+        "errors": len(section["errors"]),
+        "left_out": len(section["left out"]),
+        "dense": sums(dense)["products"],
+        "dense_bound": dense_bound,
+        "low": by_kind["products"],
+        "low_bound": low_bound,
+        "left": by_kind["products"] - low_bound,
+        "rest": listed - by_kind["products"],
+        "free": (listed - by_kind["products"]) / dense["ms"],
+        "step": low["ms"],
+        "idle": low["ms"] - listed,
+        "launches": low["kernels"],
+        "every": 1e3 * low["ms"] / low["kernels"],
+        "fastest": dense["ms"],
+        "llama": fastest("Llama-like 350M", 0.25)["ms"] / fastest("Llama-like 350M", None)["ms"],
+        "mini": mini["ms"],
+        "mini_kernels": sum(sums(mini).values()),
+        "mini_dense": mini_dense["ms"],
+        "mini_ratio": 21.8 / mini_dense["ms"],
+        "gpt_head": sum(ms for name, ms in gpt["kernel_ms"].items() if "align1" in name),
+    }
+    events = {"update4": ("update", 0.25), "update2": ("update", 0.5), "conversion": ("conversion", 0.5)}
+    for name, (what, r) in events.items():
+        for suffix, svd in (("", "Gram matrix"), ("_then", "gesvdj")):
+            row = event("ViT-B/16", what, r, svd)
+            assert row is not None
+            found[name + suffix], found[f"{name}{suffix}_gib"] = row["seconds"], row["peak_gib"]
+            found["dense_gib"] = row.get("dense_gib")
+    return found
 
 
 if __name__ == "__main__":
