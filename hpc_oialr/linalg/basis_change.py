@@ -118,16 +118,18 @@ def triangular_factor(s: Tensor, Vh: Tensor) -> Tensor:
     return turned
 
 
+@exact_arithmetic()
 def orthogonality_error(Q: Tensor, group: Group = None) -> float:
     """``||Q^T Q - I||_F / sqrt(r)`` for Q in row blocks (m_p x r); for ``Vh`` in columns pass ``Vh.mT``."""
-    return float(gram_error(Q, group))
+    return float(gram_errors([Q], group))
 
 
-@exact_arithmetic()
-def gram_error(Q: Tensor, group: Group = None) -> Tensor:
-    """:func:`orthogonality_error` as a tensor of shape (), on the device of Q: no synchronization with a GPU."""
-    Q = Q.detach().to(compute_dtype(Q.dtype))
-    gram = communicator(group).all_reduce(Q.mT @ Q)
-    gram.diagonal().sub_(1)
-    error: Tensor = torch.linalg.matrix_norm(gram) / max(1.0, math.sqrt(Q.shape[1]))
-    return error
+def gram_errors(bases: Sequence[Tensor], group: Group = None) -> Tensor:
+    """:func:`orthogonality_error` of bases of one r, on their device, without waiting for it; in exact arithmetic."""
+    Qs = [Q.detach().to(compute_dtype(Q.dtype)) for Q in bases]
+    grams = torch.stack([Q.mT @ Q for Q in Qs])
+    if group is not None:
+        grams = communicator(group).all_reduce(grams)
+    grams.diagonal(dim1=-2, dim2=-1).sub_(1)
+    errors: Tensor = torch.linalg.matrix_norm(grams) / max(1.0, math.sqrt(grams.shape[-1]))
+    return errors

@@ -17,6 +17,7 @@ from hpc_oialr.linalg.gram_svd import FORMS, Form, gram_svd
 PIECE_VALUES = 1 << 18
 # Of gram_svd, for each number of a matrix: about twelve float64 matrices at once.
 GRAM_BYTES = 96
+UNKNOWN_ROOM = 1 << 62
 
 
 class SVD(NamedTuple):
@@ -86,27 +87,23 @@ def svds(matrices: Sequence[Tensor], names: Sequence[str], *, careful: bool = Tr
     """:func:`svd` of matrices of one shape: one batch on a GPU, a loop elsewhere and for those that fail in it."""
     found: list[SVD | None] = [None] * len(matrices)
     fp32 = compute_dtype(matrices[0].dtype) == torch.float32
-    at_once = _that_fit(matrices[0], len(matrices))
-    for form in FORMS if matrices[0].is_cuda and fp32 and at_once > 1 else ():
+    for form in FORMS if matrices[0].is_cuda and fp32 else ():
         left = [i for i, done in enumerate(found) if done is None]
         if len(left) < 2:
             break
-        for part in (left[start : start + at_once] for start in range(0, len(left), at_once)):
-            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                U, s, Vh = gram_svd(torch.stack([matrices[i].detach().float() for i in part]), form=form)
-                right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(part)
-                for i, *parts, ok in zip(part, U, s, Vh, right, strict=True):
-                    found[i] = SVD(*parts) if ok else None
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            U, s, Vh = gram_svd(torch.stack([matrices[i].detach().float() for i in left]), form=form)
+            right = torch.isfinite(s).all(-1).tolist() if careful else [True] * len(left)
+            for i, *parts, ok in zip(left, U, s, Vh, right, strict=True):
+                found[i] = SVD(*parts) if ok else None
     return [done or svd(A, name=name, careful=careful) for done, A, name in zip(found, matrices, names, strict=True)]
 
 
-def _that_fit(A: Tensor, count: int) -> int:
-    """How many of ``count`` matrices like A :func:`gram_svd` may take at once without a new peak of a GPU's memory."""
-    if not A.is_cuda:
-        return count
-    held, peak = torch.cuda.memory_allocated(A.device), torch.cuda.max_memory_allocated(A.device)
+def bytes_below_peak(device: torch.device) -> int:
+    """How much more of a GPU's memory may be in use without a new peak; :data:`UNKNOWN_ROOM` before a step shows it."""
+    held, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     # Without a step since the peak was last set back it tells nothing.
-    return count if peak <= 1.02 * held else min(count, (peak - held) // (GRAM_BYTES * A.numel()))
+    return UNKNOWN_ROOM if peak <= 1.02 * held else peak - held
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -114,7 +111,7 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _attempts(A: Tensor, *, on_gpu: bool) -> Iterator[Callable[[], Sequence[Tensor]]]:
-    if on_gpu and A.dtype == torch.float32 and _that_fit(A, 1):
+    if on_gpu and A.dtype == torch.float32 and GRAM_BYTES * A.numel() <= bytes_below_peak(A.device):
         for form in FORMS:
             yield partial(_by_gram_matrix, A, form)
     for driver in ("gesvdj", "gesvd") if on_gpu else (None,):

@@ -21,6 +21,11 @@ class LayerWork:
     n: int
     held: int | None = None
 
+    @property
+    def numbers(self) -> int:
+        """``held``, or m n."""
+        return self.m * self.n if self.held is None else self.held
+
 
 @dataclass(frozen=True)
 class Task:
@@ -85,7 +90,7 @@ def svd_rounds(
     # By rank and shape: the batch that is being filled, and how many more numbers it may hold.
     latest: dict[tuple[int, int, int], tuple[list[int], int]] = {}
     for i, (layer, rank) in enumerate(zip(layers, owners, strict=True)):
-        alike, numbers = (rank, layer.m, layer.n), layer.m * layer.n if layer.held is None else layer.held
+        alike, numbers = (rank, layer.m, layer.n), layer.numbers
         batch, room = latest.get(alike, ([], -1))
         if room < numbers:
             batch, room = [], batch_numbers

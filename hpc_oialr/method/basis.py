@@ -35,8 +35,8 @@ Move = tuple[Tensor | None, Tensor | None]  # by which a gradient is multiplied,
 class BasisUpdater:
     """Applies conversions and rotations to a model, its optimizer and its running averages, e.g. ``AveragedModel``.
 
-    All changes are made inside ``engine.changing(model)``. The optimizer's groups keep their order; a core takes the
-    place of its weight.
+    All changes are made inside ``engine.changing(model)``, in exact arithmetic. The optimizer's groups keep their order;
+    a core takes the place of its weight.
     """
 
     def __init__(
@@ -104,7 +104,6 @@ class BasisUpdater:
             self.order(targets)
         return found
 
-    @exact_arithmetic()
     def convert(self, target: TargetWeight, U: Tensor, s: Tensor, Vh: Tensor) -> None:
         """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
 
@@ -124,7 +123,6 @@ class BasisUpdater:
             core = transform_average(twin.weight, U, Vh)
             convert_weight(twin, U.clone(), core, Vh.clone(), **self._options).S.requires_grad_(False)
 
-    @exact_arithmetic()
     def rotate(self, target: TargetWeight, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool) -> None:
         """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``, with P (r x r'), s and Qh (r' x r) cut to the new r'.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from weakref import ReferenceType as Ref
 
@@ -135,7 +136,7 @@ def check_free_bases(
 def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
     """Raise :class:`NonFiniteError`, naming the layers, on every rank before anything changes.
 
-    One read-back; for sharded parameters one all-reduce of a number per layer.
+    One read-back; for sharded parameters one all-reduce of a number per parameter.
     """
     if not targets:
         return
@@ -145,14 +146,15 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
             "the model, make the optimizer from its parameters, then OIALR(...)."
         )
 
-    def is_finite(target: TargetWeight) -> Tensor:
+    changing: list[tuple[str, Tensor]] = []
+    for target in targets:
         layer = target.low_rank
-        changing = layer.factors if layer is not None and layer.bases_trained else (target.trained,)
-        return torch.stack([torch.isfinite(engine.local_shard(p)).all() for p in changing]).all()
-
-    finite = torch.stack([is_finite(target) for target in targets])
-    found = (engine.any_rank(1 - finite.float()) > 0).cpu().tolist()
-    if bad := [target.name for target, is_bad in zip(targets, found, strict=True) if is_bad]:
+        parameters = layer.factors if layer is not None and layer.bases_trained else (target.trained,)
+        changing += [(target.name, engine.local_shard(p)) for p in parameters]
+    # An empty shard has no largest value.
+    largest = torch._foreach_norm([p if p.numel() else p.new_zeros(1) for _, p in changing], math.inf)
+    found = engine.any_rank(1 - torch.stack(largest).isfinite().float()).cpu().tolist()
+    if bad := list(dict.fromkeys(name for (name, _), is_bad in zip(changing, found, strict=True) if is_bad > 0)):
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "
             "finite values. Lower the learning rate, clip gradients, or resume from an earlier checkpoint."

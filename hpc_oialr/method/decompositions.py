@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpc_oialr.linalg.basis_change import (
     angles_of,
-    gram_error,
+    gram_errors,
     smallest_cosines,
     smallest_cosines_batched,
 )
@@ -23,14 +23,15 @@ from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.second_moments import NOTHING, SecondMoments, approximate, approximate_shards
-from hpc_oialr.method.svd_scheduler import Job, Result, distribute
+from hpc_oialr.method.svd_scheduler import Job, Result, agreed_room, distribute
 
 # Of the results that wait on a GPU to be read back together, with what an engine may gather for them:
 # 256 MiB in fp32. All 73 layers of a ViT-B/16 at r = k/2 have 0.2 of it in results of an update; a conversion has 2.2.
 WINDOW_NUMBERS = 1 << 26
 
-# Of each result some float64 numbers, on its device, which are finite unless the SVD failed.
-Figures: TypeAlias = Callable[[list[Result]], list[Tensor]]
+# Of each result some numbers, on its device, which are finite unless the SVD failed: any of its values, and float64
+# numbers in equal number for all (L x c).
+Figures: TypeAlias = Callable[[list[Result]], tuple[list[Tensor], Tensor]]
 # How many values of a layer's core are kept, given all of them on the CPU.
 Keep: TypeAlias = Callable[[LowRankWeight, Tensor], int]
 _FIGURES = (
@@ -97,12 +98,11 @@ def weight_factors(
     def job(target: TargetWeight, r: int, watched: bool) -> Job:
         found = NOTHING
 
-        def pack(factors: SVD) -> Tensor:
+        def pack(factors: SVD) -> Sequence[Tensor]:
             if not watched:
-                return torch.cat([part.reshape(-1) for part in (factors.s, *factors.leading(r)[::2])])
+                return factors.s, *factors.leading(r)[::2]
             chosen, lost = approximate(factors, r, found)
-            parts = factors.s, lost, chosen.s, chosen.U, chosen.Vh
-            return torch.cat([part.reshape(-1) for part in parts])
+            return factors.s, lost, chosen.s, chosen.U, chosen.Vh
 
         def prepare() -> Tensor:
             nonlocal found
@@ -113,9 +113,9 @@ def weight_factors(
         plain = weight_job(target, engine, pack, target.k + r * sum(target.shape) + (r + 1) * watched)
         return replace(plain, prepare=prepare)
 
-    def figures(results: list[Result]) -> list[Tensor]:
-        heads = (targets[result.index].k + watched[result.index] for result in results)
-        return [result.values[:head].double() for result, head in zip(results, heads, strict=True)]
+    def figures(results: list[Result]) -> tuple[list[Tensor], Tensor]:
+        heads = [result.values[: targets[result.index].k + watched[result.index]] for result in results]
+        return heads, heads[0].new_empty(len(results), 0, dtype=torch.float64)
 
     jobs = list(map(job, targets, kept, watched))
     # Only a GPU would be waited for at each of them.
@@ -128,7 +128,7 @@ def weight_factors(
         yield i, SVD(U.view(m, r), s, Vh.view(r, n)), read[:k].to(s.dtype), about
 
 
-def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Tensor], size: int) -> Job:
+def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Sequence[Tensor]], size: int) -> Job:
     """The SVD of a whole dense weight, which ``engine`` gathers first; ``pack`` makes ``size`` values of it."""
 
     def prepare() -> Tensor:
@@ -157,38 +157,41 @@ def core_rotations(
     :class:`NonFiniteError` on every rank if no SVD of a core converged.
     """
 
+    watched = [moments.watches(target) for target in targets]
+
     def parts(result: Result) -> Sequence[Tensor]:
+        """Singular values, errors and what is lost; cosines, P, Qh, and what moments chose."""
         r = low_rank_layer(targets[result.index]).r
-        sizes = [r, r * r, r * r, 2, 2]
-        s, P, Qh, cosines, errors, chosen = result.values.split([*sizes, len(result.values) - sum(sizes)])
-        return s, P.view(r, r), Qh.view(r, r), cosines, errors, chosen
+        sizes = [r + 2 + watched[result.index], 2, r * r, r * r]
+        head, cosines, P, Qh, chosen = result.values.split([*sizes, len(result.values) - sum(sizes)])
+        return head, cosines, P.view(r, r), Qh.view(r, r), chosen
 
-    def figures(results: list[Result]) -> list[Tensor]:
+    def figures(results: list[Result]) -> tuple[list[Tensor], Tensor]:
         found = [parts(result) for result in results]
-        if found[0][0].is_cuda:
-            cosines = smallest_cosines_batched([basis for _, P, Qh, *_ in found for basis in (P, Qh.mT)])
-        read = []
-        for i, (result, (s, P, Qh, own_cosines, errors, chosen)) in enumerate(zip(results, found, strict=True)):
-            if engine.layout.group is not None:
-                errors = _errors(low_rank_layer(targets[result.index]), engine)
-            angles = torch.stack(cosines[2 * i : 2 * i + 2]) if s.is_cuda else own_cosines.double()
-            own = [s, rotation_stability(P, Qh)[None], angles, errors, chosen[:1]]
-            read.append(torch.cat([part.double() for part in own]))
-        return read
+        more = torch.stack([rotation_stability(P, Qh) for _, _, P, Qh, _ in found])[:, None]
+        if engine.layout.group is not None:
+            for result, (head, *_) in zip(results, found, strict=True):
+                layer = low_rank_layer(targets[result.index])
+                head[layer.r : layer.r + 2] = _errors(layer, engine)
+        if not found[0][0].is_cuda:
+            return [torch.cat([head, cosines]) for head, cosines, *_ in found], more
+        angles = smallest_cosines_batched([basis for _, _, P, Qh, _ in found for basis in (P, Qh.mT)])
+        return [head for head, *_ in found], torch.cat([torch.stack(angles).view(-1, 2), more], dim=1)
 
-    jobs = [_core_job(target, engine, moments, keep) for target in targets]
+    jobs = [_core_job(*each, engine, moments, keep) for each in zip(targets, watched, strict=True)]
     for result, read in _with_figures(jobs, engine, figures, careful=False):
-        s, P, Qh, _, _, chosen = parts(result)
-        spectrum, rest, lost = read.tensor_split([len(s), len(s) + 5])
-        stability, _, _, *errors_of_bases = rest.tolist()
-        named: dict[str, Any] = dict(zip(_FIGURES, (stability, *angles_of(rest[1:3]), *errors_of_bases), strict=True))
+        head, _, P, Qh, chosen = parts(result)
+        spectrum, errors, lost, cosines, stability = read.split([len(P), 2, watched[result.index], 2, 1])
+        values = (float(stability), *angles_of(cosines), *errors.tolist())
+        named: dict[str, Any] = dict(zip(_FIGURES, values, strict=True))
         named["cut_share"] = float(lost) if len(lost) else None
-        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen[1:])
+        s = head[: len(P)]
+        yield Rotation(result.index, P, s, Qh, spectrum.to(s.dtype), named, result.seconds, chosen)
 
 
-def _core_job(target: TargetWeight, engine: Engine, moments: SecondMoments, keep: Keep) -> Job:
+def _core_job(target: TargetWeight, watched: bool, engine: Engine, moments: SecondMoments, keep: Keep) -> Job:
     layer = low_rank_layer(target)
-    r, watched, found = layer.r, moments.watches(target), NOTHING
+    r, found = layer.r, NOTHING
 
     def prepare() -> Tensor:
         nonlocal found
@@ -197,21 +200,21 @@ def _core_job(target: TargetWeight, engine: Engine, moments: SecondMoments, keep
         engine.gather(target)
         return engine.layout.core(layer.S)
 
-    def pack(factors: SVD) -> Tensor:
+    def pack(factors: SVD) -> Sequence[Tensor]:
         P, s, Qh = factors
-        # Errors of sharded bases are computed by all ranks together, afterwards. Between (U, Vh) and (U P, Qh Vh) the
-        # Gram products of the bases are the rotations themselves.
-        errors = _errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)
-        # A GPU would be waited for; there those of all layers are computed together, afterwards.
-        cosines = s.new_zeros(2) if s.is_cuda else smallest_cosines(P, Qh.mT)
-        parts = [s, P, Qh, cosines, errors.to(s)]
-        if watched:
-            values = s.cpu()
-            # Where no SVD converged, the caller tries another driver.
-            r_new = keep(layer, values) if bool(values.isfinite().all()) else r
-            chosen, lost = approximate(factors, r_new, found)
-            parts += [lost, *chosen, s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))]
-        return torch.cat([part.reshape(-1) for part in parts])
+        # Errors of sharded bases are computed by all ranks together, afterwards.
+        errors = (_errors(layer, engine) if engine.layout.group is None else s.new_zeros(2)).to(s)
+        # Between (U, Vh) and (U P, Qh Vh) the Gram products of the bases are the rotations themselves. A GPU would be
+        # waited for; there the angles of all layers are computed together, afterwards, and these numbers are not used.
+        cosines = errors if s.is_cuda else smallest_cosines(P, Qh.mT)
+        if not watched:
+            return s, errors, cosines, P, Qh
+        values = s.cpu()
+        # Where no SVD converged, the caller tries another driver.
+        r_new = keep(layer, values) if bool(values.isfinite().all()) else r
+        chosen, lost = approximate(factors, r_new, found)
+        unused = s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))
+        return s, errors, lost, cosines, P, Qh, *chosen, unused
 
     # Some engines gather U and Vh with the core.
     work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
@@ -223,7 +226,11 @@ def _with_figures(
 ) -> Iterator[tuple[Result, Tensor]]:
     """Each result with its figures on the host; where one is not finite, after a second SVD by the other drivers."""
     failed: list[int] = []
-    for result, read in _read_back(distribute(jobs, engine.world, careful=careful), jobs, figures):
+    room = agreed_room(jobs, engine.world)
+    # A quarter is for the results that wait to be read back.
+    most = min(WINDOW_NUMBERS, room // 4 // compute_dtype(jobs[0].like.dtype).itemsize)
+    results = distribute(jobs, engine.world, careful=careful, room=room - room // 4)
+    for result, read in _read_back(results, jobs, figures, most):
         if bool(torch.isfinite(read).all()):
             yield result, read
         else:
@@ -232,12 +239,13 @@ def _with_figures(
         # All ranks have read the same values.
         results = distribute([jobs[i] for i in failed], engine.world)
         renumbered = (replace(result, index=failed[result.index]) for result in results)
-        yield from _read_back(renumbered, jobs, figures)
+        yield from _read_back(renumbered, jobs, figures, most)
 
 
-def _read_back(results: Iterator[Result], jobs: Sequence[Job], figures: Figures) -> Iterator[tuple[Result, Tensor]]:
-    """Results with their ``figures`` (float64) on the host; a GPU is waited for once for many layers."""
-    most = WINDOW_NUMBERS if jobs[0].like.is_cuda else 0
+def _read_back(
+    results: Iterator[Result], jobs: Sequence[Job], figures: Figures, most: int
+) -> Iterator[tuple[Result, Tensor]]:
+    """Results with their ``figures`` on the host; a GPU is waited for once for results of up to ``most`` numbers."""
     window: list[Result] = []
     numbers = 0
     for result in chain(results, [None]):
@@ -248,8 +256,11 @@ def _read_back(results: Iterator[Result], jobs: Sequence[Job], figures: Figures)
             if numbers <= most:
                 continue
         if window:
-            sent = figures(window)
-            yield from zip(window, torch.cat(sent).cpu().split(list(map(len, sent))), strict=True)
+            heads, more = figures(window)
+            sent = torch.cat([torch.cat(heads).double(), more.reshape(-1)]).cpu()
+            *firsts, last = sent.split([*map(len, heads), more.numel()])
+            for each, *figures_of_it in zip(window, firsts, last.view(more.shape), strict=True):
+                yield each, torch.cat(figures_of_it)
         window, numbers = [], 0
 
 
@@ -270,4 +281,4 @@ def low_rank_layer(target: TargetWeight) -> LowRankWeight:
 def _errors(layer: LowRankWeight, engine: Engine) -> Tensor:
     layout, dtype = engine.layout, compute_dtype(layer.S.dtype)
     U, V = layout.rows(layer.U).to(dtype), layout.columns(layer.Vh).mT.to(dtype)
-    return torch.stack([gram_error(U, layout.group), gram_error(V, layout.group)])
+    return gram_errors([U, V], layout.group)

@@ -52,8 +52,8 @@ class StabilityTracker:
             return list(updates.values())
 
         def job(target: TargetWeight) -> Job:
-            def pack(factors: SVD) -> Tensor:
-                return torch.cat([factors.s, factors.s.new_tensor(self._change(target, factors))])
+            def pack(factors: SVD) -> list[Tensor]:
+                return [factors.s, factors.s.new_tensor(self._change(target, factors))]
 
             return weight_job(target, self.engine, pack, target.k + len(BasisChange._fields))
 

@@ -72,8 +72,9 @@ class OptimizerStack:
             state = getattr(node, "state", None)
             if isinstance(state, MutableMapping):
                 # ZeroRedundancyOptimizer loads None for what other ranks step.
-                for key in [key for key, value in state.items() if value is None]:
-                    del state[key]
+                if self.partitioned:
+                    for key in [key for key, value in state.items() if value is None]:
+                        del state[key]
                 found.setdefault(id(state), (node, state))
         return list(found.values())
 

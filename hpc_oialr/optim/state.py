@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from hpc_oialr.errors import ModelError
-from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.optim.stack import OptimizerStack, tensors_in
@@ -91,7 +90,6 @@ def _factored(state: dict[str, Any], shape: torch.Size) -> list[tuple[str, str]]
     ]
 
 
-@exact_arithmetic()
 def transform_state(
     optimizer: OptimizerStack | Optimizer,
     parameter: nn.Parameter,
@@ -102,7 +100,7 @@ def transform_state(
     core: bool = False,
     reset: bool = False,
 ) -> None:
-    """Transform the state of a weight or a core to the basis of ``left`` and ``right``, in place.
+    """Transform the state of a weight or a core to the basis of ``left`` and ``right``, in place; in exact arithmetic.
 
     Each tensor is transformed as its :data:`hpc_oialr.optim.state_kinds.Kind` says; step counters and other scalars
     stay. L-BFGS loses its history, whose curvature belongs to the old variables. State that :func:`check_state` refuses
@@ -187,7 +185,6 @@ class _Move:
         return self.project(z, self.left, self.right) + step.nan_to_num(0.0)
 
 
-@exact_arithmetic()
 def transform_average(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """A running average of the weight (m x n, or the core r x r) in the new basis: ``left^T value right^T``."""
     return REPLICATED.project(value, left, right).to(value.dtype)
