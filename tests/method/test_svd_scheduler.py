@@ -105,7 +105,7 @@ class TwoRanks(Peers):
 
 @pytest.mark.parametrize(
     ("jobs_that_fit", "batches"),
-    [(5.5, [5]), (2.5, [2, 2, 1]), (1.0, [1] * 5), (0.0, [1] * 5), (None, [5])],
+    [(5.5, [5]), (2.5, [2, 2, 1]), (1.0, [1] * 5), (0.1, [1] * 5), (None, [5])],
 )
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_batch_makes_no_new_peak_on_any_rank(
