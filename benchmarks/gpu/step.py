@@ -27,6 +27,7 @@ ORDER = ("ViT-B/16", "mini ViT", "Llama-like 350M", "GPT-2 124M")
 ROUNDS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     ("AdamW", "bf16 params, cuda graph", (0.25,)),
     ("AdamW", "bf16 params, compiled blocks", (0.25,)),
+    ("AdamW", "bf16 params, compiled blocks, cuda graph", (0.25,)),
     ("AdamW", "eager", (0.25,)),
     ("Muon", "bf16 params, cuda graph", (0.25,)),
     ("AdamW", "cuda graph", (0.25,)),
