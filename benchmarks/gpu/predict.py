@@ -204,9 +204,9 @@ OUTCOME = """
 - **GPT-2 gains nothing.** {gpt_head:.1f} ms of its step are three kernels for unaligned data (`align1` in their
   names), as long in the dense step: those of the head, whose vocabulary of 50,257 is odd.
 - **Graphs of compiled blocks.** The capture failed for both ViTs ("backend='inductor' raised"), whose blocks were
-  launched one by one; it worked for the Llama-like model. `train.cuda_graph: auto` captures none
-  of them since, `on` tries. Memory stayed reserved after it: GPT-2 in that mode and every run of Muon ended out of memory ({errors}), and {left_out} cases had
-  no time left. Muon's steps are not measured.
+  launched one by one; it worked for the Llama-like model. `train.cuda_graph: auto` captures none of them since, `on`
+  tries. Memory stayed reserved after it: GPT-2 in that mode and every run of Muon ended out of memory ({errors}), and
+  {left_out} cases had no time left. Muon's steps are not measured.
 
 ## Muon's step
 
