@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.common import Row, arguments, finish
 from benchmarks.processes import ENGINES, on_processes
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, trainable_parameters
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import DDPEngine
 
 COUNTABLE = ("ddp", "fsdp", "tensor")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -83,8 +83,6 @@ def measure(name: str, fraction: float, depth: int) -> Row:
     count_collectives()
     world = World.from_environment(device="cpu", timeout_s=300)
     engine = ENGINES[name]().build(world, "fp32")
-    if isinstance(engine, DDPEngine):
-        engine._hooks = [(buckets, None)]
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=1000, num_hidden_layers=depth))
     engine.place(model)
@@ -93,6 +91,8 @@ def measure(name: str, fraction: float, depth: int) -> Row:
     limits = RankLimits(at_conversion=min(1.0, fraction))
     config = OIALRConfig(delay=delay, frequency=10**6, rule=FixedFraction(0.25), limits=limits)
     oialr = OIALR(model, optimizer, config, engine=engine)
+    if isinstance(oialr.model, DistributedDataParallel):
+        oialr.model.register_comm_hook(None, buckets)
     if fraction < 1:
         oialr.step()
     batch = 2
@@ -104,6 +104,7 @@ def measure(name: str, fraction: float, depth: int) -> Row:
         optimizer.zero_grad()
     trained, total = trainable_parameters(model), sum(p.numel() for p in model.parameters())
     gradients = counted_as("all_reduce", "reduce_scatter")
+    assert gradients, f"no collective of {name}'s gradients was seen"
     formulas = {"ddp": (4 * trained, 0), "fsdp": (4 * trained, 8 * total), "tensor": (None, None)}[name]
     return {
         "engine": name,
