@@ -216,8 +216,9 @@ def _core_job(target: TargetWeight, watched: bool, engine: Engine, moments: Seco
         unused = s.new_zeros(r + 2 * r * r - sum(part.numel() for part in chosen))
         return s, errors, lost, cosines, P, Qh, *chosen, unused
 
-    # Some engines gather U and Vh with the core.
-    work = LayerWork(target.name, r, r, held=r * (r + sum(target.shape)))
+    # Engines that shard factors gather U and Vh with the core.
+    held = None if engine.whole_factors else r * (r + sum(target.shape))
+    work = LayerWork(target.name, r, r, held)
     return Job(work, prepare, pack, (r + 2 * r * r) * (1 + watched) + 4 + watched, layer.S)
 
 
@@ -251,8 +252,7 @@ def _read_back(
     for result in chain(results, [None]):
         if result is not None:
             window.append(result)
-            job = jobs[result.index]
-            numbers += job.size + (job.work.m * job.work.n if job.work.held is None else job.work.held)
+            numbers += jobs[result.index].size + jobs[result.index].work.numbers
             if numbers <= most:
                 continue
         if window:
