@@ -110,32 +110,35 @@ def weight_factors(
                 found = moments.reduce(target)
             return plain.prepare()
 
-        plain = weight_job(target, engine, pack, target.k + r * sum(target.shape) + (r + 1) * watched)
+        (m, n), k = target.shape, target.k
+        shapes = [(k + 1,), (r,), (m, r), (r, n)] if watched else [(k,), (m, r), (r, n)]
+        plain = weight_job(target, engine, pack, shapes)
         return replace(plain, prepare=prepare)
 
     def figures(results: list[Result]) -> tuple[list[Tensor], Tensor]:
-        heads = [result.values[: targets[result.index].k + watched[result.index]] for result in results]
+        heads = [result.values[0] for result in results]
         return heads, heads[0].new_empty(len(results), 0, dtype=torch.float64)
 
     jobs = list(map(job, targets, kept, watched))
     # Only a GPU would be waited for at each of them.
     for result, read in _with_figures(jobs, engine, figures, careful=not jobs[0].like.is_cuda):
         i, target = result.index, targets[result.index]
-        (m, n), k, r = target.shape, target.k, kept[i]
-        values, U, Vh = result.values.split([k + (r + 1) * watched[i], m * r, r * n])
-        s = values[-r:] if watched[i] else values[:r]
+        k, (*values, U, Vh) = target.k, result.values
+        s = values[-1][: kept[i]]
         about = {"seconds": result.seconds, "cut_share": float(read[k]) if watched[i] else None}
-        yield i, SVD(U.view(m, r), s, Vh.view(r, n)), read[:k].to(s.dtype), about
+        yield i, SVD(U, s, Vh), read[:k].to(s.dtype), about
 
 
-def weight_job(target: TargetWeight, engine: Engine, pack: Callable[[SVD], Sequence[Tensor]], size: int) -> Job:
-    """The SVD of a whole dense weight, which ``engine`` gathers first; ``pack`` makes ``size`` values of it."""
+def weight_job(
+    target: TargetWeight, engine: Engine, pack: Callable[[SVD], Sequence[Tensor]], shapes: Sequence[tuple[int, ...]]
+) -> Job:
+    """The SVD of a whole dense weight, which ``engine`` gathers first; ``pack`` makes tensors of ``shapes`` of it."""
 
     def prepare() -> Tensor:
         engine.gather(target)
         return target.weight.detach().reshape(target.shape)
 
-    return Job(LayerWork(target.name, *target.shape), prepare, pack, size, target.weight)
+    return Job(LayerWork(target.name, *target.shape), prepare, pack, shapes, target.weight)
 
 
 def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,15 +162,8 @@ def core_rotations(
 
     watched = [moments.watches(target) for target in targets]
 
-    def parts(result: Result) -> Sequence[Tensor]:
-        """Singular values, errors and what is lost; cosines, P, Qh, and what moments chose."""
-        r = low_rank_layer(targets[result.index]).r
-        sizes = [r + 2 + watched[result.index], 2, r * r, r * r]
-        head, cosines, P, Qh, chosen = result.values.split([*sizes, len(result.values) - sum(sizes)])
-        return head, cosines, P.view(r, r), Qh.view(r, r), chosen
-
     def figures(results: list[Result]) -> tuple[list[Tensor], Tensor]:
-        found = [parts(result) for result in results]
+        found = [result.values for result in results]
         more = torch.stack([rotation_stability(P, Qh) for _, _, P, Qh, _ in found])[:, None]
         if engine.layout.group is not None:
             for result, (head, *_) in zip(results, found, strict=True):
@@ -180,8 +176,8 @@ def core_rotations(
 
     jobs = [_core_job(*each, engine, moments, keep) for each in zip(targets, watched, strict=True)]
     for result, read in _with_figures(jobs, engine, figures, careful=False):
-        head, _, P, Qh, chosen = parts(result)
-        spectrum, errors, lost, cosines, stability = read.split([len(P), 2, watched[result.index], 2, 1])
+        head, _, P, Qh, chosen = result.values
+        spectrum, errors, lost, cosines, stability = read.split_with_sizes([len(P), 2, watched[result.index], 2, 1])
         values = (float(stability), *angles_of(cosines), *errors.tolist())
         named: dict[str, Any] = dict(zip(_FIGURES, values, strict=True))
         named["cut_share"] = float(lost) if len(lost) else None
@@ -219,7 +215,9 @@ def _core_job(target: TargetWeight, watched: bool, engine: Engine, moments: Seco
     # Engines that shard factors gather U and Vh with the core.
     held = None if engine.whole_factors else r * (r + sum(target.shape))
     work = LayerWork(target.name, r, r, held)
-    return Job(work, prepare, pack, (r + 2 * r * r) * (1 + watched) + 4 + watched, layer.S)
+    # Singular values, errors and what is lost; cosines, P, Qh, and what moments chose.
+    shapes = [(r + 2 + watched,), (2,), (r, r), (r, r), ((r + 2 * r * r) * watched,)]
+    return Job(work, prepare, pack, shapes, layer.S)
 
 
 def _with_figures(

@@ -359,6 +359,8 @@ class OIALR:
     def _check_replicas(self, targets: list[TargetWeight]) -> None:
         """Raise unless all ranks have equal bits after a change of ``targets``."""
         self._other_optimizers.remember(self.targets)
+        if self.engine.world.size == 1:
+            return
         layers, local = low_rank_layers(self.module), self.engine.layout.local
         factors = {target.name: [local(p) for p in layers[target.name].factors] for target in targets}
         plain = plain_parameters(self.module, self.engine.ignored)

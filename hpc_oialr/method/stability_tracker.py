@@ -55,13 +55,13 @@ class StabilityTracker:
             def pack(factors: SVD) -> list[Tensor]:
                 return [factors.s, factors.s.new_tensor(self._change(target, factors))]
 
-            return weight_job(target, self.engine, pack, target.k + len(BasisChange._fields))
+            return weight_job(target, self.engine, pack, [(target.k,), (len(BasisChange._fields),)])
 
         owners = [self.owners[target.name] for target in targets]
         for result in distribute(list(map(job, targets)), self.world, owners=owners):
             target = targets[result.index]
             self.engine.release(target)
-            s, change = result.values.split([target.k, len(BasisChange._fields)])
+            s, change = result.values
             updates[result.index] = self._count(target, s, BasisChange(*change.tolist()), result.seconds)
         return [updates[i] for i in sorted(updates)]
 

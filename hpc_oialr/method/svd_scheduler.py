@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,22 @@ class Job:
 
     work: LayerWork  # the layer's name and the matrix' shape
     prepare: Callable[[], Tensor]  # returns the matrix; called on every rank before one of them factorises it
-    pack: Callable[[SVD], Sequence[Tensor]]  # makes the result, in parts, from the factors; called on that rank
-    size: int  # of the result, all parts in a row
+    pack: Callable[[SVD], Sequence[Tensor]]  # makes what the result has, in order, from the factors; on that rank only
+    shapes: Sequence[tuple[int, ...]]  # of the result's tensors
     like: Tensor  # has the result's device and the matrix' dtype
+
+    @property
+    def size(self) -> int:
+        """Numbers in the result."""
+        return sum(map(math.prod, self.shapes))
 
 
 @dataclass(frozen=True)
 class Result:
-    """A job's index and values, and the time of the SVD on the rank that computed it (s; 0 on the others)."""
+    """A job's index and tensors, and the time of the SVD on the rank that computed it (s; 0 on the others)."""
 
     index: int
-    values: Tensor
+    values: list[Tensor]
     seconds: float
 
 
@@ -80,13 +86,13 @@ def _one_round(jobs: Sequence[Job], tasks: Sequence[Task], world: Peers, *, care
     """The results of one round. A function of its own, so that nothing of it is held during the next."""
     mine = next((task for task in tasks if task.rank == world.rank), None)
     matrices = {i: jobs[i].prepare() for task in tasks for i in task.layers}
-    start, values, failure = time.perf_counter(), None, None
+    start, result, failure = time.perf_counter(), None, None
     if mine is not None:
         try:
             names = [jobs[i].work.name for i in mine.layers]
             factors = svds([matrices[i] for i in mine.layers], names, careful=careful)
             packed = (jobs[i].pack(each) for i, each in zip(mine.layers, factors, strict=True))
-            values = torch.cat([part.reshape(-1) for parts in packed for part in parts])
+            result = torch.cat([part.reshape(-1) for parts in packed for part in parts])
             del factors
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             failure = error
@@ -94,15 +100,18 @@ def _one_round(jobs: Sequence[Job], tasks: Sequence[Task], world: Peers, *, care
     if careful:
         _agree(failure, mine, jobs, world)
     del matrices
-    buffers = [_empty(jobs, task) if task is not mine or values is None else values for task in tasks]
+    buffers = [_empty(jobs, task) if task is not mine or result is None else result for task in tasks]
     if mine is not None and failure is not None:
         buffers[tasks.index(mine)].fill_(torch.nan)
     pending = [world.broadcast(buffer, src=t.rank) for buffer, t in zip(buffers, tasks, strict=True)]
     for task, buffer, work in zip(tasks, buffers, pending, strict=True):
         if work is not None:
             work.wait()
-        for i, part in zip(task.layers, buffer.split([jobs[i].size for i in task.layers]), strict=True):
-            yield Result(i, part, seconds / len(task.layers) if task is mine else 0.0)
+        shapes = [shape for i in task.layers for shape in jobs[i].shapes]
+        parts = iter(buffer.split_with_sizes(list(map(math.prod, shapes))))
+        for i in task.layers:
+            values = [next(parts).view(shape) for shape in jobs[i].shapes]
+            yield Result(i, values, seconds / len(task.layers) if task is mine else 0.0)
 
 
 def _agree(failure: Exception | None, mine: Task | None, jobs: Sequence[Job], world: Peers) -> None:

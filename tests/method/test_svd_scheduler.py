@@ -35,7 +35,7 @@ def job(index: int) -> Job:
         U, s, Vh = factors
         return [s, U, Vh]
 
-    return Job(LayerWork(f"layer {index}", m, n), lambda: A, pack, k * (1 + m + n), A)
+    return Job(LayerWork(f"layer {index}", m, n), lambda: A, pack, [(k,), (k * (m + n),)], A)
 
 
 def batches(works: list[LayerWork], processes: int, **_: object) -> list[list[Task]]:
@@ -50,10 +50,10 @@ def results(rank: int, size: int) -> Results:
     jobs = [job(i) for i in range(len(SHAPES))]
     found = list(distribute(jobs, world))
     with mock.patch("hpc_oialr.method.svd_scheduler.svd_rounds", batches):
-        in_batches = {result.index: result.values for result in distribute(jobs, world)}
-    assert all(torch.equal(in_batches[r.index], r.values) for r in found), "a batch is a loop on a CPU"
+        in_batches = {result.index: torch.cat(result.values) for result in distribute(jobs, world)}
+    assert all(torch.equal(in_batches[r.index], torch.cat(r.values)) for r in found), "a batch is a loop on a CPU"
     assert sorted(result.index for result in found) == list(range(len(SHAPES)))
-    return {r.index: r.values.clone() for r in found}, {r.index for r in found if r.seconds}
+    return {r.index: torch.cat(r.values) for r in found}, {r.index for r in found if r.seconds}
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,8 @@ def with_nan(rank: int, size: int) -> tuple[str, list[int]]:
     world = World.from_environment(device="cpu", timeout_s=60)
     with pytest.raises(NonFiniteError) as caught:
         list(distribute(jobs, world))
-    failed = [
-        found.index for found in distribute(jobs, world, careful=False) if not bool(found.values.isfinite().all())
-    ]
+    found = {result.index: torch.cat(result.values) for result in distribute(jobs, world, careful=False)}
+    failed = [index for index, values in found.items() if not bool(values.isfinite().all())]
     return str(caught.value), failed
 
 
