@@ -61,8 +61,8 @@ class StabilityTracker:
         for result in distribute(list(map(job, targets)), self.world, owners=owners):
             target = targets[result.index]
             self.engine.release(target)
-            s, change = result.values
-            updates[result.index] = self._count(target, s, BasisChange(*change.tolist()), result.seconds)
+            s, figures = result.values
+            updates[result.index] = self._count(target, s, BasisChange(*figures.tolist()), result.seconds)
         return [updates[i] for i in sorted(updates)]
 
     def _change(self, target: TargetWeight, now: SVD) -> BasisChange:
