@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-# Numbers held for the layers of one batch, unless a single layer has more: 64 MiB in fp32. gram_svd needs about 16 times
-# as much meanwhile; a batch has a matrix for each of 16 cores up to 768 x 768 and r = k/2.
+# Numbers held for the layers of one batch, unless a single layer has more: 64 MiB in fp32. gram_svd needs 24 times as
+# much meanwhile, so a batch is smaller where that would make a new peak of memory. A batch waits for the GPU twice, in
+# torch.linalg.svd: all cores of a ViT-B/16 up to r = k/2, or 56 of r = 512, are in one.
 BATCH_NUMBERS = 1 << 24
 
 
