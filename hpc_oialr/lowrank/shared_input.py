@@ -41,8 +41,8 @@ def share_inputs(model: nn.Module) -> None:
 
     for module in model.modules():
         for family in FAMILIES:
-            found = [module._modules.get(name) for name in family]
-            layers = [x for x in found if type(x) is LowRankLinear and x.n == found[-1].n]  # type: ignore[union-attr]
+            found = [x for name in family if type(x := module._modules.get(name)) is LowRankLinear]
+            layers = [x for x in found if x.n == found[-1].n]
             if len(layers) > 1 and any(x.shared_input is None or x.shared_input.layers != layers for x in layers):
                 group = SharedInput(layers)
                 for layer in layers:

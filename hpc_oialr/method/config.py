@@ -84,7 +84,7 @@ class OIALRConfig:
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
-    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "weights"
+    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "auto"
     moments: Literal["full", "diagonal"] = "full"
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -177,11 +178,8 @@ def losses_of(rank: int, size: int, name: str, phases: str, dtype: torch.dtype, 
         x, y = (part.chunk(size)[rank] for part in batch(t, dtype))
         total = torch.zeros((), dtype=torch.float64)
         for i, (a, b) in enumerate(zip(x.chunk(accumulation), y.chunk(accumulation), strict=True)):
-            loss = cross_entropy(oialr.model(a), b) / accumulation
-            if i < accumulation - 1:
-                with oialr.no_sync():
-                    (cross_entropy(oialr.model(a), b) / accumulation).backward()
-            else:
+            with oialr.no_sync() if i < accumulation - 1 else nullcontext():
+                loss = cross_entropy(oialr.model(a), b) / accumulation
                 loss.backward()
             total += loss.detach().double()
         oialr.optimizer.step()

@@ -235,7 +235,7 @@ def test_torchs_distributed_checkpoint_calls(name: str) -> None:
     """``set_state_dict`` where the structure is the same; otherwise it says how."""
     first = Run(linear, name).train(6)
     model, optimizer = copy.deepcopy(get_state_dict(first.model, first.optimizer))
-    oialr = first.oialr.state_dict()
+    oialr = copy.deepcopy((first.oialr.state_dict(), first.oialr.tensor_state()))
     first.train(5)
     at_once = Run(linear, name).train(4)
     with pytest.raises(ModelError, match="load the model's state .* first, then the optimizer's"):
@@ -255,7 +255,7 @@ def test_torchs_distributed_checkpoint_calls(name: str) -> None:
     for structure_first in (True, False):
         run = Run(linear, name)
         if structure_first:
-            run.oialr.load_state_dict(oialr)
+            run.oialr.load_state_dict(*oialr)
             set_state_dict(
                 run.model,
                 run.optimizer,
@@ -265,7 +265,7 @@ def test_torchs_distributed_checkpoint_calls(name: str) -> None:
         else:
             set_model_state_dict(run.model, copy.deepcopy(model))
             set_optimizer_state_dict(run.model, run.optimizer, copy.deepcopy(optimizer))
-            run.oialr.load_state_dict(oialr)
+            run.oialr.load_state_dict(*oialr)
         run.train(5)
         assert torch.equal(first.output(), run.output())
 

@@ -57,7 +57,7 @@ def test_a_low_rank_model_goes_on_under_a_new_controller(make: str, name: str) -
     first = Run(MAKE[make], name).train(6)
     pair = (first.model, first.optimizer)
     copies = [copy.deepcopy(pair), pickle.loads(pickle.dumps(pair)), pair]
-    count = first.oialr.state_dict()
+    count = first.oialr.state_dict(), first.oialr.tensor_state()
     first.optimizer = first.oialr = None  # type: ignore[assignment]
     gc.collect()
     outputs = []
@@ -66,7 +66,7 @@ def test_a_low_rank_model_goes_on_under_a_new_controller(make: str, name: str) -
         config = Run(linear, name).oialr.config
         second.model, second.optimizer = model, optimizer
         second.oialr = OIALR(model, optimizer, config)
-        second.oialr.load_state_dict(count)
+        second.oialr.load_state_dict(*copy.deepcopy(count))
         outputs.append(second.train(5).output())
         in_step(second)
     undisturbed = Run(MAKE[make], name).train(11)

@@ -72,14 +72,17 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "oialr": self.oialr}
-        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+        state = {name: part.state_dict() for name, part in parts.items()}
+        return copy.deepcopy(state | {"tensors": self.oialr.tensor_state()})
 
     def load(self, state: dict[str, Any], order: tuple[str, ...], strict: bool = True) -> Run:
         for name in order:
             if name == "model":
                 self.model.load_state_dict(state["model"], strict=strict)
+            elif name == "oialr":
+                self.oialr.load_state_dict(copy.deepcopy(state["oialr"]), state["tensors"])
             else:
-                getattr(self, name).load_state_dict(copy.deepcopy(state[name]))
+                self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         return self
 
     def output(self) -> torch.Tensor:
