@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from weakref import ReferenceType as Ref
 
 import torch
@@ -33,6 +33,24 @@ def require_unattached(model: nn.Module) -> None:
         )
 
 
+def require_one_process(engine: Engine) -> None:
+    """Raise :class:`ModelError` where a controller cannot be copied or pickled."""
+    if engine.world.size > 1:
+        raise ModelError(
+            f"a controller of {engine.world.size} processes cannot be copied or pickled, since a process group cannot; "
+            "store state_dict() of controller, model and optimizer instead."
+        )
+
+
+def check_averages(averages: Sequence[nn.Module], engine: Engine) -> None:
+    """Raise :class:`ModelError` if running averages are given to an engine that splits matrices."""
+    if averages and engine.layout.group is not None:
+        raise ModelError(
+            f"{len(averages)} running averages were given, but the engine splits each matrix over ranks; averages must "
+            "be whole. Average the exported models, or use DistributedDataParallel."
+        )
+
+
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
     """Raise :class:`ModelError` unless the optimizer holds parameters of the model, and its state is on their device."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -53,29 +71,37 @@ def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
                 )
 
 
-def check_structure(
-    module: nn.Module, targets: Sequence[TargetWeight], weights: Mapping[str, Ref[nn.Parameter]]
-) -> None:
-    """Raise :class:`ModelError`, naming the layer, if a layer was replaced since the controller was made.
+class DenseWeights:
+    """References to the dense weights that a controller was made with, to notice if one is replaced by another."""
 
-    ``weights`` are the dense weights that the optimizer was made with, by layer.
-    """
-    present = {id(m) for m in module.modules()}
-    for target in targets:
-        holder, layer = target.holder, target.low_rank
-        names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
-        if id(target.owner) not in present:
-            what = "is no longer part of the model: it was replaced or removed"
-        elif any(holder._parameters.get(name) is None for name in names):
-            what = f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed"
-        elif layer is None and target.name in weights and weights[target.name]() is not target.weight:
-            what = "has another weight object than the one the optimizer was made with: it was replaced"
-        else:
-            continue
-        raise ModelError(
-            f"layer {target.name} {what} after OIALR(...). Change the model first, make the optimizer from its "
-            "parameters, then OIALR(...); values may be changed in place at any time."
-        )
+    def __init__(self, targets: Sequence[TargetWeight]) -> None:
+        self._references: dict[str, Ref[nn.Parameter]] = {}
+        self.remember(targets, [target.name for target in targets])
+
+    def remember(self, targets: Sequence[TargetWeight], names: Collection[str]) -> None:
+        """Take the present weights of the dense layers of these names."""
+        dense = (target for target in targets if target.low_rank is None and target.name in names)
+        self._references |= {target.name: Ref(target.weight) for target in dense}
+
+    def check(self, module: nn.Module, targets: Sequence[TargetWeight]) -> None:
+        """Raise :class:`ModelError`, naming the layer, if a layer was replaced since the controller was made."""
+        present = {id(m) for m in module.modules()}
+        for target in targets:
+            holder, layer = target.holder, target.low_rank
+            names = ("U", "S", "Vh") if layer is not None else (target.weight_name,)
+            reference = self._references.get(target.name)
+            if id(target.owner) not in present:
+                what = "is no longer part of the model: it was replaced or removed"
+            elif any(holder._parameters.get(name) is None for name in names):
+                what = f"has no parameter {names[-1]!r} any more: it was parametrized, pruned or removed"
+            elif layer is None and reference is not None and reference() is not target.weight:
+                what = "has another weight object than the one the optimizer was made with: it was replaced"
+            else:
+                continue
+            raise ModelError(
+                f"layer {target.name} {what} after OIALR(...). Change the model first, make the optimizer from its "
+                "parameters, then OIALR(...); values may be changed in place at any time."
+            )
 
 
 def check_change(
@@ -161,12 +187,15 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
         )
 
 
-def plain_parameters(module: nn.Module, without: Collection[int]) -> dict[str, nn.Parameter]:
-    """Trained parameters except cores and the ids in ``without``: all small ones, or else the smallest.
+def compared_parts(module: nn.Module, targets: Sequence[TargetWeight], engine: Engine) -> dict[str, list[Tensor]]:
+    """What must have equal bits on all ranks after a change of ``targets``: their factors, and some other parameters.
 
-    Comparing these shows at little cost whether gradients are still averaged over ranks.
+    Of the latter all small ones, or else the smallest: they show at little cost whether gradients are still averaged.
     """
-    factors = {id(p) for layer in low_rank_layers(module).values() for p in layer.factors} | set(without)
-    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in factors}
+    layers = low_rank_layers(module)
+    factors = {target.name: [engine.layout.local(p) for p in layers[target.name].factors] for target in targets}
+    without = {id(p) for layer in layers.values() for p in layer.factors} | set(engine.ignored)
+    plain = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in without}
     small = {name: p for name, p in plain.items() if p.numel() <= _SMALL}
-    return small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])
+    some = small or dict(sorted(plain.items(), key=lambda item: item[1].numel())[:1])
+    return factors | {name: [engine.local_shard(p)] for name, p in some.items()}

@@ -19,7 +19,7 @@ MOMENTS = ("full", "diagonal")
 
 @dataclass(kw_only=True)
 class OIALRConfig:
-    """Settings of :class:`hpc_oialr.OIALR`, by default close to those of the paper; see :meth:`paper`.
+    """Settings of :class:`hpc_oialr.OIALR`; :meth:`paper` gives those of the published method.
 
     Parameters
     ----------
@@ -50,11 +50,13 @@ class OIALRConfig:
         What a cut, at the conversion or later, preserves: "weights" keeps the largest singular values of the weight, as
         published; "inputs" changes the layers' outputs least; "inputs and gradients" also counts by how much the loss
         depends on each output; "auto" is "inputs" where the engine's layers see them whole, else "weights". The rule
-        chooses r by the weights' singular values in every case.
+        chooses r by the weights' singular values in every case. Layers whose inputs no hook sees, as in compiled code,
+        are cut by weights.
     moments
         Of dense layers: "full" second moments (n^2 numbers a layer, for up to 4,096 features), or the "diagonal".
     moments_steps
-        The steps before a change over which second moments are gathered.
+        The steps before a change over which second moments are gathered; before an update no more than a twentieth of
+        ``frequency``, but one, and none for layers whose r can't fall.
     factor_dtype
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
     train
@@ -84,7 +86,7 @@ class OIALRConfig:
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
-    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "auto"
+    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "weights"
     moments: Literal["full", "diagonal"] = "full"
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -173,6 +175,14 @@ class OIALRConfig:
     def next_update(self, t: int) -> int:
         """The first step after ``t`` that updates low-rank layers."""
         return self.delay + (max(0, t - self.delay) // self.frequency + 1) * self.frequency
+
+    @property
+    def moments_steps_of_updates(self) -> int:
+        """Steps before an update over which second moments are gathered.
+
+        They take up to a third of a step: at most 1.7 % of all where ``frequency`` is 20 or more.
+        """
+        return max(1, min(self.moments_steps, self.frequency // 20))
 
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""

@@ -28,9 +28,17 @@ ORDER = "load the model's state (or call oialr.load_state_dict) first, then the 
 class Loader:
     """Gives the layers of one controller the structure of what is loaded into them."""
 
-    def __init__(self, root: nn.Module, targets: Sequence[TargetWeight], basis: BasisUpdater, engine: Engine) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        targets: Sequence[TargetWeight],
+        basis: BasisUpdater,
+        engine: Engine,
+        *,
+        empty: Sequence[TargetWeight],
+    ) -> None:
         self._root, self.targets, self._basis, self._engine = root, targets, basis, engine
-        self.empty: set[str] = set()  # names of layers whose values are yet to be loaded
+        self.empty = {target.name for target in empty}  # layers whose values are yet to be loaded
         self.optimizer_loaded = False  # since the last step
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
 

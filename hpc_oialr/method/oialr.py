@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.checks import (
+    DenseWeights,
+    check_averages,
     check_change,
     check_free_bases,
     check_optimizer,
-    check_structure,
-    plain_parameters,
+    compared_parts,
     require_finite,
+    require_one_process,
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
@@ -54,7 +54,7 @@ class OIALR:
     optimizer
         Made from ``model.parameters()``. Groups and schedulers stay as they are; a core replaces its weight.
     config
-        The settings; by default those of the paper.
+        The settings; ``OIALRConfig.paper()`` gives the published method.
     engine
         How ranks share the model; by default what the model is wrapped in, or the initialised process group, or a
         single process.
@@ -72,6 +72,7 @@ class OIALR:
     Memory: layers are converted one after another, and each dense weight, gradient and moment is freed before the
     next; with ``limits.at_conversion`` below about 0.7 the peak stays below the dense run's. Traffic per layer:
     ``r (m + n) + k`` numbers at the conversion, ``2 r^2 + r + 4`` at an update, and ``r^2`` gradients in every step.
+    What second moments add, unless ``importance`` is "weights": :class:`~hpc_oialr.method.second_moments.SecondMoments`.
 
     References
     ----------
@@ -97,11 +98,7 @@ class OIALR:
         self._frozen = FrozenByUser(self.targets)
         self.t = 0
         self.updates = 0
-        if averages and self.engine.layout.group is not None:
-            raise ModelError(
-                f"{len(averages)} running averages were given, but the engine splits each matrix over ranks; "
-                "averages must be whole. Average the exported models, or use DistributedDataParallel."
-            )
+        check_averages(averages, self.engine)
         if self.config.frees_bases:
             check_free_bases(self.config, self._optimizers, self.engine, averages)
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
@@ -110,11 +107,9 @@ class OIALR:
         self._moments = SecondMoments(self.config, self.engine)
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
-        self._loader = Loader(self.module, self.targets, self._basis, self.engine)
+        self._loader = Loader(self.module, self.targets, self._basis, self.engine, empty=adopted)
         if adopted:
-            # Values may be loaded later, and a wrapper may have been made before the layers were.
-            self._loader.empty = {target.name for target in adopted}
-            self.rewrap()
+            self.rewrap()  # the wrapper may be older than the layers
         self._attach()
         self._other_optimizers = OtherOptimizers(self._basis.core_lr, self.engine)
         self._other_optimizers.remember(self.targets)
@@ -122,8 +117,7 @@ class OIALR:
 
     def _attach(self) -> None:
         """Register hooks on the model, its layers and the optimizers."""
-        self._dense_weight_refs: dict[str, weakref.ref[nn.Parameter]] = {}
-        self._remember_dense_weights(self.layers)
+        self._dense_weights = DenseWeights(self.targets)
         share_inputs(self.module)
         self._attachment = Attachment(self)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
@@ -133,12 +127,8 @@ class OIALR:
 
     def __getstate__(self) -> dict[str, Any]:
         """State for a copy or pickle, which must include the model and the optimizer."""
-        if self.engine.world.size > 1:
-            raise ModelError(
-                f"a controller of {self.engine.world.size} processes cannot be copied or pickled, since a process group "
-                "cannot; store state_dict() of controller, model and optimizer instead."
-            )
-        own_process = ("_dense_weight_refs", "_attachment")
+        require_one_process(self.engine)
+        own_process = ("_dense_weights", "_attachment")
         return {key: value for key, value in vars(self).items() if key not in own_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,8 +217,8 @@ class OIALR:
             with report.part("update", due) as layers:
                 layers += self._update(due)
         self._free_or_freeze_bases()
-        self._frozen.remember(self.targets)
         self._watch()
+        self._frozen.remember(self.targets)
         return report.result()
 
     def _due_for_conversion(self) -> list[TargetWeight]:
@@ -260,7 +250,8 @@ class OIALR:
 
     def _watch(self) -> None:
         """Gather the second moments of layers that may be cut soon."""
-        self._moments.watch(self.t, self._dense(), self._last(self.updates + 1), self._tracker.streaks)
+        due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
+        self._moments.watch(self.t, due, self._tracker.streaks)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -304,13 +295,7 @@ class OIALR:
                 repair = rotation.error > self.config.bound_on_errors(dtype)
                 self._basis.rotate(target, *rotation.cut(keep), repair=repair)
                 done[rotation.index] = layer_update(
-                    target.name,
-                    target.shape,
-                    r,
-                    keep,
-                    rotation.spectrum,
-                    rotation.seconds,
-                    **rotation.figures,
+                    target.name, target.shape, r, keep, rotation.spectrum, rotation.seconds, **rotation.figures
                 )
         self._check_replicas(targets)
         return [done[i] for i in sorted(done)]
@@ -342,15 +327,9 @@ class OIALR:
         self.targets = self._loader.targets = [target for target in self.targets if target.name not in unfit]
         return [target for target in targets if target.name not in unfit]
 
-    def _remember_dense_weights(self, names: Iterable[str]) -> None:
-        """Keep references to the dense weights of these layers, to notice if one is replaced by another."""
-        self._dense_weight_refs |= {
-            target.name: weakref.ref(target.weight) for target in self._dense() if target.name in names
-        }
-
     def _check(self, targets: list[TargetWeight], *, state_of: list[TargetWeight]) -> None:
         """Raise before anything changes unless ``targets`` and the optimizer state of ``state_of`` are as required."""
-        check_structure(self.module, targets, self._dense_weight_refs)
+        self._dense_weights.check(self.module, targets)
         check_change(state_of, self._optimizers, self.engine, self.config.core_lr_scale)
         require_finite(targets, self.engine)
         for layer in low_rank_layers(self.module).values():
@@ -359,13 +338,8 @@ class OIALR:
     def _check_replicas(self, targets: list[TargetWeight]) -> None:
         """Raise unless all ranks have equal bits after a change of ``targets``."""
         self._other_optimizers.remember(self.targets)
-        if self.engine.world.size == 1:
-            return
-        layers, local = low_rank_layers(self.module), self.engine.layout.local
-        factors = {target.name: [local(p) for p in layers[target.name].factors] for target in targets}
-        plain = plain_parameters(self.module, self.engine.ignored)
-        rest = {name: [self.engine.local_shard(p)] for name, p in plain.items()}
-        self.engine.check_replicas(factors | rest)
+        if self.engine.world.size > 1:
+            self.engine.check_replicas(compared_parts(self.module, targets, self.engine))
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -398,7 +372,7 @@ class OIALR:
         """
         self._tracker.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"], state.get("bases_trained", []))
-        self._remember_dense_weights(changed)
+        self._dense_weights.remember(self.targets, changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
         self._moments.forget()
@@ -411,13 +385,11 @@ class OIALR:
         """Pre-hook of the model's ``load_state_dict``: layers are given the structure of the state."""
         self._other_optimizers.forget()
         changed = self._loader.before_load(module, state, prefix, assign=assign)
-        self._remember_dense_weights(changed)
+        self._dense_weights.remember(self.targets, changed)
         if changed:
             self._moments.forget()
 
-    def before_optimizer_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Pre-hook of the optimizer's ``load_state_dict``: groups of another structure raise an error."""
-        require_same_groups(optimizer, state)
+    before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 
     def after_optimizer_load(self, optimizer: Optimizer) -> None:
         """Post-hook of it: state of another structure raises an error."""

@@ -63,7 +63,7 @@ def trained_targets(targets: Sequence[TargetWeight], optimizer: OptimizerStack) 
 def drop_unfit(model: nn.Module, targets: Sequence[TargetWeight], optimizer: OptimizerStack) -> set[str]:
     """Names of dense targets that the user has made unfit since OIALR(...), e.g. tied or given a gradient hook; warns.
 
-    A weight that was removed is an error of :func:`~hpc_oialr.method.checks.check_structure`.
+    A weight that was removed is an error of :class:`~hpc_oialr.method.checks.DenseWeights`.
     """
     shared = shared_weights(model)
     reasons = {

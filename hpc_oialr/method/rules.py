@@ -33,6 +33,10 @@ class RankRule(ABC):
             Shape of the weight.
         """
 
+    def least(self, m: int, n: int) -> int:
+        """The fewest that :meth:`choose` returns, whatever the values are."""
+        return 1
+
 
 @dataclass(frozen=True)
 class RelativeCutoff(RankRule):
@@ -117,6 +121,10 @@ class FixedFraction(RankRule):
 
     def choose(self, s: Tensor, m: int, n: int) -> int:
         """The same share of k everywhere."""
+        return self.least(m, n)
+
+    def least(self, m: int, n: int) -> int:
+        """What it always keeps."""
         return math.ceil(self.fraction * min(m, n))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 # Up to this many features a dense layer's moments are a full matrix.
 FULL = 4096
+# Of a pass so many tokens for each feature are counted, but at least LEAST: more cost time and add little.
+TOKENS, LEAST = 4, 1024
+# Tokens are taken at multiples of this prime, modulo their number: spread over samples and places in them.
+SPREAD = 2_654_435_761
 
 
 class Moments(NamedTuple):
@@ -74,8 +78,10 @@ class _Sums:
             c = features[side] if layer is None else layer.r
             full = layer is not None or (moments == "full" and c <= FULL)
             self._shapes[side] = torch.Size((c, c) if full else (c,))
-        numbers = sum(shape.numel() for shape in self._shapes.values())
-        self.flat = torch.zeros(numbers, dtype=compute_dtype(trained.dtype), device=trained.device)
+        self.numbers = sum(shape.numel() for shape in self._shapes.values())
+        # n^2 numbers of every dense layer would raise a GPU's peak above that of dense training.
+        device = trained.device if layer is not None else "cpu"
+        self.flat = torch.zeros(self.numbers, dtype=compute_dtype(trained.dtype), device=device)
 
     def totals(self) -> dict[str, Tensor]:
         """The sums by side, views of ``flat``."""
@@ -106,7 +112,7 @@ class _Sums:
             output.register_hook(add)
 
     def _counts(self, module: nn.Module) -> bool:
-        captured = self.flat.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = self.target.trained.is_cuda and torch.cuda.is_current_stream_capturing()
         return module.training and torch.is_grad_enabled() and not captured and not is_transformed()
 
     def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -120,20 +126,22 @@ class _Sums:
 
     @torch.no_grad()
     def _add(self, module: nn.Module, x: Tensor, side: str) -> None:
-        """Add ``x^T x``, with x as tokens x features; of a low-rank layer tokens x r."""
+        """Add ``x^T x``, with x as tokens x features; of a low-rank layer tokens x r.
+
+        Of ``max(4 c, 1024)`` tokens, with c features, if there are more.
+        """
         if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.layout is not torch.strided:
             return
         with without_autocast():
-            x = _features(module, x, side)
             total = self.totals()[side]
-            x = x.to(total.dtype)
+            x = _features(module, x, side, max(TOKENS * len(total), LEAST)).to(total.dtype)
             product = x.mT @ x if total.dim() == 2 else x.square().sum(0)
             # Where a loss scale was too large gradients are not finite, and the step is not taken.
-            total += torch.where(torch.isfinite(product).all(), product, 0.0)
+            total += torch.where(torch.isfinite(product).all(), product, 0.0).to(total.device)
 
 
-def _features(module: Any, x: Tensor, side: str) -> Tensor:
-    """``x`` as tokens x features; in the bases of a low-rank layer."""
+def _features(module: Any, x: Tensor, side: str, most: int) -> Tensor:
+    """At most so many tokens of ``x`` as tokens x features; in the bases of a low-rank layer."""
     basis, convolution = None, isinstance(module, nn.modules.conv._ConvNd)
     if isinstance(module, LowRankWeight):
         basis = module.U if side == "left" else module.Vh.mT
@@ -149,6 +157,8 @@ def _features(module: Any, x: Tensor, side: str) -> Tensor:
         else:
             x = x.movedim(channel, -1)
     x = x.reshape(-1, x.shape[-1])
+    if len(x) > most:
+        x = x[torch.arange(most, device=x.device) * SPREAD % len(x)]
     return x if basis is None else x @ basis.to(x.dtype)
 
 
@@ -164,8 +174,9 @@ def _takes_patches(module: Any) -> bool:
 class SecondMoments:
     """Gathers the moments of the layers that change next; nothing if bases are chosen by the weights alone.
 
-    While dense layers are watched, n^2 numbers a layer on every rank (m^2 more with gradients); for the largest
-    products ``2 B n^2`` operations a step of B tokens. For low-rank ones r^2 numbers and ``2 B r (n + r)`` operations.
+    While dense layers are watched, n^2 numbers a layer on every rank, in the host's memory (m^2 more with gradients);
+    ``B n^2`` multiply-adds a step of B tokens, at most ``max(4 n, 1024)`` of them. For low-rank ones r^2 numbers on the
+    device and ``B r (n + r)`` multiply-adds, B at most ``max(4 r, 1024)``.
 
     Raises :class:`ConfigError` if the engine's layers do not see whole inputs.
     """
@@ -174,6 +185,8 @@ class SecondMoments:
         self._config, self._engine = config, engine
         self._sums: dict[str, _Sums] = {}
         self._handles: list[RemovableHandle] = []
+        self._unseen = False  # whether a layer was cut without them
+        self._late = False  # the last window had begun before it was opened here
         best = "inputs" if "inputs" in engine.importances else "weights"
         self.importance = best if config.importance == "auto" else config.importance
         if self.importance not in engine.importances:
@@ -184,33 +197,39 @@ class SecondMoments:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
 
-    def watch(
-        self,
-        t: int,
-        dense: Iterable[TargetWeight],
-        low_rank: Iterable[TargetWeight],
-        streaks: Mapping[str, int],
-    ) -> None:
-        """After step ``t``: gather in the next step for layers that may be cut in at most ``moments_steps`` steps.
+    def watch(self, t: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
+        """After step ``t``: gather in the next step for those layers that may be cut in a few steps.
 
-        ``dense`` may be converted, with their ``streaks`` of stability; of ``low_rank`` those that are, may be updated.
+        ``targets`` are the dense ones, with their ``streaks`` of stability, and those that the next update reaches.
         """
-        config, until = self._config, t + self._config.moments_steps
+        config = self._config
         if self.importance == "weights":
             return
         if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
             self._sums.clear()  # a change ends all windows
         found: list[TargetWeight] = []
-        if config.next_conversion(t) <= until:
+        begun = config.next_conversion(t) - config.moments_steps
+        self._late = not self._sums and t > max(0, begun)
+        if begun <= t:
             least = 0 if config.stability_threshold is None else config.stability_patience - 1
+            dense = [target for target in targets if target.low_rank is None]
             stable = (target for target in dense if streaks.get(target.name, 0) >= least)
             found += [target for target in stable if config.limits.initial(target.k) < target.k]
-        if config.next_update(t) <= until:
-            found += [target for target in low_rank if target.low_rank is not None]
+        begun = config.next_update(t) - config.moments_steps_of_updates
+        if begun <= t:
+            found += [target for target in targets if self._may_fall(target)]
+            self._late |= not self._sums and t > max(0, begun)
+        self._late &= bool(found)
         self._untie()
         self._sums = {
             each.name: self._sums.get(each.name) or _Sums(each, self.importance, config.moments) for each in found
         }
+
+    def _may_fall(self, target: TargetWeight) -> bool:
+        layer, config = target.low_rank, self._config
+        return (
+            layer is not None and config.limits.apply(config.rule.least(layer.m, layer.n), layer.r, layer.k) < layer.r
+        )
 
     def forget(self) -> None:
         """Free all sums and remove the hooks."""
@@ -257,22 +276,30 @@ class SecondMoments:
     def reduce(self, target: TargetWeight) -> Moments:
         """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
         sums = self._sums.pop(target.name)
+        sums.flat = sums.flat.to(target.trained.device)
         self._engine.data_parallel.all_reduce(sums.flat)
         seen = {side: total for side, total in sums.totals().items() if bool(total.any())}
-        if not seen:
-            log.info("%s: bases from the weight alone, since no inputs were seen", target.name)
+        if not seen and not self._unseen:
+            self._unseen = True
+            log.info("%s is cut by its weight alone, maybe others too: no training pass in eager mode", target.name)
         return Moments(seen.get("left"), seen.get("right"))
 
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's sums, ``NAME.moments.RANK``."""
+        """A copy of this rank's sums, ``NAME.moments.RANK``."""
         rank = self._engine.world.rank
-        return {f"{name}.moments.{rank}": sums.flat for name, sums in self._sums.items()}
+        return {f"{name}.moments.{rank}": sums.flat.clone() for name, sums in self._sums.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's sums of :meth:`state`; of another number of ranks, those of every so many-th."""
         world = self._engine.world
+        if self._late and not any(".moments." in key for key in tensors):
+            log.warning(
+                "resumed without the second moments that the steps before had gathered for the next change of r: it sees "
+                "later steps only. For a run of the same bits store oialr.tensor_state() beside oialr.state_dict(), and "
+                "load both."
+            )
         for name, sums in self._sums.items():
             start = f"{name}.moments."
             ranks = sorted(int(key.removeprefix(start)) for key in tensors if key.startswith(start))

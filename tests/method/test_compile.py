@@ -29,7 +29,9 @@ def train(*, compiled: bool) -> tuple[list[float], int]:
     torch.manual_seed(0)
     model = Network()
     limits = RankLimits(max_drop=0.5, at_conversion=0.75, round_to=8)
-    config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0)
+    config = OIALRConfig(
+        delay=2, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0, importance="weights"
+    )
     oialr = OIALR(model, torch.optim.AdamW(model.parameters(), lr=1e-2), config)
     if compiled:
         oialr.module.compile()

@@ -90,7 +90,8 @@ def _rebuild_only_on_new_shapes(rank: int, size: int) -> tuple[list[bool], int]:
     join(size)
     model = network(torch.float32)
     limits = RankLimits(max_drop=0.2, at_conversion=0.5, round_to=1)
-    oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config(delay=1, frequency=1, limits=limits))
+    plan = config(delay=1, frequency=1, limits=limits, importance="weights")
+    oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), plan)
     rebuilt, sent = [], 0
     for _ in range(12):
         wrapper, before = oialr.model, oialr.model.reducer

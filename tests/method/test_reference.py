@@ -73,7 +73,13 @@ def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
     slow, fast = _model(), _model()
     slow_optimizer, fast_optimizer = OPTIMIZERS[name](slow.parameters()), OPTIMIZERS[name](fast.parameters())
     config = OIALRConfig(
-        delay=DELAY, frequency=FREQUENCY, rule=rule, limits=limits, layer_share_step=0.4, core_lr_scale=1.0
+        delay=DELAY,
+        frequency=FREQUENCY,
+        rule=rule,
+        limits=limits,
+        layer_share_step=0.4,
+        core_lr_scale=1.0,
+        importance="weights",
     )
     controller = OIALR(fast, fast_optimizer, config)
     reference = ReferenceOIALR(slow, slow_optimizer, controller.layers, config)

@@ -15,7 +15,7 @@ from support.spawn import spawn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hpc_oialr import OIALR, OIALRConfig, RankLimits, merge, muon_adamw
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, merge, muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import FSDPEngine, TensorEngine
 from hpc_oialr.errors import ConfigError, UnknownNameError
@@ -23,11 +23,12 @@ from hpc_oialr.linalg.weighted_svd import weighted_svd
 from hpc_oialr.lowrank.attachment import LayerHook
 
 BOTH = "inputs and gradients"
-LIMITS = RankLimits(at_conversion=0.5, round_to=1)
+LIMITS = RankLimits(at_conversion=0.5, max_drop=0.2, round_to=1)
+RULE = FixedFraction(0.25)
 
 
 def controller(model: nn.Module, **options: Any) -> OIALR:
-    defaults: dict[str, Any] = {"importance": "inputs", "moments_steps": 3, "limits": LIMITS}
+    defaults: dict[str, Any] = {"importance": "inputs", "moments_steps": 3, "limits": LIMITS, "rule": RULE}
     return OIALR(model, muon_adamw(model, lr=0.01), settings(**{**defaults, **options}))
 
 
@@ -136,8 +137,9 @@ def test_evaluations_are_not_counted_and_hooks_go() -> None:
         return model, seen
 
     (alone, seen), (evaluated, _) = run(False), run(True)
-    # Two hooks on each of the layers that the next change may cut: conversion after 4 steps, updates every 3.
-    assert seen == [4] * 8
+    # Two hooks on each of the layers that the next change may cut, for three steps before the conversion (4), for one
+    # before the update (7).
+    assert seen == [4, 4, 4, 0, 0, 4, 0, 0]
     for p, q in zip(alone.parameters(), evaluated.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -228,7 +230,7 @@ def _trained(rank: int, size: int, sharded: bool) -> tuple[list[float], list[Ten
     oialr = OIALR(
         model,
         muon_adamw(model, lr=0.01),
-        settings(importance=BOTH, moments_steps=3, limits=LIMITS),
+        settings(importance=BOTH, moments_steps=3, limits=LIMITS, rule=RULE),
         engine=engine,
     )
     losses, weighted = [], True

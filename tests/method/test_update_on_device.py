@@ -71,7 +71,9 @@ def an_update(layers: int, *, made_up: bool = True) -> tuple[list[str], list[Ten
     model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(layers + 1)))
     optimizer = muon_adamw(model)
     limits = RankLimits(at_conversion=0.75, max_drop=0.3)
-    config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0)
+    config = OIALRConfig(
+        delay=1, frequency=1, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0, importance="weights"
+    )
     oialr = OIALR(model, optimizer, config)
     for device in (nullcontext(), MadeUpDevice() if made_up else nullcontext()):
         model(torch.ones(2, 48)).square().sum().backward()

@@ -145,9 +145,9 @@ def test_what_is_captured_and_what_not(on_gpu):
     assert reason(optimizer=torch.optim.SGD([p], fused=True)) == ""
     method = replace(on_gpu.config.oialr, frequency=19)
     assert "r changes every 19 steps" in configured(oialr=method)
-    watched = replace(method, frequency=39, importance="inputs", moments_steps=20)
-    assert "of which the last 20 run hooks" in configured(oialr=watched)
-    assert configured(oialr=replace(watched, frequency=40)) == ""
+    watched = replace(method, frequency=20, importance="inputs", moments_steps=20)
+    assert "of which the last 1 run hooks" in configured(oialr=watched)
+    assert configured(oialr=replace(watched, frequency=21)) == ""
     assert configured(oialr=None) == ""
     assert "compiled code is captured only" in configured(compile="blocks")
     assert configured(compile="blocks", train=replace(on_gpu.config.train, cuda_graph="on")) == ""
