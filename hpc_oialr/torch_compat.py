@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -164,3 +164,11 @@ def recompile_limit(times: int) -> AbstractContextManager[None]:
     """While active, let torch.compile make so many graphs of one function; its own limit is 8."""
     config: Any = torch._dynamo.config
     return cast(AbstractContextManager[None], config.patch(recompile_limit=times))
+
+
+def free_pool(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """End the use of a pool of memory by a capture that failed, as ``torch.cuda.use_mem_pool`` ends its own."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # where a newer torch has done so
+        torch._C._cuda_endAllocateToPool(index, graph.pool())
+        torch._C._cuda_releasePool(index, graph.pool())

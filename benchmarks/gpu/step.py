@@ -52,7 +52,7 @@ class Setting:
 def cases(context: Context) -> Sequence[Case]:
     """One case for each round and model."""
     models, found = workloads(tiny=context.tiny), []
-    for turn, (optimizer, mode, fractions) in enumerate(ROUNDS[:8] if context.tiny else ROUNDS):
+    for turn, (optimizer, mode, fractions) in enumerate(ROUNDS[:9] if context.tiny else ROUNDS):
         # In the tiny size every model once, and every optimizer and mode with the last of them.
         for name in ORDER if turn == 0 or not context.tiny else ORDER[-1:]:
             fractions = fractions[:1] if context.tiny else fractions

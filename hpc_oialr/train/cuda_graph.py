@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from hpc_oialr.data import Batch
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.engine import SingleEngine
 from hpc_oialr.optim import MuonAdamW
+from hpc_oialr.torch_compat import free_pool
 from hpc_oialr.train.run_context import RunContext
 
 log = logging.getLogger(__name__)
@@ -46,21 +46,13 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
         # the step would have held, most of a GPU's memory, stays in the graph's pool.
         torch.cuda.set_stream(stream)
         torch.cuda.synchronize(device)
-        _free_pool(graph, device)
+        free_pool(graph, device)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         # The first error is the cause; the end of the capture then raises one of its own.
         cause = str(error.__context__ or error).splitlines() or [type(error).__name__]
         raise CaptureError(cause[0][:160]) from error
     return graph.replay, result
-
-
-def _free_pool(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """End the use of a pool of memory by a capture that failed, as ``torch.cuda.use_mem_pool`` ends its own."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):  # where a newer torch has done so
-        torch._C._cuda_endAllocateToPool(index, graph.pool())
-        torch._C._cuda_releasePool(index, graph.pool())
 
 
 class GraphedStep:

@@ -63,5 +63,5 @@ def test_world_size_that_does_not_divide_the_batch(tmp_path):
 
 def test_accumulation_that_does_not_divide_the_share(tmp_path):
     recipe = write_recipe(tmp_path, train={"accumulation": 3})
-    with pytest.raises(ConfigError, match=r"train.accumulation is 3; must divide the 8 samples that each of 1 process"):
+    with pytest.raises(ConfigError, match=r"train.accumulation is 3; must divide the 8 samples that each of 1 ranks"):
         train(load_config(recipe), tmp_path / "run", world=World.single("cpu"))
