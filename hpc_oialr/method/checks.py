@@ -179,7 +179,7 @@ def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:
         changing += [(target.name, engine.local_shard(p)) for p in parameters]
     # An empty shard has no largest value.
     largest = torch._foreach_norm([p if p.numel() else p.new_zeros(1) for _, p in changing], math.inf)
-    found = engine.any_rank((~torch.stack(largest).isfinite()).float()).int().tolist()
+    found = engine.any_rank((~torch.stack(largest).isfinite()).float()).int().cpu().tolist()
     if bad := list(dict.fromkeys(name for (name, _), is_bad in zip(changing, found, strict=True) if is_bad > 0)):
         raise NonFiniteError(
             f"NaN or Inf in the weight of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}; an SVD needs "
