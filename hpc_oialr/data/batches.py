@@ -52,10 +52,8 @@ class GlobalBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's slices of an epoch's global batches, from step ``start`` on; torch's generator is not used."""
         n, rng = len(self.dataset), CounterRNG(self.seed, epoch)
-        order, drawn = (
-            rng.permutation(n) if self.training else torch.arange(n),
-            rng if self.training else None,
-        )
+        order = rng.permutation(n) if self.training else torch.arange(n)
+        drawn = rng if self.training else None
         if self.dataset.device.type != "cpu":
             # One copy an epoch, and neither workers nor pinned memory.
             for part in self._slices(order.to(self.dataset.device), start):

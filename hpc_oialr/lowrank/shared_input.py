@@ -106,7 +106,9 @@ class SharedInput:
         return y.view(*x.shape[:-1], layer.m)
 
     def _multiply(self, x: Tensor) -> list[Tensor | None]:
-        """``x Vh^T`` of every layer; empty where one of them would not fold its core into its bases."""
+        """``x Vh^T`` of every layer; empty where one is dense again, or would not fold its core into its bases."""
+        if any(getattr(layer, "shared_input", None) is not self for layer in self.layers):
+            return []
         factors = [layer.matched_factors() for layer in self.layers]
         if not all(is_plain(x, Vh, S, U) for U, S, Vh in factors):
             return []

@@ -250,6 +250,8 @@ class OIALR:
 
     def _watch(self) -> None:
         """Gather the second moments of layers that may be cut soon."""
+        if self._moments.importance == "weights":
+            return
         due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
         self._moments.watch(self.t, due, self._tracker.streaks)
 
@@ -302,9 +304,11 @@ class OIALR:
 
     def _free_or_freeze_bases(self) -> None:
         """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
+        if not self.config.frees_bases:
+            return
         wanted = self.config.trains_bases(self.t)
         due = [target for target in self._low_rank() if low_rank_layer(target).bases_trained != wanted]
-        if not (due and self.config.frees_bases):
+        if not due:
             return
         self._check(due, state_of=due)
         with self.engine.changing(self.module):

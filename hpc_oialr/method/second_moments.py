@@ -203,8 +203,6 @@ class SecondMoments:
         ``targets`` are the dense ones, with their ``streaks`` of stability, and those that the next update reaches.
         """
         config = self._config
-        if self.importance == "weights":
-            return
         if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
             self._sums.clear()  # a change ends all windows
         found: list[TargetWeight] = []

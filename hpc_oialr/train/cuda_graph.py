@@ -98,9 +98,8 @@ class GraphedStep:
 
     def forget(self) -> None:
         """Drop the graph: parameters or the optimizer's state are, or may be, in another place."""
-        self._replay: Callable[[], None] | None = None
+        self._captured: tuple[Callable[[], None], Tensor] | None = None  # the replay, and the loss that it fills
         self._inputs: Batch = {}
-        self._loss: Tensor | None = None
         self._shapes: Any = None
         self._eager = 0
 
@@ -117,23 +116,24 @@ class GraphedStep:
         if shapes != self._shapes:
             self.forget()
             self._shapes = shapes
-        if self._replay is None:
+        if self._captured is None:
             if self._eager < WARM_UP:
                 self._eager += 1
                 return self._step(batch)
             self._capture(batch)
-        if self._replay is None or self._loss is None:
+        if self._captured is None:
             return self._step(batch)
         for name, value in batch.items():
             self._inputs[name].copy_(value, non_blocking=True)
-        self._replay()
+        replay, loss = self._captured
+        replay()
         # The next replay overwrites its own.
-        return self._loss.clone()
+        return loss.clone()
 
     def _capture(self, batch: Batch) -> None:
         self._inputs = {name: value.to(self._device, copy=True) for name, value in batch.items()}
         try:
-            self._replay, self._loss = capture(lambda: self._step(self._inputs), self._device)
+            self._captured = capture(lambda: self._step(self._inputs), self._device)
         except CaptureError as error:
             self.refusal = f"it cannot be captured ({error})"
             log.warning("no CUDA graph of the steps from now on: %s", self.refusal)

@@ -135,3 +135,11 @@ def test_a_copy_of_a_layer_works_by_itself():
     assert layer.shared_input is None
     x = torch.randn(40, 12, dtype=torch.float64)
     torch.testing.assert_close(layer(x), together.q_proj(x))
+
+
+def test_a_layer_that_is_dense_again_leaves_the_others_by_themselves():
+    alone, together = models()
+    x = torch.randn(40, 12, dtype=torch.float64)
+    for model in (alone, together):
+        model.k_proj.become_dense()
+    torch.testing.assert_close(together(x), alone(x))

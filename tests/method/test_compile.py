@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gpu_loop import one_step
 from torch import nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits
@@ -37,12 +38,7 @@ def train(*, compiled: bool) -> tuple[list[float], int]:
         oialr.module.compile()
     x, y, losses = torch.randn(32, 16), torch.randint(0, 4, (32,)), []
     for _ in range(12):
-        loss = nn.functional.cross_entropy(oialr.model(x), y)
-        loss.backward()
-        oialr.optimizer.step()
-        oialr.optimizer.zero_grad()
-        oialr.step()
-        losses.append(loss.item())
+        losses.append(one_step(oialr, x, y)[0].item())
     return losses, int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 

@@ -10,6 +10,7 @@ import sys
 from unittest import mock
 
 import torch
+from gpu_loop import one_step
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, Selection, muon_adamw
@@ -55,12 +56,7 @@ def losses_and_r(kernels: tuple[Kernels, ...], crossover: float, devices: tuple[
         mock.patch("hpc_oialr.lowrank.shared_input.DEVICES", devices),
     ):
         for _ in range(12):
-            loss = nn.functional.cross_entropy(oialr.model(x), labels)
-            loss.backward()
-            oialr.optimizer.step()
-            oialr.optimizer.zero_grad()
-            oialr.step()
-            found["losses"].append(loss.item())
+            found["losses"].append(one_step(oialr, x, labels)[0].item())
             found["r"].append(oialr.r)
     return found
 
