@@ -33,9 +33,9 @@ def test_output_and_all_gradients_against_float64() -> None:
 
 def test_every_way_to_compute_gives_the_same_training_run() -> None:
     """The same r at every step; losses differ by rounding, which Muon's sign-like steps enlarge a little."""
-    script = Path(__file__).parents[1] / "support" / "execution_paths.py"
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "support.execution_paths"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)
     expected = runs.pop("three products")

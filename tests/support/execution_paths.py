@@ -10,7 +10,7 @@ import sys
 from unittest import mock
 
 import torch
-from gpu_loop import one_step
+from support.gpu_loop import one_step
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, Selection, muon_adamw
