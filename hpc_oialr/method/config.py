@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,16 +17,24 @@ IMPORTANCES = ("weights", "inputs", "inputs and gradients")
 MOMENTS = ("full", "diagonal")
 
 
+def is_share(time: float) -> bool:
+    """Whether a time is a share of the run, not a number of steps."""
+    return 0 < time < 1
+
+
 @dataclass(kw_only=True)
 class OIALRConfig:
     """Settings of :class:`hpc_oialr.OIALR`; :meth:`paper` gives those of the published method.
 
+    Times are whole numbers of steps or, as numbers between 0 and 1, shares of the whole run, which :meth:`in_steps` turns
+    into steps; ``oialr train`` and ``oialr plan`` do so by themselves.
+
     Parameters
     ----------
     delay
-        d: full-rank steps before the conversion (steps).
+        d: full-rank steps before the conversion (steps, or share of the run).
     frequency
-        nu: steps between two updates (steps).
+        nu: steps between two updates (steps, or share of the run).
     rule
         Chooses r from the singular values.
     limits
@@ -36,7 +44,7 @@ class OIALRConfig:
     layer_share_step
         Updates start at the last layers and reach this share more of the layers each time; 1 = all at once.
     stability_frequency
-        Measure every layer's stability every so many full-rank steps; None = not.
+        Measure every layer's stability every so many full-rank steps (or share of the run); None = not.
     stability_threshold
         Convert each layer on its own, once its stability has stayed at or above this for
         ``stability_patience`` measurements in a row, not before ``delay``; None = all at ``delay``.
@@ -64,7 +72,7 @@ class OIALRConfig:
         ``r (m + n)`` further gradients and moments a layer, and of ``B r (m + n)`` multiply-adds.
     bases_trained
         Phases (first step, end) in which U and Vh are trained too although ``train`` is "cores", counted in steps from
-        0; the end is not part of it, None = to the end of the run.
+        0, or as shares of the run; the end is not part of it, None = to the end of the run.
     orthogonality_bound
         Bases further from orthonormal than this (Frobenius norm of ``Q^T Q - I`` over sqrt(r)) are
         re-orthogonalised by QR, with R folded into S; "auto": by the dtype they are stored in, 1e-4 for fp32 and
@@ -75,13 +83,13 @@ class OIALRConfig:
         which a layer runs.
     """
 
-    delay: int = 1000
-    frequency: int = 100
+    delay: int | float = 1000
+    frequency: int | float = 100
     rule: RankRule = field(default_factory=RelativeCutoff)
     limits: RankLimits = field(default_factory=RankLimits)
     selection: Selection = field(default_factory=Selection)
     layer_share_step: float = 0.1
-    stability_frequency: int | None = None
+    stability_frequency: int | float | None = None
     stability_threshold: float | None = None
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
@@ -91,14 +99,19 @@ class OIALRConfig:
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     train: Literal["cores", "factors"] = "cores"
-    bases_trained: list[tuple[int, int | None]] = field(default_factory=list)
+    bases_trained: list[tuple[int | float, int | float | None]] = field(default_factory=list)
     orthogonality_bound: float | Literal["auto"] = "auto"
     crossover: float | str = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("delay", 0), ("frequency", 1), ("stability_patience", 1), ("moments_steps", 1)):
+        for name, least in (("stability_patience", 1), ("moments_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
+        for name, least in (("delay", 0), ("frequency", 1), ("stability_frequency", 1)):
+            time = getattr(self, name)
+            if time is not None and not is_share(time) and (isinstance(time, float) or time < least):
+                rule = f"must be a whole number of at least {least} (steps), or lie between 0 and 1 (share of the run)"
+                raise ConfigError(name, time, rule)
         for name, choices in (("importance", ("auto", *IMPORTANCES)), ("moments", MOMENTS)):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
@@ -106,8 +119,6 @@ class OIALRConfig:
         if not isinstance(self.orthogonality_bound, str):
             check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
         every, threshold = self.stability_frequency, self.stability_threshold
-        if every is not None and every < 1:
-            raise ConfigError("stability_frequency", every, "must be at least 1 step, or null")
         if threshold is not None:
             check_interval("stability_threshold", threshold, 0, 1)
             if every is None:
@@ -121,11 +132,43 @@ class OIALRConfig:
         else:
             check_interval("crossover", self.crossover, 0, 2, closed=(True, True))
 
+    def in_steps(self, total: int) -> OIALRConfig:
+        """The same settings for a run of ``total`` steps, with shares of the run turned into the nearest steps."""
+
+        def steps(time: float, least: int = 0) -> int:
+            return max(least, round(time * total)) if is_share(time) else int(time)
+
+        every = self.stability_frequency
+        phases = [(steps(start), None if stop is None else steps(stop)) for start, stop in self.bases_trained]
+        return replace(
+            self,
+            delay=steps(self.delay),
+            frequency=steps(self.frequency, least=1),
+            stability_frequency=None if every is None else steps(every, least=1),
+            # In a short run a phase may round to nothing.
+            bases_trained=[(start, stop) for start, stop in phases if start != stop],
+        )
+
+    def require_steps(self) -> None:
+        """ConfigError if a time is a share of a run whose length nobody has said."""
+        times = [
+            ("delay", self.delay),
+            ("frequency", self.frequency),
+            ("stability_frequency", self.stability_frequency),
+        ]
+        times += [("bases_trained", time) for phase in self.bases_trained for time in phase]
+        for name, time in times:
+            if time is not None and is_share(time):
+                rule = "is a share of the run, and nothing says how long that is"
+                raise ConfigError(name, time, rule, fix="Pass OIALRConfig(...).in_steps(total_steps).")
+
     def _check_phases(self) -> None:
         end = 0.0
-        for start, stop in self.bases_trained:
+        shares = {is_share(time) for phase in self.bases_trained for time in phase if time}
+        # Steps and shares compare only once the length of the run is known.
+        for start, stop in self.bases_trained if len(shares) < 2 else ():
             if start < end or (stop is not None and stop <= start):
-                rule = "must be pairs of steps (first, end), in order, without overlap; only the last end may be null"
+                rule = "must be pairs of times (first, end), in order, without overlap; only the last end may be null"
                 raise ConfigError("bases_trained", self.bases_trained, rule)
             end = math.inf if stop is None else stop
         if self.bases_trained and self.train == "factors":
@@ -136,7 +179,7 @@ class OIALRConfig:
             raise ConfigError("factor_dtype", self.factor_dtype, rule, fix="Set it to null.")
 
     @property
-    def free_phases(self) -> list[tuple[int, int | None]]:
+    def free_phases(self) -> list[tuple[int | float, int | float | None]]:
         """The phases, as ``bases_trained``, in which ``U`` and ``Vh`` are trained."""
         return [(0, None)] if self.train == "factors" else self.bases_trained
 
@@ -174,7 +217,7 @@ class OIALRConfig:
 
     def next_update(self, t: int) -> int:
         """The first step after ``t`` that updates low-rank layers."""
-        return self.delay + (max(0, t - self.delay) // self.frequency + 1) * self.frequency
+        return int(self.delay + (max(0, t - self.delay) // self.frequency + 1) * self.frequency)
 
     @property
     def moments_steps_of_updates(self) -> int:
@@ -182,7 +225,7 @@ class OIALRConfig:
 
         They take up to a third of a step: at most 1.7 % of all where ``frequency`` is 20 or more.
         """
-        return max(1, min(self.moments_steps, self.frequency // 20))
+        return max(1, min(self.moments_steps, int(self.frequency) // 20))
 
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""

@@ -89,6 +89,7 @@ class OIALR:
         averages: Sequence[nn.Module] = (),
     ) -> None:
         self.config = config or OIALRConfig()
+        self.config.require_steps()
         self.optimizer = optimizer
         require_unattached(model)
         self.engine, self.module = (engine, model) if engine else adopt(model)

@@ -41,6 +41,7 @@ class ReferenceOIALR:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, layers: list[str], config: OIALRConfig) -> None:
+        config.require_steps()
         self.model, self.optimizer, self.layers, self.config = model, optimizer, layers, config
         self.t = self.updates = 0
 

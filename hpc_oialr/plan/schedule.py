@@ -53,8 +53,10 @@ def phases(
     if config is None:
         return [Phase(0, total, "start", {}, {})]
     # Steps done at the conversion, then at every update.
-    conversion = max(1, config.delay)
-    updates = range(config.delay + config.frequency, total + 1, config.frequency)
+    config = config.in_steps(total)
+    delay, frequency = int(config.delay), int(config.frequency)
+    conversion = max(1, delay)
+    updates = range(delay + frequency, total + 1, frequency)
     times = [conversion, *(t for t in updates if t > conversion)] if conversion <= total else []
     ends = [*times, total]
     found = [Phase(0, ends[0], "start", {}, {})]
@@ -75,7 +77,7 @@ def phases(
 def _split(phase: Phase, config: OIALRConfig) -> list[Phase]:
     """At the steps in which bases begin or cease to be trained."""
     end = phase.start + phase.steps
-    changes = {t for pair in config.free_phases for t in pair if t is not None and phase.start < t < end}
+    changes = {int(t) for pair in config.free_phases for t in pair if t is not None and phase.start < t < end}
     parts = []
     for start, stop in pairwise([phase.start, *sorted(changes), end]):
         part = phase if start == phase.start else Phase(start, 0, "bases", {}, phase.r)

@@ -87,8 +87,8 @@ class Recorder:
         """
         method, steps = self.context.config.oialr, [self._first, self._first + 1]
         if method is not None:
-            events = [method.delay, method.delay + method.frequency]
-            events += [max(start, method.delay) + 1 for start, _ in method.free_phases]
+            events = [int(method.delay), int(method.delay + method.frequency)]
+            events += [int(max(start, method.delay)) + 1 for start, _ in method.free_phases]
             every = method.stability_frequency if method.stability_threshold is not None else None
             if every is not None and step >= method.delay:
                 events += [t for t in (step, step + 1) if t % every == 0]

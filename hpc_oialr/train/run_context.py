@@ -141,6 +141,8 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
             pin_memory=peers.device.type == "cuda",
         )
     total = train.total_steps(len(batches))
+    if config.oialr is not None:
+        config = replace(config, oialr=config.oialr.in_steps(total))
     torch.manual_seed(train.seed)
     sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
     config.task.check(sample, splits.classes, config.model)

@@ -352,9 +352,9 @@ def test_engines_that_shard_factors_refuse():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"bases_trained": [(5, 5)]}, "pairs of steps"),
-        ({"bases_trained": [(5, None), (7, 9)]}, "pairs of steps"),
-        ({"bases_trained": [(5, 9), (7, 12)]}, "pairs of steps"),
+        ({"bases_trained": [(5, 5)]}, "pairs of times"),
+        ({"bases_trained": [(5, None), (7, 9)]}, "pairs of times"),
+        ({"bases_trained": [(5, 9), (7, 12)]}, "pairs of times"),
         ({"train": "factors", "bases_trained": [(5, 9)]}, "leave out bases_trained"),
         ({"train": "factors", "factor_dtype": "bfloat16"}, "lost in rounding"),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from hpc_oialr import (
+    OIALR,
     CumulativeSum,
     Energy,
     FixedFraction,
@@ -151,10 +153,34 @@ def test_gradual_cuts() -> None:
             lambda: OIALRConfig(stability_threshold=0.9),
             "stability_threshold is 0.9; needs measurements. Set stability_freq",
         ),
-        (lambda: OIALRConfig(stability_frequency=0), "stability_frequency is 0; must be at least 1 step"),
+        (lambda: OIALRConfig(stability_frequency=0), "stability_frequency is 0; must be a whole number of at least 1"),
+        (
+            lambda: OIALRConfig(delay=1.0),
+            r"delay is 1.0; must be .* \(steps\), or lie between 0 and 1 \(share of the run",
+        ),
+        (lambda: OIALRConfig(bases_trained=[(0.7, 0.5)]), "must be pairs of times"),
+        (lambda: OIALRConfig(bases_trained=[(0.7, None)]).require_steps(), "is a share of the run.*in_steps"),
+        (lambda: attach(delay=0.1), "delay is 0.1; is a share of the run"),
     ],
 )
 def test_bad_values(make: object, text: str) -> None:
     assert callable(make)
     with pytest.raises(ConfigError, match=text):
         make()
+
+
+def attach(**settings: Any) -> OIALR:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    return OIALR(model, torch.optim.SGD(model.parameters()), OIALRConfig(**settings))
+
+
+def test_times_as_shares_of_the_run() -> None:
+    phases = [(0, 0.1), (0.3, 40), (0.7, None)]
+    shares = OIALRConfig(delay=0.125, frequency=0.05, stability_frequency=0.01, bases_trained=phases)
+    config = shares.in_steps(60)
+    assert (config.delay, config.frequency, config.stability_frequency) == (8, 3, 1)
+    assert config.bases_trained == [(0, 6), (18, 40), (42, None)]
+    assert config.in_steps(1000) == config, "numbers of steps stay"
+    # A run too short for them: at least one step between updates, and no empty phase.
+    assert OIALRConfig(frequency=0.05, bases_trained=[(0.3, 0.4)]).in_steps(2).bases_trained == []
+    assert OIALRConfig(frequency=0.05).in_steps(2).frequency == 1

@@ -62,6 +62,12 @@ def test_steps_with_trained_bases_are_phases_of_their_own():
     assert sum(p.steps for p in found) == 14
 
 
+def test_shares_of_the_run():
+    steps = OIALRConfig(delay=5, frequency=2, rule=FixedFraction(0.5), bases_trained=[(14, None)])
+    shares = OIALRConfig(delay=0.25, frequency=0.1, rule=FixedFraction(0.5), bases_trained=[(0.7, None)])
+    assert phases(shares, {"a": (8, 8)}, 20) == phases(steps, {"a": (8, 8)}, 20)
+
+
 def test_what_events_work_on():
     config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.5), layer_share_step=0.5)
     shapes = {"a": (8, 8), "b": (8, 4)}
