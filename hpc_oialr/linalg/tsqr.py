@@ -148,6 +148,10 @@ class _SVD(Scheme):
 
     def finish(self, X: Tensor, ledger: Ledger) -> Top:
         Q, R = blocked_qr(X)
+        # Far below rounding; but where columns shrink a lot, products of such values are subnormal, and an SVD took
+        # 41 s instead of 11 (4,096 columns, each 1 % smaller than the one before, fp32).
+        if R.numel():
+            R = R.masked_fill(R.abs() < torch.finfo(R.dtype).eps ** 2 * R.abs().max(), 0)
         U, s, Vh = svd(R, name="the triangular factor")
         return Top(Q(U), torch.cat([s[:, None], Vh], dim=1))
 

@@ -12,6 +12,7 @@ from hpc_oialr.linalg import tsqr
 from hpc_oialr.linalg.communicator import Communicator
 from hpc_oialr.linalg.distributed_svd import gaussian
 from hpc_oialr.linalg.row_partition import agree, block_of, even_blocks, transpose_blocks
+from hpc_oialr.linalg.svd import SVD, svd
 from hpc_oialr.linalg.tsqr import blocked_qr
 
 
@@ -84,3 +85,22 @@ def test_all_processes_tell_what_one_did_wrong(bad: torch.Tensor, expected: str)
 def test_short_dtypes_are_cast_up(dtype: torch.dtype) -> None:
     A, _ = agree(torch.ones(2, 2, dtype=dtype), Communicator(), "A")
     assert A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_value_far_below_rounding_slows_an_svd(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Columns that shrink by 40 orders of magnitude: what is zeroed is without effect on a singular value."""
+    A = torch.randn(90, 60, dtype=dtype) * torch.logspace(0, -40, 60, dtype=torch.float64).to(dtype)
+    factors: list[torch.Tensor] = []
+
+    def recorded(R: torch.Tensor, *, name: str) -> SVD:
+        factors.append(R)
+        return svd(R, name=name)
+
+    monkeypatch.setattr(tsqr, "svd", recorded)
+    found, eps = tsqr.tsqr_svd(A), torch.finfo(dtype).eps
+    kept = factors[0][factors[0] != 0].abs()
+    assert kept.min() >= eps**2 * kept.max()
+    assert len(kept) < 60 * 61 / 2, "something was zeroed"
+    assert (found.s - svd(A).s).abs().max() < 10 * eps * found.s[0]
+    assert (A - (found.U * found.s) @ found.Vh).norm() < 20 * eps * A.norm()
