@@ -223,6 +223,28 @@ in float64, on the GPU and a batch at once (trial, 73 matrices of 192 x 192 in f
 float64 111), so most of that time is presumably not theirs; it was not profiled. The conversion's peak was
 {conversion_gib:.1f} GiB, {conversion_then_gib:.1f} by gesvdj and {dense_gib:.1f} in a dense step of the optimizer."""
 
+NOT_BUILT = """
+## Considered, and not built
+
+**Updates beside the next step** (SVDs of a snapshot of the cores on a side stream, applied a step later). The share of a
+run that all updates take, by the fastest step and the update of the same r, at a `frequency` of 100, 500 and 2,000:
+"""
+NOT_BUILT_ENDS = """
+`vit_b16.yaml` updates every 2,000 steps, so {vit:.2%} of the run could be saved at most, and not all of that: SVDs were
+12 ms of an update of {update:.0f} ms in the trial, the rest changes factors and moments between two steps. The
+Llama-like model at r = k/4 pays for updates every 100 steps; every 2,000 they are {llama:.1%}. What of that a side stream
+would hide, beside a step on the same card, is not measured. It would need a process group of its own, a rotation of cores
+that are not diagonal afterwards, and the snapshot in checkpoints; a larger `frequency` needs nothing.
+
+**JPEGs decoded on the GPU** (nvJPEG). Images differ in size, so that crop, antialiased resize in both directions, flip
+and copy into the batch are at least {per_image} launches an image: {launches:,} for the {batch} of a step of ViT-B/16,
+{launch_ms:.1f} ms of the host at {eager:.1f} us each, beside a step of {step:.0f} ms that most likely waits for the host
+already. Loader processes do this work on other cores, and let the decoder halve large images first. Pixels would differ in their
+last bits from Pillow's, so that the same run would depend on the machine. Not measured."""
+FREQUENCIES = (100, 500, 2000)
+# Of a step of ViT-B/16, and the least launches for each of them.
+IMAGES, IMAGE_LAUNCHES = 256, 5
+
 
 def filled(text: str) -> str:
     """Paragraphs, headings and items of a list, wrapped."""
@@ -253,6 +275,43 @@ def lines() -> Iterator[str]:
     yield filled(STEPS.format(eager=launch["eager_us"], graph=launch["graph_us"]))
     yield kernels()
     yield filled(OUTCOME.format(eager=launch["eager_us"], **outcome()))
+    yield filled(NOT_BUILT)
+    yield table(("model", "r", "update, s", "step, ms", *(f"{every:,}" for every in FREQUENCIES)), updates())
+    yield filled(NOT_BUILT_ENDS.format(eager=launch["eager_us"], **not_built(launch["eager_us"])))
+
+
+def share(model: str, r: float, every: int) -> float:
+    """Of a run's time in its updates of one r, every so many steps."""
+    row = event(model, "update", r)
+    assert row is not None
+    return float(row["seconds"] / (row["seconds"] + every * fastest(model, r)["ms"] / 1e3))
+
+
+def updates() -> list[list[str]]:
+    """What updates take of a run, by model and r."""
+    lines = []
+    for model in ("ViT-B/16", "Llama-like 350M"):
+        for r in sorted({row["r_over_k"] for row in rows("step") if row["model"] == model} - {None}, reverse=True):
+            row, shares = event(model, "update", r), [f"{share(model, r, every):.1%}" for every in FREQUENCIES]
+            lines.append([model, f"k/{1 / r:.0f}", number(row, "seconds"), f"{fastest(model, r)['ms']:.1f}", *shares])
+    return lines
+
+
+def not_built(eager_us: float) -> dict[str, Any]:
+    """Figures of what was considered."""
+    update = event("ViT-B/16", "update", 0.25)
+    assert update is not None
+    launches = IMAGE_LAUNCHES * IMAGES
+    return {
+        "vit": share("ViT-B/16", 0.25, 2000),
+        "llama": share("Llama-like 350M", 0.25, 2000),
+        "update": 1e3 * update["seconds"],
+        "per_image": IMAGE_LAUNCHES,
+        "launches": launches,
+        "batch": IMAGES,
+        "launch_ms": launches * eager_us / 1e3,
+        "step": fastest("ViT-B/16", 0.25)["ms"],
+    }
 
 
 def outcome() -> dict[str, Any]:
