@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 class FSDPEngine(GroupEngine):
     """Shards every parameter over ranks, with its gradient and its optimizer state.
 
-    ``U`` and ``Vh`` are sharded and gathered too, but have no gradient and no reduce-scatter. ``replicas`` and
-    ``reshard_after_forward`` are those of :class:`~hpc_oialr.engines.settings.FSDP`; ``mesh`` is made from ``replicas``
-    unless given. Parameters are gathered and used in ``gather_dtype`` (None: their own); gradients are summed in fp32.
+    ``U`` and ``Vh`` are sharded and gathered too, but have no gradient and no reduce-scatter; or FSDP2 leaves them
+    alone, and every rank has them whole (``frozen``). The other options are those of
+    :class:`~hpc_oialr.engines.settings.FSDP`; ``mesh`` is made from ``replicas`` unless given. Parameters are gathered
+    and used in ``gather_dtype`` (None: their own); gradients are summed in fp32.
 
     Notes
     -----
@@ -46,6 +47,7 @@ class FSDPEngine(GroupEngine):
         *,
         replicas: int = 1,
         reshard_after_forward: bool = True,
+        frozen: Literal["sharded", "replicated"] = "sharded",
         gather_dtype: torch.dtype | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
@@ -57,7 +59,7 @@ class FSDPEngine(GroupEngine):
             names = ("replicate", "shard")[-len(shape) :]
             mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
         self.mesh = mesh
-        self.layout: Sharded = Sharded(mesh)
+        self.layout: Sharded = Sharded(mesh, whole_bases=frozen == "replicated")
         self._reshard = reshard_after_forward
         summed = None if gather_dtype is None else torch.float32
         self.casts_itself = gather_dtype is not None
@@ -69,6 +71,11 @@ class FSDPEngine(GroupEngine):
         """An engine for a model that the user has sharded by ``fully_shard``, including the root."""
         assert isinstance(module, nn.Module)
         return cls(World.current(), mesh=next(_groups(module)).mesh_info.mesh)
+
+    @property
+    def whole_bases(self) -> bool:
+        """Whether FSDP2 leaves U and Vh alone."""
+        return self.layout.whole_bases
 
     @property
     def replicas(self) -> World:
@@ -100,7 +107,7 @@ class FSDPEngine(GroupEngine):
                 module.reshard()
 
     def _on_replace(self, layer: LowRankWeight) -> None:
-        """Let FSDP2 manage the factors of ``layer``, which are DTensors, in place of the parameters that are gone.
+        """Let FSDP2 manage the factors of ``layer`` that are DTensors, in place of the parameters that are gone.
 
         FSDP2 makes its parameter groups once and has no public way to change them. It represents a parameter by an
         ``FSDPParam``; those of the layer are swapped in their group (internals of torch 2.11 to 2.14).
@@ -112,7 +119,8 @@ class FSDPEngine(GroupEngine):
             for member in gone:
                 member._post_load_hook_handle.remove()
             known = {member.sharded_param for member in group.fsdp_params}
-            new = [(name, p) for name, p in layer.named_parameters(recurse=False) if p not in known]
+            factors = [(name, p) for name, p in layer.named_parameters(recurse=False) if isinstance(p, DTensor)]
+            new = [(name, p) for name, p in factors if p not in known]
             stay = [member for member in group.fsdp_params if member not in gone]
             group.fsdp_params[:] = stay + [_managed(group, layer, name, p) for name, p in new]
             group._init_mp_dtypes()

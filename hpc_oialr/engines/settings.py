@@ -140,10 +140,14 @@ class FSDP(EngineConfig):
         Groups that hold the whole model each (HSDP), e.g. one a node; 1 = shards over all ranks.
     reshard_after_forward
         Free a block's gathered parameters after its forward pass, and gather them again in the backward.
+    frozen
+        Where the bases ``U`` and ``Vh`` of low-rank layers are: "sharded", and gathered for use like all parameters; or
+        "replicated", whole on every rank: r (m + n) numbers a layer, which no step has to send.
     """
 
     replicas: int = 1
     reshard_after_forward: bool = True
+    frozen: Literal["sharded", "replicated"] = "sharded"
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

@@ -287,6 +287,7 @@ class LowRankWeight(nn.Module):
     def merged_weight(self) -> Tensor:
         """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
         U, S, Vh = (factor.to(compute_dtype(self.S.dtype)) for factor in self.factors)
+        S = self._beside(U, S)
         return (U @ (S @ Vh)).reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,14 +302,21 @@ class LowRankWeight(nn.Module):
         copies = None if U.is_meta or U.requires_grad or is_transformed() else self.autocast_copies
         if copies is not None and torch.is_autocast_enabled(device):
             U, Vh = cast(Any, copies.of(U, Vh, torch.get_autocast_dtype(device)))
+        elif copies is not None and self.S.dtype.itemsize < U.dtype.itemsize:  # FSDP casts parameters that it gathers
+            U, Vh = cast(Any, copies.of(U, Vh, self.S.dtype))
         return self.in_one_dtype(U, Vh)
 
     def in_one_dtype(self, U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``U`` or a part of it, ``S``, and ``Vh`` or a part of it in the core's dtype; under autocast as they are."""
-        S = self.S
+        S = self._beside(U, self.S)
         if S.is_meta or not torch.is_autocast_enabled(S.device.type):
             U, Vh = U.to(S.dtype), Vh.to(S.dtype)
         return U, S, Vh
+
+    @staticmethod
+    def _beside(U: Tensor, S: Tensor) -> Tensor:
+        """A sharded core whole where the bases are."""
+        return S.full_tensor() if isinstance(S, DTensor) and not isinstance(U, DTensor) else S
 
     def factored(self, tokens: int) -> bool:
         """Whether this many tokens are cheaper in factored execution."""

@@ -89,8 +89,7 @@ def empty_factors(
     (m, n), weight = target.shape, target.weight
     rows, columns = layout.own_rows(m), layout.own_columns(n)
     zeros = partial(torch.zeros, dtype=compute_dtype(weight.dtype), device=weight.device)
-    U = layout.put_rows(zeros(rows.stop - rows.start, r), m)
-    Vh = layout.put_columns(zeros(r, columns.stop - columns.start), n)
+    U, Vh = layout.put_bases(zeros(rows.stop - rows.start, r), zeros(r, columns.stop - columns.start), m, n)
     S = layout.put_core(zeros(r, r))
     return convert_weight(target, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
 

@@ -44,6 +44,10 @@ class Replicated:
         """The stored form of a core that every rank has whole."""
         return S
 
+    def put_bases(self, U: Tensor, Vh: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+        """The stored form of a layer's bases, of which these are this rank's rows and columns."""
+        return self.put_rows(U, m), self.put_columns(Vh, n)
+
     def own_rows(self, m: int) -> slice:
         """Which of ``m`` rows are this rank's."""
         return slice(0, m)
@@ -82,14 +86,17 @@ class Sharded(Replicated):
     Sharded over the last axis of the mesh, replicated along the others. Blocks are those of ``torch.chunk``: equal but
     for the last ones, which may be empty. With ``split_cores`` cores are stored in row blocks too, otherwise every rank
     has them whole. ``even_columns`` is FSDP2's rule: it shards columns only if all blocks are equal; a ``Vh`` with
-    others is stored in row blocks.
+    others is stored in row blocks. With ``whole_bases`` every rank stores ``U`` and ``Vh`` whole, as ordinary tensors,
+    though it changes its own rows and columns only.
 
     Traffic of one rank: :meth:`core` r^2 numbers, :meth:`project` r^2 (an all-reduce), :meth:`whole_columns` r n (an
-    all-gather), ``Vh`` in row blocks r n / P each way (an all-to-all).
+    all-gather), ``Vh`` in row blocks r n / P each way (an all-to-all), whole bases r (m + n) (two all-gathers).
     """
 
-    def __init__(self, mesh: DeviceMesh, *, split_cores: bool = True, even_columns: bool = True) -> None:
-        self.mesh, self.split_cores, self.even_columns = mesh, split_cores, even_columns
+    def __init__(
+        self, mesh: DeviceMesh, *, split_cores: bool = True, even_columns: bool = True, whole_bases: bool = False
+    ) -> None:
+        self.mesh, self.split_cores, self.even_columns, self.whole_bases = mesh, split_cores, even_columns, whole_bases
         self.group = mesh.get_group(mesh.ndim - 1)
         self.size, self.place = dist.get_world_size(self.group), dist.get_rank(self.group)
 
@@ -97,10 +104,17 @@ class Sharded(Replicated):
         """Sharded along ``dim`` over the last axis of the mesh."""
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(dim)]
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """Those of a whole ``U`` too."""
+        block = super().rows(weight)
+        return block[self.own_rows(len(block))] if self._is_whole(weight) else block
+
     def columns(self, Vh: Tensor) -> Tensor:
         """An all-to-all where ``Vh`` is stored in row blocks."""
         r, n = Vh.shape
         block = self.local(Vh)
+        if self._is_whole(Vh):
+            return block[:, self.own_columns(n)]
         if self._stores_columns(n):
             return block
         shapes = [(_length(rows), _length(self.own_columns(n))) for rows in self._chunks(r)]
@@ -118,6 +132,15 @@ class Sharded(Replicated):
         shapes = [(_length(self.own_rows(r)), _length(columns)) for columns in self._chunks(n)]
         pieces = self._exchange([block[rows] for rows in self._chunks(r)], shapes)
         return self.put(torch.cat(pieces, dim=1), 0, (r, n))
+
+    def put_bases(self, U: Tensor, Vh: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+        """Gathered where every rank stores them whole."""
+        if not self.whole_bases:
+            return super().put_bases(U, Vh, m, n)
+        return self.put(U, 0, (m, U.shape[1])).full_tensor(), self.whole_columns(Vh, n)
+
+    def _is_whole(self, basis: Tensor) -> bool:
+        return self.whole_bases and not isinstance(basis, DTensor)
 
     def _stores_columns(self, n: int) -> bool:
         return not self.even_columns or n % self.size == 0

@@ -113,9 +113,9 @@ class BasisUpdater:
         reset = not self.config.carry_moments
         with self.engine.replacing(target):
             transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
-            stored = layout.put_rows(U, m), layout.put_core(torch.diag(s)), layout.put_columns(Vh, n)
+            core, bases = layout.put_core(torch.diag(s)), layout.put_bases(U, Vh, m, n)
             gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
-            layer = convert_weight(target, *stored, **self._options)
+            layer = convert_weight(target, bases[0], core, bases[1], **self._options)
             self._take_place(weight, layer)
             self._set_step(layer, replaces=weight)
         layer.S.grad = gradient
@@ -137,7 +137,7 @@ class BasisUpdater:
         moves: list[Move] = [(None, P.mT), (P, Qh), (Qh.mT, None)]
         with self.engine.replacing(target):
             gradients = self._move(layer, moves, reset=reset)
-            U, S, Vh = layout.put_rows(U, layer.m), layout.put_core(S), layout.put_columns(Vh, layer.n)
+            S, (U, Vh) = layout.put_core(S), layout.put_bases(U, Vh, layer.m, layer.n)
             for twin in map(low_rank_layer, self.twins(target)):
                 twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
             self._set_factors(layer, U, S, Vh)
@@ -242,7 +242,7 @@ class BasisUpdater:
     # -- parts of a change -----------------------------------------------------------------------
 
     def _take_place(self, weight: nn.Parameter, layer: LowRankWeight) -> None:
-        layer.autocast_copies = AutocastCopies() if self.engine.whole_factors else None
+        layer.autocast_copies = AutocastCopies() if self.engine.whole_bases else None
         self._groups.replace(weight, layer.S)
         self._hold_bases(layer)
 

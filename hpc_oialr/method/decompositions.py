@@ -213,7 +213,7 @@ def _core_job(target: TargetWeight, watched: bool, engine: Engine, moments: Seco
         return s, errors, lost, cosines, P, Qh, *chosen, unused
 
     # Engines that shard factors gather U and Vh with the core.
-    held = None if engine.whole_factors else r * (r + sum(target.shape))
+    held = None if engine.whole_bases else r * (r + sum(target.shape))
     work = LayerWork(target.name, r, r, held)
     # Singular values, errors and what is lost; cosines, P, Qh, and what moments chose.
     shapes = [(r + 2 + watched,), (2,), (r, r), (r, r), ((r + 2 * r * r) * watched,)]

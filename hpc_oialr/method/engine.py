@@ -93,7 +93,7 @@ class Engine:
 
     world: Peers  # all ranks
     layout: Replicated = REPLICATED  # how one matrix is stored
-    whole_factors: bool = False  # whether each rank always has all of U and Vh, in ordinary tensors
+    whole_factors: bool = False  # whether each rank always has all of U, S and Vh, in ordinary tensors
     importances: Sequence[str] = IMPORTANCES  # values of OIALRConfig.importance for which layers see enough
     steps_itself: bool = False  # whether the optimizer given to wrap() never steps
     casts_itself: bool = False  # whether forward passes use parameters in the dtype of the run's precision anyway
@@ -106,6 +106,11 @@ class Engine:
     def data_parallel(self) -> Peers:
         """The ranks over which a global batch is sharded; all, unless several compute the same samples."""
         return self.world
+
+    @property
+    def whole_bases(self) -> bool:
+        """Whether each rank always has all of U and Vh, in ordinary tensors; of cores it may have a shard."""
+        return self.whole_factors
 
     @property
     def replicas(self) -> Peers:

@@ -199,7 +199,7 @@ class Planner:
 
     def _event(self, phase: Phase, d: Deployment) -> tuple[float, float, float]:
         """Seconds of SVDs and of messages, and bytes sent."""
-        sent = step_cost.event_messages(phase, self.shapes, d.processes)
+        sent = step_cost.event_messages(phase, self.shapes, d.processes, whole_bases=d.whole_bases)
         svd_s = step_cost.svd_seconds(phase, self.shapes, d, self.machine)
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
@@ -216,7 +216,8 @@ class Planner:
                 trained = m * n if phase.event == "conversion" else r * (r + bases)
                 resident -= 4.0 * (trained - phase.r[name] * (phase.r[name] + bases))
         if d.sharded:
-            return resident + step_cost.sharded_event_bytes(self.shapes, phase, d.processes)
+            beside = step_cost.sharded_event_bytes(self.shapes, phase, d.processes, whole_bases=d.whole_bases)
+            return resident + beside
         # At most one result of each layer is alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:

@@ -86,18 +86,23 @@ def _highest(trace: Trace, share: float) -> float:
     return float((live - (1.0 - share) * gradients).max(initial=0.0))
 
 
-def sharded_event_bytes(shapes: Mapping[str, tuple[int, int]], phase: Phase, processes: int) -> float:
+def sharded_event_bytes(
+    shapes: Mapping[str, tuple[int, int]], phase: Phase, processes: int, *, whole_bases: bool = False
+) -> float:
     """Bytes of an event, in fp32, on top of resident ones, where matrices are sharded over ``processes``; a formula.
 
     One layer at a time. At the conversion (TSQR) rank 0 has a copy of its rows, two k x k factors per level of the
-    tree, U and Vh of the last one and its own basis; at an update both factors of a core twice.
+    tree, U and Vh of the last one and its own basis; at an update both factors of a core twice. ``whole_bases`` of all
+    layers come on top at a conversion, which frees shards of weights meanwhile; at an update those of one.
     """
+    bases = {name: whole_bases * phase.r[name] * sum(shapes[name]) for name in phase.before}
     if phase.event == "update":
-        return 4.0 * max(6.0 * r * r for r in phase.before.values())
+        return 4.0 * max(6.0 * r * r + bases[name] for name, r in phase.before.items())
     levels = math.ceil(math.log2(processes))
-    return 4.0 * max(
+    largest = max(
         2.0 * math.prod(shapes[name]) / processes + (2 * levels + 6) * k * k for name, k in phase.before.items()
     )
+    return 4.0 * (largest + sum(bases.values()))
 
 
 def messages(step: Step, d: Deployment) -> list[Message]:
@@ -128,11 +133,17 @@ def messages(step: Step, d: Deployment) -> list[Message]:
     return [*step.passes.messages, *step.update.messages]
 
 
-def event_messages(phase: Phase, shapes: Mapping[str, tuple[int, int]], processes: int) -> list[Message]:
-    """Factors of every layer of an event, in fp32: values and new bases, or both rotations of a core."""
+def event_messages(
+    phase: Phase, shapes: Mapping[str, tuple[int, int]], processes: int, *, whole_bases: bool = False
+) -> list[Message]:
+    """Factors of every layer of an event, in fp32: values and new bases, or both rotations of a core.
+
+    ``whole_bases`` that are changed in shards are gathered afterwards.
+    """
     if processes == 1:
         return []
-    sent = []
+    gathered = [4.0 * phase.r[name] * sum(shapes[name]) for name in phase.before] if whole_bases else []
+    sent = [Message("all_gather", size, processes) for size in gathered]
     for name, r in phase.before.items():
         numbers = 2 * r * r + r + 2
         if phase.event == "conversion":

@@ -172,6 +172,11 @@ class Deployment:
         return isinstance(self.engine, (FSDP, TensorParallel)) and self.processes > 1
 
     @property
+    def whole_bases(self) -> bool:
+        """Whether the bases of sharded layers are whole on every rank."""
+        return self.sharded and isinstance(self.engine, FSDP) and self.engine.frozen == "replicated"
+
+    @property
     def bare(self) -> bool:
         """Whether a step is traced without the engine: DDP and DeepSpeed work on real tensors only."""
         return self.processes == 1 or isinstance(self.engine, (DDP, DeepSpeed))

@@ -14,11 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
-from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, muon_adamw
+from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, low_rank_layers, muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import FSDP, DDPEngine, FSDPEngine, Single
 from hpc_oialr.engines.fsdp import blocks
 from hpc_oialr.errors import ConfigError, ModelError
+from hpc_oialr.lowrank.layout import whole
 from hpc_oialr.method.report import LayerUpdate
 from hpc_oialr.record.memory import resident_bytes
 
@@ -74,10 +75,12 @@ def settings(**over: Any) -> OIALRConfig:
     return OIALRConfig(**common | over)
 
 
-def train(rank: int, size: int, optimizer_name: str, dtype: torch.dtype, replicas: int = 1) -> dict[str, Any]:
+def train(
+    rank: int, size: int, optimizer_name: str, dtype: torch.dtype, replicas: int = 1, frozen: Any = "sharded"
+) -> dict[str, Any]:
     """Losses by step, r, stabilities; the engine is FSDP for more than one process."""
     world = World.from_environment(device="cpu", timeout_s=60) if size > 1 else World.single("cpu")
-    engine = FSDP(replicas=replicas).build(world, "fp32")
+    engine = FSDP(replicas=replicas, frozen=frozen).build(world, "fp32")
     torch.manual_seed(0)
     net = Net().to(dtype)
     engine.place(net)
@@ -106,6 +109,9 @@ def train(rank: int, size: int, optimizer_name: str, dtype: torch.dtype, replica
         "errors": [u.orthogonality_error_U for r in reports if r for u in r.layers],
         "stored": stored,
         "bytes": resident_bytes(net, optimizer),
+        "whole_bases": sum(
+            p.nbytes for layer in low_rank_layers(net).values() for p in (layer.U, layer.Vh) if type(p) is nn.Parameter
+        ),
     }
     world.close()
     return found
@@ -141,6 +147,56 @@ def test_same_as_one_process(alone, size, name, replicas):
         # Blocks are padded: two rows a process where r is 5 and processes are three.
         padding = 1.45 if size == 3 else 1.15
         assert found["bytes"] < expected["bytes"] / (size // replicas) * padding
+
+
+@pytest.mark.parametrize(("size", "replicas"), [(3, 1), (4, 2)])
+def test_whole_bases(alone, size, replicas):
+    """The same losses with bases on every rank, which are all that takes more memory."""
+    expected = alone["adamw"]
+    for found in spawn(train, size, "adamw", torch.float64, replicas, "replicated"):
+        assert found["r"] == expected["r"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+        for ours, theirs in zip(found["changes"], expected["changes"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+        assert max(found["errors"]) < 1e-12
+        assert found["whole_bases"] == expected["whole_bases"] > 0
+        rest, all_of_it = (each["bytes"] - each["whole_bases"] for each in (found, expected))
+        assert rest < all_of_it / (size // replicas) * 1.45
+
+
+def in_bf16(rank: int, size: int) -> dict[str, Any]:
+    """Losses, copies of bases and merged weights, by where bases are."""
+    world, found = World.from_environment(device="cpu", timeout_s=60), {}
+    for frozen in ("sharded", "replicated"):
+        torch.manual_seed(0)
+        engine, net = FSDP(frozen=frozen).build(world, "bf16-params"), Net()
+        engine.place(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        oialr = OIALR(net, optimizer, settings(delay=2, frequency=2, stability_frequency=None), engine=engine)
+        losses = []
+        for step in range(13):
+            torch.manual_seed(step)
+            loss = cross_entropy(oialr.model(torch.randn(8, 5, 6)).float(), torch.randint(0, 7, (8,)))
+            engine.backward(loss, OFF)
+            engine.update(optimizer, OFF, [], None)
+            oialr.step()
+            losses.append(float(loss.detach()))
+        layers = low_rank_layers(net).values()
+        found[frozen] = {
+            "losses": losses,
+            "copies": {t.dtype for x in layers if x.autocast_copies for t in x.autocast_copies.tensors},
+            "merged": float(sum(whole(layer.weight.detach()).double().square().sum() for layer in layers)),
+        }
+    world.close()
+    return found
+
+
+def test_whole_bases_are_cast_once_and_give_the_same_bits() -> None:
+    for found in spawn(in_bf16, 2):
+        sharded, replicated = found["sharded"], found["replicated"]
+        assert replicated["losses"] == sharded["losses"]
+        assert (sharded["copies"], replicated["copies"]) == (set(), {torch.bfloat16})
+        assert replicated["merged"] == pytest.approx(sharded["merged"], rel=1e-6)
 
 
 def reshaping(rank: int, size: int) -> dict[str, Any]:

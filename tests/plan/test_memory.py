@@ -139,4 +139,8 @@ def test_events_of_sharded_matrices():
     # Rows of process 0 and their copy, 2 x 8 numbers; two 4 x 4 factors on each of two levels, and six more.
     assert sharded_event_bytes(shapes, conversion, 4) == 4 * (16 + 4 * 16 + 6 * 16)
     # Three 2 x 2 factors of a core, twice.
-    assert sharded_event_bytes(shapes, Phase(1, 1, "update", {"a": 2}, {"a": 1}), 4) == 4 * 24
+    update = Phase(1, 1, "update", {"a": 2}, {"a": 1})
+    assert sharded_event_bytes(shapes, update, 4) == 4 * 24
+    # Whole bases of r (m + n) numbers.
+    assert sharded_event_bytes(shapes, conversion, 4, whole_bases=True) == 4 * (16 + 4 * 16 + 6 * 16 + 2 * 12)
+    assert sharded_event_bytes(shapes, update, 4, whole_bases=True) == 4 * (24 + 12)

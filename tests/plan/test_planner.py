@@ -9,8 +9,9 @@ import pytest
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, TensorParallel
 from hpc_oialr.plan.machine import GIB, cluster, gpu_machine
 from hpc_oialr.plan.planner import Planner
+from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.step_cost import messages
+from hpc_oialr.plan.step_cost import event_messages, messages
 from hpc_oialr.plan.trace_step import Resident, Step, trace_step
 from hpc_oialr.plan.tracer import Trace
 from hpc_oialr.plan.workload import Deployment, all_engines
@@ -65,6 +66,20 @@ def test_fsdp_gathers_twice_and_scatters_once(workload):
     assert scattered == pytest.approx(model, rel=0.01)
     # The parameters outside the blocks stay gathered until the backward pass is over.
     assert model <= gathered <= 2 * model
+
+
+def test_whole_bases_are_gathered_at_events_only(workload, planner):
+    r, gathered, frozen = dict.fromkeys(planner.shapes, 8), {}, {}
+    for place in ("sharded", "replicated"):
+        d = Deployment(FSDP(frozen=place), 2, 1)
+        step = trace_step(workload, d, r)
+        gathered[place] = sum(m.size for m in messages(step, d) if m.collective == "all_gather")
+        frozen[place] = step.resident.frozen
+    assert frozen["replicated"] == pytest.approx(2 * frozen["sharded"])
+    assert gathered["sharded"] - gathered["replicated"] >= frozen["replicated"]
+    shapes, update = {"a": (8, 4)}, Phase(1, 1, "update", {"a": 2}, {"a": 1})
+    kinds = [(m.collective, m.size) for m in event_messages(update, shapes, 2, whole_bases=True)]
+    assert kinds == [("all_gather", 4.0 * 12), ("broadcast", 4.0 * 12)]
 
 
 def test_zero_sends_parameters_instead_of_gradients():

@@ -64,11 +64,12 @@ def test_one_process_reads_every_engines_checkpoint(stopped, tmp_path):
 def goes_on(rank: int, size: int, recipe: str, folder: str) -> None:
     train_worker(rank, size, recipe, f"{folder}/whole")
     train_worker(rank, size, recipe, f"{folder}/parts", STOP_AT)
+    resume(Path(folder) / "parts", settings=["--engine.frozen", "replicated"], stop=stop_at_step(5))
     resume_worker(rank, size, f"{folder}/parts")
 
 
 def test_fsdp_resumes_bitwise(tmp_path):
-    """With dropout and Muon, on two processes."""
+    """With dropout and Muon, on two processes; wherever the bases are stored."""
     recipe = write_recipe(tmp_path, engine={"class_path": "FSDP"})
     spawn(goes_on, 2, str(recipe), str(tmp_path))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
