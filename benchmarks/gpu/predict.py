@@ -239,8 +239,8 @@ that are not diagonal afterwards, and the snapshot in checkpoints; a larger `fre
 **JPEGs decoded on the GPU** (nvJPEG). Images differ in size, so that crop, antialiased resize in both directions, flip
 and copy into the batch are at least {per_image} launches an image: {launches:,} for the {batch} of a step of ViT-B/16,
 {launch_ms:.1f} ms of the host at {eager:.1f} us each, beside a step of {step:.0f} ms that most likely waits for the host
-already. Loader processes do this work on other cores, and let the decoder halve large images first. Pixels would differ in their
-last bits from Pillow's, so that the same run would depend on the machine. Not measured."""
+already. Loader processes do this work on other cores, and let the decoder halve large images first. Pixels would differ
+in their last bits from Pillow's, so that the same run would depend on the machine. Not measured."""
 FREQUENCIES = (100, 500, 2000)
 # Of a step of ViT-B/16, and the least launches for each of them.
 IMAGES, IMAGE_LAUNCHES = 256, 5

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
+from hpc_oialr.train.async_checkpoint import AsyncCheckpoints
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.run_context import RunContext, seed_process
 from hpc_oialr.train.same_run import require_same_data, require_same_model, require_settings, stored
@@ -40,13 +41,13 @@ class Progress:
 
 
 def save(
-    store: CheckpointStore,
+    store: CheckpointStore | AsyncCheckpoints,
     context: RunContext,
     progress: Progress,
     timers: Timers,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; a collective call.
+    """Write a checkpoint, or begin to; a collective call.
 
     Wrapper and buffers are left as in a resumed run, so that both continue with the same bits, as far as the device
     allows: on GPUs DDP reorders its buckets in the step after it was made.

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int = 2, lost: Callable[[], str] = lambda: "") -> None:
-        self.folder, self.world, self.keep, self._lost = folder, world, keep, lost
+        self.folder, self.world, self.keep, self.lost = folder, world, keep, lost
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` steps."""
@@ -57,7 +57,7 @@ class CheckpointStore:
         from rank 0. On all ranks CheckpointError if one cannot write (earlier checkpoints stay), FolderLostError if
         the run's folder is gone, or taken by another process.
         """
-        reason = self.world.broadcast_object(self._lost() if self.world.is_main else "")
+        reason = self.world.broadcast_object(self.lost() if self.world.is_main else "")
         if reason:
             raise FolderLostError(f"{reason}; step {step} cannot be saved, and the run ends.")
         target, draft = self.path(step), self.folder / f".step_{step:08d}.draft"
@@ -68,8 +68,9 @@ class CheckpointStore:
                 draft.mkdir(parents=True)
         with self._together(target, draft):
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-            with _without_warning():
-                alone = self.world.size == 1
+            alone = self.world.size == 1
+            # Not on several ranks: a thread that writes would change the filters of the main one.
+            with _without_warning() if alone else nullcontext():
                 save(dict(tensors), storage_writer=writer, process_group=self.world.group, no_dist=alone)
             if main:
                 write_atomically(draft / STATE, json.dumps(state))

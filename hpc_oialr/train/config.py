@@ -57,6 +57,9 @@ class TrainConfig:
         Whether a whole step is captured as a CUDA graph and replayed, which takes the launches off the host: "auto"
         on one GPU, unless something prevents it, which the log and ``summary.json`` name; "on" makes that an error, and
         tries compiled code too; "off". It is captured anew, in about a second, after every change of r.
+    channels_last
+        Whether images, and with them what convolutions compute, are stored with their channels last, as tensor cores
+        read them: "auto" on a GPU, where the model has more than one Conv2d; "on", "off". Weights stay as they are.
     workers
         Data loader processes; 0 = load in the training process.
     device
@@ -94,6 +97,7 @@ class TrainConfig:
     sync_batch_norm: bool = False
     activation_checkpointing: bool = False
     cuda_graph: Literal["auto", "on", "off"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"
     workers: int = 0
     device: str | None = None
     profile: int | None = None
@@ -144,10 +148,14 @@ class CheckpointConfig:
         Steps between two; null = only at the end.
     keep
         How many of the last ones stay.
+    asynchronous
+        Whether the training goes on as soon as the state is copied to the host's memory, while a thread writes it:
+        "auto" on a GPU; "on", "off". The next checkpoint, the end of the run and a stop wait for it.
     """
 
     every: int | None = 500
     keep: int = 2
+    asynchronous: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:

@@ -175,10 +175,11 @@ class Recorder:
     def flush(self, checkpoint: int | None = None) -> bool:
         """Write all of the record to disk before a checkpoint; False if spectra had to stay in memory.
 
-        A collective call. With the step of a ``checkpoint`` that was written in spite of that: rank 0 tries again, and
-        warns if it fails.
+        A collective call. With the step of a ``checkpoint`` that was written in spite of that: rank 0 alone tries again,
+        and warns if it fails.
         """
-        self.collect()
+        if checkpoint is None:
+            self.collect()
         return self.spectra is None or self.spectra.flush(checkpoint)
 
     def evaluation(self, step: int, wall_s: float, row: dict[str, Any]) -> None:

@@ -203,6 +203,7 @@ def _run(
                 if summary is not None:
                     recorder.finish()
             finally:
+                trainer.close()
                 recorder.close()
             if summary is not None:
                 on_main(world, partial(_write_summary, folder, summary, lost))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpc_oialr.data import GlobalBatches, Splits
+from hpc_oialr.data import Batch, GlobalBatches, Splits
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.lowrank import Selection, select
@@ -96,6 +96,7 @@ class RunContext:
     identity: dict[str, Any]  # class of the dense model, shape and dtype of every parameter and buffer
     example: dict[str, Any]  # shape and dtype of every tensor of a small batch, for which the model was made
     units_per_step: int  # images, tokens or windows of a global batch
+    channels_last: bool = False  # whether images reach the model with their channels last
 
     @property
     def engine(self) -> Engine:
@@ -148,6 +149,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     config.task.check(sample, splits.classes, config.model)
     with _section("model"):
         module = config.model.build(sample)
+    channels_last = _channels_last(config, module, sample, world)
     _prepare_model(module, config, world, peers)
     splits.keep_on(world.device, config.data.on_device)
     # Before the engine shards tensors and changes the class.
@@ -173,6 +175,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
         identity=identity,
         units_per_step=config.task.count(sample) * train.global_batch // len(next(iter(sample.values()))),
         example={key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in sample.items()},
+        channels_last=channels_last,
     )
 
 
@@ -204,6 +207,24 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
         enable: Any = getattr(module, "activation_checkpointing_enable", old)
         enable({"use_reentrant": False})
     compile_model(module, config.compile)
+
+
+def _channels_last(config: RunConfig, module: nn.Module, sample: Batch, world: World) -> bool:
+    """Whether images are to be stored with their channels last; ConfigError if there are none, or no convolutions."""
+    wanted = config.train.channels_last
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in module.modules())
+    if not convolutions or not any(map(is_image, sample.values())):
+        if wanted == "on":
+            rule = f"is for images and 2-d convolutions, of which {type(module).__name__} or the data have none"
+            raise ConfigError("train.channels_last", wanted, rule, fix='Set it to "auto".')
+        return False
+    # The patches of a ViT are one convolution, whose result is flattened at once.
+    return wanted == "on" or (wanted == "auto" and world.device.type == "cuda" and convolutions > 1)
+
+
+def is_image(tensor: Tensor) -> bool:
+    """Whether these are images, B x channels x height x width."""
+    return tensor.dim() == 4 and tensor.is_floating_point()
 
 
 def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:

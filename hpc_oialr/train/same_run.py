@@ -26,6 +26,7 @@ RESUMABLE = (
     "train.health_check",
     "train.workers",
     "train.cuda_graph",
+    "train.channels_last",
     "compile",
     "train.profile",
     "train.profile_ranks",

@@ -22,12 +22,13 @@ from hpc_oialr.lowrank.layout import whole
 from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import checkpoint
+from hpc_oialr.train.async_checkpoint import AsyncCheckpoints
 from hpc_oialr.train.bf16_params import cast_parameters
 from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.cuda_graph import GraphedStep, refusal
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.run_context import RunContext
+from hpc_oialr.train.run_context import RunContext, is_image
 from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,10 @@ class Trainer:
         total, count = context.total_steps, min(self.config.train.evaluations, context.total_steps)
         self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
+        self._flushed = True  # whether the record was on disk before the checkpoint under way
+        wanted = self.config.checkpoint.asynchronous
+        beside = wanted == "on" or (wanted == "auto" and context.world.device.type == "cuda")
+        self._writer = AsyncCheckpoints(store, context.world) if beside else None
         self._waited_s = 0.0
 
     def resume(self) -> None:
@@ -94,7 +99,9 @@ class Trainer:
             for batch in self._batches():
                 self._step(batch)
                 self._evaluate_if_due()
-                if stop := self._stop_flag.exchange(self.stopping.wanted()):
+                # All ranks learn of a lost folder at the same step.
+                lost = self._writer is not None and self._writer.lost
+                if stop := self._stop_flag.exchange(self.stopping.wanted() or lost):
                     break
                 self._save_if_due()
         self._stop_flag.settle()
@@ -170,12 +177,15 @@ class Trainer:
         return row
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint every ``checkpoint.every`` steps; training continues if the disk is full."""
+        """Write a checkpoint every ``checkpoint.every`` steps, or begin to; training continues if the disk is full."""
         every = self.config.checkpoint.every
-        if every is None or self.progress.step % every:
+        due = every is not None and self.progress.step % every == 0
+        if self._writer is not None and (due or (self._writer.done and not self._writer.lost)):
+            self._finish_writing()
+        if not due:
             return
         try:
-            self.save()
+            self._write()
         except FolderLostError:
             raise
         except CheckpointError as error:
@@ -183,19 +193,51 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint into ``RUN/checkpoints``, unless this step has one; CheckpointError if that fails."""
-        if self._saved == self.progress.step:
-            return
-        flushed = self.recorder.flush()
+        self._finish_writing()
+        if self._saved != self.progress.step:
+            self._write()
+            self._finish_writing(strict=True)
+
+    def _write(self) -> None:
+        """Write a checkpoint, or begin to."""
+        self._flushed = self.recorder.flush()
         self.progress.peak_memory_gib = self.recorder.peak_memory_gib(self.progress.peak_memory_gib)
         self.progress.checkpoint_s = self.stopping.checkpoint_s
         before = self.timers.seconds["checkpoint"]
         with self.timers.aside("checkpoint"):
-            checkpoint.save(self.store, self.context, self.progress, self.timers, self.settings)
-        self.stopping.saved(self.timers.seconds["checkpoint"] - before)
-        self._saved = self.progress.step
-        if not flushed:
-            # On rank 0 only; nothing is left to collect.
-            self.recorder.flush(checkpoint=self.progress.step)
+            checkpoint.save(self._writer or self.store, self.context, self.progress, self.timers, self.settings)
+        self.stopping.restart()
+        if self._writer is None:
+            self._note_checkpoint(self.progress.step, self.timers.seconds["checkpoint"] - before)
+
+    def _finish_writing(self, *, strict: bool = False) -> None:
+        """Wait for the checkpoint that is being written beside the training, if one is.
+
+        CheckpointError if it cannot be written and that is ``strict``, or the folder is lost; a warning otherwise.
+        """
+        if self._writer is None or not self._writer.busy:
+            return
+        try:
+            with self.timers.aside("checkpoint"):
+                seconds = self._writer.wait()
+        except CheckpointError as error:
+            if strict or isinstance(error, FolderLostError):
+                raise
+            log.warning("step %d: %s The training goes on.", self._writer.step, error)
+        else:
+            self._note_checkpoint(self._writer.step, seconds)
+
+    def _note_checkpoint(self, step: int, seconds: float) -> None:
+        """A checkpoint is on disk, after so many seconds."""
+        self.stopping.saved(seconds)
+        self._saved = step
+        if not self._flushed:
+            self.recorder.flush(checkpoint=step)
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished, also after an error."""
+        if self._writer is not None:
+            self._writer.close()
 
     def summary(self) -> dict[str, Any]:
         """``summary.json`` of a finished run; a collective call, the same on all ranks but for times and memory.
@@ -302,7 +344,13 @@ def _casts(context: RunContext) -> AbstractContextManager[None]:
 
 def _to_device(context: RunContext, batch: Batch) -> Batch:
     """A batch on the device; floating-point values in the dtype of the passes, if that is not fp32 or autocast's."""
-    moved = {key: value.to(context.world.device, non_blocking=True) for key, value in batch.items()}
+    device = context.world.device
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    for key, value in moved.items() if context.channels_last else ():
+        if is_image(value):
+            # Convolutions take on the format of their input, whatever that of the weight. By a copy: images of one
+            # channel count as being in both formats, and would pass as they are.
+            moved[key] = torch.empty_like(value, memory_format=torch.channels_last).copy_(value)
     dtype = INPUTS.get(context.config.train.precision)
     if dtype is None:
         return moved

@@ -14,6 +14,7 @@ from hpc_oialr.data import TextFolder
 from hpc_oialr.distributed import World
 from hpc_oialr.models import GPT2
 from hpc_oialr.train import checkpoint
+from hpc_oialr.train.async_checkpoint import AsyncCheckpoints
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import Precision, RunConfig, TrainConfig
 from hpc_oialr.train.optimizers import AdamW, MuonAdamW, OptimizerConfig
@@ -89,3 +90,22 @@ def test_a_resumed_run_goes_on(
     assert found == (expected if device.type == "cpu" else pytest.approx(expected, rel=2e-3))
     assert second.controller.r == first.controller.r
     assert min(first.controller.r.values()) == 16
+
+
+def test_what_is_written_beside_the_training_is_of_its_step(text: Path, tmp_path: Path, device: torch.device) -> None:
+    """The parameters change before the thread is done with their copies."""
+    world = World.single(device)
+    store = CheckpointStore(tmp_path / "checkpoints", world)
+    first, writer = new_session(text, device, AdamW(), "fp32"), AsyncCheckpoints(store, world)
+    for saved in (4, 6):
+        list(go_on(first, saved - 2 if saved > 4 else 0, saved))
+        if saved == 6:
+            writer.wait()
+        checkpoint.save(writer, first, checkpoint.Progress(step=saved), Timers(device), {"seed": 0})
+    expected = list(go_on(first, 6, STEPS))
+    assert writer.wait() > 0
+    writer.close()
+    second = new_session(text, device, AdamW(), "fp32")
+    assert checkpoint.load(store, 6, second, Timers(device), {"seed": 0}).step == 6
+    found = list(go_on(second, 6, STEPS))
+    assert found == (expected if device.type == "cpu" else pytest.approx(expected, rel=2e-3))
