@@ -1,10 +1,11 @@
-"""OIALR at k/4 with U and Vh trained never, always, at the end or in the middle of the run: what frozen bases cost.
+"""OIALR at k/4 with U and Vh trained never, always, at the end or in the middle of the run, or growing at updates.
 
     python -m benchmarks.bases_trained --data FOLDER --out benchmarks/results/bases_trained.json
     python -m benchmarks.bases_trained --data FOLDER --size full --device cuda --seeds 0 1 2 --out FILE
 
-CIFAR-10 by `benchmarks.cifar`, all runs converted at 30 % and cut to k/4 at 50 % of the run, Muon .005 for dense matrices
-and bases, .01 for cores; judged by training images that no run trains on. Runs in the file already are not run again.
+What frozen bases cost. CIFAR-10 by `benchmarks.cifar`, all runs converted at 30 % and cut to k/4 at 50 % of the run, new
+directions included, Muon .005 for dense matrices and bases, .01 for cores; judged by training images that no run trains
+on. Runs in the file already are not run again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def variants() -> list[Variant]:
         replace(cores, name="factors", free_from=0.0),
         replace(cores, name="factors at the end", free_from=0.7),
         replace(cores, name="factors in the middle", free_from=0.3, free_until=0.6),
+        replace(cores, name="cores, growing by 1/8", grow=1 / 8, fraction=0.22),
+        replace(cores, name="cores, growing by 1/16", grow=1 / 16, fraction=0.235),
+        replace(cores, name="cores, growing by 1/8, inputs", grow=1 / 8, fraction=0.22, importance="inputs"),
         dense,
     ]
 
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
     parser.add_argument("--epochs", type=float, help="default: the size's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", metavar="RUN", choices=[v.name for v in variants()], help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
     options = parser.parse_args()
@@ -51,7 +56,8 @@ def main() -> None:
         file.add(row)
         print(", ".join(f"{key} {row[key]}" for key in SHOWN if key in row), flush=True)
 
-    wanted = [replace(variant, epochs=options.epochs) for variant in variants()]
+    chosen = [variant for variant in variants() if variant.name in (options.only or [variant.name])]
+    wanted = [replace(variant, epochs=options.epochs) for variant in chosen]
     run(wanted, data, options.device, keep, seeds=options.seeds, finished=file.rows())
     print_table([{key: row[key] for key in SHOWN} for row in file.rows()])
 

@@ -66,6 +66,9 @@ class Variant:
         Shares of the run between which U and Vh are trained too; None = never, and to the end.
     bases_lr
         Of U and Vh then; None = ``lr``.
+    grow, grow_steps
+        New directions at each update, as a share of r, and the steps whose gradients give them, at most a tenth of those
+        between two updates.
     importance, moments
         By what conversion and cuts choose directions.
     layer_share
@@ -100,6 +103,8 @@ class Variant:
     free_from: float | None = None
     free_until: float | None = None
     bases_lr: float | None = None
+    grow: float = 0.0
+    grow_steps: int = 8
     importance: Literal["weights", "inputs", "inputs and gradients"] = "weights"
     moments: Literal["full", "diagonal"] = "full"
     layer_share: float = 1.0
@@ -134,6 +139,8 @@ class Variant:
         phases = [] if self.free_from is None else [(round(self.free_from * steps), until)]
         config = OIALRConfig(
             bases_trained=phases,
+            grow=self.grow,
+            grow_steps=self.grow_steps,
             importance=self.importance,
             moments=self.moments,
             delay=max(1, round(self.delay * steps)),

@@ -82,13 +82,13 @@ class Attachment:
 class LayerHook:
     """A method of a controller's as a layer's hook, held weakly; copies and pickles of the layer do nothing."""
 
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Call the method, if its object is still there."""
-        if self._method is not None and (method := self._method()) is not None:
-            method(*args)
+        method = None if self._method is None else self._method()
+        return None if method is None else method(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
         return LayerHook()

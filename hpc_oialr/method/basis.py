@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hpc_oialr.errors import ModelError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
@@ -23,6 +24,7 @@ from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import low_rank_layer
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.second_moments import SecondMoments
+from hpc_oialr.method.sketches import LayerSketches
 from hpc_oialr.optim.core_lr import CoreLearningRate, core_factor
 from hpc_oialr.optim.groups import GroupPlaces, order_cores
 from hpc_oialr.optim.stack import OptimizerStack
@@ -123,20 +125,37 @@ class BasisUpdater:
             core = transform_average(twin.weight, U, Vh)
             convert_weight(twin, U.clone(), core, Vh.clone(), **self._options).S.requires_grad_(False)
 
-    def rotate(self, target: TargetWeight, P: Tensor, s: Tensor, Qh: Tensor, *, repair: bool) -> None:
+    def rotate(
+        self,
+        target: TargetWeight,
+        P: Tensor,
+        s: Tensor,
+        Qh: Tensor,
+        *,
+        repair: bool,
+        new: int = 0,
+        sketches: LayerSketches | None = None,
+    ) -> None:
         """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``, with P (r x r'), s and Qh (r' x r) cut to the new r'.
 
-        ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S.
+        ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S. ``new`` directions from
+        the ``sketches`` join the bases, with zeros in S: the function stays the same. Rank 0's are sent to all replicas.
         """
         layer, layout = low_rank_layer(target), self.layout
         dtype = compute_dtype(layer.S.dtype)
-        U, S, Vh = layout.rows(layer.U).to(dtype) @ P, torch.diag(s), Qh @ layout.columns(layer.Vh).to(dtype)
+        before = layout.rows(layer.U).to(dtype), layout.columns(layer.Vh).to(dtype)
+        U, S, Vh = before[0] @ P, torch.diag(s), Qh @ before[1]
+        if new and sketches is not None:
+            left, right = sketches.outside(*before, new, layout)
+            self.engine.replicas.share([left, right])
+            U, S, Vh = torch.cat([U, left], dim=1), pad(S, (0, new, 0, new)), torch.cat([Vh, right])
+            P, Qh = pad(P, (0, new)), pad(Qh, (0, 0, 0, new))
         if repair:
             U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
         reset = not self.config.carry_moments and len(s) < layer.r
         moves: list[Move] = [(None, P.mT), (P, Qh), (Qh.mT, None)]
         with self.engine.replacing(target):
-            gradients = self._move(layer, moves, reset=reset)
+            gradients = self._move(layer, moves, reset=reset, new=new)
             S, (U, Vh) = layout.put_core(S), layout.put_bases(U, Vh, layer.m, layer.n)
             for twin in map(low_rank_layer, self.twins(target)):
                 twin.set_factors(U.clone(), transform_average(twin.S, P, Qh), Vh.clone())
@@ -250,14 +269,14 @@ class BasisUpdater:
         if self.config.frees_bases:
             self._groups.add_bases(layer.S, (layer.U, layer.Vh))
 
-    def _move(self, layer: LowRankWeight, moves: Sequence[Move], *, reset: bool) -> list[Tensor | None]:
+    def _move(self, layer: LowRankWeight, moves: Sequence[Move], *, reset: bool, new: int = 0) -> list[Tensor | None]:
         """Transform the state of U, S and Vh; returns their gradients so far, in the new basis."""
         gradients: list[Tensor | None] = []
         for factor, (left, right) in zip(layer.factors, moves, strict=True):
             if factor is not layer.S and not layer.bases_trained:
                 gradients.append(None)
                 continue
-            transform_state(self.optimizer, factor, left, right, layout=self.layout, core=True, reset=reset)
+            transform_state(self.optimizer, factor, left, right, layout=self.layout, core=True, reset=reset, new=new)
             gradients.append(self._gradient(factor, left, right, core=True))
         return gradients
 

@@ -130,7 +130,9 @@ def check_change(
 def check_free_bases(
     config: OIALRConfig, optimizer: OptimizerStack, engine: Engine, averages: Sequence[nn.Module]
 ) -> None:
-    """Raise :class:`ConfigError` where ``U`` and ``Vh``, which the settings train, could not be trained right."""
+    """Raise :class:`ConfigError` where ``U`` and ``Vh``, if the settings train them, could not be trained right."""
+    if not config.frees_bases:
+        return
     keys = {key for _, states in optimizer.states() for state in states.values() for key in state}
     weights = [
         node

@@ -73,6 +73,12 @@ class OIALRConfig:
     bases_trained
         Phases (first step, end) in which U and Vh are trained too although ``train`` is "cores", counted in steps from
         0, or as shares of the run; the end is not part of it, None = to the end of the run.
+    grow
+        Directions that join ``U`` and ``Vh`` at each update, with zeros in S, as a share of r: those of the weight's
+        gradient that the bases lack; 0 for none, as published. What the rule keeps of S stays, and r is that plus the new
+        ones; at the next update the rule judges them as all others. An eighth is much. Not while bases are trained.
+    grow_steps
+        The steps before an update whose gradients count; at most a tenth of ``frequency``, but one.
     orthogonality_bound
         Bases further from orthonormal than this (Frobenius norm of ``Q^T Q - I`` over sqrt(r)) are
         re-orthogonalised by QR, with R folded into S; "auto": by the dtype they are stored in, 1e-4 for fp32 and
@@ -100,11 +106,13 @@ class OIALRConfig:
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     train: Literal["cores", "factors"] = "cores"
     bases_trained: list[tuple[int | float, int | float | None]] = field(default_factory=list)
+    grow: float = 0.0
+    grow_steps: int = 8
     orthogonality_bound: float | Literal["auto"] = "auto"
     crossover: float | str = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("stability_patience", 1), ("moments_steps", 1)):
+        for name, least in (("stability_patience", 1), ("moments_steps", 1), ("grow_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be a whole number of at least {least}")
         for name, least in (("delay", 0), ("frequency", 1), ("stability_frequency", 1)):
@@ -127,6 +135,7 @@ class OIALRConfig:
         if not isinstance(self.core_lr_scale, str) and self.core_lr_scale <= 0:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
         self._check_phases()
+        self._check_growth()
         if isinstance(self.crossover, str):
             measured_crossover(self.crossover)
         else:
@@ -178,6 +187,15 @@ class OIALRConfig:
             rule = "is for frozen bases: steps of trained ones would be lost in rounding"
             raise ConfigError("factor_dtype", self.factor_dtype, rule, fix="Set it to null.")
 
+    def _check_growth(self) -> None:
+        check_interval("grow", self.grow, 0, 0.5, closed=(True, True))
+        if self.grow and self.train == "factors":
+            fix = 'Set grow to 0, or train to "cores"; bases may be trained in some phases.'
+            raise ConfigError("grow", self.grow, 'needs frozen bases, and with train="factors" none are', fix=fix)
+        if self.grow >= self.limits.max_drop:
+            rule = f"must be below limits.max_drop, here {self.limits.max_drop:g}, or r could not fall"
+            raise ConfigError("grow", self.grow, rule)
+
     @property
     def free_phases(self) -> list[tuple[int | float, int | float | None]]:
         """The phases, as ``bases_trained``, in which ``U`` and ``Vh`` are trained."""
@@ -226,6 +244,15 @@ class OIALRConfig:
         They take up to a third of a step: at most 1.7 % of all where ``frequency`` is 20 or more.
         """
         return max(1, min(self.moments_steps, int(self.frequency) // 20))
+
+    @property
+    def steps_of_growth(self) -> int:
+        """Steps before an update over which gradients are sketched; 0 if bases do not grow.
+
+        Each takes up to an eighth of a layer's operations more, where ``grow`` is an eighth of r and r + 1/8 r a multiple
+        of ``limits.round_to``: 1 % of all steps by default.
+        """
+        return max(1, min(self.grow_steps, int(self.frequency) // 10)) if self.grow else 0
 
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""

@@ -95,6 +95,7 @@ class Engine:
     layout: Replicated = REPLICATED  # how one matrix is stored
     whole_factors: bool = False  # whether each rank always has all of U, S and Vh, in ordinary tensors
     importances: Sequence[str] = IMPORTANCES  # values of OIALRConfig.importance for which layers see enough
+    whole_features: bool = True  # whether layers see whole inputs, and whole gradients of their outputs
     steps_itself: bool = False  # whether the optimizer given to wrap() never steps
     casts_itself: bool = False  # whether forward passes use parameters in the dtype of the run's precision anyway
     pairs: Sequence[Any] = ()  # of layers between which features may stay sharded; set before place()

@@ -34,6 +34,7 @@ from hpc_oialr.method.other_optimizers import OtherOptimizers
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
 from hpc_oialr.method.report import LayerUpdate, StepReport, UpdateReport, layer_update
 from hpc_oialr.method.second_moments import SecondMoments
+from hpc_oialr.method.sketches import GradientSketches
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 
@@ -72,7 +73,8 @@ class OIALR:
     Memory: layers are converted one after another, and each dense weight, gradient and moment is freed before the
     next; with ``limits.at_conversion`` below about 0.7 the peak stays below the dense run's. Traffic per layer:
     ``r (m + n) + k`` numbers at the conversion, ``2 r^2 + r + 4`` at an update, and ``r^2`` gradients in every step.
-    What second moments add, unless ``importance`` is "weights": :class:`~hpc_oialr.method.second_moments.SecondMoments`.
+    What ``importance`` adds: :class:`~hpc_oialr.method.second_moments.SecondMoments`; what ``grow`` does:
+    :class:`~hpc_oialr.method.sketches.GradientSketches`.
 
     References
     ----------
@@ -97,15 +99,14 @@ class OIALR:
         check_optimizer(self.module, self._optimizers)
         self.targets = find_participants(self.module, self.config.selection, self._optimizers, self.engine)
         self._frozen = FrozenByUser(self.targets)
-        self.t = 0
-        self.updates = 0
+        self.t = self.updates = 0
         check_averages(averages, self.engine)
-        if self.config.frees_bases:
-            check_free_bases(self.config, self._optimizers, self.engine, averages)
+        check_free_bases(self.config, self._optimizers, self.engine, averages)
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
         self._moments = SecondMoments(self.config, self.engine)
+        self._sketches = GradientSketches(self.config, self.engine, self.module)
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.targets, self._basis, self.engine, empty=adopted)
@@ -114,7 +115,7 @@ class OIALR:
         self._attach()
         self._other_optimizers = OtherOptimizers(self._basis.core_lr, self.engine)
         self._other_optimizers.remember(self.targets)
-        self._watch()
+        self.watch()
 
     def _attach(self) -> None:
         """Register hooks on the model, its layers and the optimizers."""
@@ -156,9 +157,9 @@ class OIALR:
         return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
 
     @property
-    def gathers_moments(self) -> bool:
-        """Whether hooks on layers gather second moments in the next step: a replayed CUDA graph would not run them."""
-        return self._moments.active
+    def gathers(self) -> bool:
+        """Whether hooks on layers gather something in the next step: a replayed CUDA graph would not run them."""
+        return self._moments.active or self._sketches.active
 
     @property
     def layers(self) -> list[str]:
@@ -177,7 +178,7 @@ class OIALR:
         """Remove all hooks from model and optimizer; layers stay as they are, the steps of cores are no longer scaled."""
         for model in (self.module, *(average for average, _ in self._basis.averages)):
             untie(model)
-        self._moments.forget()
+        self._forget()
         self._basis.core_lr.remove()
 
     def before_forward(self) -> None:
@@ -185,6 +186,7 @@ class OIALR:
         self.engine.check_caller(self.module)
         self._loader.check_values()
         self._moments.tie(self.module)
+        self._sketches.tie(self.module)
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -218,15 +220,12 @@ class OIALR:
             with report.part("update", due) as layers:
                 layers += self._update(due)
         self._free_or_freeze_bases()
-        self._watch()
+        self.watch()
         self._frozen.remember(self.targets)
         return report.result()
 
     def _due_for_conversion(self) -> list[TargetWeight]:
-        """From step d on all dense layers, or those whose bases have been stable for long enough.
-
-        A weight that the user froze before OIALR(...) waits until it is trained.
-        """
+        """From step d on all dense layers that the user does not keep frozen, or the stable ones among them."""
         if self.t < self.config.delay:
             return []
         dense = [target for target in self._dense() if not self._frozen.waits(target)]
@@ -249,12 +248,13 @@ class OIALR:
         share = min(1.0, self.config.layer_share_step * updates)
         return self.targets[len(self.targets) - max(1, round(share * len(self.targets))) :]
 
-    def _watch(self) -> None:
-        """Gather the second moments of layers that may be cut soon."""
-        if self._moments.importance == "weights":
+    def watch(self) -> None:
+        """Gather in the next step what a change needs that is near; :meth:`step` ends with it."""
+        if self._moments.importance == "weights" and not self.config.grow:
             return
         due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
-        self._moments.watch(self.t, due, self._tracker.streaks)
+        for gatherer in (self._moments, self._sketches):
+            gatherer.watch(self.t, self.updates + 1, due, self._tracker.streaks)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -278,37 +278,38 @@ class OIALR:
 
     @exact_arithmetic()
     def _update(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
-        """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
+        """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values go, new directions come."""
         self._check(targets, state_of=self._low_rank())
         done: dict[int, LayerUpdate] = {}
+        sketches = self._sketches.reduce(targets)
 
-        def choose(layer: LowRankWeight, s: Tensor) -> int:
-            return self.config.limits.apply(self.config.rule.choose(s, layer.m, layer.n), layer.r, layer.k)
+        def choose(layer: LowRankWeight, s: Tensor) -> tuple[int, int]:
+            wanted = self.config.rule.choose(s, layer.m, layer.n)
+            growth = self.config.grow if layer in sketches else 0.0
+            return self.config.limits.renewed(wanted, layer.r, layer.k, growth)
 
         with self.engine.changing(self.module):
             for target in targets if self.config.frees_bases else []:
                 if low_rank_layer(target).bases_trained:
                     self._basis.orthonormalise(target, self._moments)
-            for rotation in core_rotations(targets, self.engine, self._moments, choose):
+            for rotation in core_rotations(targets, self.engine, self._moments, lambda *each: choose(*each)[0]):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)
                 r, dtype = layer.r, self.engine.basis_dtype(layer)
                 layer.require_orthonormal(rotation.error, dtype, target.name)
-                keep = choose(layer, rotation.spectrum)
-                repair = rotation.error > self.config.bound_on_errors(dtype)
-                self._basis.rotate(target, *rotation.cut(keep), repair=repair)
-                done[rotation.index] = layer_update(
-                    target.name, target.shape, r, keep, rotation.spectrum, rotation.seconds, **rotation.figures
-                )
+                keep, new = choose(layer, rotation.spectrum)
+                repair, found = rotation.error > self.config.bound_on_errors(dtype), sketches.pop(layer, None)
+                self._basis.rotate(target, *rotation.cut(keep), repair=repair, new=new, sketches=found)
+                figures = {**rotation.figures, "seconds": rotation.seconds, "new_directions": new}
+                shape, s = target.shape, rotation.spectrum
+                done[rotation.index] = layer_update(target.name, shape, r, keep + new, s, **figures)
         self._check_replicas(targets)
         return [done[i] for i in sorted(done)]
 
     def _free_or_freeze_bases(self) -> None:
         """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
-        if not self.config.frees_bases:
-            return
-        wanted = self.config.trains_bases(self.t)
-        due = [target for target in self._low_rank() if low_rank_layer(target).bases_trained != wanted]
+        wanted, layers = self.config.trains_bases(self.t), self._low_rank() if self.config.frees_bases else []
+        due = [target for target in layers if low_rank_layer(target).bases_trained != wanted]
         if not due:
             return
         self._check(due, state_of=due)
@@ -355,34 +356,26 @@ class OIALR:
         return state | {"bases_trained": [name for name, layer in layers.items() if layer.bases_trained]}
 
     def tensor_state(self) -> dict[str, Tensor]:
-        """What was gathered for coming changes; a collective call.
-
-        Of every rank the second moments ``LAYER.moments.RANK`` where a change is near, and the bases kept for
-        measuring stability in the full-rank phase.
-        """
-        return self._tracker.bases(self._dense()) | self._moments.state()
+        """Every rank's sums for a change that is near, and bases kept for measuring stability; a collective call."""
+        return self._tracker.bases(self._dense()) | self._moments.state() | self._sketches.state()
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Restore the structure of a checkpoint: counters, and layers of the stored r, still empty.
 
         Load the model's state before or after this, the optimizer's after either. A forward pass before the model's
-        state is loaded raises an error.
-
-        Raises
-        ------
-        ModelError
-            If this model lacks a stored layer, the optimizer's state was loaded before the structure, or ``tensors``
-            is missing though conversions depend on it.
+        state is loaded raises an error. Raises :class:`ModelError` if this model lacks a stored layer, the optimizer's
+        state was loaded before the structure, or ``tensors`` is missing though conversions depend on it.
         """
         self._tracker.require(tensors, state["streaks"])
         changed = self._loader.take(state["r"], state.get("bases_trained", []))
         self._dense_weights.remember(self.targets, changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
-        self._moments.forget()
-        self._watch()
+        self._forget()
+        self.watch()
         self._moments.restore(tensors or {})
+        self._sketches.restore(tensors or {})
         if state["r"] and (self.config.frees_bases or not changed):
             self.rewrap()
 
@@ -392,7 +385,11 @@ class OIALR:
         changed = self._loader.before_load(module, state, prefix, assign=assign)
         self._dense_weights.remember(self.targets, changed)
         if changed:
-            self._moments.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._moments.forget()
+        self._sketches.forget()
 
     before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 

@@ -42,6 +42,8 @@ class LayerUpdate:
     r_factor_distance
         ``||R' - R||_F / ||R||_F``, with R of the weight's previous QR and R' the new one; None if there is none, and
         once the weight is low-rank.
+    new_directions
+        How many joined the bases after the cut; over r it is the share of the bases that is new.
     cut_share
         Where second moments were gathered: the share of ``E ||y||^2`` of the layer's outputs that the cut takes, with
         gradients of the second-order estimate of their effect on the loss; None elsewhere.
@@ -61,11 +63,12 @@ class LayerUpdate:
     subspace_angle_Vh: float | None = None
     r_factor_distance: float | None = None
     cut_share: float | None = None
+    new_directions: int = 0
 
     @property
     def cut_values(self) -> int:
         """How many singular values were cut."""
-        return self.r_before - self.r
+        return self.r_before - self.r + self.new_directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,8 @@ class UpdateReport:
     @property
     def reshaped(self) -> bool:
         """Whether any parameter is a new object, so that shapes and memory have changed."""
-        cut = self.kind == "conversion" or any(layer.cut_values for layer in self.layers)
-        return cut or any(each.reshaped for each in self.earlier)
+        changed = self.kind == "conversion" or any(layer.r != layer.r_before for layer in self.layers)
+        return changed or any(each.reshaped for each in self.earlier)
 
 
 def _gathered(layer: LayerUpdate) -> bool:

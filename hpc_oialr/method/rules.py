@@ -176,6 +176,23 @@ class RankLimits:
         # If rounding up gave r itself, r would never shrink: cut at least one multiple.
         return max(goal, least if least < r else (r - 1) // multiple * multiple)
 
+    def renewed(self, wanted: int, r: int, k: int, growth: float) -> tuple[int, int]:
+        """How many of ``r`` directions stay at an update, and how many new ones join them: ``growth`` of r.
+
+        New ones replace only what the rule drops. The new r is ``wanted``, within the limits, plus the new ones, rounded
+        up to a multiple, but not above the present r, or r right after the conversion if that is larger. Places left are
+        for the largest of the dropped values, then for more new directions. Where none fits: :meth:`apply`.
+        """
+        least = min(r, max(1, wanted, math.ceil(self.min_fraction * k), math.ceil(r * (1 - self.max_drop))))
+        new = min(max(1, round(growth * r)), k - r) if growth else 0  # outside of the present bases k - r fit
+        total = min(max(r, self.initial(k)), _round_up(least + new, self.multiple(k)))
+        stay = min(r, max(least, total - new))
+        return (stay, total - stay) if new and stay < total else (self.apply(wanted, r, k), 0)
+
+    def most_new(self, r: int, k: int, growth: float) -> int:
+        """The most new directions that :meth:`renewed` may give: a share of r, or as many as fill it up to a multiple."""
+        return max(min(max(1, round(growth * r)), k - r), self.renewed(r, r, k, growth)[1]) if growth else 0
+
     def initial(self, k: int) -> int:
         """r right after the conversion."""
         least = max(1, round(self.at_conversion * k), math.ceil(self.min_fraction * k))

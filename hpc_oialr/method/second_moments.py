@@ -1,31 +1,23 @@
-"""Second moments of layers' inputs and output gradients, gathered in the last steps before a conversion or an update.
-
-Each rank sums over its own samples in hooks that exist in these steps only; a change begins with one all-reduce a layer.
-"""
+"""Second moments of layers' inputs and output gradients, gathered in the last steps before a conversion or an update."""
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import without_autocast
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.weighted_svd import weighted_svd
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
-from hpc_oialr.lowrank.attachment import LayerHook
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.torch_compat import is_transformed
-
-log = logging.getLogger(__name__)
+from hpc_oialr.method.gathering import Gatherer, LayerSums
 
 # Up to this many features a dense layer's moments are a full matrix.
 FULL = 4096
@@ -62,31 +54,24 @@ def _within(moments: Tensor | None, basis: Tensor) -> Tensor | None:
     return product.reshape(k, -1) @ basis.mT
 
 
-class _Sums:
-    """The sums of one layer on this rank, and the hooks that add to them."""
+class MomentSums(LayerSums):
+    """Second moments of one layer's inputs and output gradients."""
 
     def __init__(self, target: TargetWeight, importance: str, moments: str) -> None:
         layer, trained = target.low_rank, target.trained
-        self.target = target
         # The sides of inputs and of gradients: transformers' Conv1D stores its weight input by output.
         self._sides = ("left", "right") if target.kind == "Conv1D" else ("right", "left")
         sides = self._sides if importance == "inputs and gradients" else self._sides[:1]
         columns = target.shape[1] if _takes_patches(target.holder) else whole_shape(trained)[1]
         features = {"left": target.shape[0], "right": columns}
-        self._shapes: dict[str, torch.Size] = {}
+        shapes: dict[str, Sequence[int]] = {}
         for side in sides:
             c = features[side] if layer is None else layer.r
             full = layer is not None or (moments == "full" and c <= FULL)
-            self._shapes[side] = torch.Size((c, c) if full else (c,))
-        self.numbers = sum(shape.numel() for shape in self._shapes.values())
+            shapes[side] = (c, c) if full else (c,)
         # n^2 numbers of every dense layer would raise a GPU's peak above that of dense training.
         device = trained.device if layer is not None else "cpu"
-        self.flat = torch.zeros(self.numbers, dtype=compute_dtype(trained.dtype), device=device)
-
-    def totals(self) -> dict[str, Tensor]:
-        """The sums by side, views of ``flat``."""
-        parts = self.flat.split([shape.numel() for shape in self._shapes.values()])
-        return {side: part.view(self._shapes[side]) for side, part in zip(self._shapes, parts, strict=True)}
+        super().__init__(target, shapes, compute_dtype(trained.dtype), device)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the inputs of a training pass."""
@@ -110,10 +95,6 @@ class _Sums:
                     sums._add(module, gradient, sums._sides[1])
 
             output.register_hook(add)
-
-    def _counts(self, module: nn.Module) -> bool:
-        captured = self.target.trained.is_cuda and torch.cuda.is_current_stream_capturing()
-        return module.training and torch.is_grad_enabled() and not captured and not is_transformed()
 
     def _attended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The inputs of a dense attention's projection, each once."""
@@ -171,7 +152,7 @@ def _takes_patches(module: Any) -> bool:
     return unpadded and module.stride == module.kernel_size and set(module.dilation) == {1}
 
 
-class SecondMoments:
+class SecondMoments(Gatherer[MomentSums]):
     """Gathers the moments of the layers that change next; nothing if bases are chosen by the weights alone.
 
     While dense layers are watched, n^2 numbers a layer on every rank, in the host's memory (m^2 more with gradients);
@@ -181,12 +162,10 @@ class SecondMoments:
     Raises :class:`ConfigError` if the engine's layers do not see whole inputs.
     """
 
+    kind = "moments"
+
     def __init__(self, config: OIALRConfig, engine: Engine) -> None:
-        self._config, self._engine = config, engine
-        self._sums: dict[str, _Sums] = {}
-        self._handles: list[RemovableHandle] = []
-        self._unseen = False  # whether a layer was cut without them
-        self._late = False  # the last window had begun before it was opened here
+        super().__init__(config, engine)
         best = "inputs" if "inputs" in engine.importances else "weights"
         self.importance = best if config.importance == "auto" else config.importance
         if self.importance not in engine.importances:
@@ -194,15 +173,11 @@ class SecondMoments:
             rule = f"under {type(engine).__name__} must be {known}, as a layer does not see the others whole"
             raise ConfigError("importance", config.importance, rule)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": []}
-
-    def watch(self, t: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
-        """After step ``t``: gather in the next step for those layers that may be cut in a few steps.
-
-        ``targets`` are the dense ones, with their ``streaks`` of stability, and those that the next update reaches.
-        """
+    def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
+        """Watch those layers that may be cut in a few steps."""
         config = self._config
+        if self.importance == "weights":
+            return
         if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
             self._sums.clear()  # a change ends all windows
         found: list[TargetWeight] = []
@@ -217,51 +192,14 @@ class SecondMoments:
         if begun <= t:
             found += [target for target in targets if self._may_fall(target)]
             self._late |= not self._sums and t > max(0, begun)
-        self._late &= bool(found)
-        self._untie()
-        self._sums = {
-            each.name: self._sums.get(each.name) or _Sums(each, self.importance, config.moments) for each in found
-        }
+        self._open(found, lambda each: MomentSums(each, self.importance, config.moments))
 
     def _may_fall(self, target: TargetWeight) -> bool:
         layer, config = target.low_rank, self._config
-        return (
-            layer is not None and config.limits.apply(config.rule.least(layer.m, layer.n), layer.r, layer.k) < layer.r
-        )
-
-    def forget(self) -> None:
-        """Free all sums and remove the hooks."""
-        self._untie()
-        self._sums.clear()
-
-    def _untie(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def tie(self, model: nn.Module) -> None:
-        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors.
-
-        Compiled code would not run them, or be compiled anew in each window: there are none in a compiled model.
-        """
-        if self._handles or not self._sums or any(module._compiled_call_impl for module in model.modules()):
-            return
-        for sums in self._sums.values():
-            before, after = LayerHook(sums.before), LayerHook(sums.after)
-            holder = sums.target.holder
-            self._handles += [
-                holder.register_forward_pre_hook(before, with_kwargs=True),
-                holder.register_forward_hook(after, with_kwargs=True),
-            ]
-
-    @property
-    def active(self) -> bool:
-        """Whether hooks gather moments in the next step."""
-        return bool(self._sums)
-
-    def watches(self, target: TargetWeight) -> bool:
-        """Whether a layer's moments are gathered; the same on every rank."""
-        return target.name in self._sums
+        if layer is None:
+            return False
+        least, growth = config.rule.least(layer.m, layer.n), 0.0 if layer.bases_trained else config.grow
+        return config.limits.renewed(least, layer.r, layer.k, growth)[0] < layer.r
 
     def turn(self, target: TargetWeight, left: Tensor, right: Tensor) -> None:
         """Follow a low-rank layer's bases to ``U left`` and ``right^T Vh``."""
@@ -273,37 +211,10 @@ class SecondMoments:
 
     def reduce(self, target: TargetWeight) -> Moments:
         """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
-        sums = self._sums.pop(target.name)
-        sums.flat = sums.flat.to(target.trained.device)
-        self._engine.data_parallel.all_reduce(sums.flat)
-        seen = {side: total for side, total in sums.totals().items() if bool(total.any())}
-        if not seen and not self._unseen:
-            self._unseen = True
-            log.info("%s is cut by its weight alone, maybe others too: no training pass in eager mode", target.name)
+        seen = {side: total for side, total in self._reduced(target).totals().items() if bool(total.any())}
+        if not seen:
+            self._note_unseen(target, "is cut by its weight alone")
         return Moments(seen.get("left"), seen.get("right"))
-
-    # -- checkpoints -----------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of this rank's sums, ``NAME.moments.RANK``."""
-        rank = self._engine.world.rank
-        return {f"{name}.moments.{rank}": sums.flat.clone() for name, sums in self._sums.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take this rank's sums of :meth:`state`; of another number of ranks, those of every so many-th."""
-        world = self._engine.world
-        if self._late and not any(".moments." in key for key in tensors):
-            log.warning(
-                "resumed without the second moments that the steps before had gathered for the next change of r: it sees "
-                "later steps only. For a run of the same bits store oialr.tensor_state() beside oialr.state_dict(), and "
-                "load both."
-            )
-        for name, sums in self._sums.items():
-            start = f"{name}.moments."
-            ranks = sorted(int(key.removeprefix(start)) for key in tensors if key.startswith(start))
-            for rank in ranks:
-                if rank % world.size == world.rank:
-                    sums.flat += tensors[f"{start}{rank}"].to(sums.flat)
 
 
 def approximate(factors: SVD, r: int, moments: Moments) -> tuple[SVD, Tensor]:

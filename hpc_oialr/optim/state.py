@@ -99,6 +99,7 @@ def transform_state(
     layout: Replicated = REPLICATED,
     core: bool = False,
     reset: bool = False,
+    new: int = 0,
 ) -> None:
     """Transform the state of a weight or a core to the basis of ``left`` and ``right``, in place; in exact arithmetic.
 
@@ -109,11 +110,13 @@ def transform_state(
     ``left`` and ``right`` are m x r and r x n: ``U`` (this rank's rows) and ``Vh`` at the conversion, ``P[:, :r']`` and
     ``Qh[:r']`` at an update, where ``parameter`` is a ``core``; None, for one side of a trained basis, leaves that
     side as it is. ``reset`` zeroes the moments instead, as the published
-    code does; copies of the weight are still transformed.
+    code does; copies of the weight are still transformed. The last ``new`` columns of ``left`` and rows of ``right`` are
+    zero: directions that a core did not have. There what is linear in gradients is zero, and squares are the mean of the
+    others: from zero an optimizer without a correction of bias would take steps many times as long.
     """
     stack = optimizer if isinstance(optimizer, OptimizerStack) else OptimizerStack(optimizer)
     check_state(stack, [("a parameter", parameter)])
-    move = _Move(left, right, layout, core, reset)
+    move = _Move(left, right, layout, core, reset, new)
     for node, states in stack.states():
         if isinstance(node, LBFGS):
             states.clear()
@@ -144,8 +147,10 @@ def project(value: Tensor, left: Tensor | None, right: Tensor | None, layout: Re
 class _Move:
     """How one tensor of the weight's shape moves."""
 
-    def __init__(self, left: Tensor | None, right: Tensor | None, layout: Replicated, core: bool, reset: bool) -> None:
-        self.left, self.right, self.reset = left, right, reset
+    def __init__(
+        self, left: Tensor | None, right: Tensor | None, layout: Replicated, core: bool, reset: bool, new: int
+    ) -> None:
+        self.left, self.right, self.reset, self.new = left, right, reset, new
         self.project = partial(project, layout=layout, core=core)
 
     def __call__(self, kind: Kind | None, value: Tensor, state: dict[str, Any]) -> Tensor:
@@ -165,7 +170,11 @@ class _Move:
 
     def _square(self, value: Tensor) -> Tensor:
         left, right = (None if side is None else side * side for side in (self.left, self.right))
-        return self.project(value, left, right)
+        moved = self.project(value, left, right)
+        if self.new:
+            mean = moved[: -self.new, : -self.new].mean()
+            moved[-self.new :], moved[:, -self.new :] = mean, mean
+        return moved
 
     def factored(self, state: dict[str, Any], rows: str, columns: str, axes: int) -> dict[str, Tensor]:
         """Means over rows and columns of ``rows x columns / mean(rows)`` in the new basis."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import DDP, EngineConfig, Single, SingleEngine
+from hpc_oialr.engines import DDP, EngineConfig, Single, SingleEngine, TensorParallel
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan import step_cost
@@ -68,7 +69,7 @@ class Planner:
             self.machine.links,
             measured if self.measured else f"assumed: {self.machine.assumed}",
             *(f"assumed: {text}" for text in (self.workload.assumption, self.assumption) if text),
-            "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event",
+            "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event, time to gather for it",
         ]
 
     @cached_property
@@ -87,12 +88,24 @@ class Planner:
     def stages(self) -> dict[str, Phase]:
         """The phases that are reported: "dense"; after the conversion also "converted" and "end".
 
-        "factors": the first in which bases are trained, if they are frozen in another.
+        "factors": the first in which bases are trained, if they are frozen in another; "growing": the last steps before
+        the first update at which bases grow, with its r.
         """
         every = self.phases(self.workload.total_steps)
         found = {"dense": every[0]} | ({"converted": every[1], "end": every[-1]} if len(every) > 1 else {})
         trained = [phase for phase in every if phase.trained]
-        return found | ({"factors": trained[0]} if 0 < len(trained) < len(every) - 1 else {})
+        found |= {"factors": trained[0]} if 0 < len(trained) < len(every) - 1 else {}
+        growing = [before for before, phase in pairwise(every) if self._sketched(phase)]
+        return found | ({"growing": growing[0]} if growing else {})
+
+    def _sketched(self, phase: Phase) -> dict[str, int]:
+        """Columns of the sketches of gradients that the event of a phase begins with, by layer."""
+        method = self.workload.config.oialr
+        if method is None or not phase.grows:
+            return {}
+        limits, shapes = method.limits, self.shapes
+        most = {name: limits.most_new(r, min(shapes[name]), method.grow) for name, r in phase.before.items()}
+        return {name: q for name, q in most.items() if q}
 
     @cached_property
     def first_events(self) -> dict[str, Phase]:
@@ -126,6 +139,8 @@ class Planner:
             method = self.workload.config.oialr
             if method is not None and method.frees_bases and not isinstance(engine, (Single, DDP)):
                 reason = "trains no bases (oialr.train, oialr.bases_trained); DDP does"
+            if method is not None and method.grow and isinstance(engine, TensorParallel) and d.processes > 1:
+                reason = "its layers see parts of inputs and gradients (oialr.grow)"
             if reason is None:
                 row |= self._figures(d, batch)
                 row["fits"] = row["peak_gib"] <= self.memory_gib
@@ -135,12 +150,12 @@ class Planner:
             rows.append(row)
         return rows
 
-    def _step(self, d: Deployment, phase: Phase) -> Step:
+    def _step(self, d: Deployment, phase: Phase, *, growing: bool = False) -> Step:
         """A traced step; deployments that are traced alike share one, since a trace takes some seconds."""
         engine, processes = ("", 1) if d.bare else (repr(d.engine), d.processes)
-        key = (engine, processes, d.batch, phase.trained, *phase.r.values())
+        key = (engine, processes, d.batch, phase.trained, growing, *phase.r.values())
         if key not in self._traces:
-            self._traces[key] = trace_step(self.workload, d, phase.r, trained=phase.trained)
+            self._traces[key] = trace_step(self.workload, d, phase.r, trained=phase.trained, growing=growing)
         return self._traces[key]
 
     def advice(self, d: Deployment, nodes: Sequence[int]) -> str:
@@ -158,7 +173,7 @@ class Planner:
 
     def _figures(self, d: Deployment, global_batch: int) -> dict[str, Any]:
         total = self.workload.with_train(global_batch=global_batch).total_steps
-        steps = {name: self._step(d, phase) for name, phase in self.stages.items()}
+        steps = {name: self._step(d, phase, growing=name == "growing") for name, phase in self.stages.items()}
         figures: dict[str, Any] = {"steps": total}
         for name, step in steps.items():
             memory, sent = step_cost.footprint(step, d), step_cost.messages(step, d)
@@ -199,7 +214,8 @@ class Planner:
 
     def _event(self, phase: Phase, d: Deployment) -> tuple[float, float, float]:
         """Seconds of SVDs and of messages, and bytes sent."""
-        sent = step_cost.event_messages(phase, self.shapes, d.processes, whole_bases=d.whole_bases)
+        growth = self._sketched(phase)
+        sent = step_cost.event_messages(phase, self.shapes, d.processes, whole_bases=d.whole_bases, growth=growth)
         svd_s = step_cost.svd_seconds(phase, self.shapes, d, self.machine)
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 

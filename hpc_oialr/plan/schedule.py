@@ -26,6 +26,7 @@ class Phase:
     before: Mapping[str, int]  # r before the event of each layer it works on; k at the conversion
     r: Mapping[str, int]  # of each low-rank layer from now on; empty while the model is dense
     trained: bool = False  # whether U and Vh of these layers are trained
+    grows: bool = False  # whether directions join them at the event
 
 
 def predictable_rule(rule: RankRule, r_fraction: float) -> tuple[RankRule, str | None]:
@@ -66,11 +67,14 @@ def phases(
         share = min(1.0, config.layer_share_step * number)
         due = list(shapes)[len(shapes) - max(1, round(share * len(shapes))) :] if number else list(shapes)
         before = {name: r.get(name, min(shapes[name])) for name in due}
+        growth = 0.0 if config.trains_bases(start - 1) else config.grow
         for name in due:
             shape, k = shapes[name], min(shapes[name])
-            new = limits.apply(rule.choose(_NO_VALUES, *shape), r[name], k) if number else limits.initial(k)
-            r = {**r, name: new}
-        found += _split(Phase(start, end - start, "update" if number else "conversion", before, r), config)
+            wanted = rule.choose(_NO_VALUES, *shape)
+            r = {**r, name: sum(limits.renewed(wanted, r[name], k, growth)) if number else limits.initial(k)}
+        event: Literal["update", "conversion"] = "update" if number else "conversion"
+        phase = Phase(start, end - start, event, before, r, grows=number > 0 and growth > 0)
+        found += _split(phase, config)
     return found
 
 

@@ -25,6 +25,7 @@ from hpc_oialr.plan.workload import Deployment
 
 # Share of the backward pass, during which gradients can be sent, of forward and backward pass.
 BACKWARD_SHARE = 2 / 3
+NO_GROWTH: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,23 @@ def messages(step: Step, d: Deployment) -> list[Message]:
 
 
 def event_messages(
-    phase: Phase, shapes: Mapping[str, tuple[int, int]], processes: int, *, whole_bases: bool = False
+    phase: Phase,
+    shapes: Mapping[str, tuple[int, int]],
+    processes: int,
+    *,
+    whole_bases: bool = False,
+    growth: Mapping[str, int] = NO_GROWTH,
 ) -> list[Message]:
     """Factors of every layer of an event, in fp32: values and new bases, or both rotations of a core.
 
-    ``whole_bases`` that are changed in shards are gathered afterwards.
+    ``whole_bases`` that are changed in shards are gathered afterwards. At an update bases may grow, by sketches of
+    ``growth`` columns, by layer, which are summed over all processes.
     """
     if processes == 1:
         return []
     gathered = [4.0 * phase.r[name] * sum(shapes[name]) for name in phase.before] if whole_bases else []
     sent = [Message("all_gather", size, processes) for size in gathered]
+    sent += [Message("all_reduce", 4.0 * q * sum(shapes[name]), processes) for name, q in growth.items()]
     for name, r in phase.before.items():
         numbers = 2 * r * r + r + 2
         if phase.event == "conversion":

@@ -12,12 +12,13 @@ from hpc_oialr.engines import FSDPEngine, SingleEngine, TensorEngine
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.lowrank.layout import local
 from hpc_oialr.method.engine import Engine
+from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan.fake_world import fake_collectives, fake_tensors, fake_world
 from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.scripted_run import ScriptedRun, trained_parameters
 from hpc_oialr.plan.tracer import Trace, Tracer
-from hpc_oialr.plan.workload import Deployment, Workload
+from hpc_oialr.plan.workload import NEVER, Deployment, Workload
 from hpc_oialr.record.memory import resident_tensors
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.trainer import AUTOCAST, forward_backward
@@ -44,10 +45,12 @@ class Step:
     half: bool = False  # whether the precision is bf16 or fp16
 
 
-def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int], *, trained: bool = False) -> Step:
+def trace_step(
+    workload: Workload, d: Deployment, r: Mapping[str, int], *, trained: bool = False, growing: bool = False
+) -> Step:
     """One step of rank 0, whose shards are the largest; ``r`` of every low-rank layer, empty if all are dense.
 
-    With their bases ``trained`` or frozen.
+    With their bases ``trained`` or frozen; ``growing``: with sketches of gradients, all made in it.
     """
     with fake_world(0, 1 if d.bare else d.processes) as world:
         built = d.engine.build(world, workload.config.train.precision)
@@ -60,6 +63,8 @@ def trace_step(workload: Workload, d: Deployment, r: Mapping[str, int], *, train
             noted = [] if fsdp else parameters
             handles = [p.register_post_accumulate_grad_hook(forward.note_gradient) for p in noted]
             with forward:
+                if growing:
+                    _open_window(context)
                 # Made here, so that it counts: on a GPU it is copied there in each step.
                 samples = workload.batch(d.batch)
                 forward_backward(context, samples, 0)
@@ -105,6 +110,14 @@ def traced_context(
             if dtype is not None and layer.autocast_copies is not None:
                 layer.autocast_copies.of(layer.U, layer.Vh, dtype)  # as after any forward pass
     return context
+
+
+def _open_window(context: RunContext) -> None:
+    """Gather as in the last step before an update of all layers."""
+    method = context.controller
+    assert isinstance(method, OIALR)
+    method.config.delay, method.config.frequency, method.t, method.updates = 0, 2, 1, NEVER
+    method.watch()
 
 
 def _update(context: RunContext) -> None:

@@ -108,7 +108,8 @@ class Workload:
         if method is not None:
             method = replace(method, delay=NEVER, frequency=NEVER, rule=rule or method.rule)
             method = replace(method, stability_frequency=None, stability_threshold=None)
-            method = replace(method, train="factors" if trained else "cores", bases_trained=[])
+            grow = 0.0 if trained else method.grow
+            method = replace(method, train="factors" if trained else "cores", bases_trained=[], grow=grow)
         global_batch = batch * engine.data_parallel.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))

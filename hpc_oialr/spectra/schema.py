@@ -39,6 +39,7 @@ EVENT = np.dtype(
         ("r_before", np.int64),
         ("r", np.int64),  # inner dimension before and after
         ("cut_values", np.int64),  # how many singular values were cut
+        ("new_directions", np.int64),  # how many joined the bases then; over r the share of them that is new
         ("stability", np.float64),  # agreement with the basis before; NaN where there was none
         ("orthogonality_error_U", np.float64),
         ("orthogonality_error_Vh", np.float64),

@@ -167,9 +167,10 @@ def refusal(context: RunContext) -> str:
         # With torch 2.11 on an H100 a Llama's compiled blocks could be captured, those of ViT and GPT-2 could not.
         reason = "compiled code is captured only where train.cuda_graph is on, as not all of it can be"
     if not reason and method is not None:
-        watched = 0 if method.importance == "weights" else method.moments_steps_of_updates
+        watched = max(0 if method.importance == "weights" else method.moments_steps_of_updates, method.steps_of_growth)
         if method.frequency - watched < SHORTEST:
-            hooks = f", of which the last {watched} run hooks (oialr.moments_steps)" if watched else ""
+            names = "oialr.moments_steps, oialr.grow_steps"
+            hooks = f", of which the last {watched} run hooks ({names})" if watched else ""
             reason = f"r changes every {method.frequency} steps (oialr.frequency){hooks}: too often"
     return reason
 

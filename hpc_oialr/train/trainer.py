@@ -64,7 +64,7 @@ class Trainer:
             self._compute,
             context.module,
             context.world.device,
-            eager=lambda: context.controller.gathers_moments,
+            eager=lambda: context.controller.gathers,
             refusal=refusal(context),
         )
         if not self._graph.refusal:

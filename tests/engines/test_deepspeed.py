@@ -48,6 +48,8 @@ BY_INPUTS: dict[str, Any] = {
     "selection": Selection(exclude=("attend.in_proj",)),
 }
 
+GROWING: dict[str, Any] = {"grow": 0.2, "selection": BY_INPUTS["selection"]}
+
 
 def on_two(rank: int, size: int) -> dict[str, Any]:
     """All that needs two processes, in one start of them: that takes longer than the rest."""
@@ -55,6 +57,8 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     results: dict[str, Any] = {str(kind): trained(*kind) for kind in KINDS}
     results["with copies"] = trained_with_copies()
     results["by inputs"] = Run(zero(3), **BY_INPUTS).train().losses
+    grown = Run(zero(3), **GROWING).train()
+    results["grown"] = grown.losses, grown.oialr.r
     results["held"] = held_bytes_a_number(3)
     results["outputs"] = evaluated(3)
     results["bytes"] = {stage: bytes_after(stage, [2, 6]) for stage in (2, 3)}
@@ -117,6 +121,16 @@ def test_a_rebuild_keeps_every_bit(two: list[dict[str, Any]], kind: tuple[int, s
 def test_one_copy_of_fp32_values_trains_as_two_do(two: list[dict[str, Any]]) -> None:
     for of_process in two:
         assert of_process["with copies"] == of_process[str((3, "fp32", "AdamW"))]["losses"]
+
+
+@installed
+def test_bases_grow_as_on_one_process(two: list[dict[str, Any]]) -> None:
+    expected, frozen = (Run(SingleEngine(), **GROWING | {"grow": grow}).train() for grow in (0.2, 0.0))
+    assert expected.oialr.r != frozen.oialr.r
+    for of_process in two:
+        losses, r = of_process["grown"]
+        assert r == expected.oialr.r
+        assert losses == pytest.approx(expected.losses, rel=1e-4)
 
 
 @installed

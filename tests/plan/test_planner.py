@@ -11,7 +11,7 @@ from hpc_oialr.plan.machine import GIB, cluster, gpu_machine
 from hpc_oialr.plan.planner import Planner
 from hpc_oialr.plan.schedule import Phase
 from hpc_oialr.plan.scripted_run import Measured
-from hpc_oialr.plan.step_cost import event_messages, messages
+from hpc_oialr.plan.step_cost import event_messages, footprint, messages
 from hpc_oialr.plan.trace_step import Resident, Step, trace_step
 from hpc_oialr.plan.tracer import Trace
 from hpc_oialr.plan.workload import Deployment, all_engines
@@ -162,6 +162,27 @@ def test_a_phase_of_trained_bases_has_a_stage(workload, machine):
     planner.use(Measured({(stage, 8): seconds for stage, seconds in stages.items()}))
     row = planner.rows([1], 1, DDP())[0]
     assert row["oialr_s"] - row["events_s"] == pytest.approx(6 * 1.0 + 12 * 0.5 + 6 * 0.75)
+
+
+def test_bases_that_grow_cost_sketches(workload, machine):
+    """Four products of q columns with inputs and gradients, inputs kept, sums and test matrices; one sum over ranks."""
+    planner = Planner(with_bases(workload, grow=0.25), machine, memory_gib=40.0)
+    method, phase = planner.workload.config.oialr, planner.stages["growing"]
+    assert phase == planner.stages["converted"]
+    columns = {n: method.limits.most_new(r, min(planner.shapes[n]), 0.25) for n, r in phase.r.items()}
+    sizes = {name: q * sum(planner.shapes[name]) for name, q in columns.items()}
+    assert all(q >= 3 for q in columns.values())
+    for engine, processes in ((DDP(), 1), (FSDP(), 2)):
+        d = planner.deployment(processes, 1, engine)
+        growing, frozen = (planner._step(d, phase, growing=each) for each in (True, False))
+        tokens = d.batch * workload.sample["input_ids"].numel()
+        assert growing.passes.flops.total() - frozen.passes.flops.total() == 4 * tokens * sum(sizes.values())
+        assert footprint(growing, d).peak > footprint(frozen, d).peak + 2 * 4 * sum(sizes.values())
+    update, d = planner.first_events["update"], planner.deployment(2, 1, DDP())
+    factors = sum(m.size for m in event_messages(update, planner.shapes, 2))
+    assert planner._event(update, d)[2] - factors == pytest.approx(4 * sum(sizes[name] for name in update.before))
+    (refused,) = planner.rows([1], 2, TensorParallel(size=2))
+    assert (refused["fits"], refused["advice"]) == (False, "its layers see parts of inputs and gradients (oialr.grow)")
 
 
 def test_a_measured_conversion_sets_the_speed_of_svds(workload, machine):

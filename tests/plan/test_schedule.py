@@ -34,6 +34,9 @@ def run(config: OIALRConfig, steps: int) -> tuple[dict[str, tuple[int, int]], li
         {"delay": 0, "frequency": 1, "layer_share_step": 0.5},
         {"delay": 0, "frequency": 4, "layer_share_step": 1.0},
         {"delay": 50, "frequency": 4},
+        {"delay": 3, "frequency": 2, "layer_share_step": 1.0, "grow": 0.1},
+        {"delay": 4, "frequency": 3, "layer_share_step": 0.3, "grow": 0.2},
+        {"delay": 3, "frequency": 2, "layer_share_step": 1.0, "grow": 0.1, "bases_trained": [(6, 11), (13, 14)]},
     ],
 )
 def test_the_sequence_is_the_methods(config):

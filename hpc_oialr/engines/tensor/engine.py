@@ -44,6 +44,7 @@ class TensorEngine(GroupEngine):
 
     layout: Sharded
     importances = ("weights",)
+    whole_features = False
 
     def __init__(self, world: World, *, size: int, bucket_mb: float = 25.0) -> None:
         assert world.size % size == 0
