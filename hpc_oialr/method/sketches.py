@@ -48,7 +48,7 @@ class LayerSketches(LayerSums):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """A copy of the output, whose gradient comes by here, together with the input."""
-        x = next(iter((*args, *kwargs.values())), None)
+        x: Any = next(iter((*args, *kwargs.values())), None)
         if not (_is_plain(x) and _is_plain(output) and output.requires_grad and self._counts(module)):
             return None
         copy: Tensor = _Tap.apply(output, x.detach(), weakref.ref(self), module)  # type: ignore[no-untyped-call]
@@ -176,8 +176,9 @@ class GradientSketches(Gatherer[LayerSketches]):
     def _most(self, target: TargetWeight) -> int:
         """The most directions that an update may add, whatever the singular values are."""
         layer = target.low_rank
-        grows = layer is not None and not layer.bases_trained
-        return self._config.limits.most_new(layer.r, layer.k, self._config.grow) if grows else 0
+        if layer is None or layer.bases_trained:
+            return 0
+        return self._config.limits.most_new(layer.r, layer.k, self._config.grow)
 
     def reduce(self, targets: Iterable[TargetWeight]) -> dict[LowRankWeight, LayerSketches]:
         """The sketches of these layers over all ranks, without those that saw no pass; a collective call.
