@@ -149,13 +149,13 @@ class CheckpointConfig:
     keep
         How many of the last ones stay.
     asynchronous
-        Whether the training goes on as soon as the state is copied to the host's memory, while a thread writes it:
-        "auto" on a GPU; "on", "off". The next checkpoint, the end of the run and a stop wait for it.
+        Whether the training goes on as soon as the state is copied to the host's memory, while a thread writes it.
+        The next checkpoint, the end of the run and a stop wait for it.
     """
 
     every: int | None = 500
     keep: int = 2
-    asynchronous: Literal["auto", "on", "off"] = "auto"
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:

@@ -42,7 +42,6 @@ SWITCHES = {
     "compile": {False: "off", True: "model"},
     "train.cuda_graph": {False: "off", True: "on"},
     "train.channels_last": {False: "off", True: "on"},
-    "checkpoint.asynchronous": {False: "off", True: "on"},
 }
 
 log = logging.getLogger(__name__)

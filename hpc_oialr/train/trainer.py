@@ -73,9 +73,7 @@ class Trainer:
         self._evaluation_steps = {max(1, round(total * i / count)) for i in range(1, count + 1)}
         self._saved: int | None = None
         self._flushed = True  # whether the record was on disk before the checkpoint under way
-        wanted = self.config.checkpoint.asynchronous
-        beside = wanted == "on" or (wanted == "auto" and context.world.device.type == "cuda")
-        self._writer = AsyncCheckpoints(store, context.world) if beside else None
+        self._writer = AsyncCheckpoints(store, context.world) if self.config.checkpoint.asynchronous else None
         self._waited_s = 0.0
 
     def resume(self) -> None:

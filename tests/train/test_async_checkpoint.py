@@ -28,7 +28,7 @@ WORLD = World.single("cpu")
 MINE = CheckpointStore.save
 
 
-def recipe(folder: Path, asynchronous: Any = "on", **over: Any) -> Path:
+def recipe(folder: Path, asynchronous: bool = True, **over: Any) -> Path:
     folder.mkdir(exist_ok=True)
     return write_recipe(folder, checkpoint={"every": 5, "keep": 9, "asynchronous": asynchronous}, **over)
 
@@ -80,7 +80,7 @@ def require_equal(found: Any, expected: Any) -> None:
 
 def test_the_training_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps are done before a write begins, and what is written is that of the step before them."""
-    train(load_config(recipe(tmp_path / "off", "off")), tmp_path / "expected", world=WORLD)
+    train(load_config(recipe(tmp_path / "off", False)), tmp_path / "expected", world=WORLD)
     watched = Watched(monkeypatch, hold=3)
     result = train(load_config(recipe(tmp_path / "on")), tmp_path / "run", world=WORLD)
     require_equal(stored(result.folder), stored(tmp_path / "expected"))
@@ -167,19 +167,19 @@ def test_a_lost_folder_ends_the_run_on_all_ranks_together(tmp_path: Path, size: 
 
 
 def with_and_without(rank: int, size: int, folder: str, engine: str) -> None:
-    for asynchronous in ("on", "off"):
-        path = str(Path(folder) / asynchronous / "tiny.yaml")
+    for asynchronous in (True, False):
+        path = str(Path(folder) / str(asynchronous) / "tiny.yaml")
         train_worker(rank, size, path, f"{folder}/{engine}-{asynchronous}")
-    train_worker(rank, size, str(Path(folder) / "on" / "tiny.yaml"), f"{folder}/{engine}-parts", 12)
+    train_worker(rank, size, str(Path(folder) / "True" / "tiny.yaml"), f"{folder}/{engine}-parts", 12)
     resume_worker(rank, size, f"{folder}/{engine}-parts")
 
 
 @pytest.mark.parametrize("engine", ["DDP", "FSDP"])
 def test_two_ranks(tmp_path: Path, engine: str) -> None:
-    for asynchronous in ("on", "off"):
-        recipe(tmp_path / asynchronous, asynchronous, engine={"class_path": engine})
+    for asynchronous in (True, False):
+        recipe(tmp_path / str(asynchronous), asynchronous, engine={"class_path": engine})
     spawn(with_and_without, 2, str(tmp_path), engine)
-    on, off, parts = (tmp_path / f"{engine}-{name}" for name in ("on", "off", "parts"))
+    on, off, parts = (tmp_path / f"{engine}-{name}" for name in (True, False, "parts"))
     require_equal(stored(on), stored(off))
     assert losses(parts) == losses(on) == losses(off)
     digests = [json.loads((run / "summary.json").read_text())["weights_sha256"] for run in (on, off, parts)]
@@ -196,9 +196,3 @@ def test_replicated_tensors_are_dealt_by_size() -> None:
         ["model.a", "oialr.x.moments.0", "rng.0.cpu"],
         ["model.b", "model.d", "oialr.x.moments.0", "optimizer.c", "rng.1.cpu"],
     ]
-
-
-def test_switches(tmp_path: Path) -> None:
-    """YAML reads "on" as true; on a CPU "auto" is off."""
-    assert load_config(recipe(tmp_path / "yaml", True)).config.checkpoint.asynchronous == "on"
-    assert load_config(write_recipe(tmp_path)).config.checkpoint.asynchronous == "auto"
