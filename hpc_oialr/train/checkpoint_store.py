@@ -68,6 +68,10 @@ class CheckpointStore:
                 draft.mkdir(parents=True)
         with self._together(target, draft):
             writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+            if self.world.device.type == "cpu":
+                # Otherwise it waits for the first GPU's default stream, which in a thread beside the training would use
+                # another rank's GPU, and break a CUDA graph that is being captured.
+                writer.per_thread_copy_ahead = 0
             alone = self.world.size == 1
             # Not on several ranks: a thread that writes would change the filters of the main one.
             with _without_warning() if alone else nullcontext():

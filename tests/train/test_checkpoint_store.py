@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.small_disk import fill, small_disk
 from support.spawn import spawn
+from torch.distributed.checkpoint import filesystem
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
@@ -37,6 +38,14 @@ def test_round_trip_is_bitwise(store):
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor + 3)
     assert store.read_state(3) == {"step": 3, "x": 0.1 + 0.2}
+
+
+def test_tensors_of_the_host_are_written_without_a_gpu(store, monkeypatch):
+    """A thread beside the training must not touch one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)
+    store.save(4, TENSORS, {"step": 4})
+    assert torch.equal(store.read(4, "model.")["w"], TENSORS["model.w"])
 
 
 def test_the_last_ones_stay_and_nothing_else(store):
