@@ -27,14 +27,15 @@ SHOWN = ("run", "seed", "epochs", "accuracy", "train_s", "cpu_s", "trained_share
 def variants() -> list[Variant]:
     """The dense run, and every schedule."""
     dense, cores = parse(["dense Muon", "OIALR k/4, later"])
+    growing = replace(cores, cuts=2)  # new directions take some 20 steps to find their way
     return [
         replace(cores, name="cores"),
         replace(cores, name="factors", free_from=0.0),
         replace(cores, name="factors at the end", free_from=0.7),
         replace(cores, name="factors in the middle", free_from=0.3, free_until=0.6),
-        replace(cores, name="cores, growing by 1/8", grow=1 / 8, fraction=0.22),
-        replace(cores, name="cores, growing by 1/16", grow=1 / 16, fraction=0.235),
-        replace(cores, name="cores, growing by 1/8, inputs", grow=1 / 8, fraction=0.22, importance="inputs"),
+        replace(growing, name="cores, growing by 1/8", grow=1 / 8, fraction=0.22),
+        replace(growing, name="cores, growing by 1/16", grow=1 / 16, fraction=0.235),
+        replace(growing, name="cores, growing by 1/8, inputs", grow=1 / 8, fraction=0.22, importance="inputs"),
         dense,
     ]
 

@@ -28,7 +28,8 @@ class LayerSums:
     def __init__(
         self, target: TargetWeight, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.target = target
+        # DeepSpeed would gather a parameter that a hook only asks for its device.
+        self.target, self._is_cuda = target, target.trained.is_cuda
         self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         numbers = sum(shape.numel() for shape in self._shapes.values())
         self.flat = torch.zeros(numbers, dtype=dtype, device=device)
@@ -46,7 +47,7 @@ class LayerSums:
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether this is a training pass in eager mode."""
-        captured = self.target.trained.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = self._is_cuda and torch.cuda.is_current_stream_capturing()
         return module.training and torch.is_grad_enabled() and not captured and not is_transformed()
 
 
