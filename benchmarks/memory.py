@@ -105,7 +105,9 @@ def probed(action: Callable[[], object]) -> float:
 def phases(name: str, optimizer_name: str) -> Row:
     """Dense, conversion, update, low rank."""
     limits = RankLimits(at_conversion=0.4, max_drop=0.4, round_to=8)
-    config = OIALRConfig(delay=4, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0)
+    config = OIALRConfig(
+        delay=4, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0, importance="weights"
+    )
     run = make(name, optimizer_name, config)
     run.step()
     run.step()
@@ -131,7 +133,9 @@ def growth(name: str, optimizer_name: str, updates: int) -> Row:
     """Many updates, each of which changes shapes: r falls from 448, by two at first, by one from 308 to 154."""
     os.environ |= NO_COMPILED_PRODUCTS
     limits = RankLimits(max_drop=0.0065, min_fraction=0.05, round_to=1)
-    config = OIALRConfig(delay=1, frequency=1, rule=FixedFraction(0.05), limits=limits, layer_share_step=1.0)
+    config = OIALRConfig(
+        delay=1, frequency=1, rule=FixedFraction(0.05), limits=limits, layer_share_step=1.0, importance="weights"
+    )
     run = make(name, optimizer_name, config, dim=448, depth=1)
     row: Row = {}
     for update in range(updates + 1):

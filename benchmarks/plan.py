@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Worker:
 
     def event(self, stage: str, batch: int) -> float:
         """Go on to the next stage; most bytes in a step and in its first event after it."""
+        self.run.expect("conversion" if stage == "converted" else "update")
         step = self.memory(batch)
         with self.meter().probe():
             self.run.convert() if stage == "converted" else self.run.update()
@@ -96,7 +97,11 @@ class Worker:
     def meter(self) -> MemoryMeter:
         """A new one."""
         context = self.context
-        held = lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors())  # noqa: E731
+
+        def held() -> Iterator[Any]:
+            yield from (context.controller.model, context.optimizer, *context.engine.extra_tensors())
+            yield from context.controller.gathered
+
         self._meter = MemoryMeter(held, "cpu", processes=self.size)
         return self._meter
 

@@ -89,7 +89,7 @@ def measure(name: str, fraction: float, depth: int) -> Row:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     delay = 1 if fraction < 1 else 10**9
     limits = RankLimits(at_conversion=min(1.0, fraction))
-    config = OIALRConfig(delay=delay, frequency=10**6, rule=FixedFraction(0.25), limits=limits)
+    config = OIALRConfig(delay=delay, frequency=10**6, rule=FixedFraction(0.25), limits=limits, importance="weights")
     oialr = OIALR(model, optimizer, config, engine=engine)
     if isinstance(oialr.model, DistributedDataParallel):
         oialr.model.register_comm_hook(None, buckets)

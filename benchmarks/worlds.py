@@ -18,7 +18,7 @@ from benchmarks.common import Row, arguments, earlier, finish
 from benchmarks.kill_resume import start
 
 STEPS = ["--train.steps", "100", "--oialr.delay", "30", "--oialr.frequency", "20", "--train.evaluations", "1",
-         "--record.every", "1"]  # fmt: skip
+         "--record.every", "1", "--oialr.importance", "weights"]  # fmt: skip
 ENGINES: dict[str, list[str]] = {
     "ddp": ["--engine", "DDP"],
     "fsdp": ["--engine", "FSDP"],

@@ -11,6 +11,7 @@
 #   SITE              name of a file in hpc_oialr/launch/sites, or a path  generic
 #                     (its sbatch options apply only when the script submits itself)
 #   VARIANT=dense     the dense baseline of the recipe
+#   VARIANT=paper     the published method (arXiv 2401.08505) with the published settings
 #   OIALR_OUT         run folder; an unfinished run in it is resumed       OIALR_RUNS/RECIPE-JOB
 #   OIALR_RUNS        where run folders go                                 runs
 #   OIALR_VENV        virtual environment                                  .venv of the repository, if there is one
@@ -40,6 +41,13 @@ if [[ ! -f $site ]]; then
   echo "oialr: error: SITE is '${SITE:-}', but there is no $site; there are: $(cd "$sites" && echo *.sh)" >&2
   exit 2
 fi
+case ${VARIANT:-} in
+  '' | dense | paper) ;;
+  *)
+    echo "oialr: error: VARIANT is '$VARIANT'; must be dense or paper, or not set" >&2
+    exit 2
+    ;;
+esac
 SITE_SBATCH=() SITE_SRUN=() SITE_MPI=
 # shellcheck source=../hpc_oialr/launch/sites/generic.sh
 source "$site"
@@ -74,9 +82,9 @@ mpi=${OIALR_MPI:-$SITE_MPI}
 settings=()
 name=$RECIPE
 job=$SLURM_JOB_ID
-if [[ ${VARIANT:-} == dense ]]; then
-  settings+=(--dense)
-  name+=-dense
+if [[ -n ${VARIANT:-} ]]; then
+  settings+=("--$VARIANT")
+  name+=-$VARIANT
 fi
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   settings+=(--train.seed "$SLURM_ARRAY_TASK_ID")

@@ -119,7 +119,7 @@ class _Run:
             self.compute,
             model,
             self.device,
-            eager=lambda: self.oialr is not None and self.oialr.gathers,
+            eager=lambda: self.oialr is not None and bool(self.oialr.gathered),
             refusal="" if cuda else "it needs a GPU",
         )
         self.rates.device = self.device if cuda else None

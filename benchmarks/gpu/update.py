@@ -63,6 +63,7 @@ def _events(workload: Workload, context: Context) -> Iterator[Row]:
         limits=RankLimits(max_drop=1.0, at_conversion=FRACTIONS[0]),
         selection=workload.selection,
         layer_share_step=1.0,
+        importance="weights",
     )
     oialr = OIALR(model, optimizer, config)
     counts.start_peak(device)

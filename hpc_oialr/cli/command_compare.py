@@ -26,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     option = parser.add_argument
     option("--own", action="store_true", help="dense run with its own settings, not with the same steps")
+    option("--paper", action="store_true", help="compare the published method, with the recipe's paper settings")
     option("--out", metavar="DIR", type=Path, help="folder of both runs; default runs/RECIPE-TIME")
 
 
@@ -33,16 +34,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Train both, then print a table, the plot's path and, last, the path of ``compare.json``."""
     from hpc_oialr.compare import compare, plot
     from hpc_oialr.record.owner import Claim
-    from hpc_oialr.train.load_config import load_config
+    from hpc_oialr.train.load_config import load_config, paper_variant
 
     loaded = load_config(arguments.recipe, arguments.settings)
+    loaded = paper_variant(loaded) if arguments.paper else loaded
     folder = arguments.out or default_folder(arguments.recipe)
     claim = Claim("oialr compare", job_over)
     with stop_requests(loaded) as stop:
         comparison = compare(loaded, folder, own=arguments.own, stop=stop, claim=claim)
     if comparison is None:
-        own = ["--own"] if arguments.own else []
-        again = ["oialr", "compare", arguments.recipe, *own, *arguments.settings, "--out", str(folder)]
+        flags = [f"--{flag}" for flag in ("own", "paper") if getattr(arguments, flag)]
+        again = ["oialr", "compare", arguments.recipe, *flags, *arguments.settings, "--out", str(folder)]
         show(f"stopped on request; resume with: {shlex.join(again)}")
         return STOPPED
     console().print(_table(comparison.result))

@@ -48,6 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--calibration", metavar="FILE", type=Path, help="result of python -m benchmarks.comm")
     option("--probe", action="store_true", help="measure some real steps on this machine first")
     option("--dry-run", metavar="P", type=int, help="run the code as the first, middle and last of P")
+    option("--paper", action="store_true", help="plan the published method, with the recipe's paper settings")
     add_out(parser, "FILE", "write all figures as JSON")
 
 
@@ -55,9 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the tables of a plan, or what a dry run did."""
     from hpc_oialr.plan.workload import label
     from hpc_oialr.record.files import to_json
-    from hpc_oialr.train.load_config import load_config
+    from hpc_oialr.train.load_config import load_config, paper_variant
 
-    config = load_config(arguments.recipe, arguments.settings).config
+    loaded = load_config(arguments.recipe, arguments.settings)
+    config = (paper_variant(loaded) if arguments.paper else loaded).config
     if arguments.dry_run is not None:
         return _dry_run(config, arguments)
     target = None

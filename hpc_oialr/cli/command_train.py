@@ -42,18 +42,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--out", metavar="DIR", type=Path, help="run folder; default runs/RECIPE-TIME")
     option("--continue", dest="go_on", action="store_true", help="resume the run in --out, or start it")
     option("--dense", action="store_true", help="train the dense baseline, with the recipe's dense settings")
+    option("--paper", action="store_true", help="train the published method, with the recipe's paper settings")
     option("--print_config", action="store_true", help="print all settings as YAML and stop")
     option("--help_settings", action="store_true", help="explain all settings and stop")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, then print the folder and a table; see :mod:`hpc_oialr.exit_codes` for what it returns."""
-    from hpc_oialr.train.load_config import dense_twin, load_config, make_parser
+    from hpc_oialr.train.load_config import dense_twin, load_config, make_parser, paper_variant
 
     if arguments.help_settings:
         show(make_parser("oialr train RECIPE").format_help())
         return 0
     loaded = load_config(arguments.recipe, arguments.settings)
+    loaded = paper_variant(loaded) if arguments.paper else loaded
     loaded = dense_twin(loaded, own=True) if arguments.dense else loaded
     if arguments.print_config:
         show(loaded.text, end="")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -44,6 +45,9 @@ def engine_of(model: nn.Module) -> tuple[Engine, nn.Module]:
 
 class EngineConfig(ABC):
     """Settings of one engine. One process alone needs none: every engine is then :class:`SingleEngine`."""
+
+    # Values of ``oialr.importance`` for which layers see enough, on several ranks.
+    importances: ClassVar[Sequence[str]] = Engine.importances
 
     def build(self, world: World, precision: str) -> Engine:
         """The engine of these ranks, in the run's ``precision`` ("fp32", "bf16", "bf16-params", "fp16" or "float64").
@@ -118,6 +122,7 @@ class DeepSpeed(EngineConfig):
     """
 
     config: str | None = None
+    importances = DeepSpeedEngine.importances
     stage: Literal[1, 2, 3] = 2
 
     def _of_many(self, world: World, precision: str) -> Engine:
@@ -176,6 +181,7 @@ class TensorParallel(EngineConfig):
         Gradients travel between models joined up to this size (MiB).
     """
 
+    importances = TensorEngine.importances
     size: int = 2
     bucket_cap_mb: float = 25.0
 

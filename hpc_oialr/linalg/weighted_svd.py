@@ -58,9 +58,10 @@ def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | 
 
 def _cholesky(moments: Tensor | None) -> Tensor | None:
     """Factor of the damped matrix, computed in float64; None where nothing was seen."""
-    if moments is None or not bool(moments.any()):
+    mean = torch.zeros(()) if moments is None else moments.diagonal().double().mean()
+    if moments is None or float(mean) == 0:
         return None
-    scaled = moments.double() / moments.diagonal().double().mean()
+    scaled = moments.double() / mean
     scaled.diagonal().add_(DAMPING)
     factor: Tensor = torch.linalg.cholesky(scaled)
     return factor.to(moments.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class OIALRConfig:
         published; "inputs" changes the layers' outputs least; "inputs and gradients" also counts by how much the loss
         depends on each output; "auto" is "inputs" where the engine's layers see them whole, else "weights". The rule
         chooses r by the weights' singular values in every case. Layers whose inputs no hook sees, as in compiled code,
-        are cut by weights.
+        are cut by weights; the log says so once.
     moments
         Of dense layers: "full" second moments (n^2 numbers a layer, for up to 4,096 features), or the "diagonal".
     moments_steps
@@ -100,7 +101,7 @@ class OIALRConfig:
     stability_patience: int = 2
     core_lr_scale: float | Literal["auto"] = "auto"
     carry_moments: bool = True
-    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "weights"
+    importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "auto"
     moments: Literal["full", "diagonal"] = "full"
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -224,6 +225,15 @@ class OIALRConfig:
             "core_lr_scale": 1.0,
         }
         return cls(**published | settings)
+
+    def importance_under(self, engine: str, known: Sequence[str]) -> str:
+        """``importance`` under an engine whose layers see enough for the ``known`` ones; ConfigError if not for it."""
+        if self.importance == "auto":
+            return "inputs" if "inputs" in known else "weights"
+        if self.importance not in known:
+            rule = f"under {engine} must be {' or '.join(map(repr, known))}, as a layer does not see the others whole"
+            raise ConfigError("importance", self.importance, rule, fix='Set it to "auto".')
+        return self.importance
 
     def next_conversion(self, t: int) -> float:
         """The first step after ``t`` that may convert dense layers which the user has not frozen; infinite if none."""

@@ -17,7 +17,7 @@ from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.attachment import LayerHook
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.torch_compat import is_transformed
+from hpc_oialr.torch_compat import is_compiled, is_transformed
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +58,25 @@ class Gatherer(Generic[S]):
     """Gathers one kind of sums of the layers that change next."""
 
     kind: ClassVar[str]  # in the names of a checkpoint's tensors
+    without: ClassVar[str]  # what becomes of a layer whose passes no hook sees
 
     def __init__(self, config: OIALRConfig, engine: Engine) -> None:
         self._config, self._engine = config, engine
         self._sums: dict[str, S] = {}
         self._handles: list[RemovableHandle] = []
-        self._unseen = False  # whether a layer changed without them
+        self._told = False  # whether the log says that a layer changes without them
         self._late = False  # the last window had begun before it was opened here
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
+
+    def near(self, t: int) -> bool:
+        """Whether the step after ``t`` is among the last ones before a change."""
+        raise NotImplementedError
+
+    def acts(self, t: int) -> bool:
+        """Whether :meth:`watch` has something to do after step ``t``."""
+        return bool(self._sums or self._handles) or self.near(t)
 
     def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
         """After step ``t``: gather in the next step for those layers that change in a few steps.
@@ -77,7 +86,8 @@ class Gatherer(Generic[S]):
         raise NotImplementedError
 
     def _open(self, found: Sequence[TargetWeight], make: Callable[[TargetWeight], S]) -> None:
-        """Gather for these layers and no others in the next step."""
+        """Gather for these layers, if hooks see them, and no others in the next step."""
+        found = self._outside_compiled(found)
         self._late &= bool(found)
         self._untie()
         self._sums = {each.name: self._sums.get(each.name) or make(each) for each in found}
@@ -86,31 +96,40 @@ class Gatherer(Generic[S]):
         """Free all sums and remove the hooks."""
         self._untie()
         self._sums.clear()
+        self._late = False
 
     def _untie(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def tie(self, model: nn.Module) -> None:
-        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors.
-
-        Compiled code would not run them, or be compiled anew in each window: there are none in a compiled model.
-        """
-        if self._handles or not self._sums or any(module._compiled_call_impl for module in model.modules()):
+    def tie(self) -> None:
+        """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors."""
+        if self._handles or not self._sums:
             return
-        for sums in self._sums.values():
+        # Layers may have been compiled since the window was opened.
+        for target in self._outside_compiled([sums.target for sums in self._sums.values()]):
+            sums = self._sums[target.name]
             before, after = LayerHook(sums.before), LayerHook(sums.after)
-            holder = sums.target.holder
             self._handles += [
-                holder.register_forward_pre_hook(before, with_kwargs=True),
-                holder.register_forward_hook(after, with_kwargs=True),
+                target.holder.register_forward_pre_hook(before, with_kwargs=True),
+                target.holder.register_forward_hook(after, with_kwargs=True),
             ]
 
+    def _outside_compiled(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
+        """Those outside of compiled code, which would not run their hooks, or be compiled anew in each window."""
+        if not targets:
+            return []
+        modules = self._engine.model.modules()
+        compiled = {inner for module in modules if is_compiled(module) for inner in module.modules()}
+        for target in (target for target in targets if target.holder in compiled):
+            self._tell(target, "compiled code runs no hooks")
+        return [target for target in targets if target.holder not in compiled]
+
     @property
-    def active(self) -> bool:
-        """Whether hooks gather in the next step."""
-        return bool(self._sums)
+    def sums(self) -> dict[str, Tensor]:
+        """What hooks add to in the next step, by layer."""
+        return {name: sums.flat for name, sums in self._sums.items()}
 
     def watches(self, target: TargetWeight) -> bool:
         """Whether a layer's sums are gathered; the same on every rank."""
@@ -123,11 +142,11 @@ class Gatherer(Generic[S]):
         self._engine.data_parallel.all_reduce(sums.flat)
         return sums
 
-    def _note_unseen(self, target: TargetWeight, consequence: str) -> None:
+    def _tell(self, target: TargetWeight, why: str) -> None:
         """Log once that a change of r does without sums."""
-        if not self._unseen:
-            self._unseen = True
-            log.info("%s %s, maybe others too: no training pass in eager mode", target.name, consequence)
+        if not self._told:
+            log.info("%s %s, maybe others too: %s", target.name, self.without, why)
+        self._told = True
 
     # -- checkpoints -----------------------------------------------------------------------------
 

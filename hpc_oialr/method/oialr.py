@@ -157,9 +157,9 @@ class OIALR:
         return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
 
     @property
-    def gathers(self) -> bool:
-        """Whether hooks on layers gather something in the next step: a replayed CUDA graph would not run them."""
-        return self._moments.active or self._sketches.active
+    def gathered(self) -> list[Tensor]:
+        """Sums to which hooks on layers add in the next step: a replayed CUDA graph would not run them."""
+        return [*self._moments.sums.values(), *self._sketches.sums.values()]
 
     @property
     def layers(self) -> list[str]:
@@ -185,8 +185,8 @@ class OIALR:
         """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
-        self._moments.tie(self.module)
-        self._sketches.tie(self.module)
+        self._moments.tie()
+        self._sketches.tie()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -250,11 +250,11 @@ class OIALR:
 
     def watch(self) -> None:
         """Gather in the next step what a change needs that is near; :meth:`step` ends with it."""
-        if self._moments.importance == "weights" and not self.config.grow:
-            return
-        due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
-        for gatherer in (self._moments, self._sketches):
-            gatherer.watch(self.t, self.updates + 1, due, self._tracker.streaks)
+        gatherers = (self._moments, self._sketches)
+        if any(each.acts(self.t) for each in gatherers):
+            due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
+            for each in gatherers:
+                each.watch(self.t, self.updates + 1, due, self._tracker.streaks)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:

@@ -37,7 +37,7 @@ class ReferenceOIALR:
     layers
         Names of the linear layers that become low-rank, in the model's order.
     config
-        Of its settings: ``delay`` d, ``frequency`` nu, ``rule``, ``limits`` and ``layer_share_step``.
+        Of its settings: ``delay`` d, ``frequency`` nu, ``rule``, ``limits``, ``layer_share_step``, ``carry_moments``.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, layers: list[str], config: OIALRConfig) -> None:
@@ -68,7 +68,7 @@ class ReferenceOIALR:
         U, s, Vh = U[:, :r], s[:r], Vh[:r]
         layer = ReferenceLinear(U, torch.diag(s), Vh, dense.bias)
         self.model.set_submodule(name, layer)
-        self._replace(dense.weight, layer.S, U.mT, Vh.mT)
+        self._replace(dense.weight, layer.S, U.mT, Vh.mT, reset=not self.config.carry_moments)
 
     def _update(self, name: str) -> None:
         """``S = P diag(s) Qh``: ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
@@ -79,12 +79,13 @@ class ReferenceOIALR:
         r = self.config.limits.apply(self.config.rule.choose(s, m, n), len(s), min(m, n))
         P, s, Qh = P[:, :r], s[:r], Qh[:r]
         layer.U, layer.S, layer.Vh = layer.U @ P, nn.Parameter(torch.diag(s)), Qh @ layer.Vh
-        self._replace(old, layer.S, P.mT, Qh.mT)
+        self._replace(old, layer.S, P.mT, Qh.mT, reset=r < len(old) and not self.config.carry_moments)
 
-    def _replace(self, old: Tensor, new: nn.Parameter, left: Tensor, right: Tensor) -> None:
+    def _replace(self, old: Tensor, new: nn.Parameter, left: Tensor, right: Tensor, *, reset: bool) -> None:
         """Replace ``old`` by ``new`` in the optimizer and transform its state, as ``new = left old right``.
 
-        Averages of gradients are transformed exactly, averages of squares as if entries were uncorrelated.
+        Averages of gradients are transformed exactly, averages of squares as if entries were uncorrelated; ``reset``
+        zeroes both, as published.
         """
         for group in self.optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
@@ -93,5 +94,7 @@ class ReferenceOIALR:
             state[key] = left @ state[key] @ right
         for key in state.keys() & {"exp_avg_sq"}:
             state[key] = left.square() @ state[key] @ right.square()
+        for key in state.keys() & {"momentum_buffer", "exp_avg", "exp_avg_sq"} if reset else ():
+            state[key] = torch.zeros_like(new)
         if state:
             self.optimizer.state[new] = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr.errors import ConfigError
 from hpc_oialr.linalg.arithmetic import without_autocast
 from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.weighted_svd import weighted_svd
@@ -18,6 +18,8 @@ from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.gathering import Gatherer, LayerSums
+
+log = logging.getLogger(__name__)
 
 # Up to this many features a dense layer's moments are a full matrix.
 FULL = 4096
@@ -162,16 +164,23 @@ class SecondMoments(Gatherer[MomentSums]):
     Raises :class:`ConfigError` if the engine's layers do not see whole inputs.
     """
 
-    kind = "moments"
+    kind, without = "moments", "is cut by its weight alone"
 
     def __init__(self, config: OIALRConfig, engine: Engine) -> None:
         super().__init__(config, engine)
-        best = "inputs" if "inputs" in engine.importances else "weights"
-        self.importance = best if config.importance == "auto" else config.importance
-        if self.importance not in engine.importances:
-            known = " or ".join(map(repr, engine.importances))
-            rule = f"under {type(engine).__name__} must be {known}, as a layer does not see the others whole"
-            raise ConfigError("importance", config.importance, rule)
+        name = type(engine).__name__
+        self.importance = config.importance_under(name, engine.importances)
+        if self.importance == "weights" and config.importance == "auto":
+            log.info(
+                "bases are chosen by the weights alone (importance): under %s no layer sees its inputs whole", name
+            )
+
+    def near(self, t: int) -> bool:
+        """Whether a conversion or an update is near that cuts by moments."""
+        config = self._config
+        conversion = config.next_conversion(t) - config.moments_steps
+        update = config.next_update(t) - config.moments_steps_of_updates
+        return self.importance != "weights" and min(conversion, update) <= t
 
     def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
         """Watch those layers that may be cut in a few steps."""
@@ -211,9 +220,12 @@ class SecondMoments(Gatherer[MomentSums]):
 
     def reduce(self, target: TargetWeight) -> Moments:
         """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
-        seen = {side: total for side, total in self._reduced(target).totals().items() if bool(total.any())}
+        totals = self._reduced(target).totals()
+        # Sums of squares, whose diagonal is 0 only where nothing was added.
+        squares = {side: total.diagonal() if total.dim() == 2 else total for side, total in totals.items()}
+        seen = {side: total for side, total in totals.items() if float(squares[side].sum()) != 0}
         if not seen:
-            self._note_unseen(target, "is cut by its weight alone")
+            self._tell(target, "no training pass in eager mode")
         return Moments(seen.get("left"), seen.get("right"))
 
 

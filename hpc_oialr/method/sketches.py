@@ -150,7 +150,7 @@ class GradientSketches(Gatherer[LayerSketches]):
     Raises :class:`ConfigError` if the engine's layers do not see whole inputs and gradients, or the model is compiled.
     """
 
-    kind = "sketches"
+    kind, without = "sketches", "does not grow"
 
     def __init__(self, config: OIALRConfig, engine: Engine, model: nn.Module) -> None:
         super().__init__(config, engine)
@@ -160,6 +160,10 @@ class GradientSketches(Gatherer[LayerSketches]):
         if config.grow and where is not None:
             rule = f"new directions come from layers' inputs and gradients, but {where}"
             raise ConfigError("grow", config.grow, rule, fix="Set it to 0.")
+
+    def near(self, t: int) -> bool:
+        """Whether an update is near at which bases grow."""
+        return bool(self._config.grow) and self._config.next_update(t) - self._config.steps_of_growth <= t
 
     def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
         """Watch the layers that the next update reaches, in its last steps."""
@@ -191,5 +195,5 @@ class GradientSketches(Gatherer[LayerSketches]):
             if target.low_rank is not None and bool(sums.flat.any()):
                 found[target.low_rank] = sums
             else:
-                self._note_unseen(target, "does not grow")
+                self._tell(target, "no training pass in eager mode")
         return found

@@ -10,13 +10,14 @@ from typing import Any
 
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, EngineConfig, Single, SingleEngine, TensorParallel
+from hpc_oialr.errors import ConfigError
 from hpc_oialr.method.oialr import OIALR
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.plan import step_cost
 from hpc_oialr.plan.fake_world import fake_tensors
 from hpc_oialr.plan.machine import GIB, Machine
 from hpc_oialr.plan.schedule import Phase, phases, predictable_rule
-from hpc_oialr.plan.scripted_run import Measured
+from hpc_oialr.plan.scripted_run import Measured, ScriptedRun
 from hpc_oialr.plan.trace_step import Step, trace_event, trace_step, traced_context
 from hpc_oialr.plan.workload import Deployment, Workload, all_engines, label
 
@@ -55,7 +56,8 @@ class Planner:
         self.measured = measured
         if measured.conversion_s:
             conversion, alone = self.first_events["conversion"], Deployment(Single(), 1, 1)
-            expected_s = step_cost.svd_seconds(conversion, self.shapes, alone, self.machine)
+            moments = self.moments(conversion, alone)
+            expected_s = step_cost.svd_seconds(conversion, self.shapes, alone, self.machine, moments)
             speed = self.machine.svd_flops * expected_s / measured.conversion_s
             self.machine = replace(self.machine, svd_flops=speed)
 
@@ -73,12 +75,37 @@ class Planner:
         ]
 
     @cached_property
+    def _layers(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """Shape (m, n) of each layer that becomes low-rank, and numbers of second moments that its conversion needs."""
+        with fake_tensors():
+            context = traced_context(self.workload, SingleEngine(World()), batch=1, r={})
+            controller = context.controller
+            if not isinstance(controller, OIALR):
+                return {}
+            ScriptedRun(context).expect("conversion")
+            sums = {key: tensor.numel() for key, tensor in controller.tensor_state().items()}
+            return {t.name: (t.shape, sums.get(f"{t.name}.moments.0", 0)) for t in controller.targets}
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes (m, n) of the layers that become low-rank, in order; none without the method."""
-        with fake_tensors():
-            controller = traced_context(self.workload, SingleEngine(World()), batch=1, r={}).controller
-            targets = controller.targets if isinstance(controller, OIALR) else []
-            return {target.name: target.shape for target in targets}
+        return {name: shape for name, (shape, _) in self._layers.items()}
+
+    def moments(self, phase: Phase, d: Deployment) -> dict[str, int]:
+        """Numbers of second moments, on each process, of the layers that an event cuts by them."""
+        config = self.workload.config
+        method = config.oialr
+        importance = "weights" if method is None or config.compile != "off" else d.importance(method)
+        if method is None or importance == "weights":
+            return {}
+        if phase.event == "conversion":
+            return {name: numbers for name, (_, numbers) in self._layers.items() if numbers}
+        both = 1 + (importance == "inputs and gradients")
+        falls = {
+            name: method.limits.apply(method.rule.least(*self.shapes[name]), r, min(self.shapes[name])) < r
+            for name, r in phase.before.items()
+        }
+        return {name: both * r * r for name, r in phase.before.items() if falls[name]}
 
     def phases(self, steps: int) -> list[Phase]:
         """All phases of a run of ``steps``."""
@@ -141,6 +168,11 @@ class Planner:
                 reason = "trains no bases (oialr.train, oialr.bases_trained); DDP does"
             if method is not None and method.grow and isinstance(engine, TensorParallel) and d.processes > 1:
                 reason = "its layers see parts of inputs and gradients (oialr.grow)"
+            try:
+                if method is not None:
+                    d.importance(method)
+            except ConfigError as error:
+                reason = str(error)
             if reason is None:
                 row |= self._figures(d, batch)
                 row["fits"] = row["peak_gib"] <= self.memory_gib
@@ -196,6 +228,7 @@ class Planner:
             svd_s, waiting_s, sent_bytes = self._event(phase, d)
             figures |= {
                 f"{name}_peak_gib": self._event_peak(phase, steps[BEFORE[name]], d) / GIB,
+                f"{name}_moments_gib": 4.0 * sum(self.moments(phase, d).values()) / GIB,
                 f"{name}_s": svd_s + waiting_s,
                 f"{name}_svd_s": svd_s,
                 f"{name}_sent_mb": sent_bytes / MB,
@@ -214,14 +247,23 @@ class Planner:
 
     def _event(self, phase: Phase, d: Deployment) -> tuple[float, float, float]:
         """Seconds of SVDs and of messages, and bytes sent."""
-        growth = self._sketched(phase)
-        sent = step_cost.event_messages(phase, self.shapes, d.processes, whole_bases=d.whole_bases, growth=growth)
-        svd_s = step_cost.svd_seconds(phase, self.shapes, d, self.machine)
+        moments, growth = self.moments(phase, d), self._sketched(phase)
+        sent = step_cost.event_messages(
+            phase, self.shapes, d.processes, moments, whole_bases=d.whole_bases, growth=growth
+        )
+        svd_s = step_cost.svd_seconds(phase, self.shapes, d, self.machine, moments)
         return svd_s, self.machine.messages_s(sent, d.per_node), sum(m.size for m in sent)
 
     def _event_peak(self, phase: Phase, before: Step, d: Deployment) -> float:
-        """Traced on one process, corrected by the difference of what is resident under the engine."""
+        """Traced on one process, corrected by the difference of what is resident under the engine.
+
+        On a CPU not less than the step before it, which gathers second moments.
+        """
         memory = step_cost.footprint(before, d)
+        moments = self.moments(phase, d)
+        on_gpu = not self.machine.cores and phase.event == "conversion"
+        # Of dense layers a GPU has those of one at a time.
+        held = 4.0 * (max if on_gpu else sum)(moments.values()) if moments else 0.0
         resident = memory.resident
         if memory.gradients and isinstance(d.engine, DDP):
             # New buckets are made before the old ones are freed.
@@ -231,17 +273,19 @@ class Planner:
                 bases = m + n if phase.trained else 0
                 trained = m * n if phase.event == "conversion" else r * (r + bases)
                 resident -= 4.0 * (trained - phase.r[name] * (phase.r[name] + bases))
+        gathering = memory.peak + held if moments and not on_gpu else 0.0
         if d.sharded:
             beside = step_cost.sharded_event_bytes(self.shapes, phase, d.processes, whole_bases=d.whole_bases)
-            return resident + beside
+            return max(gathering, resident + held + beside)
         # At most one result of each layer is alive at once.
         key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
         if key not in self._event_peaks:
             trained = self.stages[BEFORE[phase.event]].trained
-            peak = trace_event(self.workload, phase, self.rule, processes=key[0], held=key[1], trained=trained)
-            self._event_peaks[key] = peak
+            self._event_peaks[key] = trace_event(
+                self.workload, phase, self.rule, processes=key[0], held=key[1], trained=trained, on_gpu=on_gpu
+            )
         alone = step_cost.footprint(before, Deployment(d.engine, 1, 1))
-        return self._event_peaks[key] + resident - alone.resident
+        return max(gathering, self._event_peaks[key] + resident - alone.resident)
 
     def _step_s(self, phase: Phase, figures: Mapping[str, float]) -> float:
         """Time of a step of any phase: interpolated by operations between reported ones with bases trained or not."""

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -73,17 +74,28 @@ class ScriptedRun:
         context.engine.update(context.optimizer, context.scaler, trained, clip)
         self.steps += 1
 
+    def expect(self, event: Literal["conversion", "update"]) -> None:
+        """Before a step that :meth:`convert` or :meth:`update` follows: gather second moments in it."""
+        method, config = self.method, self.method.config
+        if event == "conversion":
+            config.delay = method.t + 1
+        else:
+            config.delay = min(config.delay, method.t)
+            config.frequency = method.t + 1 - config.delay
+        method.watch()
+
     def convert(self) -> UpdateReport:
         """The conversion, after a step."""
-        self.method.config.delay = self.method.t + 1
+        if not self.method.gathered:
+            self.expect("conversion")
         return self._event()
 
     def update(self) -> UpdateReport:
         """An update, after a step."""
-        config = self.method.config
-        config.delay, config.frequency = min(config.delay, self.method.t), 1
+        if not self.method.gathered:
+            self.expect("update")
         report = self._event()
-        config.frequency = NEVER
+        self.method.config.frequency = NEVER
         return report
 
     def settle(self, samples: Batch) -> None:
@@ -91,6 +103,7 @@ class ScriptedRun:
         method = self.method
         for _ in range(_MAX_UPDATES):
             before = method.r
+            self.expect("update")
             self.train(samples)
             self.update()
             if method.r == before and method.updates * method.config.layer_share_step >= 1:
@@ -137,6 +150,7 @@ def probe(workload: Workload, rule: RankRule | None, batches: Iterable[int], thr
     for stage in STAGES if workload.config.oialr is not None else STAGES[:1]:
         torch.set_num_threads(threads_before)
         if stage == "converted":
+            run.expect("conversion")
             run.train(small)
             run.convert()
             found.conversion_s = run.event_s
@@ -204,9 +218,11 @@ def _run_as(workload: Workload, world: World, engine: EngineConfig, rule: RankRu
     context.optimizer.register_step_pre_hook(_zero_gradients)
     run, channel = ScriptedRun(context), open_channel(world)
     samples = run.samples(batch)
+    run.expect("conversion")
     run.train(samples)
     conversion = run.convert()
     _exchange(channel, world, conversion)
+    run.expect("update")
     run.train(samples)
     _exchange(channel, world, run.update())
     run.step(batch)

@@ -8,7 +8,7 @@ operations over the machine's speeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from hpc_oialr.plan.workload import Deployment
 
 # Share of the backward pass, during which gradients can be sent, of forward and backward pass.
 BACKWARD_SHARE = 2 / 3
-NO_GROWTH: Mapping[str, int] = {}
+NOTHING: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -138,24 +138,27 @@ def event_messages(
     phase: Phase,
     shapes: Mapping[str, tuple[int, int]],
     processes: int,
+    moments: Mapping[str, int] = NOTHING,
     *,
     whole_bases: bool = False,
-    growth: Mapping[str, int] = NO_GROWTH,
+    growth: Mapping[str, int] = NOTHING,
 ) -> list[Message]:
     """Factors of every layer of an event, in fp32: values and new bases, or both rotations of a core.
 
+    So many numbers of second ``moments`` of a layer are reduced first, and what they choose is sent beside.
     ``whole_bases`` that are changed in shards are gathered afterwards. At an update bases may grow, by sketches of
     ``growth`` columns, by layer, which are summed over all processes.
     """
     if processes == 1:
         return []
+    sent = [Message("all_reduce", 4.0 * numbers, processes) for numbers in moments.values()]
     gathered = [4.0 * phase.r[name] * sum(shapes[name]) for name in phase.before] if whole_bases else []
-    sent = [Message("all_gather", size, processes) for size in gathered]
+    sent += [Message("all_gather", size, processes) for size in gathered]
     sent += [Message("all_reduce", 4.0 * q * sum(shapes[name]), processes) for name, q in growth.items()]
     for name, r in phase.before.items():
-        numbers = 2 * r * r + r + 2
+        numbers = (2 * r * r + r) * (1 + (name in moments)) + 2
         if phase.event == "conversion":
-            numbers = min(shapes[name]) + phase.r[name] * sum(shapes[name])
+            numbers = min(shapes[name]) + phase.r[name] * sum(shapes[name]) + (phase.r[name] + 1) * (name in moments)
         sent.append(Message("broadcast", 4.0 * numbers, processes))
     return sent
 
@@ -187,17 +190,25 @@ def _counted_s(trace: Trace, machine: Machine, d: Deployment) -> float:
     return max(busy_s, len(trace.live) * machine.launch_s)
 
 
-def svd_seconds(phase: Phase, shapes: Mapping[str, tuple[int, int]], d: Deployment, machine: Machine) -> float:
+def svd_seconds(
+    phase: Phase,
+    shapes: Mapping[str, tuple[int, int]],
+    d: Deployment,
+    machine: Machine,
+    moments: Collection[str] = (),
+) -> float:
     """Time of an event's SVDs, until the last process has finished.
 
     Sharded weights are decomposed one after another by all processes (TSQR); all other SVDs are distributed by cost.
+    Layers with second ``moments`` need two more, of r x r and of what is kept.
     """
     sizes = [(r, r) for r in phase.before.values()]
     if phase.event == "conversion":
         sizes = [shapes[name] for name in phase.before]
+    more = [svd_cost(r, r) + svd_cost(r, phase.r[name]) if name in moments else 0.0 for name, r in phase.before.items()]
     if d.sharded and phase.event == "conversion":
-        flops = sum(svd_cost(m, n, d.processes) for m, n in sizes)
+        flops = sum(svd_cost(m, n, d.processes) for m, n in sizes) + sum(more)
     else:
         rounds = svd_rounds([LayerWork("", m, n) for m, n in sizes], d.processes)
-        flops = sum(max(task.load for task in tasks) for tasks in rounds)
+        flops = sum(max(task.load + sum(more[i] for i in task.layers) for task in tasks) for tasks in rounds)
     return flops / (machine.svd_flops * machine.speed(d.per_node))

@@ -147,11 +147,13 @@ def trace_event(
     processes: int,
     held: bool,
     trained: bool = False,
+    on_gpu: bool = False,
 ) -> float:
     """Most bytes of one process during the event at the beginning of ``phase``; replicated matrices.
 
     The SVDs are distributed over ``processes``; as many results are alive at once. ``held``: the old parameters are
     kept until the end, as ``DistributedDataParallel`` keeps them. Bases are ``trained`` or frozen before an update.
+    ``on_gpu``: second moments of dense layers are in the host's memory until they are used.
     """
     with fake_world(0, processes) as world, fake_tensors(), fake_collectives():
         update = phase.event == "update"
@@ -166,6 +168,8 @@ def trace_event(
         _update(run.context)
         held_parameters = list(run.context.module.parameters()) if held else []
         del parameter
+        if on_gpu and not update:
+            run.expect("conversion")  # the tracer counts what is made or used after this
         tracer = Tracer(resident_tensors(run.context.module, run.context.optimizer), counted=True)
         with tracer:
             run.update() if update else run.convert()

@@ -13,6 +13,7 @@ from hpc_oialr.data.base import CounterRNG
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import DDP, FSDP, DeepSpeed, Engine, EngineConfig, Single, TensorParallel
 from hpc_oialr.errors import ConfigError, DataError
+from hpc_oialr.method.config import IMPORTANCES, OIALRConfig
 from hpc_oialr.method.rules import RankRule
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.run_context import RunContext, make_run_context
@@ -110,6 +111,8 @@ class Workload:
             method = replace(method, stability_frequency=None, stability_threshold=None)
             grow = 0.0 if trained else method.grow
             method = replace(method, train="factors" if trained else "cores", bases_trained=[], grow=grow)
+            if config.compile != "off":
+                method = replace(method, importance="weights")  # no hooks in compiled code, which is not compiled here
         global_batch = batch * engine.data_parallel.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))
@@ -166,6 +169,11 @@ class Deployment:
         if isinstance(self.engine, TensorParallel) and self.processes > 1:
             return self.processes // self.engine.size
         return self.processes
+
+    def importance(self, method: OIALRConfig) -> str:
+        """What bases are chosen by under the engine; ConfigError for what it cannot gather."""
+        known = self.engine.importances if self.processes > 1 else IMPORTANCES
+        return method.importance_under(label(self.engine), known)
 
     @property
     def sharded(self) -> bool:

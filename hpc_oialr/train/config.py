@@ -214,7 +214,11 @@ class RunConfig:
         of them by one compilation for every set of r; "model" the model as a whole. Evaluations are not compiled.
         Recompilations are counted in the summary.
     dense
-        Settings of the dense baseline that differ when ``oialr compare --own`` trains it; same structure.
+        Settings of the dense baseline that differ when ``oialr compare --own`` or ``oialr train --dense`` trains it; same
+        structure.
+    paper
+        Settings that differ in the published method, which ``--paper`` trains: these over ``OIALRConfig.paper()`` and the
+        recipe's delay, frequency and selection; same structure.
     """
 
     data: DataConfig
@@ -229,3 +233,4 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=DDP)
     compile: Literal["off", "blocks", "model"] = "off"
     dense: dict[str, Any] | None = None
+    paper: dict[str, Any] | None = None

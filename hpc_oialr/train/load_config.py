@@ -24,10 +24,12 @@ import jsonargparse
 import yaml
 
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
+from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.recipes import find_recipe
 from hpc_oialr.system_errors import read_text
 from hpc_oialr.train.command_line import Tree, parse_settings, read_yaml, write_yaml
 from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.optimizers import MuonAdamW
 
 COMMAND_LINE = "the command line"
 # The largest seed of torch and NumPy.
@@ -37,6 +39,8 @@ RETIRED = {
     "record.side_folder": "while the disk is full spectra wait in memory",
     "record.spectra_writer": "rank 0 writes all spectra",
 }
+# Sections with settings of other runs of a recipe, its dense baseline and the published method, and what these lack.
+VARIANTS = {"dense": ("oialr", "dense", "paper"), "paper": ("dense", "paper")}
 # What true and false mean: YAML 1.1 reads "on" and "off" as such, and earlier versions wrote them.
 SWITCHES = {
     "compile": {False: "off", True: "model"},
@@ -83,12 +87,41 @@ def dense_twin(loaded: LoadedConfig, *, own: bool) -> LoadedConfig:
     Settings of the command line override them: ``--train.epochs 4`` is 4 epochs on both sides, and
     ``--dense.train.epochs 4`` on this one.
     """
-    layers: list[tuple[str, Tree]] = [("config.yaml", {**loaded.tree, "dense": None})]
+    layers: list[tuple[str, Tree]] = [("config.yaml", {**loaded.tree, "dense": None, "paper": None})]
     if own and loaded.config.dense:
-        shared = {key: value for key, value in loaded.typed.items() if key not in ("oialr", "dense")}
+        shared = {key: value for key, value in loaded.typed.items() if key not in ("oialr", *VARIANTS)}
         layers += [("dense", loaded.config.dense), (COMMAND_LINE, shared)]
         layers.append((COMMAND_LINE, loaded.typed.get("dense") or {}))
     return _from_layers([*layers, ("dense", {"oialr": None})])
+
+
+def paper_variant(loaded: LoadedConfig) -> LoadedConfig:
+    """The same run by the published method: :meth:`OIALRConfig.paper`, and the recipe's ``paper`` settings.
+
+    Of the recipe's settings of the method ``delay``, ``frequency`` and ``selection`` stay; its ``dense`` ones, which
+    belong to another optimizer, do not. Settings of the command line override all, as in :func:`dense_twin`.
+
+    Raises ConfigError if there is no method, or an optimizer that the paper does not use.
+    """
+    method = loaded.config.oialr
+    if method is None:
+        raise ConfigError("oialr", None, "trains dense, and has no published variant", fix="Leave out --paper.")
+    kept = {name: getattr(method, name) for name in ("delay", "frequency", "selection")}
+    published = _as_tree(OIALRConfig.paper(**kept), OIALRConfig)
+    shared = {key: value for key, value in loaded.typed.items() if key != "paper"}
+    layers: list[tuple[str, Tree]] = [
+        ("config.yaml", {**loaded.tree, "oialr": None, "dense": None, "paper": None}),
+        ("paper", {"oialr": published}),
+        ("paper", loaded.config.paper or {}),
+        (COMMAND_LINE, shared),
+        (COMMAND_LINE, loaded.typed.get("paper") or {}),
+    ]
+    found = dataclasses.replace(_from_layers(layers), typed=shared)
+    if isinstance(found.config.optimizer, MuonAdamW):
+        rule = "trains cores by Muon, and the published method by AdamW"
+        fix = "Set another, e.g. --paper.optimizer AdamW --paper.optimizer.lr 1e-3."
+        raise ConfigError("optimizer", "MuonAdamW", rule, fix=fix)
+    return found
 
 
 def make_parser(prog: str) -> jsonargparse.ArgumentParser:
@@ -118,22 +151,24 @@ def _from_layers(layers: Sequence[tuple[str, Any]]) -> LoadedConfig:
     origins: dict[str, str] = {}
     retired: list[str] = []
     merged: Tree = {}
-    dense: Tree = {}
+    variants: dict[str, Tree] = {name: {} for name in VARIANTS}
     for origin, raw in layers:
         layer = _Layer(origin, origins, retired)
-        own = {k: v for k, v in raw.items() if k != "dense"} if isinstance(raw, Mapping) else raw
+        own = {k: v for k, v in raw.items() if k not in VARIANTS} if isinstance(raw, Mapping) else raw
         merged = _merge(merged, layer.section(own, RunConfig, merged))
-        twin = (raw.get("dense") if isinstance(raw, Mapping) else None) or {}
-        for name in ("oialr", "dense"):
-            if isinstance(twin, Mapping) and twin.get(name) is not None:
-                rule = "has no effect: the dense baseline has none"
-                raise ConfigError(f"dense.{name}", twin[name], rule, origin=origin)
-        dense = _merge(dense, layer.section(twin, RunConfig, _merge(merged, dense), "dense"))
+        for name, without in VARIANTS.items():
+            section = (raw.get(name) if isinstance(raw, Mapping) else None) or {}
+            for inner in without:
+                if isinstance(section, Mapping) and section.get(inner) is not None:
+                    rule = f"has no effect: the {'dense baseline' if name == 'dense' else 'published variant'} has none"
+                    raise ConfigError(f"{name}.{inner}", section[inner], rule, origin=origin)
+            base = _merge(merged, variants[name])
+            variants[name] = _merge(variants[name], layer.section(section, RunConfig, base, name))
     if retired:
         log.warning("settings that no longer have an effect are ignored: %s", ", ".join(retired))
     config = _build(RunConfig, merged, origins)
-    config.dense = dense or None
-    return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": dense or None}, origins)
+    config.dense, config.paper = (variants[name] or None for name in VARIANTS)
+    return LoadedConfig(config, {**_as_tree(config, RunConfig), "dense": config.dense, "paper": config.paper}, origins)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -161,14 +196,15 @@ class _Layer:
         base = base if isinstance(base, Mapping) else {}
         for key, value in raw.items():
             full = f"{prefix}{key}"
-            if reason := RETIRED.get(full.removeprefix("dense.")):
+            plain = full.partition(".")[2] if name.partition(".")[0] in VARIANTS else full
+            if reason := RETIRED.get(plain):
                 self.retired.append(f"{full} from {self.origin} ({reason})")
                 continue
             if key not in hints:
                 valid = [f"{prefix}{k}" for k in hints]
                 raise UnknownNameError("setting", full, valid, origin=self.origin)
             self.origins[full] = self.origin
-            if isinstance(value, bool) and (words := SWITCHES.get(full.removeprefix("dense."))):
+            if isinstance(value, bool) and (words := SWITCHES.get(plain)):
                 value = words[value]
             inner = _section_type(hints[key])
             if inner is None or value is None:

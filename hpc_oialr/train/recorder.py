@@ -59,7 +59,12 @@ class Recorder:
         traced = train.profile if world.rank in train.profile_ranks else None
         self.profiler = StepProfiler(traced, folder.profile, world.rank)
         self.meter = MemoryMeter(
-            lambda: (context.controller.model, context.optimizer, *context.engine.extra_tensors()),
+            lambda: (
+                context.controller.model,
+                context.optimizer,
+                *context.engine.extra_tensors(),
+                *context.controller.gathered,
+            ),
             world.device,
             processes=world.size,
         )

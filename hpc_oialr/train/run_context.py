@@ -36,7 +36,7 @@ class Dense:
     Every ``frequency`` steps it measures how stable the layers' bases are; never if that is None.
     """
 
-    gathers = False
+    gathered: tuple[Tensor, ...] = ()
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, engine: Engine, *, frequency: int | None = None) -> None:
         self.module, self.engine, self.t, self.frequency = model, engine, 0, frequency

@@ -16,8 +16,8 @@ from hpc_oialr.train.load_config import RETIRED, LoadedConfig, flat
 
 log = logging.getLogger(__name__)
 
-# What does not change the result: where it is computed, from which disk, how often it is saved. ``dense`` contains
-# the settings of another run, the dense baseline.
+# What does not change the result: where it is computed, from which disk, how often it is saved. ``dense`` and ``paper``
+# contain the settings of other runs.
 RESUMABLE = (
     "engine",
     "train.device",
@@ -36,6 +36,7 @@ RESUMABLE = (
     "data.data_dir",
     "data.on_device",
     "dense",
+    "paper",
 )
 
 

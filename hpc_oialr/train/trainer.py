@@ -64,7 +64,7 @@ class Trainer:
             self._compute,
             context.module,
             context.world.device,
-            eager=lambda: context.controller.gathers,
+            eager=lambda: bool(context.controller.gathered),
             refusal=refusal(context),
         )
         if not self._graph.refusal:

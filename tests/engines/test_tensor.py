@@ -71,7 +71,9 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def config() -> OIALRConfig:
     limits = RankLimits(max_drop=0.25, at_conversion=0.75, round_to=1)
-    return OIALRConfig(delay=7, frequency=5, rule=Energy(0.8), limits=limits, layer_share_step=1.0)
+    return OIALRConfig(
+        delay=7, frequency=5, rule=Energy(0.8), limits=limits, layer_share_step=1.0, importance="weights"
+    )
 
 
 def trained(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,8 @@ from hpc_oialr.method.rules import (
     RelativeCutoff,
     StableRank,
 )
+from hpc_oialr.recipes import recipes
+from hpc_oialr.train.load_config import load_config, paper_variant
 
 OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -70,8 +74,6 @@ def _train(model, optimizer, after_step):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("rule", "limits"), RULES, ids=lambda value: type(value).__name__)
 def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
-    slow, fast = _model(), _model()
-    slow_optimizer, fast_optimizer = OPTIMIZERS[name](slow.parameters()), OPTIMIZERS[name](fast.parameters())
     config = OIALRConfig(
         delay=DELAY,
         frequency=FREQUENCY,
@@ -81,6 +83,25 @@ def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
         core_lr_scale=1.0,
         importance="weights",
     )
+    compare(config, OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_the_published_variant_of_every_recipe_is_the_papers_algorithm(recipe):
+    """Of a shorter run, with the same share of the layers in each update, cutoff, limits, zeroed moments and AdamW."""
+    config = paper_variant(load_config(recipe)).config
+    method, optimizer = config.oialr, config.optimizer
+    compare(
+        replace(method, delay=DELAY, frequency=2),
+        lambda ps: torch.optim.AdamW(ps, lr=3e-3, weight_decay=optimizer.weight_decay),
+        layers=["2", "4"] if method.selection.keep_first else ["0", "2", "4"],
+    )
+
+
+def compare(config, optimizer, layers=("0", "2", "4")):
+    """Train with the controller and with the reference: same losses, r and weights after every step."""
+    slow, fast = _model(), _model()
+    slow_optimizer, fast_optimizer = optimizer(slow.parameters()), optimizer(fast.parameters())
     controller = OIALR(fast, fast_optimizer, config)
     reference = ReferenceOIALR(slow, slow_optimizer, controller.layers, config)
 
@@ -95,7 +116,7 @@ def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
 
     expected = _train(slow, slow_optimizer, step_slowly)
     seen = _train(fast, fast_optimizer, step_fast)
-    assert controller.layers == ["0", "2", "4"]
+    assert controller.layers == list(layers)
     assert [r for _, r in seen] == [r for _, r in expected]
     assert expected[-1][1] != expected[DELAY - 1][1], "no layer was cut"
     torch.testing.assert_close(

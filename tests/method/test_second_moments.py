@@ -198,13 +198,72 @@ def test_copies_go_on_alone(copied: Callable[[Any], Any]) -> None:
     assert train(twin, twin.optimizer, 8) == train(oialr, oialr.optimizer, 9)[1:]
 
 
-def test_compiled_models_have_no_hooks() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_layers_are_cut_by_weights_and_the_log_says_so(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="hpc_oialr")
     model = small_model()
+    if when == "before":
+        model[0].compile(backend="eager")
+    oialr = controller(model, importance="auto")
+    if when == "after":  # in the middle of a window
+        train(oialr, oialr.optimizer, 2)
+        model[0].compile(backend="eager")
+    for _ in range(oialr.t, 8):
+        train(oialr, oialr.optimizer, 1)
+        assert "0.moments.0" not in oialr.tensor_state()
+        assert not model[0]._forward_hooks
+    told = [text for text in caplog.messages if "weight alone" in text]
+    assert told == ["0 is cut by its weight alone, maybe others too: compiled code runs no hooks"]
+
+
+def test_whole_compiled_models_have_no_hooks() -> None:
+    model = small_model()
+    model.compile(backend="eager")
     oialr = controller(model)
-    model[0].compile(backend="eager")
+    assert not oialr.gathered
     train(oialr, oialr.optimizer, 4)
     assert hooks(model) == 0
     assert oialr.r
+
+
+@pytest.mark.parametrize(("width", "tokens", "counted"), [(12, 2000, 1024), (300, 2000, 1200), (300, 700, 700)])
+def test_of_a_pass_at_most_four_tokens_a_feature_are_counted(width: int, tokens: int, counted: int) -> None:
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 4))
+    oialr = controller(model, moments_steps=4)
+    oialr.model(torch.ones(tokens // 100, 100, width))
+    # Each token is a row of ones.
+    (sums,) = oialr.gathered
+    assert torch.equal(sums, torch.full((width * width,), float(counted)))
+
+
+def test_a_conversion_after_the_first_step_sees_its_inputs() -> None:
+    """With a delay of 0 the only step that can gather is the first."""
+    model, (x, y) = small_model(), batch(0)
+    W = model[0].weight.detach().clone()
+    config = settings(importance="inputs", limits=LIMITS, delay=0)
+    oialr = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.0), config)
+    cross_entropy(oialr.model(x), y).backward()
+    report = oialr.step()
+    assert report is not None
+    assert {layer.name: layer.cut_share is not None for layer in report.layers} == {"0": True, "2": True}
+    expected, lost = weighted_svd(W, oialr.r["0"], None, x.mT @ x)
+    torch.testing.assert_close(model[0].merged_weight(), expected.U @ torch.diag(expected.s) @ expected.Vh)
+    assert report.layers[0].cut_share == pytest.approx(float(lost), rel=1e-3)
+
+
+def test_a_resume_without_the_moments_warns(caplog: pytest.LogCaptureFixture) -> None:
+    def resumed(at: int, *, stored: bool) -> bool:
+        model = small_model()
+        oialr = controller(model)
+        train(oialr, oialr.optimizer, at)
+        caplog.clear()
+        again = controller(small_model(seed=1))
+        again.load_state_dict(oialr.state_dict(), oialr.tensor_state() if stored else None)
+        return any("resumed without the moments" in text for text in caplog.messages)
+
+    # Windows: the steps 2 to 4 for the conversion at 4, and 7 for the update at 7.
+    assert [resumed(at, stored=False) for at in range(1, 8)] == [False, True, True, False, False, False, False]
+    assert not any(resumed(at, stored=True) for at in range(1, 8))
 
 
 def test_the_published_settings() -> None:

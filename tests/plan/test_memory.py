@@ -119,7 +119,7 @@ def test_steps_and_events_as_measured(precision):
     samples, held = run.samples(8), (run.context.module, run.context.optimizer)
 
     def measured_gib(action: Callable[[], object]) -> float:
-        meter = MemoryMeter(lambda: held, "cpu", processes=1)
+        meter = MemoryMeter(lambda: (*held, *run.method.gathered), "cpu", processes=1)
         with meter.probe():
             action()
         return meter.peak_bytes / 1024**3
@@ -128,6 +128,8 @@ def test_steps_and_events_as_measured(precision):
     found = {"dense": measured_gib(lambda: run.train(samples))}
     found["conversion"] = measured_gib(run.convert)
     found["converted"] = measured_gib(lambda: run.train(samples))
+    run.expect("update")
+    run.train(samples)
     found["update"] = measured_gib(run.update)
     assert list(run.method.r.values()) == [256]
     assert found == pytest.approx({name: row[f"{name}_peak_gib"] for name in found}, rel=0.01)

@@ -40,9 +40,10 @@ def test_a_step_sends_every_gradient_once(planner, rows):
     assert rows[0]["dense_sent_mb"] == 0
 
 
-def test_an_event_sends_its_factors(rows):
+def test_an_event_sends_its_factors(workload, machine):
     """At r = 12 of k = 16: k values and two bases of each layer; at the first update two rotations and values."""
     sides = (48 + 16) + (16 + 16) + (16 + 64) + (64 + 16)
+    rows = Planner(with_method(workload, importance="weights"), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
     assert 1e6 * rows[1]["conversion_sent_mb"] == pytest.approx(4 * (4 * 16 + 12 * sides))
     assert 1e6 * rows[1]["update_sent_mb"] == pytest.approx(4 * 4 * (2 * 12 * 12 + 12 + 2))
     assert rows[0]["conversion_sent_mb"] == 0
@@ -127,15 +128,55 @@ def test_a_run_is_the_sum_of_its_phases(workload, machine):
     assert planner.rows([1], 1, DDP())[0]["oialr_s"] == pytest.approx(12.0)
 
 
-def with_bases(workload, **options):
+def with_method(workload, **options):
     config = workload.config
     return replace(workload, config=replace(config, oialr=replace(config.oialr, **options)))
+
+
+# Features of the four layers before and behind them.
+INPUTS, OUTPUTS = (16, 16, 16, 64), (48, 16, 64, 16)
+
+
+@pytest.mark.parametrize(("importance", "seen"), [("auto", [INPUTS]), ("inputs and gradients", [INPUTS, OUTPUTS])])
+def test_second_moments_are_counted(workload, machine, importance, seen):
+    """n^2 numbers of each layer before the conversion, r^2 of each core, r = 12, before an update; what they choose."""
+    plain, rows = (
+        Planner(with_method(workload, importance=name), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
+        for name in ("weights", importance)
+    )
+    dense, cores = sum(n * n for side in seen for n in side), 4 * len(seen) * 12**2
+    for before, row in zip(plain, rows, strict=True):
+        assert before["conversion_moments_gib"] == before["update_moments_gib"] == 0
+        assert row["conversion_moments_gib"] * GIB == 4 * dense
+        assert row["update_moments_gib"] * GIB == 4 * cores
+        assert row["update_peak_gib"] > before["update_peak_gib"]
+        several = row["processes"] > 1
+        more = {name: 1e6 * (row[f"{name}_sent_mb"] - before[f"{name}_sent_mb"]) for name in ("conversion", "update")}
+        assert more["conversion"] == pytest.approx(several * 4 * (dense + 4 * (12 + 1)))
+        assert more["update"] == pytest.approx(several * 4 * (cores + 4 * (2 * 12 * 12 + 12)))
+
+
+def test_where_second_moments_are(workload, machine):
+    """On a CPU they are in the same memory; in compiled code and under tensor parallelism there are none."""
+    (on_gpu,) = Planner(workload, machine, memory_gib=40.0).rows([1], 1, DDP())
+    host = replace(machine, cores=4)
+    (on_cpu,) = Planner(workload, host, memory_gib=40.0).rows([1], 1, DDP())
+    assert on_cpu["conversion_peak_gib"] >= on_cpu["dense_peak_gib"] + on_cpu["conversion_moments_gib"]
+    assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
+    (compiled,) = Planner(replace(workload, config=replace(workload.config, compile="blocks")), host, 40.0).rows(
+        [1], 1, DDP()
+    )
+    assert compiled["conversion_moments_gib"] == 0
+    (tensor,) = Planner(workload, host, 40.0).rows([2], 1, TensorParallel(size=2))
+    assert tensor["conversion_moments_gib"] == 0
+    (refused,) = Planner(with_method(workload, importance="inputs"), host, 40.0).rows([2], 1, TensorParallel(size=2))
+    assert (refused["fits"], refused["advice"].partition(";")[0]) == (False, "importance is 'inputs'")
 
 
 def test_trained_bases_cost_gradients_and_moments(workload, machine):
     """Under AdamW two moments of every basis, and a step counter of each of eight."""
     frozen = Planner(workload, machine, memory_gib=40.0).rows([1, 2], 1, DDP())
-    planner = Planner(with_bases(workload, train="factors"), machine, memory_gib=40.0)
+    planner = Planner(with_method(workload, train="factors"), machine, memory_gib=40.0)
     assert set(planner.stages) == {"dense", "converted", "end"}
     bases = sum(r * sum(planner.shapes[name]) for name, r in planner.stages["end"].r.items())
     for before, row in zip(frozen, planner.rows([1, 2], 1, DDP()), strict=True):
@@ -154,7 +195,7 @@ def test_trained_bases_cost_gradients_and_moments(workload, machine):
 
 
 def test_a_phase_of_trained_bases_has_a_stage(workload, machine):
-    planner = Planner(with_bases(workload, bases_trained=[(12, 18)]), machine, memory_gib=40.0)
+    planner = Planner(with_method(workload, bases_trained=[(12, 18)]), machine, memory_gib=40.0)
     assert [name for name, phase in planner.stages.items() if phase.trained] == ["factors"]
     (row,) = planner.rows([1], 1, DDP())
     assert row["factors_optimizer_gib"] > row["converted_optimizer_gib"]
@@ -166,7 +207,7 @@ def test_a_phase_of_trained_bases_has_a_stage(workload, machine):
 
 def test_bases_that_grow_cost_sketches(workload, machine):
     """Four products of q columns with inputs and gradients, inputs kept, sums and test matrices; one sum over ranks."""
-    planner = Planner(with_bases(workload, grow=0.25), machine, memory_gib=40.0)
+    planner = Planner(with_method(workload, grow=0.25), machine, memory_gib=40.0)
     method, phase = planner.workload.config.oialr, planner.stages["growing"]
     assert phase == planner.stages["converted"]
     columns = {n: method.limits.most_new(r, min(planner.shapes[n]), 0.25) for n, r in phase.r.items()}

@@ -98,6 +98,14 @@ def test_options_of_a_run(shell: Shell) -> None:
     assert shell.called("srun") == [*SRUN, "--mpi=pmix", *OIALR, *train]
 
 
+def test_the_published_variant(shell: Shell) -> None:
+    shell.run("vit_b16", **JOB, VARIANT="paper")
+    train = ["train", "vit_b16", "--out", "runs/vit_b16-paper-12", "--continue", "--paper"]
+    assert shell.called("srun") == [*SRUN, *OIALR, *train]
+    said = shell.run("vit_b16", code=2, **JOB, VARIANT="papers")
+    assert "VARIANT is 'papers'; must be dense or paper" in said
+
+
 def test_a_folder_and_an_image_of_ones_own(shell: Shell) -> None:
     shell.run("vit_b16", **JOB, OIALR_OUT=NASTY, OIALR_IMAGE="my image.sif")
     image = ["apptainer", "exec", "--nv", "--bind", f"{HERE},{shell.folder}", "my image.sif"]

@@ -28,7 +28,9 @@ def losses_and_graphs(regions: str) -> tuple[list[float], list[int]]:
     torch.manual_seed(0)
     model = GPT2(vocabulary=64, dim=32, depth=4, heads=2, dropout=0.0).build(TOKENS)
     limits = RankLimits(max_drop=0.5, at_conversion=0.5, round_to=8)
-    config = OIALRConfig(delay=2, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0)
+    config = OIALRConfig(
+        delay=2, frequency=2, rule=FixedFraction(0.25), limits=limits, layer_share_step=1.0, importance="weights"
+    )
     oialr = OIALR(model, torch.optim.AdamW(model.parameters(), lr=1e-2), config)
     compile_model(model, regions, backend="eager")
     tokens, losses, graphs, before = torch.randint(0, 64, (4, 16)), [], [], graphs_compiled()

@@ -53,7 +53,7 @@ def losses(result):
 def test_a_run_of_replays_is_that_of_eager_steps(tmp_path, monkeypatch, optimizer, method, captures):
     """Through a conversion and cuts, with dropout, in two parts and clipped; stopped and resumed in between."""
     over = {"optimizer": {"class_path": optimizer, "init_args": {"lr": 0.01}}}
-    over |= {"oialr": method, "train": {"accumulation": 2, "gradient_clip": 0.5}}
+    over |= {"oialr": {"importance": "weights"} | method, "train": {"accumulation": 2, "gradient_clip": 0.5}}
     recipe = load_config(write_recipe(tmp_path, **over))
     plain = train(recipe, tmp_path / "plain", world=WORLD)
     assert plain.summary["cuda_graph"] == "off: it needs a GPU"
@@ -120,7 +120,9 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu():
 @pytest.fixture
 def on_gpu(tmp_path):
     """A context that says it is on a GPU, with an optimizer that can be captured."""
-    context = make_run_context(load_config(write_recipe(tmp_path, oialr={"frequency": 20})).config, WORLD)
+    context = make_run_context(
+        load_config(write_recipe(tmp_path, oialr={"frequency": 20, "importance": "weights"})).config, WORLD
+    )
     return replace(context, world=types.SimpleNamespace(device=torch.device("cuda", 0)))
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_runs import write_recipe
 
+from hpc_oialr import OIALRConfig
+from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank import select
 from hpc_oialr.method.rules import RelativeCutoff
 from hpc_oialr.recipes import data_needed, recipes
 from hpc_oialr.train.config import RunConfig
-from hpc_oialr.train.load_config import dense_twin, load_config
+from hpc_oialr.train.load_config import dense_twin, load_config, paper_variant
 from hpc_oialr.train.optimizers import AdamW
 from hpc_oialr.train.schedules import StepDecay, WarmupCosine
 
@@ -63,25 +67,67 @@ def found(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_settings_are_the_published_ones(name: str) -> None:
-    config = load_config(name).config
+    config = paper_variant(load_config(name)).config
     assert found(config) == PUBLISHED[name]
     assert config.oialr is not None
     assert (config.oialr.limits.max_drop, config.oialr.limits.min_fraction) == (0.5, 0.01)
     assert (config.oialr.layer_share_step, config.oialr.selection.max_aspect) == (0.1, 10)
     assert (config.oialr.selection.keep_last, config.oialr.limits.at_conversion) == (True, 1.0)
     assert (config.oialr.carry_moments, config.oialr.core_lr_scale) == (False, 1.0)
+    assert (config.oialr.importance, config.oialr.limits.round_to, config.oialr.train) == ("weights", 1, "cores")
+    assert not config.oialr.bases_trained
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_has_a_dense_and_a_published_variant(name: str) -> None:
+    loaded = load_config(name, ["--train.seed", "3"])
+    paper, own = paper_variant(loaded), loaded.config.oialr
+    assert own is not None
+    chosen = "weights" if name == "fashion_mnist_vit" else "auto"  # the demo's settings were chosen so
+    assert own.importance == chosen
+    assert paper.config.oialr is not None
+    kept = {field: getattr(paper.config.oialr, field) for field in ("delay", "frequency", "selection", "rule")}
+    assert paper.config.oialr == OIALRConfig.paper(**kept)
+    assert isinstance(paper.config.optimizer, AdamW)
+    assert type(paper.config.oialr.rule) is RelativeCutoff
+    assert (paper.config.train.seed, paper.config.train.epochs) == (3, loaded.config.train.epochs)
+    for each in (loaded, paper):
+        assert dense_twin(each, own=True).config.oialr is None
+    same = dataclasses.replace(dense_twin(paper, own=True).config, oialr=paper.config.oialr)
+    assert same == paper.config, "the published settings without the method"
+
+
+def test_the_command_line_goes_over_the_published_settings() -> None:
+    words = ["--oialr.delay", "7", "--optimizer.lr", "0.5", "--paper.train.epochs", "2"]
+    paper = paper_variant(load_config("vit_b16", words))
+    assert paper.config.oialr is not None
+    assert (paper.config.oialr.delay, paper.config.oialr.frequency) == (7, 2000)
+    assert (paper.config.optimizer.lr, paper.config.train.epochs) == (0.5, 2)  # type: ignore[attr-defined]
+    assert load_config("vit_b16", words).config.train.epochs == 90
+
+
+def test_a_recipe_without_published_settings(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer is 'MuonAdamW'.*--paper.optimizer AdamW"):
+        paper_variant(load_config(recipe))
+    paper = paper_variant(load_config(recipe, ["--paper.optimizer", "AdamW"])).config
+    assert paper.oialr == OIALRConfig.paper(delay=6, frequency=4)
+    with pytest.raises(ConfigError, match="oialr is None; trains dense"):
+        paper_variant(load_config(recipe, ["--oialr", "null"]))
+    with pytest.raises(ConfigError, match="paper.dense is .* the published variant has none"):
+        load_config(recipe, ["--paper.dense.train.steps", "3"])
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_the_dense_twin_differs_by_the_method_alone(name: str) -> None:
-    loaded = load_config(name)
-    twin = dense_twin(loaded, own=True).config
+    config = load_config(name).config
+    twin = dense_twin(load_config(name), own=True).config
     assert twin.oialr is None
-    assert dataclasses.replace(twin, oialr=loaded.config.oialr, dense=loaded.config.dense) == loaded.config
+    assert dataclasses.replace(twin, oialr=config.oialr, dense=config.dense, paper=config.paper) == config
 
 
 def test_schedules() -> None:
-    cosine = load_config("minivit_cifar10").config.schedule
+    cosine = paper_variant(load_config("minivit_cifar10")).config.schedule
     assert isinstance(cosine, WarmupCosine)
     assert (cosine.k_decay, cosine.final * 3e-4) == (0.34, pytest.approx(1e-5, rel=0.02))
     residual = load_config("resnet_rs101").config.schedule
