@@ -284,7 +284,7 @@ def test_layers_without_a_pass_and_trained_bases_do_not_grow() -> None:
     for oialr in (plain, unseen):
         train(oialr, oialr.optimizer, 22)
     unseen._sketches._untie()
-    unseen._sketches.tie = lambda model: None  # type: ignore[method-assign]
+    unseen._sketches.tie = lambda: None  # type: ignore[method-assign]
     assert train(plain, plain.optimizer, 10) == train(unseen, unseen.optimizer, 10)
     model = small_model()
     phases = controller(model, muon_adamw(model, lr=0.01, bases_lr=0.01), bases_trained=[(10, 43)])

@@ -207,7 +207,7 @@ def test_a_phase_of_trained_bases_has_a_stage(workload, machine):
 
 def test_bases_that_grow_cost_sketches(workload, machine):
     """Four products of q columns with inputs and gradients, inputs kept, sums and test matrices; one sum over ranks."""
-    planner = Planner(with_method(workload, grow=0.25), machine, memory_gib=40.0)
+    planner = Planner(with_method(workload, grow=0.25, importance="weights"), machine, memory_gib=40.0)
     method, phase = planner.workload.config.oialr, planner.stages["growing"]
     assert phase == planner.stages["converted"]
     columns = {n: method.limits.most_new(r, min(planner.shapes[n]), 0.25) for n, r in phase.r.items()}
