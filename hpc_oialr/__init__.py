@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpc_oialr.method.oialr import OIALR
     from hpc_oialr.method.report import LayerUpdate, UpdateReport
     from hpc_oialr.method.rules import (
+        Budget,
         CumulativeSum,
         Energy,
         FixedFraction,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OIALR",
+    "Budget",
     "CumulativeSum",
     "Energy",
     "FixedFraction",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc_oialr import (
+    Budget,
     CumulativeSum,
     Energy,
     FixedFraction,
@@ -25,7 +26,8 @@ from hpc_oialr import (
 from hpc_oialr.errors import ConfigError, UnknownNameError, check_interval
 
 RULES: dict[str, type[RankRule]] = {
-    rule.__name__: rule for rule in (RelativeCutoff, CumulativeSum, Energy, NoiseEdge, StableRank, FixedFraction)
+    rule.__name__: rule
+    for rule in (RelativeCutoff, CumulativeSum, Energy, NoiseEdge, StableRank, FixedFraction, Budget)
 }
 
 
@@ -55,7 +57,7 @@ class Variant:
     at_conversion, fraction
         Shares of k: r right after the conversion, and the end of the straight line down to ``until``.
     rule
-        "NAME" or "NAME:VALUE" of a rule of the package instead of that line, e.g. "RelativeCutoff:0.15".
+        "NAME" or "NAME:VALUE" of a rule of the package instead of that line, e.g. "RelativeCutoff:0.15" or "Budget:0.3".
     max_drop, min_fraction, round_to
         Limits of r; ``round_to`` default: 64 at widths of 512 and more, else 8.
     carry

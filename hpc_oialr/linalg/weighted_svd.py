@@ -56,6 +56,14 @@ def weighted_svd(A: Tensor, r: int, left: Tensor | None = None, right: Tensor | 
     return SVD(P @ U, s, Vh), lost
 
 
+@exact_arithmetic()
+def weighted_values(A: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """Singular values of ``L^T A R`` as in :func:`weighted_svd`; their squares sum to ``tr(left A right A^T)``."""
+    L, R = _cholesky(left), _cholesky(right)
+    B = A if L is None else L.mT @ A
+    return svd(B if R is None else B @ R).s
+
+
 def _cholesky(moments: Tensor | None) -> Tensor | None:
     """Factor of the damped matrix, computed in float64; None where nothing was seen."""
     mean = torch.zeros(()) if moments is None else moments.diagonal().double().mean()

@@ -100,6 +100,8 @@ class LowRankWeight(nn.Module):
     crossover: Crossover  # see prefer_factored; a number, or one for each dtype of the products
     # Whether U and Vh may have gradients; while False, requires_grad_(True) is undone at the next forward pass.
     bases_trained: bool = False
+    # Rows of the input of the last training pass that was not compiled.
+    tokens: int = 0
     # Where, and after how many writes, U and Vh were last found orthonormal.
     known_bases: tuple[int, ...] = ()
     # None where an engine shards the factors.
@@ -320,6 +322,9 @@ class LowRankWeight(nn.Module):
 
     def factored(self, tokens: int) -> bool:
         """Whether this many tokens are cheaper in factored execution."""
+        # Under a tracer it is no number. torch's __setattr__ takes longer.
+        if self.training and not torch.compiler.is_compiling() and type(tokens) is int:
+            self.__dict__["tokens"] = tokens
         crossover = self.crossover
         if not isinstance(crossover, (int, float)):
             device = self.S.device.type

@@ -125,6 +125,12 @@ class OIALRConfig:
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
+        if self.rule.joint and self.layer_share_step < 1:
+            rule = f"must be 1 with {type(self.rule).__name__}, which looks at all layers in each update"
+            raise ConfigError("layer_share_step", self.layer_share_step, rule)
+        if self.rule.joint and self.grow:
+            rule = f"adds directions beyond what {type(self.rule).__name__} allows all layers together"
+            raise ConfigError("grow", self.grow, rule, fix="Set it to 0.")
         if not isinstance(self.orthogonality_bound, str):
             check_interval("orthogonality_bound", self.orthogonality_bound, 0, 1)
         every, threshold = self.stability_frequency, self.stability_threshold

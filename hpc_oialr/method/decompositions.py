@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
@@ -21,8 +21,16 @@ from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr_svd
 from hpc_oialr.linalg.work_plan import LayerWork
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
+from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.method.second_moments import NOTHING, SecondMoments, approximate, approximate_shards
+from hpc_oialr.method.rules import MANY_TOKENS, Spectrum
+from hpc_oialr.method.second_moments import (
+    NOTHING,
+    SecondMoments,
+    approximate,
+    approximate_shards,
+    importance_values,
+)
 from hpc_oialr.method.svd_scheduler import Job, Result, agreed_room, distribute
 
 # Of the results that wait on a GPU to be read back together, with what an engine may gather for them:
@@ -34,6 +42,8 @@ WINDOW_NUMBERS = 1 << 26
 Figures: TypeAlias = Callable[[list[Result]], tuple[list[Tensor], Tensor]]
 # How many values of a layer's core are kept, given all of them on the CPU.
 Keep: TypeAlias = Callable[[LowRankWeight, Tensor], int]
+# As well as how many new directions join them.
+Choice: TypeAlias = Callable[[LowRankWeight, Tensor], tuple[int, int]]
 _FIGURES = (
     *("stability", "subspace_angle_U", "subspace_angle_Vh"),
     *("orthogonality_error_U", "orthogonality_error_Vh"),
@@ -147,6 +157,66 @@ def split_svd(target: TargetWeight, engine: Engine) -> tuple[Tensor, Tensor, Ten
     layout = engine.layout
     U, s, Vh, _ = tsqr_svd(layout.rows(target.weight), layout.group, name=target.name)
     return U, s, Vh[:, layout.own_columns(target.shape[1])]
+
+
+def choice_of_r(
+    targets: Sequence[TargetWeight],
+    config: OIALRConfig,
+    engine: Engine,
+    moments: SecondMoments,
+    growing: Collection[LowRankWeight],
+) -> Choice:
+    """What the rule, within its limits, keeps of each core, and how many directions join those of ``growing`` layers.
+
+    With a joint rule a collective call, and one more SVD a core; all ranks use rank 0's choice, as tokens may differ.
+    """
+    rule, limits = config.rule, config.limits
+
+    def within(layer: LowRankWeight, wanted: int) -> tuple[int, int]:
+        return limits.renewed(wanted, layer.r, layer.k, config.grow if layer in growing else 0.0)
+
+    if not rule.joint:
+        return lambda layer, s: within(layer, rule.choose(s, layer.m, layer.n))
+    layers, trained = list(map(low_rank_layer, targets)), config.train == "factors"
+    most = max(layer.tokens for layer in layers) or MANY_TOKENS
+    spectra = [
+        Spectrum(s, layer.m, layer.n, layer.tokens or most, trained)
+        for layer, s in zip(layers, _core_spectra(targets, engine, moments), strict=True)
+    ]
+    wanted = torch.tensor(rule.choose_all(spectra, limits), device=layers[0].S.device)
+    engine.world.share([wanted])
+    chosen = {id(layer): within(layer, r) for layer, r in zip(layers, wanted.tolist(), strict=True)}
+    return lambda layer, _: chosen[id(layer)]
+
+
+def _core_spectra(targets: Sequence[TargetWeight], engine: Engine, moments: SecondMoments) -> list[Tensor]:
+    """By which directions of cores are compared, on the CPU; sends r numbers a layer, and keeps reduced ``moments``."""
+
+    def job(target: TargetWeight) -> Job:
+        layer, found = low_rank_layer(target), NOTHING
+
+        def prepare() -> Tensor:
+            nonlocal found
+            if moments.watches(target):
+                found = moments.reduce(target, keep=True)
+            engine.gather(target)
+            return engine.layout.core(layer.S)
+
+        def pack(factors: SVD) -> Sequence[Tensor]:
+            return (importance_values(factors, found),)
+
+        held = None if engine.whole_bases else layer.r * (layer.r + sum(target.shape))
+        return Job(LayerWork(target.name, layer.r, layer.r, held), prepare, pack, [(layer.r,)], layer.S)
+
+    def figures(results: list[Result]) -> tuple[list[Tensor], Tensor]:
+        heads = [result.values[0] for result in results]
+        return heads, heads[0].new_empty(len(results), 0, dtype=torch.float64)
+
+    found: dict[int, Tensor] = {}
+    for result, read in _with_figures(list(map(job, targets)), engine, figures, careful=False):
+        engine.release(targets[result.index])
+        found[result.index] = read
+    return [found[i] for i in sorted(found)]
 
 
 def core_rotations(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
-from hpc_oialr.lowrank import LowRankWeight, TargetWeight, low_rank_layers
+from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.method.basis import BasisUpdater
@@ -27,7 +27,7 @@ from hpc_oialr.method.checks import (
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.decompositions import core_rotations, low_rank_layer, weight_factors
+from hpc_oialr.method.decompositions import choice_of_r, core_rotations, low_rank_layer, weight_factors
 from hpc_oialr.method.engine import Engine, adopt
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.other_optimizers import OtherOptimizers
@@ -283,15 +283,11 @@ class OIALR:
         done: dict[int, LayerUpdate] = {}
         sketches = self._sketches.reduce(targets)
 
-        def choose(layer: LowRankWeight, s: Tensor) -> tuple[int, int]:
-            wanted = self.config.rule.choose(s, layer.m, layer.n)
-            growth = self.config.grow if layer in sketches else 0.0
-            return self.config.limits.renewed(wanted, layer.r, layer.k, growth)
-
         with self.engine.changing(self.module):
             for target in targets if self.config.frees_bases else []:
                 if low_rank_layer(target).bases_trained:
                     self._basis.orthonormalise(target, self._moments)
+            choose = choice_of_r(targets, self.config, self.engine, self._moments, sketches.keys())
             for rotation in core_rotations(targets, self.engine, self._moments, lambda *each: choose(*each)[0]):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)

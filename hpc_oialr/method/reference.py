@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_oialr.method.config import OIALRConfig
+from hpc_oialr.method.rules import Spectrum
 
 
 class ReferenceLinear(nn.Module):
@@ -56,8 +57,9 @@ class ReferenceOIALR:
         elif since > 0 and since % self.config.frequency == 0:
             self.updates += 1
             share = min(1.0, self.config.layer_share_step * self.updates)
-            for name in self.layers[-max(1, round(share * len(self.layers))) :]:
-                self._update(name)
+            due = self.layers[-max(1, round(share * len(self.layers))) :]
+            for name, r in zip(due, self._choose(due), strict=True):
+                self._update(name, r)
 
     def _convert(self, name: str) -> None:
         """``W = U diag(s) Vh``: freeze ``U`` and ``Vh``, train ``S = diag(s)``."""
@@ -70,13 +72,22 @@ class ReferenceOIALR:
         self.model.set_submodule(name, layer)
         self._replace(dense.weight, layer.S, U.mT, Vh.mT, reset=not self.config.carry_moments)
 
-    def _update(self, name: str) -> None:
+    def _choose(self, names: list[str]) -> list[int]:
+        """The new r of each layer; most rules look at one layer after another."""
+        spectra = []
+        for layer in map(self.model.get_submodule, names):
+            assert isinstance(layer, ReferenceLinear)
+            spectra.append(Spectrum(torch.linalg.svdvals(layer.S), layer.U.shape[0], layer.Vh.shape[1]))
+        limits = self.config.limits
+        wanted = self.config.rule.choose_all(spectra, limits)
+        return [limits.apply(r, len(each.s), min(each.m, each.n)) for r, each in zip(wanted, spectra, strict=True)]
+
+    def _update(self, name: str, r: int) -> None:
         """``S = P diag(s) Qh``: ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values are dropped."""
         layer = self.model.get_submodule(name)
         assert isinstance(layer, ReferenceLinear)
-        old, m, n = layer.S, layer.U.shape[0], layer.Vh.shape[1]
+        old = layer.S
         P, s, Qh = torch.linalg.svd(old)
-        r = self.config.limits.apply(self.config.rule.choose(s, m, n), len(s), min(m, n))
         P, s, Qh = P[:, :r], s[:r], Qh[:r]
         layer.U, layer.S, layer.Vh = layer.U @ P, nn.Parameter(torch.diag(s)), Qh @ layer.Vh
         self._replace(old, layer.S, P.mT, Qh.mT, reset=r < len(old) and not self.config.carry_moments)

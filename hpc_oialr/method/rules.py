@@ -4,22 +4,54 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
 from hpc_oialr.errors import ConfigError, check_interval
+from hpc_oialr.lowrank.execution import dense_cost, factored_cost
 
 # Smallest k, and the multiple that r is rounded to. On an H200 in bf16 (768 x 768, k/4) an odd r takes 2 to 6 times as
 # long as the next multiple of 16, and 64 fills the tiles; few shapes also mean few recompilations.
 MULTIPLES = ((512, 64), (128, 16), (32, 8))
 
 
+# Of layers whose tokens nobody has counted: so many that forming U S and S Vh costs nothing beside them.
+MANY_TOKENS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A low-rank layer in an update, for rules that look at all of them.
+
+    Attributes
+    ----------
+    s
+        By which directions are compared, descending, on the CPU: the present r singular values of S, or with second
+        moments those of ``L^T S R``, of which a square is what a direction adds to the output, or to the loss.
+    m, n
+        Shape of the weight.
+    tokens
+        Rows of the layer's input in a pass (of a convolution: positions of the output).
+    bases_trained
+        Whether ``U`` and ``Vh`` are trained throughout.
+    """
+
+    s: Tensor
+    m: int
+    n: int
+    tokens: int = MANY_TOKENS
+    bases_trained: bool = False
+
+
 class RankRule(ABC):
     """Chooses r from singular values; one small type each."""
+
+    joint: ClassVar[bool] = False  # whether layers share something: choose_all() must see all of them
 
     @abstractmethod
     def choose(self, s: Tensor, m: int, n: int) -> int:
@@ -32,6 +64,10 @@ class RankRule(ABC):
         m, n
             Shape of the weight.
         """
+
+    def choose_all(self, layers: Sequence[Spectrum], limits: RankLimits) -> list[int]:
+        """:meth:`choose` for each layer of an update; ``limits`` are applied by the caller."""
+        return [self.choose(layer.s, layer.m, layer.n) for layer in layers]
 
     def least(self, m: int, n: int) -> int:
         """The fewest that :meth:`choose` returns, whatever the values are."""
@@ -128,6 +164,88 @@ class FixedFraction(RankRule):
         return math.ceil(self.fraction * min(m, n))
 
 
+@dataclass(frozen=True)
+class Budget(RankRule):
+    """All layers together take at most a share of what they take when dense; each update decides anew for all of them.
+
+    Directions are dropped in the order of what they add to their layer, as a share of its energy, over what dropping
+    them saves. As the saving grows with r and the energy falls with it, no other choice within the budget loses less in
+    sum, but for the last multiple. Reached in steps of ``limits.max_drop``; layers at ``limits.min_fraction`` may keep a
+    run above it.
+
+    Parameters
+    ----------
+    operations
+        Share of the multiply-adds of a training step, by :func:`~hpc_oialr.lowrank.execution.factored_cost` over
+        ``dense_cost`` for the tokens that each layer has seen.
+    parameters
+        Share of the trained parameters, ``r^2`` a layer (with trained bases ``r (m + n + r)``) over ``m n``.
+    """
+
+    operations: float | None = None
+    parameters: float | None = None
+    joint = True
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            rule = "must be set, or rule.parameters" if not given else "cannot be set beside rule.parameters"
+            raise ConfigError("rule.operations", self.operations, rule, fix="E.g. 0.3")
+        for name, value in given.items():
+            check_interval(f"rule.{name}", value, 0, 1, closed=(False, True))
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """For a single layer with a budget of its own."""
+        return self.choose_all([Spectrum(s, m, n)], RankLimits(round_to=1, min_fraction=0.0))[0]
+
+    def choose_all(self, layers: Sequence[Spectrum], limits: RankLimits) -> list[int]:
+        """The r of all layers, multiples of what ``limits`` round to."""
+        kept, saved, loss = [], [], []
+        for layer in layers:
+            steps = limits.path(len(layer.s), min(layer.m, layer.n))
+            energy = np.append(0.0, _relative(layer.s).square().cumsum(0).numpy())
+            cost = np.array([self._cost(layer, r) for r in steps])
+            kept.append(steps)
+            saved.append(cost[:-1] - cost[1:])
+            # A direction goes only after those behind it.
+            lost = (energy[steps[:-1]] - energy[steps[1:]]) / (energy[-1] or 1.0) / saved[-1]
+            loss.append(np.maximum.accumulate(lost))
+        dense = sum(self._dense(layer) for layer in layers)
+        excess = sum(self._cost(layer, len(layer.s)) for layer in layers) - self._share * dense
+        if excess <= 0:
+            return [len(layer.s) for layer in layers]
+        owners = np.repeat(np.arange(len(layers)), list(map(len, saved)))
+        order = np.argsort(np.concatenate(loss), kind="stable")
+        dropped = int(np.searchsorted(np.concatenate(saved)[order].cumsum(), excess)) + 1
+        counts = np.bincount(owners[order[:dropped]], minlength=len(layers))
+        return [steps[count] for steps, count in zip(kept, counts.tolist(), strict=True)]
+
+    def even_share(self, shapes: Iterable[tuple[int, int]], *, bases_trained: bool) -> float:
+        """The share of k that uses up the budget if all layers, of these shapes and many tokens, keep the same."""
+        # a share^2 + b share = c
+        shapes = list(shapes)
+        squares, sides = sum(min(shape) ** 2 for shape in shapes), sum(min(shape) * sum(shape) for shape in shapes)
+        a, b = (1, 0) if self.operations is None else (1, 2)
+        if bases_trained:
+            a, b = (1, 1) if self.operations is None else (3, 3)
+        c = self._share * sum(map(math.prod, shapes)) * (1 if self.operations is None else 3)
+        return min(1.0, (math.sqrt((b * sides) ** 2 + 4 * a * squares * c) - b * sides) / (2 * a * squares))
+
+    @property
+    def _share(self) -> float:
+        return self.parameters if self.operations is None else self.operations  # type: ignore[return-value]
+
+    def _dense(self, layer: Spectrum) -> int:
+        return layer.m * layer.n if self.operations is None else dense_cost(layer.tokens, layer.m, layer.n)
+
+    def _cost(self, layer: Spectrum, r: int) -> int:
+        m, n = layer.m, layer.n
+        if self.operations is None:
+            return r * (r + (m + n) * layer.bases_trained)
+        of_bases = layer.tokens * r * (m + n + 2 * r) if layer.bases_trained else 0
+        return factored_cost(layer.tokens, m, n, r) + of_bases
+
+
 def _relative(s: Tensor) -> Tensor:
     """Values divided by the largest, so that squares neither overflow nor underflow; all 0 for a zero matrix."""
     return s.double() / (float(s[0]) or 1.0)
@@ -192,6 +310,12 @@ class RankLimits:
     def most_new(self, r: int, k: int, growth: float) -> int:
         """The most new directions that :meth:`renewed` may give: a share of r, or as many as fill it up to a multiple."""
         return max(min(max(1, round(growth * r)), k - r), self.renewed(r, r, k, growth)[1]) if growth else 0
+
+    def path(self, r: int, k: int) -> list[int]:
+        """``r`` and every smaller one that a rule may choose, descending."""
+        multiple = self.multiple(k)
+        least = min(r, _round_up(max(1, math.ceil(self.min_fraction * k)), multiple))
+        return [r, *range((r - 1) // multiple * multiple, least - 1, -multiple)]
 
     def initial(self, k: int) -> int:
         """r right after the conversion."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpc_oialr.linalg.arithmetic import without_autocast
 from hpc_oialr.linalg.svd import SVD, compute_dtype
-from hpc_oialr.linalg.weighted_svd import weighted_svd
+from hpc_oialr.linalg.weighted_svd import weighted_svd, weighted_values
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.method.config import OIALRConfig
@@ -168,6 +168,7 @@ class SecondMoments(Gatherer[MomentSums]):
 
     def __init__(self, config: OIALRConfig, engine: Engine) -> None:
         super().__init__(config, engine)
+        self._kept: dict[str, Moments] = {}  # of layers that change in this step
         name = type(engine).__name__
         self.importance = config.importance_under(name, engine.importances)
         if self.importance == "weights" and config.importance == "auto":
@@ -185,6 +186,7 @@ class SecondMoments(Gatherer[MomentSums]):
     def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
         """Watch those layers that may be cut in a few steps."""
         config = self._config
+        self._kept.clear()
         if self.importance == "weights":
             return
         if t in (config.next_conversion(t - 1), config.next_update(t - 1)):
@@ -212,14 +214,26 @@ class SecondMoments(Gatherer[MomentSums]):
 
     def turn(self, target: TargetWeight, left: Tensor, right: Tensor) -> None:
         """Follow a low-rank layer's bases to ``U left`` and ``right^T Vh``."""
-        if self.watches(target):
-            sums = self._sums[target.name]
+        if (sums := self._sums.get(target.name)) is not None:
             for side, total in sums.totals().items():
                 turn = left if side == "left" else right
                 total.copy_(turn.mT @ total @ turn)
 
-    def reduce(self, target: TargetWeight) -> Moments:
-        """The moments of a watched layer over all ranks, up to a factor; its sums are freed. A collective call."""
+    def watches(self, target: TargetWeight) -> bool:
+        """Whether a layer's moments are gathered, or kept; the same on every rank."""
+        return super().watches(target) or target.name in self._kept
+
+    def reduce(self, target: TargetWeight, *, keep: bool = False) -> Moments:
+        """The moments of a watched layer over all ranks, up to a factor; a collective call.
+
+        Its sums are freed; what this returns as well, unless it is asked for again (``keep``).
+        """
+        found = self._kept.pop(target.name, None) or self._moments_of(target)
+        if keep:
+            self._kept[target.name] = found
+        return found
+
+    def _moments_of(self, target: TargetWeight) -> Moments:
         totals = self._reduced(target).totals()
         # Sums of squares, whose diagonal is 0 only where nothing was added.
         squares = {side: total.diagonal() if total.dim() == 2 else total for side, total in totals.items()}
@@ -237,6 +251,12 @@ def approximate(factors: SVD, r: int, moments: Moments) -> tuple[SVD, Tensor]:
         return factors, s.new_zeros(())
     (P, values, Qh), lost = weighted_svd(torch.diag(s), r, *inner)
     return SVD(U @ P, values, Qh @ Vh), lost
+
+
+def importance_values(factors: SVD, moments: Moments) -> Tensor:
+    """How much directions of ``U diag(s) Vh`` matter, descending: roots of what they add to output or loss."""
+    U, s, Vh = factors
+    return weighted_values(torch.diag(s), *moments.within(U, Vh))
 
 
 def approximate_shards(

@@ -47,7 +47,9 @@ class Planner:
         self.rule: RankRule | None = None
         self.assumption: str | None = None
         if (method := workload.config.oialr) is not None:
-            self.rule, self.assumption = predictable_rule(method.rule, r_fraction)
+            shapes = self.shapes.values() if method.rule.joint else ()
+            trained = method.train == "factors"
+            self.rule, self.assumption = predictable_rule(method.rule, r_fraction, shapes, bases_trained=trained)
         self._traces: dict[tuple[object, ...], Step] = {}
         self._event_peaks: dict[tuple[int, bool, str], float] = {}
 

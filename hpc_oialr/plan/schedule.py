@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.rules import FixedFraction, RankRule
+from hpc_oialr.method.rules import Budget, FixedFraction, RankRule
 
 _NO_VALUES = torch.empty(0)
 
@@ -29,10 +29,21 @@ class Phase:
     grows: bool = False  # whether directions join them at the event
 
 
-def predictable_rule(rule: RankRule, r_fraction: float) -> tuple[RankRule, str | None]:
-    """The rule to plan with, and what was assumed: most rules need singular values, which a plan cannot know."""
+def predictable_rule(
+    rule: RankRule, r_fraction: float, shapes: Iterable[tuple[int, int]] = (), *, bases_trained: bool = False
+) -> tuple[RankRule, str | None]:
+    """The rule to plan with, and what was assumed: most rules need singular values, which a plan cannot know.
+
+    Of a budget the layers, of these ``shapes``, are taken to get the same share of k.
+    """
     if isinstance(rule, FixedFraction):
         return rule, None
+    if isinstance(rule, Budget) and (shapes := list(shapes)):
+        share = rule.even_share(shapes, bases_trained=bases_trained)
+        assumed = (
+            f"{rule} divides by singular values, which are not known before the run: each layer keeps {share:.3g} k"
+        )
+        return FixedFraction(share), assumed
     return (
         FixedFraction(r_fraction),
         f"{rule} depends on singular values, which are not known before the run: r falls to {r_fraction:g} k, within "

@@ -12,6 +12,7 @@ from hpc_oialr import OIALR, OIALRConfig
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.method.reference import ReferenceLinear, ReferenceOIALR
 from hpc_oialr.method.rules import (
+    Budget,
     CumulativeSum,
     Energy,
     FixedFraction,
@@ -35,6 +36,7 @@ RULES = [
     (NoiseEdge(), RankLimits(round_to=4)),
     (StableRank(3.0), RankLimits(min_fraction=0.3)),
     (FixedFraction(0.25), RankLimits(max_drop=0.3, round_to=1)),
+    (Budget(parameters=0.1), RankLimits(max_drop=0.3, round_to=2)),
 ]
 DELAY, FREQUENCY, STEPS = 8, 5, 40
 
@@ -79,7 +81,7 @@ def test_the_fast_path_does_what_the_slow_one_does(name, rule, limits):
         frequency=FREQUENCY,
         rule=rule,
         limits=limits,
-        layer_share_step=0.4,
+        layer_share_step=1.0 if rule.joint else 0.4,
         core_lr_scale=1.0,
         importance="weights",
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -22,7 +25,7 @@ from hpc_oialr import (
     StableRank,
 )
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.method.rules import marchenko_pastur_median, noise_edge
+from hpc_oialr.method.rules import Budget, RankRule, Spectrum, marchenko_pastur_median, noise_edge
 
 SPECTRUM = torch.tensor([10.0, 5.0, 4.0, 1.0, 0.5, 0.1])
 
@@ -42,6 +45,93 @@ SPECTRUM = torch.tensor([10.0, 5.0, 4.0, 1.0, 0.5, 0.1])
 )
 def test_rules_by_hand(rule: RelativeCutoff, expected: int) -> None:
     assert rule.choose(SPECTRUM, 20, 8) == expected
+
+
+NO_LIMITS = RankLimits(round_to=1, min_fraction=0.0)
+STEEP, FLAT = torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.ones(4)
+
+
+def test_a_budget_of_parameters_by_hand() -> None:
+    """From r = 4 on a core saves 7, 5 and 3 numbers; the steep layer's directions have 0, 1/6, 1/6 of its energy."""
+    layers = [Spectrum(STEEP, 4, 4), Spectrum(FLAT, 4, 4)]
+    # Losses over savings: 0, .033, .056 and .036, .05, .083.
+    found = {share: Budget(parameters=share).choose_all(layers, NO_LIMITS) for share in (1.0, 0.75, 0.6, 0.5, 0.4, 0.2)}
+    assert found == {1.0: [4, 4], 0.75: [2, 4], 0.6: [2, 3], 0.5: [2, 3], 0.4: [2, 2], 0.2: [1, 2]}
+    for share, rs in found.items():
+        assert sum(r * r for r in rs) <= share * 32
+    # Neither scale nor order count. Trained bases: 48, 33, 20, 9 numbers for r = 4 to 1.
+    assert Budget(parameters=0.5).choose_all([Spectrum(100 * FLAT, 4, 4), layers[0]], NO_LIMITS) == [3, 2]
+    trained = [replace(layer, bases_trained=True) for layer in layers]
+    assert Budget(parameters=1.0).choose_all(trained, NO_LIMITS) == [1, 2]
+
+
+def test_a_budget_of_operations_by_hand() -> None:
+    """8 tokens, 4 x 4: dense 384 multiply-adds; r = 4 to 1: 768, 528, 320, 144, by 128 r + 16 r^2."""
+    one = Spectrum(FLAT, 4, 4, tokens=8)
+    shares = (1.0, 0.9, 0.8, 0.375, 0.1)
+    assert [Budget(operations=share).choose_all([one], NO_LIMITS)[0] for share in shares] == [2, 2, 1, 1, 1]
+    # A layer that sees ten times the tokens costs ten times as much, and goes first.
+    often = replace(one, tokens=80)
+    few, many = Budget(operations=0.85).choose_all([one, often], NO_LIMITS)
+    assert (few, many) == (4, 1)
+    # Trained bases: 8 r (8 + 2 r) more.
+    trained = replace(one, bases_trained=True)
+    assert Budget(operations=0.6).choose_all([trained], NO_LIMITS) == [1]
+    assert Budget(operations=0.5).choose_all([replace(trained, s=FLAT[:1])], NO_LIMITS) == [1], "no less than 1"
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 1000), share=st.floats(0.01, 1.0), multiple=st.sampled_from([1, 4, 8]))
+def test_no_choice_within_a_budget_loses_less(seed: int, share: float, multiple: int) -> None:
+    """Against all choices for three layers; the last multiple may be more than was needed."""
+    generator = torch.Generator().manual_seed(seed)
+    limits = RankLimits(round_to=multiple, min_fraction=0.0)
+    layers = []
+    for m, n in ((12, 9), (8, 8), (16, 5)):
+        s = torch.rand(min(m, n), generator=generator, dtype=torch.float64).square().sort(descending=True).values
+        layers.append(Spectrum(s, m, n, tokens=int(torch.randint(1, 50, (1,), generator=generator))))
+    rule = Budget(parameters=share)
+    paths = [limits.path(len(each.s), min(each.m, each.n)) for each in layers]
+
+    def cost(rs: Sequence[int]) -> int:
+        return sum(r * r for r in rs)
+
+    def lost(rs: Sequence[int]) -> float:
+        return sum(float(each.s[r:].square().sum() / each.s.square().sum()) for each, r in zip(layers, rs, strict=True))
+
+    found = rule.choose_all(layers, limits)
+    budget = share * sum(each.m * each.n for each in layers)
+    least = [path[-1] for path in paths]
+    assert cost(found) <= budget or found == least
+    assert all(r in path for r, path in zip(found, paths, strict=True))
+    others = [rs for rs in itertools.product(*paths) if cost(rs) <= cost(found)]
+    assert lost(found) <= min(map(lost, others)) + 1e-12
+
+
+@pytest.mark.parametrize(("shapes", "trained"), [([(8, 8), (24, 8)], False), ([(16, 4)], True)])
+@pytest.mark.parametrize("budget", [{"parameters": 0.1}, {"operations": 0.3}])
+def test_the_even_share_uses_up_a_budget(
+    shapes: list[tuple[int, int]], trained: bool, budget: dict[str, float]
+) -> None:
+    rule = Budget(**budget)
+    share = rule.even_share(shapes, bases_trained=trained)
+    assert 0 < share < 1
+    # As large as in a model, so that r is a number.
+    many = [(1000 * m, 1000 * n) for m, n in shapes]
+    layers = [Spectrum(torch.ones(min(shape)), *shape, bases_trained=trained) for shape in many]
+    spent = sum(rule._cost(layer, round(share * len(layer.s))) for layer in layers)
+    assert spent / sum(map(rule._dense, layers)) == pytest.approx(*budget.values(), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [(RelativeCutoff(0.5), 1), (Energy(0.5), 1), (Budget(parameters=0.1), 1), (FixedFraction(0.3), 3)],
+)
+def test_the_least_that_a_rule_keeps(rule: RankRule, least: int) -> None:
+    assert rule.least(20, 8) == least
+    one = torch.zeros(8)
+    one[0] = 1.0
+    assert rule.choose(one, 20, 8) >= least
 
 
 @pytest.mark.parametrize("shape", [(400, 400), (600, 200), (100, 800)])
@@ -139,6 +229,17 @@ def test_gradual_cuts() -> None:
         (lambda: Energy(0.0), r"rule.threshold is 0.0"),
         (lambda: StableRank(-1.0), r"rule.factor is -1.0; must lie in \(0, inf\)"),
         (lambda: FixedFraction(2.0), r"rule.fraction is 2.0"),
+        (lambda: Budget(), "rule.operations is None; must be set, or rule.parameters"),
+        (lambda: Budget(operations=0.3, parameters=0.1), "rule.operations is 0.3; cannot be set beside rule.param"),
+        (lambda: Budget(parameters=1.5), r"rule.parameters is 1.5; must lie in \(0, 1\]"),
+        (
+            lambda: OIALRConfig(rule=Budget(operations=0.3)),
+            "layer_share_step is 0.1; must be 1 with Budget, which looks at all layers",
+        ),
+        (
+            lambda: OIALRConfig(rule=Budget(operations=0.3), layer_share_step=1.0, grow=0.1),
+            "grow is 0.1; adds directions beyond what Budget allows",
+        ),
         (lambda: RankLimits(max_drop=0.0), r"limits.max_drop is 0.0; must lie in \(0, 1\]"),
         (lambda: RankLimits(round_to=0), "limits.round_to is 0; must be a positive whole number, or"),
         (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, RelativeCutoff
+from hpc_oialr import OIALR, Budget, FixedFraction, OIALRConfig, RankLimits, RelativeCutoff
 from hpc_oialr.plan.schedule import phases, predictable_rule
 
 
@@ -96,3 +96,12 @@ def test_rules_that_look_at_values_are_replaced_and_it_is_said():
         "RelativeCutoff(beta=0.2) depends on singular values, which are not known before the run: r falls to 0.125 k, "
         "within the recipe's limits (--r-fraction)"
     )
+
+
+def test_a_budget_is_taken_to_be_divided_evenly():
+    """Two layers of 8 x 8: r = 4 has a quarter of the weights' numbers."""
+    rule, assumption = predictable_rule(Budget(parameters=0.25), 0.125, [(8, 8), (8, 8)])
+    assert rule == FixedFraction(0.5)
+    assert assumption is not None
+    assert assumption.endswith("which are not known before the run: each layer keeps 0.5 k")
+    assert predictable_rule(Budget(parameters=0.25), 0.125)[0] == FixedFraction(0.125)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from support.tiny_runs import write_recipe
 
-from hpc_oialr import CumulativeSum, FixedFraction, OIALRConfig, RankRule
+from hpc_oialr import Budget, CumulativeSum, FixedFraction, OIALRConfig, RankRule
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import ConfigError, OIALRError, UnknownNameError
 from hpc_oialr.lowrank.execution import measured_crossover
@@ -51,6 +51,13 @@ def test_settings_of_the_present_choice(recipe):
     assert isinstance(config.optimizer, MuonAdamW)
     assert config.optimizer.lr == 1e-3
     assert config.oialr.rule == FixedFraction(0.5)
+
+
+def test_a_budget(recipe):
+    loaded = load_config(recipe, ["--oialr.rule", "Budget", "--oialr.rule.operations", "0.3"])
+    assert loaded.config.oialr.rule == Budget(operations=0.3)
+    with pytest.raises(ConfigError, match=r"oialr.rule.operations is None; must be set, or rule.parameters"):
+        load_config(recipe, ["--oialr.rule", "Budget"])
 
 
 def test_null_switches_the_method_off(recipe):
