@@ -205,11 +205,11 @@ def test_what_frozen_bases_cannot_learn() -> None:
 # -- ranks ---------------------------------------------------------------------------------------------
 
 
-def trained(rank: int, size: int, sharded: bool, steps: int = 48) -> tuple[list[float], list[dict[str, int]]]:
+def trained(rank: int, size: int, frozen: Any, steps: int = 48) -> tuple[list[float], list[dict[str, int]]]:
     torch.set_num_threads(1)
     world = World.from_environment(device="cpu") if size > 1 else World()
     model = small_model(dtype=torch.float64)
-    engine = FSDPEngine(world) if sharded else None
+    engine = FSDPEngine(world, frozen=frozen) if frozen else None
     if engine is not None:
         engine.place(model)
     oialr = controller(model, engine=engine, importance="inputs")
@@ -226,11 +226,12 @@ def trained(rank: int, size: int, sharded: bool, steps: int = 48) -> tuple[list[
     return losses, rs
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_ranks_grow_as_one_process(sharded: bool) -> None:
-    alone, rs = trained(0, 1, False)
+@pytest.mark.parametrize("frozen", [None, "sharded", "replicated"])
+def test_ranks_grow_as_one_process(frozen: str | None) -> None:
+    """Under DDP, and under FSDP with both ways to store the bases."""
+    alone, rs = trained(0, 1, None)
     assert len(rs) == 3
-    for losses, found in spawn(trained, 2, sharded):
+    for losses, found in spawn(trained, 2, frozen):
         assert found == rs
         assert losses == pytest.approx(alone, rel=1e-7)
 
