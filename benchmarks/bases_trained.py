@@ -4,8 +4,8 @@
     python -m benchmarks.bases_trained --data FOLDER --size full --device cuda --seeds 0 1 2 --out FILE
 
 What frozen bases cost. CIFAR-10 by `benchmarks.cifar`, all runs converted at 30 % and cut to k/4 at 50 % of the run (at
-55 %, new directions included, where bases grow), Muon .005 for dense matrices and bases, .01 for cores; judged by training
-images that no run trains on. Runs in the file already are not run again.
+55 %, new directions included, where bases grow), Muon .005 for dense matrices and bases, .01 for cores; judged by
+training images that no run trains on. Runs in the file already are not run again.
 """
 
 from __future__ import annotations
