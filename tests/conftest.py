@@ -13,8 +13,9 @@ import pytest
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
-# Whoever starts the tests behind nohup hands the ignored signal on, which no child could trap then.
+# Whoever starts the tests behind nohup or & hands ignored signals on, which no child could trap then.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine at work on something else makes no test wrong. GPU machines may lack hypothesis.
 with suppress(ImportError):

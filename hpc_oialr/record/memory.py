@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 from hpc_oialr import torch_compat
 from hpc_oialr.lowrank import low_rank_layers
@@ -78,11 +78,8 @@ class MemoryMeter:
         deaths, watched = _watch_deaths(resident_tensors(*subjects))
         # A reference to a wrapper would keep alive what the probe must see freed.
         del subjects
-        with (
-            without_lines(_CHATTER),
-            # torch 2.11 warns without acc_events, although there is one cycle only.
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
-        ):
+        # Not torch.profiler's, which makes Python objects of all events first: four times as long as the step itself.
+        with without_lines(_CHATTER), profile(use_kineto=True, profile_memory=True) as profiler:
             yield
         del watched
         changes = sorted([*deaths, *_allocations(profiler)])
@@ -106,10 +103,8 @@ def _allocations(profiler: profile) -> Iterator[Change]:
 
     Other frees are left out: the allocator's table may have a stale size for them, from an earlier probe.
     """
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
-    assert results is not None
-    stack: list[Any] = list(results.experimental_event_tree())
+    assert profiler.kineto_results is not None
+    stack: list[Any] = list(profiler.kineto_results.experimental_event_tree())
     found: list[tuple[int, int, int]] = []
     while stack:
         event = stack.pop()

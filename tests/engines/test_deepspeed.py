@@ -44,7 +44,7 @@ KINDS = [
 # Stage 3 hands three copies of its input to a self-attention, which then does not call its input projection.
 BY_INPUTS: dict[str, Any] = {
     "importance": "inputs",
-    "moments_steps": 4,
+    "moments_steps": 2,
     "selection": Selection(exclude=("attend.in_proj",)),
 }
 
@@ -61,7 +61,7 @@ def on_two(rank: int, size: int) -> dict[str, Any]:
     results["grown"] = grown.losses, grown.oialr.r
     results["held"] = held_bytes_a_number(3)
     results["outputs"] = evaluated(3)
-    results["bytes"] = {stage: bytes_after(stage, [2, 6]) for stage in (2, 3)}
+    results["bytes"] = {stage: bytes_after(stage, [2, 4]) for stage in (2, 3)}
     results["muon"] = muon_refused()
     results["load"] = load_refused()
     return results

@@ -23,7 +23,7 @@ from hpc_oialr.lowrank.layout import whole
 from hpc_oialr.method.report import LayerUpdate
 from hpc_oialr.record.memory import resident_bytes
 
-STEPS, BATCH = 20, 24
+STEPS, BATCH = 12, 24
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -65,8 +65,8 @@ class Net(nn.Module):
 
 def settings(**over: Any) -> OIALRConfig:
     common: dict[str, Any] = {
-        "delay": 6,
-        "frequency": 4,
+        "delay": 4,
+        "frequency": 3,
         "rule": FixedFraction(0.25),
         "limits": RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
         "layer_share_step": 1.0,

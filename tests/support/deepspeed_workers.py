@@ -16,7 +16,7 @@ from hpc_oialr.engines import DeepSpeedEngine, Engine, SingleEngine
 from hpc_oialr.engines.zero_live import MASTER
 from hpc_oialr.lowrank.base import whole_shape
 
-STEPS, CONVERTED, CUTS = 30, 8, (14, 20)  # and an update at 26 that cuts nothing
+STEPS, CONVERTED, CUTS = 16, 4, (7, 10)  # and updates at 13 and 16 that cut nothing
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -51,7 +51,7 @@ class Run:
         self.optimizer = getattr(torch.optim, optimizer)(groups, **options)
         config = OIALRConfig(
             delay=CONVERTED,
-            frequency=6,
+            frequency=3,
             rule=FixedFraction(0.4),
             limits=RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
             layer_share_step=1.0,
