@@ -48,7 +48,7 @@ BY_INPUTS: dict[str, Any] = {
     "selection": Selection(exclude=("attend.in_proj",)),
 }
 
-GROWING: dict[str, Any] = {"grow": 0.2, "selection": BY_INPUTS["selection"]}
+GROWING: dict[str, Any] = {"grow": 0.2, "frequency": 6, "selection": BY_INPUTS["selection"]}
 
 
 def on_two(rank: int, size: int) -> dict[str, Any]:

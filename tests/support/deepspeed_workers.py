@@ -49,14 +49,15 @@ class Run:
         ]
         options: dict[str, Any] = {"lr": 3e-3} if optimizer == "AdamW" else {"lr": 0.05, "momentum": 0.9}
         self.optimizer = getattr(torch.optim, optimizer)(groups, **options)
-        config = OIALRConfig(
-            delay=CONVERTED,
-            frequency=3,
-            rule=FixedFraction(0.4),
-            limits=RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
-            layer_share_step=1.0,
-            **settings,
-        )
+        defaults: dict[str, Any] = {
+            "delay": CONVERTED,
+            "frequency": 3,
+            "rule": FixedFraction(0.4),
+            "limits": RankLimits(at_conversion=0.75, max_drop=0.3, round_to=1),
+            "layer_share_step": 1.0,
+            "importance": "weights",
+        }
+        config = OIALRConfig(**defaults | settings)
         self.oialr = OIALR(self.module, self.optimizer, config, engine=engine)
         self.generator, self.losses = torch.Generator().manual_seed(1), []
 
