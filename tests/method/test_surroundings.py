@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 from hpc_oialr import (
     OIALR,
+    Budget,
     FixedFraction,
     OIALRConfig,
     RankLimits,
@@ -162,7 +163,8 @@ def test_a_parametrized_core_is_named() -> None:
 
 # -- odd weights ----------------------------------------------------------------------------------------
 
-RULES = [rule() for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__]
+RULES = [rule() for rule in RankRule.__subclasses__() if rule.__module__ == RankRule.__module__ and rule is not Budget]
+RULES.append(Budget(operations=0.3))
 WEIGHTS = {
     "zero": torch.zeros(16, 12),
     "one row": torch.zeros(16, 12).index_fill_(0, torch.tensor([3]), 1.0),
