@@ -53,13 +53,13 @@ def results(folder: Path, size: int) -> list[dict[str, Any]]:
 
 
 @needs_mpirun
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_mpi_and_gloo_give_the_same_bits(tmp_path: Path, size: int) -> None:
+def test_mpi_and_gloo_give_the_same_bits(tmp_path: Path) -> None:
+    size = 3
     ran = mpirun(size, "-m", "support.mpi_program", "channels", str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     found = results(tmp_path, size)
-    assert {row["channel"] for row in found} == {"mpi" if size > 1 else "single"}
-    assert {row["other"] for row in found} == {"gloo" if size > 1 else "single"}
+    assert {row["channel"] for row in found} == {"mpi"}
+    assert {row["other"] for row in found} == {"gloo"}
     assert all(row["equal"] for row in found)
     assert all(row["seen"] == found[0]["seen"] for row in found)
     assert torch.tensor(found[0]["seen"]).shape == (ROUNDS, 2, SLOTS)

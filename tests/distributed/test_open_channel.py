@@ -17,7 +17,7 @@ from support.spawn import free_port, launch_environment
 
 from hpc_oialr.distributed import World, mpi, open_channel
 from hpc_oialr.distributed.environment import under_mpi
-from hpc_oialr.distributed.metric_reduction import MPIPlace, check_places
+from hpc_oialr.distributed.metric_reduction import MPIPlace, _place, check_places
 from hpc_oialr.errors import WorldError
 
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
@@ -114,8 +114,10 @@ def test_without_mpi4py_gloo_and_one_line() -> None:
     assert 'pip install "hpc_oialr[mpi]"' in lines[0]
 
 
-def test_an_adopted_group_stays_on_torch() -> None:
-    assert open_channel(World(launcher="adopted"), environ=OPEN_MPI).name == "single"
+def test_one_process_and_an_adopted_group_stay_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_oialr.distributed.metric_reduction.join_mpi", lambda environ: pytest.fail("MPI is joined"))
+    for world in (World(launcher="mpi"), World(size=2, launcher="adopted")):
+        assert _place(world, OPEN_MPI) == "not started by MPI"
 
 
 def test_open_mpi_does_without_pmi2() -> None:

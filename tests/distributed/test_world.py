@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.crowd import Crowd, Say
 from support.spawn import free_port, launch_environment, spawn
 
 from hpc_oialr.distributed import World
@@ -106,28 +106,21 @@ def test_a_process_that_never_comes_is_an_error() -> None:
         World.from_environment(device="cpu", timeout_s=2, environ=environ)
 
 
-def _die(rank: int, port: int, reports: multiprocessing.SimpleQueue[str]) -> None:
-    world = World.from_environment(device="cpu", timeout_s=5, environ=launch_environment(rank, 2, port))
+def _die(rank: int, size: int, say: Say) -> None:
+    world = World.from_environment(device="cpu", timeout_s=5)
     world.barrier()
     if rank == 1:
         os._exit(9)
     try:
         world.all_reduce(torch.ones(1000))
     except WorldError as error:
-        reports.put(str(error))
+        say(str(error))
 
 
 def test_a_process_that_dies_leaves_the_others_an_error() -> None:
-    context = multiprocessing.get_context("spawn")
-    reports: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
-    port = free_port()
-    children = [context.Process(target=_die, args=(rank, port, reports)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=60)
-    assert not any(child.is_alive() for child in children)
-    message = reports.get()
+    with Crowd(_die, 2) as crowd:
+        assert crowd.end(1) == (9, None)
+        _, message = crowd.end(0)
     assert "rank 0 of 2: an all-reduce failed; every rank must take part within the timeout" in message
     assert "resume from the last checkpoint" in message
 

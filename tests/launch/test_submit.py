@@ -292,7 +292,8 @@ def test_refusal(slurm, recipe, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_one_job_a_folder(slurm, recipe, tmp_path):
+def test_one_job_a_folder(slurm, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("hpc_oialr.record.owner.SILENT_JOB_S", 0.0)
     submit(recipe, folder="runs/first")
     slurm.answer(jobs={"12": {"State": "RUNNING"}})
     with pytest.raises(OIALRError, match=r"job 12 \(running\) works in .*runs/first; one job a folder\..*oialr cancel"):

@@ -1,12 +1,7 @@
-"""One training run by every way to compute a low-rank layer: prints losses and r of each as JSON.
-
-Run with TRITON_INTERPRET=1, so that the fused kernel runs on a CPU.
-"""
+"""One training run by every way to compute a low-rank layer; TRITON_INTERPRET=1 lets the fused kernel run on a CPU."""
 
 from __future__ import annotations
 
-import json
-import sys
 from unittest import mock
 
 import torch
@@ -59,7 +54,3 @@ def losses_and_r(kernels: tuple[Kernels, ...], crossover: float, devices: tuple[
             found["losses"].append(one_step(oialr, x, labels)[0].item())
             found["r"].append(oialr.r)
     return found
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps({name: losses_and_r(*path) for name, path in PATHS.items()}))

@@ -1,4 +1,4 @@
-"""The fused kernels in Triton's interpreter, on many shapes: prints the largest error against float64 for each dtype.
+"""The fused kernels in Triton's interpreter: prints the largest error against float64 for each dtype, and training runs.
 
 Run with TRITON_INTERPRET=1, which Triton reads when a kernel is defined.
 """
@@ -11,6 +11,7 @@ import random
 import sys
 
 import torch
+from support.execution_paths import PATHS, losses_and_r
 from torch import Tensor
 
 from hpc_oialr.lowrank.kernels.fused import MAX_R
@@ -55,8 +56,8 @@ def sizes(given: list[Tensor], dy: Tensor, exact: list[Tensor]) -> list[float]:
     return [max(float(t.norm()), terms.get(i, 0.0), 1e-30) for i, t in enumerate(exact)]
 
 
-def main(cases: int) -> None:
-    """Compare."""
+def largest_errors(cases: int) -> dict[str, float]:
+    """Relative to exact results, on many shapes."""
     draw, worst = random.Random(0), dict.fromkeys(("float32", "bfloat16", "float16"), 0.0)
     for case in range(cases):
         given = operands(case, draw)
@@ -70,9 +71,10 @@ def main(cases: int) -> None:
             for a, b, size in zip(fused, exact, sizes(rounded, dy, exact), strict=True):
                 assert a.shape == b.shape, (case, a.shape, b.shape)
                 worst[name] = max(worst[name], float((a - b).norm()) / size)
-    sys.stdout.write(json.dumps(worst))
+    return worst
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    main(int(sys.argv[1]))
+    runs = {name: losses_and_r(*path) for name, path in PATHS.items()}
+    sys.stdout.write(json.dumps({"errors": largest_errors(int(sys.argv[1])), "runs": runs}))

@@ -175,13 +175,14 @@ def with_each(rank: int, size: int, recipe: str, folder: str) -> None:
     for name in ENGINES:
         loaded, run = load_config(recipe, ["--engine", name]), Path(folder) / name
         train(loaded, run / "whole")
-        train(loaded, run / "parts", stop=stop_at_step(9))
+        train(loaded, run / "parts", stop=stop_at_step(7))
         resume(run / "parts")
 
 
 def test_two_ranks_of_each_engine(tmp_path: Path) -> None:
     # Under tensor parallelism bases are chosen by the weights.
     more = {"model": {"init_args": {"dropout": 0.0}}, "oialr": {"importance": "weights"}}
+    more |= {"train": {"steps": 11, "evaluations": 1}, "checkpoint": {"every": None}}
     recipe = write_recipe(tmp_path, **merged(BF16, more))
     spawn(with_each, 2, str(recipe), str(tmp_path))
     train(load_config(recipe), tmp_path / "alone", world=World.single("cpu"))

@@ -43,7 +43,8 @@ def stopped(tmp_path_factory):
     optimizer = {"class_path": "AdamW", "init_args": {"lr": 1e-3}}
     # Under tensor parallelism bases are chosen by the weights.
     method, model = {"importance": "weights"}, {"init_args": {"dropout": 0.0}}
-    recipe = write_recipe(folder, model=model, optimizer=optimizer, oialr=method)
+    short = {"train": {"steps": 16, "evaluations": 1}, "checkpoint": {"every": None}}
+    recipe = write_recipe(folder, model=model, optimizer=optimizer, oialr=method, **short)
     train(load_config(recipe), folder / "single", world=World.single("cpu"))
     spawn(write_all, 2, str(recipe), str(folder))
     return folder
@@ -72,7 +73,7 @@ def goes_on(rank: int, size: int, recipe: str, folder: str) -> None:
 
 def test_fsdp_resumes_bitwise(tmp_path):
     """With dropout and Muon, on two processes; wherever the bases are stored."""
-    recipe = write_recipe(tmp_path, engine={"class_path": "FSDP"})
+    recipe = write_recipe(tmp_path, engine={"class_path": "FSDP"}, train={"steps": 20, "evaluations": 1})
     spawn(goes_on, 2, str(recipe), str(tmp_path))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 

@@ -17,7 +17,7 @@ ATTEMPTS = 3
 @pytest.mark.parametrize("size", [1, 2])
 def test_kill_and_resume(tmp_path: Path, size: int) -> None:
     checkpoints = {"every": 3, "asynchronous": True}
-    recipe = str(write_recipe(tmp_path, train={"steps": 60, "evaluations": 3}, checkpoint=checkpoints))
+    recipe = str(write_recipe(tmp_path, train={"steps": 40, "evaluations": 3}, checkpoint=checkpoints))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     duration = finish(size, "train", recipe, "--out", str(whole))
     chance = random.Random(size)

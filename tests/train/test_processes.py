@@ -18,7 +18,7 @@ NO_DROPOUT = {"init_args": {"dropout": 0.0}}
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    recipe = write_recipe(folder, model=NO_DROPOUT, train={"precision": "float64"})
+    recipe = write_recipe(folder, model=NO_DROPOUT, train={"precision": "float64", "steps": 16, "evaluations": 2})
     return recipe, train(load_config(recipe), folder / "run", world=World.single("cpu"))
 
 
@@ -36,7 +36,7 @@ def test_same_r_and_losses(single, tmp_path, size):
 @pytest.mark.parametrize(("size", "stop_at"), [(2, 11), (4, 10)])
 def test_resume_of_several_is_bitwise(tmp_path, size, stop_at):
     """With dropout, whose generators each process has of its own, at steps at which no checkpoint is due."""
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, train={"steps": 16, "evaluations": 2})
     whole = spawn(train_worker, size, str(recipe), str(tmp_path / "whole"))
     assert spawn(train_worker, size, str(recipe), str(tmp_path / "run"), stop_at) == [None] * size
     resumed = spawn(resume_worker, size, str(tmp_path / "run"))

@@ -15,12 +15,13 @@ from hpc_oialr.train.run import resume, train
 STOP_AT = 13
 BY_WEIGHTS = {"importance": "weights"}  # as there: one process would see whole inputs
 ENGINE = {"class_path": "TensorParallel", "init_args": {"size": 2}}
+SHORT = {"steps": 16, "evaluations": 1}
 
 
 def test_a_run_on_two_processes(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    train(load_config(str(write_recipe(tmp_path / "alone", oialr=BY_WEIGHTS))), tmp_path / "one")
-    recipe = write_recipe(tmp_path, engine=ENGINE)
+    train(load_config(str(write_recipe(tmp_path / "alone", oialr=BY_WEIGHTS, train=SHORT))), tmp_path / "one")
+    recipe = write_recipe(tmp_path, engine=ENGINE, train=SHORT)
     spawn(train_worker, 2, str(recipe), str(tmp_path / "whole"))
     spawn(train_worker, 2, str(recipe), str(tmp_path / "parts"), STOP_AT)
     spawn(resume_worker, 2, str(tmp_path / "parts"))
@@ -31,7 +32,8 @@ def test_a_run_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_its_checkpoint_goes_on_with_one_process(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, engine=ENGINE, model={"init_args": {"dropout": 0.0}}, oialr=BY_WEIGHTS)
+    model = {"init_args": {"dropout": 0.0}}
+    recipe = write_recipe(tmp_path, engine=ENGINE, model=model, oialr=BY_WEIGHTS, train=SHORT)
     train(load_config(str(recipe)), tmp_path / "one")
     spawn(train_worker, 2, str(recipe), str(tmp_path / "two"), STOP_AT)
     resume(tmp_path / "two")
