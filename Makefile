@@ -28,7 +28,7 @@ tests: setup-test programs data
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) tests-gpu; fi
 
-test-fast: setup-test data ## The inner loop: what needs no processes, no Slurm, no MPI (about 90 s on 2 cores).
+test-fast: setup-test data ## The inner loop: what needs no processes, no Slurm, no MPI (under a minute on 2 cores).
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) \
 	  -m "not slow and not slurm and not mpi and not gpu"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,21 +25,15 @@ with suppress(ImportError):
     hypothesis.settings.register_profile("any speed", deadline=None)
     hypothesis.settings.load_profile("any speed")
 
-# The longest first, so that no worker is left alone with one at the end.
+# The longest first, and last files of a second or two, so that no worker is left alone at the end.
 LONGEST = (
-    "tests/slurm/",
-    "tests/engines/test_deepspeed.py",
-    "tests/linalg/test_distributed.py",
-    "tests/engines/test_tensor.py",
-    "tests/train/",
-    "tests/engines/",
-    "tests/distributed/",
-    "tests/cli/",
-    "tests/method/",
+    *("tests/slurm/", "tests/engines/test_deepspeed.py", "tests/train/", "tests/engines/"),
+    *("tests/linalg/test_distributed.py", "tests/distributed/", "tests/plan/", "tests/launch/", "tests/cli/"),
+    *("tests/benchmarks/", "tests/method/", "tests/optim/test_properties.py", "tests/lowrank/test_fused.py"),
+    *("tests/report/", "tests/doctor/", "tests/test_"),
 )
 # What its tests share is there once: a file's module-scoped fixtures, the Slurm cluster of a whole folder.
 WHOLE_FOLDERS = ("tests/slurm",)
-
 
 # Whole runs, plans and pages, which take seconds each; and what a module imports if its tests start processes.
 SLOW = (
@@ -53,6 +48,12 @@ SLOW = (
     *("tests/cli/test_fuzz.py", "tests/method/test_compile.py", "tests/spectra/test_repair.py"),
 )
 STARTS_PROCESSES = {"subprocess", "spawn", "mp", "multiprocessing", "Terminal"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave alone what ``-m "not slow ..."`` would import in order to deselect it."""
+    path = collection_path.relative_to(config.rootpath).as_posix()
+    return True if "not slow" in config.option.markexpr and f"{path}/".startswith(SLOW) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

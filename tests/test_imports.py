@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,9 +16,18 @@ ORDER = (
 )
 
 
-def imports(file: Path) -> Iterator[str]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@cache
+def imports(file: Path) -> list[str]:
     """Modules of the package that a file imports when it runs, in functions too."""
-    tree = ast.parse(file.read_text())
+    return list(_imports(tree_of(file)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
     for_types = {
         id(inner)
         for node in ast.walk(tree)
@@ -92,7 +102,7 @@ def test_names_are_those_of_the_field() -> None:
     found = []
     for file in FILES.values():
         text = file.read_text()
-        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        names = {node.id for node in ast.walk(tree_of(file)) if isinstance(node, ast.Name)}
         found += [f"{file}: {name}, say {better}" for name, better in DIALECT.items() if name in names]
         found += [f"{file}: {sentence!r}" for sentence in SENTENCES if sentence in text]
     assert not found

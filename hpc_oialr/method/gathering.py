@@ -32,7 +32,9 @@ class LayerSums:
         self.target, self._is_cuda = target, target.trained.is_cuda
         self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         numbers = sum(shape.numel() for shape in self._shapes.values())
-        self.flat = torch.zeros(numbers, dtype=dtype, device=device)
+        # Forward passes add to it, which a tensor of the caller's inference mode does not allow.
+        with torch.inference_mode(False):
+            self.flat = torch.zeros(numbers, dtype=dtype, device=device)
 
     def totals(self) -> dict[str, Tensor]:
         """The sums by name, views of ``flat``."""
