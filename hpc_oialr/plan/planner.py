@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -73,8 +73,17 @@ class Planner:
             self.machine.links,
             measured if self.measured else f"assumed: {self.machine.assumed}",
             *(f"assumed: {text}" for text in (self.workload.assumption, self.assumption) if text),
+            *self._note_on_moments(),
             "left out: evaluations, checkpoints, data loading, stragglers, new bases of an event, time to gather for it",
         ]
+
+    def _note_on_moments(self) -> Iterator[str]:
+        conversion = self.first_events.get("conversion")
+        numbers = 0 if conversion is None else sum(self.moments(conversion, Deployment(Single(), 1, 1)).values())
+        if numbers:
+            where = "in the host's memory" if not self.machine.cores else "in the peak of the conversion"
+            size = f"{4.0 * numbers / GIB:.2g} GiB"
+            yield f"counted: {size} of second moments before the conversion, {where} of each process"
 
     @cached_property
     def _layers(self) -> dict[str, tuple[tuple[int, int], int]]:

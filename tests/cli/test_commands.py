@@ -84,7 +84,8 @@ def test_recipes(capsys):
     _, out, _ = run(capsys, "recipes")
     assert "fashion_mnist_vit" in out
     assert "Autoformer on a CSV" in out
-    assert out.count("\n") == out.count(" Data: ") == len(recipes())
+    assert out.count("\n") - 1 == out.count(" Data: ") == len(recipes())
+    assert "--paper, the published method" in out.splitlines()[-1]
     _, out, _ = run(capsys, "recipes", "text_gpt")
     assert yaml.safe_load(out)["model"]["class_path"] == "GPT2"
 

@@ -163,6 +163,8 @@ def test_where_second_moments_are(workload, machine):
     (on_cpu,) = Planner(workload, host, memory_gib=40.0).rows([1], 1, DDP())
     assert on_cpu["conversion_peak_gib"] >= on_cpu["dense_peak_gib"] + on_cpu["conversion_moments_gib"]
     assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
+    note = "counted: 1.8e-05 GiB of second moments before the conversion, in the host's memory of each process"
+    assert note in Planner(workload, machine, memory_gib=40.0).grounds()
     (compiled,) = Planner(replace(workload, config=replace(workload.config, compile="blocks")), host, 40.0).rows(
         [1], 1, DDP()
     )

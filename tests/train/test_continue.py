@@ -94,3 +94,10 @@ def test_the_command_line(recipe, tmp_path, capsys):
 def test_dense_from_the_command_line(recipe, capsys):
     assert main(["train", str(recipe), "--dense", "--print_config"]) == 0
     assert "oialr: null" in capsys.readouterr().out
+
+
+def test_the_published_method_from_the_command_line(capsys):
+    assert main(["train", "vit_b16", "--paper", "--print_config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["oialr"]["rule"] == {"class_path": "RelativeCutoff", "init_args": {"beta": 0.2}}
+    assert (tree["oialr"]["importance"], tree["optimizer"]["class_path"]) == ("weights", "AdamW")
