@@ -73,8 +73,8 @@ BLOWS: list[Blow] = [time_limit, preemption, requeued_by_hand, killed]
 
 
 def strike(job: Job, metrics: Path, blows: Sequence[Blow] = BLOWS) -> None:
-    """End a job of two tasks in four ways, one after the other, and let it come to its end."""
-    for _ in strikes(job, metrics, zip(STEPS, blows, strict=True)):
+    """End a job of two tasks in up to four ways, one after the other, and let it come to its end."""
+    for _ in strikes(job, metrics, zip(STEPS[: len(blows)], blows, strict=True)):
         pass
 
 
