@@ -69,7 +69,7 @@ def _cholesky(moments: Tensor | None) -> Tensor | None:
     mean = torch.zeros(()) if moments is None else moments.diagonal().double().mean()
     if moments is None or float(mean) == 0:
         return None
-    scaled = moments.double() / mean
+    scaled = moments.to(torch.float64, copy=True).div_(mean)
     scaled.diagonal().add_(DAMPING)
-    factor: Tensor = torch.linalg.cholesky(scaled)
-    return factor.to(moments.dtype)
+    torch.linalg.cholesky(scaled, out=scaled)
+    return scaled.to(moments.dtype)

@@ -46,7 +46,7 @@ def test_a_step_that_overflows_is_left_out(optimizer: str, skipped: int, device:
 
 def test_compiled_forward_through_conversion_and_cut(device: torch.device) -> None:
     torch._dynamo.reset()
-    eager, compiled = make(device), make(device)
+    eager, compiled = (make(device, importance="weights") for _ in range(2))  # as compiled layers are
     assert isinstance(compiled.module, Network)
     # Compiling for a CPU takes a minute, and is tested by tests/method/test_compile.py.
     compiled.module.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
