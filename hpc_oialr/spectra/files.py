@@ -205,7 +205,8 @@ class RecordFile:
             self.tree: Any = _read_flush(path) if is_flush(path) else h5py.File(path, "r", locking=False, **whole)
             self.attributes: dict[str, Any] = dict(self.tree.attrs)
             version = int(self.attributes["schema_version"])
-            groups = list(self.tree.get("layers", ()))
+            # Neither get() nor "in": for both an object whose header is damaged is not there.
+            groups = list(self.tree["layers"])
         except FileNotFoundError:
             raise
         except DAMAGE as error:
@@ -243,7 +244,7 @@ class RecordFile:
     def steps(self) -> NDArray[np.void]:
         """The table of steps, of dtype STEP."""
         with self._reading("data set steps"):
-            return as_table(self.tree["steps"][()], STEP) if "steps" in self.tree else NO_STEPS
+            return as_table(self.tree["steps"][()], STEP) if "steps" in list(self.tree) else NO_STEPS
 
     @property
     def replaced(self) -> bool:

@@ -220,7 +220,7 @@ def _readable(file: RecordFile, lost: list[str]) -> Rows:
         tell(f"layer {name!r}, the singular values of ", read & ~known, "events")
         layers.append(LayerRows(name, index, m, n, as_table(events[read], EVENT), values[read]))
     try:
-        if "steps" in file.tree:
+        if "steps" in list(file.tree):
             table, read = _chunks(file.tree["steps"])
             tell("", ~read, "rows of steps")
             steps = as_table(table[read], STEP)

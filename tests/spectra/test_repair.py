@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from support.spectra_reports import ATTRIBUTES, content, report, step_row, writer_of
@@ -135,15 +136,31 @@ def test_any_flipped_bit_is_seen_and_never_read_as_a_number(whole: Path, tmp_pat
                 continue
             except DataError:
                 seen += 1
-            if kind == "flush":
-                with pytest.raises(DataError, match="all of it"):
-                    repair(path)
+            try:
+                target = repair(path).target
+            except DataError as error:
+                assert "all of it" in str(error)
                 continue
-            with open(repair(path).target) as run:
+            assert kind == "joined", "a flush is read as a whole or not at all"
+            with open(target) as run:
                 for name, layer in run.items():
                     rows = np.isin(before[name].t, layer.t)
                     assert layer.events.tobytes() == before[name].events[rows].tobytes()
     assert seen > 2
+
+
+@pytest.mark.parametrize("name", ["layers", "steps"])
+def test_a_damaged_header_is_no_missing_table(whole: Path, tmp_path: Path, name: str) -> None:
+    with h5py.File(whole) as file:
+        header = h5py.h5o.get_info(file[name].id).addr
+    path = damaged(whole, tmp_path, flipped(whole, header + 12))
+    with pytest.raises(DataError, match="is damaged"):
+        content(path)
+    if name == "layers":
+        with pytest.raises(DataError, match="nothing of .* can be saved: spectra.h5: all of it"):
+            repair(path)
+    else:
+        assert repair(path).lost == ("spectra.h5: the table of steps, all of it.",)
 
 
 def test_a_chain_with_a_gap_and_a_damaged_flush(tmp_path: Path) -> None:
