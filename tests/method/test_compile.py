@@ -35,8 +35,7 @@ def train(*, compiled: bool) -> tuple[list[float], int]:
     )
     oialr = OIALR(model, torch.optim.AdamW(model.parameters(), lr=1e-2), config)
     if compiled:
-        # Shapes are guarded before the compiler, which takes most of the time; tests/gpu has inductor's.
-        oialr.module.compile(backend="aot_eager")
+        oialr.module.compile()
     x, y, losses = torch.randn(32, 16), torch.randint(0, 4, (32,)), []
     for _ in range(12):
         losses.append(one_step(oialr, x, y)[0].item())
