@@ -270,6 +270,10 @@ class OIALRConfig:
         """
         return max(1, min(self.grow_steps, int(self.frequency) // 10)) if self.grow else 0
 
+    def may_fall(self, m: int, n: int, r: int, growth: float = 0.0) -> bool:
+        """Whether an update may drop directions of an m x n layer of this ``r``, whatever its singular values are."""
+        return self.limits.renewed(self.rule.least(m, n), r, min(m, n), growth)[0] < r
+
     def bound_on_errors(self, stored: torch.dtype) -> float:
         """``orthogonality_bound`` of bases in this dtype."""
         if not isinstance(self.orthogonality_bound, str):

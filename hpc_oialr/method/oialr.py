@@ -107,6 +107,7 @@ class OIALR:
         adopted = self._basis.adopt(self.targets)
         self._moments = SecondMoments(self.config, self.engine)
         self._sketches = GradientSketches(self.config, self.engine, self.module)
+        self._gatherers = self._moments, self._sketches
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.targets, self._basis, self.engine, empty=adopted)
@@ -159,7 +160,7 @@ class OIALR:
     @property
     def gathered(self) -> list[Tensor]:
         """Sums to which hooks on layers add in the next step: a replayed CUDA graph would not run them."""
-        return [*self._moments.sums.values(), *self._sketches.sums.values()]
+        return [sums for each in self._gatherers for sums in each.sums.values()]
 
     @property
     def layers(self) -> list[str]:
@@ -185,8 +186,8 @@ class OIALR:
         """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
-        self._moments.tie()
-        self._sketches.tie()
+        for each in self._gatherers:
+            each.tie()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -250,10 +251,9 @@ class OIALR:
 
     def watch(self) -> None:
         """Gather in the next step what a change needs that is near; :meth:`step` ends with it."""
-        gatherers = (self._moments, self._sketches)
-        if any(each.acts(self.t) for each in gatherers):
+        if any(each.acts(self.t) for each in self._gatherers):
             due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
-            for each in gatherers:
+            for each in self._gatherers:
                 each.watch(self.t, self.updates + 1, due, self._tracker.streaks)
 
     @exact_arithmetic()
@@ -304,8 +304,10 @@ class OIALR:
 
     def _free_or_freeze_bases(self) -> None:
         """Begin or end a phase in which ``U`` and ``Vh`` are trained, in the layers that are not in it yet."""
-        wanted, layers = self.config.trains_bases(self.t), self._low_rank() if self.config.frees_bases else []
-        due = [target for target in layers if low_rank_layer(target).bases_trained != wanted]
+        if not self.config.frees_bases:
+            return
+        wanted = self.config.trains_bases(self.t)
+        due = [target for target in self._low_rank() if low_rank_layer(target).bases_trained != wanted]
         if not due:
             return
         self._check(due, state_of=due)
@@ -370,8 +372,8 @@ class OIALR:
         self._tracker.restore(tensors or {}, state["streaks"])
         self._forget()
         self.watch()
-        self._moments.restore(tensors or {})
-        self._sketches.restore(tensors or {})
+        for each in self._gatherers:
+            each.restore(tensors or {})
         if state["r"] and (self.config.frees_bases or not changed):
             self.rewrap()
 
@@ -384,8 +386,8 @@ class OIALR:
             self._forget()
 
     def _forget(self) -> None:
-        self._moments.forget()
-        self._sketches.forget()
+        for each in self._gatherers:
+            each.forget()
 
     before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 

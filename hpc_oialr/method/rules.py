@@ -302,14 +302,18 @@ class RankLimits:
         for the largest of the dropped values, then for more new directions. Where none fits: :meth:`apply`.
         """
         least = min(r, max(1, wanted, math.ceil(self.min_fraction * k), math.ceil(r * (1 - self.max_drop))))
-        new = min(max(1, round(growth * r)), k - r) if growth else 0  # outside of the present bases k - r fit
+        new = self._share(growth, r, k) if growth else 0
         total = min(max(r, self.initial(k)), _round_up(least + new, self.multiple(k)))
         stay = min(r, max(least, total - new))
         return (stay, total - stay) if new and stay < total else (self.apply(wanted, r, k), 0)
 
     def most_new(self, r: int, k: int, growth: float) -> int:
         """The most new directions that :meth:`renewed` may give: a share of r, or as many as fill it up to a multiple."""
-        return max(min(max(1, round(growth * r)), k - r), self.renewed(r, r, k, growth)[1]) if growth else 0
+        return max(self._share(growth, r, k), self.renewed(r, r, k, growth)[1]) if growth else 0
+
+    @staticmethod
+    def _share(growth: float, r: int, k: int) -> int:
+        return min(max(1, round(growth * r)), k - r)  # outside of the present bases k - r fit
 
     def path(self, r: int, k: int) -> list[int]:
         """``r`` and every smaller one that a rule may choose, descending."""

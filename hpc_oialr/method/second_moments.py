@@ -209,8 +209,7 @@ class SecondMoments(Gatherer[MomentSums]):
         layer, config = target.low_rank, self._config
         if layer is None:
             return False
-        least, growth = config.rule.least(layer.m, layer.n), 0.0 if layer.bases_trained else config.grow
-        return config.limits.renewed(least, layer.r, layer.k, growth)[0] < layer.r
+        return config.may_fall(layer.m, layer.n, layer.r, 0.0 if layer.bases_trained else config.grow)
 
     def turn(self, target: TargetWeight, left: Tensor, right: Tensor) -> None:
         """Follow a low-rank layer's bases to ``U left`` and ``right^T Vh``."""

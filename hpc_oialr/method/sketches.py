@@ -26,6 +26,7 @@ from hpc_oialr.lowrank.layout import Replicated
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.gathering import Gatherer, LayerSums
+from hpc_oialr.torch_compat import is_compiled
 
 # Random directions are added to a sketch at this size, relative to it: they take the places of those that it lacks, where
 # the gradient has fewer directions outside of the bases than are to be added.
@@ -155,7 +156,7 @@ class GradientSketches(Gatherer[LayerSketches]):
     def __init__(self, config: OIALRConfig, engine: Engine, model: nn.Module) -> None:
         super().__init__(config, engine)
         where = None if engine.whole_features else f"under {type(engine).__name__} layers see parts of them"
-        if any(module._compiled_call_impl for module in model.modules()):
+        if any(map(is_compiled, model.modules())):
             where = "compiled code runs no hooks"
         if config.grow and where is not None:
             rule = f"new directions come from layers' inputs and gradients, but {where}"

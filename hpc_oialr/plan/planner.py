@@ -112,10 +112,8 @@ class Planner:
         if phase.event == "conversion":
             return {name: numbers for name, (_, numbers) in self._layers.items() if numbers}
         both = 1 + (importance == "inputs and gradients")
-        falls = {
-            name: method.limits.apply(method.rule.least(*self.shapes[name]), r, min(self.shapes[name])) < r
-            for name, r in phase.before.items()
-        }
+        growth = method.grow if phase.grows else 0.0
+        falls = {name: method.may_fall(*self.shapes[name], r, growth) for name, r in phase.before.items()}
         return {name: both * r * r for name, r in phase.before.items() if falls[name]}
 
     def phases(self, steps: int) -> list[Phase]:

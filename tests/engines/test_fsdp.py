@@ -163,6 +163,19 @@ def test_whole_bases(alone):
         assert rest < all_of_it / 3 * 1.45
 
 
+def losses_of(oialr: OIALR, engine: FSDPEngine, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Of steps on the same samples on every rank."""
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = cross_entropy(oialr.model(torch.randn(8, 5, 6)).float(), torch.randint(0, 7, (8,)))
+        engine.backward(loss, OFF)
+        engine.update(optimizer, OFF, [], None)
+        oialr.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def in_bf16(rank: int, size: int) -> dict[str, Any]:
     """Losses, copies of bases and merged weights, by where bases are."""
     world, found = World.from_environment(device="cpu", timeout_s=60), {}
@@ -172,14 +185,7 @@ def in_bf16(rank: int, size: int) -> dict[str, Any]:
         engine.place(net)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         oialr = OIALR(net, optimizer, settings(delay=2, frequency=2, stability_frequency=None), engine=engine)
-        losses = []
-        for step in range(13):
-            torch.manual_seed(step)
-            loss = cross_entropy(oialr.model(torch.randn(8, 5, 6)).float(), torch.randint(0, 7, (8,)))
-            engine.backward(loss, OFF)
-            engine.update(optimizer, OFF, [], None)
-            oialr.step()
-            losses.append(float(loss.detach()))
+        losses = losses_of(oialr, engine, optimizer, 13)
         layers = low_rank_layers(net).values()
         found[frozen] = {
             "losses": losses,
@@ -242,14 +248,7 @@ def precision(rank: int, size: int) -> dict[str, Any]:
     engine.place(net)
     optimizer = muon_adamw(net, lr=0.02)
     oialr = OIALR(net, optimizer, settings(delay=2, frequency=2), engine=engine)
-    losses = []
-    for step in range(10):
-        torch.manual_seed(step)
-        loss = cross_entropy(oialr.model(torch.randn(8, 5, 6)).float(), torch.randint(0, 7, (8,)))
-        engine.backward(loss, OFF)
-        engine.update(optimizer, OFF, [], None)
-        oialr.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of(oialr, engine, optimizer, 10)
     world.close()
     return {"seen": set(seen), "stored": {p.dtype for p in net.parameters()}, "losses": losses}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_training import CUT_NOTHING, batch, settings, small_model, train
+from support.small_training import CUT_NOTHING, batch, on_shards, settings, small_model, train
 from support.spawn import spawn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, Selection, low_rank_layers, muon_adamw
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import FSDPEngine, TensorEngine
+from hpc_oialr.engines import FSDPEngine
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.lowrank.layout import REPLICATED
 
@@ -237,10 +237,7 @@ def test_ranks_grow_as_one_process(frozen: str | None) -> None:
 
 
 def _tensor_parallel(rank: int, size: int) -> str:
-    torch.set_num_threads(1)
-    engine = TensorEngine(World.from_environment(device="cpu"), size=size)
-    model = small_model()
-    engine.place(model)
+    model, engine = on_shards(size)
     with pytest.raises(ConfigError) as error:
         controller(model, engine=engine)
     return str(error.value)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_training import batch, settings, small_model, train
+from support.small_training import batch, on_shards, settings, small_model, train
 from support.spawn import spawn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RankLimits, merge, muon_adamw
 from hpc_oialr.distributed import World
-from hpc_oialr.engines import FSDPEngine, TensorEngine
+from hpc_oialr.engines import FSDPEngine
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.weighted_svd import weighted_svd
 from hpc_oialr.lowrank.attachment import LayerHook
@@ -316,10 +316,7 @@ def test_ranks_choose_the_same_bases_as_one_process(sharded: bool) -> None:
 
 
 def _tensor_parallel(rank: int, size: int) -> str:
-    torch.set_num_threads(1)
-    engine = TensorEngine(World.from_environment(device="cpu"), size=size)
-    model = small_model()
-    engine.place(model)
+    model, engine = on_shards(size)
     with pytest.raises(ConfigError) as error:
         OIALR(model, muon_adamw(model, lr=0.01), settings(importance="inputs"), engine=engine)
     oialr = OIALR(model, muon_adamw(model, lr=0.01), settings(importance="auto"), engine=engine)

@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from hpc_oialr import OIALR, FixedFraction, OIALRConfig, RelativeCutoff
+from hpc_oialr.distributed import World
+from hpc_oialr.engines import TensorEngine
 
 MakeOptimizer = Callable[[nn.Module], Any]
 
@@ -19,6 +21,14 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequent
     torch.manual_seed(seed)
     layers = [nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)]
     return nn.Sequential(*layers).to(dtype)
+
+
+def on_shards(size: int) -> tuple[nn.Sequential, TensorEngine]:
+    """The small model under tensor parallelism over all ``size`` processes."""
+    torch.set_num_threads(1)
+    engine, model = TensorEngine(World.from_environment(device="cpu"), size=size), small_model()
+    engine.place(model)
+    return model, engine
 
 
 def batch(t: int, dtype: torch.dtype = torch.float32, size: int = 32) -> tuple[Tensor, Tensor]:
