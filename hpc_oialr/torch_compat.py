@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hpc_oialr.errors import TorchVersionError
 from hpc_oialr.lazy import imports_for_types
+
+# DefaultStager.stage of torch 2.11 closes the stager, whose next copy then fails; that of 2.13 does not.
+STAGERS_SERVE_ONCE = Version(torch.__version__) < Version("2.13")
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers
 from hpc_oialr.models import GPT2, ViT
-from hpc_oialr.models.base import quiet_transformers
+from hpc_oialr.models.base import attention_without_masks, quiet_transformers
 
 Batch = dict[str, Tensor]
 
@@ -91,7 +90,7 @@ def _text(batch: int, length: int, vocabulary: int) -> Callable[[], Batch]:
 
 def _gpt2(name: str, config: GPT2, batch: int, length: int) -> Workload:
     def build() -> nn.Module:
-        return causal_without_mask(config.build({"input_ids": torch.empty(1, length, dtype=torch.long)}))
+        return config.build({"input_ids": torch.empty(1, length, dtype=torch.long)})
 
     return Workload(name, build, _text(batch, length, config.vocabulary), batch, batch * length, Selection())
 
@@ -113,27 +112,12 @@ def _llama(
             max_position_embeddings=length,
             tie_word_embeddings=True,
             use_cache=False,
-            attn_implementation="sdpa",
+            attn_implementation=attention_without_masks(),
         )
-        return causal_without_mask(LlamaForCausalLM(config))
+        model: nn.Module = LlamaForCausalLM(config)
+        return model
 
     return Workload(name, build, _text(batch, length, vocabulary), batch, batch * length, Selection())
-
-
-def causal_without_mask(model: Any) -> nn.Module:
-    """The same language model, whose attention relies on torch's ``is_causal`` without looking at positions first.
-
-    transformers' own check for packed sequences waits for the GPU in every step, and during the capture of a CUDA
-    graph it builds a mask that keeps attention off its fast kernels.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    # A name that transformers has no masks for.
-    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    model.set_attn_implementation("sdpa_without_mask")
-    built: nn.Module = model
-    return built
 
 
 def on_device(workload: Workload, device: torch.device) -> nn.Module:

@@ -55,6 +55,21 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def attention_without_masks() -> str:
+    """Name of an attention like transformers' "sdpa", for models that are given no mask: causal where the model is.
+
+    By its own name transformers looks at positions for packed sequences, which waits for a GPU in every step, and during
+    the capture of a CUDA graph it builds masks that nothing needs, which keep attention off its fast kernels.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # A name that transformers has no masks for.
+    name = "sdpa_without_mask"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    return name
+
+
 def stock_model(name: str, **settings: Any) -> nn.Module:
     """The class ``name`` of transformers with fresh weights, from ``settings`` of its config."""
     quiet_transformers()

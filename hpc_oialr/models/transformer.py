@@ -9,7 +9,7 @@ from torch import nn
 from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError, check_interval
-from hpc_oialr.models.base import ModelConfig, stock_model
+from hpc_oialr.models.base import ModelConfig, attention_without_masks, stock_model
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,7 @@ class ViT(ModelConfig):
             num_labels=self.classes,
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
-            attn_implementation="sdpa",
+            attn_implementation=attention_without_masks(),
         )
 
 
@@ -122,7 +122,7 @@ class GPT2(ModelConfig):
             bos_token_id=None,
             eos_token_id=None,
             use_cache=False,
-            attn_implementation="sdpa",
+            attn_implementation=attention_without_masks(),
         )
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import FolderLostError
+from hpc_oialr.torch_compat import STAGERS_SERVE_ONCE
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 
 # Under these names every rank has the same tensors, or its shards of them.
@@ -27,10 +28,10 @@ _SHARED = ("model.", "optimizer.")
 class AsyncCheckpoints:
     """Writes checkpoints into ``store``, one at a time; :meth:`save` returns as soon as the state is copied.
 
-    Takes the host's memory for a copy, pinned for a GPU and kept until :meth:`close`: of what this rank writes, which is
-    its shards and its share of the tensors that all ranks have. The ranks' threads talk over a gloo group of their own,
-    since messages of the training come in between, in another place on each rank. Making one, :meth:`save` and
-    :meth:`wait` are collective calls.
+    Takes the host's memory for a copy of what this rank writes, which is its shards and its share of the tensors that all
+    ranks have: pinned for a GPU and, since torch 2.13, kept until :meth:`close`. The ranks' threads talk over a gloo
+    group of their own, since messages of the training come in between, in another place on each rank. Making one,
+    :meth:`save` and :meth:`wait` are collective calls.
     """
 
     def __init__(self, store: CheckpointStore, world: World) -> None:
@@ -40,14 +41,13 @@ class AsyncCheckpoints:
             own = own.within(dist.new_group(ranks, timedelta(seconds=world.timeout_s), backend="gloo"))
         self._store = CheckpointStore(store.folder, own, keep=store.keep, lost=store.lost)
         on_gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
+        self._options = StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=on_gpu,
         )
+        self._stager = DefaultStager(self._options)
         # At the interpreter's end Python waits for its thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[float] | None = None
@@ -72,6 +72,8 @@ class AsyncCheckpoints:
         """As :meth:`CheckpointStore.save`, whose errors :meth:`wait` raises."""
         assert not self.busy
         copies = self._stager.stage(own_share(tensors, self._store.world))
+        if STAGERS_SERVE_ONCE:
+            self._stager = DefaultStager(self._options)
         self._written = self._thread.submit(self._write, step, copies, copy.deepcopy(dict(state)))
         self.step = step
 

@@ -50,8 +50,9 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         # The first error is the cause; the end of the capture then raises one of its own.
-        cause = str(error.__context__ or error).splitlines() or [type(error).__name__]
-        raise CaptureError(cause[0][:160]) from error
+        lines = str(error.__context__ or error).splitlines() or [type(error).__name__]
+        # "backend='inductor' raised:" has it in the next line.
+        raise CaptureError(" ".join(lines[: 1 + lines[0].endswith(":")])[:160]) from error
     return graph.replay, result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def course_of_r(result: Result) -> tuple[list[tuple[int, float]], dict[str, int]
         {"train": {"precision": "bf16"}},
         {"train": {"accumulation": 2, "gradient_clip": 0.5}},
         {"oialr": None},
+        {"compile": "blocks"},
     ],
-    ids=["Muon", "AdamW", "AdamW unfused", "SGD", "bf16", "accumulated and clipped", "dense"],
+    ids=["Muon", "AdamW", "AdamW unfused", "SGD", "bf16", "accumulated and clipped", "dense", "compiled blocks"],
 )
 def test_losses_and_r_are_those_of_eager_steps(over: dict[str, Any], tmp_path: Path, device: torch.device) -> None:
     """With dropout: a replay draws the random numbers that an eager step would."""
@@ -94,6 +96,9 @@ def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_number
     if device.type == "cpu":
         pytest.skip("every step can be captured on the CPU")
     module = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5)).to(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
 
     def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = module(batch["x"]).square().mean() + torch.zeros(1 << 24, device=device).sum()
@@ -110,7 +115,7 @@ def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_number
     assert found == [float(step({"x": batch["x"].to(device)})) for _ in range(6)]
     assert graphed.status.startswith("off: it cannot be captured (")
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved(device) < 1 << 26, "memory of the failed capture is free again"
+    assert torch.cuda.memory_reserved(device) - before < 1 << 26, "memory of the failed capture is free again"
     # Another capture works after it.
     replay, result = capture(lambda: torch.rand(4, device=device), device)
     replay()

@@ -14,10 +14,12 @@ import torch
 from support.spawn import spawn
 from support.tiny_runs import write_recipe
 from support.train_workers import losses, resume_worker, stop_at_step, train_worker
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, FolderLostError
 from hpc_oialr.record import RunFolder
+from hpc_oialr.train import async_checkpoint
 from hpc_oialr.train.async_checkpoint import own_share
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.load_config import load_config
@@ -68,6 +70,20 @@ def stored(folder: Path) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         del state["clocks"], state["progress"]["checkpoint_s"], state["progress"]["peak_memory_gib"]
         found[step] = (store.read(step, ""), state | {"settings": None})
     return found
+
+
+def test_a_stager_of_torch_2_11_that_closes_itself_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stage = DefaultStager.stage
+
+    def stage_and_close(stager: DefaultStager, tensors: Any) -> Any:
+        copies = stage(stager, tensors)
+        stager.close()
+        return copies
+
+    monkeypatch.setattr(DefaultStager, "stage", stage_and_close)
+    monkeypatch.setattr(async_checkpoint, "STAGERS_SERVE_ONCE", True)
+    run = train(load_config(recipe(tmp_path)), tmp_path / "run", world=WORLD)
+    assert list(stored(run.folder)) == [5, 10, 15, 20, 24]
 
 
 def require_equal(found: Any, expected: Any) -> None:
