@@ -80,7 +80,7 @@ def cuda_graph(trainee: Trainee) -> tuple[Step, str]:
 
 
 def compiled_blocks_in_a_graph(trainee: Trainee) -> tuple[Step, str]:
-    """Both; with torch 2.11 on an H100 a Llama could be captured so, ViT and GPT-2 could not."""
+    """Both."""
     compiled_blocks(trainee)
     step, method = cuda_graph(trainee)
     return step, f"compiled blocks, {method}"

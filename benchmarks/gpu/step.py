@@ -25,13 +25,13 @@ from hpc_oialr import trainable_parameters
 ORDER = ("ViT-B/16", "mini ViT", "Llama-like 350M", "GPT-2 124M")
 # (optimizer, mode, r / k): the most telling first.
 ROUNDS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
-    ("AdamW", "bf16 params, cuda graph", (0.25,)),
-    ("AdamW", "bf16 params, compiled blocks", (0.25,)),
     ("AdamW", "bf16 params, compiled blocks, cuda graph", (0.25,)),
-    ("AdamW", "eager", (0.25,)),
+    ("AdamW", "bf16 params, cuda graph", (0.25,)),
     ("Muon", "bf16 params, cuda graph", (0.25,)),
+    ("AdamW", "eager", (0.25,)),
+    ("AdamW", "bf16 params, compiled blocks", (0.25,)),
     ("AdamW", "cuda graph", (0.25,)),
-    ("AdamW", "bf16 params, cuda graph", (0.5, 0.125)),
+    ("AdamW", "bf16 params, compiled blocks, cuda graph", (0.5, 0.125)),
     ("AdamW", "compiled blocks", (0.25,)),
     ("AdamW", "bf16 params", (0.25,)),
     ("Muon", "eager", (0.25,)),
