@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hpc_oialr.lowrank import (
         Selection,
         dense_parameters,
+        fold,
         low_rank_layers,
         match_structure,
         merge,
@@ -55,6 +56,7 @@ __all__ = [
     "StableRank",
     "UpdateReport",
     "dense_parameters",
+    "fold",
     "low_rank_layers",
     "match_structure",
     "merge",

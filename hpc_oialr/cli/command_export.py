@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from hpc_oialr.export import export
+    from hpc_oialr.serve.export import export
 
     options = {name: getattr(arguments, name) for name in ("out", "step", "force")}
     show(export(arguments.folder, arguments.format, **options))

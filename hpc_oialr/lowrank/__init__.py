@@ -9,6 +9,7 @@ from hpc_oialr.lowrank.conversion import (
     trainable_parameters,
     untied_state,
 )
+from hpc_oialr.lowrank.folded import fold
 from hpc_oialr.lowrank.selection import Selection, select
 from hpc_oialr.lowrank.stored import match_structure
 from hpc_oialr.lowrank.targets import TargetWeight
@@ -19,6 +20,7 @@ __all__ = [
     "TargetWeight",
     "convert",
     "dense_parameters",
+    "fold",
     "low_rank_layers",
     "match_structure",
     "merge",

@@ -20,8 +20,9 @@ from hpc_oialr.plan.scripted_run import ScriptedRun, trained_parameters
 from hpc_oialr.plan.tracer import Trace, Tracer
 from hpc_oialr.plan.workload import NEVER, Deployment, Workload
 from hpc_oialr.record.memory import resident_tensors
+from hpc_oialr.train.passes import AUTOCAST
 from hpc_oialr.train.run_context import RunContext
-from hpc_oialr.train.trainer import AUTOCAST, forward_backward
+from hpc_oialr.train.trainer import forward_backward
 
 
 @dataclass(frozen=True)

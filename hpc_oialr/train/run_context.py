@@ -25,6 +25,7 @@ from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.train.compilation import compile_model
 from hpc_oialr.train.config import RunConfig
+from hpc_oialr.train.passes import Passes, is_image
 from hpc_oialr.train.schedules import LearningRates
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,13 @@ class RunContext:
         """The model without wrappers."""
         return self.controller.module
 
+    @property
+    def passes(self) -> Passes:
+        """How a forward pass computes."""
+        return Passes(
+            self.world.device, self.config.train.precision, self.channels_last, casts_itself=self.engine.casts_itself
+        )
+
     @torch.no_grad()
     def share_buffers(self) -> None:
         """Copy rank 0's buffers to all ranks, as ``DistributedDataParallel`` does before each forward."""
@@ -149,7 +157,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     config.task.check(sample, splits.classes, config.model)
     with _section("model"):
         module = config.model.build(sample)
-    channels_last = _channels_last(config, module, sample, world)
+    channels_last = wants_channels_last(config, module, sample, world.device)
     _prepare_model(module, config, world, peers)
     splits.keep_on(world.device, config.data.on_device)
     # Before the engine shards tensors and changes the class.
@@ -209,7 +217,7 @@ def _prepare_model(module: nn.Module, config: RunConfig, world: World, peers: Pe
     compile_model(module, config.compile)
 
 
-def _channels_last(config: RunConfig, module: nn.Module, sample: Batch, world: World) -> bool:
+def wants_channels_last(config: RunConfig, module: nn.Module, sample: Batch, device: torch.device) -> bool:
     """Whether images are to be stored with their channels last; ConfigError if there are none, or no convolutions."""
     wanted = config.train.channels_last
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in module.modules())
@@ -219,12 +227,7 @@ def _channels_last(config: RunConfig, module: nn.Module, sample: Batch, world: W
             raise ConfigError("train.channels_last", wanted, rule, fix='Set it to "auto".')
         return False
     # The patches of a ViT are one convolution, whose result is flattened at once.
-    return wanted == "on" or (wanted == "auto" and world.device.type == "cuda" and convolutions > 1)
-
-
-def is_image(tensor: Tensor) -> bool:
-    """Whether these are images, B x channels x height x width."""
-    return tensor.dim() == 4 and tensor.is_floating_point()
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and convolutions > 1)
 
 
 def synchronise_batch_norm(module: nn.Module, world: Peers) -> None:

@@ -43,6 +43,15 @@ class Task(ABC):
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """``loss`` and the metric, from the sums over a data set."""
 
+    def served(self, batch: Batch) -> tuple[str, ...]:
+        """What of ``batch`` a trained model needs to answer; by default the first of :attr:`inputs`."""
+        return self.inputs[:1]
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's answer, from :meth:`served` alone; by default its logits."""
+        logits: Tensor = model(**{name: batch[name] for name in self.served(batch)}).logits
+        return logits
+
     def count(self, batch: Batch) -> int:
         """How many units a batch holds; by default its samples."""
         return len(batch[self.inputs[0]])
@@ -110,16 +119,20 @@ class Classification(Task):
         return cross_entropy(_at_least_fp32(logits), labels, label_smoothing=self.label_smoothing)
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the losses, number of right answers, number of images."""
+        """Sum of the losses, right answers, those among the first five (NaN for five classes or fewer), images."""
         logits, labels = _at_least_fp32(model(pixel_values=batch["pixel_values"]).logits), batch["labels"]
-        right = (logits.argmax(-1) == labels).sum()
-        loss = cross_entropy(logits, labels, reduction="sum")
-        return torch.stack([loss.double(), right.double(), right.new_tensor(len(labels)).double()])
+        right = (logits.argmax(-1) == labels).sum().double()
+        loss = cross_entropy(logits, labels, reduction="sum").double()
+        among = right * math.nan
+        if logits.shape[-1] > 5:
+            among = (logits.topk(5).indices == labels[:, None]).sum().double()
+        return torch.stack([loss, right, among, right.new_tensor(len(labels))])
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
-        """``loss`` and ``accuracy``."""
-        loss, right, count = totals.tolist()
-        return {"loss": loss / count, "accuracy": right / count}
+        """``loss``, ``accuracy`` and, for more than five classes, ``top5_accuracy``."""
+        loss, right, among, count = totals.tolist()
+        found = {"loss": loss / count, "accuracy": right / count}
+        return found if math.isnan(among) else {**found, "top5_accuracy": among / count}
 
 
 def mixup(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple[Tensor, float]:
@@ -177,6 +190,20 @@ class Forecasting(Task):
         error = (predicted - batch["future_values"]).double() * observed
         count = observed.sum()
         return torch.stack([outputs.loss.double() * count, error.square().sum(), error.abs().sum(), count])
+
+    def served(self, batch: Batch) -> tuple[str, ...]:
+        """The past, and what is known of the future."""
+        return tuple(name for name in ("past_values", *self.optional_inputs) if name in batch)
+
+    def predict(self, model: Any, batch: Batch) -> Tensor:
+        """The mean of the predicted distribution, as the future values."""
+        # A zero future stands in for the unknown one: the parameters do not depend on it, only the likelihood does.
+        past, known = batch["past_values"], batch["future_time_features"]
+        future = past.new_zeros(past.shape[0], known.shape[1], *past.shape[2:])
+        given = {name: batch[name] for name in self.served(batch)}
+        outputs = model(**given, future_values=future, future_observed_mask=torch.ones_like(future))
+        mean: Tensor = model.output_distribution(outputs.params, loc=outputs.loc, scale=outputs.scale).mean
+        return mean
 
     def _forward(self, model: nn.Module, batch: Batch) -> Any:
         names = (*self.inputs, *self.optional_inputs)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,14 @@ from hpc_oialr.record import peak_rss_bytes
 from hpc_oialr.torch_compat import graphs_compiled
 from hpc_oialr.train import checkpoint
 from hpc_oialr.train.async_checkpoint import AsyncCheckpoints
-from hpc_oialr.train.bf16_params import cast_parameters
 from hpc_oialr.train.checkpoint import Progress
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.cuda_graph import GraphedStep, refusal
 from hpc_oialr.train.recorder import Recorder
-from hpc_oialr.train.run_context import RunContext, is_image
+from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timing import Stopping, StopRequest, Timers
 
 log = logging.getLogger(__name__)
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-INPUTS = {"bf16-params": torch.bfloat16, "float64": torch.float64}
 
 
 class Trainer:
@@ -280,14 +276,14 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
 
     ``batch`` is this rank's part; ``step`` is the number of steps done.
     """
-    train, losses = context.config.train, []
-    parts = {key: value.chunk(train.accumulation) for key, value in _to_device(context, batch).items()}
-    with _casts(context):
+    train, losses, passes = context.config.train, [], context.passes
+    parts = {key: value.chunk(train.accumulation) for key, value in passes.place(batch).items()}
+    with passes.casts(context.module):
         for i in range(train.accumulation):
             piece = {key: values[i] for key, values in parts.items()}
             rng, last = np.random.default_rng((train.seed, step, i)), i == train.accumulation - 1
             with nullcontext() if last else context.controller.no_sync():
-                with _autocast(context):
+                with passes.autocast():
                     loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
                 context.engine.backward(loss, context.scaler)
             losses.append(loss.detach())
@@ -298,7 +294,7 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
 def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     """Loss and metrics over ``dataset``, equal on all ranks; a collective call. Draws no random numbers."""
     context.share_buffers()
-    module, peers = context.module, context.engine.data_parallel
+    module, peers, passes = context.module, context.engine.data_parallel, context.passes
     train, task = context.config.train, context.config.task
     batches = GlobalBatches(
         dataset,
@@ -311,12 +307,12 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     )
 
     def totals(batch: Batch) -> Tensor:
-        with _autocast(context):
-            return task.totals(module, _to_device(context, batch))
+        with passes.autocast():
+            return task.totals(module, passes.place(batch))
 
     module.eval()
     eager = torch.compiler.set_stance("force_eager") if context.config.compile != "off" else nullcontext()
-    with eager, _casts(context):
+    with eager, passes.casts(module):
         parts = [totals(batch) for batch in batches.epoch(0)]
         while len(parts) < len(batches):
             # A rank without a share of the last batch: some engines gather parameters in every forward pass, which is
@@ -325,34 +321,6 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
     module.train()
     shared = peers.all_gather_object(torch.stack(parts).sum(0).tolist())
     return task.metrics(torch.tensor(shared, dtype=torch.float64).sum(0))
-
-
-def _autocast(context: RunContext) -> torch.autocast:
-    """Autocast to bf16 or fp16; no effect in other precisions."""
-    dtype = AUTOCAST.get(context.config.train.precision)
-    return torch.autocast(context.world.device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _casts(context: RunContext) -> AbstractContextManager[None]:
-    """bf16 copies in the place of the parameters, where the precision asks for it and the engine does not do it."""
-    if context.config.train.precision != "bf16-params" or context.engine.casts_itself:
-        return nullcontext()
-    return cast_parameters(context.module, torch.bfloat16)
-
-
-def _to_device(context: RunContext, batch: Batch) -> Batch:
-    """A batch on the device; floating-point values in the dtype of the passes, if that is not fp32 or autocast's."""
-    device = context.world.device
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    for key, value in moved.items() if context.channels_last else ():
-        if is_image(value):
-            # Convolutions take on the format of their input, whatever that of the weight. By a copy: images of one
-            # channel count as being in both formats, and would pass as they are.
-            moved[key] = torch.empty_like(value, memory_format=torch.channels_last).copy_(value)
-    dtype = INPUTS.get(context.config.train.precision)
-    if dtype is None:
-        return moved
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in moved.items()}
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:

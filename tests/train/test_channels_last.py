@@ -21,7 +21,7 @@ from hpc_oialr.errors import ConfigError
 from hpc_oialr.plan.workload import Workload
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
-from hpc_oialr.train.run_context import _channels_last
+from hpc_oialr.train.run_context import wants_channels_last
 from hpc_oialr.train.tasks import cutmix, mixup
 
 WORLD = World.single("cpu")
@@ -73,11 +73,11 @@ def test_auto(tmp_path: Path) -> None:
     config = load_config(recipe(tmp_path, train={"channels_last": "auto"})).config
     images, text = {"pixel_values": torch.zeros(1, 3, 8, 8)}, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
     convnet, vit = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 3))
-    assert _channels_last(config, convnet, images, GPU)
-    assert not _channels_last(config, convnet, images, WORLD)
-    assert not _channels_last(config, vit, images, GPU)
-    assert not _channels_last(config, convnet, text, GPU)
+    assert wants_channels_last(config, convnet, images, GPU.device)
+    assert not wants_channels_last(config, convnet, images, WORLD.device)
+    assert not wants_channels_last(config, vit, images, GPU.device)
+    assert not wants_channels_last(config, convnet, text, GPU.device)
     off = replace(config, train=replace(config.train, channels_last="off"))
-    assert not _channels_last(off, convnet, images, GPU)
+    assert not wants_channels_last(off, convnet, images, GPU.device)
     on = replace(config, train=replace(config.train, channels_last="on"))
-    assert _channels_last(on, vit, images, WORLD)
+    assert wants_channels_last(on, vit, images, WORLD.device)

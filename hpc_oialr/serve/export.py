@@ -54,12 +54,22 @@ def export(
     return target
 
 
+def checkpoint_of(path: Path, step: int | None = None) -> tuple[Path, int]:
+    """Run and step of a run's folder, by default its last intact checkpoint, or of a checkpoint's folder.
+
+    Raises CheckpointError if there is no such checkpoint, or it is damaged.
+    """
+    if step is None and path.parent.name == "checkpoints" and (number := path.name.removeprefix("step_")).isdigit():
+        path, step = path.parent.parent, int(number)
+    if not (path / "config.yaml").exists():
+        raise CheckpointError(f"{path} holds no run: there is no {path / 'config.yaml'}.")
+    return path, _choose(CheckpointStore(path / "checkpoints", World.single("cpu")), step)
+
+
 def load_model(run: Path, *, step: int | None = None) -> nn.Module:
     """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay low-rank. Needs no data."""
-    if not (run / "config.yaml").exists():
-        raise CheckpointError(f"{run} holds no run: there is no {run / 'config.yaml'}.")
+    run, step = checkpoint_of(run, step)
     store = CheckpointStore(run / "checkpoints", World.single("cpu"))
-    step = _choose(store, step)
     state, config = store.read_state(step), load_config(run / "config.yaml").config
     example = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in state["example"].items()}
     model = config.model.build(example)

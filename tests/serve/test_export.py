@@ -11,8 +11,8 @@ from support.tiny_runs import write_recipe
 
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, OIALRError
-from hpc_oialr.export import export, load_model
 from hpc_oialr.lowrank import low_rank_layers, merge
+from hpc_oialr.serve.export import export, load_model
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import train
 

@@ -1,0 +1,1 @@
+"""A trained model in use: evaluation, export, loaders of what was exported."""

@@ -1,0 +1,35 @@
+"""One low-rank run of images and its dense twin, for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.tiny_images import RECIPE
+
+from hpc_oialr.distributed import World
+from hpc_oialr.train.load_config import dense_twin, load_config
+from hpc_oialr.train.run import train
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Tiny models are slower on several threads, and much slower beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def compared(tmp_path_factory) -> Path:
+    """The runs ``dense`` and ``oialr`` in one folder; only read it."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "images.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    loaded = load_config(recipe)
+    for side, settings in (("dense", dense_twin(loaded, own=True)), ("oialr", loaded)):
+        train(settings, folder / side, world=World.single("cpu"))
+    return folder
