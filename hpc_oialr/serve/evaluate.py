@@ -25,7 +25,7 @@ from hpc_oialr.record.memory import MemoryMeter, resident_bytes
 from hpc_oialr.serve.export import checkpoint_of, load_model
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.load_config import load_config
-from hpc_oialr.train.passes import Passes
+from hpc_oialr.train.passes import INPUTS, Passes
 from hpc_oialr.train.process_settings import process_settings
 from hpc_oialr.train.run_context import wants_channels_last
 
@@ -149,10 +149,10 @@ def contenders(
     forms = {"dense": module}
     if low_rank_layers(module):
         forms = {"merged": merge(module), "factored": fold(module, inplace=True)}
-    sample = dataset.gather(torch.arange(1))
+    sample, dtype = dataset.gather(torch.arange(1)), INPUTS.get(config.train.precision)
     for form, each in forms.items():
         last = wants_channels_last(config, each, sample, device)
-        each.to(device).requires_grad_(False).eval()
+        each.to(device, torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(False).eval()
         yield Contender(run, step, form, each, Passes(device, config.train.precision, last))
 
 
