@@ -10,11 +10,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # ResNet-RS 101 on ImageNet: sbatch slurm/resnet_rs101.sh --data.path FOLDER
-# Settings: slurm/common.sh. A smoke run trains the recipe's own model for four steps.
+# Settings: slurm/common.sh. A smoke run trains transformers' ResNet, which needs no timm, for four steps.
 RECIPE=resnet_rs101
 SAMPLE=imagenet
 smoke() {
-  settings+=(--data.path "$samples" --train.steps 4 --train.global_batch 8 --train.evaluations 1
+  settings+=(--data.path "$samples" --train.steps 4 --train.global_batch 8 --train.evaluations 1 --model.library transformers
     --oialr.delay 1 --oialr.frequency 1 --checkpoint.every 2)
 }
 

@@ -2,6 +2,7 @@
 
 from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits
 from hpc_oialr.data.batches import GlobalBatches
+from hpc_oialr.data.ett import ETT
 from hpc_oialr.data.fetch import cache_root, fetch
 from hpc_oialr.data.image_arrays import CIFAR10, FashionMNIST, FlipAndCrop
 from hpc_oialr.data.image_folder import ImageFolder, ResizedCrop
@@ -11,6 +12,7 @@ from hpc_oialr.data.timeseries import TimeSeriesCSV
 
 __all__ = [
     "CIFAR10",
+    "ETT",
     "ArrayDataset",
     "Batch",
     "CounterRNG",

@@ -128,6 +128,13 @@ FASHION_MNIST_FILES = {
 FASHION_MNIST_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
+ETT_FILES = {
+    "h1": "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
+    "h2": "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",
+    "m1": "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e",
+    "m2": "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",
+}
+
 CATALOG = {
     dataset.name: dataset
     for dataset in (
@@ -165,11 +172,14 @@ CATALOG = {
                 ),
             ),
         ),
-        FetchableDataset(
-            "ettm2",
-            {"ETTm2.csv": ("db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",)},
-            (mirror("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"),),
-            option="path",
+        *(
+            FetchableDataset(
+                f"ett{kind}",
+                {f"ETT{kind}.csv": (checksum,)},
+                (mirror("https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"),),
+                option="path",
+            )
+            for kind, checksum in ETT_FILES.items()
         ),
         FetchableDataset(
             "python-docs",

@@ -140,7 +140,8 @@ class TimeSeriesCSV(DataConfig):
     context_length, horizon
         Steps the model sees, without its lags, and steps to forecast.
     lags_sequence
-        How far back the model's lagged inputs reach; a window has ``max(lags_sequence)`` more past steps.
+        How far back the model's lagged inputs reach; a window has ``max(lags_sequence)`` more past steps. 0 is the
+        step itself, for models that are not given the future.
     validation_fraction, test_fraction
         Share of the steps of each series.
     split_steps
@@ -170,7 +171,7 @@ class TimeSeriesCSV(DataConfig):
             ("context_length", self.context_length >= 1, "must be at least 1"),
             ("horizon", self.horizon >= 1, "must be at least 1"),
             ("columns", len(self.columns) > 0, "must name at least one value column"),
-            ("lags_sequence", lags and min(lags) >= 1, "must hold lags of at least 1 step"),
+            ("lags_sequence", lags and min(lags) >= 0, "must hold lags of at least 0 steps"),
             ("split_steps", not parts or (len(parts) == 3 and min(parts) >= 1), three),
         ):
             if not good:

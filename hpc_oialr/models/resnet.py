@@ -1,4 +1,4 @@
-"""Residual convolutional nets: the ResNet of transformers, and ResNet-RS from timm if it is installed."""
+"""Residual convolutional nets: the ResNet of transformers, and ResNet-RS from timm."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ResNetRS(ModelConfig):
     classes
         Labels.
     library
-        "timm" or "transformers"; "auto" takes timm where it can be imported.
+        "timm", or "transformers" for the other network, which must be asked for; "auto" is "timm".
     """
 
     depths: tuple[int, ...] = (3, 4, 23, 3)
@@ -124,7 +124,7 @@ class ResNetRS(ModelConfig):
     def build(self, example: Batch) -> nn.Module:
         """The model; the images must have the given channels.
 
-        Raises :class:`MissingExtraError` if timm was asked for and cannot be imported.
+        Raises :class:`MissingExtraError` if timm cannot be imported: the other network is trained only if it is named.
         """
         size = max(32, self.require_input(example, "pixel_values", "image").shape[-1])
         plain = ResNet(image_size=size, channels=self.channels, depths=self.depths, classes=self.classes)
@@ -135,15 +135,8 @@ class ResNetRS(ModelConfig):
         except Exception as error:
             # It needs torchvision, which fails in many ways where it was built for another torch.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if self.library == "timm":
-                raise MissingExtraError(f"timm ({reason})", "timm", purpose="model.library timm") from error
-            log.warning(
-                "the model is transformers' ResNet, which has no squeeze and excitation, not ResNet-RS: timm cannot "
-                "be imported (%s). Install it with: pip install 'hpc_oialr[timm]'; or choose: "
-                "--model.library transformers",
-                reason,
-            )
-            return plain.build(example)
+            other = "or train transformers' ResNet, another network: --model.library transformers"
+            raise MissingExtraError(f"timm ({reason})", "timm", purpose=f"ResNetRS ({other})") from error
         quiet_transformers()
         from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 

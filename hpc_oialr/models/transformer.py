@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -130,6 +131,9 @@ class GPT2(ModelConfig):
 class Autoformer(ModelConfig):
     """``transformers.AutoformerForPrediction``, a normal distribution at its end. arXiv 2106.13008.
 
+    Unlike in the published code values and time features are embedded by one linear layer, each attention is followed by
+    a layer norm, and the trend of the features is predicted too, which two linear layers turn into mean and width.
+
     Horizon, context, series and time features come from the data.
 
     Parameters
@@ -143,13 +147,18 @@ class Autoformer(ModelConfig):
     mlp_dim
         Width of the hidden layer of a block.
     lags
-        Steps back that each time step sees besides the context; the data must reach back by the largest.
+        How many steps back the value lies that each time step sees, those of the data's ``lags_sequence``; with
+        ``[0]``, as published, its own: the decoder is given the context's values alone. From 1 on the network does not
+        see the last value of the context.
     moving_average
         Window of the trend (time steps, odd).
     label_length
         Time steps of the context from which the decoder starts.
     dropout
         Probability, in hidden layers and attention.
+    scaling
+        How each window is scaled before the network and back after it: by "std" or "mean" of its context, or "none",
+        as published.
     """
 
     float64 = False
@@ -163,14 +172,15 @@ class Autoformer(ModelConfig):
     moving_average: int = 25
     label_length: int = 48
     dropout: float = 0.05
+    scaling: Literal["std", "mean", "none"] = "std"
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "dim", "encoder_layers", "decoder_layers", "heads", "mlp_dim")
         self.check_at_least(1, "moving_average", "label_length")
         self.check_divides("dim", "heads")
         check_interval("dropout", self.dropout, 0, 1, closed=(True, False))
-        if not self.lags or min(self.lags) < 1:
-            raise ConfigError("lags", self.lags, "must hold at least one whole number of at least 1")
+        if not self.lags or min(self.lags) < 0:
+            raise ConfigError("lags", self.lags, "must hold at least one whole number, none below 0")
         if self.moving_average % 2 == 0:
             raise ConfigError("moving_average", self.moving_average, "must be odd")
 
@@ -189,7 +199,7 @@ class Autoformer(ModelConfig):
             num_time_features=example["past_time_features"].shape[2],
             distribution_output="normal",
             lags_sequence=list(self.lags),
-            scaling="std",
+            scaling=False if self.scaling == "none" else self.scaling,
             d_model=self.dim,
             encoder_layers=self.encoder_layers,
             decoder_layers=self.decoder_layers,

@@ -34,6 +34,7 @@ class Progress:
 
     step: int = 0  # steps done; the order of the data is a function of it
     best_metric: float | None = None
+    test_at_best: dict[str, float] = field(default_factory=dict)  # test metrics there, if the settings ask for them
     waited: int = 0  # evaluations in a row without a better metric
     last: dict[str, Any] = field(default_factory=dict)  # the last evaluation's metrics
     peak_memory_gib: float = 0.0  # largest so far, runs before a resume included

@@ -49,6 +49,9 @@ class TrainConfig:
         Samples per evaluation step and process.
     early_stopping
         Stop after so many evaluations in a row without a better metric; null = off.
+    test_at_best
+        Evaluate on the test set too whenever the validation metric is the best so far; ``test_at_best`` in
+        ``summary.json`` is that of the best validation metric, the usual protocol with early stopping.
     sync_batch_norm
         Batch statistics over all ranks; on GPUs only.
     activation_checkpointing
@@ -94,6 +97,7 @@ class TrainConfig:
     evaluations: int = 10
     evaluation_batch: int = 500
     early_stopping: int | None = None
+    test_at_best: bool = False
     sync_batch_norm: bool = False
     activation_checkpointing: bool = False
     cuda_graph: Literal["auto", "on", "off"] = "auto"

@@ -159,6 +159,11 @@ class Trainer:
             progress.waited += 1
             if self.config.task.better(value, progress.best_metric):
                 progress.best_metric, progress.waited = value, 0
+                splits = self.context.splits
+                if self.config.train.test_at_best and splits.validation is not None and splits.test is not None:
+                    row = self.evaluate("test")
+                    numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+                    progress.test_at_best = {"step": progress.step, **numbers}
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate on "validation" or "test" and record it; a collective call."""
@@ -249,6 +254,7 @@ class Trainer:
             "metric": final["metric"],
             "metric_name": final["metric_name"],
             "best_metric": progress.best_metric,
+            "test_at_best": progress.test_at_best or None,
             "wall_s": seconds["wall"],
             "update_wall_s": seconds["update"],
             "data_wait_s": seconds["data_wait"],

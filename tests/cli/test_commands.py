@@ -44,7 +44,7 @@ def test_train_prints_the_folder_and_a_table(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["train", "nonsense"], "unknown recipe 'nonsense'; valid: autoformer_ettm2, fashion_mnist_convnet"),
+        (["train", "nonsense"], "unknown recipe 'nonsense'; valid: autoformer_etth1, autoformer_etth2"),
         (["train", "fashion_mnist_vit", "--train.stepz", "3"], "Did you mean 'train.steps'?"),
         (["train", "fashion_mnist_vit", "--oialr.rule", "Magic"], "unknown oialr.rule type 'Magic'"),
         (["recipes", "nonsense"], "unknown recipe 'nonsense'"),

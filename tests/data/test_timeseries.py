@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_oialr.data import TimeSeriesCSV
+from hpc_oialr.data import ETT, TimeSeriesCSV
+from hpc_oialr.data.ett import COLUMNS
 from hpc_oialr.data.timeseries import SeriesWindows, calendar_features
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -179,7 +180,7 @@ def test_missing_file_or_column_is_named(csv: str, tmp_path: Path, monkeypatch: 
     ("options", "message"),
     [
         ({"horizon": 0}, r"data\.horizon is 0; must be at least 1\."),
-        ({"lags_sequence": ()}, r"data\.lags_sequence is \(\); must hold lags of at least 1 step\."),
+        ({"lags_sequence": ()}, r"data\.lags_sequence is \(\); must hold lags of at least 0 steps\."),
         ({"columns": ()}, r"data\.columns is \(\); must name at least one value column\."),
     ],
 )
@@ -230,3 +231,36 @@ def test_other_fetched_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OIALR_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"Run `oialr data fetch ettm2`.*pass --data\.path"):
         TimeSeriesCSV(dataset="ettm2").build()
+
+
+@pytest.mark.parametrize(("dataset", "rows_per_hour"), [("etth1", 1), ("ettm2", 4)])
+def test_ett_has_the_published_parts_and_scaling(tmp_path: Path, dataset: str, rows_per_hour: int) -> None:
+    """12, 4 and 4 months of 30 days, scaled by the first 12; windows as many as in the published code."""
+    hours, minutes = 20 * 30 * 24 + 50, 60 // rows_per_hour
+    rng = np.random.default_rng(0)
+    raw = rng.normal(3, 2, (hours * rows_per_hour, 7)).round(4)
+    name = f"ETT{dataset[3:]}.csv"
+    times = [datetime(2016, 7, 1) + timedelta(minutes=minutes * i) for i in range(len(raw))]
+    rows = [f"{time},{','.join(map(str, row))}" for time, row in zip(times, raw.tolist(), strict=True)]
+    write(tmp_path / name, rows, header=",".join(("date", *COLUMNS)))
+    (tmp_path / "ETTh2.csv").touch()  # the folder has others too
+    config = ETT(path=str(tmp_path), dataset=dataset, horizon=24)
+    splits = config.build()
+    train, validation, test = (months * 30 * 24 * rows_per_hour for months in (12, 4, 4))
+    parts = [windows(part) for part in (splits.train, splits.validation, splits.test)]
+    assert [len(part) for part in parts] == [train - 96 - 24 + 1, validation - 24 + 1, test - 24 + 1]
+    scaled = (raw - raw[:train].mean(0)) / raw[:train].std(0)
+    batch = parts[2].gather(torch.tensor([0, test - 24]))
+    first = train + validation
+    np.testing.assert_allclose(batch["past_values"][0].numpy(), scaled[first - 96 : first], atol=1e-5)
+    np.testing.assert_allclose(batch["future_values"][1].numpy(), scaled[first + test - 24 : first + test], atol=1e-5)
+
+
+def test_ett_refuses_other_data_sets_and_says_where_to_get_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.dataset is 'ETTh3'; must be one of etth1, etth2, ettm1, ettm2"):
+        ETT(dataset="ETTh3")
+    monkeypatch.setenv("OIALR_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"Run `oialr data fetch ettm1`.*pass --data\.path"):
+        ETT(dataset="ettm1").build()

@@ -22,13 +22,16 @@ def no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
 
 
-def test_transformers_resnet_takes_its_place_and_says_so(no_timm, caplog):
-    model = ResNetRS(**TINY).build(IMAGES)
+def test_the_other_network_is_trained_only_if_it_is_asked_for(no_timm):
+    for library in ("auto", "timm"):
+        with pytest.raises(MissingExtraError) as caught:
+            ResNetRS(**TINY, library=library).build(IMAGES)
+        message = str(caught.value)
+        assert "transformers' ResNet, another network: --model.library transformers" in message
+        assert "needs timm (ModuleNotFoundError: " in message
+        assert message.endswith("Install it with: pip install 'hpc_oialr[timm]'")
+    model = ResNetRS(**TINY, library="transformers").build(IMAGES)
     assert type(model).__name__ == "ResNetForImageClassification"
-    (message,) = caplog.messages
-    assert message.startswith("the model is transformers' ResNet, which has no squeeze and excitation")
-    assert "timm cannot be imported (ModuleNotFoundError: " in message
-    assert "pip install 'hpc_oialr[timm]'; or choose: --model.library transformers" in message
     with torch.no_grad():
         assert model(pixel_values=IMAGES["pixel_values"]).logits.shape == (2, 5)
         assert model(pixel_values=torch.randn(2, 3, 48, 48)).logits.shape == (2, 5)
@@ -41,16 +44,7 @@ def test_resnet_101_has_its_blocks(no_timm):
     assert sum(p.numel() for p in model.parameters()) == 44_549_160
 
 
-def test_a_choice_is_silent_or_an_error(no_timm, caplog):
-    ResNetRS(**TINY, library="transformers").build(IMAGES)
-    assert caplog.messages == []
-    with pytest.raises(MissingExtraError) as caught:
-        ResNetRS(**TINY, library="timm").build(IMAGES)
-    assert str(caught.value).startswith("model.library timm needs timm (ModuleNotFoundError: ")
-    assert str(caught.value).endswith("Install it with: pip install 'hpc_oialr[timm]'")
-
-
-def test_any_fault_of_timm_counts_as_missing(monkeypatch, caplog):
+def test_any_fault_of_timm_counts_as_missing(monkeypatch):
     class Broken(importlib.machinery.SourceFileLoader):
         def exec_module(self, module):
             raise RuntimeError("operator torchvision::nms\ndoes not exist")
@@ -61,8 +55,8 @@ def test_any_fault_of_timm_counts_as_missing(monkeypatch, caplog):
 
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    ResNetRS(**TINY).build(IMAGES)
-    assert "(RuntimeError: operator torchvision::nms does not exist)" in caplog.text
+    with pytest.raises(MissingExtraError, match=r"\(RuntimeError: operator torchvision::nms does not exist\)"):
+        ResNetRS(**TINY).build(IMAGES)
 
 
 def test_timm_is_asked_for_resnetrs101_and_keeps_its_own_initial_weights(monkeypatch):

@@ -187,7 +187,7 @@ def test_bad_setting_in_a_file_names_the_file(tmp_path):
 def test_unknown_recipe():
     with pytest.raises(UnknownNameError) as caught:
         load_config("fashion_mnist_vitt")
-    assert "unknown recipe 'fashion_mnist_vitt'; valid: autoformer_ettm2, fashion_mnist_convnet," in str(caught.value)
+    assert "unknown recipe 'fashion_mnist_vitt'; valid: autoformer_etth1, autoformer_etth2," in str(caught.value)
     assert "Did you mean 'fashion_mnist_vit'?" in str(caught.value)
 
 

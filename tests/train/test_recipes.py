@@ -20,6 +20,7 @@ from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.load_config import dense_twin, load_config, paper_variant
 from hpc_oialr.train.optimizers import AdamW
 from hpc_oialr.train.schedules import StepDecay, WarmupCosine
+from hpc_oialr.train.tasks import Forecasting
 
 # Files of github.com/Helmholtz-AI-Energy/OIALR (arXiv 2401.08505), under configs/: training/oialr_trainer.yaml,
 # experiment/imagenet-resnetrs.yaml, experiment/cifar10-minivit.yaml, and the constructor's defaults of
@@ -158,7 +159,8 @@ def test_models_of_images(
     name: str, shape: tuple[int, ...], parameters: int, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    config = load_config(name).config
+    plain = ["--model.library", "transformers"] if name == "resnet_rs101" else []
+    config = load_config(name, plain).config
     with torch.device("meta"):
         model = config.model.build({"pixel_values": torch.empty(2, *shape), "labels": torch.empty(2)})
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -166,11 +168,18 @@ def test_models_of_images(
     assert len(select(model, config.oialr.selection)) == layers
 
 
-@pytest.mark.parametrize("horizon", [192, 720])
-def test_autoformer(horizon: int) -> None:
-    config = load_config("autoformer_ettm2", ["--data.horizon", str(horizon)]).config
+@pytest.mark.parametrize("horizon", [96, 192, 336, 720])
+@pytest.mark.parametrize("dataset", ["etth1", "etth2", "ettm1", "ettm2"])
+def test_autoformer(dataset: str, horizon: int) -> None:
+    config = load_config(f"autoformer_{dataset}", ["--data.horizon", str(horizon)]).config
     data: Any = config.data
-    assert (data.split_steps, data.input_size) == ((34_560, 11_520, 11_520), 7)
+    hourly = dataset.startswith("etth")
+    assert (data.dataset, data.input_size, data.past_length) == (dataset, 7, 96)
+    assert data.split_steps == ((8_640, 2_880, 2_880) if hourly else (34_560, 11_520, 11_520))
+    assert config.task == Forecasting(objective="mse")
+    assert config.oialr is not None
+    times = (config.oialr.delay, config.oialr.frequency)
+    assert times == ((0.1, 0.01) if hourly else (1000, 100))
     past, features = data.past_length, data.num_time_features
     example = {
         "past_values": torch.empty(2, past, 7),
@@ -181,6 +190,7 @@ def test_autoformer(horizon: int) -> None:
         model: Any = config.model.build(example)
     assert (model.config.prediction_length, model.config.context_length) == (horizon, 96)
     assert (model.config.input_size, model.config.d_model, model.config.encoder_layers) == (7, 512, 2)
+    assert (model.config.lags_sequence, model.config.scaling) == ([0], False)
 
 
 def test_each_says_what_it_is_and_which_data_it_needs() -> None:

@@ -64,6 +64,21 @@ def test_effective_config_loads_to_the_same_run(finished):
     assert load_config(result.folder / "config.yaml").tree == load_config(recipe).tree
 
 
+def test_the_test_set_at_the_best_validation_metric(tmp_path):
+    """Also when the run is stopped right after the best evaluation and resumed."""
+    recipe = write_recipe(tmp_path, train={"test_at_best": True, "steps": 12, "evaluations": 6})
+    whole = train(load_config(recipe), tmp_path / "whole", world=World.single("cpu"))
+    rows = [row for row in read_metrics(whole.folder / "metrics.jsonl") if "metric" in row]
+    best = min((row for row in rows if row["split"] == "validation"), key=lambda row: row["metric"])
+    (there,) = (row for row in rows if row["split"] == "test" and row["step"] == best["step"])
+    found = whole.summary["test_at_best"]
+    assert (found["step"], found["metric"], found["loss"]) == (best["step"], there["metric"], there["loss"])
+    stop = stop_at_step(best["step"])
+    assert train(load_config(recipe), tmp_path / "cut", world=World.single("cpu"), stop=stop).summary is None
+    again = resume(tmp_path / "cut", world=World.single("cpu"))
+    assert again.summary["test_at_best"] == found
+
+
 def test_a_run_is_not_overwritten(finished):
     recipe, result = finished
     with pytest.raises(OIALRError, match="already holds a run. Go on with it: oialr resume"):

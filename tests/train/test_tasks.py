@@ -151,6 +151,39 @@ def test_forecasts_do_not_see_the_future():
     assert task.loss(model, data, np.random.default_rng(0)).requires_grad
 
 
+@pytest.mark.parametrize("variables", [None, 3])
+def test_the_squared_error_is_that_of_the_metric_and_reaches_every_parameter(variables):
+    torch.manual_seed(0)
+    data = (
+        windows()
+        if variables is None
+        else {
+            name: value[..., None].expand(*value.shape, variables).contiguous() if value.dim() == 2 else value
+            for name, value in windows().items()
+        }
+    )
+    data["future_observed_mask"][0, 0] = 0
+    settings = {"dim": 16, "mlp_dim": 16, "heads": 2, "moving_average": 5, "label_length": 6, "dropout": 0.0}
+    model = Autoformer(**settings, lags=(0,), scaling="none").build(data)
+    task = Forecasting(objective="mse")
+    model.eval()
+    loss = task.loss(model, data, np.random.default_rng(0))
+    with torch.no_grad():
+        assert float(loss) == pytest.approx(task.metrics(task.totals(model, data))["mse"], rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    # With lag 0 and no scaling the forecast sees the context's last value, and nothing of the future.
+    with torch.no_grad():
+
+        def forecast(**changed):
+            return model(**{**data, **changed}).params[0]
+
+        last = data["past_values"].clone()
+        last[:, -1] += 1
+        assert not torch.equal(forecast(past_values=last), forecast())
+        assert torch.equal(forecast(future_values=data["future_values"] + 100), forecast())
+
+
 def test_bad_settings():
     with pytest.raises(ConfigError, match=r"label_smoothing is 1; must lie in \[0, 1\)"):
         Classification(label_smoothing=1)
