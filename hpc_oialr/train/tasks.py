@@ -195,7 +195,7 @@ class Forecasting(Task):
         # The mean of a normal distribution, without its object, which a wrapped model does not give.
         mean, width = outputs.params
         observed = batch["future_observed_mask"]
-        error = (outputs.loc + outputs.scale * mean - batch["future_values"]) * observed
+        error: Tensor = (outputs.loc + outputs.scale * mean - batch["future_values"]) * observed
         # The width has a gradient, of zeros: DDP waits for one of every parameter.
         return error.square().sum() / observed.sum().clamp_min(1) + 0.0 * width.sum()
 
