@@ -193,11 +193,14 @@ class Forecasting(Task):
             loss: Tensor = outputs.loss
             return loss
         # The mean of a normal distribution, without its object, which a wrapped model does not give.
+        mean: Tensor
+        width: Tensor
         mean, width = outputs.params
         observed = batch["future_observed_mask"]
-        error: Tensor = (outputs.loc + outputs.scale * mean - batch["future_values"]) * observed
+        error = (outputs.loc + outputs.scale * mean - batch["future_values"]) * observed
         # The width has a gradient, of zeros: DDP waits for one of every parameter.
-        return error.square().sum() / observed.sum().clamp_min(1) + 0.0 * width.sum()
+        mean_error: Tensor = error.square().sum() / observed.sum().clamp_min(1)
+        return mean_error + 0.0 * width.sum()
 
     def totals(self, model: Any, batch: Batch) -> Tensor:
         """Sums over the observed values of loss, squared error and absolute error, and their number."""
