@@ -86,7 +86,8 @@ def test_unknown_name_lists_the_valid_ones() -> None:
     with pytest.raises(UnknownNameError) as caught:
         fetch("fashion_mnist")
     assert str(caught.value) == (
-        "unknown data set 'fashion_mnist'; valid: cifar-10, ettm2, fashion-mnist, m4-hourly, python-docs, taylor-30-min. "
+        "unknown data set 'fashion_mnist'; valid: cifar-10, etth1, etth2, ettm1, ettm2, fashion-mnist, m4-hourly, "
+        "python-docs, taylor-30-min. "
         "Did you mean 'fashion-mnist'?"
     )
 
