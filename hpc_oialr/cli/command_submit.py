@@ -56,9 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Submit, then print each job with its run folder; or print the script, and what Slurm would do with it."""
     try:
-        given = {**vars(arguments), "folder": arguments.out, "array": _seeds_of(arguments.array)}
-        names = [field.name for field in fields(Request)]
-        request = Request(**{name: given[name] for name in names if given[name] is not None})
+        request = request_of(arguments)
         submission = Submission.of(arguments.recipe, arguments.settings, request)
     except ConfigError as error:
         raise error.with_context(origin=error.origin or ORIGIN) from None
@@ -85,6 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs:
             job.results()
     return 0
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """What the options ask of the cluster; raises :class:`ConfigError` that names the command line."""
+    given = {**vars(arguments), "folder": arguments.out, "array": _seeds_of(getattr(arguments, "array", None))}
+    names = [field.name for field in fields(Request)]
+    try:
+        return Request(**{name: given[name] for name in names if given.get(name) is not None})
+    except ConfigError as error:
+        raise error.with_context(origin=error.origin or ORIGIN) from None
 
 
 def _seeds_of(text: str | None) -> dict[str, list[int]] | None:

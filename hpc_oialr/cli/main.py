@@ -21,10 +21,10 @@ from hpc_oialr.system_errors import of_system
 # In the order of the help; each in its command_NAME.py, whose docstring is its summary.
 COMMANDS = (
     *("train", "compare", "recipes", "data", "resume", "eval", "export", "spectra", "report", "analyze"),
-    *("info", "plan", "doctor", "submit", "jobs", "logs", "cancel"),
+    *("info", "plan", "doctor", "submit", "search", "jobs", "logs", "cancel"),
 )
 # These also take settings of a run, e.g. --train.epochs 1.
-_WITH_SETTINGS = ("train", "compare", "resume", "eval", "plan", "submit")
+_WITH_SETTINGS = ("train", "compare", "resume", "eval", "plan", "submit", "search")
 _ENDING = ("INT", "TERM", "HUP")
 
 EXAMPLES = """examples:
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings and not arguments.takes_settings:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         arguments.settings = settings
+        arguments.words = sys.argv[1:] if argv is None else list(argv)
         show_warnings()
         return arguments.run(arguments) or exit_codes.FINISHED
     except OIALRError as error:

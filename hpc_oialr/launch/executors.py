@@ -104,6 +104,7 @@ def make_executor(submission: Submission) -> Executor:
             executor.update_parameters(
                 tasks_per_node=request.processes_per_node,
                 gpus_per_node=request.gpus,
+                visible_gpus=tuple(request.visible_gpus),
                 timeout_min=request.time_s / 60,
                 signal_delay_s=request.signal_s,
             )

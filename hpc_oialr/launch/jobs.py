@@ -171,7 +171,7 @@ def watch_job(
 
 
 def cancel(target: str) -> list[str]:
-    """Cancel the job of a run folder, all jobs of an array's folder, or a Slurm job by its number; their ids.
+    """Cancel the job of a run folder, all jobs of an array's or a search's that are not over, or a Slurm job; their ids.
 
     Raises :class:`OIALRError` if there is no such job.
     """
@@ -179,6 +179,8 @@ def cancel(target: str) -> list[str]:
         _scancel(target)
         return [target]
     jobs = [read_job(folder) for folder in find_runs([Path(target)])]
+    if len(jobs) > 1:
+        jobs = [job for job, state in zip(jobs, states_of(jobs, Slurm()), strict=True) if not state.over] or jobs
     for job in jobs:
         if job.elsewhere:
             raise OIALRError(f"job {job.job_id} is another cluster's. First: {job.elsewhere}")

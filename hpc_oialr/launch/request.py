@@ -48,6 +48,8 @@ class Request:
         Name or path of the cluster's site file, sourced by the job.
     setup
         Shell commands that the job runs before the training.
+    visible_gpus
+        With the executor "local": numbers of the GPUs that the run may use; default the first ones.
 
     ConfigError with the value, its rule and the fix, if one does not fit.
     """
@@ -69,6 +71,7 @@ class Request:
     max_requeues: int = 20
     site: str | None = None
     setup: Sequence[str] = ()
+    visible_gpus: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_s", "max_requeues"):
@@ -111,6 +114,9 @@ class Request:
         if self.executor not in EXECUTORS:
             raise UnknownNameError("executor", str(self.executor), EXECUTORS)
         if self.executor == "slurm":
+            if self.visible_gpus:
+                rule = "is for the executor 'local': Slurm chooses the GPUs of a job"
+                raise ConfigError("visible_gpus", self.visible_gpus, rule, fix="Leave it out.")
             return
         here = f"with the executor {self.executor!r}, which works on this machine"
         for name, only in (("nodes", 1), ("site", None), ("setup", ())):

@@ -32,6 +32,16 @@ def find_recipe(recipe: str | Path) -> Path:
     return FOLDER / f"{recipe}.yaml"
 
 
+def find_space(space: str | Path) -> Path:
+    """The file of a search space: one of the user's, or that of one of :func:`recipes`; UnknownNameError otherwise."""
+    path, shipped = Path(space), {each.stem for each in (FOLDER / "spaces").glob("*.yaml")}
+    if path.is_file():
+        return path
+    if str(space) not in shipped:
+        raise UnknownNameError("search space", str(space), shipped)
+    return FOLDER / "spaces" / f"{space}.yaml"
+
+
 def batch_scripts() -> list[Path]:
     """The batch scripts for sbatch, from the repository or from where pip puts a package's data."""
     places = (FOLDER.parents[1] / "slurm", Path(sysconfig.get_path("data")) / "share" / "hpc_oialr" / "slurm")

@@ -299,7 +299,9 @@ def test_cancel(slurm, tmp_path, capsys):
     code, out, _ = run(capsys, "cancel", "runs/first", "runs/many", "4711", "15_2")
     ids = ["12", "14_0", "14_1", "4711", "15_2"]
     assert (code, out.splitlines()) == (0, [f"cancelled job {job_id}" for job_id in ids])
-    assert slurm.calls == [["scancel", job_id] for job_id in ids]
+    assert [call for call in slurm.calls if call[0] == "scancel"] == [["scancel", job_id] for job_id in ids]
+    slurm.answer(jobs={"14_1": {"State": "RUNNING"}})
+    assert cancel("runs/many") == ["14_1"], "those that are over are left alone"
     with pytest.raises(DataError, match="nonsense holds no submitted run"):
         cancel("nonsense")
 

@@ -337,7 +337,7 @@ def run(capsys, *arguments):
 
 def test_every_parameter_is_an_option():
     options = {option.removeprefix("--").replace("-", "_") for option, *_ in OPTIONS}
-    assert options | {"folder", "setup"} == {field.name for field in fields(Request)}
+    assert options | {"folder", "setup", "visible_gpus"} == {field.name for field in fields(Request)}
 
 
 def test_command(slurm, recipe, tmp_path, capsys):

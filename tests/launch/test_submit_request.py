@@ -50,6 +50,7 @@ def test_one_process_a_gpu_if_not_said(parameters, processes):
             "time is '2'; must be longer than signal_s, the 120 s before the end",
         ),
         ({"partition": "a\n#SBATCH -w x"}, "must be one line of text: Slurm reads a header line by line"),
+        ({"visible_gpus": (1,)}, "visible_gpus is (1,); is for the executor 'local': Slurm chooses the GPUs of a job."),
         ({"account": ""}, "account is ''; must be one line of text"),
         ({"folder": "a\nb"}, "folder is 'a\\nb'; must be one line of text"),
         ({"folder": "50%"}, "folder is '50%'; must hold neither % nor \\: Slurm reads them as patterns"),
