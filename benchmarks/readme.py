@@ -139,6 +139,28 @@ def cifar() -> str:
     return table(("run", "epochs", *columns), rows) + "\n" + origin("cifar_small", result["environment"])
 
 
+def cifar_gpu() -> str:
+    """The mini ViT on all of CIFAR-10, on a GPU, at one length."""
+    result = load("cifar_h100")
+    finished = [row for row in result["rows"] if "accuracy" in row]
+    rows = []
+    for run in dict.fromkeys(row["run"] for row in finished):
+        mine = [row for row in finished if row["run"] == run]
+        before, after = (mine[0][f"{when}_conversion"] for when in ("before", "after"))
+        rows.append((
+            run,
+            f"{mine[0]['epochs']:g}",
+            ", ".join(f"{100 * row['accuracy']:.2f} %" for row in mine),
+            ", ".join(f"{row['train_s']:.1f} s" for row in mine),
+            f"{mine[0]['update_s']:.1f} s" if before else "",
+            f"{100 * before:.1f} % to {100 * after:.1f} %" if before else "",
+            f"{mine[0]['trained_share']:.1%}",
+        ))  # fmt: skip
+    columns = ("test accuracy, a seed each", "training", "of it conversion and updates", "at the conversion")
+    text = table(("run", "epochs", *columns, "trained at the end"), rows) + "\n"
+    return text + origin("cifar_h100", result["environment"])
+
+
 def layer() -> str:
     """Layer speed, fp32 and bf16."""
     result = load("layer")
@@ -365,6 +387,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "budgets": budgets,
     "cifar": cifar,
+    "cifar_gpu": cifar_gpu,
     "gpu": gpu,
     "layer": layer,
     "step": step,

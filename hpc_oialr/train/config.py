@@ -58,8 +58,8 @@ class TrainConfig:
         Recompute activations in the backward pass, where the model can.
     cuda_graph
         Whether a whole step is captured as a CUDA graph and replayed, which takes the launches off the host: "auto"
-        on one GPU, unless something prevents it, which the log and ``summary.json`` name; "on" makes that an error, and
-        tries compiled code too; "off". It is captured anew, in about a second, after every change of r.
+        on one GPU, unless something prevents it, which the log and ``summary.json`` name; "on" makes that an error;
+        "off". It is captured anew, in about a second, after every change of r.
     channels_last
         Whether images, and with them what convolutions compute, are stored with their channels last, as tensor cores
         read them: "auto" on a GPU, where the model has more than one Conv2d; "on", "off". Weights stay as they are.

@@ -164,9 +164,6 @@ def refusal(context: RunContext) -> str:
             fix = 'Set it to "auto" or "off".'
             raise ConfigError("train.cuda_graph", "on", f"cannot be had here: {reason}", fix=fix)
         return ""
-    if not reason and context.config.compile != "off":
-        # With torch 2.11 on an H100 a Llama's compiled blocks could be captured, those of ViT and GPT-2 could not.
-        reason = "compiled code is captured only where train.cuda_graph is on, as not all of it can be"
     if not reason and method is not None:
         watched = max(0 if method.importance == "weights" else method.moments_steps_of_updates, method.steps_of_growth)
         if method.frequency - watched < SHORTEST:

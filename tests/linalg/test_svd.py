@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_oialr.errors import NonFiniteError
 from hpc_oialr.linalg import gram_svd
+from hpc_oialr.linalg import svd as svd_module
 from hpc_oialr.linalg.basis_change import orthogonality_error
 from hpc_oialr.linalg.svd import _attempts, svd, svds
 
@@ -80,6 +81,29 @@ def test_chain_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
     expected = [(double, (1, 5, 3), None), (double, (1, 3, 3), None)] if dtype == torch.float32 else []
     expected += [(dtype, (5, 3), "gesvdj"), (dtype, (5, 3), "gesvd")]
     assert calls == [*expected, (double, (5, 3), None), (double, (3, 5), None)]
+
+
+@pytest.mark.parametrize(("noise", "drivers"), [(0.0, ["gesvdj"]), (1e-4, ["gesvdj", "gesvd"])])
+def test_what_gesvdj_leaves_unorthonormal_is_computed_by_gesvd(
+    monkeypatch: pytest.MonkeyPatch, noise: float, drivers: list[str]
+) -> None:
+    A, made, driver_of = torch.randn(40, 30), [], torch.linalg.svd
+
+    def recorded(A: torch.Tensor, full_matrices: bool, driver: str) -> object:
+        made.append(driver)
+        U, s, Vh = driver_of(A, full_matrices=full_matrices)
+        return U, s, Vh + noise * (driver == "gesvdj")
+
+    def no_gram_matrix(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(svd_module, "gram_svd", no_gram_matrix)
+    monkeypatch.setattr(torch.linalg, "svd", recorded)
+    monkeypatch.setattr(svd_module, "bytes_below_peak", lambda _: 1 << 40)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    found = svd(A, careful=False)
+    assert made == drivers
+    assert torch.allclose(found.U * found.s @ found.Vh, A, atol=1e-5)
 
 
 @pytest.mark.parametrize("failing", ["none", "one", "all"])
