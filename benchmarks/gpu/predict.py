@@ -149,8 +149,8 @@ def vit_bounds() -> tuple[float, float]:
 HEAD = """# Notes on the GPU's speed: prediction first, outcome beside it
 
 Written by `python -m benchmarks.gpu.predict`. Outcomes are those of `benchmarks/results/{name}.json`, measured at
-commit 8f4336b; "before" is the same command at 10ff24d, on another card of this kind. Where "trial" is said, they are of
-a script that is not in the repository, so these figures cannot be checked here.
+commit 8f4336b; "before" is the same command at 10ff24d, on another card of this kind. Where "trial" is said, they
+are of a script that is not in the repository, so these figures cannot be checked here.
 
 ## One layer
 
@@ -184,62 +184,67 @@ Milliseconds. The file keeps the 16 longest kernels of a step; general elementwi
 in a graph.
 """
 OUTCOME = """
-- **ViT-B/16: {vit:.2f}, goal .60.** In a CUDA graph of compiled blocks the step is {step:.1f} ms, {idle:.1f} ms longer than
-  its 16 longest kernels. Products take {dense:.1f} ms dense, of which {dense_bound:.1f} ms are due at the rate of large
-  products. At k/4 they take {low:.1f} ms, of which {low_bound:.1f} ms are due for the bytes of the linear layers, 2
-  (m + n) + 6 r numbers a token, at the speed of copies: they can give {left:.1f} ms more, to {bound:.2f}. Attention (cuDNN's
-  kernels), GELU, norms and residuals are the same in both steps, so even with free products it would be {free:.2f}.
+- **ViT-B/16: {vit:.2f}, goal .60.** In a CUDA graph of compiled blocks the step is {step:.1f} ms, {idle:.1f} ms
+  longer than its 16 longest kernels. Products take {dense:.1f} ms dense, of which {dense_bound:.1f} ms are due at
+  the rate of large products. At k/4 they take {low:.1f} ms, of which {low_bound:.1f} ms are due for the bytes of
+  the linear layers, 2 (m + n) + 6 r numbers a token, at the speed of copies: they can give {left:.1f} ms more, to
+  {bound:.2f}. Attention (cuDNN's kernels), GELU, norms and residuals are the same in both steps, so even with free
+  products it would be {free:.2f}.
 - **The dense step of at most 65 ms was missed too:** {fastest:.1f} ms.
 - **Llama-like: missed by little** ({llama:.3f}): products take {llama_products:.1f} of {llama_ms:.1f} ms at k/4.
-- **Mini ViT: {mini_ratio:.2f} by AdamW, {mini_muon:.2f} by Muon**, which its recipe uses, both sides in a graph; goal .75. Of
-  {mini:.1f} ms at k/4, products are {mini_products:.1f}; eager it takes {mini_eager:.1f} ms, bound by launches.
-- **GPT-2 gains little.** {gpt_head:.1f} ms of its step are kernels for unaligned data (`align1` in their names), as long in
-  the dense step: those of the head, whose vocabulary of 50,257 is odd.
-- **Masks in graphs.** Before, the capture of compiled blocks failed for both ViTs and GPT-2, and a captured mini ViT took as
-  long as an eager one (trial). A script on the card said why: transformers 5.17 builds attention masks while a stream is
-  being captured, with which attention leaves its fast kernels and blocks are compiled anew, in the capture. The package's
-  models now attend without masks; all four were captured in every mode ({errors} errors; {left_out} cases had no time
-  left). `train.cuda_graph: auto` captures compiled blocks since. That replayed losses are those of eager steps is what
-  `tests/gpu/test_cuda_graph.py` compares.
-- **Half of before's eager steps at low rank were slow by the machine**: ViT-B/16 under autocast took 91.1 ms with 32 %
-  scatter, {vit_eager:.1f} now; the dense one 101.9 and {vit_dense:.1f}.
+- **Mini ViT: {mini_ratio:.2f} by AdamW, {mini_muon:.2f} by Muon**, which its recipe uses, both sides in a graph;
+  goal .75. Of {mini:.1f} ms at k/4, products are {mini_products:.1f}; eager it takes {mini_eager:.1f} ms, bound by
+  launches.
+- **GPT-2 gains little.** {gpt_head:.1f} ms of its step are kernels for unaligned data (`align1` in their names), as
+  long in the dense step: those of the head, whose vocabulary of 50,257 is odd.
+- **Masks in graphs.** Before, the capture of compiled blocks failed for both ViTs and GPT-2, and a captured mini
+  ViT took as long as an eager one (trial). A script on the card said why: transformers 5.17 builds attention masks
+  while a stream is being captured, with which attention leaves its fast kernels and blocks are compiled anew, in
+  the capture. The package's models now attend without masks; all four were captured in every mode ({errors} errors;
+  {left_out} cases had no time left). `train.cuda_graph: auto` captures compiled blocks since. That replayed losses
+  are those of eager steps is what `tests/gpu/test_cuda_graph.py` compares.
+- **Half of before's eager steps at low rank were slow by the machine**: ViT-B/16 under autocast took 91.1 ms with
+  32 % scatter, {vit_eager:.1f} now; the dense one 101.9 and {vit_dense:.1f}.
 
 ## Muon's step
 
 On 64 cores, r from 129 to 192, and one 768 x 768 weight: 1,261 launches with a batch for each shape, 191 with cores
 padded to 192 in one batch, of which 127 copy cores into it and out of it (counted in `tests/optim/test_muon.py`).
-Predicted in eager mode, at 5 us a launch: 6.3 and 1.0 ms. Measured, in a graph, as what a step by Muon takes more than one
-by AdamW: ViT-B/16 {muon_dense:.1f} ms dense, {muon_low:.1f} ms at k/4; Llama-like {muon_llama_dense:.1f} and
-{muon_llama:.1f} ms. So against Muon, the better optimizer here, low rank pays more: {muon_vit:.2f} and {muon_llama_ratio:.2f}.
+Predicted in eager mode, at 5 us a launch: 6.3 and 1.0 ms. Measured, in a graph, as what a step by Muon takes more
+than one by AdamW: ViT-B/16 {muon_dense:.1f} ms dense, {muon_low:.1f} ms at k/4; Llama-like {muon_llama_dense:.1f}
+and {muon_llama:.1f} ms. So against Muon, the better optimizer here, low rank pays more: {muon_vit:.2f} and
+{muon_llama_ratio:.2f}.
 
 ## Update and conversion of ViT-B/16
 
 Predicted with eigenvectors of Gram matrices, those of an update on 16 host cores: .11 s for an update at k/4, .16 s
-at k/2, .7 s for the conversion. Measured: {update4:.2f}, {update2:.2f} and {conversion:.2f} s (before: .22, .47 and .96);
-{update4_then:.2f}, {update2_then:.2f} and {conversion_then:.2f} s by gesvdj. **Both goals are reached.** SVDs are gesvda in
-float64, on the GPU and a batch at once. A profile of one update at k/4 in a trial: 17 ms of kernels in 103 ms, the rest is
-the host, of it 16 ms in the call of the batched SVD and 63 ms where 72 layers get their new bases and moments. The
-conversion's peak was {conversion_gib:.1f} GiB, {conversion_then_gib:.1f} by gesvdj and {dense_gib:.1f} in a dense step of the
-optimizer. The update of the Llama-like model by gesvdj failed: its bases were orthonormal to .001 only, so gesvdj, where
-it is the fall-back, is checked since and gesvd takes its place."""
+at k/2, .7 s for the conversion. Measured: {update4:.2f}, {update2:.2f} and {conversion:.2f} s (before: .22, .47 and
+.96); {update4_then:.2f}, {update2_then:.2f} and {conversion_then:.2f} s by gesvdj. **Both goals are reached.** SVDs
+are gesvda in float64, on the GPU and a batch at once. A profile of one update at k/4 in a trial: 17 ms of kernels
+in 103 ms, the rest is the host, of it 16 ms in the call of the batched SVD and 63 ms where 72 layers get their new
+bases and moments. The conversion's peak was {conversion_gib:.1f} GiB, {conversion_then_gib:.1f} by gesvdj and
+{dense_gib:.1f} in a dense step of the optimizer. The update of the Llama-like model by gesvdj failed: its bases
+were orthonormal to .001 only, so gesvdj, where it is the fall-back, is checked since and gesvd takes its place."""
 
 NOT_BUILT = """
 ## Considered, and not built
 
-**Updates beside the next step** (SVDs of a snapshot of the cores on a side stream, applied a step later). The share of a
-run that all updates take, by the fastest step and the update of the same r, at a `frequency` of 100, 500 and 2,000:
+**Updates beside the next step** (SVDs of a snapshot of the cores on a side stream, applied a step later). The share
+of a run that all updates take, by the fastest step and the update of the same r, at a `frequency` of 100, 500 and
+2,000:
 """
 NOT_BUILT_ENDS = """
-`vit_b16.yaml` updates every 2,000 steps, so {vit:.2%} of the run could be saved at most, and not all of that: of an update of
-{update:.0f} ms most changes factors and moments between two steps. The
-Llama-like model at r = k/4 pays for updates every 100 steps; every 2,000 they are {llama:.1%}. What of that a side stream
-would hide, beside a step on the same card, is not measured. It would need a process group of its own, a rotation of cores
-that are not diagonal afterwards, and the snapshot in checkpoints; a larger `frequency` needs nothing.
+`vit_b16.yaml` updates every 2,000 steps, so {vit:.2%} of the run could be saved at most, and not all of that: of an
+update of {update:.0f} ms most changes factors and moments between two steps. The Llama-like model at r = k/4 pays
+for updates every 100 steps; every 2,000 they are {llama:.1%}. What of that a side stream would hide, beside a step
+on the same card, is not measured. It would need a process group of its own, a rotation of cores that are not
+diagonal afterwards, and the snapshot in checkpoints; a larger `frequency` needs nothing.
 
-**JPEGs decoded on the GPU** (nvJPEG). Images differ in size, so that crop, antialiased resize in both directions, flip
-and copy into the batch are at least {per_image} launches an image: {launches:,} for the {batch} of a step of ViT-B/16,
-{launch_ms:.1f} ms of the host at {eager:.1f} us each, beside a step of {step:.0f} ms. Loader processes do this work on other cores, and let the decoder halve large images first. Pixels would differ
-in their last bits from Pillow's, so that the same run would depend on the machine. Not measured."""
+**JPEGs decoded on the GPU** (nvJPEG). Images differ in size, so that crop, antialiased resize in both directions,
+flip and copy into the batch are at least {per_image} launches an image: {launches:,} for the {batch} of a step of
+ViT-B/16, {launch_ms:.1f} ms of the host at {eager:.1f} us each, beside a step of {step:.0f} ms. Loader processes do
+this work on other cores, and let the decoder halve large images first. Pixels would differ in their last bits from
+Pillow's, so that the same run would depend on the machine. Not measured."""
 FREQUENCIES = (100, 500, 2000)
 # Of a step of ViT-B/16, and the least launches for each of them.
 IMAGES, IMAGE_LAUNCHES = 256, 5
