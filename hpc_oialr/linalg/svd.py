@@ -57,9 +57,9 @@ def svd(A: Tensor, *, name: str = "matrix", careful: bool = True) -> SVD:
     """Thin SVD of an m x n matrix of any floating dtype in fp32 (fp64 for fp64 input), with fall-backs.
 
     On a CPU: LAPACK's gesdd; the same in float64; gesdd of the transpose in float64, whose bidiagonalization takes
-    another path. On a GPU: :func:`~hpc_oialr.linalg.gram_svd.gram_svd` for fp32; cuSOLVER's gesvdj, whose
-    result is checked, then gesvd; then the CPU's chain in float64. The result has the dtype and device of the first attempt. About ``4 m n k + 22 k^3``
-    operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
+    another path. On a GPU: :func:`~hpc_oialr.linalg.gram_svd.gram_svd` for fp32; cuSOLVER's gesvdj, whose result is
+    checked, then gesvd; then the CPU's chain in float64. The result has the dtype and device of the first attempt. About
+    ``4 m n k + 22 k^3`` operations (Golub & Van Loan, 4th ed., fig. 8.6.1).
 
     ``name``, usually the layer's, is for errors. If ``careful``, ``A`` and the result are searched for NaN and Inf,
     which waits for a GPU; otherwise the caller does that. Raises :class:`NonFiniteError` if there are any, or every

@@ -183,7 +183,7 @@ class Search:
 
     def _complete(self, study: Study, trial: Trial, metrics: Sequence[float]) -> None:
         summary = self.runs.run(trial.number).read_summary()
-        # The metric by which such a run would be judged: where its test metrics are those of its best evaluation, that one.
+        # The metric by which such a run is judged: that of its best evaluation where its test metrics are of it, too.
         at_end = summary["best_metric"] if summary.get("test_at_best") else metrics[-1] if metrics else None
         known = {**summary, "metric": at_end}
         values = [known[name] for name in self.settings.objectives]
