@@ -1,0 +1,59 @@
+"""What docs/integrations.md says is what runs: each of its examples, whole and resumed, on one process and on two."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.spawn import spawn
+
+from hpc_oialr import low_rank_layers, merge
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/integrations.md").read_text()
+EPOCHS = 3
+
+
+def example(heading: str) -> dict[str, Any]:
+    """The names that the page's first block and the block under a heading define."""
+    common = re.findall(r"```python\n(.*?)```", PAGE.partition("\n## ")[0], re.DOTALL)
+    own = re.findall(r"```python\n(.*?)```", PAGE.partition(f"\n## {heading}")[2].partition("\n## ")[0], re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in (*common, own[0]):
+        exec(compile(block, f"docs/integrations.md, {heading}", "exec"), names)
+    return names
+
+
+def trained(rank: int, size: int, heading: str, folder: Path, resume: Path | None) -> tuple[Any, float, dict[str, int]]:
+    """The dense weights, the accuracy and r at the end of an example."""
+    warnings.simplefilter("default")
+    folder.mkdir(parents=True, exist_ok=True)
+    model, accuracy = example(heading)["train"](folder, EPOCHS, resume=resume)
+    r = {name: layer.r for name, layer in low_rank_layers(model).items()}
+    return merge(model).state_dict(), accuracy, r
+
+
+EXAMPLES = [
+    ("A loop of your own", "1.pt", ""),
+    ("Accelerate", "1", "accelerate"),
+]
+
+
+@pytest.mark.parametrize(("heading", "checkpoint", "needs"), EXAMPLES, ids=[each[0] for each in EXAMPLES])
+def test_example(heading: str, checkpoint: str, needs: str, tmp_path: Path) -> None:
+    if needs and importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    for size in (1, 2):
+        whole = spawn(trained, size, heading, tmp_path / f"{size} whole", None)
+        resumed = spawn(trained, size, heading, tmp_path / f"{size} resumed", tmp_path / f"{size} whole" / checkpoint)
+        weights, accuracy, r = whole[0]
+        assert {name.rpartition("net.")[2] for name in r} == {"0", "2"}
+        assert all(each <= 12 for each in r.values()), "not cut"
+        assert accuracy > 0.5
+        for each in (*whole, *resumed):
+            assert each[1:] == (accuracy, r)
+            assert all(torch.equal(weights[name], tensor) for name, tensor in each[0].items())
