@@ -12,21 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hpc_oialr"
 # Each folder may import those before it, and single modules of the top.
 ORDER = (
     *("linalg", "lowrank", "optim", "method", "distributed", "engines"),
-    *(
-        "data",
-        "models",
-        "record",
-        "spectra",
-        "train",
-        "integrations",
-        "serve",
-        "report",
-        "launch",
-        "doctor",
-        "plan",
-        "search",
-        "cli",
-    ),
+    *("data", "models", "record", "spectra", "train", "integrations", "serve", "report"),
+    *("launch", "doctor", "plan", "search", "cli"),
 )
 
 
