@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         StableRank,
     )
     from hpc_oialr.optim import MuonAdamW, muon_adamw, register_optimizer_state
+    from hpc_oialr.serve.factored import load_factored
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "UpdateReport",
     "dense_parameters",
     "fold",
+    "load_factored",
     "low_rank_layers",
     "match_structure",
     "merge",

@@ -22,7 +22,7 @@ from hpc_oialr.lowrank import low_rank_layers, merge, untied_state
 from hpc_oialr.lowrank.folded import fold
 from hpc_oialr.record import RunFolder, environment_report
 from hpc_oialr.record.memory import MemoryMeter, resident_bytes
-from hpc_oialr.serve.export import checkpoint_of, load_model
+from hpc_oialr.serve.trained import checkpoint_of, load_model
 from hpc_oialr.train.config import RunConfig
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.passes import INPUTS, Passes

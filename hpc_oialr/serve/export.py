@@ -1,104 +1,183 @@
-"""A run's model as safetensors: dense, for the stock class, or with its factors."""
+"""A run's model in a folder, in the form that its next user reads."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from hpc_oialr.distributed import World
-from hpc_oialr.errors import CheckpointError
-from hpc_oialr.lowrank import Selection, low_rank_layers, merge, select, untied_state
-from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
-from hpc_oialr.method.basis import reorthogonalise
+from hpc_oialr.data import Batch
+from hpc_oialr.errors import ConfigError, ModelError
+from hpc_oialr.lowrank import fold, low_rank_layers, merge
 from hpc_oialr.outputs import new_folder
-from hpc_oialr.train.checkpoint_store import CheckpointStore
-from hpc_oialr.train.load_config import load_config
+from hpc_oialr.serve.card import write_card
+from hpc_oialr.serve.factored import build_plan, load_factored, save_config, save_factored, save_tensors
+from hpc_oialr.serve.lora import differences, load_adapter, load_base, save_adapter
+from hpc_oialr.serve.programs import save_onnx, save_pt2
+from hpc_oialr.serve.trained import Trained, load_trained
+
+Form = Literal["dense", "lowrank", "factored", "pt2", "onnx", "lora", "hub"]
+FORMS: tuple[Form, ...] = ("dense", "lowrank", "factored", "pt2", "onnx", "lora", "hub")
+DESCRIPTION = "export.json"
+# Outputs that differ by more, in the largest absolute value over the largest output, are no rounding (fp32).
+LARGEST_DIFFERENCE = 1e-3
+# How many samples are compared: another number than the programs were traced with.
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some forms need to know."""
+
+    weights: Literal["factored", "dense"] = "factored"  # of pt2 and onnx
+    base: Path | None = None  # of lora: a folder that transformers loads
+    r: int | None = None  # of lora; None: exact
 
 
 def export(
     run: Path,
-    form: Literal["dense", "lowrank"],
+    form: Form,
     *,
     out: Path | None = None,
     step: int | None = None,
     force: bool = False,
+    options: Options | None = None,
 ) -> Path:
-    """Write a checkpoint's model, by default the last, into ``RUN/export/dense`` or ``RUN/export/lowrank``, or ``out``.
+    """Write a checkpoint's model, by default the last, into ``RUN/export/FORM`` or ``out``.
 
-    "dense": ``model.safetensors`` with the original names and, for a transformers model, ``config.json``, so that its
-    class's ``from_pretrained`` loads the folder. "lowrank": factors as ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and
-    ``lowrank.json`` with r and the shape of every layer. Raises CheckpointError if the run has no such checkpoint or
-    it is damaged, OutputError if the folder holds what no export wrote (see :func:`hpc_oialr.outputs.new_folder`).
+    - "dense": ``model.safetensors`` with the original names and, for a transformers model, ``config.json``, so that its
+      class's ``from_pretrained`` loads the folder.
+    - "lowrank": factors as ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and ``lowrank.json`` with r and the shape of every layer.
+    - "factored": two factors a layer, for :func:`hpc_oialr.load_factored`.
+    - "pt2": ``model.pt2`` for ``torch.export.load``; "onnx": ``model.onnx``. Inputs in the order of ``export.json``.
+    - "lora": a PEFT adapter of the difference to ``options.base``.
+    - "hub": dense and factored weights with a model card, as a repository of the Hugging Face Hub is laid out.
+
+    What was written is read back but for "dense" and "lowrank", and compared with the trained model on random inputs.
+
+    Returns
+    -------
+    The folder; its ``export.json`` says of which step it is, and how far outputs differ.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no such checkpoint, or it is damaged.
+    OutputError
+        If the folder holds what no export wrote (see :func:`hpc_oialr.outputs.new_folder`).
+    ModelError
+        If the model cannot be written in this form, or what was written gives other outputs.
+    MissingExtraError
+        Without the packages of the form.
     """
+    options = options or Options()
+    if form == "lora" and options.base is None:
+        raise ConfigError("base", None, "must name the model that the adapter belongs to", fix="Add --base FOLDER.")
     target = out or run / "export" / form
-    with new_folder(target, "oialr export", inputs=[run], force=force) as folder:
-        model = load_model(run, step=step)
-        if form == "lowrank":
-            layers = low_rank_layers(model).items()
-            described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers}
-            content = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described}
-            (folder / "lowrank.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    inputs = [run, *([options.base] if options.base else [])]
+    with new_folder(target, "oialr export", inputs=inputs, force=force) as folder:
+        trained = load_trained(run, step=step)
+        content: dict[str, Any] = {"form": form, "run": trained.run.name, "step": trained.step}
+        if form in ("dense", "lowrank"):
+            _WRITERS[form](trained, folder, options, content)
         else:
-            model = merge(model, inplace=True)
-        tensors = {name: t.detach().contiguous() for name, t in untied_state(model).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(folder)
+            batch = trained.inputs(SAMPLES)
+            expected = trained.answer(trained.model, batch)
+            content["inputs"] = {
+                name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in batch.items()
+            }
+            written = _WRITERS[form](trained, folder, options, content)
+            assert written is not None
+            content["difference"] = _difference(written(batch), expected, form, content)
+        if form == "hub":
+            write_card(trained, folder, content["difference"])
+        (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
 
 
-def checkpoint_of(path: Path, step: int | None = None) -> tuple[Path, int]:
-    """Run and step of a run's folder, by default its last intact checkpoint, or of a checkpoint's folder.
-
-    Raises CheckpointError if there is no such checkpoint, or it is damaged.
-    """
-    if step is None and path.parent.name == "checkpoints" and (number := path.name.removeprefix("step_")).isdigit():
-        path, step = path.parent.parent, int(number)
-    if not (path / "config.yaml").exists():
-        raise CheckpointError(f"{path} holds no run: there is no {path / 'config.yaml'}.")
-    return path, _choose(CheckpointStore(path / "checkpoints", World.single("cpu")), step)
-
-
-def load_model(run: Path, *, step: int | None = None) -> nn.Module:
-    """The model of a run's checkpoint, on the CPU, in evaluation mode; low-rank layers stay low-rank. Needs no data."""
-    run, step = checkpoint_of(run, step)
-    store = CheckpointStore(run / "checkpoints", World.single("cpu"))
-    state, config = store.read_state(step), load_config(run / "config.yaml").config
-    example = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in state["example"].items()}
-    model = config.model.build(example)
-    model.to(torch.float64 if config.train.precision == "float64" else torch.float32)
-    ranks: dict[str, int] = state["controller"]["r"]
-    leave_fused_inference(model)
-    method = config.oialr
-    factor_dtype = getattr(torch, method.factor_dtype) if method and method.factor_dtype else None
-    for target in select(model, method.selection if method else Selection()):
-        if target.name in ranks:
-            empty_factors(target, ranks[target.name], factor_dtype=factor_dtype)
-    with torch.no_grad():
-        store.read_into(step, {f"model.{name}": tensor for name, tensor in untied_state(model).items()})
-    layers = low_rank_layers(model)
-    for layer in (layers[name] for name in state["controller"].get("bases_trained", ())):
-        U, S, Vh = (factor.detach() for factor in layer.factors)
-        layer.set_factors(*reorthogonalise(U, S, Vh))
-    return model.eval()
+def _difference(found: Tensor, expected: Tensor, form: str, content: dict[str, Any]) -> dict[str, Any]:
+    """How far outputs differ; ModelError if that is no rounding, unless an adapter was cut."""
+    largest = float(expected.abs().max())
+    absolute = float((found - expected).abs().max())
+    relative = absolute / largest if largest else absolute
+    if not relative <= LARGEST_DIFFERENCE and not content.get("truncation_error"):
+        raise ModelError(
+            f"the {form} export gives other outputs than the trained model: they differ by {absolute:.3g}, of at most "
+            f"{largest:.3g}. Nothing was written; export another form, such as --format dense."
+        )
+    return {"absolute": absolute, "relative": relative, "largest_output": largest, "samples": len(expected)}
 
 
-def _choose(store: CheckpointStore, step: int | None) -> int:
-    if step is None:
-        step = store.latest()
-        if step is None:
-            raise CheckpointError(f"{store.folder} holds no checkpoint yet; train longer, or set checkpoint.every.")
-        return step
-    if step not in store.steps():
-        held = ", ".join(map(str, store.steps())) or "none"
-        raise CheckpointError(f"{store.folder} holds no checkpoint of step {step}; there are: {held}.")
-    if damage := store.damage(step):
-        raise CheckpointError(f"{store.path(step)} is damaged ({damage}); choose another --step.")
-    return step
+Writer = Callable[[Trained, Path, Options, dict[str, Any]], Callable[[Batch], Tensor] | None]
+
+
+def _dense(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> None:
+    model = merge(trained.model, inplace=True)
+    save_tensors(model, folder / "model.safetensors")
+    save_config(model, folder)
+
+
+def _lowrank(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> None:
+    layers = low_rank_layers(trained.model).items()
+    described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers}
+    text = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described, **build_plan(trained)}
+    (folder / "lowrank.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
+    save_tensors(trained.model, folder / "model.safetensors")
+    save_config(trained.model, folder)
+
+
+def _factored(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> Callable[[Batch], Tensor]:
+    save_factored(trained, fold(trained.model), folder)
+    own = build_plan(trained)["library"] is None  # a class that only its user can build
+    loaded = load_factored(folder, merge(trained.model) if own else None)
+    return lambda batch: trained.answer(loaded, batch)
+
+
+def _program(save: Callable[[Trained, nn.Module, Path], Callable[[Batch], Tensor]]) -> Writer:
+    def write(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> Callable[[Batch], Tensor]:
+        content["weights"] = options.weights
+        with torch.no_grad():
+            model = fold(trained.model) if options.weights == "factored" else merge(trained.model)
+            return save(trained, model.requires_grad_(False), folder)
+
+    return write
+
+
+def _lora(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> Callable[[Batch], Tensor]:
+    assert options.base is not None
+    tuned = merge(trained.model)
+    found = differences(load_base(options.base), tuned, options.r)
+    save_adapter(load_base(options.base), tuned, found, folder, str(options.base))
+    factors, whole = found
+    content |= {
+        "base": str(options.base),
+        "r": {name: each.r for name, each in factors.items()},
+        "truncation_error": max(each.error for each in factors.values()) if options.r else 0.0,
+        "saved_whole": whole,
+    }
+    loaded = load_adapter(load_base(options.base), folder)
+    return lambda batch: trained.answer(loaded, batch)
+
+
+def _hub(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> Callable[[Batch], Tensor]:
+    answer = _factored(trained, folder, options, content)
+    _dense(
+        Trained(trained.run, trained.step, trained.config, merge(trained.model), trained.example), folder, options, {}
+    )
+    return answer
+
+
+_WRITERS: dict[str, Writer] = {
+    "dense": _dense,
+    "lowrank": _lowrank,
+    "factored": _factored,
+    "pt2": _program(save_pt2),
+    "onnx": _program(save_onnx),
+    "lora": _lora,
+    "hub": _hub,
+}

@@ -12,7 +12,8 @@ from support.tiny_runs import write_recipe
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.lowrank import low_rank_layers, merge
-from hpc_oialr.serve.export import export, load_model
+from hpc_oialr.serve.export import export
+from hpc_oialr.serve.trained import load_model
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import train
 
@@ -92,6 +93,7 @@ def test_nothing_but_an_earlier_export_is_replaced(run, tmp_path):
     export(run.folder, "lowrank", out=there)
     assert sorted(path.name for path in there.iterdir()) == [
         "config.json",
+        "export.json",
         "lowrank.json",
         "model.safetensors",
         "written_by_oialr.json",

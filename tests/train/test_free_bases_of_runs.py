@@ -14,7 +14,8 @@ from support.train_workers import losses, resume_worker, stop_at_step, train_wor
 from hpc_oialr.distributed import World
 from hpc_oialr.lowrank import low_rank_layers
 from hpc_oialr.record.memory import MemoryMeter
-from hpc_oialr.serve.export import export, load_model
+from hpc_oialr.serve.export import export
+from hpc_oialr.serve.trained import load_model
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 
