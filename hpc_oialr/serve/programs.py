@@ -97,17 +97,23 @@ def _sizes(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 @contextmanager
 def _quietly(exporter: str, model: nn.Module) -> Iterator[None]:
     """Without the exporter's advice; ModelError if it cannot export the model."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        cause = next((line for line in str(first).splitlines() if line.strip()), type(first).__name__)
         raise ModelError(
             f"{exporter} cannot export {type(model).__name__} ({cause.strip()[:200]}). Export it --format factored, and "
             "load it by hpc_oialr.load_factored."
         ) from error
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
