@@ -21,6 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from hpc_oialr.report.page import write_report
     from hpc_oialr.report.runs import find_runs
+    from hpc_oialr.report.stragglers import straggler
 
     if not is_main():
         return
@@ -34,7 +35,11 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with writing(path):
             write_report(runs, path, force=arguments.force)
+        late = {run.name: straggler(run.metrics) for run in runs}
     finally:
         for each in runs:
             each.close()
+    for name, said in late.items():
+        if said is not None:
+            show(f"{name}: {said}")
     show(path)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 Clock = Callable[[], float]
 _REFRESH_S = 0.25
+STRAGGLES = 1.2  # a rank whose own time is so many times the median rank's is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Status:
     metric_name: str = ""
     mfu: float | None = None  # of the last steps, in [0, 1]
     left_s: float | None = None  # time to the end of the job, if it has one
+    slowest_rank: int | None = None  # where that is measured
+    slowest_ratio: float = 1.0  # its own time over the median rank's
 
     def words(self) -> list[str]:
         """One figure each, as they are shown."""
@@ -49,6 +52,11 @@ class Status:
             f"{self.rate:,.0f} {self.unit}/s",
             *([] if self.mfu is None else [f"MFU {self.mfu:.0%}"]),
             f"data wait {self.data_wait_share:.0%}",
+            *(
+                []
+                if self.slowest_ratio < STRAGGLES
+                else [f"rank {self.slowest_rank} is slow, x {self.slowest_ratio:.2f}"]
+            ),
             f"memory {self.memory_bytes / 2**30:.2f} GiB",
             f"ETA {clock_time(self.eta_s)}{of_the_job}",
         ]

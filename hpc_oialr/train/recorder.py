@@ -21,6 +21,7 @@ from hpc_oialr.record.energy import EnergyMeter
 from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
 from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
+from hpc_oialr.train.pace import OwnTime
 from hpc_oialr.train.profiling import StepProfiler
 from hpc_oialr.train.run_context import RunContext
 from hpc_oialr.train.timing import Timers
@@ -57,6 +58,7 @@ class Recorder:
         self.utilisation = Utilisation(context.config, world.device)
         train = context.config.train
         traced = train.profile if world.rank in train.profile_ranks else None
+        self.own_time = OwnTime(world, context.engine)
         self.profiler = StepProfiler(traced, folder.profile, world.rank)
         self.meter = MemoryMeter(
             lambda: (
@@ -108,7 +110,12 @@ class Recorder:
         if step % context.config.record.every and step != context.total_steps:
             return
         own = torch.stack([loss.double(), loss.new_tensor(self.energy.since_last(), dtype=torch.float64)])
-        total, joules = world.all_reduce(own).tolist()
+        if self.own_time.on:
+            # Each rank's own time travels in a slot of its own.
+            times = own.new_zeros(world.size)
+            times[world.rank] = self.own_time.since_last()
+            own = torch.cat([own, times])
+        total, joules, *times_s = world.all_reduce(own).tolist()
         if self.metrics is None:
             return
         trained, memory = trainable_parameters(context.module), self.meter.peak_bytes
@@ -123,6 +130,7 @@ class Recorder:
             "trained_share": trained / dense_parameters(context.module),
             f"{unit}_per_s": self.throughput.items_per_s,
         }
+        row |= self.own_time.row(times_s)
         if self.mfu is not None:
             row["mfu"] = self.mfu
         self._write(row)
@@ -144,6 +152,8 @@ class Recorder:
             memory_bytes=memory,
             eta_s=self.throughput.eta_s(context.total_steps - step),
             left_s=None if self.deadline is None else self.deadline - time.time(),
+            slowest_rank=row.get("slowest_rank"),
+            slowest_ratio=row.get("slowest_ratio", 1.0),
             **self._evaluation,
         )
         self.progress.update(status)

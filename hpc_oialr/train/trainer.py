@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -108,6 +108,7 @@ class Trainer:
         context, progress, step = self.context, self.progress, self.progress.step
         with self.recorder.probe(step):
             context.rates.set(step)
+            self.recorder.own_time.begin(self._waited_s)
             loss = self._graph(batch)
             self.recorder.collect()
             start = time.perf_counter()
@@ -127,7 +128,7 @@ class Trainer:
         """The part of a step that a CUDA graph can hold: from the batch to changed parameters; returns the loss."""
         context = self.context
         with self.recorder.utilisation.counting():
-            loss = forward_backward(context, batch, self.progress.step)
+            loss = forward_backward(context, batch, self.progress.step, computed=self.recorder.own_time.computed)
         clip = self.config.train.gradient_clip
         clipped = [] if clip is None else [p for p in context.module.parameters() if p.requires_grad]
         context.engine.update(context.optimizer, context.scaler, clipped, clip)
@@ -277,10 +278,13 @@ class Trainer:
         }
 
 
-def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
+def forward_backward(
+    context: RunContext, batch: Batch, step: int, *, computed: Callable[[], object] = lambda: None
+) -> Tensor:
     """Gradients of the mean loss over the global batch; returns this rank's mean loss, on the device.
 
-    ``batch`` is this rank's part; ``step`` is the number of steps done.
+    ``batch`` is this rank's part; ``step`` is the number of steps done; ``computed`` is called before the last backward
+    pass, in which DDP's ranks wait for each other.
     """
     train, losses, passes = context.config.train, [], context.passes
     parts = {key: value.chunk(train.accumulation) for key, value in passes.place(batch).items()}
@@ -291,6 +295,8 @@ def forward_backward(context: RunContext, batch: Batch, step: int) -> Tensor:
             with nullcontext() if last else context.controller.no_sync():
                 with passes.autocast():
                     loss = context.config.task.loss(context.controller.model, piece, rng) / train.accumulation
+                if last:
+                    computed()
                 context.engine.backward(loss, context.scaler)
             losses.append(loss.detach())
     return torch.stack(losses).sum()

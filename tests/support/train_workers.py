@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from hpc_oialr.record import read_metrics
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
+from hpc_oialr.train.tasks import LanguageModelling
 from hpc_oialr.train.timing import StopRequest
 
 
@@ -15,6 +17,19 @@ def train_worker(rank: int, size: int, recipe: str, folder: str, stop_at: int | 
     """Train a recipe, stopping after ``stop_at`` steps; the summary."""
     stop = None if stop_at is None else stop_at_step(stop_at)
     return train(load_config(recipe), Path(folder), stop=stop).summary
+
+
+def slow_worker(rank: int, size: int, recipe: str, folder: str, slow: int, delay_s: float) -> None:
+    """Train a recipe while the forward passes of one rank take longer."""
+    if rank == slow:
+        quick = LanguageModelling.loss
+
+        def loss(*arguments: Any) -> Any:
+            time.sleep(delay_s)
+            return quick(*arguments)
+
+        LanguageModelling.loss = loss  # type: ignore[method-assign]
+    train(load_config(recipe), Path(folder))
 
 
 def stop_at_step(step: int) -> StopRequest:
