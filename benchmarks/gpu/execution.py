@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.models import Batch
+from benchmarks.gpu.models import Batch, own_loss
 from benchmarks.gpu.timing import captured
 from hpc_oialr import OIALR, Selection, muon_adamw
 from hpc_oialr.train.bf16_params import cast_parameters
@@ -28,6 +28,7 @@ class Trainee:
     device: torch.device
     controller: OIALR | None = None
     bf16_params: bool = False  # bf16 casts of the parameters instead of autocast
+    loss: Callable[[nn.Module, Batch], Tensor] = own_loss
 
     def gradients(self) -> Tensor:
         """Forward in bf16, and backward."""
@@ -36,7 +37,7 @@ class Trainee:
             batch = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
         with cast_parameters(self.model, torch.bfloat16) if self.bf16_params else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.bf16_params):
-                loss: Tensor = self.model(**batch).loss
+                loss = self.loss(self.model, batch)
             loss.backward()
         return loss.detach()
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers
 from hpc_oialr.models import GPT2, ViT
 from hpc_oialr.models.base import attention_without_masks, quiet_transformers
+from hpc_oialr.train.tasks import LanguageModelling
 
 Batch = dict[str, Tensor]
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model computes from its labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def task_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The package's loss of a language model: by chunks of the logits where the vocabulary is large."""
+    return LanguageModelling().loss(model, batch, np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Workload:
         Tokens a step.
     selection
         As in the model's recipe.
+    loss
+        The model's own, or that of the package's task.
     """
 
     name: str
@@ -35,6 +50,7 @@ class Workload:
     samples: int
     tokens: int
     selection: Selection
+    loss: Callable[[nn.Module, Batch], Tensor] = own_loss
 
 
 def workloads(*, tiny: bool) -> dict[str, Workload]:
@@ -92,7 +108,8 @@ def _gpt2(name: str, config: GPT2, batch: int, length: int) -> Workload:
     def build() -> nn.Module:
         return config.build({"input_ids": torch.empty(1, length, dtype=torch.long)})
 
-    return Workload(name, build, _text(batch, length, config.vocabulary), batch, batch * length, Selection())
+    text = _text(batch, length, config.vocabulary)
+    return Workload(name, build, text, batch, batch * length, Selection(), loss=task_loss)
 
 
 def _llama(

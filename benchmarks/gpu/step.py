@@ -143,4 +143,4 @@ def make(setting: Setting, device: torch.device) -> Trainee:
     controller = None
     if setting.fraction is not None:
         controller = to_low_rank(model, optimizer, setting.fraction, workload.selection)
-    return Trainee(model, optimizer, batch_on(workload, device), device, controller)
+    return Trainee(model, optimizer, batch_on(workload, device), device, controller, loss=workload.loss)

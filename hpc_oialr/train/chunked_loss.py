@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from hpc_oialr.data.base import Batch
@@ -49,6 +49,23 @@ def chunked_cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, targ
     return torch.stack(losses).sum()
 
 
+def aligned(head: nn.Module, logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``logits``, or the same by a weight padded with rows of zeros, where a GPU needs that for its fast kernels.
+
+    With GPT-2's 50,257 tokens the head's products took 30 of 64 ms of a step in kernels for unaligned data on an H100.
+    """
+    if type(head) is not nn.Linear or head.bias is not None or not misaligned(head.weight):
+        return logits
+    vocabulary = head.weight.shape[0]
+    weight = pad(head.weight, (0, 0, 0, -vocabulary % 64))
+    return lambda hidden: linear(hidden, weight)[:, :vocabulary]
+
+
+def misaligned(weight: Tensor) -> bool:
+    """Whether rows of logits would not begin at multiples of 16 bytes, on a GPU."""
+    return weight.is_cuda and weight.shape[0] * weight.element_size() % 16 != 0
+
+
 def next_token_loss(model: nn.Module, batch: Batch, setting: ChunkSetting) -> Tensor | None:
     """Sum of the losses of ``batch`` by :func:`chunked_cross_entropy`; None where ``setting`` wants all logits at once.
 
@@ -70,7 +87,7 @@ def next_token_loss(model: nn.Module, batch: Batch, setting: ChunkSetting) -> Te
     logits = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        return chunked_cross_entropy(logits, hidden[:, :-1].flatten(0, 1), targets, chunk)
+        return chunked_cross_entropy(aligned(head, logits), hidden[:, :-1].flatten(0, 1), targets, chunk)
 
     head.forward = forward
     try:
