@@ -66,6 +66,7 @@ class Search:
     poll_s: float = 1.0
     _active: dict[int, Trial] = field(default_factory=dict)
     _waiting: list[tuple[Trial, Submission]] = field(default_factory=list)  # Slurm has refused their jobs so far
+    _taken_up: set[int] = field(default_factory=set)  # running trials that an earlier call has submitted
 
     @property
     def folder(self) -> Path:
@@ -83,14 +84,19 @@ class Search:
             self._begin()
             study = open_study(self.folder, self.settings)
             enqueue_own(study, self.space.own_values(self.loaded))
-            for trial in running(study):
-                self._take_up(trial)
-            while not (reason := stopped()):
-                self._collect(study)
-                self._fill(study)
-                if not (self._active or self._waiting):
-                    return study
-                time.sleep(self.poll_s)
+            try:
+                for trial in running(study):
+                    self._take_up(trial)
+                while not (reason := stopped()):
+                    self._collect(study)
+                    self._fill(study)
+                    if not (self._active or self._waiting):
+                        return study
+                    time.sleep(self.poll_s)
+            except OIALRError:
+                # Nobody would watch them; they resume when the search continues.
+                self._end_all()
+                raise
             self._leave(reason)
         return None
 
@@ -120,6 +126,7 @@ class Search:
         number = trial.number
         if self.runs.run(number).finished or self.runs.alive(number):
             self._active[number] = trial
+            self._taken_up.add(number)
             self.tell(f"trial {number}: taken up again")
         else:
             again = "runs again from its last checkpoint" if self.runs.run(number).holds_run else "runs anew"
@@ -175,6 +182,11 @@ class Search:
                     trial.report(metrics[index], index)
             if finished:
                 self._complete(study, trial, metrics)
+            elif over[number] and number in self._taken_up:
+                # It was being stopped, together with the earlier call.
+                self._taken_up.discard(number)
+                del self._active[number]
+                self._take_up(trial)
             elif over[number]:
                 self._fail(trial, self.runs.error(number))
             elif alone and OWN not in trial.user_attrs and trial.should_prune():
@@ -213,11 +225,14 @@ class Search:
     def _leave(self, reason: str) -> None:
         """Stopped on request: jobs of Slurm go on, runs on this machine stop with a checkpoint."""
         if self.runs.request.executor == "local":
-            for number in self._active:
-                self.runs.end(number)
+            self._end_all()
             self.tell(f"stopped by {reason}; running trials stop with a checkpoint")
         else:
             self.tell(f"stopped by {reason}; {len(self._active)} jobs go on, and count when the search continues")
+
+    def _end_all(self) -> None:
+        for number in self._active:
+            self.runs.end(number)
 
     def _shown(self, metric: float) -> str:
         return f"{self.loaded.config.task.metric.replace('_', ' ')} {metric:.5g}"

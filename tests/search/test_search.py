@@ -37,6 +37,7 @@ class WrittenRuns(TrialRuns):
     refuse_beyond: int = 10**6  # Slurm takes so many jobs at once
     broken: tuple[int, ...] = ()  # trials whose run fails
     unfit: tuple[int, ...] = ()  # trials whose settings do not fit each other
+    dying: set[int] = field(default_factory=set)  # jobs that an earlier call has told to end: over at the next look
     split: str = "validation"
     jobs: dict[int, list[Any]] = field(default_factory=dict)  # evaluations done and lr, of running ones
     started: list[int] = field(default_factory=list)
@@ -57,13 +58,14 @@ class WrittenRuns(TrialRuns):
         self.most = max(self.most, len(self.jobs))
 
     def alive(self, number):
-        return number in self.jobs
+        return number in self.jobs or number in self.dying
 
     def over(self, numbers):
         done = {}
         for number in numbers:
             if number in self.jobs:
                 self._step(number)
+            self.dying.discard(number)
             done[number] = number not in self.jobs
         return done
 
@@ -192,6 +194,19 @@ def test_killed_and_continued(made, tmp_path):
     assert not made()[1].started
 
 
+def test_stopped_and_continued_at_once(made):
+    """Runs that are still ending as the search continues are no failures."""
+    search, first, said = made()
+    assert go(search, looks=3) is None
+    assert said[-1] == "stopped by TERM; running trials stop with a checkpoint"
+    assert not first.jobs
+    again, second, said = made(dying={0, 1})
+    study = go(again)
+    assert set(states(study)) == {"COMPLETE", "PRUNED"}
+    assert second.started[:3] == [2, 0, 1]
+    assert said.count("trial 0: taken up again") == said.count("trial 0: runs anew") == 1
+
+
 def test_another_search_in_the_folder(made):
     go(made(trials=1)[0])
     with pytest.raises(OIALRError, match="holds a search with another config"):
@@ -229,5 +244,7 @@ def test_local_runs_have_gpus_of_their_own(tmp_path):
 
 
 def test_trials_are_not_chosen_by_test_data(made):
+    search, runs, _ = made(split="test")
     with pytest.raises(OIALRError, match="has no validation data, and trials are not to be chosen by test data"):
-        go(made(split="test")[0])
+        go(search)
+    assert not runs.jobs, "nobody would watch them"
