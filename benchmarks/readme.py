@@ -202,6 +202,26 @@ def step() -> str:
     return table(header, rows) + "\n" + origin("step", result["environment"])
 
 
+def serve() -> str:
+    """Factored inference: time and size over dense."""
+    result = load("serve")
+    rows = [
+        (
+            row["model"],
+            f"{row['r_fraction']:g} k",
+            str(row["batch"]),
+            "{:.2f} [{:.2f} to {:.2f}]".format(row["time_ratio"], *row["spread"]),
+            f"{row['size_ratio']:.2f}",
+        )
+        for row in result["rows"]
+        if row["form"] == "factored"
+    ]
+    header = ("model", "r", "batch", "time / dense [10 % to 90 % of the rounds]", "size / dense")
+    unfolded = [row["time_ratio"] for row in result["rows"] if row["form"] == "as trained"]
+    remark = f"As trained, with the core as a third factor, it would be {min(unfolded):.2f} to {max(unfolded):.2f}."
+    return f"{table(header, rows)}\n\n{remark}\n{origin('serve', result['environment'])}"
+
+
 def settings() -> str:
     """What was tried for the demo."""
     result = load("demo_settings")
@@ -391,6 +411,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "layer": layer,
     "step": step,
+    "serve": serve,
     "settings": settings,
     "engines": engines,
     "traffic": traffic,

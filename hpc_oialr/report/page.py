@@ -23,7 +23,7 @@ from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.outputs import claim, marked, new_file
 from hpc_oialr.record.files import to_json
 from hpc_oialr.report.page_data import page_data
-from hpc_oialr.report.runs import Run, conversions, dense_of, ratios_to_dense, settling_steps
+from hpc_oialr.report.runs import Run, conversions, dense_of, pareto_fronts, ratios_to_dense, settling_steps
 from hpc_oialr.spectra import Spectra
 from hpc_oialr.train.load_config import flat
 
@@ -58,10 +58,10 @@ def page(runs: Sequence[Run], path: Path) -> str:
     ended = [run for run in runs if run.summary]
     # Of finished runs to the dense one; none where there is nothing to compare.
     ratios = ratios_to_dense(ended) if {run.dense for run in ended} == {True, False} else {}
-    data = []
+    fronts = f'<script type="application/json" id="pareto">{_inside(pareto_fronts(runs))}</script>'
+    data = [fronts]
     for run in runs:
-        # No text in the numbers can close the block.
-        content = to_json({**page_data(run), "ratios": ratios.get(run.name)}).replace("<", "\\u003c")
+        content = _inside({**page_data(run), "ratios": ratios.get(run.name)})
         data.append(f'<script type="application/json" class="run">{content}</script>')
     parents = {run.folder.path.resolve().parent for run in runs}
     where = f"{parents.pop().name}: " if len(parents) == 1 and len(runs) > 1 else ""
@@ -86,6 +86,11 @@ def page(runs: Sequence[Run], path: Path) -> str:
         plotly=plotly,
         script=script,
     )
+
+
+def _inside(data: Mapping[str, Any]) -> str:
+    """JSON inside the page: no text in it can close the block."""
+    return to_json(data).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:
@@ -185,6 +190,10 @@ def file_list(run: Run, page: Path) -> str:
 def sentences(runs: Sequence[Run]) -> Iterator[str]:
     """The results of the runs in sentences."""
     dense = dense_of(runs)
+    if len(runs) > 2 and (found := pareto_fronts(runs)):
+        for price, front in found["fronts"].items():
+            names = ", ".join(found["runs"][i] for i in front)
+            yield f"By {found['metric']} and {price.partition(' (')[0]} no other run beats: {names}."
     for run in runs:
         yield _result(run)
         if dense is not None and run is not dense and run.summary and dense.summary:

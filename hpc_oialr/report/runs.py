@@ -206,6 +206,61 @@ def ratios_to_dense(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     return {run.name: {label: value / base[label] for label, value in costs(run).items()} for run in others}
 
 
+# What a run costs, and where its summary has it; energy is added up from its metrics.
+PRICES = {
+    "training time (s)": "wall_s",
+    "peak memory (GiB)": "peak_memory_gib",
+    "trained parameters": "trainable_params",
+}
+ENERGY = "energy (kJ)"
+
+
+def price_of(run: Run) -> dict[str, float]:
+    """What a finished run cost; without the energy where a part of it was not measured."""
+    prices = {label: float(run.summary[key]) for label, key in PRICES.items()}
+    joules = [row.get("energy_J") for row in run.metrics if "split" not in row]
+    if joules and None not in joules:
+        prices[ENERGY] = sum(cast(list[float], joules)) / 1000
+    return prices
+
+
+def pareto_front(prices: Sequence[float], values: Sequence[float], *, higher_is_better: bool) -> list[int]:
+    """Which points no other one beats: indices by rising price; of equal points the first.
+
+    >>> pareto_front([3, 1, 2, 2], [0.9, 0.7, 0.6, 0.8], higher_is_better=True)
+    [1, 3, 0]
+    """
+    sign = 1 if higher_is_better else -1
+    front: list[int] = []
+    for i in sorted(range(len(prices)), key=lambda i: (prices[i], -sign * values[i], i)):
+        if not front or sign * values[i] > sign * values[front[-1]]:
+            front.append(i)
+    return front
+
+
+def pareto_fronts(runs: Sequence[Run]) -> dict[str, Any]:
+    """Metric and price of every finished run, and for each price the runs that no other one beats in both.
+
+    Runs that were judged by another metric than the first finished one are left out. Empty with fewer than two runs.
+    """
+    ended = [run for run in runs if run.summary]
+    ended = [run for run in ended if run.summary["metric_name"] == ended[0].summary["metric_name"]]
+    if len(ended) < 2:
+        return {}
+    name, prices = ended[0].summary["metric_name"], [price_of(run) for run in ended]
+    known = [label for label in (*PRICES, ENERGY) if all(label in each for each in prices)]
+    values = [float(run.summary["metric"]) for run in ended]
+    higher = name.endswith("accuracy")
+    fronts = {label: pareto_front([each[label] for each in prices], values, higher_is_better=higher) for label in known}
+    return {
+        "metric": name.replace("_", " "),
+        "runs": [run.name for run in ended],
+        "values": values,
+        "prices": {label: [each[label] for each in prices] for label in known},
+        "fronts": fronts,
+    }
+
+
 def step_seconds(run: Run) -> tuple[Numbers, Numbers]:
     """Steps in the middle between two rows of losses, and seconds a step took there."""
     curve = run.losses

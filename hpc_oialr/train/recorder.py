@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -133,6 +134,8 @@ class Recorder:
         row |= self.own_time.row(times_s)
         if self.mfu is not None:
             row["mfu"] = self.mfu
+        if math.isfinite(joules):
+            row["energy_J"] = joules
         self._write(row)
         if self.spectra is not None:
             fields = {name: row[name] for name in ("step", "loss", "lr", "wall_s", "data_wait_s")}

@@ -86,7 +86,7 @@ def bold_line(tab):
 
 def test_opens_with_all_charts_and_the_record_in_them(light):
     charts = light.ask("[...document.querySelectorAll('.chart')].map((chart) => chart.data?.length ?? 0)")
-    assert len(charts) == 7
+    assert len(charts) == 8
     assert min(charts) >= 1
     line = light.ask("(({ x, y }) => ({ x, y }))(document.getElementById('chart-layers').data[0])")
     assert line["x"] == [10, 20, 40, 50]
@@ -168,6 +168,16 @@ def test_quantity_and_runs_are_chosen(light):
     ]
     light.page.locator("#progress-value").select_option("losses")
     assert len(light.ask("document.getElementById('chart-progress').data[1].y")) == 5
+
+
+def test_what_runs_reached_over_what_they_cost(light):
+    """The dense run costs twice the time; both reach .55, so that it is beaten."""
+    chart = "document.getElementById('chart-pareto')"
+    points = "data.map((trace) => [trace.x[0], Math.round(trace.y[0]), trace.x.length])"
+    assert light.ask(f"{chart}.{points}") == [[50, 55, 1], [100, 55, 1], [50, 55, 1]]  # the front, then the runs
+    light.page.locator("#pareto-price").select_option("trained parameters")
+    assert light.ask(f"{chart}.data[1].x") == [1000]
+    assert light.ask(f"{chart}._fullLayout.xaxis.title.text") == "trained parameters"
 
 
 def test_zooms_by_keyboard(light):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from support.made_runs import NAMES, make_record, make_run
@@ -10,6 +12,8 @@ from hpc_oialr.report.runs import (
     conversions,
     dense_of,
     find_runs,
+    pareto_front,
+    pareto_fronts,
     ratios_to_dense,
     settling_steps,
     share_of_k,
@@ -105,3 +109,34 @@ def test_costs_need_a_dense_run_and_an_end(runs, tmp_path):
     going = find_runs([make_run(tmp_path / "going", ended=False)])
     with pytest.raises(DataError, match=r"has no summary.json: the run has not ended. Let it end."):
         ratios_to_dense([runs[0], *going])
+
+
+def test_what_no_other_run_beats(tmp_path):
+    """Any number of runs; energy only where it was measured throughout, and a run without an end is left out."""
+    runs, metrics = {"dense": (0.55, 100.0, 2.0), "low": (0.54, 50.0, 1.0), "worse": (0.53, 60.0, 4.0)}, {}
+    for name, (metric, wall_s, joules) in runs.items():
+        folder = make_run(tmp_path / name, dense=name == "dense")
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**summary, "metric": metric, "wall_s": wall_s}))
+        metrics[name] = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics[name].read_text().splitlines()]
+        rows = [row if "split" in row else {**row, "energy_J": 200 * joules} for row in rows]
+        metrics[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_run(tmp_path / "going on", ended=False)
+    found = pareto_fronts(find_runs([tmp_path / name for name in (*runs, "going on")]))
+    assert found["runs"] == list(runs)
+    assert found["prices"]["training time (s)"] == [100.0, 50.0, 60.0]
+    assert found["prices"]["energy (kJ)"] == pytest.approx([2.0, 1.0, 4.0])  # five rows of 200 J
+    assert {price: [found["runs"][i] for i in front] for price, front in found["fronts"].items()} == {
+        "training time (s)": ["low", "dense"],
+        "peak memory (GiB)": ["low", "dense"],
+        "trained parameters": ["low", "dense"],
+        "energy (kJ)": ["low", "dense"],
+    }
+    metrics["low"].write_text(metrics["low"].read_text().replace('"energy_J"', '"other"'))
+    assert "energy (kJ)" not in pareto_fronts(find_runs([tmp_path / name for name in runs]))["prices"]
+    assert pareto_fronts(find_runs([tmp_path / "low", tmp_path / "going on"])) == {}
+
+
+def test_a_front_of_losses_falls():
+    assert pareto_front([1, 2, 3, 2], [0.5, 0.4, 0.45, 0.4], higher_is_better=False) == [0, 1]

@@ -6,6 +6,7 @@ const CHARTS = {
   "chart-progress": drawProgress,
   "chart-share": drawShare,
   "chart-steps": drawStepTimes,
+  "chart-pareto": drawPareto,
   "chart-layers": drawLayers,
   "chart-r": drawHeatMap,
   "chart-spectrum": drawSpectrum,
@@ -30,6 +31,7 @@ function stepBy(places) {
 function connect() {
   on("progress-value", "change", drawProgress);
   on("progress-axis", "change", drawProgress);
+  on("pareto-price", "change", drawPareto);
   if (!withLayers.length) return;
   on("run", "change", changeRun);
   on("quantity", "change", drawLayers);
@@ -49,6 +51,7 @@ function start() {
   byId("toggles").open = window.innerWidth > 900;
   applyTheme();
   listRuns();
+  fill(byId("pareto-price"), Object.keys(PARETO.prices ?? {}).map((price) => [price, price]));
   if (!RUNS.some((run) => run.evaluations.step.length)) byId("progress-value").value = "losses";
   for (const chart of RUN_CHARTS) chart();
   redraws.push(listRuns, ...RUN_CHARTS);

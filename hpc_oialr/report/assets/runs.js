@@ -1,5 +1,6 @@
 // All runs in one chart: what they reached, and what it cost.
 
+const PARETO = JSON.parse(byId("pareto").textContent);
 const runShown = RUNS.map(() => true);
 const SYMBOLS = ["circle", "square", "diamond", "triangle-down", "triangle-up", "cross", "x"];
 const MARKS = { type: "scatter", mode: "lines+markers" };
@@ -70,7 +71,28 @@ function drawCost() {
   draw("chart-cost", traces, layout(x, axis("", { autorange: "reversed" }), { shapes: [one], bargap: 0.35, margin: { l: 140, r: 40, t: 10, b: 46 } }));
 }
 
-const RUN_CHARTS = [drawProgress, drawShare, drawStepTimes, drawCost];
+function drawPareto() {
+  const price = byId("pareto-price").value;
+  if (!price) return draw("chart-pareto", [], {});
+  const { metric, runs, values, prices, fronts } = PARETO;
+  const y = percent(values, metric);
+  const points = runs.map((name, k) => {
+    const i = RUNS.findIndex((run) => run.name === name);
+    return {
+      ...MARKS, mode: "markers+text", name: plain(name), x: [prices[price][k]], y: [y[k]], visible: runShown[i],
+      text: [plain(name)], textposition: "top center", cliponaxis: false,
+      marker: { color: runColour(i), symbol: SYMBOLS[i % SYMBOLS.length], size: 11 },
+      hovertemplate: `<b>%{fullData.name}</b><br>${price}: %{x:.4~g}<br>%{y:.4~g}<extra></extra>`,
+    };
+  });
+  const line = {
+    ...MARKS, mode: "lines", name: "front", x: fronts[price].map((k) => prices[price][k]), y: fronts[price].map((k) => y[k]),
+    line: { color: colour("quiet"), dash: "dot", width: 1.5 }, hoverinfo: "skip",
+  };
+  return draw("chart-pareto", [line, ...points], layout(axis(price), axis(metricTitle(metric))));
+}
+
+const RUN_CHARTS = [drawProgress, drawShare, drawStepTimes, drawCost, drawPareto];
 
 function listRuns() {
   const boxes = RUNS.map((run, i) => {
