@@ -396,6 +396,28 @@ def support() -> str:
     return summary(result) + "\n" + origin("support", result["environment"])
 
 
+def image_shards() -> str:
+    """Random reads of images from tar shards and HDF5."""
+    result = load("image_shards")
+    rows = []
+    for row in result["rows"]:
+        side = row["decoded_side"]
+        name = f"{row['images']}, {row['mean_bytes'] / 1024:.1f} KiB, decoded to {side} x {side}"
+        for way in ("tar", "HDF5"):
+            rates = [f"{row[f'{way}, {what} (1/s)']:,.0f}" for what in ("read", "read and decode")]
+            rows.append((name, way, *rates, f"{row[f'{way}, read and decode / decode']:.2f}", ""))
+        rows[-2] = (*rows[-2][:-1], f"{row['reader, whole batches / decode']:.2f}")
+    header = (
+        "images",
+        "format",
+        "read, 1/s",
+        "read and decode, 1/s",
+        "over decoding alone",
+        "reader over decoding alone",
+    )
+    return table(header, rows) + "\n" + origin("image_shards", result["environment"])
+
+
 def gpu() -> str:
     """Layers, steps and updates on one GPU."""
     from benchmarks.gpu.measured import summary  # which uses this file's helpers
@@ -409,6 +431,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,
     "gpu": gpu,
+    "image_shards": image_shards,
     "layer": layer,
     "step": step,
     "serve": serve,
@@ -436,13 +459,13 @@ def rendered(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is out of date")
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rendered(before)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    before = {page: page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "data.md")}
+    after = {page: rendered(text) for page, text in before.items()}
     if parser.parse_args(arguments).check:
         sys.exit(before != after)
-    readme.write_text(after)
+    for page, text in after.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from hpc_oialr.data.ett import ETT
 from hpc_oialr.data.fetch import cache_root, fetch
 from hpc_oialr.data.image_arrays import CIFAR10, FashionMNIST, FlipAndCrop
 from hpc_oialr.data.image_folder import ImageFolder, ResizedCrop
+from hpc_oialr.data.image_shards import ImageShards, pack
 from hpc_oialr.data.samples import write_sample
 from hpc_oialr.data.text import TextFolder
 from hpc_oialr.data.timeseries import TimeSeriesCSV
+from hpc_oialr.data.token_files import TokenFiles, tokenize
 
 __all__ = [
     "CIFAR10",
@@ -21,11 +23,15 @@ __all__ = [
     "FlipAndCrop",
     "GlobalBatches",
     "ImageFolder",
+    "ImageShards",
     "ResizedCrop",
     "Splits",
     "TextFolder",
     "TimeSeriesCSV",
+    "TokenFiles",
     "cache_root",
     "fetch",
+    "pack",
+    "tokenize",
     "write_sample",
 ]

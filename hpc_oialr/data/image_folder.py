@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -95,15 +96,18 @@ def _centred(width: int, height: int, w: float, h: float) -> Box:
     return left, top, left + w, top + h
 
 
-def read_view(path: Path, size: int, view_of: Callable[[int, int], View]) -> Tensor:
-    """A view of an image file as uint8 [3, size, size], bicubic with antialiasing.
+def read_view(
+    file: Path | BinaryIO, size: int, view_of: Callable[[int, int], View], *, name: str | None = None
+) -> Tensor:
+    """A view of an encoded image as uint8 [3, size, size], bicubic with antialiasing.
 
-    ``view_of`` chooses it by width and height. Raises :class:`SampleError` if the file is missing or damaged.
+    ``view_of`` chooses it by width and height; ``name`` is what an error calls it, by default the path. Raises
+    :class:`SampleError` if the file is missing or damaged.
     """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             view = view_of(*image.size)
             box = _draft(image, view.box, size)
             seen = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -111,7 +115,7 @@ def read_view(path: Path, size: int, view_of: Callable[[int, int], View]) -> Ten
         # Pillow says SyntaxError for a broken PNG.
         fix = "Copy it again from its source; without it only a new run can be started"
         why = "the order of the samples depends on their number"
-        raise SampleError(f"{path} cannot be read as an image: {error}. {fix}: {why}.") from error
+        raise SampleError(f"{name or file} cannot be read as an image: {error}. {fix}: {why}.") from error
     pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1)
     return pixels.flip(2) if view.mirrored else pixels
 
@@ -133,26 +137,21 @@ def require_pillow() -> None:
         raise MissingExtraError("Pillow", "images", purpose="reading image files") from None
 
 
-class ImageFiles(ArrayDataset):
-    """Image files below ``root``, decoded in :meth:`gather`.
+class EncodedImages(ArrayDataset):
+    """Images that are decoded in :meth:`gather`; a subclass says where each is."""
 
-    Names are bytes in one array: a list of 1.3 million strings would be copied, page by page, into every worker.
-    """
-
-    def __init__(
-        self, root: Path, names: NDArray[np.bytes_], labels: Tensor, config: ImageFolder, *, training: bool
-    ) -> None:
-        self.root, self.names, self.labels = root, names, labels
+    def __init__(self, labels: Tensor, config: ImageConfig, *, training: bool) -> None:
+        self.labels = labels
         self.size = config.size if training else config.evaluation_size or config.size
         self.share, self.augment = config.evaluation_share, config.augment if training else None
         self.normalise = Normalisation(config.mean, config.std)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
-    def path(self, index: int) -> Path:
-        """The file of a sample."""
-        return self.root / os.fsdecode(bytes(self.names[index]))
+    @abstractmethod
+    def encoded(self, index: int) -> tuple[Path | BinaryIO, str]:
+        """File of a sample, and its name for errors."""
 
     def gather(self, indices: Tensor, rng: CounterRNG | None = None) -> Batch:
         """``{"pixel_values": float32 [B, 3, size, size], "labels": int64 [B]}``; a damaged file is a SampleError."""
@@ -161,7 +160,8 @@ class ImageFiles(ArrayDataset):
             views = [partial(self.augment.view, numbers=row) for row in self.augment.numbers(indices, rng)]
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         for image, index, view in zip(images, indices.tolist(), views, strict=True):
-            image.copy_(read_view(self.path(index), self.size, view))
+            file, name = self.encoded(index)
+            image.copy_(read_view(file, self.size, view, name=name))
         return {"pixel_values": self.normalise(images), "labels": self.labels.index_select(0, indices)}
 
     def middle(self, width: int, height: int) -> View:
@@ -170,16 +170,34 @@ class ImageFiles(ArrayDataset):
         return View(_centred(width, height, side, side))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageFolder(DataConfig):
-    """Images in ``train/CLASS/`` and ``val/CLASS/``, and ``test/CLASS/`` if there is one; needs Pillow.
+class ImageFiles(EncodedImages):
+    """Image files below ``root``.
 
-    Classes are numbered in the order of their names. Training takes random parts of images, evaluation the middle.
+    Names are bytes in one array: a list of 1.3 million strings would be copied, page by page, into every worker.
+    """
+
+    def __init__(
+        self, root: Path, names: NDArray[np.bytes_], labels: Tensor, config: ImageConfig, *, training: bool
+    ) -> None:
+        super().__init__(labels, config, training=training)
+        self.root, self.names = root, names
+
+    def path(self, index: int) -> Path:
+        """The file of a sample."""
+        return self.root / os.fsdecode(bytes(self.names[index]))
+
+    def encoded(self, index: int) -> tuple[Path, str]:
+        """The file of a sample, twice."""
+        path = self.path(index)
+        return path, str(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(DataConfig):
+    """Base of image folders and shards: training takes random parts of images, evaluation the middle; needs Pillow.
 
     Parameters
     ----------
-    path
-        The folder; not given: ``imagenet`` in the cache.
     size, evaluation_size
         Side of training images and of the others, in pixels; the latter not given: the same.
     evaluation_share
@@ -206,6 +224,19 @@ class ImageFolder(DataConfig):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}", value, "must be at least 1 pixel")
         check_interval("data.evaluation_share", self.evaluation_share, 0, 1, closed=(False, True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(ImageConfig):
+    """Images in ``train/CLASS/`` and ``val/CLASS/``, and ``test/CLASS/`` if there is one.
+
+    Classes are numbered in the order of their names. Further parameters: see :class:`ImageConfig`.
+
+    Parameters
+    ----------
+    path
+        The folder; not given: ``imagenet`` in the cache.
+    """
 
     def _load(self) -> Splits:
         require_pillow()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hpc_oialr.data.base import Batch
@@ -159,6 +160,10 @@ class Autoformer(ModelConfig):
     scaling
         How each window is scaled before the network and back after it: by "std" or "mean" of its context, or "none",
         as published.
+    initial
+        Initial weights: "transformers", small ones everywhere, or "published": PyTorch's defaults, larger ones of the
+        values' embedding, and forecasts that are the decoder's own values, where a random linear map of these would
+        have to be unlearned first, for which the published learning rate is too small.
     """
 
     float64 = False
@@ -173,6 +178,7 @@ class Autoformer(ModelConfig):
     label_length: int = 48
     dropout: float = 0.05
     scaling: Literal["std", "mean", "none"] = "std"
+    initial: Literal["transformers", "published"] = "transformers"
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "dim", "encoder_layers", "decoder_layers", "heads", "mlp_dim")
@@ -191,7 +197,7 @@ class Autoformer(ModelConfig):
         if context < self.label_length:
             rule = f"must be at most {context}, the data's past of {past.shape[1]} time steps less the largest lag"
             raise ConfigError("label_length", self.label_length, rule)
-        return stock_model(
+        model = stock_model(
             "AutoformerForPrediction",
             prediction_length=example["future_values"].shape[1],
             context_length=context,
@@ -216,3 +222,22 @@ class Autoformer(ModelConfig):
             moving_average=self.moving_average,
             use_cache=False,
         )
+        if self.initial == "published":
+            _start_as_published(model)
+        return model
+
+
+@torch.no_grad()
+def _start_as_published(model: Any) -> None:
+    """Initial weights of an ``AutoformerForPrediction`` as in the published code."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            module.reset_parameters()
+    for part in (model.model.encoder, model.model.decoder):
+        nn.init.kaiming_normal_(part.value_embedding.value_projection.weight, mode="fan_in", nonlinearity="leaky_relu")
+    mean, lags = model.parameter_projection.proj[0], len(model.config.lags_sequence)
+    mean.weight.zero_()
+    mean.bias.zero_()
+    # The decoder's features begin with all lags of the first variable, then of the second.
+    for variable in range(len(mean.weight)):
+        mean.weight[variable, variable * lags] = 1.0

@@ -236,10 +236,12 @@ class Forecasting(Task):
 
 @dataclass(kw_only=True)
 class LanguageModelling(Task):
-    """Cross-entropy of the next byte; the metric is bits per byte.
+    """Cross-entropy of the next token; the metric is bits per byte of text.
 
     Parameters
     ----------
+    bytes_per_token
+        Bytes of text that a token stands for on average: 1 where tokens are bytes; ``oialr data tokenize`` says it.
     loss_chunk
         Tokens of which the logits exist at a time, of GPT-2 and Llama; "auto" = as many as make 2^26 logits where the
         vocabulary has at least 32,768 tokens, all elsewhere; null = all.
@@ -253,8 +255,11 @@ class LanguageModelling(Task):
     draws = False
 
     loss_chunk: int | Literal["auto"] | None = "auto"
+    bytes_per_token: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.bytes_per_token > 0:
+            raise ConfigError("bytes_per_token", self.bytes_per_token, "must be positive")
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 1:
             raise ConfigError("loss_chunk", self.loss_chunk, "must be at least 1")
 
@@ -277,10 +282,11 @@ class LanguageModelling(Task):
         return logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
-        """``loss`` (nats), ``bits_per_byte`` and ``perplexity``."""
+        """``loss`` (nats) and ``perplexity`` of a token, and ``bits_per_byte``."""
         total, count = totals.tolist()
         loss = total / count
-        return {"loss": loss, "bits_per_byte": loss / math.log(2), "perplexity": math.exp(min(loss, 700.0))}
+        bits = loss / math.log(2) / self.bytes_per_token
+        return {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))}
 
     def count(self, batch: Batch) -> int:
         """Tokens."""

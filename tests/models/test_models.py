@@ -68,6 +68,23 @@ def test_attention_is_given_no_mask_even_while_a_cuda_graph_is_captured(model, m
     assert torch.equal(logits, built(**inputs).logits)
 
 
+def test_autoformer_starts_with_the_decoders_own_forecast():
+    """As published: the trend's and the season's values, added up, and nothing else."""
+    torch.manual_seed(0)
+    past, future = torch.randn(2, 14, 3), torch.randn(2, 4, 3)
+    batch = {"past_values": past, "past_time_features": torch.randn(2, 14, 5), "future_values": future}
+    settings = {"dim": 16, "mlp_dim": 16, "heads": 2, "moving_average": 5, "label_length": 6, "scaling": "none"}
+    batch |= {"future_time_features": torch.randn(2, 4, 5), "past_observed_mask": torch.ones_like(past)}
+    for lags in ((0,), (0, 2)):
+        model = Autoformer(**settings, lags=lags, initial="published").build(batch).eval()
+        with torch.no_grad():
+            decoded = model.model(**batch)
+            values = (decoded.last_hidden_state + decoded.trend)[:, -4:, : 3 * len(lags) : len(lags)]
+            torch.testing.assert_close(model(**batch).params[0], values)
+        embedding = model.model.encoder.value_embedding.value_projection.weight.detach()
+        assert float(embedding.std()) == pytest.approx((2 / embedding.shape[1]) ** 0.5, rel=0.2)
+
+
 def test_same_seed_same_weights():
     weights = []
     for _ in range(2):
