@@ -116,7 +116,7 @@ def read_view(
         fix = "Copy it again from its source; without it only a new run can be started"
         why = "the order of the samples depends on their number"
         raise SampleError(f"{name or file} cannot be read as an image: {error}. {fix}: {why}.") from error
-    pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(np.asarray(seen).transpose(2, 0, 1)))
     return pixels.flip(2) if view.mirrored else pixels
 
 
@@ -158,11 +158,12 @@ class EncodedImages(ArrayDataset):
         views: list[Callable[[int, int], View]] = [self.middle] * len(indices)
         if self.augment is not None and rng is not None:
             views = [partial(self.augment.view, numbers=row) for row in self.augment.numbers(indices, rng)]
-        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        images = torch.empty(len(indices), 3, self.size, self.size)
         for image, index, view in zip(images, indices.tolist(), views, strict=True):
             file, name = self.encoded(index)
-            image.copy_(read_view(file, self.size, view, name=name))
-        return {"pixel_values": self.normalise(images), "labels": self.labels.index_select(0, indices)}
+            # One by one: an image fits into the cache of a core, a batch does not.
+            self.normalise.scale_(image.copy_(read_view(file, self.size, view, name=name)))
+        return {"pixel_values": images, "labels": self.labels.index_select(0, indices)}
 
     def middle(self, width: int, height: int) -> View:
         """The view for evaluation."""
