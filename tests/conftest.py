@@ -27,8 +27,15 @@ with suppress(ImportError):
 
 # The longest first, and last files of a second or two, so that no worker is left alone at the end.
 LONGEST = (
-    *("tests/slurm/", "tests/engines/test_deepspeed.py", "tests/train/", "tests/engines/"),
-    *("tests/linalg/test_distributed.py", "tests/distributed/", "tests/plan/", "tests/launch/", "tests/cli/"),
+    *("tests/slurm/", "tests/engines/test_deepspeed.py", "tests/train/", "tests/engines/", "tests/test_tour.py"),
+    *(
+        "tests/linalg/test_distributed.py",
+        "tests/distributed/",
+        "tests/plan/",
+        "tests/launch/",
+        "tests/cli/",
+        "tests/serve/",
+    ),
     *("tests/benchmarks/", "tests/method/", "tests/optim/test_properties.py", "tests/lowrank/test_fused.py"),
     *("tests/report/", "tests/doctor/", "tests/test_"),
 )
@@ -43,6 +50,7 @@ SLOW = (
         "tests/plan/",
         "tests/distributed/",
         "tests/report/",
+        "tests/serve/",
         "tests/train/",
     ),
     *("tests/cli/test_fuzz.py", "tests/method/test_compile.py", "tests/spectra/test_repair.py"),
