@@ -43,6 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--continue", dest="go_on", action="store_true", help="resume the run in --out, or start it")
     option("--dense", action="store_true", help="train the dense baseline, with the recipe's dense settings")
     option("--paper", action="store_true", help="train the published method, with the recipe's paper settings")
+    option("--tracker", metavar="NAME", help="also send all numbers to comet, mlflow, tensorboard, trackio or wandb")
     option("--print_config", action="store_true", help="print all settings as YAML and stop")
     option("--help_settings", action="store_true", help="explain all settings and stop")
 
@@ -54,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_settings:
         show(make_parser("oialr train RECIPE").format_help())
         return 0
-    loaded = load_config(arguments.recipe, arguments.settings)
+    tracker = [] if arguments.tracker is None else ["--record.tracker", arguments.tracker]
+    loaded = load_config(arguments.recipe, [*arguments.settings, *tracker])
     loaded = paper_variant(loaded) if arguments.paper else loaded
     loaded = dense_twin(loaded, own=True) if arguments.dense else loaded
     if arguments.print_config:

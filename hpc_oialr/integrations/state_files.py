@@ -21,15 +21,15 @@ NAME = "oialr.json"
 def save_state(oialr: OIALR, folder: Path) -> None:
     """Write counters, r and, in the last steps before a change, each rank's sums; a collective call.
 
-    ``folder`` exists and is shared by all ranks. Rank 0 writes ``oialr.json`` last, so that it stands for all files.
+    ``folder`` is shared by all ranks. Rank 0 writes ``oialr.json`` last, so that it stands for all files.
     """
     world = oialr.engine.world
     tensors = own_tensors(oialr)
-    count = len(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
     if tensors:
         with draft_of(_tensor_file(folder, world.rank, world.size)) as draft:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-    counts = world.all_gather_object(count)
+    counts = world.all_gather_object(len(tensors))
     if world.rank == 0:
         state = {"version": 1, "tensors": counts, **oialr.state_dict()}
         write_atomically(folder / NAME, to_json(state, indent=1) + "\n")

@@ -11,6 +11,7 @@ from hpc_oialr.engines import DDP, EngineConfig
 from hpc_oialr.errors import ConfigError, check_interval
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.models import ModelConfig
+from hpc_oialr.record.trackers import check_tracker
 from hpc_oialr.train.optimizers import OptimizerConfig
 from hpc_oialr.train.schedules import ScheduleConfig, WarmupCosine
 from hpc_oialr.train.tasks import Task
@@ -185,17 +186,23 @@ class RecordConfig:
         ``stability_frequency`` of its own. Each costs an SVD of every matrix.
     spectra_queue
         How many events may wait to be written beside the training.
-    tensorboard
-        Write the rows as TensorBoard events into ``logs/`` too; needs the extra ``tensorboard``.
+    tracker
+        An experiment tracker that gets all numbers too, with r and stability of each layer: comet, mlflow, tensorboard,
+        trackio or wandb; needs the extra ``trackers`` and the tracker's package. A resumed run continues the tracker's.
+    project
+        Under which the tracker lists the run.
     """
 
     every: int = 20
     spectra: bool | None = None
     frequency: int = 100
     spectra_queue: int = 64
-    tensorboard: bool = False
+    tracker: str | None = None
+    project: str = "hpc_oialr"
 
     def __post_init__(self) -> None:
+        if self.tracker is not None:
+            check_tracker(self.tracker)
         for name, unit in (("every", "step"), ("frequency", "step"), ("spectra_queue", "event")):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), f"must be at least 1 {unit}")

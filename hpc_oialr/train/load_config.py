@@ -37,6 +37,7 @@ LARGEST = 2**64 - 1
 # Settings of earlier versions that have no effect any more, and why: old recipes and run folders hold them.
 RETIRED = {
     "record.side_folder": "while the disk is full spectra wait in memory",
+    "record.tensorboard": "record.tracker: tensorboard is what writes events",
     "record.spectra_writer": "rank 0 writes all spectra",
 }
 # Sections with settings of other runs of a recipe, its dense baseline and the published method, and what these lack.

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from hpc_oialr.distributed import MetricsChannel
 from hpc_oialr.distributed.metric_reduction import PendingReduction
-from hpc_oialr.errors import MissingExtraError
 from hpc_oialr.lowrank import dense_parameters, trainable_parameters
 from hpc_oialr.method.report import UpdateReport
 from hpc_oialr.record import MemoryMeter, MetricsWriter, RunFolder, Status, Throughput, make_progress
 from hpc_oialr.record.energy import EnergyMeter
+from hpc_oialr.record.trackers import RunTracker, require_tracker
 from hpc_oialr.record.update_metrics import SharedUpdate, pack, unpack
 from hpc_oialr.spectra.store import Chain
 from hpc_oialr.spectra.writer import SpectraWriter
+from hpc_oialr.train.load_config import flat
 from hpc_oialr.train.pace import OwnTime
 from hpc_oialr.train.profiling import StepProfiler
 from hpc_oialr.train.run_context import RunContext
@@ -49,7 +49,10 @@ class Recorder:
         world, config = context.world, context.config.record
         self.metrics = MetricsWriter(folder.metrics) if world.is_main else None
         self.updates = MetricsWriter(folder.updates) if world.is_main else None
-        self.board: TensorBoard | None = None
+        self.tracker: RunTracker | None = None
+        self._settings = flat(attributes["config"])
+        if config.tracker is not None:
+            require_tracker(config.tracker)
         self.spectra: SpectraWriter | None = None
         if config.spectra is not False and world.is_main:
             chain = Chain(folder.spectra, attributes)
@@ -79,8 +82,9 @@ class Recorder:
         for writer in (self.metrics, self.updates, self.spectra):
             if writer is not None:
                 writer.truncate_after(step)
-        if self.metrics is not None and self.context.config.record.tensorboard:
-            self.board = TensorBoard(self.folder.logs, step)
+        config = self.context.config.record
+        if self.metrics is not None and config.tracker is not None:
+            self.tracker = RunTracker(config.tracker, self.folder, self._settings, project=config.project, step=step)
         self._first = step
         with self.meter.probe():
             # The profiler takes a second to load: not in the first step.
@@ -162,7 +166,7 @@ class Recorder:
         self.progress.update(status)
 
     def _write(self, row: dict[str, Any]) -> None:
-        for writer in (self.metrics, self.board):
+        for writer in (self.metrics, self.tracker):
             if writer is not None:
                 writer.write(row)
 
@@ -185,8 +189,8 @@ class Recorder:
             if self.updates is not None:
                 row = shared.row()
                 self.updates.write(row)
-                if self.board is not None:
-                    self.board.write({"split": "update", **row})
+                if self.tracker is not None:
+                    self.tracker.update(row, shared.report)
                 if event.kind != "stability":
                     self.progress.note(_note(shared))
 
@@ -225,31 +229,9 @@ class Recorder:
 
     def close(self) -> None:
         """Close the files and restore the terminal, also after an error."""
-        for each in (self.profiler, self.progress, self.spectra, self.metrics, self.updates, self.board):
+        for each in (self.profiler, self.progress, self.spectra, self.metrics, self.updates, self.tracker):
             if each is not None:
                 each.close()
-
-
-class TensorBoard:
-    """Writes every number of a row of ``metrics.jsonl`` as a scalar; hides an earlier run's after ``step`` steps."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard", "tensorboard", purpose="record.tensorboard") from None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Write one row; its ``split`` leads the names."""
-        prefix = f"{row['split']}/" if "split" in row else "train/"
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("step", "total_steps"):
-                self._writer.add_scalar(prefix + name, value, row["step"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
 
 
 def _note(shared: SharedUpdate) -> str:

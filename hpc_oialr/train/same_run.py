@@ -32,6 +32,8 @@ RESUMABLE = (
     "train.profile_ranks",
     "train.peak_tflops",
     "checkpoint",
+    "record.tracker",
+    "record.project",
     "data.path",
     "data.data_dir",
     "data.on_device",
