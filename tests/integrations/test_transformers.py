@@ -56,6 +56,7 @@ def trainer_of(folder: Path, *, own: bool = False, compute_metrics: Any = None, 
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
+        use_cpu=True,
         report_to=[],
         disable_tqdm=True,
         **more,
@@ -131,6 +132,7 @@ def several(rank: int, size: int, folder: Path, sharded: bool) -> Any:
             state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
         with pytest.raises(ConfigError, match="load_best_model_at_end is True; loads another r"):
             trainer_of(folder, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    assert trainer_of(folder)[0].args.world_size == size
     whole, r = fit(folder)
     assert any(isinstance(p, DTensor) for p in whole.parameters()) == sharded
     for step in (4, 8):
