@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class TrialRuns:
 
     def start(self, submission: Submission) -> None:
         """Submit a run, which resumes if it has a checkpoint; :class:`OIALRError` if Slurm refuses the job."""
-        with _threads(max(1, usable_cores() // (self.parallel * self.request.processes)), self.request.executor):
+        threads = max(1, usable_cores() // (self.parallel * self.request.processes))
+        with _beside_others(threads) if self.request.executor == "local" else nullcontext():
             submission.submit()
         self._over.clear()
 
@@ -111,13 +113,16 @@ class TrialRuns:
 
 
 @contextmanager
-def _threads(threads: int, executor: str) -> Iterator[None]:
-    """Local runs beside each other would each take all cores; a batch script sets its own number."""
-    if executor != "local" or _THREADS in os.environ:
-        yield
-        return
-    os.environ[_THREADS] = str(threads)
+def _beside_others(threads: int) -> Iterator[None]:
+    """How a run on this machine starts: with its share of the cores, and without Ctrl-C, which is the search's.
+
+    The terminal sends Ctrl-C to all processes; the search then tells the runs to stop, by TERM.
+    """
+    given, before = _THREADS in os.environ, signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.setdefault(_THREADS, str(threads))
     try:
         yield
     finally:
-        del os.environ[_THREADS]
+        if not given:
+            del os.environ[_THREADS]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
