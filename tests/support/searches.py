@@ -18,7 +18,7 @@ space:
   optimizer.lr: {kind: float, range: [1e-3, 1e-1], log: true}
   oialr.rule.fraction: {kind: choice, values: [0.25, 0.5]}
 """
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 
 
 def search(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> subprocess.Popen[str]:
