@@ -17,8 +17,8 @@ from hpc_oialr.lowrank import fold, low_rank_layers, merge
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.serve.card import write_card
 from hpc_oialr.serve.factored import build_plan, load_factored, save_config, save_factored, save_tensors
-from hpc_oialr.serve.lora import differences, load_adapter, load_base, save_adapter
-from hpc_oialr.serve.programs import save_onnx, save_pt2
+from hpc_oialr.serve.lora import differences, load_adapter, load_base, require_peft, save_adapter
+from hpc_oialr.serve.programs import require_onnx, save_onnx, save_pt2
 from hpc_oialr.serve.trained import Trained, load_trained
 
 Form = Literal["dense", "lowrank", "factored", "pt2", "onnx", "lora", "hub"]
@@ -78,6 +78,8 @@ def export(
     options = options or Options()
     if form == "lora" and options.base is None:
         raise ConfigError("base", None, "must name the model that the adapter belongs to", fix="Add --base FOLDER.")
+    if form in _NEEDED:
+        _NEEDED[form]()
     target = out or run / "export" / form
     inputs = [run, *([options.base] if options.base else [])]
     with new_folder(target, "oialr export", inputs=inputs, force=force) as folder:
@@ -172,6 +174,8 @@ def _hub(trained: Trained, folder: Path, options: Options, content: dict[str, An
     return answer
 
 
+# Packages of a form, which are there before any work is done.
+_NEEDED: dict[str, Callable[[], Any]] = {"onnx": require_onnx, "lora": require_peft}
 _WRITERS: dict[str, Writer] = {
     "dense": _dense,
     "lowrank": _lowrank,

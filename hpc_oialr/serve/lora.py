@@ -132,10 +132,7 @@ def save_adapter(
     base: nn.Module, tuned: nn.Module, found: tuple[Mapping[str, Difference], list[str]], folder: Path, origin: str
 ) -> None:
     """Write the adapter's folder by PEFT itself; ``base`` is changed. MissingExtraError without peft."""
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingExtraError("peft", "peft", purpose="--format lora") from error
+    peft = require_peft()
     factors, whole = found
     if not factors:
         raise ModelError(f"no linear layer of the run differs from {origin} by few directions; choose --lora-r.")
@@ -171,10 +168,18 @@ def save_adapter(
         adapted.save_pretrained(folder)
 
 
+def require_peft() -> Any:
+    """PEFT; MissingExtraError without it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft", purpose="--format lora") from error
+    return peft
+
+
 def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """The base model with the adapter, as PEFT loads it."""
-    import peft
-
+    peft = require_peft()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: nn.Module = peft.PeftModel.from_pretrained(base, folder).eval()

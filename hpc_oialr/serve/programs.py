@@ -48,11 +48,7 @@ def save_onnx(trained: Trained, model: nn.Module, folder: Path) -> Answer:
 
     Sizes of inputs as for :func:`save_pt2`. MissingExtraError without onnx, onnxscript and onnxruntime.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # which torch.onnx needs
-    except ImportError as error:
-        raise MissingExtraError("onnx, onnxscript and onnxruntime", "onnx", purpose="--format onnx") from error
+    onnxruntime = require_onnx()
     program, inputs = _program(trained, model)
     with _quietly("torch.onnx.export", model):
         exported = torch.onnx.export(
@@ -74,6 +70,16 @@ def save_onnx(trained: Trained, model: nn.Module, folder: Path) -> Answer:
         return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in needed})[0])
 
     return answer
+
+
+def require_onnx() -> Any:
+    """ONNX Runtime; MissingExtraError without it, or without what torch.onnx needs."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("onnx, onnxscript and onnxruntime", "onnx", purpose="--format onnx") from error
+    return onnxruntime
 
 
 def _program(trained: Trained, model: nn.Module) -> tuple[Program, Batch]:
