@@ -65,6 +65,7 @@ def run(key: Row, data: Path, work: Path, deadline: float | None) -> Row | None:
         "last_mse": result["metric"],
         "best_step": best["step"],
         "steps": result["steps"],
+        "steps_of_ten_epochs": 10 * ((8640 - 96 - key["horizon"] + 1) // 32),
         "trained_share": result["trainable_params"] / result["dense_trainable_params"],
         "train_s": result["wall_s"],
         # Of this call alone; of several runs at once it is their sum.

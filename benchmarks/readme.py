@@ -396,6 +396,25 @@ def support() -> str:
     return summary(result) + "\n" + origin("support", result["environment"])
 
 
+def ett() -> str:
+    """Autoformer on ETT beside the published errors."""
+    result = load("ett")
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        name = f"{row['dataset'].replace('ett', 'ETT')}, {row['size']} size"
+        found.setdefault((name, row["horizon"], row["run"]), []).append(row)
+    rows = []
+    for (name, horizon, side), runs in sorted(found.items()):
+        errors, shares = ([run[key] for run in runs] for key in ("test_mse", "trained_share"))
+        spread = f" ({min(errors):.3f} to {max(errors):.3f})" if len(errors) > 1 else ""
+        epochs = ", ".join(f"{10 * run['best_step'] / run['steps_of_ten_epochs']:.0f}" for run in runs)
+        published = f"{runs[0]['published_mse']:.3f}"
+        error, share = f"{np.mean(errors):.3f}{spread}", f"{np.mean(shares):.1%}"
+        rows.append((name, str(horizon), side, str(len(runs)), error, published, share, epochs))
+    header = ("data", "horizon", "run", "seeds", "test MSE", "published", "trained at the end", "best epochs")
+    return table(header, rows) + "\n" + origin("ett", result["environment"])
+
+
 def image_shards() -> str:
     """Random reads of images from tar shards and HDF5."""
     result = load("image_shards")
@@ -431,6 +450,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,
     "gpu": gpu,
+    "ett": ett,
     "image_shards": image_shards,
     "layer": layer,
     "step": step,
