@@ -44,7 +44,8 @@ class OIALRCallback(TrainerCallback):  # type: ignore[misc]
     Notes
     -----
     ``trainer.train(resume_from_checkpoint=...)`` loads weights before it calls any callback. So this object stands in
-    for ``trainer.train``, and gives the layers their stored r first. Checkpoints of the trials of a hyperparameter
+    for ``trainer.train``, and gives the layers their stored r first; under FSDP this works for checkpoints of the dense
+    phase only, and others are refused. Checkpoints of the trials of a hyperparameter
     search have no state of the controller.
     """
 
@@ -71,7 +72,13 @@ class OIALRCallback(TrainerCallback):  # type: ignore[misc]
 
     def _restructure(self, folder: Path) -> None:
         """Give the model, and an optimizer that the user has made, the layers of a checkpoint."""
-        trainer = self.trainer
+        trainer, r = self.trainer, read_state(folder)["r"]
+        if trainer.is_fsdp_enabled and r:
+            raise ModelError(
+                f"{folder} has {len(r)} low-rank layers, and Trainer loads them under FSDP before there is a controller, "
+                "which cannot take them over then. Resume without FSDP, or from a checkpoint of the dense phase; "
+                "AcceleratedOIALR in a loop of Accelerate resumes under FSDP."
+            )
         if self.oialr is not None or trainer.optimizer is None:
             match_structure(trainer.model, _empty_state(trainer.model, folder))
             return
