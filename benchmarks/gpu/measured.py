@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common import Row
-from benchmarks.readme import load, table
+from benchmarks.pages.tables import load, table
 
 NAME = "gpu_nvidia_h100_80gb_hbm3"
 TOKENS = 50_432

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.common import Row
 from benchmarks.gpu import measured
 from benchmarks.gpu.measured import PARTS, TOKENS, event, fastest, layer, number, pairs, rows, way
-from benchmarks.readme import load, table
+from benchmarks.pages.tables import load, table
 
 SHAPES = ((768, 768), (3072, 768), (2048, 2048))
 # Measured on an H200 at commit 64dc837: time over dense of the folded core by torch's products, at k/2, k/4 and k/8.
