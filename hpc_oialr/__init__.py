@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING
 from hpc_oialr.lazy import offer
 
 if TYPE_CHECKING:
+    from hpc_oialr.linalg.noise_spectra import (
+        MultilinearNoiseEdge,
+        detection_threshold,
+        predicted_alignment,
+        predicted_eigenvalue,
+    )
+    from hpc_oialr.linalg.tensors import Tucker, hooi, mlsvd
     from hpc_oialr.lowrank import (
         Selection,
         dense_parameters,
@@ -47,6 +54,7 @@ __all__ = [
     "Energy",
     "FixedFraction",
     "LayerUpdate",
+    "MultilinearNoiseEdge",
     "MuonAdamW",
     "NoiseEdge",
     "OIALRConfig",
@@ -55,14 +63,20 @@ __all__ = [
     "RelativeCutoff",
     "Selection",
     "StableRank",
+    "Tucker",
     "UpdateReport",
     "dense_parameters",
+    "detection_threshold",
     "fold",
+    "hooi",
     "load_factored",
     "low_rank_layers",
     "match_structure",
     "merge",
+    "mlsvd",
     "muon_adamw",
+    "predicted_alignment",
+    "predicted_eigenvalue",
     "register_optimizer_state",
     "trainable_parameters",
 ]

@@ -70,10 +70,10 @@ def condition_number(s: Values) -> float:
 def bulk_edge(s: Values, m: int, n: int) -> float:
     """Largest singular value that noise alone would have; NaN if the median of all k values has been cut.
 
-    See :func:`hpc_oialr.method.rules.noise_edge`.
+    See :func:`hpc_oialr.linalg.noise_spectra.noise_edge`.
     """
     # Imports torch, which takes seconds and is not needed to read a record.
-    from hpc_oialr.method.rules import noise_edge
+    from hpc_oialr.linalg.noise_spectra import noise_edge
 
     middle = (min(m, n) - 1) // 2
     return noise_edge(float(s[middle]), m, n) if middle < len(s) else math.nan

@@ -25,7 +25,8 @@ from hpc_oialr import (
     StableRank,
 )
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.method.rules import Budget, RankRule, Spectrum, marchenko_pastur_median, noise_edge
+from hpc_oialr.linalg.noise_spectra import marchenko_pastur_median, noise_edge
+from hpc_oialr.method.rules import Budget, RankRule, Spectrum
 
 SPECTRUM = torch.tensor([10.0, 5.0, 4.0, 1.0, 0.5, 0.1])
 
