@@ -141,6 +141,11 @@ def is_transformed() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 or active is None or active()
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, or it is what ``torch.compile`` returned; before it has run as well."""
+    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+
+
 def is_watched() -> bool:
     """Whether a ``TorchDispatchMode`` sees every operation of torch, e.g. to count them; False if torch cannot tell."""
     depth = getattr(torch._C, "_len_torch_dispatch_stack", None)

@@ -1,17 +1,13 @@
 """Sums that hooks on layers gather in the last steps before a change, each rank from its own samples.
 
-Hooks exist in these steps only, in which code of torch.compile runs eagerly, since it would not run them; the change
-begins with one all-reduce a layer.
+Hooks exist in these steps only; the change begins with one all-reduce a layer.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +17,9 @@ from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.attachment import LayerHook
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.torch_compat import is_transformed
+from hpc_oialr.torch_compat import is_compiled, is_transformed
 
 log = logging.getLogger(__name__)
-
-# Those whose hooks must run in the next step.
-_waiting: WeakSet[Gatherer[Any]] = WeakSet()
-_stance: Any = None
 
 
 class LayerSums:
@@ -76,7 +68,6 @@ class Gatherer(Generic[S]):
         self._handles: list[RemovableHandle] = []
         self._told = False  # whether the log says that a layer changes without them
         self._late = False  # the last window had begun before it was opened here
-        weakref.finalize(self, let_hooks_run)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
@@ -98,6 +89,7 @@ class Gatherer(Generic[S]):
 
     def _open(self, found: Sequence[TargetWeight], make: Callable[[TargetWeight], S]) -> None:
         """Gather for these layers, if hooks see them, and no others in the next step."""
+        found = self._outside_compiled(found)
         self._late &= bool(found)
         self._untie()
         self._sums = {each.name: self._sums.get(each.name) or make(each) for each in found}
@@ -117,12 +109,24 @@ class Gatherer(Generic[S]):
         """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors."""
         if self._handles or not self._sums:
             return
-        for sums in self._sums.values():
+        # Layers may have been compiled since the window was opened.
+        for target in self._outside_compiled([sums.target for sums in self._sums.values()]):
+            sums = self._sums[target.name]
             before, after = LayerHook(sums.before), LayerHook(sums.after)
             self._handles += [
-                sums.target.holder.register_forward_pre_hook(before, with_kwargs=True),
-                sums.target.holder.register_forward_hook(after, with_kwargs=True),
+                target.holder.register_forward_pre_hook(before, with_kwargs=True),
+                target.holder.register_forward_hook(after, with_kwargs=True),
             ]
+
+    def _outside_compiled(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
+        """Those outside of compiled code, which would not run their hooks, or be compiled anew in each window."""
+        if not targets:
+            return []
+        modules = self._engine.model.modules()
+        compiled = {inner for module in modules if is_compiled(module) for inner in module.modules()}
+        for target in (target for target in targets if target.holder in compiled):
+            self._tell(target, "compiled code runs no hooks")
+        return [target for target in targets if target.holder not in compiled]
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -168,16 +172,3 @@ class Gatherer(Generic[S]):
             for rank in ranks:
                 if rank % world.size == world.rank:
                     sums.flat += tensors[f"{start}{rank}"].to(sums.flat)
-
-
-def let_hooks_run(gatherers: Sequence[Gatherer[Any]] = ()) -> None:
-    """Let compiled code run eagerly in the next step if these or other gatherers have sums, else as it did before."""
-    global _stance
-    for each in gatherers:
-        (_waiting.add if each.sums else _waiting.discard)(each)
-    # Importing it takes two seconds; nothing is compiled without it.
-    if _waiting and _stance is None and "torch._dynamo" in sys.modules:
-        _stance = torch.compiler.set_stance("force_eager")
-    elif not _waiting and _stance is not None:
-        _stance.__exit__(None, None, None)
-        _stance = None

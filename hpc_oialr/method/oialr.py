@@ -29,7 +29,6 @@ from hpc_oialr.method.checks import (
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import choice_of_r, core_rotations, low_rank_layer, weight_factors
 from hpc_oialr.method.engine import Engine, adopt
-from hpc_oialr.method.gathering import let_hooks_run
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.other_optimizers import OtherOptimizers
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
@@ -107,7 +106,7 @@ class OIALR:
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
         self._moments = SecondMoments(self.config, self.engine)
-        self._sketches = GradientSketches(self.config, self.engine)
+        self._sketches = GradientSketches(self.config, self.engine, self.module)
         self._gatherers = self._moments, self._sketches
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
@@ -256,7 +255,6 @@ class OIALR:
             due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
             for each in self._gatherers:
                 each.watch(self.t, self.updates + 1, due, self._tracker.streaks)
-            let_hooks_run(self._gatherers)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -390,7 +388,6 @@ class OIALR:
     def _forget(self) -> None:
         for each in self._gatherers:
             each.forget()
-        let_hooks_run(self._gatherers)
 
     before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 
