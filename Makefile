@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs beside packages, data beside style and types.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test test-fast tests tests-gpu docs check setup setup-test programs data clean
+.PHONY: demo test test-fast tests tests-long tests-gpu docs check setup setup-test programs data clean
 
 demo: setup data ## Train a vision transformer at low rank beside its dense baseline (about 7 minutes on 2 cores).
 	$(BIN)/oialr compare fashion_mnist_vit --own --out $(OUT)
@@ -25,12 +25,15 @@ demo: setup data ## Train a vision transformer at low rank beside its dense base
 test: check tests ## Style, types and the whole test suite.
 
 tests: setup-test programs data
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not long"
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) tests-gpu; fi
+
+tests-long: setup-test programs data ## Tests marked long, which make test leaves out.
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 test-fast: setup-test data ## The inner loop: what needs no processes, no Slurm, no MPI (under a minute on 2 cores).
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) \
-	  -m "not slow and not slurm and not mpi and not gpu"
+	  -m "not slow and not slurm and not mpi and not gpu and not long"
 
 docs: setup-test ## The documentation, into build/docs; a warning is an error.
 	$(BIN)/python -c "import sphinx, myst_parser, furo, sphinxcontrib.mermaid" 2>/dev/null || $(PIP) --editable ".[docs]"

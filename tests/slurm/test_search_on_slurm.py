@@ -12,6 +12,7 @@ pytest.importorskip("submitit", reason="submitit is not installed: pip install '
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'hpc_oialr[search]'")
 
 
+@pytest.mark.long
 def test_jobs_go_on_while_nobody_watches(cluster: Cluster) -> None:
     root = cluster.root / "searched"
     root.mkdir()

@@ -20,6 +20,7 @@ from support.train_workers import train_worker
 PATIENCE_S = 300.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_process_costs_no_bit(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"steps": 48, "evaluations": 2}, checkpoint={"every": 6})
