@@ -26,8 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     summary = "pack images into tar shards; the same call goes on after a kill"
     pack = add_command(actions, "pack", run_pack, summary=summary, examples=EXAMPLES)
     explained = "folder of part/CLASS/*.jpg, tars of these, WebDataset tars, or CIFAR-10's binary files"
-    pack.add_argument("sources", type=Path, nargs="+", metavar="SRC", help=explained)
-    pack.add_argument("folder", type=Path, metavar="DST", help="new folder, or one that was begun")
+    _add_folders(pack, explained)
     explained = "images of a shard; default: %(default)s"
     pack.add_argument("--per-shard", type=int, default=2500, metavar="N", help=explained)
     _add_processes(pack)
@@ -35,8 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     summary = "write token files of text; the same call goes on after a kill"
     tokens = add_command(actions, "tokenize", run_tokenize, summary=summary, examples=EXAMPLES)
     explained = 'folder of text and .jsonl files, or such files; of each line of a .jsonl its "text"'
-    tokens.add_argument("sources", type=Path, nargs="+", metavar="SRC", help=explained)
-    tokens.add_argument("folder", type=Path, metavar="DST", help="new folder, or one that was begun")
+    _add_folders(tokens, explained)
     explained = "a Hugging Face tokenizer"
     tokens.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help=explained)
     explained = "names of files to take from folders; default: *.txt *.rst *.md *.py *.jsonl"
@@ -58,6 +56,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     sample = add_command(actions, "sample", run_sample, summary=summary, examples=EXAMPLES)
     sample.add_argument("name", metavar="NAME", help="imagenet, cifar-10 or ettm2")
     sample.add_argument("folder", metavar="DIR", type=Path, help="new folder, or one with this sample")
+
+
+def _add_folders(parser: argparse.ArgumentParser, sources: str) -> None:
+    parser.add_argument("sources", type=Path, nargs="+", metavar="SRC", help=sources)
+    parser.add_argument("folder", type=Path, metavar="DST", help="new folder, or one that was begun")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

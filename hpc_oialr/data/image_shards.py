@@ -23,15 +23,13 @@ from hpc_oialr.data.base import ArrayDataset, Splits, fixed_order
 from hpc_oialr.data.image_folder import EncodedImages, ImageConfig, require_pillow
 from hpc_oialr.data.image_sources import (
     LABEL,
-    PARTS,
     ImageSource,
-    OpenFiles,
     StoredImages,
     Table,
     open_source,
     read_place,
 )
-from hpc_oialr.data.shard_files import INDEX, describe_file, read_index, verify_files, write_files
+from hpc_oialr.data.shard_files import INDEX, PARTS, OpenFiles, describe_file, read_index, verify_files, write_files
 from hpc_oialr.data.unpacked import plain_tars
 from hpc_oialr.errors import ConfigError, DataError
 

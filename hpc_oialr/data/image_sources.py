@@ -11,27 +11,23 @@ import re
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_oialr.data.image_folder import SUFFIXES, class_names, list_images, require_pillow
-from hpc_oialr.data.shard_files import digest
+from hpc_oialr.data.shard_files import PARTS, OpenFiles, digest
 from hpc_oialr.errors import DataError, SampleError
 
-PARTS = ("train", "val", "test")
 ALIASES = {"validation": "val", "valid": "val", "training": "train"}
 # A record of CIFAR-10's binary files: a label and 32 x 32 pixels of 3 colours.
 RECORD = 1 + 3 * 32 * 32
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )  # fmt: skip
-OPEN_FILES = 128  # of one process at a time
 FORMS = "part/CLASS/image files, tars of these, WebDataset tars of images and .cls, or CIFAR-10's binary files"
 # Place of an image: file, first byte, bytes, label, and the CRC-32 of the bytes or -1.
 Table = NDArray[np.int64]
@@ -79,39 +75,6 @@ class FolderSource(ImageSource):
         """A digest of all names."""
         names = (names.tobytes() for names, _ in self._listed.values())
         return digest([*(os.fsencode(name) for name in self.classes), *names])
-
-
-@dataclass
-class OpenFiles:
-    """Reads bytes of files, of which it keeps some open; forked and unpickled copies work too."""
-
-    paths: Sequence[Path]
-    _open: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False)
-
-    def read(self, file: int, offset: int, size: int) -> bytes:
-        """``size`` bytes of file number ``file``; SampleError if they are not there."""
-        try:
-            descriptor = self._open.get(file)
-            if descriptor is None:
-                descriptor = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
-                self._open[file] = descriptor
-                if len(self._open) > OPEN_FILES:
-                    os.close(self._open.popitem(last=False)[1])
-            # Needs no position, which forked processes would share.
-            content = os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise SampleError(f"{self.paths[file]} cannot be read: {error.strerror}.") from error
-        if len(content) != size:
-            end = os.fstat(descriptor).st_size
-            raise SampleError(f"{self.paths[file]} is damaged: it ends at byte {end}, within an image.")
-        return content
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 class StoredImages(ImageSource):

@@ -11,16 +11,20 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from hpc_oialr.distributed.environment import launch_info
-from hpc_oialr.errors import DataError
+from hpc_oialr.errors import DataError, SampleError
 from hpc_oialr.outputs import OutputError, new_file, resolved, sha256_of
 
 INDEX, PLAN, DONE = "index.json", ".plan.json", ".done"
+PARTS = ("train", "val", "test")
+OPEN_FILES = 128  # of one process at a time
 
 
 class FileWriter(Protocol):
@@ -134,6 +138,39 @@ def verify_files(folder: Path, index: Mapping[str, Any], *, processes: int = 1, 
             (folder / name).unlink(missing_ok=True)
         fix = f"Removed: call {index['command']} again with the same input and options to write them anew."
     raise DataError(f"{'; '.join(faults.values())}. {fix}")
+
+
+@dataclass
+class OpenFiles:
+    """Reads bytes of files, of which it keeps some open; forked and unpickled copies work too."""
+
+    paths: Sequence[Path]
+    _open: OrderedDict[int, int] = field(default_factory=OrderedDict, repr=False)
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """``size`` bytes of file number ``file``; SampleError if they are not there."""
+        try:
+            descriptor = self._open.get(file)
+            if descriptor is None:
+                descriptor = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                self._open[file] = descriptor
+                if len(self._open) > OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+            # Needs no position, which forked processes would share.
+            content = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise SampleError(f"{self.paths[file]} cannot be read: {error.strerror}.") from error
+        if len(content) != size:
+            end = os.fstat(descriptor).st_size
+            raise SampleError(f"{self.paths[file]} is damaged: it ends at byte {end}, within an image.")
+        return content
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

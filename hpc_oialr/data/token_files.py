@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_oialr.data.base import ArrayDataset, Batch, CounterRNG, DataConfig, Splits, check_fractions
-from hpc_oialr.data.image_sources import OpenFiles
-from hpc_oialr.data.shard_files import INDEX, begin, digest, read_index, verify_files, write_files
+from hpc_oialr.data.shard_files import PARTS, OpenFiles, digest, read_index, verify_files, write_files
 from hpc_oialr.data.text import split_documents
 from hpc_oialr.errors import ConfigError, DataError
 
 COMMAND = "oialr data tokenize"
 PATTERNS = ("*.txt", "*.rst", "*.md", "*.py", "*.jsonl")
-PARTS = ("train", "val", "test")
 SHARD_MIB = 64
 
 
@@ -63,8 +61,7 @@ def tokenize(
         "dtype": writer.dtype,
         "end_token": writer.end,
     }
-    begin(target, plan)
-    done = (target / INDEX).exists() or write_files(target, writer, plan, processes=processes)
+    done = write_files(target, writer, plan, processes=processes)
     if done and verify:
         verify_files(target, read_index(target, COMMAND), processes=processes)
     return done

@@ -49,9 +49,13 @@ def noise_edge(median_singular_value: float, m: int, n: int) -> float:
     ``sigma`` comes from the median of all k singular values (Gavish & Donoho, IEEE Trans. Inf.
     Theory 60, 2014, section III.D), so that signal in fewer than half of them hardly moves it.
     """
+    return float(_level_by_median(median_singular_value, m, n) * (m**0.5 + n**0.5))
+
+
+def _level_by_median(median_singular_value: float, m: int, n: int) -> float:
+    """Standard deviation of the noise in an m x n matrix that has this median."""
     long, short = max(m, n), min(m, n)
-    sigma = median_singular_value / (long * marchenko_pastur_median(short / long)) ** 0.5
-    return float(sigma * (m**0.5 + n**0.5))
+    return float(median_singular_value / (long * marchenko_pastur_median(short / long)) ** 0.5)
 
 
 def noise_level(spectra: Sequence[Tensor], shape: Sequence[int]) -> float:
@@ -65,8 +69,7 @@ def noise_level(spectra: Sequence[Tensor], shape: Sequence[int]) -> float:
         The tensor's sizes.
     """
     s, (m, n) = max(zip(spectra, unfolded_shapes(shape), strict=True), key=lambda mode: len(mode[0]))
-    long, short = max(m, n), min(m, n)
-    return float(s[(short - 1) // 2] / (long * marchenko_pastur_median(short / long)) ** 0.5)
+    return _level_by_median(float(s[(min(m, n) - 1) // 2]), m, n)
 
 
 def unfolded_shapes(shape: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,22 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from support.one_thread import one_thread as one_thread
 from support.tiny_images import RECIPE
 
 from hpc_oialr.distributed import World
 from hpc_oialr.train.load_config import dense_twin, load_config
 from hpc_oialr.train.run import train
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Tiny models are slower on several threads, and much slower beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="package")
