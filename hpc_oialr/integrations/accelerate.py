@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from hpc_oialr import OIALR, OIALRConfig
 from hpc_oialr.errors import MissingExtraError, ModelError
+from hpc_oialr.integrations.launch import require_all_processes
 from hpc_oialr.integrations.state_files import load_state, save_state
 from hpc_oialr.method.report import UpdateReport
 
@@ -21,6 +23,11 @@ try:
     from accelerate.utils import DistributedType
 except ImportError:
     raise MissingExtraError("accelerate", "accelerate", purpose="hpc_oialr.integrations.accelerate") from None
+
+_ORDER = (
+    "the order of the samples is not in Accelerate's checkpoints, so that a resumed run repeats the first epoch's. Use "
+    "Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)) and loader.set_epoch(epoch)."
+)
 
 
 class AcceleratedOIALR(OIALR):
@@ -41,8 +48,13 @@ class AcceleratedOIALR(OIALR):
     Raises
     ------
     ModelError
-        If the accelerator shards or replaces parameters in a way that OIALR cannot follow, or the model was not
-        prepared; and as :class:`~hpc_oialr.OIALR`.
+        If the accelerator shards or replaces parameters in a way that OIALR cannot follow, uses fewer processes than
+        were started, or the model was not prepared; and as :class:`~hpc_oialr.OIALR`.
+
+    Warns
+    -----
+    UserWarning
+        At ``save_state``, if samples are shuffled by a generator that Accelerate does not save.
 
     Notes
     -----
@@ -59,6 +71,8 @@ class AcceleratedOIALR(OIALR):
         *,
         averages: Sequence[nn.Module] = (),
     ) -> None:
+        fix = "Without a GPU, Accelerator(cpu=True) uses them all"
+        require_all_processes(accelerator.num_processes, "Accelerate", fix)
         require_supported(accelerator)
         if accelerator.num_processes > 1 and not isinstance(
             getattr(model, "_orig_mod", model), DistributedDataParallel | FSDPModule
@@ -86,6 +100,8 @@ class AcceleratedOIALR(OIALR):
         self.accelerator.load_state(str(folder), **options)
 
     def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if any(getattr(loader, "synchronized_generator", None) is not None for loader in self.accelerator._dataloaders):
+            warnings.warn(_ORDER, stacklevel=3)
         save_state(self, Path(folder))
 
     def _load(self, models: list[nn.Module], folder: str) -> None:

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hpc_oialr import OIALR, OIALRConfig, match_structure
 from hpc_oialr.errors import CheckpointError, MissingExtraError, ModelError
+from hpc_oialr.integrations.launch import require_all_processes
 from hpc_oialr.integrations.state_files import own_tensors
 from hpc_oialr.lowrank.attachment import controller_of
 
@@ -122,6 +123,8 @@ def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def _require_supported(trainer: Trainer, module: LightningModule) -> None:
+    fix = "Give Trainer devices and num_nodes as they were started"
+    require_all_processes(trainer.world_size, "Lightning", fix)
     strategy = type(trainer.strategy).__name__
     if strategy not in _STRATEGIES:
         raise ModelError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpc_oialr import OIALR, OIALRConfig, match_structure
 from hpc_oialr.errors import CheckpointError, ConfigError, MissingExtraError, ModelError
+from hpc_oialr.integrations.launch import require_all_processes
 from hpc_oialr.integrations.state_files import load_state, read_state, save_state
 from hpc_oialr.lowrank.targets import every_weight
 
@@ -136,6 +137,8 @@ def _empty_state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 def _require_supported(trainer: Trainer) -> None:
     args = trainer.args
+    fix = "Without a GPU, TrainingArguments(use_cpu=True) uses them all"
+    require_all_processes(trainer.accelerator.num_processes, "Trainer", fix)
     require_supported(trainer.accelerator)
     if trainer.is_deepspeed_enabled:
         fix = "Leave it out; DDP and FSDP (version 2) work. For DeepSpeed itself: oialr train --engine DeepSpeed."

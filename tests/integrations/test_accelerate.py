@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support.small_training import batch, settings, small_model
-from support.spawn import spawn
+from support.spawn import launch_environment, spawn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from hpc_oialr import OIALRConfig
 from hpc_oialr.errors import CheckpointError, ModelError
+from hpc_oialr.integrations.launch import require_all_processes
 from hpc_oialr.integrations.state_files import read_state
 
 accelerate = pytest.importorskip("accelerate")
@@ -113,6 +115,32 @@ def test_what_accelerate_does_by_other_engines_is_refused() -> None:
         vars(accelerator).update(changes)
         with pytest.raises(ModelError, match=message):
             require_supported(accelerator)
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in launch_environment(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match=r"started 2 processes, but The library has 1 .*\. Do this, or start one"):
+        require_all_processes(1, "The library", "Do this")
+    require_all_processes(2, "The library", "Do this")
+    monkeypatch.delenv("RANK")  # as in processes that Lightning starts
+    require_all_processes(1, "The library", "Do this")
+
+
+def shuffled(rank: int, size: int, folder: Path, seedable: bool) -> list[str]:
+    """What is said when a state is saved whose loader shuffles."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = Run(dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=seedable))
+        run.accelerator.prepare(DataLoader(TensorDataset(torch.zeros(8, 2)), shuffle=True))
+        run.accelerator.save_state(str(folder))
+    return [str(each.message) for each in caught if "order of the samples" in str(each.message)]
+
+
+def test_an_order_that_is_not_saved_is_told(tmp_path: Path) -> None:
+    assert [len(said) for said in spawn(shuffled, 2, tmp_path, False)] == [1, 1]
+    assert spawn(shuffled, 2, tmp_path, True) == [[], []]
+    assert spawn(shuffled, 1, tmp_path, False) == [[]]  # from torch's own generator, which is saved
 
 
 def test_checkpoints_without_the_controllers_state_are_refused(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.spawn import spawn
 
-from hpc_oialr import low_rank_layers, merge
+from hpc_oialr import OIALR, low_rank_layers, merge
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/integrations.md").read_text()
 EPOCHS = 3
@@ -32,7 +33,15 @@ def trained(rank: int, size: int, heading: str, folder: Path, resume: Path | Non
     """The dense weights, the accuracy and r at the end of an example."""
     warnings.simplefilter("default")
     folder.mkdir(parents=True, exist_ok=True)
-    model, accuracy = example(heading)["train"](folder, EPOCHS, resume=resume)
+    used, step = set(), OIALR.step
+
+    def counted(self: OIALR) -> Any:
+        used.add(self.engine.world.size)
+        return step(self)
+
+    with mock.patch.object(OIALR, "step", counted):
+        model, accuracy = example(heading)["train"](folder, EPOCHS, resume=resume)
+    assert used == {size}, "the library trains each process alone"
     r = {name: layer.r for name, layer in low_rank_layers(model).items()}
     return merge(model).state_dict(), accuracy, r
 

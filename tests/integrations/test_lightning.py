@@ -135,7 +135,7 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
 
 def test_what_cannot_work_is_refused_at_the_start_of_fit(tmp_path: Path) -> None:
     for strategy in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-        trainer = SimpleNamespace(strategy=type(strategy, (), {})(), callbacks=[])
+        trainer = SimpleNamespace(world_size=1, strategy=type(strategy, (), {})(), callbacks=[])
         with pytest.raises(ModelError, match=f"Lightning's {strategy} cannot be used .* Use strategy='ddp'"):
             OIALRCallback(CONFIG).setup(trainer, Net(), "fit")
     with pytest.raises(ModelError, match="callback WeightAveraging keeps a copy of the weights"):
