@@ -168,14 +168,15 @@ def choice_of_r(
 ) -> Choice:
     """What the rule, within its limits, keeps of each core, and how many directions join those of ``growing`` layers.
 
-    With a joint rule a collective call, and one more SVD a core; all ranks use rank 0's choice, as tokens may differ.
+    A rule by importance makes it a collective call with one more SVD a core; all ranks use rank 0's choice, as tokens may
+    differ.
     """
     rule, limits = config.rule, config.limits
 
     def within(layer: LowRankWeight, wanted: int) -> tuple[int, int]:
         return limits.renewed(wanted, layer.r, layer.k, config.grow if layer in growing else 0.0)
 
-    if not rule.joint:
+    if not rule.by_importance:
         return lambda layer, s: within(layer, rule.choose(s, layer.m, layer.n))
     layers, trained = list(map(low_rank_layer, targets)), config.train == "factors"
     most = max(layer.tokens for layer in layers) or MANY_TOKENS

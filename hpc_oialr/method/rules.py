@@ -52,6 +52,9 @@ class RankRule(ABC):
     """Chooses r from singular values; one small type each."""
 
     joint: ClassVar[bool] = False  # whether layers share something: choose_all() must see all of them
+    by_importance: ClassVar[bool] = (
+        False  # whether it looks at what a cut preserves, not at the weights' singular values
+    )
 
     @abstractmethod
     def choose(self, s: Tensor, m: int, n: int) -> int:
@@ -107,6 +110,25 @@ class Energy(RankRule):
     """Smallest r whose squared values reach ``threshold`` of ``||W||_F^2``."""
 
     threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_interval("rule.threshold", self.threshold, 0, 1, closed=(False, True))
+
+    def choose(self, s: Tensor, m: int, n: int) -> int:
+        """Leading values up to the threshold."""
+        return _leading(_relative(s).square(), self.threshold)
+
+
+@dataclass(frozen=True)
+class OutputEnergy(RankRule):
+    """Smallest r whose directions carry ``threshold`` of what the layer puts out: a cut takes no more than the rest.
+
+    By second moments, as ``importance`` says: with "inputs" of ``E ||W x||^2``, with "inputs and gradients" of the
+    estimate of the loss. With "weights", and where no hook sees the inputs, it is :class:`Energy`.
+    """
+
+    threshold: float = 0.99
+    by_importance = True
 
     def __post_init__(self) -> None:
         check_interval("rule.threshold", self.threshold, 0, 1, closed=(False, True))
@@ -184,7 +206,7 @@ class Budget(RankRule):
 
     operations: float | None = None
     parameters: float | None = None
-    joint = True
+    joint = by_importance = True
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}

@@ -12,7 +12,7 @@ from support.spawn import spawn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hpc_oialr import OIALR, Budget, RankLimits, RankRule, low_rank_layers, muon_adamw
+from hpc_oialr import OIALR, Budget, LayerUpdate, OutputEnergy, RankLimits, RankRule, low_rank_layers, muon_adamw
 from hpc_oialr.distributed import World
 from hpc_oialr.engines import FSDPEngine
 from hpc_oialr.lowrank.execution import dense_cost, factored_cost
@@ -24,7 +24,7 @@ def controller(rule: RankRule, dtype: torch.dtype = torch.float32, engine: Any =
     model = small_model(dtype=dtype)
     if engine is not None:
         engine.place(model)
-    config = settings(rule=rule, limits=LIMITS, moments_steps=3, **options)
+    config = settings(**{"rule": rule, "limits": LIMITS, "moments_steps": 3, **options})
     return OIALR(model, muon_adamw(model, lr=0.01), config, engine=engine)
 
 
@@ -61,6 +61,32 @@ def test_what_layers_do_counts() -> None:
     by_weights, by_inputs = chosen("weights"), chosen("inputs")
     assert by_inputs["0"] < by_weights["0"], "the first layer's inputs lie in few directions"
     assert by_inputs["2"] > by_weights["2"]
+
+
+@pytest.mark.parametrize("importance", ["weights", "inputs", "inputs and gradients"])
+def test_no_cut_takes_more_than_a_share_of_the_output(importance: str) -> None:
+    def cuts(threshold: float) -> list[LayerUpdate]:
+        rule = OutputEnergy(threshold)
+        oialr, found = controller(rule, importance=importance, limits=RankLimits(max_drop=0.9, round_to=1)), []
+        for t in range(20):
+            x, y = batch(t)
+            cross_entropy(oialr.model(x * torch.logspace(0, -2, 12)), y).backward()
+            oialr.optimizer.step()
+            oialr.optimizer.zero_grad()
+            report = oialr.step()
+            if report is not None and oialr.t > 4:
+                found += report.layers
+        return [cut for cut in found if cut.r < cut.r_before]
+
+    for threshold in (0.9, 0.99):
+        lost = [cut.cut_share for cut in cuts(threshold)]
+        assert lost, "nothing was cut"
+        if importance == "weights":
+            assert lost == [None] * len(lost)
+        else:
+            assert 0 < max(map(float, lost)) < 1 - threshold + 1e-6
+    few, many = ({cut.name: cut.r for cut in cuts(threshold)} for threshold in (0.9, 0.99))
+    assert few["2"] < many["2"]
 
 
 @pytest.mark.parametrize("at", [6, 7, 9])
