@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -141,9 +142,41 @@ def is_transformed() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 or active is None or active()
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called, or it is what ``torch.compile`` returned; before it has run as well."""
-    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+class PausedCode:
+    """Code of ``torch.compile`` in a model that is set aside, so that its modules run eagerly, with their hooks.
+
+    ``torch.compiler.set_stance`` would change all models of the process.
+    """
+
+    def __init__(self) -> None:
+        self._code: dict[nn.Module, Callable[..., Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_code": {}}  # modules leave their compiled code behind when they are copied
+
+    def pause(self, model: nn.Module) -> None:
+        """Let all of the model run eagerly, also what has been compiled since the last call."""
+        for module in model.modules():
+            if _is_wrapper(module):
+                eager = cast(nn.Module, module._orig_mod).__call__
+                if vars(module)["forward"] != eager:
+                    self._code[module], module.forward = vars(module)["forward"], eager
+            elif (code := module._compiled_call_impl) is not None:
+                self._code[module], module._compiled_call_impl = code, None
+
+    def resume(self) -> None:
+        """Put the code back, but where a module was compiled anew meanwhile."""
+        for module, code in self._code.items():
+            if _is_wrapper(module):
+                module.forward = code
+            elif module._compiled_call_impl is None:
+                module._compiled_call_impl = code
+        self._code.clear()
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(model)`` returns."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def is_watched() -> bool:

@@ -59,8 +59,8 @@ class OIALRConfig:
         What a cut, at the conversion or later, preserves: "weights" keeps the largest singular values of the weight, as
         published; "inputs" changes the layers' outputs least; "inputs and gradients" also counts by how much the loss
         depends on each output; "auto" is "inputs" where the engine's layers see them whole, else "weights". The rule
-        chooses r by the weights' singular values in every case. Layers whose inputs no hook sees, as in compiled code,
-        are cut by weights; the log says so once.
+        chooses r by the weights' singular values in every case. Layers whose inputs no hook sees are cut by weights; the
+        log says so once.
     moments
         Of dense layers: "full" second moments (n^2 numbers a layer, for up to 4,096 features), or the "diagonal".
     moments_steps

@@ -1,6 +1,7 @@
 """Sums that hooks on layers gather in the last steps before a change, each rank from its own samples.
 
-Hooks exist in these steps only; the change begins with one all-reduce a layer.
+Hooks exist in these steps only, in which the model's compiled code is set aside, since it would not run them; the change
+begins with one all-reduce a layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.attachment import LayerHook
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.torch_compat import is_compiled, is_transformed
+from hpc_oialr.torch_compat import is_transformed
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,6 @@ class Gatherer(Generic[S]):
 
     def _open(self, found: Sequence[TargetWeight], make: Callable[[TargetWeight], S]) -> None:
         """Gather for these layers, if hooks see them, and no others in the next step."""
-        found = self._outside_compiled(found)
         self._late &= bool(found)
         self._untie()
         self._sums = {each.name: self._sums.get(each.name) or make(each) for each in found}
@@ -109,24 +109,12 @@ class Gatherer(Generic[S]):
         """Register the hooks, at the first forward pass of a step: after those by which an engine gathers factors."""
         if self._handles or not self._sums:
             return
-        # Layers may have been compiled since the window was opened.
-        for target in self._outside_compiled([sums.target for sums in self._sums.values()]):
-            sums = self._sums[target.name]
+        for sums in self._sums.values():
             before, after = LayerHook(sums.before), LayerHook(sums.after)
             self._handles += [
-                target.holder.register_forward_pre_hook(before, with_kwargs=True),
-                target.holder.register_forward_hook(after, with_kwargs=True),
+                sums.target.holder.register_forward_pre_hook(before, with_kwargs=True),
+                sums.target.holder.register_forward_hook(after, with_kwargs=True),
             ]
-
-    def _outside_compiled(self, targets: Sequence[TargetWeight]) -> list[TargetWeight]:
-        """Those outside of compiled code, which would not run their hooks, or be compiled anew in each window."""
-        if not targets:
-            return []
-        modules = self._engine.model.modules()
-        compiled = {inner for module in modules if is_compiled(module) for inner in module.modules()}
-        for target in (target for target in targets if target.holder in compiled):
-            self._tell(target, "compiled code runs no hooks")
-        return [target for target in targets if target.holder not in compiled]
 
     @property
     def sums(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -37,6 +38,7 @@ from hpc_oialr.method.second_moments import SecondMoments
 from hpc_oialr.method.sketches import GradientSketches
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
+from hpc_oialr.torch_compat import PausedCode
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +108,9 @@ class OIALR:
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
         self._moments = SecondMoments(self.config, self.engine)
-        self._sketches = GradientSketches(self.config, self.engine, self.module)
+        self._sketches = GradientSketches(self.config, self.engine)
         self._gatherers = self._moments, self._sketches
+        self._compiled = PausedCode()
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.targets, self._basis, self.engine, empty=adopted)
@@ -123,6 +126,7 @@ class OIALR:
         self._dense_weights = DenseWeights(self.targets)
         share_inputs(self.module)
         self._attachment = Attachment(self)
+        weakref.finalize(self, self._compiled.resume)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
         for guard in self._loader.guards:
@@ -188,6 +192,7 @@ class OIALR:
         self._loader.check_values()
         for each in self._gatherers:
             each.tie()
+        self._let_hooks_run()  # code that was compiled since the last step
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -255,6 +260,7 @@ class OIALR:
             due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
             for each in self._gatherers:
                 each.watch(self.t, self.updates + 1, due, self._tracker.streaks)
+            self._let_hooks_run()
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -388,6 +394,14 @@ class OIALR:
     def _forget(self) -> None:
         for each in self._gatherers:
             each.forget()
+        self._let_hooks_run()
+
+    def _let_hooks_run(self) -> None:
+        """Set compiled code aside for the next step if its hooks must run, else put it back."""
+        if any(each.sums for each in self._gatherers):
+            self._compiled.pause(self.engine.model)
+        else:
+            self._compiled.resume()
 
     before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 

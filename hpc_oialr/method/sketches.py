@@ -26,7 +26,6 @@ from hpc_oialr.lowrank.layout import Replicated
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.gathering import Gatherer, LayerSums
-from hpc_oialr.torch_compat import is_compiled
 
 # Random directions are added to a sketch at this size, relative to it: they take the places of those that it lacks, where
 # the gradient has fewer directions outside of the bases than are to be added.
@@ -148,17 +147,15 @@ class GradientSketches(Gatherer[LayerSketches]):
     sketches and test matrices on every rank, also where factors are sharded. q is the largest number of directions that
     the update may add: ``OIALRConfig.grow`` of r, or as many as fill up r to a multiple of ``RankLimits.round_to``.
 
-    Raises :class:`ConfigError` if the engine's layers do not see whole inputs and gradients, or the model is compiled.
+    Raises :class:`ConfigError` if the engine's layers do not see whole inputs and gradients.
     """
 
     kind, without = "sketches", "does not grow"
 
-    def __init__(self, config: OIALRConfig, engine: Engine, model: nn.Module) -> None:
+    def __init__(self, config: OIALRConfig, engine: Engine) -> None:
         super().__init__(config, engine)
-        where = None if engine.whole_features else f"under {type(engine).__name__} layers see parts of them"
-        if any(map(is_compiled, model.modules())):
-            where = "compiled code runs no hooks"
-        if config.grow and where is not None:
+        if config.grow and not engine.whole_features:
+            where = f"under {type(engine).__name__} layers see parts of them"
             rule = f"new directions come from layers' inputs and gradients, but {where}"
             raise ConfigError("grow", config.grow, rule, fix="Set it to 0.")
 

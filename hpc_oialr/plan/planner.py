@@ -104,10 +104,8 @@ class Planner:
 
     def moments(self, phase: Phase, d: Deployment) -> dict[str, int]:
         """Numbers of second moments, on each process, of the layers that an event cuts by them."""
-        config = self.workload.config
-        method = config.oialr
-        importance = "weights" if method is None or config.compile != "off" else d.importance(method)
-        if method is None or importance == "weights":
+        method = self.workload.config.oialr
+        if method is None or (importance := d.importance(method)) == "weights":
             return {}
         if phase.event == "conversion":
             return {name: numbers for name, (_, numbers) in self._layers.items() if numbers}

@@ -111,8 +111,6 @@ class Workload:
             method = replace(method, stability_frequency=None, stability_threshold=None)
             grow = 0.0 if trained else method.grow
             method = replace(method, train="factors" if trained else "cores", bases_trained=[], grow=grow)
-            if config.compile != "off":
-                method = replace(method, importance="weights")  # no hooks in compiled code, which is not compiled here
         global_batch = batch * engine.data_parallel.size
         data = cast(DataConfig, _FakeData(self, global_batch)) if fake_data else config.data
         built = cast(EngineConfig, _BuiltEngine(engine))

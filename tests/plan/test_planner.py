@@ -157,7 +157,7 @@ def test_second_moments_are_counted(workload, machine, importance, seen):
 
 
 def test_where_second_moments_are(workload, machine):
-    """On a CPU they are in the same memory; in compiled code and under tensor parallelism there are none."""
+    """On a CPU they are in the same memory; under tensor parallelism there are none."""
     (on_gpu,) = Planner(workload, machine, memory_gib=40.0).rows([1], 1, DDP())
     host = replace(machine, cores=4)
     (on_cpu,) = Planner(workload, host, memory_gib=40.0).rows([1], 1, DDP())
@@ -165,10 +165,6 @@ def test_where_second_moments_are(workload, machine):
     assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
     note = "counted: 1.8e-05 GiB of second moments before the conversion, in the host's memory of each process"
     assert note in Planner(workload, machine, memory_gib=40.0).grounds()
-    (compiled,) = Planner(replace(workload, config=replace(workload.config, compile="blocks")), host, 40.0).rows(
-        [1], 1, DDP()
-    )
-    assert compiled["conversion_moments_gib"] == 0
     (tensor,) = Planner(workload, host, 40.0).rows([2], 1, TensorParallel(size=2))
     assert tensor["conversion_moments_gib"] == 0
     (refused,) = Planner(with_method(workload, importance="inputs"), host, 40.0).rows([2], 1, TensorParallel(size=2))
