@@ -19,6 +19,7 @@ from benchmarks.gpu.sections import PLANS
 from benchmarks.gpu.step import ORDER
 from benchmarks.gpu.svd import METHODS
 
+pytestmark = pytest.mark.long  # the whole command takes half a minute
 ROOT = Path(__file__).resolve().parents[2]
 # What GPU machines did not have; a section that imports one of these would be lost there.
 ABSENT = (

@@ -187,6 +187,7 @@ def on_four(rank: int, size: int) -> dict[str, Any]:
 
 
 @installed
+@pytest.mark.long
 def test_zero_3_on_four() -> None:
     reference = alone()
     for result in spawn(on_four, 4):

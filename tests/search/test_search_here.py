@@ -22,6 +22,7 @@ def begun(folder: Path, number: int) -> bool:
     return any((folder / f"trial_{number:04d}" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_continued(tmp_path):
     """One run goes on while nobody watches it, one is killed together with the search and resumes."""

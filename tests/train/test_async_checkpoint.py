@@ -190,7 +190,7 @@ def with_and_without(rank: int, size: int, folder: str, engine: str) -> None:
     resume_worker(rank, size, f"{folder}/{engine}-parts")
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP"])
+@pytest.mark.parametrize("engine", ["DDP", pytest.param("FSDP", marks=pytest.mark.long)])
 def test_two_ranks(tmp_path: Path, engine: str) -> None:
     for asynchronous in (True, False):
         recipe(tmp_path / str(asynchronous), asynchronous, engine={"class_path": engine})

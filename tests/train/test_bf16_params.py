@@ -179,6 +179,7 @@ def with_each(rank: int, size: int, recipe: str, folder: str) -> None:
         resume(run / "parts")
 
 
+@pytest.mark.long
 def test_two_ranks_of_each_engine(tmp_path: Path) -> None:
     # Under tensor parallelism bases are chosen by the weights.
     more = {"model": {"init_args": {"dropout": 0.0}}, "oialr": {"importance": "weights"}}

@@ -33,7 +33,7 @@ def test_same_r_and_losses(single, tmp_path, size):
     assert summaries[0]["metric"] == pytest.approx(alone.summary["metric"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("size", "stop_at"), [(2, 11), (4, 10)])
+@pytest.mark.parametrize(("size", "stop_at"), [(2, 11), pytest.param(4, 10, marks=pytest.mark.long)])
 def test_resume_of_several_is_bitwise(tmp_path, size, stop_at):
     """With dropout, whose generators each process has of its own, at steps at which no checkpoint is due."""
     recipe = write_recipe(tmp_path, train={"steps": 16, "evaluations": 2})
