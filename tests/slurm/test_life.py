@@ -55,9 +55,7 @@ def test_metrics_go_over_mpi(cluster: Cluster) -> None:
     """One task on each of two nodes."""
     folder = cluster.root / "mpi"
     settings = [*TINY, "--train.steps", "12"]
-    cluster.sbatch(
-        "--nodes=2", SCRIPT, *settings, OIALR_OUT=str(folder), OIALR_MPI="pmix"
-    ).wait()
+    cluster.sbatch("--nodes=2", SCRIPT, *settings, OIALR_OUT=str(folder), OIALR_MPI="pmix").wait()
     assert "metrics go over mpi" in (folder / "logs" / "process_0.log").read_text()
     assert json.loads((folder / "summary.json").read_text())["world_size"] == 2
     updates = read_metrics(folder / "updates.jsonl")
