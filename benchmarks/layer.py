@@ -4,7 +4,8 @@ Ratios are to the dense layer, torch's `nn.Linear`, measured in turn in one run.
 project's low-rank layer, `linear_ratio` the same products by `torch.nn.functional.linear`, `rebuild_ratio`
 the layer building `W = U S Vh` in every forward pass, `flop_ratio` what the operation counts promise.
 `dense_onednn_ratio` is a dense layer whose output and input gradient go through oneDNN, as the low-rank
-layer's products do in fp32 on CPUs. `oialr.crossover` accepts the result file.
+layer's products do in fp32 on CPUs with AVX-512. `products_ratio` is the matrix products of the folded layer
+alone, by torch: what the library behind them needs for such thin matrices. `oialr.crossover` accepts the result file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hpc_oialr.torch_compat import onednn_linear
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 SHAPES = ((768, 768), (3072, 768))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
 
 
@@ -51,6 +53,7 @@ def measure(m: int, n: int, fraction: float, dtype: torch.dtype, tokens: int, re
     dy = torch.randn(tokens, m, device=device, dtype=dtype)
     steps = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
     steps["linear"] = lambda: step(layers["factored"], x, dy, three_linear_layers)
+    steps["products"] = lambda: folded_products(layers["factored"], x.detach(), dy)
     # Without AVX-512 oneDNN has no products in bf16.
     by_onednn = device == "cpu" and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if by_onednn:
@@ -67,9 +70,20 @@ def measure(m: int, n: int, fraction: float, dtype: torch.dtype, tokens: int, re
         "flop_ratio": factored_cost(tokens, m, n, r) / dense_cost(tokens, m, n),
         "rebuild_ratio": ratios["rebuild"],
         "linear_ratio": ratios["linear"],
+        "products_ratio": ratios["products"],
         "dense_onednn_ratio": ratios["dense oneDNN"] if by_onednn else None,
         "dense_ms": 1e3 * dense_s,
     }
+
+
+def folded_products(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """The six products of a pass with the core folded into the bases, and the bias with its gradient."""
+    assert isinstance(layer, LowRankLinear)
+    with torch.no_grad():
+        a = F.linear(x, layer.Vh)
+        y = F.linear(a, layer.U @ layer.S, layer.bias)
+        db = dy @ layer.U
+        return y, db @ (layer.S @ layer.Vh), db.mT @ a, dy.sum(0)
 
 
 def three_linear_layers(layer: nn.Module, x: Tensor) -> Tensor:
@@ -108,11 +122,12 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=1576, help="rows of the input: 8 images of ViT-B/16")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = [
         measure(m, n, fraction, dtype, options.tokens, options.repeats)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (DTYPES[name] for name in options.dtypes)
         for m, n in SHAPES
         for fraction in FRACTIONS
     ]

@@ -25,8 +25,8 @@ def layer() -> str:
     header = ("layer", "dtype", "r", "operations", "time, factored", "time, rebuilding W")
     tuned = [row["dense_onednn_ratio"] for row in result["rows"] if row["dtype"] == "float32"]
     remark = (
-        "Dense is PyTorch's `nn.Linear`. In float32 the factored products use oneDNN; a dense layer through "
-        f"oneDNN would take {min(tuned):.2f} to {max(tuned):.2f} of its time."
+        "Dense is PyTorch's `nn.Linear`. In float32 the factored products use oneDNN (on CPUs with AVX-512); a dense "
+        f"layer through oneDNN would take {min(tuned):.2f} to {max(tuned):.2f} of its time."
     )
     return f"{table(header, rows)}\n\n{remark}\n{origin('layer', result['environment'])}"
 

@@ -164,8 +164,9 @@ def _fused() -> Any:
 TORCH = Kernels(torch_serves, F.linear)
 ONEDNN = Kernels(onednn_serves, onednn_linear)
 FUSED = Kernels(fused_serves, F.linear, pair=lambda x, P, Q, bias: _fused().two_products(x, P, Q, bias))
-# The first that serves is used.
-KERNELS: tuple[Kernels, ...] = (FUSED, ONEDNN, TORCH)
+# The first that serves is used. oneDNN is faster with AVX-512 only: benchmarks/results/layer_avx2.json.
+_BY_CPU = (ONEDNN,) if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()
+KERNELS: tuple[Kernels, ...] = (FUSED, *_BY_CPU, TORCH)
 
 
 def serving(x: Tensor, A: Tensor, S: Tensor, C: Tensor) -> Kernels | None:
