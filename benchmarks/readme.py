@@ -1,7 +1,8 @@
-"""Writes the README's tables from the committed result files, so that no number there is typed by hand.
+"""Writes the tables of README and docs from the committed result files, so that no number there is typed by hand.
 
 `python -m benchmarks.readme` rewrites what stands between the markers `<!-- NAME -->` and
-`<!-- end NAME -->`; with `--check` it changes nothing, and the exit code is 1 if the README is out of date.
+`<!-- end NAME -->`; with `--check` it changes nothing, and the exit code is 1 if a page is out of date. Figures within
+sentences are compared with the result files: see `pages/claims.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, demo, ett, settings, stability
+from benchmarks.pages.claims import missing
+from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
 from benchmarks.pages.systems import engines, life, plan, support, traffic
 from benchmarks.pages.tables import ROOT
 
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "bases_conversion": bases_conversion,
+    "bases_h100": bases_h100,
+    "bases_trained": bases_trained,
     "budgets": budgets,
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,
+    "detection": detection,
     "gpu": gpu,
     "ett": ett,
     "image_shards": image_shards,
@@ -52,12 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
-    before = {page: page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "data.md")}
+    before = {page: page.read_text() for page in PAGES}
     after = {page: rendered(text) for page, text in before.items()}
     if parser.parse_args(arguments).check:
-        sys.exit(before != after)
-    for page, text in after.items():
-        page.write_text(text)
+        if before != after:
+            sys.exit(1)
+    else:
+        for page, text in after.items():
+            page.write_text(text)
+    if wrong := [f"{page.name}: {claim}" for page, text in after.items() for claim in missing(page.name, text)]:
+        sys.exit("Result files say otherwise; must stand in the text:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":

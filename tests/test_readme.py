@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks.pages.claims import claims, missing
 from hpc_oialr.cli.main import make_parser
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import OIALRError
@@ -135,3 +136,10 @@ def test_the_layout_of_spectra_is_that_of_the_schema(tmp_path: Path) -> None:
         assert str(file.attrs["schema_version"]) in text
     prose = text.partition("| field |")[0]
     assert [name for name in names if f"`{name}`" not in prose and f"`{name} =" not in prose] == []
+
+
+def test_a_figure_in_a_sentence_that_is_not_the_result_files_is_named() -> None:
+    page = (ROOT / "docs" / "method.md").read_text()
+    assert missing("method.md", page) == []
+    claim = next(text for where, text in claims() if where == "method.md" and "two seeds" in text)
+    assert missing("method.md", " ".join(page.split()).replace(claim, claim.replace(".", ".9"))) == [claim]

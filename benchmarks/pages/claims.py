@@ -1,0 +1,102 @@
+"""Sentences of README and docs that name a measured figure, each with the figures of the committed result files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.pages.tables import load
+
+GPU = "gpu_nvidia_h100_80gb_hbm3"
+
+
+def missing(page: str, text: str) -> list[str]:
+    """What a page should say by the result files, and does not."""
+    flat = " ".join(text.split())
+    return [claim for where, claim in claims() if where == page and claim not in flat]
+
+
+def claims() -> Iterator[tuple[str, str]]:
+    """Each page's name and what must stand in it, in one line."""
+    for page, template, figures in CLAIMS:
+        yield page, template.format(**figures())
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _short(value: float) -> str:
+    """Two digits without a leading zero or a trailing one."""
+    return re.sub(r"^0|(?<=\.\d)0$", "", f"{value:.2f}")
+
+
+def _demo() -> dict[str, Any]:
+    return {"time": round(10 * load("demo")["ratios"]["wall"]) * 10}
+
+
+def _gpu_steps() -> dict[str, Any]:
+    """Fastest low-rank over fastest dense step of each model; the mini ViT in eager mode."""
+    rows = load(GPU)["sections"]["step"]["rows"]
+
+    def fastest(model: str, r_over_k: float | None, mode: str = "") -> float:
+        found = (row for row in rows if (row["model"], row["r_over_k"]) == (model, r_over_k))
+        return min(row["ms"] for row in found if mode in row["mode"])
+
+    ratios = [fastest(model, 0.25) / fastest(model, None) for model in {row["model"] for row in rows}]
+    eager = fastest("mini ViT", 0.25, "eager") / fastest("mini ViT", None, "eager")
+    return {"least": _short(min(ratios)), "most": _short(max(ratios)), "eager": f"{eager:.2f}"}
+
+
+def _cifar() -> dict[str, Any]:
+    rows = load("cifar_h100")["rows"]
+    dense, seconds = (row for row in rows if row["run"] == "dense Muon")
+    cores, quarter, follow = (
+        next(row for row in rows if row["run"] == name)
+        for name in ("cores, r 320", "OIALR k/4, cores alone", "OIALR k/4, bases that follow")
+    )
+    named = {"dense": dense, "second": seconds, "cores": cores, "quarter": quarter, "follow": follow}
+    return {name: _points(row["accuracy"]) for name, row in named.items()} | {
+        "share": round(100 * cores["trained_share"])
+    }
+
+
+def _growth() -> dict[str, Any]:
+    rows = {row["run"]: row["accuracy"] for row in load("bases_trained")["rows"]}
+    return {"growing": _points(rows["cores, growing by 1/8"]), "cores": _points(rows["cores"])}
+
+
+def _shards() -> dict[str, Any]:
+    lost = [100 * (1 - row["tar, read and decode / decode"]) for row in load("image_shards")["rows"]]
+    return {"least": round(min(lost)), "most": round(max(lost))}
+
+
+def _detection() -> dict[str, Any]:
+    result = load("detection")
+    seen = [row for row in result["rows"] if row["rho"] >= 1.5]
+    speedups = [row["speedup"] for row in result["timing"]]
+    assert not any(row["detected"] for row in result["rows"] if row["rho"] < 1)
+    return {
+        "off": f"{max(row['alignment_error'] for row in seen):.3f}".lstrip("0"),
+        "weak": f"{max(row['standard_error'] for row in seen if row['rho'] == 1.5):.3f}".lstrip("0"),
+        "strong": f"{max(row['standard_error'] for row in seen if row['rho'] > 1.5):.3f}".lstrip("0"),
+        "least": f"{min(speedups):.1f}",
+        "most": f"{max(speedups):.0f}",
+    }
+
+
+CLAIMS: tuple[tuple[str, str, Callable[[], dict[str, Any]]], ...] = (
+    ("README.md", "it needed about {time} % of the time of dense training", _demo),
+    ("README.md", "a quarter of the rank took {least} to {most} of the fastest dense ones", _gpu_steps),
+    ("README.md", "the mini ViT (17 tokens per image) takes {eager} times as long eager", _gpu_steps),
+    ("README.md", "cores of r = 320, {share} % of the parameters,", _cifar),
+    ("method.md", "dense Muon {dense} and {second} (two seeds)", _cifar),
+    ("method.md", "cores of r = 320 of 768 {cores}, of r = 192 {quarter}", _cifar),
+    ("method.md", "with bases trained again from 70 % on {follow}", _cifar),
+    ("method.md", "it did not: {growing} against {cores} of frozen bases", _growth),
+    ("method.md", "the alignment is within {off} of this size's prediction", _detection),
+    ("method.md", "(standard error up to {weak} at 1.5, up to {strong} above)", _detection),
+    ("method.md", "TensorLy's to 1e-12, {least} to {most} times as fast", _detection),
+    ("data.md", "Reading takes {least} to {most} % from the decoder's own speed", _shards),
+)
