@@ -15,7 +15,9 @@ from torch import Tensor
 
 from hpc_oialr.errors import ConfigError, NonFiniteError, check_interval
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
+from hpc_oialr.linalg.communicator import Communicator, Group, children, communicator, parent
 from hpc_oialr.linalg.noise_spectra import MultilinearNoiseEdge, unfolded_shapes
+from hpc_oialr.linalg.row_partition import agree, transpose_blocks
 from hpc_oialr.linalg.svd import SVD, compute_dtype, count_non_finite, svd
 
 Ranks = Sequence[int] | MultilinearNoiseEdge
@@ -54,7 +56,7 @@ def mode_product(T: Tensor, M: Tensor, mode: int) -> Tensor:
 
 
 @exact_arithmetic()
-def mlsvd(T: Tensor, r: Ranks | None = None, *, name: str = "tensor") -> Tucker:
+def mlsvd(T: Tensor, r: Ranks | None = None, *, group: Group = None, name: str = "tensor") -> Tucker:
     """Multilinear SVD (HOSVD), truncated: the leading left singular vectors of every unfolding, and the core by them.
 
     Of an n_l x p unfolding with p > n_l only the triangle of a QR is decomposed, which has the same values and vectors;
@@ -67,6 +69,9 @@ def mlsvd(T: Tensor, r: Ranks | None = None, *, name: str = "tensor") -> Tucker:
     r
         Size of the core in each mode; a :class:`~hpc_oialr.MultilinearNoiseEdge` chooses it, also 0 where there is only
         noise. Default: as many as there are singular values, and then ``dense()`` is ``T``.
+    group
+        Of ranks that hold ``T`` in blocks along its first mode, this one ``T[a:b]``, which may be empty. The result is
+        that of one process, whole on every rank; see :func:`_of_blocks`.
     name
         For errors.
 
@@ -77,6 +82,9 @@ def mlsvd(T: Tensor, r: Ranks | None = None, *, name: str = "tensor") -> Tucker:
     NonFiniteError
         If ``T`` holds NaN or Inf.
     """
+    comm = communicator(group)
+    if comm.size > 1:
+        return _of_blocks(T, r, comm, name)
     T = _checked(T, r, name)
     found = [_left_svd(T, mode, name) for mode in range(T.dim())]
     spectra = tuple(each.s for each in found)
@@ -166,17 +174,60 @@ def _left_svd(T: Tensor, mode: int, name: str) -> SVD:
     return svd(A, name=f"{name}, mode {mode}")
 
 
+def _of_blocks(T: Tensor, r: Ranks | None, comm: Communicator, name: str) -> Tucker:
+    """:func:`mlsvd` of a tensor in blocks along its first mode; a collective call.
+
+    Of each mode's unfolding, transposed and in row blocks, all ranks make the triangle of a QR: one all-reduce of
+    ``n_l^2`` numbers, with a QR of two triangles in place of a sum (a Gram matrix would lose the small half of the
+    digits). For the first mode one all-to-all before turns the blocks, in which a rank sends what it holds but its own
+    share. The core's projection is summed by one all-reduce of the core.
+    """
+    if T.dim() < 2:
+        raise ConfigError(name, tuple(T.shape), "must have at least two modes")
+    flat, rows = agree(T.reshape(len(T), math.prod(T.shape[1:])), comm, name)
+    T, shape = flat.reshape(T.shape), (rows.m, *T.shape[1:])
+    _check_sizes(r, shape, name)
+    vectors, spectra = [], []
+    for mode, (n, others) in enumerate(unfolded_shapes(shape)):
+        block = unfold(T, mode).mT if mode else transpose_blocks(flat, comm, rows)
+        U, s, _ = svd(_triangle(block, comm).mT, name=f"{name}, mode {mode}")
+        k = min(n, others)
+        # Rank 0's: another processor may round otherwise, and r must not differ.
+        vectors.append(comm.broadcast(U[:, :k].contiguous()))
+        spectra.append(comm.broadcast(s[:k].clone()))
+    sizes = _chosen(r, spectra, shape)
+    bases = tuple(U[:, :size].contiguous() for U, size in zip(vectors, sizes, strict=True))
+    own = bases[0][rows.span(comm.rank)]
+    return Tucker(comm.all_reduce(_projected(T, (own, *bases[1:]))), bases, tuple(spectra))
+
+
+def _triangle(A: Tensor, comm: Communicator) -> Tensor:
+    """R (n x n) of the QR of a matrix in row blocks (m_p x n), the same on every rank."""
+    R = A.new_zeros(A.shape[1], A.shape[1])
+    own = torch.linalg.qr(A, mode="r").R
+    R[: len(own)] = own
+    for child in children(comm.rank, comm.size):
+        R = torch.linalg.qr(torch.cat([R, comm.receive(torch.empty_like(R), child)]), mode="r").R
+    if comm.rank:
+        comm.send(R, parent(comm.rank))
+    return comm.broadcast(R.contiguous())
+
+
 def _checked(T: Tensor, r: Ranks | None, name: str) -> Tensor:
-    if T.dim() < 2 or T.numel() == 0:
-        raise ConfigError(name, tuple(T.shape), "must have at least two modes, none of size 0")
-    if isinstance(r, Sequence):
-        largest = _largest(T.shape)
-        if len(r) != T.dim() or not all(0 <= size <= most for size, most in zip(r, largest, strict=True)):
-            raise ConfigError("r", tuple(r), f"must be a size for each mode, at most {largest}")
+    _check_sizes(r, T.shape, name)
     T = T.detach().to(compute_dtype(T.dtype))
     if bad := count_non_finite(T):
         raise NonFiniteError(f"{name} holds {bad} NaN or Inf among {T.numel()} values; an SVD needs finite ones.")
     return T
+
+
+def _check_sizes(r: Ranks | None, shape: Sequence[int], name: str) -> None:
+    if len(shape) < 2 or math.prod(shape) == 0:
+        raise ConfigError(name, tuple(shape), "must have at least two modes, none of size 0")
+    if isinstance(r, Sequence):
+        largest = _largest(shape)
+        if len(r) != len(shape) or not all(0 <= size <= most for size, most in zip(r, largest, strict=True)):
+            raise ConfigError("r", tuple(r), f"must be a size for each mode, at most {largest}")
 
 
 def _chosen(r: Ranks | None, spectra: Sequence[Tensor], shape: Sequence[int]) -> tuple[int, ...]:

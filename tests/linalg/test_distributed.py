@@ -134,6 +134,19 @@ def test_figures_from_blocks(backend: str, size: int) -> None:
 
 
 @worlds
+def test_multilinear_svd_of_blocks_is_that_of_the_whole_tensor(backend: str, size: int) -> None:
+    for case, alone in enumerate(run("threads", 1)[0]["tensors"]):
+        found = [process["tensors"][case] for process in run(backend, size)]
+        for each in found:
+            assert torch.equal(each.core, found[0].core)
+            for s, expected in zip(each.spectra, alone.spectra, strict=True):
+                torch.testing.assert_close(s, expected, rtol=0, atol=1e-13)
+            for U, V in zip(each.bases, alone.bases, strict=True):
+                torch.testing.assert_close(U @ U.mT, V @ V.mT, rtol=0, atol=1e-12)
+            torch.testing.assert_close(each.dense(), alone.dense(), rtol=0, atol=1e-12)
+
+
+@worlds
 def test_every_process_tells_the_same_error(backend: str, size: int) -> None:
     for process in run(backend, size):
         nan, width = process["errors"]

@@ -19,6 +19,7 @@ from hpc_oialr.linalg.basis_change import gram_products, orthogonality_error, st
 from hpc_oialr.linalg.communicator import Communicator, communicator
 from hpc_oialr.linalg.distributed_svd import hierarchical_svd, randomized_svd
 from hpc_oialr.linalg.row_partition import frobenius_norm
+from hpc_oialr.linalg.tensors import Tucker, mlsvd
 from hpc_oialr.linalg.tsqr import gathered_svd, tsqr_svd
 
 Results = dict[str, tuple[Any, ...]]
@@ -46,7 +47,7 @@ def everything(comm: Communicator, matrices: Iterable[Case]) -> dict[str, Any]:
         mine = block(A, comm.rank, comm.size)
         for method, factorise in METHODS.items():
             results[f"{method} {name}"] = tuple(factorise(mine, comm))
-    return {"svd": results, "figures": figures(comm), "errors": failures(comm)}
+    return {"svd": results, "figures": figures(comm), "errors": failures(comm), "tensors": tensors(comm)}
 
 
 def figures(comm: Communicator) -> list[float]:
@@ -59,6 +60,15 @@ def figures(comm: Communicator) -> list[float]:
         orthogonality_error(3.0 * U, comm),
         frobenius_norm(2.0 * U, comm),
     ]
+
+
+def tensors(comm: Communicator) -> list[Tucker]:
+    """Multilinear SVDs of a tall, a wide and a short tensor in blocks of its first mode, some of them empty."""
+    found = []
+    for shape, r in (((7, 4, 5), (3, 2, 4)), ((2, 6, 3), None), ((30, 2, 3), (2, 1, 3))):
+        T = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(found)))
+        found.append(mlsvd(block(T, comm.rank, comm.size), r, group=comm))
+    return found
 
 
 def failures(comm: Communicator) -> list[str]:
