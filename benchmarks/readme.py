@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, demo, ett, settings, stability
+from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, demo, ett, settings, stability
 from benchmarks.pages.claims import missing
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
@@ -28,6 +28,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,
+    "convolutions": convolutions,
     "detection": detection,
     "gpu": gpu,
     "ett": ett,

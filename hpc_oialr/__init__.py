@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from hpc_oialr.method.config import OIALRConfig
     from hpc_oialr.method.oialr import OIALR
-    from hpc_oialr.method.report import LayerUpdate, UpdateReport
+    from hpc_oialr.method.report import ChannelUpdate, LayerUpdate, UpdateReport
     from hpc_oialr.method.rules import (
         Budget,
         CumulativeSum,
@@ -51,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OIALR",
     "Budget",
+    "ChannelUpdate",
     "CumulativeSum",
     "Energy",
     "FixedFraction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hpc_oialr import OIALR, OIALRConfig, match_structure
 from hpc_oialr.errors import CheckpointError, ConfigError, MissingExtraError, ModelError
 from hpc_oialr.integrations.launch import require_all_processes
 from hpc_oialr.integrations.state_files import load_state, read_state, save_state
+from hpc_oialr.lowrank.kernel_modes import as_inner, factor_shapes
 from hpc_oialr.lowrank.targets import every_weight
 
 try:
@@ -129,8 +131,10 @@ def _empty_state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
             f"{folder} has a low-rank layer {min(unknown)!r} that this model does not have; it belongs to another model."
         )
     for name, target in targets.items():
-        (m, n), own, dtype = target.shape, r.get(name), target.trained.dtype
-        shapes = {"weight": (m, n)} if own is None else {"U": (m, own), "S": (own, own), "Vh": (own, n)}
+        own, dtype = r.get(name), target.trained.dtype
+        shapes: dict[str, Sequence[int]] = {"weight": target.shape}
+        if own is not None:
+            shapes = dict(zip(("U", "S", "Vh"), factor_shapes(target.dense_shape, as_inner(own)), strict=True))
         empty |= {f"{name}.{key}": torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
     return empty
 

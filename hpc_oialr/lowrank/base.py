@@ -18,6 +18,7 @@ from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.lowrank.attachment import controller_of
 from hpc_oialr.lowrank.built_weight import BuiltWeight, read_only, refuse_assignment
 from hpc_oialr.lowrank.execution import prefer_factored
+from hpc_oialr.lowrank.kernel_modes import Inner, times
 from hpc_oialr.lowrank.marks import is_in_optimizer, pass_on_attributes, pass_on_hooks
 from hpc_oialr.torch_compat import is_transformed
 
@@ -198,7 +199,7 @@ class LowRankWeight(nn.Module):
 
     def bases_error(self) -> float:
         """The larger of ``||U^T U - I||_F / sqrt(r)`` and that of ``Vh``; 0 if sharded or not loaded yet."""
-        whole = not isinstance(self.U, DTensor) and (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.n)
+        whole = not isinstance(self.U, DTensor) and (self.U.shape[0], self.Vh.shape[1]) == (self.m, self.columns)
         if self.S.is_meta or not whole or not bool(self.S.any()):
             return 0.0
         return max(orthogonality_error(self.U), orthogonality_error(self.Vh.mT))
@@ -243,6 +244,16 @@ class LowRankWeight(nn.Module):
         return int(whole_shape(self.S)[0])
 
     @property
+    def columns(self) -> int:
+        """Columns of ``Vh``."""
+        return self.n
+
+    @property
+    def inner(self) -> Inner:
+        """What a checkpoint keeps of the structure: r, or both of a Tucker layer."""
+        return self.r
+
+    @property
     def k(self) -> int:
         """Largest r this weight can have, min(m, n)."""
         return min(self.m, self.n)
@@ -255,7 +266,7 @@ class LowRankWeight(nn.Module):
     def matrix(self) -> Tensor:
         """``U S Vh`` (m x n) in the core's dtype, differentiable in S; under autocast in that of autocast."""
         U, S, Vh = self.matched_factors()
-        return U @ (S @ Vh)
+        return U @ times(S, Vh)
 
     @property
     def weight(self) -> Tensor:
@@ -290,7 +301,7 @@ class LowRankWeight(nn.Module):
         """The dense weight in its own shape and the core's dtype, computed in fp32 or better."""
         U, S, Vh = (factor.to(compute_dtype(self.S.dtype)) for factor in self.factors)
         S = self._beside(U, S)
-        return (U @ (S @ Vh)).reshape(self.dense_shape).to(self.S.dtype)
+        return (U @ times(S, Vh)).reshape(self.dense_shape).to(self.S.dtype)
 
     def matched_factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The factors in the core's dtype; under autocast as they are, or copies, and autocast casts the rest."""
@@ -330,6 +341,9 @@ class LowRankWeight(nn.Module):
             device = self.S.device.type
             by_autocast = torch.is_autocast_enabled(device)
             crossover = crossover[torch.get_autocast_dtype(device) if by_autocast else self.S.dtype]
+        return self._pays(tokens, crossover)
+
+    def _pays(self, tokens: int, crossover: float) -> bool:
         return prefer_factored(tokens, self.m, self.n, self.r, crossover=crossover)
 
     def extra_repr(self) -> str:
@@ -356,7 +370,7 @@ class LowRankWeight(nn.Module):
             core = self.S
             if len(stored) == 3:
                 U, S, Vh = (torch.empty_like(x, device=core.device) for x in stored)
-                if S.shape != core.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.n):
+                if S.shape != core.shape and (U.shape[0], Vh.shape[1]) == (self.m, self.columns):
                     self.set_factors(U, S, Vh)
             elif prefix + "weight" in state_dict:
                 self.become_dense()

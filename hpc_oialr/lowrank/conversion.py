@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from hpc_oialr.linalg.svd import compute_dtype, svd
 from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import Crossover, LowRankWeight, rounding_bound, whole_shape
+from hpc_oialr.lowrank.kernel_modes import Inner, channel_unfoldings, factor_shapes, is_tucker, leading_channels
 from hpc_oialr.lowrank.layers import LowRankConv1D, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from hpc_oialr.lowrank.layout import REPLICATED, Replicated
 from hpc_oialr.lowrank.selection import Selection, select
 from hpc_oialr.lowrank.targets import TargetWeight
+from hpc_oialr.lowrank.tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d, takes_tucker
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +32,7 @@ LAYERS: dict[str, type[LowRankWeight]] = {
     "Conv2d": LowRankConv2d,
     "Conv3d": LowRankConv3d,
 }
+TUCKER: dict[str, type[LowRankWeight]] = {"Conv1d": TuckerConv1d, "Conv2d": TuckerConv2d, "Conv3d": TuckerConv3d}
 
 
 @exact_arithmetic()
@@ -49,7 +52,8 @@ def convert_weight(
     weight.grad = None
     stored = factor_dtype or weight.dtype
     parts = (U.to(stored), S.to(weight.dtype), Vh.to(stored))
-    return LAYERS[target.kind].adopt(target.holder, *parts, crossover=crossover)
+    kinds = TUCKER if is_tucker(S, Vh) else LAYERS
+    return kinds[target.kind].adopt(target.holder, *parts, crossover=crossover)
 
 
 def leave_fused_inference(model: nn.Module) -> None:
@@ -60,17 +64,29 @@ def leave_fused_inference(model: nn.Module) -> None:
 
 
 @exact_arithmetic()
-def convert(model: nn.Module, selection: Selection | None = None, *, fraction: float = 1.0) -> list[TargetWeight]:
+def convert(
+    model: nn.Module,
+    selection: Selection | None = None,
+    *,
+    fraction: float = 1.0,
+    conv: Literal["flattened", "tucker"] = "flattened",
+) -> list[TargetWeight]:
     """Convert every selected layer of ``model`` in place by an SVD, of which ``fraction`` of the k triplets is kept.
 
     For use without a training loop; :class:`hpc_oialr.OIALR` converts a model in training, and the optimizer's state
-    with it. Raises :class:`NonFiniteError` if a weight holds NaN or Inf.
+    with it. With ``conv="tucker"`` convolutions get bases for their channels, of each of which ``fraction`` is kept.
+    Raises :class:`NonFiniteError` if a weight holds NaN or Inf.
     """
     targets = select(model, selection)
     leave_fused_inference(model)
     for target in targets:
-        weight = target.weight
-        U, s, Vh = svd(weight.reshape(weight.shape[0], -1), name=target.name)
+        W = target.weight.detach().reshape(target.shape)
+        if takes_tucker(target, conv):
+            modes = (svd(A, name=target.name) for A in channel_unfoldings(W, target.dense_shape[1]))
+            bases = [U[:, : max(1, round(fraction * len(s)))] for U, s, _ in modes]
+            convert_weight(target, *leading_channels(W, *bases))
+            continue
+        U, s, Vh = svd(W, name=target.name)
         r = max(1, round(fraction * target.k))
         convert_weight(target, U[:, :r], torch.diag(s[:r]), Vh[:r])
     return targets
@@ -79,18 +95,19 @@ def convert(model: nn.Module, selection: Selection | None = None, *, fraction: f
 @exact_arithmetic()
 def empty_factors(
     target: TargetWeight,
-    r: int,
+    r: Inner,
     *,
     layout: Replicated = REPLICATED,
     factor_dtype: torch.dtype | None = None,
     crossover: Crossover = 1.0,
 ) -> LowRankWeight:
     """Give ``target`` zero factors of inner dimension ``r``, to be filled from a checkpoint."""
-    (m, n), weight = target.shape, target.weight
+    weight = target.weight
+    (m, r_out), core, (r_in, n) = factor_shapes(target.dense_shape, r)
     rows, columns = layout.own_rows(m), layout.own_columns(n)
     zeros = partial(torch.zeros, dtype=compute_dtype(weight.dtype), device=weight.device)
-    U, Vh = layout.put_bases(zeros(rows.stop - rows.start, r), zeros(r, columns.stop - columns.start), m, n)
-    S = layout.put_core(zeros(r, r))
+    U, Vh = layout.put_bases(zeros(rows.stop - rows.start, r_out), zeros(r_in, columns.stop - columns.start), m, n)
+    S = layout.put_core(zeros(*core))
     return convert_weight(target, U, S, Vh, factor_dtype=factor_dtype, crossover=crossover)
 
 
@@ -150,7 +167,8 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def dense_parameters(model: nn.Module) -> int:
-    """Trainable numbers of the dense twin: low-rank weights count m n instead of r^2."""
+    """Trainable numbers of the dense twin: low-rank weights count m n instead of their core."""
     layers = low_rank_layers(model).values()
     free = sum(layer.r * (layer.m + layer.n) for layer in layers if layer.U.requires_grad)
-    return trainable_parameters(model) + sum(layer.m * layer.n - layer.r**2 for layer in layers) - free
+    saved = sum(layer.m * layer.n - whole_shape(layer.S).numel() for layer in layers)
+    return trainable_parameters(model) + saved - free

@@ -60,6 +60,34 @@ def prefer_factored(tokens: int, m: int, n: int, r: int, *, crossover: float = 1
     return factored_cost(tokens, m, n, r) <= crossover * merged_cost(tokens, m, n, r)
 
 
+def tucker_cost(tokens: int, shape: tuple[int, int, int], r: tuple[int, int], *, inputs: int = 1) -> int:
+    """Multiply-adds of a Tucker convolution with only S trained, forward and backward.
+
+    ``2 B (B' c r_in + m r_out) + 3 B K r_out r_in`` for B output positions, ``inputs`` B' input positions for each of
+    them, and a kernel of ``shape`` (m, c, K): output channels, input channels, places.
+    """
+    (m, channels, places), (r_out, r_in) = shape, r
+    return tokens * (2 * (inputs * channels * r_in + m * r_out) + 3 * places * r_out * r_in)
+
+
+def prefer_tucker(
+    tokens: int, shape: tuple[int, int, int], r: tuple[int, int], *, inputs: int = 1, crossover: float = 1.0
+) -> bool:
+    """:func:`prefer_factored` of a Tucker convolution; arguments as of :func:`tucker_cost`.
+
+    >>> prefer_tucker(1024, (64, 64, 9), (16, 16)), prefer_tucker(1024, (64, 64, 9), (64, 64))
+    (True, False)
+    """
+    (m, channels, places), (r_out, r_in) = shape, r
+    n, each = channels * places, tucker_cost(1, shape, r, inputs=inputs)
+    if each <= crossover * dense_cost(1, m, n):
+        return True
+    if torch.compiler.is_exporting():
+        return False
+    # The weight is built by the core's product with Vh, then with U; its gradient goes back the same way.
+    return tokens * each <= crossover * (dense_cost(tokens, m, n) + 2 * r_out * n * (m + r_in))
+
+
 def crossover_by_dtype(path: str | Path) -> dict[torch.dtype, float]:
     """:func:`measured_crossover` for each dtype a layer may run in; that of float32 where none is measured."""
     found = {torch.float32: measured_crossover(path)}

@@ -18,6 +18,7 @@ from hpc_oialr.lowrank.attachment import untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conversion import leave_fused_inference, low_rank_layers
+from hpc_oialr.lowrank.kernel_modes import is_tucker, times
 from hpc_oialr.lowrank.targets import TargetWeight, every_weight, kind_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -141,7 +142,8 @@ def _fold_layer(layer: LowRankWeight) -> None:
     if kind == "Conv1D":
         down, up = U.mT, (S @ Vh).mT
     else:
-        down, up = Vh, U @ S
+        # A Tucker layer becomes r_out filters of the whole extent, and a convolution of extent one.
+        down, up = (times(S, Vh), U) if is_tucker(S, Vh) else (Vh, U @ S)
         if kind.startswith("Conv"):
             down, up = down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *(1,) * (len(shape) - 2))
     dtype = layer.S.dtype

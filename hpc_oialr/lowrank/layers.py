@@ -41,7 +41,7 @@ def _tokens(x: Tensor) -> int:
     return 0 if x.is_nested else math.prod(x.shape[:-1])
 
 
-class _LowRankConv(LowRankWeight, nn.modules.conv._ConvNd):  # type: ignore[misc, override]
+class LowRankConv(LowRankWeight, nn.modules.conv._ConvNd):  # type: ignore[misc, override]
     """A convolution with kernel ``Vh`` (r filters), then two of extent one: S and U.
 
     The dense kernel (out x in x extent...) is ``U S Vh`` after flattening to out x rest; groups = 1.
@@ -56,20 +56,26 @@ class _LowRankConv(LowRankWeight, nn.modules.conv._ConvNd):  # type: ignore[misc
             positions *= -(-extent // stride)
         if not self.factored(positions):
             return self._conv_forward(input, self.matrix().reshape(self.dense_shape), self.bias)
-        U, S, Vh = self.matched_factors()
-        convolve, ones = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1], (1,) * dims
+        return self._in_factors(input, *self.matched_factors())
+
+    def _in_factors(self, input: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
         t = self._conv_forward(input, Vh.reshape(self.r, *self.dense_shape[1:]), None)
-        t = convolve(t, S.reshape(*S.shape, *ones))
-        return convolve(t, U.reshape(*U.shape, *ones), self.bias)
+        return self._channels(self._channels(t, S, None), U, self.bias)
+
+    def _channels(self, t: Tensor, M: Tensor, bias: Tensor | None) -> Tensor:
+        """A convolution of extent one."""
+        dims = len(self.kernel_size)
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[dims - 1]
+        return convolve(t, M.reshape(*M.shape, *(1,) * dims), bias)
 
 
-class LowRankConv1d(_LowRankConv, nn.Conv1d):  # type: ignore[misc, override]
+class LowRankConv1d(LowRankConv, nn.Conv1d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv1d``."""
 
 
-class LowRankConv2d(_LowRankConv, nn.Conv2d):  # type: ignore[misc, override]
+class LowRankConv2d(LowRankConv, nn.Conv2d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv2d``."""
 
 
-class LowRankConv3d(_LowRankConv, nn.Conv3d):  # type: ignore[misc, override]
+class LowRankConv3d(LowRankConv, nn.Conv3d):  # type: ignore[misc, override]
     """Low-rank ``nn.Conv3d``."""

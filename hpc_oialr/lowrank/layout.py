@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hpc_oialr.lowrank.kernel_modes import times
+
 
 class Replicated:
     """Every rank has every matrix whole.
@@ -61,12 +63,15 @@ class Replicated:
         return block
 
     def project(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``left^T weight right^T`` of a stored weight, whole; ``left`` is this rank's rows, ``right`` is whole."""
-        return self.add(left.mT @ (self.rows(weight).to(left.dtype) @ right.mT))
+        """``left^T weight right^T`` of a stored weight, whole; ``left`` is this rank's rows, ``right`` is whole.
+
+        Of a kernel in Tucker form ``right`` is that of its channels, for all places alike.
+        """
+        return self.add(left.mT @ times(self.rows(weight).to(left.dtype), right.mT))
 
     def project_core(self, S: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """``left^T S right^T`` of a stored core, whole on every rank, as are ``left`` and ``right``."""
-        return left.mT @ (self.core(S).to(left.dtype) @ right.mT)
+        return left.mT @ times(self.core(S).to(left.dtype), right.mT)
 
     def add(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, in place."""

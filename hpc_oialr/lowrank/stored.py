@@ -14,6 +14,7 @@ from hpc_oialr.lowrank.attachment import attached, controller_of
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, repack, unpack
 from hpc_oialr.lowrank.base import LowRankWeight
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference, low_rank_layers
+from hpc_oialr.lowrank.kernel_modes import Inner, is_tucker
 from hpc_oialr.lowrank.targets import TargetWeight, every_weight
 
 
@@ -22,11 +23,15 @@ class Stored(NamedTuple):
 
     U: Tensor | None
     Vh: Tensor | None
+    tucker: bool = False
 
     @property
-    def r(self) -> int | None:
-        """Inner dimension; None: dense."""
-        return None if self.U is None else int(self.U.shape[1])
+    def inner(self) -> Inner | None:
+        """Inner dimension, of a Tucker layer both; None: dense."""
+        if self.U is None or self.Vh is None:
+            return None
+        r = int(self.U.shape[1])
+        return (r, int(self.Vh.shape[0])) if self.tucker else r
 
 
 def stored_layers(
@@ -54,12 +59,14 @@ def stored_layers(
             )
         if len(held) == 3:
             U, S, Vh = held
-            if (U.shape[0], Vh.shape[1]) != target.shape or S.shape != (U.shape[1], Vh.shape[0]):
+            (m, n), places = target.shape, max(1, S.shape[1] // max(1, Vh.shape[0]))
+            fits = len(U) == m and Vh.shape[1] * places == n and S.shape == (U.shape[1], Vh.shape[0] * places)
+            if not fits or (places > 1 and Vh.shape[1] != target.dense_shape[1]):
                 raise ModelError(
                     f"the state dict's layer {target.name} is {U.shape[0]} x {Vh.shape[1]} with a core of "
                     f"{tuple(S.shape)}; here it is {target.shape[0]} x {target.shape[1]}. It belongs to another model."
                 )
-            found[target.name] = Stored(U, Vh)
+            found[target.name] = Stored(U, Vh, is_tucker(S, Vh))
         elif dense:
             found[target.name] = Stored(None, None)
     return found
@@ -128,7 +135,7 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     ModelError
         If the state is of another model, or a wrapper around ``model`` would keep the old parameters.
     """
-    before = {name: layer.r for name, layer in low_rank_layers(model).items()}
+    before = {name: layer.inner for name, layer in low_rank_layers(model).items()}
     for name, module, controller in attached(model):
         controller.before_load(module, dict(state), f"{name}." if name else "", assign=False)
     targets = [target for target in every_weight(model) if controller_of(target.owner) is None]
@@ -137,7 +144,7 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     changes = [
         (target, form)
         for target in targets
-        if (form := stored.get(target.name)) and form.r != (target.low_rank and target.low_rank.r)
+        if (form := stored.get(target.name)) and form.inner != (target.low_rank and target.low_rank.inner)
     ]
     if changes:
         _require_unwrapped(model, [target for target, _ in changes])
@@ -145,10 +152,10 @@ def match_structure(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     for target, form in changes:
         if target.low_rank is not None:
             target.low_rank.become_dense()
-        if form.U is not None and form.r is not None:
-            empty_factors(target, form.r, factor_dtype=form.U.dtype)
+        if form.U is not None and form.inner is not None:
+            empty_factors(target, form.inner, factor_dtype=form.U.dtype)
     match_attention(targets, state, "", model, model)
-    after = {target.name: target.low_rank and target.low_rank.r for target in every_weight(model)}
+    after = {target.name: target.low_rank and target.low_rank.inner for target in every_weight(model)}
     return [name for name, r in after.items() if before.get(name) != r]
 
 

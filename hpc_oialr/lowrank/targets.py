@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -83,6 +84,11 @@ class TargetWeight:
             return layer.m, layer.n
         shape = whole_shape(self.weight)
         return shape[0], shape.numel() // max(1, shape[0])
+
+    @property
+    def dense_shape(self) -> torch.Size:
+        """Of the dense weight, with all its axes."""
+        return whole_shape(self.weight) if (layer := self.low_rank) is None else layer.dense_shape
 
     @property
     def k(self) -> int:

@@ -15,9 +15,10 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import compute_dtype
 from hpc_oialr.linalg.tsqr import tsqr
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight, select
-from hpc_oialr.lowrank.base import AutocastCopies
+from hpc_oialr.lowrank.base import AutocastCopies, whole_shape
 from hpc_oialr.lowrank.conversion import convert_weight, empty_factors, leave_fused_inference
 from hpc_oialr.lowrank.execution import crossover_by_dtype
+from hpc_oialr.lowrank.kernel_modes import Inner, factor_shapes, times
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.lowrank.stored import Stored
 from hpc_oialr.method.config import OIALRConfig
@@ -94,9 +95,9 @@ class BasisUpdater:
                 )
             for twin in self.twins(target):
                 other = twin.low_rank
-                if other is None or other.r != layer.r or turned(other, Stored(layer.U, layer.Vh)):
+                if other is None or other.inner != layer.inner or turned(other, Stored(layer.U, layer.Vh)):
                     raise ModelError(
-                        f"layer {target.name} is low-rank with r = {layer.r}, but not so, or in other bases, in a "
+                        f"layer {target.name} is low-rank with r = {layer.inner}, but not so, or in other bases, in a "
                         "running average. Make averages from the model as it is, then load their state."
                     )
             layer.crossover, layer.autocast_copies = self._options["crossover"], AutocastCopies()
@@ -106,16 +107,17 @@ class BasisUpdater:
             self.order(targets)
         return found
 
-    def convert(self, target: TargetWeight, U: Tensor, s: Tensor, Vh: Tensor) -> None:
-        """``W -> U diag(s) Vh``; the dense weight, its gradient and its moments are freed.
+    def convert(self, target: TargetWeight, U: Tensor, S: Tensor, Vh: Tensor) -> None:
+        """``W -> U S Vh``; the dense weight, its gradient and its moments are freed.
 
-        ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, ``s`` all r values.
+        ``U`` holds this rank's rows of m x r, ``Vh`` its columns of r x n, ``S`` is whole. Of a convolution in Tucker
+        form they are those of :mod:`hpc_oialr.lowrank.kernel_modes`.
         """
         weight, layout, (m, n) = target.weight, self.layout, target.shape
         reset = not self.config.carry_moments
         with self.engine.replacing(target):
             transform_state(self.optimizer, weight, U, layout.whole_columns(Vh, n), layout=layout, reset=reset)
-            core, bases = layout.put_core(torch.diag(s)), layout.put_bases(U, Vh, m, n)
+            core, bases = layout.put_core(S), layout.put_bases(U, Vh, m, n)
             gradient = self._gradient(weight, U, layout.whole_columns(Vh, n), core=False)
             layer = convert_weight(target, bases[0], core, bases[1], **self._options)
             self._take_place(weight, layer)
@@ -129,14 +131,14 @@ class BasisUpdater:
         self,
         target: TargetWeight,
         P: Tensor,
-        s: Tensor,
+        S: Tensor,
         Qh: Tensor,
         *,
         repair: bool,
         new: int = 0,
         sketches: LayerSketches | None = None,
     ) -> None:
-        """``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``, with P (r x r'), s and Qh (r' x r) cut to the new r'.
+        """``U <- U P``, ``Vh <- Qh Vh`` and the new core ``S``, ``diag(s)`` of a matrix; P (r x r') and Qh (r' x r).
 
         ``repair`` re-orthogonalises the new bases by QR, ``U = Q R``, with both R folded into S. ``new`` directions from
         the ``sketches`` join the bases, with zeros in S: the function stays the same. Rank 0's are sent to all replicas.
@@ -144,7 +146,8 @@ class BasisUpdater:
         layer, layout = low_rank_layer(target), self.layout
         dtype = compute_dtype(layer.S.dtype)
         before = layout.rows(layer.U).to(dtype), layout.columns(layer.Vh).to(dtype)
-        U, S, Vh = before[0] @ P, torch.diag(s), Qh @ before[1]
+        U, Vh = before[0] @ P, Qh @ before[1]
+        reset = not self.config.carry_moments and S.numel() < whole_shape(layer.S).numel()
         if new and sketches is not None:
             left, right = sketches.outside(*before, new, layout)
             self.engine.replicas.share([left, right])
@@ -152,7 +155,6 @@ class BasisUpdater:
             P, Qh = pad(P, (0, new)), pad(Qh, (0, 0, 0, new))
         if repair:
             U, S, Vh = reorthogonalise(U, S, Vh, layout.group)
-        reset = not self.config.carry_moments and len(s) < layer.r
         moves: list[Move] = [(None, P.mT), (P, Qh), (Qh.mT, None)]
         with self.engine.replacing(target):
             gradients = self._move(layer, moves, reset=reset, new=new)
@@ -198,7 +200,7 @@ class BasisUpdater:
     # -- the structure of a checkpoint -----------------------------------------------------------
 
     @exact_arithmetic()
-    def restructure(self, target: TargetWeight, r: int | None, bases: Bases | None = None) -> None:
+    def restructure(self, target: TargetWeight, r: Inner | None, bases: Bases | None = None) -> None:
         """Give a layer zero factors of inner dimension ``r``, or a dense weight if None, for a checkpoint to fill.
 
         With the bases (U, Vh) that the checkpoint holds, moments and averages are transformed into them.
@@ -209,10 +211,13 @@ class BasisUpdater:
                 self._restore(target)
             elif target.low_rank is None:
                 self._empty(target, r, bases)
+            elif isinstance(r, tuple) != isinstance(target.low_rank.inner, tuple):
+                self._restore(target)  # flattened and Tucker form have no basis in common
+                self._empty(target, r, bases)
             else:
                 self._reshape(target, r, bases)
 
-    def _empty(self, target: TargetWeight, r: int, bases: Bases | None) -> None:
+    def _empty(self, target: TargetWeight, r: Inner, bases: Bases | None) -> None:
         weight = target.weight
         self._transform(weight, bases, core=False)
         layer = empty_factors(target, r, layout=self.layout, **self._options)
@@ -227,7 +232,7 @@ class BasisUpdater:
             if bases is not None:
                 factors.set_factors(bases[0], transform_average(value, *bases), bases[1])
 
-    def _reshape(self, target: TargetWeight, r: int, bases: Bases | None) -> None:
+    def _reshape(self, target: TargetWeight, r: Inner, bases: Bases | None) -> None:
         layer = low_rank_layer(target)
         core, dtype, turn = layer.S, compute_dtype(layer.S.dtype), None
         U, S, Vh = _zeros(layer, r)
@@ -319,8 +324,9 @@ def turned(layer: LowRankWeight, stored: Stored) -> bool:
     return any(new is not None and not torch.equal(old, new.to(old)) for old, new in pairs)
 
 
-def _zeros(layer: LowRankWeight, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.U.new_zeros(layer.m, r), layer.S.new_zeros(r, r), layer.Vh.new_zeros(r, layer.n)
+def _zeros(layer: LowRankWeight, r: Inner) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = factor_shapes(layer.dense_shape, r)
+    return layer.U.new_zeros(U), layer.S.new_zeros(S), layer.Vh.new_zeros(Vh)
 
 
 def reorthogonalise(
@@ -333,7 +339,7 @@ def reorthogonalise(
     """
 
     (Q1, R1), (Q2, R2) = positive_qr(U, group), positive_qr(Vh.mT, group)
-    return Q1, R1 @ S @ R2.mT, Q2.mT
+    return Q1, times(R1 @ S, R2.mT), Q2.mT
 
 
 def positive_qr(A: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:

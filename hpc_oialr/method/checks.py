@@ -13,6 +13,7 @@ from torch.optim import LBFGS
 from hpc_oialr.errors import ConfigError, ModelError, NonFiniteError
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
+from hpc_oialr.lowrank.tucker import takes_tucker
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.core_lr import check_core_factor
@@ -159,6 +160,15 @@ def check_free_bases(
         return
     name = "train" if config.train == "factors" else "bases_trained"
     raise ConfigError(name, getattr(config, name), f"U and Vh cannot be trained here: {rule}", fix=fix)
+
+
+def check_tucker(targets: Sequence[TargetWeight], conv: str, engine: Engine) -> None:
+    """Raise :class:`ConfigError` where an engine shards convolutions that are, or would be, in Tucker form."""
+    if (engine.whole_factors and engine.layout.group is None) or not any(takes_tucker(each, conv) for each in targets):
+        return
+    rule = f"keeps factors whole on every rank, and {type(engine).__name__} shards them or their optimizer's state"
+    fix = 'Set conv to "flattened", or use one process or DistributedDataParallel.'
+    raise ConfigError("conv", "tucker", rule, fix=fix)
 
 
 def require_finite(targets: Sequence[TargetWeight], engine: Engine) -> None:

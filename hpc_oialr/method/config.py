@@ -16,6 +16,7 @@ from hpc_oialr.method.rules import RankLimits, RankRule, RelativeCutoff
 
 IMPORTANCES = ("weights", "inputs", "inputs and gradients")
 MOMENTS = ("full", "diagonal")
+CONVS = ("flattened", "tucker")
 
 
 def is_share(time: float) -> bool:
@@ -68,6 +69,11 @@ class OIALRConfig:
         ``frequency``, but one, and none for layers whose r can't fall.
     factor_dtype
         Storage of the frozen ``U`` and ``Vh``; None = the weight's dtype.
+    conv
+        Form of low-rank convolutions: "flattened" to a matrix, out x (in x kernel), as published; "tucker": bases for the
+        output and the input channels only, and the core, which keeps the kernel's extent, is trained. The rule chooses
+        r for both. Kernels of extent one are matrices in either. Tucker layers are cut by their weights (``importance``
+        "auto" or "weights"), on one process or under ``DistributedDataParallel``.
     train
         "cores" trains S, with U and Vh frozen between updates (the paper); "factors" trains all three, at the cost of
         ``r (m + n)`` further gradients and moments a layer, and of ``B r (m + n)`` multiply-adds.
@@ -105,6 +111,7 @@ class OIALRConfig:
     moments: Literal["full", "diagonal"] = "full"
     moments_steps: int = 20
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    conv: Literal["flattened", "tucker"] = "flattened"
     train: Literal["cores", "factors"] = "cores"
     bases_trained: list[tuple[int | float, int | float | None]] = field(default_factory=list)
     grow: float = 0.0
@@ -121,7 +128,7 @@ class OIALRConfig:
             if time is not None and not is_share(time) and (isinstance(time, float) or time < least):
                 rule = f"must be a whole number of at least {least} (steps), or lie between 0 and 1 (share of the run)"
                 raise ConfigError(name, time, rule)
-        for name, choices in (("importance", ("auto", *IMPORTANCES)), ("moments", MOMENTS)):
+        for name, choices in (("importance", ("auto", *IMPORTANCES)), ("moments", MOMENTS), ("conv", CONVS)):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, getattr(self, name), choices)
         check_interval("layer_share_step", self.layer_share_step, 0, 1, closed=(False, True))
@@ -143,6 +150,7 @@ class OIALRConfig:
             raise ConfigError("core_lr_scale", self.core_lr_scale, 'must be positive, or "auto"')
         self._check_phases()
         self._check_growth()
+        self._check_tucker()
         if isinstance(self.crossover, str):
             measured_crossover(self.crossover)
         else:
@@ -202,6 +210,20 @@ class OIALRConfig:
         if self.grow >= self.limits.max_drop:
             rule = f"must be below limits.max_drop, here {self.limits.max_drop:g}, or r could not fall"
             raise ConfigError("grow", self.grow, rule)
+
+    def _check_tucker(self) -> None:
+        if self.conv != "tucker":
+            return
+        fix = 'Set conv to "flattened", or '
+        if self.rule.by_importance:
+            rule = f"has two r a layer, which {type(self.rule).__name__} cannot choose"
+            raise ConfigError("conv", self.conv, rule, fix=fix + "choose another rule, e.g. Energy.")
+        if self.frees_bases or self.grow:
+            rule = "needs bases that are frozen and do not grow"
+            raise ConfigError("conv", self.conv, rule, fix=fix + "leave out train, bases_trained and grow.")
+        if self.importance not in ("auto", "weights"):
+            rule = f"cuts convolutions by their weights, not by {self.importance}"
+            raise ConfigError("conv", self.conv, rule, fix=fix + 'importance to "auto".')
 
     @property
     def free_phases(self) -> list[tuple[int | float, int | float | None]]:

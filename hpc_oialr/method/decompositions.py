@@ -67,13 +67,14 @@ class Rotation:
     seconds: float
     chosen: Tensor  # by moments, another P, s and Qh of fewer values, in a row; or empty
 
-    def cut(self, r: int) -> SVD:
-        """The ``r`` directions to keep."""
+    def cut(self, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``r`` directions to keep: ``P``, ``diag(s)`` and ``Qh``."""
         k = len(self.s)
         if r == k or not len(self.chosen):
-            return SVD(self.P, self.s, self.Qh).leading(r)
+            P, s, Qh = SVD(self.P, self.s, self.Qh).leading(r)
+            return P, torch.diag(s), Qh
         P, s, Qh = self.chosen[: r * (2 * k + 1)].split([k * r, r, r * k])
-        return SVD(P.view(k, r), s, Qh.view(r, k))
+        return P.view(k, r), torch.diag(s), Qh.view(r, k)
 
     @property
     def error(self) -> float:
@@ -173,11 +174,12 @@ def choice_of_r(
     """
     rule, limits = config.rule, config.limits
 
-    def within(layer: LowRankWeight, wanted: int) -> tuple[int, int]:
-        return limits.renewed(wanted, layer.r, layer.k, config.grow if layer in growing else 0.0)
+    def within(layer: LowRankWeight, wanted: int, r: int) -> tuple[int, int]:
+        return limits.renewed(wanted, r, layer.k, config.grow if layer in growing else 0.0)
 
     if not rule.by_importance:
-        return lambda layer, s: within(layer, rule.choose(s, layer.m, layer.n))
+        # Of a Tucker layer the core may have fewer values than r.
+        return lambda layer, s: within(layer, rule.choose(s, layer.m, layer.n), len(s))
     layers, trained = list(map(low_rank_layer, targets)), config.train == "factors"
     most = max(layer.tokens for layer in layers) or MANY_TOKENS
     spectra = [
@@ -186,7 +188,7 @@ def choice_of_r(
     ]
     wanted = torch.tensor(rule.choose_all(spectra, limits), device=layers[0].S.device)
     engine.world.share([wanted])
-    chosen = {id(layer): within(layer, r) for layer, r in zip(layers, wanted.tolist(), strict=True)}
+    chosen = {id(layer): within(layer, r, layer.r) for layer, r in zip(layers, wanted.tolist(), strict=True)}
     return lambda layer, _: chosen[id(layer)]
 
 

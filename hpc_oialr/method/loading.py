@@ -17,6 +17,7 @@ from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.lowrank.kernel_modes import Inner, as_inner
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
 from hpc_oialr.method.basis import Bases, BasisUpdater, turned
 from hpc_oialr.method.engine import Engine
@@ -42,7 +43,7 @@ class Loader:
         self.optimizer_loaded = False  # since the last step
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
 
-    def take(self, r: Mapping[str, int], bases_trained: Sequence[str]) -> list[str]:
+    def take(self, r: Mapping[str, Inner], bases_trained: Sequence[str]) -> list[str]:
         """Give every layer its r, or make it dense if ``r`` lacks it; returns the names of the layers changed.
 
         The bases of those in ``bases_trained`` are trained in the stored phase.
@@ -58,7 +59,7 @@ class Loader:
                 f"the checkpoint has a low-rank layer {min(missing)!r} that this model and selection do not have; "
                 "it belongs to another model or to another oialr.selection."
             )
-        wanted = {target.name: int(r[target.name]) if target.name in r else None for target in self.targets}
+        wanted = {target.name: as_inner(r[target.name]) if target.name in r else None for target in self.targets}
         with self._engine.changing(self._root):
             changed = self._restructure(wanted)
         for target in self.targets:
@@ -89,18 +90,18 @@ class Loader:
         self.empty -= stored.keys()
         return changed
 
-    def _restructure(self, wanted: Mapping[str, Stored | int | None]) -> list[str]:
+    def _restructure(self, wanted: Mapping[str, Stored | Inner | None]) -> list[str]:
         """Change layers that are not as wanted: a stored form, or r or None (dense) if values are loaded later."""
         whole = self._engine.whole_factors
         turn = whole and not self.optimizer_loaded
-        changes: list[tuple[TargetWeight, int | None, Bases | None]] = []
+        changes: list[tuple[TargetWeight, Inner | None, Bases | None]] = []
         reshaped: list[str] = []
         for target in (target for target in self.targets if target.name in wanted):
             form, layer = wanted[target.name], target.low_rank
             stored = form if isinstance(form, Stored) else Stored(None, None)
-            r = form.r if isinstance(form, Stored) else form
+            r = form.inner if isinstance(form, Stored) else form
             bases = None if stored.U is None or stored.Vh is None else (stored.U, stored.Vh)
-            other_r = r != (None if layer is None else layer.r)
+            other_r = r != (None if layer is None else layer.inner)
             # In other bases of the same r only the moments change.
             if other_r or (turn and layer is not None and bases is not None and turned(layer, stored)):
                 changes.append((target, r, bases))
@@ -132,7 +133,7 @@ class Loader:
             shape = whole_shape(target.trained)
             for key, value in (optimizer.state.get(target.trained) or {}).items():
                 if isinstance(value, Tensor) and value.dim() >= 2 and not _has_shape(key, value, shape):
-                    form = "dense" if target.low_rank is None else f"of r = {target.low_rank.r}"
+                    form = "dense" if target.low_rank is None else f"of r = {target.low_rank.inner}"
                     raise ModelError(
                         f"the optimizer's state {key!r} of layer {target.name} has shape {tuple(value.shape)}, but "
                         f"the layer is {form} here ({tuple(shape)}): {ORDER}."
@@ -173,7 +174,7 @@ class AverageGuard:
         stored = stored_layers(list(self._targets.values()), module, self._average, state, prefix)
         for name, form in stored.items():
             layer = layers.get(name)
-            if form.r != (None if layer is None else layer.r) or (layer and turned(layer, form)):
+            if form.inner != (None if layer is None else layer.inner) or (layer and turned(layer, form)):
                 raise ModelError(
                     f"the state of a running average holds layer {name} in another r or other bases than the model has. "
                     "Load the model's state of the same checkpoint first, then the average's; or call "

@@ -16,19 +16,21 @@ from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.method.basis import BasisUpdater
+from hpc_oialr.method.channel_bases import layer_factors, layer_rotations
 from hpc_oialr.method.checks import (
     DenseWeights,
     check_averages,
     check_change,
     check_free_bases,
     check_optimizer,
+    check_tucker,
     compared_parts,
     require_finite,
     require_one_process,
     require_unattached,
 )
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.decompositions import choice_of_r, core_rotations, low_rank_layer, weight_factors
+from hpc_oialr.method.decompositions import choice_of_r, low_rank_layer
 from hpc_oialr.method.engine import Engine, adopt
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.other_optimizers import OtherOptimizers
@@ -104,6 +106,7 @@ class OIALR:
         self.t = self.updates = 0
         check_averages(averages, self.engine)
         check_free_bases(self.config, self._optimizers, self.engine, averages)
+        check_tucker(self.targets, self.config.conv, self.engine)
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
         self._basis = BasisUpdater(self.module, self._optimizers, self.config, averages, self.engine)
         adopted = self._basis.adopt(self.targets)
@@ -158,7 +161,7 @@ class OIALR:
 
     @property
     def r(self) -> dict[str, int]:
-        """Inner dimension of every low-rank layer."""
+        """Inner dimension of every low-rank layer; of one in Tucker form that of its output channels."""
         return {name: layer.r for name, layer in low_rank_layers(self.module).items()}
 
     @property
@@ -269,10 +272,10 @@ class OIALR:
         self._check(targets, state_of=targets)
         # Weights that the user has frozen since keep their value: nothing is cut.
         kept = [target.k if self._frozen(target) else self.config.limits.initial(target.k) for target in targets]
-        done: dict[int, LayerUpdate] = {}
+        parts, done = (self.config, self.engine, self._moments), dict[int, LayerUpdate]()
         with self.engine.changing(self.module):
             try:
-                for i, factors, spectrum, figures in weight_factors(targets, kept, self.engine, self._moments):
+                for i, factors, spectrum, figures in layer_factors(targets, kept, *parts):
                     target = targets[i]
                     self._basis.convert(target, *factors)
                     self._tracker.forget(target.name)
@@ -286,7 +289,7 @@ class OIALR:
     def _update(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
         """``S = P diag(s) Qh``; ``U <- U P``, ``Vh <- Qh Vh``, ``S <- diag(s)``; small values go, new directions come."""
         self._check(targets, state_of=self._low_rank())
-        done: dict[int, LayerUpdate] = {}
+        parts, done = (self.config, self.engine, self._moments), dict[int, LayerUpdate]()
         sketches = self._sketches.reduce(targets)
 
         with self.engine.changing(self.module):
@@ -294,7 +297,7 @@ class OIALR:
                 if low_rank_layer(target).bases_trained:
                     self._basis.orthonormalise(target, self._moments)
             choose = choice_of_r(targets, self.config, self.engine, self._moments, sketches.keys())
-            for rotation in core_rotations(targets, self.engine, self._moments, lambda *each: choose(*each)[0]):
+            for rotation in layer_rotations(targets, choose, *parts):
                 target = targets[rotation.index]
                 layer = low_rank_layer(target)
                 r, dtype = layer.r, self.engine.basis_dtype(layer)
@@ -355,8 +358,9 @@ class OIALR:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the r of every low-rank layer; plain numbers that JSON can store."""
-        state = {"t": self.t, "updates": self.updates, "r": self.r, "streaks": dict(self._tracker.streaks)}
-        layers = low_rank_layers(self.module) if self.config.frees_bases else {}
+        layers = low_rank_layers(self.module)
+        r = {name: layer.inner for name, layer in layers.items()}
+        state = {"t": self.t, "updates": self.updates, "r": r, "streaks": dict(self._tracker.streaks)}
         return state | {"bases_trained": [name for name, layer in layers.items() if layer.bases_trained]}
 
     def tensor_state(self) -> dict[str, Tensor]:

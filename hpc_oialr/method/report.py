@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 Kind = Literal["stability", "conversion", "update"]
 
 
+@dataclass(frozen=True)
+class ChannelUpdate:
+    """What was done to a Tucker layer's input channels, ``n`` of them; ``singular_values`` before the cut (fp32, CPU)."""
+
+    n: int
+    r_before: int
+    r: int
+    singular_values: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerUpdate:
     """What was done to one layer.
@@ -47,6 +57,8 @@ class LayerUpdate:
     cut_share
         Where second moments were gathered: the share of ``E ||y||^2`` of the layer's outputs that the cut takes, with
         gradients of the second-order estimate of their effect on the loss; None elsewhere.
+    input_channels
+        Of a convolution in Tucker form, where r and the values above are those of its output channels; None elsewhere.
     """
 
     name: str
@@ -64,6 +76,7 @@ class LayerUpdate:
     r_factor_distance: float | None = None
     cut_share: float | None = None
     new_directions: int = 0
+    input_channels: ChannelUpdate | None = None
 
     @property
     def cut_values(self) -> int:
@@ -104,7 +117,9 @@ class UpdateReport:
     @property
     def reshaped(self) -> bool:
         """Whether any parameter is a new object, so that shapes and memory have changed."""
-        changed = self.kind == "conversion" or any(layer.r != layer.r_before for layer in self.layers)
+        sizes = [(layer.r, layer.r_before) for layer in self.layers]
+        sizes += [(each.r, each.r_before) for layer in self.layers if (each := layer.input_channels) is not None]
+        changed = self.kind == "conversion" or any(r != before for r, before in sizes)
         return changed or any(each.reshaped for each in self.earlier)
 
 
@@ -121,6 +136,18 @@ _NUMBERS_SENT: dict[Kind, Callable[[LayerUpdate], int]] = {
 }
 
 
+def _numbers_sent(kind: Kind, layer: LayerUpdate) -> int:
+    inputs = layer.input_channels
+    if inputs is None or kind == "stability":
+        return _NUMBERS_SENT[kind](layer)
+    # Of each mode the values and the vectors that are kept, at an update all of them.
+    (s, t), first = (layer.singular_values, inputs.singular_values), kind == "conversion"
+    vectors = (layer.m, layer.r), (inputs.n, inputs.r)
+    if not first:
+        vectors = (layer.r_before, len(s)), (inputs.r_before, len(t))
+    return len(s) + len(t) + sum(rows * columns for rows, columns in vectors)
+
+
 class StepReport:
     """Builds the report of step ``t``: times each part, and counts the bytes sent to ``size - 1`` other ranks."""
 
@@ -134,7 +161,7 @@ class StepReport:
         start, layers = time.perf_counter(), list[LayerUpdate]()
         yield layers
         width = compute_dtype(targets[0].trained.dtype).itemsize
-        sent = sum(map(_NUMBERS_SENT[kind], layers)) * width * self._receivers
+        sent = sum(_numbers_sent(kind, layer) for layer in layers) * width * self._receivers
         seconds, done = time.perf_counter() - start, tuple(layers)
         self._parts.append(UpdateReport(t=self._t, kind=kind, layers=done, seconds=seconds, bytes_sent=sent))
 

@@ -15,6 +15,7 @@ from hpc_oialr.linalg.svd import SVD, compute_dtype
 from hpc_oialr.linalg.weighted_svd import weighted_svd, weighted_values
 from hpc_oialr.lowrank import LowRankWeight, TargetWeight
 from hpc_oialr.lowrank.base import whole_shape
+from hpc_oialr.lowrank.tucker import takes_tucker
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.method.gathering import Gatherer, LayerSums
@@ -196,7 +197,7 @@ class SecondMoments(Gatherer[MomentSums]):
         self._late = not self._sums and t > max(0, begun)
         if begun <= t:
             least = 0 if config.stability_threshold is None else config.stability_patience - 1
-            dense = [target for target in targets if target.low_rank is None]
+            dense = [each for each in targets if each.low_rank is None and not takes_tucker(each, config.conv)]
             stable = (target for target in dense if streaks.get(target.name, 0) >= least)
             found += [target for target in stable if config.limits.initial(target.k) < target.k]
         begun = config.next_update(t) - config.moments_steps_of_updates
@@ -207,7 +208,7 @@ class SecondMoments(Gatherer[MomentSums]):
 
     def _may_fall(self, target: TargetWeight) -> bool:
         layer, config = target.low_rank, self._config
-        if layer is None:
+        if layer is None or takes_tucker(target, config.conv):
             return False
         return config.may_fall(layer.m, layer.n, layer.r, 0.0 if layer.bases_trained else config.grow)
 

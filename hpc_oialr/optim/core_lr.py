@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch.optim import LBFGS, Muon, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.optim.muon import CORE_LR_RATIO, MuonAdamW
 from hpc_oialr.optim.stack import Group, OptimizerStack
 from hpc_oialr.optim.state_kinds import KEPT_BY_WRAPPERS, kind_of, kinds_of
@@ -137,24 +139,28 @@ def _reduce_with_hooks(optimizer: Optimizer) -> Any:
 
 
 def core_factor(stack: OptimizerStack, core: nn.Parameter, m: int, n: int, scale: float | str) -> float:
-    """What the step of a core (r x r) of an m x n weight is multiplied by.
+    """What the step of a core of an m x n weight is multiplied by.
 
-    ``scale`` times what Muon's own shape factor loses when m x n becomes r x r. With ``scale="auto"``: 1 for SGD, whose
+    ``scale`` times what Muon's own shape factor loses when m x n becomes the core's r x r, or r_out x (r_in K) of a
+    Tucker layer. With ``scale="auto"``: 1 for SGD, whose
     step does not depend on the basis, for a group of cores, which has a learning rate of its own, and where the state
     holds weights; :func:`adam_scale` for Adam-like optimizers; ``CORE_LR_RATIO`` for Muon.
     """
-    r = core.shape[0]
+    rows, columns = whole_shape(core)
     optimizer, group = stack.home(core)
     if isinstance(optimizer, Muon) or (isinstance(optimizer, MuonAdamW) and group["algorithm"] == "muon"):
         if isinstance(scale, str):
             scale = 1.0 if group.get("cores") else CORE_LR_RATIO
-        lost = max(m, n) / r if group.get("adjust_lr_fn") == "match_rms_adamw" else max(1.0, m / n)
+        if group.get("adjust_lr_fn") == "match_rms_adamw":
+            lost = max(m, n) / max(rows, columns)
+        else:
+            lost = max(1.0, m / n) / max(1.0, rows / columns)
         return scale * float(lost**0.5)
     if not isinstance(scale, str):
         return scale
     names = {kind.__name__ for kind in type(optimizer).__mro__}
     adaptive = isinstance(optimizer, MuonAdamW) or not names.isdisjoint(ADAPTIVE)
-    return adam_scale(m, n, r) if adaptive and not _fixed_step(optimizer, core) else 1.0
+    return adam_scale(m, n, math.sqrt(rows * columns)) if adaptive and not _fixed_step(optimizer, core) else 1.0
 
 
 def check_core_factor(stack: OptimizerStack, parameter: nn.Parameter, scale: float | str) -> None:
@@ -179,7 +185,7 @@ def _fixed_step(optimizer: Optimizer, core: nn.Parameter) -> str:
     return ", ".join(found)
 
 
-def adam_scale(m: int, n: int, r: int) -> float:
+def adam_scale(m: int, n: int, r: float) -> float:
     """Adam moves ``S`` by lr r in norm where the dense weight moved by lr sqrt(m n): their ratio's root.
 
     The full ratio overshoots: in exploratory runs of one seed a factor of 3 was better than 1.2 and 6,

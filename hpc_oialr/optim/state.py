@@ -156,8 +156,10 @@ class _Move:
     def __call__(self, kind: Kind | None, value: Tensor, state: dict[str, Any]) -> Tensor:
         if kind == "reset" or (self.reset and kind not in NEVER_ZEROED):
             sides = [side for side in (self.left, self.right) if side is not None]
-            rows = value.shape[0] if self.left is None else self.left.shape[1]
-            return sides[0].new_zeros(rows, value.shape[1] if self.right is None else self.right.shape[0])
+            rows, columns = whole_shape(value)[0], whole_shape(value)[1:].numel()
+            if self.right is not None:  # for each place of a kernel in Tucker form
+                columns = self.right.shape[0] * (columns // self.right.shape[1])
+            return sides[0].new_zeros(rows if self.left is None else self.left.shape[1], columns)
         if kind in ("gradient", "weight"):
             return self.project(value, self.left, self.right)
         if kind in ("magnitude", "step size"):

@@ -47,6 +47,10 @@ class Planner:
         self.rule: RankRule | None = None
         self.assumption: str | None = None
         if (method := workload.config.oialr) is not None:
+            if method.conv == "tucker":
+                rule = "trains cores of two r, of which no formula here counts memory and operations"
+                fix = "Plan with flattened, which trains fewer numbers by more operations, or measure a short run."
+                raise ConfigError("oialr.conv", method.conv, rule, fix=fix)
             shapes = self.shapes.values() if method.rule.joint else ()
             trained = method.train == "factors"
             self.rule, self.assumption = predictable_rule(method.rule, r_fraction, shapes, bases_trained=trained)

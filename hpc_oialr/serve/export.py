@@ -126,8 +126,9 @@ def _dense(trained: Trained, folder: Path, options: Options, content: dict[str, 
 
 def _lowrank(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> None:
     layers = low_rank_layers(trained.model).items()
-    described = {name: {"r": layer.r, "shape": list(layer.dense_shape)} for name, layer in layers}
-    text = {"weight": "U @ S @ Vh, reshaped to shape", "layers": described, **build_plan(trained)}
+    described = {name: {"r": layer.inner, "shape": list(layer.dense_shape)} for name, layer in layers}
+    weight = "U @ S @ Vh, reshaped to shape; where r is a pair, r_out and r_in, U @ S @ kron(Vh, identity)"
+    text = {"weight": weight, "layers": described, **build_plan(trained)}
     (folder / "lowrank.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
     save_tensors(trained.model, folder / "model.safetensors")
     save_config(trained.model, folder)

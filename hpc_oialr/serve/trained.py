@@ -14,6 +14,7 @@ from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError
 from hpc_oialr.lowrank import Selection, low_rank_layers, select, untied_state
 from hpc_oialr.lowrank.conversion import empty_factors, leave_fused_inference
+from hpc_oialr.lowrank.kernel_modes import as_inner
 from hpc_oialr.method.basis import reorthogonalise
 from hpc_oialr.train.checkpoint_store import CheckpointStore
 from hpc_oialr.train.config import RunConfig
@@ -73,7 +74,7 @@ def load_trained(run: Path, *, step: int | None = None) -> Trained:
     example = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in state["example"].items()}
     model = config.model.build(example)
     model.to(torch.float64 if config.train.precision == "float64" else torch.float32)
-    ranks: dict[str, int] = state["controller"]["r"]
+    ranks = {name: as_inner(r) for name, r in state["controller"]["r"].items()}
     leave_fused_inference(model)
     method = config.oialr
     factor_dtype = getattr(torch, method.factor_dtype) if method and method.factor_dtype else None

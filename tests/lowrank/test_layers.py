@@ -42,6 +42,8 @@ CASES: dict[str, tuple[Build, list[tuple[int, ...]]]] = {
     ),
     "separate projections": (attention(kdim=10, vdim=6), [(5, 3, 16), (7, 3, 10), (7, 3, 6)]),
 }
+TUCKER = ", Tucker form"
+CASES |= {name + TUCKER: case for name, case in CASES.items() if name.startswith("conv")}
 # Errors relative to the largest value; bf16 has 8 bits, and three products instead of one.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
@@ -53,7 +55,7 @@ def pair(case: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     for p in dense.parameters():
         nn.init.normal_(p, std=0.5)
     low = copy.deepcopy(dense)
-    assert convert(low, ALL)
+    assert convert(low, ALL, conv="tucker" if case.endswith(TUCKER) else "flattened")
     return dense, low
 
 
@@ -94,7 +96,10 @@ def test_forward_and_gradients_equal_the_dense_twin(case: str, factored: bool, d
         assert layer.U.grad is None
         assert layer.Vh.grad is None
         W_grad = dense_gradient(dense, name)
-        projected = layer.U.mT @ W_grad.reshape(layer.m, layer.n) @ layer.Vh.mT
+        right = layer.Vh.mT
+        if case.endswith(TUCKER):
+            right = torch.kron(right.contiguous(), torch.eye(layer.n // layer.columns, dtype=dtype))
+        projected = layer.U.mT @ W_grad.reshape(layer.m, layer.n) @ right
         assert layer.S.grad is not None
         assert_close([layer.S.grad], [projected], dtype)
 
