@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, demo, ett, settings, stability
 from benchmarks.pages.claims import missing
+from benchmarks.pages.contents import contents
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
 from benchmarks.pages.systems import engines, life, plan, support, traffic
 from benchmarks.pages.tables import ROOT
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCKS: dict[str, Callable[[], str]] = {
+    "contents": contents,
     "demo": demo,
     "bases_conversion": bases_conversion,
     "bases_h100": bases_h100,
@@ -69,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         for page, text in after.items():
             page.write_text(text)
-    if wrong := [f"{page.name}: {claim}" for page, text in after.items() for claim in missing(page.name, text)]:
+    names = {page: page.relative_to(ROOT).as_posix() for page in PAGES}
+    if wrong := [f"{names[page]}: {claim}" for page, text in after.items() for claim in missing(names[page], text)]:
         sys.exit("Result files say otherwise; must stand in the text:\n" + "\n".join(wrong))
 
 

@@ -12,7 +12,7 @@ GPU = "gpu_nvidia_h100_80gb_hbm3"
 
 
 def missing(page: str, text: str) -> list[str]:
-    """What a page should say by the result files, and does not."""
+    """What a page, by its path in the repository, should say by the result files, and does not."""
     flat = " ".join(text.split())
     return [claim for where, claim in claims() if where == page and claim not in flat]
 
@@ -91,12 +91,12 @@ CLAIMS: tuple[tuple[str, str, Callable[[], dict[str, Any]]], ...] = (
     ("README.md", "a quarter of the rank took {least} to {most} of the fastest dense ones", _gpu_steps),
     ("README.md", "the mini ViT (17 tokens per image) takes {eager} times as long eager", _gpu_steps),
     ("README.md", "cores of r = 320, {share} % of the parameters,", _cifar),
-    ("method.md", "dense Muon {dense} and {second} (two seeds)", _cifar),
-    ("method.md", "cores of r = 320 of 768 {cores}, of r = 192 {quarter}", _cifar),
-    ("method.md", "with bases trained again from 70 % on {follow}", _cifar),
-    ("method.md", "it did not: {growing} against {cores} of frozen bases", _growth),
-    ("method.md", "the alignment is within {off} of this size's prediction", _detection),
-    ("method.md", "(standard error up to {weak} at 1.5, up to {strong} above)", _detection),
-    ("method.md", "TensorLy's to 1e-12, {least} to {most} times as fast", _detection),
-    ("data.md", "Reading takes {least} to {most} % from the decoder's own speed", _shards),
+    ("docs/method.md", "dense Muon {dense} and {second} (two seeds)", _cifar),
+    ("docs/method.md", "cores of r = 320 of 768 {cores}, of r = 192 {quarter}", _cifar),
+    ("docs/method.md", "with bases trained again from 70 % on {follow}", _cifar),
+    ("docs/method.md", "it did not: {growing} against {cores} of frozen bases", _growth),
+    ("docs/method.md", "the alignment is within {off} of this size's prediction", _detection),
+    ("docs/method.md", "(standard error up to {weak} at 1.5, up to {strong} above)", _detection),
+    ("docs/method.md", "TensorLy's to 1e-12, {least} to {most} times as fast", _detection),
+    ("docs/data.md", "Reading takes {least} to {most} % from the decoder's own speed", _shards),
 )
