@@ -55,8 +55,12 @@ class SlurmWatcher(SlurmInfoWatcher):
         self._last_status_check = time.time()
 
 
-class _OwnPickles(Job[Any]):
-    """A job whose pickles are read only if nobody else can have written them."""
+class _RunJob(Job[Any]):
+    """A run, of any number of processes; its pickles are read only if nobody else can have written them."""
+
+    def result(self) -> Any:
+        """What the first process returns; submitit's own refuses with several."""
+        return self.results()[0]
 
     def submission(self) -> DelayedSubmission:
         """What was submitted."""
@@ -69,13 +73,13 @@ class _OwnPickles(Job[Any]):
         return super()._get_outcome_and_result()
 
 
-class OwnSlurmJob(_OwnPickles, SlurmJob[Any]):
+class OwnSlurmJob(_RunJob, SlurmJob[Any]):
     """A job of Slurm."""
 
     watcher = SlurmWatcher()
 
 
-class OwnLocalJob(_OwnPickles, LocalJob[Any]):
+class OwnLocalJob(_RunJob, LocalJob[Any]):
     """A job on this machine."""
 
 

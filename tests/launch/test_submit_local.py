@@ -32,6 +32,7 @@ def test_two_processes(tmp_path, monkeypatch, capfd):
     assert (row.job.job_id, row.state.state) == (job.job_id, "RUNNING")
     summary, nothing = job.results()
     assert (summary["steps"], summary["world_size"], nothing) == (10, 2, None)
+    assert job.result() == summary
     (row,) = rows_of(find_runs(), Slurm())
     assert (row.state.state, row.step, row.total_steps) == ("COMPLETED", 10, 10)
     capfd.readouterr()
