@@ -1,0 +1,1 @@
+"""Leading singular functions and eigenfunctions of operators by neural networks (NestedLoRA)."""
