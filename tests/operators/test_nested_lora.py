@@ -106,7 +106,7 @@ def decaying(m: int, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_nesting_orders_singular_functions(nesting: str) -> None:
     problem = MatrixProblem(decaying(40, 30))
-    settings = Settings(functions=5, batch=40, steps=250, lr=0.05, nesting=nesting)
+    settings = Settings(functions=5, batch=40, steps=400, lr=0.05, nesting=nesting)
     model = train(problem, settings).model
     found, exact = torch.tensor(problem.spectrum(evaluate(problem, model, settings))), problem.exact(5)
     F, G = model.parameters()
