@@ -16,6 +16,7 @@ from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, d
 from benchmarks.pages.claims import missing
 from benchmarks.pages.contents import contents
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
+from benchmarks.pages.finetune import finetune
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
 from benchmarks.pages.systems import engines, life, plan, support, traffic
 from benchmarks.pages.tables import ROOT
@@ -32,6 +33,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cifar_gpu": cifar_gpu,
     "convolutions": convolutions,
     "detection": detection,
+    "finetune": finetune,
     "gpu": gpu,
     "ett": ett,
     "image_shards": image_shards,

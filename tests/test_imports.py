@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "hpc_oialr"
 # Each folder may import those before it, and single modules of the top.
 ORDER = (
-    *("linalg", "lowrank", "optim", "method", "distributed", "engines", "operators"),
+    *("linalg", "lowrank", "optim", "method", "finetune", "distributed", "engines", "operators"),
     *("data", "models", "record", "spectra", "train", "integrations", "serve", "report"),
     *("launch", "doctor", "plan", "search", "cli"),
 )

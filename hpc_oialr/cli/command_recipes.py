@@ -36,4 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
         width = max(map(len, found))
         for name, description in found.items():
             show(f"{name:{width}}  {description} Data: {data_needed(name)}")
-        show("Each also with --dense, the dense baseline, and with --paper, the published method (arXiv 2401.08505).")
+        show(
+            "Those of OIALR also with --dense, the dense baseline, and --paper, the published method (arXiv 2401.08505)."
+        )

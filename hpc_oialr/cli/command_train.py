@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from hpc_oialr.launch.slurm import job_over
 from hpc_oialr.record.run_folder import RunFolder, default_folder
 
 if TYPE_CHECKING:
+    from hpc_oialr.train.load_config import LoadedConfig
     from hpc_oialr.train.run import Result
 
 EXAMPLES = """  oialr train fashion_mnist_vit
@@ -50,29 +52,40 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, then print the folder and a table; see :mod:`hpc_oialr.exit_codes` for what it returns."""
+    loaded = load(arguments, arguments.settings)
+    return FINISHED if loaded is None else finish(start(arguments, loaded))
+
+
+def load(arguments: argparse.Namespace, settings: Sequence[str]) -> LoadedConfig | None:
+    """The settings of the run; None if they were only to be printed or explained, which is done."""
     from hpc_oialr.train.load_config import dense_twin, load_config, make_parser, paper_variant
 
     if arguments.help_settings:
         show(make_parser("oialr train RECIPE").format_help())
-        return 0
+        return None
     tracker = [] if arguments.tracker is None else ["--record.tracker", arguments.tracker]
-    loaded = load_config(arguments.recipe, [*arguments.settings, *tracker])
+    loaded = load_config(arguments.recipe, [*settings, *tracker])
     loaded = paper_variant(loaded) if arguments.paper else loaded
     loaded = dense_twin(loaded, own=True) if arguments.dense else loaded
     if arguments.print_config:
         show(loaded.text, end="")
-        return 0
+        return None
     if arguments.go_on and arguments.out is None:
         raise OIALRError("--continue needs --out DIR, the folder of the run to start or to resume.")
+    return loaded
+
+
+def start(arguments: argparse.Namespace, loaded: LoadedConfig) -> Result:
+    """Train, or with ``--continue`` go on."""
     from hpc_oialr.record.owner import Claim
     from hpc_oialr.train.run import train, train_or_resume
 
     folder = arguments.out or default_folder(arguments.recipe)
     with stop_requests(loaded) as stop:
         if not arguments.go_on:
-            return finish(train(loaded, folder, stop=stop, claim=Claim("oialr train", job_over)))
+            return train(loaded, folder, stop=stop, claim=Claim("oialr train", job_over))
         claim = Claim("oialr train --continue", job_over, partial(note_job, folder, arguments.recipe))
-        return finish(train_or_resume(loaded, folder, stop=stop, claim=claim))
+        return train_or_resume(loaded, folder, stop=stop, claim=claim)
 
 
 def finish(result: Result) -> int:

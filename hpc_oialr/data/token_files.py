@@ -127,8 +127,11 @@ class TokenWriter:
         return {"tokens": tokens, "bytes_per_token": round(ratio, 4)}
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder, offline; DataError if it cannot be loaded or lacks an end-of-text token."""
+def load_tokenizer(folder: Path, *, end: bool = True) -> Any:
+    """The tokenizer of a Hugging Face folder, offline.
+
+    DataError if it cannot be loaded, or lacks an end-of-text token and ``end`` asks for one.
+    """
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -138,7 +141,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # of many kinds, by the files that are wrong
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise DataError(f"tokenizer {folder} cannot be loaded: {reason}.") from error
-    if tokenizer.eos_token_id is None:
+    if end and tokenizer.eos_token_id is None:
         fix = "Set eos_token in its tokenizer_config.json."
         raise DataError(f"tokenizer {folder} has no end-of-text token (eos_token), which ends each document. {fix}")
     tokenizer.model_max_length = 10**30  # documents are cut into sequences later; no warnings

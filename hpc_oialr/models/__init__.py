@@ -1,7 +1,8 @@
 """Models as typed settings; each builds a stock transformers class from its config, nothing downloaded."""
 
 from hpc_oialr.models.base import ModelConfig
+from hpc_oialr.models.pretrained import PretrainedClassifier
 from hpc_oialr.models.resnet import ResNet, ResNetRS
 from hpc_oialr.models.transformer import GPT2, Autoformer, ViT
 
-__all__ = ["GPT2", "Autoformer", "ModelConfig", "ResNet", "ResNetRS", "ViT"]
+__all__ = ["GPT2", "Autoformer", "ModelConfig", "PretrainedClassifier", "ResNet", "ResNetRS", "ViT"]

@@ -14,6 +14,7 @@ from hpc_oialr.system_errors import read_json
 # The Hub's name of a task, by that of this package.
 TASKS = {
     "Classification": "image-classification",
+    "TextClassification": "text-classification",
     "LanguageModelling": "text-generation",
     "Forecasting": "time-series-forecasting",
 }

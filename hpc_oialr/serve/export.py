@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from hpc_oialr.data import Batch
 from hpc_oialr.errors import ConfigError, ModelError
+from hpc_oialr.finetune import SARA, merge_adapters
 from hpc_oialr.lowrank import fold, low_rank_layers, merge
+from hpc_oialr.models import PretrainedClassifier
 from hpc_oialr.outputs import new_folder
 from hpc_oialr.serve.card import write_card
 from hpc_oialr.serve.factored import build_plan, load_factored, save_config, save_factored, save_tensors
-from hpc_oialr.serve.lora import differences, load_adapter, load_base, require_peft, save_adapter
+from hpc_oialr.serve.lora import differences, load_adapter, load_base, require_peft, sara_factors, save_adapter
 from hpc_oialr.serve.programs import require_onnx, save_onnx, save_pt2
-from hpc_oialr.serve.trained import Trained, load_trained
+from hpc_oialr.serve.trained import Trained, checkpoint_of, load_trained
+from hpc_oialr.train.load_config import load_config
 
 Form = Literal["dense", "lowrank", "factored", "pt2", "onnx", "lora", "hub"]
 FORMS: tuple[Form, ...] = ("dense", "lowrank", "factored", "pt2", "onnx", "lora", "hub")
@@ -35,7 +39,7 @@ class Options:
     """What some forms need to know."""
 
     weights: Literal["factored", "dense"] = "factored"  # of pt2 and onnx
-    base: Path | None = None  # of lora: a folder that transformers loads
+    base: Path | None = None  # of lora: a folder that transformers loads; SARA's is its pretrained model
     r: int | None = None  # of lora; None: exact
 
 
@@ -55,8 +59,10 @@ def export(
     - "lowrank": factors as ``NAME.U``, ``NAME.S``, ``NAME.Vh``, and ``lowrank.json`` with r and the shape of every layer.
     - "factored": two factors a layer, for :func:`hpc_oialr.load_factored`.
     - "pt2": ``model.pt2`` for ``torch.export.load``; "onnx": ``model.onnx``. Inputs in the order of ``export.json``.
-    - "lora": a PEFT adapter of the difference to ``options.base``.
+    - "lora": a PEFT adapter of the difference to ``options.base``; of a SARA run by default its own factors.
     - "hub": dense and factored weights with a model card, as a repository of the Hugging Face Hub is laid out.
+
+    Adapted layers of :mod:`hpc_oialr.finetune` are merged but for "lora" and factored programs; Mo-SARA's cannot be.
 
     What was written is read back but for "dense" and "lowrank", and compared with the trained model on random inputs.
 
@@ -76,7 +82,7 @@ def export(
         Without the packages of the form.
     """
     options = options or Options()
-    if form == "lora" and options.base is None:
+    if form == "lora" and options.base is None and not _is_sara(run, step):
         raise ConfigError("base", None, "must name the model that the adapter belongs to", fix="Add --base FOLDER.")
     if form in _NEEDED:
         _NEEDED[form]()
@@ -84,6 +90,8 @@ def export(
     inputs = [run, *([options.base] if options.base else [])]
     with new_folder(target, "oialr export", inputs=inputs, force=force) as folder:
         trained = load_trained(run, step=step)
+        if form != "lora" and not (form in ("pt2", "onnx") and options.weights == "factored"):
+            trained = replace(trained, model=merge_adapters(trained.model, inplace=True))
         content: dict[str, Any] = {"form": form, "run": trained.run.name, "step": trained.step}
         if form in ("dense", "lowrank"):
             _WRITERS[form](trained, folder, options, content)
@@ -151,19 +159,31 @@ def _program(save: Callable[[Trained, nn.Module, Path], Callable[[Batch], Tensor
     return write
 
 
+def _is_sara(run: Path, step: int | None) -> bool:
+    model = load_config(checkpoint_of(run, step)[0] / "config.yaml").config.model
+    return isinstance(model, PretrainedClassifier) and isinstance(model.method, SARA)
+
+
 def _lora(trained: Trained, folder: Path, options: Options, content: dict[str, Any]) -> Callable[[Batch], Tensor]:
-    assert options.base is not None
-    tuned = merge(trained.model)
-    found = differences(load_base(options.base), tuned, options.r)
-    save_adapter(load_base(options.base), tuned, found, folder, str(options.base))
+    tuned, settings = merge(merge_adapters(trained.model)), trained.config.model
+    if options.base is not None:
+        fresh: Callable[[], nn.Module] = partial(load_base, options.base)
+        origin = options.base
+        found = differences(fresh(), tuned, options.r)
+    else:
+        assert isinstance(settings, PretrainedClassifier)
+        # The head is new, and saved whole.
+        origin, fresh = settings.folder(), lambda: settings.pretrained()[0].eval()
+        found = sara_factors(trained.model, settings.pretrained()[1])
+    save_adapter(fresh(), tuned, found, folder, str(origin))
     factors, whole = found
     content |= {
-        "base": str(options.base),
+        "base": str(origin),
         "r": {name: each.r for name, each in factors.items()},
         "truncation_error": max(each.error for each in factors.values()) if options.r else 0.0,
         "saved_whole": whole,
     }
-    loaded = load_adapter(load_base(options.base), folder)
+    loaded = load_adapter(fresh(), folder)
     return lambda batch: trained.answer(loaded, batch)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr.errors import ConfigError, MissingExtraError, ModelError
+from hpc_oialr.finetune import SaraLinear, adapters
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.lowrank import untied_state
@@ -98,6 +99,15 @@ def differences(base: nn.Module, tuned: nn.Module, r: int | None) -> tuple[dict[
 
     # Of two modules to be saved, one inside the other, the outer one holds both; adapted layers inside it as well.
     return {name: each for name, each in factors.items() if not inside(name)}, sorted(n for n in whole if not inside(n))
+
+
+def sara_factors(tuned: nn.Module, head: Collection[str]) -> tuple[dict[str, Difference], list[str]]:
+    """As :func:`differences`, of a model that SARA has fine-tuned: its own factors, and its head."""
+    factors = {}
+    for name, layer in adapters(tuned).items():
+        assert isinstance(layer, SaraLinear)
+        factors[name] = Difference(layer.B.detach(), (layer.A * layer.lambda_).detach(), None, 0.0)
+    return factors, sorted(head)
 
 
 def _difference(base: Any, tuned: Any, name: str, r: int | None) -> Difference | None:

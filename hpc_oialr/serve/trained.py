@@ -41,8 +41,11 @@ class Trained:
             if kind.is_floating_point:
                 # The model itself is in fp32, also of a run in bf16.
                 wide = torch.float64 if self.config.train.precision == "float64" else torch.float32
-                ones = name.endswith("mask")
-                batch[name] = torch.ones(size, dtype=wide) if ones else torch.randn(size, generator=generator).to(wide)
+                kind = wide
+            if name.endswith("mask"):
+                batch[name] = torch.ones(size, dtype=kind)
+            elif kind.is_floating_point:
+                batch[name] = torch.randn(size, generator=generator).to(kind)
             else:
                 tokens = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
                 batch[name] = torch.randint(0, tokens, size, generator=generator).to(kind)
@@ -78,7 +81,7 @@ def load_trained(run: Path, *, step: int | None = None) -> Trained:
     leave_fused_inference(model)
     method = config.oialr
     factor_dtype = getattr(torch, method.factor_dtype) if method and method.factor_dtype else None
-    for target in select(model, method.selection if method else Selection()):
+    for target in select(model, method.selection if method else Selection()) if ranks else ():
         if target.name in ranks:
             empty_factors(target, ranks[target.name], factor_dtype=factor_dtype)
     with torch.no_grad():

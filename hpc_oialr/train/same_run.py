@@ -37,6 +37,8 @@ RESUMABLE = (
     "data.path",
     "data.data_dir",
     "data.on_device",
+    "data.tokenizer",
+    "model.path",
     "dense",
     "paper",
 )

@@ -120,19 +120,68 @@ class Classification(Task):
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the losses, right answers, those among the first five (NaN for five classes or fewer), images."""
-        logits, labels = _at_least_fp32(model(pixel_values=batch["pixel_values"]).logits), batch["labels"]
-        right = (logits.argmax(-1) == labels).sum().double()
-        loss = cross_entropy(logits, labels, reduction="sum").double()
-        among = right * math.nan
-        if logits.shape[-1] > 5:
-            among = (logits.topk(5).indices == labels[:, None]).sum().double()
-        return torch.stack([loss, right, among, right.new_tensor(len(labels))])
+        return _label_totals(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """``loss``, ``accuracy`` and, for more than five classes, ``top5_accuracy``."""
-        loss, right, among, count = totals.tolist()
-        found = {"loss": loss / count, "accuracy": right / count}
-        return found if math.isnan(among) else {**found, "top5_accuracy": among / count}
+        return _label_metrics(totals)
+
+
+@dataclass(kw_only=True)
+class TextClassification(Task):
+    """Cross-entropy of texts; the metric is accuracy in [0, 1].
+
+    Parameters
+    ----------
+    label_smoothing
+        Share of the target that is spread over all classes.
+    """
+
+    inputs = ("input_ids", "attention_mask", "labels")
+    outputs = "classes"
+    metric = "accuracy"
+    higher_is_better = True
+    unit = "texts"
+    draws = False
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_interval("label_smoothing", self.label_smoothing, 0, 1, closed=(True, False))
+
+    def loss(self, model: nn.Module, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """Mean cross-entropy of a batch with ``input_ids``, ``attention_mask`` (B x T) and ``labels`` (B)."""
+        logits = _at_least_fp32(self.predict(model, batch))
+        return cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As of :class:`Classification`, of texts."""
+        return _label_totals(self.predict(model, batch), batch["labels"])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """``loss``, ``accuracy`` and, for more than five classes, ``top5_accuracy``."""
+        return _label_metrics(totals)
+
+    def served(self, batch: Batch) -> tuple[str, ...]:
+        """Tokens and their mask."""
+        return self.inputs[:2]
+
+
+def _label_totals(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the losses, right answers, those among the first five (NaN for five classes or fewer), samples."""
+    logits = _at_least_fp32(logits)
+    right = (logits.argmax(-1) == labels).sum().double()
+    loss = cross_entropy(logits, labels, reduction="sum").double()
+    among = right * math.nan
+    if logits.shape[-1] > 5:
+        among = (logits.topk(5).indices == labels[:, None]).sum().double()
+    return torch.stack([loss, right, among, right.new_tensor(len(labels))])
+
+
+def _label_metrics(totals: Tensor) -> dict[str, float]:
+    loss, right, among, count = totals.tolist()
+    found = {"loss": loss / count, "accuracy": right / count}
+    return found if math.isnan(among) else {**found, "top5_accuracy": among / count}
 
 
 def mixup(pixels: Tensor, generator: np.random.Generator, alpha: float) -> tuple[Tensor, float]:

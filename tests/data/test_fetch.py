@@ -87,7 +87,7 @@ def test_unknown_name_lists_the_valid_ones() -> None:
         fetch("fashion_mnist")
     assert str(caught.value) == (
         "unknown data set 'fashion_mnist'; valid: cifar-10, etth1, etth2, ettm1, ettm2, fashion-mnist, m4-hourly, "
-        "python-docs, taylor-30-min. "
+        "minilm, python-docs, taylor-30-min. "
         "Did you mean 'fashion-mnist'?"
     )
 
