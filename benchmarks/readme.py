@@ -14,11 +14,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, demo, ett, settings, stability
 from benchmarks.pages.claims import missing
-<<<<<<< HEAD
 from benchmarks.pages.contents import contents
-from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
-=======
->>>>>>> 10f3e2e (SARA and Mo-SARA: order of imports)
 from benchmarks.pages.finetune import finetune
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
