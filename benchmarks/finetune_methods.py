@@ -1,21 +1,53 @@
-"""SARA's rivals as methods of `PretrainedClassifier`, chosen by their full path: PEFT's LoRA and PiSSA, LoRA-XS."""
+"""Chosen by their full path in the recipe: SARA's rivals (PEFT's LoRA and PiSSA, LoRA-XS), the model's own pooling."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpc_oialr.data import Splits, TextClasses
 from hpc_oialr.finetune import AdaptedLinear, FineTuning
 from hpc_oialr.finetune.methods import adaptable, train_only
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.lowrank import Selection
+from hpc_oialr.models import PretrainedClassifier
 
 LAYERS = Selection(kinds=("Linear",))
+
+
+@dataclass(kw_only=True)
+class MeanPooled(PretrainedClassifier):
+    """The classifier of the mean over all tokens, of which this model was made to be used; the stock head takes [CLS]."""
+
+    def pretrained(self) -> tuple[nn.Module, set[str]]:
+        """With a pooler of no parameters."""
+        model, head = super().pretrained()
+        bert: Any = model.get_submodule("bert")
+        bert.pooler = Mean()
+        return model, head
+
+
+class Mean(nn.Module):
+    """Over the tokens, padding included, of which passages that fill the sequence have none."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """B x T x n to B x n."""
+        return hidden.mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnceRead(TextClasses):
+    """Read once in a process."""
+
+    @functools.cache  # noqa: B019
+    def _load(self) -> Splits:
+        return super()._load()
 
 
 @dataclass(kw_only=True)
