@@ -21,7 +21,7 @@ from hpc_oialr.system_errors import of_system
 # In the order of the help; each in its command_NAME.py, whose docstring is its summary.
 COMMANDS = (
     *("train", "finetune", "compare", "recipes", "data", "resume", "eval", "export", "spectra", "report", "analyze"),
-    *("operator", "info", "plan", "doctor", "submit", "search", "jobs", "logs", "cancel", "completion"),
+    *("tensor", "operator", "info", "plan", "doctor", "submit", "search", "jobs", "logs", "cancel", "completion"),
 )
 # These also take settings of a run, e.g. --train.epochs 1.
 _WITH_SETTINGS = ("train", "finetune", "compare", "resume", "eval", "plan", "submit", "search")

@@ -104,6 +104,18 @@ def predicted_eigenvalue(rho: float, c: float = 0.0) -> float:
     return (rho + 1 / rho if rho > 1 else 2.0) + math.sqrt(c)
 
 
+def predicted_strength(xi: float, c: float = 0.0) -> float:
+    """The rho whose :func:`predicted_eigenvalue` is ``xi``; 0 where that is within noise.
+
+    Examples
+    --------
+    >>> predicted_strength(2.6, c=0.01), predicted_strength(2.0)
+    (2.0, 0.0)
+    """
+    y = xi - math.sqrt(c)
+    return (y + math.sqrt(y * y - 4)) / 2 if y > 2 else 0.0
+
+
 def predicted_alignment(rho: float, c: float = 0.0) -> float:
     """Squared inner product of a component's vector with the truncated MLSVD's, for strength ``rho``, aspect ratio ``c``.
 

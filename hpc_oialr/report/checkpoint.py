@@ -168,6 +168,8 @@ def _load(path: Path) -> Any:
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
+    if isinstance(loaded, Tensor):
+        return {path.stem: loaded}
     if isinstance(loaded, Mapping):
         for key in NESTED:
             if isinstance(loaded.get(key), Mapping) and loaded[key] is not loaded:
