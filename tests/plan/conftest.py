@@ -10,7 +10,12 @@ from hpc_oialr.train.load_config import load_config
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     """A byte-level GPT-2 of width 16 and four layers that become low-rank."""
-    return write_recipe(tmp_path_factory.mktemp("plan"), optimizer={"class_path": "AdamW", "init_args": {"lr": 0.01}})
+    # Few sets of r: a plan traces a step for each.
+    return write_recipe(
+        tmp_path_factory.mktemp("plan"),
+        optimizer={"class_path": "AdamW", "init_args": {"lr": 0.01}},
+        oialr={"limits": {"max_drop": 0.9}},
+    )
 
 
 @pytest.fixture(scope="session")

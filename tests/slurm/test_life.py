@@ -50,6 +50,7 @@ def test_names_are_no_commands(runs: tuple[Path, Path, Job], cluster: Cluster) -
     assert not list(cluster.root.rglob("broken"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 def test_metrics_go_over_mpi(cluster: Cluster) -> None:
     """One task on each of two nodes."""
