@@ -19,7 +19,7 @@ def test_some_of_1024_processes(workload, engine):
     found = list(dry_run(workload, 1024, engine=engine, rule=FixedFraction(0.25), ranks=ranks))
     assert [(run.rank, run.size) for run in found] == [(rank, 1024) for rank in ranks or [0, 512, 1023]]
     assert {run.channel for run in found} == {"fake"}
-    # Three quarters at the conversion, three tenths of it cut by the update.
+    # Three quarters at the conversion, a quarter after the first update.
     assert {run.r for run in found} == {(4, 4)}
     assert not dist.is_initialized()
     if isinstance(engine, DDP):
