@@ -32,8 +32,13 @@ from hpc_oialr.operators.nested_lora import nested_lora, sum_gradients
 from hpc_oialr.operators.recipes import RECIPES, random_matrix
 from hpc_oialr.operators.training import Problem, evaluate, generator_of, train
 
-KINDS = [("harmonic_oscillator", "sequential"), ("hydrogen", "sequential")]
-KINDS += [("matrix", nesting) for nesting in ("sequential", "joint", "none")]
+# Recipe, nesting, whether gradients are balanced.
+KINDS = [
+    ("harmonic_oscillator", "sequential", False),
+    ("hydrogen", "sequential", True),
+    ("hydrogen", "sequential", False),
+]
+KINDS += [("matrix", nesting, False) for nesting in ("sequential", "joint", "none")]
 JOBS = [(*kind, seed) for seed in range(3) for kind in KINDS]
 
 
@@ -42,11 +47,12 @@ def problem_of(name: str, seed: int) -> Problem:
     return MatrixProblem(random_matrix(seed=seed)) if name == "matrix" else RECIPES[name].problem()
 
 
-def solve(job: tuple[str, str, int]) -> Row:
+def solve(job: tuple[str, str, bool, int]) -> Row:
     """One training."""
     torch.set_num_threads(1)
-    name, nesting, seed = job
-    problem, settings = problem_of(name, seed), replace(RECIPES[name].settings, nesting=nesting, seed=seed)
+    name, nesting, balance, seed = job
+    problem, settings = problem_of(name, seed), RECIPES[name].settings
+    settings = replace(settings, nesting=nesting, balance=balance, seed=seed)
     start, cpu = time.perf_counter(), time.process_time()
     model = train(problem, settings).model
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
@@ -56,6 +62,7 @@ def solve(job: tuple[str, str, int]) -> Row:
     return {
         "problem": name,
         "nesting": nesting,
+        "balance": balance,
         "seed": seed,
         "functions": settings.functions,
         "batch": settings.batch,
@@ -70,26 +77,30 @@ def solve(job: tuple[str, str, int]) -> Row:
     }
 
 
-def gradient(name: str) -> Row:
-    """Of one minibatch, by all processes of the world."""
+def gradients() -> Row:
+    """Of one minibatch of each recipe, by all processes of the world."""
     world = World.from_environment(device="cpu")
-    comm, problem, settings = communicator(world.group), problem_of(name, 0), RECIPES[name].settings
-    torch.manual_seed(0)
-    model = problem.functions(settings.functions)
-    sides = problem.sides(model, settings.batch, generator_of(0, 0), comm)
-    nested_lora(sides, nesting=settings.nesting, group=comm).backward()
-    sum_gradients(list(model.parameters()), comm)
-    return {"gradient": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])}
+    comm, found = communicator(world.group), {}
+    for name, recipe in RECIPES.items():
+        problem, settings = recipe.problem(), recipe.settings
+        torch.manual_seed(0)
+        model = problem.functions(settings.functions)
+        sides = problem.sides(model, settings.batch, generator_of(0, 0), comm)
+        nested_lora(sides, nesting=settings.nesting, balance=settings.balance, group=comm).backward()
+        sum_gradients(list(model.parameters()), comm)
+        found[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return found
 
 
-def distributed(name: str, sizes: tuple[int, ...] = (2, 4)) -> list[Row]:
+def distributed(sizes: tuple[int, ...] = (2, 4)) -> list[Row]:
     """Differences to one process."""
-    (alone,) = on_processes(1, gradient, name)
+    (alone,) = on_processes(1, gradients)
     rows = []
     for size in sizes:
-        parts = [row["gradient"] for row in on_processes(size, gradient, name)]
-        difference = max(float((part - alone["gradient"]).norm() / alone["gradient"].norm()) for part in parts)
-        rows.append({"problem": name, "processes": size, "difference": difference})
+        found = on_processes(size, gradients)
+        for name, right in alone.items():
+            difference = max(float((mine[name] - right).norm() / right.norm()) for mine in found)
+            rows.append({"problem": name, "processes": size, "difference": difference})
     return rows
 
 
@@ -128,11 +139,11 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(40_000, 1000), help="of the streamed matrix")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of its timing")
     options = parser.parse_args()
-    extra: dict[str, Any] = {"distributed": [row for name in RECIPES for row in distributed(name)]}
+    extra: dict[str, Any] = {"distributed": distributed()}
     extra["streaming"] = streaming(*options.shape, r=32, block=64, repeats=options.repeats)
     for rows in extra.values():
         print_table(rows)
-    done = {(row["problem"], row["nesting"], row["seed"]): row for row in earlier(options.out)}
+    done = {(row["problem"], row["nesting"], row["balance"], row["seed"]): row for row in earlier(options.out)}
     with get_context("spawn").Pool(options.workers) as pool:
         for job, row in zip(left := [job for job in JOBS if job not in done], pool.imap(solve, left), strict=True):
             done[job] = row

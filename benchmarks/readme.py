@@ -17,6 +17,7 @@ from benchmarks.pages.claims import missing
 from benchmarks.pages.contents import contents
 from benchmarks.pages.finetune import finetune
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
+from benchmarks.pages.operators import operators, operators_distributed, streaming
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
 from benchmarks.pages.systems import engines, life, plan, support, traffic
 from benchmarks.pages.tables import ROOT
@@ -45,8 +46,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "traffic": traffic,
     "plan": plan,
     "life": life,
+    "operators": operators,
+    "operators_distributed": operators_distributed,
     "record": record,
     "stability": stability,
+    "streaming": streaming,
     "support": support,
 }
 

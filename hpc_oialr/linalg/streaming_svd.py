@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpc_oialr.errors import ConfigError
+from hpc_oialr.errors import ConfigError, NonFiniteError
 from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.row_partition import squared_norm
-from hpc_oialr.linalg.svd import compute_dtype, svd
+from hpc_oialr.linalg.svd import compute_dtype, count_non_finite, svd
 
 
 class StreamedSVD(NamedTuple):
@@ -24,9 +24,11 @@ class StreamedSVD(NamedTuple):
     rows: int  # m
 
     def left(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Rows of ``U = A V / s``, a block for a block, from a second pass; ``U diag(s) Vh`` is ``A V Vh``."""
+        """Rows of ``U = A V / s``, block by block, in a second pass; 0 for values that are 0 but for rounding."""
+        known = self.s > self.s[0] * torch.finfo(self.s.dtype).eps
+        inverse = torch.where(known, 1 / self.s, 0)
         for block in blocks:
-            yield block.to(self.Vh) @ self.Vh.mT / self.s
+            yield block.to(self.Vh) @ self.Vh.mT * inverse
 
 
 @exact_arithmetic()
@@ -41,7 +43,8 @@ def streaming_svd(blocks: Iterable[Tensor], *, r: int, oversampling: int = 10, n
     Parameters
     ----------
     blocks
-        Rows of the matrix, b x n each, any b and any floating dtype; computed in fp32, or fp64 if the first block is.
+        Rows of the matrix, b x n each, any b and any floating dtype. Computed in fp64; the result is in fp32 unless the
+        first block is in fp64.
     r, oversampling
         Triplets wanted, and how many more are held until the end.
     name
@@ -54,9 +57,9 @@ def streaming_svd(blocks: Iterable[Tensor], *, r: int, oversampling: int = 10, n
     NonFiniteError
         If a block holds NaN or Inf.
 
-    Memory ``2 (l + b) n`` numbers; about ``4 n (l + b)^2`` multiply-adds a block, fewest in all for b near l: shorter
-    blocks are gathered to l rows first. The update of M. Brand, Linear Algebra Appl. 415 (2006), by blocks; error as in
-    M. Iwen, B. Ong, SIAM J. Matrix Anal. Appl. 37 (2016).
+    Memory ``2 (l + b) n`` numbers; about ``2 n (l + b)^2`` multiply-adds a block (of fp64 data several times as many),
+    fewest in all for b near l: shorter blocks are gathered to l rows first. The update of M. Brand, Linear Algebra Appl.
+    415 (2006), by blocks; error as in M. Iwen, B. Ong, SIAM J. Matrix Anal. Appl. 37 (2016).
 
     Examples
     --------
@@ -67,18 +70,36 @@ def streaming_svd(blocks: Iterable[Tensor], *, r: int, oversampling: int = 10, n
     if r < 1 or oversampling < 0:
         fix = "oversampling must be 0 or more."
         raise ConfigError("r, oversampling", (r, oversampling), "r must be at least 1", fix=fix)
-    held, cut, rows = None, 0.0, 0
+    held, cut, rows, dtype = None, 0.0, 0, torch.float32
     for block in _gathered(blocks, r + oversampling, name):
+        if bad := count_non_finite(block):
+            where = f"rows {rows} to {rows + len(block) - 1}"
+            raise NonFiniteError(f"{name} holds {bad} NaN or Inf in {where}; an SVD needs finite ones.")
+        if held is None:
+            dtype = compute_dtype(block.dtype)
         rows += len(block)
-        X = block if held is None else torch.cat([held, block.to(held)])
-        if len(X) > 2 * X.shape[1]:
-            X = torch.linalg.qr(X, mode="r").R
-        _U, s, Vh = svd(X, name=f"{name}, rows up to {rows}")
-        cut += squared_norm(s[r + oversampling :])
-        held = s[: r + oversampling, None] * Vh[: r + oversampling]
+        X = block.double() if held is None else torch.cat([held, block.double()])
+        held, lost = _leading_rows(X, r + oversampling, exact=dtype == torch.float64)
+        cut += lost
     if held is None:
         raise ConfigError(name, "empty", "must have rows", fix="An iterator can be used once: make a new one.")
-    return StreamedSVD(s[:r].clone(), Vh[:r].clone(), math.sqrt(cut + squared_norm(s[r : r + oversampling])), rows)
+    _U, s, Vh = svd(held, name=name)
+    return StreamedSVD(s[:r].to(dtype), Vh[:r].to(dtype), math.sqrt(cut + squared_norm(s[r:])), rows)
+
+
+def _leading_rows(X: Tensor, most: int, *, exact: bool) -> tuple[Tensor, float]:
+    """``diag(s) Vh`` of the leading ``most`` triplets, and the squares of the other values; fp64.
+
+    Unless ``exact``, by the eigenvectors of ``X X^T``, several times faster: errors are 1e-8 of the largest value, less
+    than those of fp32 data.
+    """
+    if len(X) > 2 * X.shape[1]:
+        X = torch.linalg.qr(X, mode="r").R
+    if exact:
+        _U, s, Vh = svd(X)
+        return s[:most, None] * Vh[:most], squared_norm(s[most:])
+    squares, Q = torch.linalg.eigh(X @ X.mT)
+    return Q[:, -most:].mT @ X, float(squares[:-most].clamp_min(0).sum())
 
 
 def _gathered(blocks: Iterable[Tensor], fewest: int, name: str) -> Iterator[Tensor]:

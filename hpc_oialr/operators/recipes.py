@@ -26,7 +26,7 @@ def random_matrix(m: int = 400, n: int = 300, seed: int = 0) -> Tensor:
 
 
 RECIPES = {
-    "harmonic_oscillator": Recipe(harmonic_oscillator, Settings(functions=15, batch=512, steps=3000, lr=2e-3)),
+    "harmonic_oscillator": Recipe(harmonic_oscillator, Settings(functions=15, batch=512, steps=2000, lr=3e-3)),
     "hydrogen": Recipe(hydrogen, Settings(functions=9, batch=512, steps=5000, lr=3e-3, balance=True)),
     "matrix": Recipe(lambda: MatrixProblem(random_matrix()), Settings(functions=10, batch=400, steps=6000, lr=0.1)),
 }

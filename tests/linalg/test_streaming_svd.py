@@ -37,6 +37,10 @@ def test_any_blocks_within_the_error_it_states(rows: list[int], r: int, extra: i
 def test_close_to_the_best_and_to_the_randomized_svd_on_a_slow_spectrum() -> None:
     A, r = matrix(3000, 200), 10
     found = streaming_svd(A.split(50), r=r)
+    short = streaming_svd(A.float().split(50), r=r)
+    assert short.Vh.dtype == torch.float32
+    torch.testing.assert_close(short.s.double(), found.s, rtol=1e-6, atol=0)
+    assert short.error == pytest.approx(found.error, rel=1e-6)
     best = torch.linalg.svdvals(A)[r:].norm()
     ours = (A - A @ found.Vh.mT @ found.Vh).norm() / best
     torch.manual_seed(0)
@@ -46,6 +50,15 @@ def test_close_to_the_best_and_to_the_randomized_svd_on_a_slow_spectrum() -> Non
     assert ours < theirs * 1.01
 
 
+def test_a_matrix_of_lower_rank_than_wanted_has_columns_of_zeros() -> None:
+    found = streaming_svd([torch.ones(4, 3)], r=2)
+    assert found.s[0] == pytest.approx(12**0.5)
+    torch.testing.assert_close(
+        torch.cat(list(found.left([torch.ones(4, 3)]))),
+        torch.tensor([[0.5, 0.0]] * 4).abs() * torch.sign(found.Vh[0, 0]),
+    )
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="r must be at least 1"):
         streaming_svd([torch.ones(2, 2)], r=0)
@@ -53,5 +66,5 @@ def test_what_cannot_work_is_refused() -> None:
         streaming_svd(iter(()), r=1)
     with pytest.raises(ConfigError, match=r"w is \(2, 3\); must have two axes, and as many columns"):
         streaming_svd([torch.ones(2, 2), torch.ones(2, 3)], r=1, name="w")
-    with pytest.raises(NonFiniteError, match="w, rows up to 12 holds 1 NaN"):
+    with pytest.raises(NonFiniteError, match="w holds 1 NaN or Inf in rows 11 to 11"):
         streaming_svd([torch.ones(11, 2), torch.tensor([[1.0, float("nan")]])], r=1, name="w")
