@@ -207,7 +207,8 @@ def _triangle(A: Tensor, comm: Communicator) -> Tensor:
     own = torch.linalg.qr(A, mode="r").R
     R[: len(own)] = own
     for child in children(comm.rank, comm.size):
-        R = torch.linalg.qr(torch.cat([R, comm.receive(torch.empty_like(R), child)]), mode="r").R
+        other = comm.receive(R.new_empty(R.shape), child)  # contiguous, which LAPACK's R is not
+        R = torch.linalg.qr(torch.cat([R, other]), mode="r").R
     if comm.rank:
         comm.send(R, parent(comm.rank))
     return comm.broadcast(R.contiguous())
