@@ -49,11 +49,11 @@ LENGTH = [
 SEEDS = (0, 1, 2)
 # Method, its settings and learning rates; {sara} and {mosara} are thresholds.
 METHODS: dict[str, tuple[str, tuple[float, float, float]]] = {
-    "full": ("Full", (3e-5, 1e-4, 3e-4)),
+    "full": ("Full", (1e-4, 3e-4, 1e-3)),
     "SARA": ("SARA --model.method.threshold {sara}", (1e-3, 3e-3, 1e-2)),
-    "Mo-SARA": ("MoSARA --model.method.threshold {mosara}", (3e-3, 1e-2, 3e-2)),
-    "LoRA (PEFT)": (f"{RIVALS}.PeftLoRA --model.method.r {LORA_R}", (1e-3, 3e-3, 1e-2)),
-    "PiSSA (PEFT)": (f"{RIVALS}.PeftLoRA --model.method.r {LORA_R} --model.method.initial pissa", (3e-4, 1e-3, 3e-3)),
+    "Mo-SARA": ("MoSARA --model.method.threshold {mosara}", (1e-2, 3e-2, 1e-1)),
+    "LoRA (PEFT)": (f"{RIVALS}.PeftLoRA --model.method.r {LORA_R}", (3e-3, 1e-2, 3e-2)),
+    "PiSSA (PEFT)": (f"{RIVALS}.PeftLoRA --model.method.r {LORA_R} --model.method.initial pissa", (1e-3, 3e-3, 1e-2)),
     "LoRA-XS": (f"{RIVALS}.LoRAXS --model.method.r {CORE_R}", (1e-3, 3e-3, 1e-2)),
 }
 
@@ -61,7 +61,7 @@ METHODS: dict[str, tuple[str, tuple[float, float, float]]] = {
 def main() -> None:
     """Three rates on one seed, then the best of them on the others."""
     options = arguments(__doc__ or "").parse_args()
-    rows = earlier(options.out)
+    rows = [row for row in earlier(options.out) if row["lr"] in METHODS[row["method"]][1]]
     with tempfile.TemporaryDirectory() as scratch:
         base = write_base(Path(scratch) / "base")
         chosen = thresholds(base)

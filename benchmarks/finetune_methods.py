@@ -23,7 +23,7 @@ LAYERS = Selection(kinds=("Linear",))
 
 @dataclass(kw_only=True)
 class MeanPooled(PretrainedClassifier):
-    """The classifier of the mean over all tokens, of which this model was made to be used; the stock head takes [CLS]."""
+    """The classifier of the mean over all tokens, as this model was made to be used; the stock head takes [CLS]."""
 
     def pretrained(self) -> tuple[nn.Module, set[str]]:
         """With a pooler of no parameters."""
