@@ -7,6 +7,7 @@ begins with one all-reduce a layer.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from hpc_oialr.lowrank import TargetWeight
 from hpc_oialr.lowrank.attachment import LayerHook
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.engine import Engine
-from hpc_oialr.torch_compat import is_transformed
+from hpc_oialr.torch_compat import PausedCode, is_transformed
 
 log = logging.getLogger(__name__)
 
@@ -160,3 +161,57 @@ class Gatherer(Generic[S]):
             for rank in ranks:
                 if rank % world.size == world.rank:
                     sums.flat += tensors[f"{start}{rank}"].to(sums.flat)
+
+
+class Window:
+    """All that is gathered for the next change of a controller's layers, while the model's compiled code is set aside."""
+
+    def __init__(self, engine: Engine, *gatherers: Gatherer[Any]) -> None:
+        self._engine, self._gatherers, self._code = engine, gatherers, PausedCode()
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What hooks add to in the next step."""
+        return [sums for each in self._gatherers for sums in each.sums.values()]
+
+    def acts(self, t: int) -> bool:
+        """Whether :meth:`watch` has something to do after step ``t``."""
+        return any(each.acts(t) for each in self._gatherers)
+
+    def watch(self, t: int, update: int, targets: Sequence[TargetWeight], streaks: Mapping[str, int]) -> None:
+        """See :meth:`Gatherer.watch`."""
+        for each in self._gatherers:
+            each.watch(t, update, targets, streaks)
+        self._let_hooks_run()
+
+    def tie(self) -> None:
+        """See :meth:`Gatherer.tie`."""
+        for each in self._gatherers:
+            each.tie()
+        self._let_hooks_run()  # code that was compiled since the last step
+
+    def forget(self) -> None:
+        """Free all sums, remove the hooks, put compiled code back."""
+        for each in self._gatherers:
+            each.forget()
+        self._let_hooks_run()
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of this rank's sums, see :meth:`Gatherer.state`."""
+        return {name: tensor for each in self._gatherers for name, tensor in each.state().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's sums of :meth:`state`."""
+        for each in self._gatherers:
+            each.restore(tensors)
+
+    def restore_code_with(self, controller: object) -> None:
+        """Put compiled code back also when the controller is dropped."""
+        weakref.finalize(controller, self._code.resume)
+
+    def _let_hooks_run(self) -> None:
+        """Set compiled code aside for the next step if its hooks must run, else put it back."""
+        if any(each.sums for each in self._gatherers):
+            self._code.pause(self._engine.model)
+        else:
+            self._code.resume()

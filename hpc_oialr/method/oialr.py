@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,6 +31,7 @@ from hpc_oialr.method.checks import (
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import choice_of_r, low_rank_layer
 from hpc_oialr.method.engine import Engine, adopt
+from hpc_oialr.method.gathering import Window
 from hpc_oialr.method.loading import Loader, require_same_groups
 from hpc_oialr.method.other_optimizers import OtherOptimizers
 from hpc_oialr.method.participants import FrozenByUser, drop_unfit, find_participants
@@ -40,7 +40,6 @@ from hpc_oialr.method.second_moments import SecondMoments
 from hpc_oialr.method.sketches import GradientSketches
 from hpc_oialr.method.stability_tracker import StabilityTracker
 from hpc_oialr.optim.stack import OptimizerStack
-from hpc_oialr.torch_compat import PausedCode
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +111,7 @@ class OIALR:
         adopted = self._basis.adopt(self.targets)
         self._moments = SecondMoments(self.config, self.engine)
         self._sketches = GradientSketches(self.config, self.engine)
-        self._gatherers = self._moments, self._sketches
-        self._compiled = PausedCode()
+        self._window = Window(self.engine, self._moments, self._sketches)
         self._tracker = StabilityTracker(self.targets, self.engine, self.config.stability_threshold)
         self.engine.model = self.engine.wrap(self.module, optimizer)
         self._loader = Loader(self.module, self.targets, self._basis, self.engine, empty=adopted)
@@ -129,7 +127,7 @@ class OIALR:
         self._dense_weights = DenseWeights(self.targets)
         share_inputs(self.module)
         self._attachment = Attachment(self)
-        weakref.finalize(self, self._compiled.resume)
+        self._window.restore_code_with(self)
         holders = [module for target in self.targets for module in (target.owner, target.holder)]
         self._attachment.tie(self.module, holders, self._optimizers.nodes)
         for guard in self._loader.guards:
@@ -167,7 +165,7 @@ class OIALR:
     @property
     def gathered(self) -> list[Tensor]:
         """Sums to which hooks on layers add in the next step: a replayed CUDA graph would not run them."""
-        return [sums for each in self._gatherers for sums in each.sums.values()]
+        return self._window.sums
 
     @property
     def layers(self) -> list[str]:
@@ -186,16 +184,14 @@ class OIALR:
         """Remove all hooks from model and optimizer; layers stay as they are, the steps of cores are no longer scaled."""
         for model in (self.module, *(average for average, _ in self._basis.averages)):
             untie(model)
-        self._forget()
+        self._window.forget()
         self._basis.core_lr.remove()
 
     def before_forward(self) -> None:
         """Forward pre-hook of the model: raises where the pass would use stale buckets or empty layers."""
         self.engine.check_caller(self.module)
         self._loader.check_values()
-        for each in self._gatherers:
-            each.tie()
-        self._let_hooks_run()  # code that was compiled since the last step
+        self._window.tie()
 
     # -- the algorithm ---------------------------------------------------------------------------
 
@@ -259,11 +255,9 @@ class OIALR:
 
     def watch(self) -> None:
         """Gather in the next step what a change needs that is near; :meth:`step` ends with it."""
-        if any(each.acts(self.t) for each in self._gatherers):
+        if self._window.acts(self.t):
             due = [target for target in [*self._dense(), *self._last(self.updates + 1)] if not self._frozen(target)]
-            for each in self._gatherers:
-                each.watch(self.t, self.updates + 1, due, self._tracker.streaks)
-            self._let_hooks_run()
+            self._window.watch(self.t, self.updates + 1, due, self._tracker.streaks)
 
     @exact_arithmetic()
     def _convert(self, targets: list[TargetWeight]) -> list[LayerUpdate]:
@@ -365,7 +359,7 @@ class OIALR:
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Every rank's sums for a change that is near, and bases kept for measuring stability; a collective call."""
-        return self._tracker.bases(self._dense()) | self._moments.state() | self._sketches.state()
+        return self._tracker.bases(self._dense()) | self._window.state()
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
@@ -380,10 +374,9 @@ class OIALR:
         self._dense_weights.remember(self.targets, changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
         self._tracker.restore(tensors or {}, state["streaks"])
-        self._forget()
+        self._window.forget()
         self.watch()
-        for each in self._gatherers:
-            each.restore(tensors or {})
+        self._window.restore(tensors or {})
         if state["r"] and (self.config.frees_bases or not changed):
             self.rewrap()
 
@@ -393,19 +386,7 @@ class OIALR:
         changed = self._loader.before_load(module, state, prefix, assign=assign)
         self._dense_weights.remember(self.targets, changed)
         if changed:
-            self._forget()
-
-    def _forget(self) -> None:
-        for each in self._gatherers:
-            each.forget()
-        self._let_hooks_run()
-
-    def _let_hooks_run(self) -> None:
-        """Set compiled code aside for the next step if its hooks must run, else put it back."""
-        if any(each.sums for each in self._gatherers):
-            self._compiled.pause(self.engine.model)
-        else:
-            self._compiled.resume()
+            self._window.forget()
 
     before_optimizer_load = staticmethod(require_same_groups)  # pre-hook of the optimizer's load_state_dict
 
