@@ -56,6 +56,7 @@ def small(words: list[str]) -> list[str]:
     return [*words, *SMALL, *STEPS[side]] if words[0] == "train" else words
 
 
+@pytest.mark.long
 def test_the_tour(tmp_path, monkeypatch, capsys):
     for package in ("plotly", "onnxruntime", "onnxscript", "shtab"):
         pytest.importorskip(package)

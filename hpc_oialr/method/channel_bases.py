@@ -109,6 +109,8 @@ def _mode_svds(
     Distributed by cost; ``k + m r`` numbers are sent of each m x n unfolding. Raises :class:`NonFiniteError` on every
     rank if an SVD did not converge.
     """
+    if not targets:
+        return
     jobs = [_job(target, mode, size[mode]) for target, size in zip(targets, sizes, strict=True) for mode in (0, 1)]
     waiting: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
     seconds: dict[int, float] = {}

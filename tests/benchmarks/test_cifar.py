@@ -264,6 +264,7 @@ def test_r_falls_down_a_straight_line() -> None:
     assert found == [384, 288, 192, 192]
 
 
+@pytest.mark.long
 def test_it_runs_as_a_command_without_the_suite(folder: Path, tmp_path: Path) -> None:
     """Where only torch, transformers and pillow are installed, as on a machine with a GPU."""
     hidden = "import runpy, sys; sys.modules.update(dict.fromkeys(('jsonargparse', 'deepspeed', 'mpi4py')));"

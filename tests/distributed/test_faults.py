@@ -72,6 +72,7 @@ def test_stopped(tmp_path: Path) -> None:
             check_survivors(crowd, kind)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is missing: pip install 'hpc_oialr[deepspeed]'")
 def test_killed_and_stopped_under_deepspeed(tmp_path: Path) -> None:
     """In a step of ZeRO-3 with an update."""

@@ -123,7 +123,7 @@ def alone() -> dict[Any, Any]:
     return {case: trained(engine, *case) for case in CASES}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_equal_to_one_process(alone: dict[Any, Any], size: int) -> None:
     cases = [*(CASES if size == 2 else FEWER), CASES[0]]
     for together in spawn(train_all, size):

@@ -49,7 +49,7 @@ class Terminal:
         return bool(text)
 
 
-@pytest.mark.parametrize("end", ["Ctrl-C", "closed"])
+@pytest.mark.parametrize("end", ["Ctrl-C", pytest.param("closed", marks=pytest.mark.long)])
 def test_it_writes_a_checkpoint_and_tells_how_to_go_on(end, tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 100_000, "evaluations": 1}, checkpoint={"every": None})
     folder = RunFolder(tmp_path / "run")

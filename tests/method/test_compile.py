@@ -43,6 +43,7 @@ def train(*, compiled: bool) -> tuple[list[float], int]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_one_graph_for_every_set_of_shapes() -> None:
     eager, _ = train(compiled=False)
     losses, graphs = train(compiled=True)
