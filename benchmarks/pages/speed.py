@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 from benchmarks.pages.tables import load, origin, origins, table
 
 
 def layer() -> str:
     """Layer speed, fp32 and bf16."""
-    result = load("layer")
+    result, other = load("layer"), load("layer_avx2")
     rows = [
         (
             f"{row['m']} x {row['n']}",
@@ -26,9 +27,23 @@ def layer() -> str:
     tuned = [row["dense_onednn_ratio"] for row in result["rows"] if row["dtype"] == "float32"]
     remark = (
         "Dense is PyTorch's `nn.Linear`. In float32 the factored products use oneDNN (on CPUs with AVX-512); a dense "
-        f"layer through oneDNN would take {min(tuned):.2f} to {max(tuned):.2f} of its time."
+        f"layer through oneDNN would take {min(tuned):.2f} to {max(tuned):.2f} of its time. {_without_avx512(other)}"
     )
-    return f"{table(header, rows)}\n\n{remark}\n{origin('layer', result['environment'])}"
+    text = f"{table(header, rows)}\n\n{textwrap.fill(remark, 118)}\n"
+    return text + origins({"layer": result, "layer_avx2": other})
+
+
+def _without_avx512(result: dict[str, Any]) -> str:
+    """Time over operations, and that of the products alone, on another CPU."""
+    small = [row for row in result["rows"] if 8 * row["r"] <= min(row["m"], row["n"])]
+    over = [row["time_ratio"] / row["flop_ratio"] for row in result["rows"] if row not in small]
+    thin, bare = ([row[name] / row["flop_ratio"] for row in small] for name in ("time_ratio", "products_ratio"))
+    return (
+        "On a CPU without it, with one thread, a layer takes "
+        f"{min(over):.2f} to {max(over):.2f} times the share that the operations promise down to k/4, and "
+        f"{min(thin):.2f} to {max(thin):.2f} at k/8, where the matrix products alone, so thin, take {min(bare):.2f} to "
+        f"{max(bare):.2f}."
+    )
 
 
 def step() -> str:
