@@ -19,7 +19,7 @@ from benchmarks.pages.finetune import finetune
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.operators import operators, operators_distributed, streaming
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
-from benchmarks.pages.systems import engines, life, plan, support, traffic
+from benchmarks.pages.systems import engines, life, plan, scaling, support, traffic
 from benchmarks.pages.tables import ROOT
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -49,6 +49,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "operators": operators,
     "operators_distributed": operators_distributed,
     "record": record,
+    "scaling": scaling,
     "stability": stability,
     "streaming": streaming,
     "support": support,

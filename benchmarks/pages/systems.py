@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from benchmarks.pages.tables import load, origin, origins, table
@@ -116,3 +117,38 @@ def support() -> str:
 
     result = load("support")
     return summary(result) + "\n" + origin("support", result["environment"])
+
+
+def scaling() -> str:
+    """Strong and weak scaling, the formula fitted to it, and what it says of many processes."""
+    result = load("scaling")
+    rows = [
+        (
+            row["scaling"] if row["processes"] > 1 else "one",
+            row["side"],
+            str(row["nodes"]),
+            str(row["batch"]),
+            f"{1000 * row['step_s']:.0f} ms",
+            f"{row['efficiency']:.2f}",
+            f"{row['sent_mb']:.1f} MB",
+            f"{row['update_share']:.1%}",
+            f"{row['peak_memory_gib']:.2f} GiB",
+        )
+        for row in sorted(result["rows"], key=lambda row: (row["nodes"], row["scaling"], row["side"]))
+    ]
+    header = (
+        "scaling", "side", "nodes", "batch", "step", "efficiency", "sent in a step", "updates, of the run", "memory"
+    )  # fmt: skip
+    sentences = []
+    for engine, found in result["fits"].items():
+        speed = "no limit" if found["bytes_per_s"] is None else f"{found['bytes_per_s'] / 1e6:.0f} MB/s"
+        per_sample = ", ".join(f"{1000 * value:.1f} ms {side}" for side, value in found["seconds_a_sample"].items())
+        far = [row for row in result["extrapolated"][engine] if row["processes"] in (64, 4096)]
+        efficiencies = ", ".join(f"{row['side']} {row['efficiency']:.2f} on {row['processes']:,}" for row in far)
+        sentences.append(
+            f"Fitted for {engine}: a sample takes {per_sample}; latency {1000 * found['latency_s']:.1f} ms, bandwidth "
+            f"{speed}; {found['mean_relative_error']:.0%} of a step are left unexplained. The formula's weak scaling on "
+            f"processes that share nothing but such a network: {efficiencies}."
+        )
+    text = textwrap.fill(" ".join(sentences), 118)
+    return f"{table(header, rows)}\n\n{text}\n{origin('scaling', result['environment'])}"
