@@ -76,22 +76,13 @@ class TextFolder(DataConfig):
         if self.sequence_length < 2:
             raise ConfigError("data.sequence_length", self.sequence_length, "must be at least 2")
 
-    def folder(self) -> Path:
-        """The folder that is read."""
-        return cache_root() / "python-docs" if self.path is None else Path(self.path)
-
     def files(self) -> list[Path]:
         """The documents, sorted by path; :class:`DataError` if there is none."""
-        folder = self.folder()
-        if not folder.is_dir():
-            own = "Set data.path to a folder of text files."
-            fix = describe("python-docs").fix if self.path is None else own
-            raise DataError(f"text folder {folder} does not exist. {fix}")
-        found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
-        if not found:
+        folder = text_folder(self.path, fix="Set data.path to a folder of text files.")
+        if not (found := documents_in(folder, self.patterns)):
             names, fix = " or ".join(self.patterns), "Set data.path or data.patterns."
             raise DataError(f"text folder {folder} has no file named {names}. {fix}")
-        return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+        return found
 
     def _load(self) -> Splits:
         files = self.files()
@@ -106,13 +97,27 @@ class TextFolder(DataConfig):
             part = ByteSequences(corpus, self.sequence_length)
             if fraction > 0 and not len(part):
                 raise DataError(
-                    f"text folder {self.folder()} is too small: {len(files)} documents of {sum(sizes)} bytes "
+                    f"text folder {text_folder(self.path)} is too small: {len(files)} documents of {sum(sizes)} bytes "
                     f"leave {part.num_bytes} bytes for the {name} part, less than one sequence of "
                     f"{self.sequence_length}. Add text, or lower data.sequence_length or the fractions."
                 )
             parts.append(part if len(part) else None)
         assert parts[0] is not None
         return Splits(parts[0], parts[1], parts[2], classes=256)
+
+
+def text_folder(path: str | None, *, fix: str = "") -> Path:
+    """The folder at ``path``, or the fetched ``python-docs``; DataError, with a ``fix`` of the path, if there is none."""
+    folder = cache_root() / "python-docs" if path is None else Path(path)
+    if not folder.is_dir():
+        raise DataError(f"text folder {folder} does not exist. {describe('python-docs').fix if path is None else fix}")
+    return folder
+
+
+def documents_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a folder and all below it whose names match, sorted by path."""
+    found = {file for pattern in patterns for file in folder.rglob(pattern) if file.is_file()}
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def split_documents(

@@ -21,7 +21,7 @@ from hpc_oialr.data.base import (
 )
 from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.data.shard_files import PARTS
-from hpc_oialr.data.text import split_documents
+from hpc_oialr.data.text import documents_in, split_documents, text_folder
 from hpc_oialr.data.token_files import load_tokenizer
 from hpc_oialr.errors import ConfigError, DataError
 
@@ -90,17 +90,8 @@ class TextClasses(DataConfig):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}", getattr(self, name), f"must be at least {least}")
 
-    def folder(self) -> Path:
-        """The folder that is read."""
-        return cache_root() / "python-docs" if self.path is None else Path(self.path)
-
     def _load(self) -> Splits:
-        folder = self.folder()
-        if not folder.is_dir():
-            fix = (
-                describe("python-docs").fix if self.path is None else "Set data.path to a folder with a folder a class."
-            )
-            raise DataError(f"text folder {folder} does not exist. {fix}")
+        folder = text_folder(self.path, fix="Set data.path to a folder with a folder a class.")
         names = self.classes or tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
         if len(names) < 2:
             raise DataError(
@@ -120,8 +111,7 @@ class TextClasses(DataConfig):
 
     def _passages(self, folder: Path) -> dict[str, list[str]]:
         """Those of one class by part; DataError if a part would have none."""
-        found = {file for pattern in self.patterns for file in folder.rglob(pattern) if file.is_file()}
-        files = sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+        files = documents_in(folder, self.patterns)
         documents = [file.read_text(encoding="utf-8", errors="replace").split() for file in files]
         fractions = (1 - self.validation_fraction - self.test_fraction, self.validation_fraction, self.test_fraction)
         split = split_documents(list(map(len, documents)), *fractions[1:])
