@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from packaging.version import Version
@@ -142,6 +143,14 @@ def is_transformed() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 or active is None or active()
 
 
+_paused: WeakSet[nn.Module] = WeakSet()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called; also while :class:`PausedCode` has set its code aside."""
+    return module._compiled_call_impl is not None or module in _paused
+
+
 class PausedCode:
     """Code of ``torch.compile`` in a model that is set aside, so that its modules run eagerly, with their hooks.
 
@@ -163,10 +172,12 @@ class PausedCode:
                     self._code[module], module.forward = vars(module)["forward"], eager
             elif (code := module._compiled_call_impl) is not None:
                 self._code[module], module._compiled_call_impl = code, None
+                _paused.add(module)
 
     def resume(self) -> None:
         """Put the code back, but where a module was compiled anew meanwhile."""
         for module, code in self._code.items():
+            _paused.discard(module)
             if _is_wrapper(module):
                 module.forward = code
             elif module._compiled_call_impl is None:

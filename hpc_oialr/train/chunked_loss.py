@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.torch_compat import is_compiled
 
 ChunkSetting = int | Literal["auto"] | None
 
@@ -75,7 +76,7 @@ def next_token_loss(model: nn.Module, batch: Batch, setting: ChunkSetting) -> Te
     """
     inner: Any = getattr(model, "module", model)  # of DDP
     kinds = {kind.__name__ for kind in type(inner).__mro__}
-    if setting is None or kinds.isdisjoint(MODELS) or inner._compiled_call_impl is not None:
+    if setting is None or kinds.isdisjoint(MODELS) or is_compiled(inner):
         if isinstance(setting, int):
             rule = f"needs one of {', '.join(MODELS)}, not compiled; the model is {type(inner).__name__}"
             raise ConfigError("task.loss_chunk", setting, rule, fix='Set "auto".')

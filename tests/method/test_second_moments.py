@@ -22,6 +22,7 @@ from hpc_oialr.engines import FSDPEngine
 from hpc_oialr.errors import ConfigError, UnknownNameError
 from hpc_oialr.linalg.weighted_svd import weighted_svd
 from hpc_oialr.lowrank.attachment import LayerHook
+from hpc_oialr.torch_compat import is_compiled
 
 BOTH = "inputs and gradients"
 LIMITS = RankLimits(at_conversion=0.5, max_drop=0.2, round_to=1)
@@ -253,6 +254,7 @@ def test_compiled_code_is_put_back_when_a_controller_ends_in_a_window(how: str) 
     oialr = controller(model, moments_steps=4)
     assert oialr.gathered
     assert model[0]._compiled_call_impl is None
+    assert is_compiled(model[0]), "others see no difference"
     if how == "detached":
         oialr.detach()
     else:
