@@ -103,10 +103,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--spectra", type=Path, metavar="FOLDER", help="keep every run's spectra.h5 there")
     parser.add_argument("--plan", metavar="RECIPE", help="also plan this recipe on up to 4,096 GPUs of a site")
     parser.add_argument("--plan-site", default="horeka", metavar="NAME")
-    options = parser.parse_args()
-    if options.plan is not None and not options.plan_site:
-        parser.error("--plan needs --plan-site")
-    return options
+    return parser.parse_args()
 
 
 def _numbers(text: str) -> list[int]:

@@ -51,12 +51,12 @@ def _gpu_steps() -> dict[str, Any]:
 
 def _cifar() -> dict[str, Any]:
     rows = load("cifar_h100")["rows"]
-    dense, seconds = (row for row in rows if row["run"] == "dense Muon")
+    dense, again = (row for row in rows if row["run"] == "dense Muon")
     cores, quarter, follow = (
         next(row for row in rows if row["run"] == name)
         for name in ("cores, r 320", "OIALR k/4, cores alone", "OIALR k/4, bases that follow")
     )
-    named = {"dense": dense, "second": seconds, "cores": cores, "quarter": quarter, "follow": follow}
+    named = {"dense": dense, "second": again, "cores": cores, "quarter": quarter, "follow": follow}
     return {name: _points(row["accuracy"]) for name, row in named.items()} | {
         "share": round(100 * cores["trained_share"])
     }
