@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks import row_file
 from benchmarks.cifar.images import Images
 from benchmarks.cifar.training import train
 from benchmarks.cifar.variants import Variant
+from benchmarks.clock import load_libraries
+from benchmarks.row_file import Row
 from hpc_oialr.errors import NonFiniteError
-from hpc_oialr.record.environment_report import environment_report
 
-Row = dict[str, Any]
 KEY = ("run", "seed", "size", "judged_on", "epochs", "batch", "settings")
 
 
@@ -52,7 +50,7 @@ def run(
         Rows of earlier calls, which are not run again.
     """
     data = data.to(torch.device(device))
-    _load_libraries(data.train_labels.device)
+    load_libraries(data.train_labels.device)
     known = {_key(row) for row in finished}
     pace = 0.0  # seconds a step
     for seed in seeds:
@@ -73,15 +71,6 @@ def run(
                 row = {**head, "failed": str(error)}
             pace = max(pace, (time.monotonic() - start) / steps)
             out(row)
-
-
-@functools.cache
-def _load_libraries(device: torch.device) -> None:
-    """Products, a QR, an SVD, eigenvectors: a GPU loads its libraries once, which is no run's training time."""
-    matrix = torch.eye(256, device=device) + 0.01
-    for decompose in (torch.linalg.qr, torch.linalg.svd, torch.linalg.eigh):
-        decompose(matrix @ matrix)
-    matrix.bfloat16() @ matrix.bfloat16()
 
 
 def _complete(variant: Variant, data: Images) -> Variant:
@@ -111,29 +100,8 @@ def _key(row: Row) -> str:
     return json.dumps({name: row[name] for name in KEY}, sort_keys=True)
 
 
-class RowFile:
-    """Result file that several calls may add to at once; whole at every moment."""
+class RowFile(row_file.RowFile):
+    """Result file of these runs, that several calls may add to at once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self) -> list[Row]:
-        """Finished runs; those left out or failed are tried again."""
-        return [row for row in self._read() if "left_out" not in row and "failed" not in row]
-
-    def add(self, row: Row) -> None:
-        """Keep one more row, in place of an earlier one of the same run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = [other for other in self._read() if _key(other) != _key(row)]
-            draft = self.path.with_suffix(".tmp")
-            content = {"rows": [*rows, row], "environment": environment_report()}
-            draft.write_text(json.dumps(content, indent=1) + "\n")
-            draft.replace(self.path)
-
-    def _read(self) -> list[Row]:
-        if not self.path.exists():
-            return []
-        rows: list[Row] = json.loads(self.path.read_text())["rows"]
-        return rows
+        super().__init__(path, KEY)

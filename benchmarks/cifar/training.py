@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar.images import CLASSES, SIDE, Batches, Images, normalised
 from benchmarks.cifar.variants import Line, Variant
+from benchmarks.clock import Clock
 from hpc_oialr import OIALR, dense_parameters, muon_adamw, trainable_parameters
 from hpc_oialr.models import ViT
 from hpc_oialr.record.memory import MemoryMeter
@@ -56,41 +56,6 @@ def train(variant: Variant, images: Images, seed: int, *, evaluations: int = 10)
     return run.row()
 
 
-class _Clock:
-    """Wall and processor seconds; a GPU's queue is emptied before either is read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.wall, self.cpu = device, 0.0, 0.0
-        self._since: tuple[float, float] | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self._start()
-        yield
-        self._stop()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._stop()
-        yield
-        self._start()
-
-    def _start(self) -> None:
-        self._finish()
-        self._since = (time.perf_counter(), time.process_time())
-
-    def _stop(self) -> None:
-        self._finish()
-        assert self._since is not None
-        self.wall += time.perf_counter() - self._since[0]
-        self.cpu += time.process_time() - self._since[1]
-        self._since = None
-
-    def _finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
 class _Run:
     """Model, optimizer, controller and counters of one training."""
 
@@ -112,7 +77,7 @@ class _Run:
             config, self.rule = variant.oialr(self.steps, images.size.dim)
             self.oialr = OIALR(model, self.optimizer, config)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=variant.label_smoothing)
-        self.clock = _Clock(self.device)
+        self.clock = Clock(self.device)
         self.memory = MemoryMeter(lambda: (self.plain, self.optimizer), self.device)
         cuda = self.device.type == "cuda"
         self.graph = GraphedStep(
