@@ -18,6 +18,7 @@ class RowFile:
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
         self.path, self._key = path, key
+        self._environment: dict[str, Any] | None = None
 
     def key(self, row: Row) -> str:
         """What a run is known by."""
@@ -34,7 +35,8 @@ class RowFile:
             fcntl.flock(lock, fcntl.LOCK_EX)
             rows = [other for other in self.every_row() if self.key(other) != self.key(row)]
             draft = self.path.with_suffix(".tmp")
-            content = {"rows": [*rows, row], "environment": environment_report()}
+            self._environment = self._environment or environment_report()
+            content = {"rows": [*rows, row], "environment": self._environment}
             draft.write_text(json.dumps(content, indent=1) + "\n")
             draft.replace(self.path)
 

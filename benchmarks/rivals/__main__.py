@@ -70,7 +70,13 @@ def _do(mode: str, jobs: list[Job], workers: Workers, file: RowFile, seconds: fl
         print(f"{time.time() - start:6.1f} s  {mode}: {name}: {found}", flush=True)
 
     left: list[Row] = []
+    if mode == "time":
+        # In a process of its own; the others are gone.
+        workers.close()
+        workers = Workers(workers.setting, 1)
     workers.do(todo, keep, seconds, alone=mode == "time")
+    if mode == "time":
+        workers.close()
     if left:
         print(f"{mode}: {len(left)} runs left out for want of time", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -28,6 +29,8 @@ KEY = ("mode", "problem", "side", "rate", "budget", "seed", "judged_on", "device
 TINY_STEPS = 8
 # Steps of a run that is made for its times.
 TIMED_STEPS = 100
+# Steps before that on a GPU.
+WARMING_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ def work(job: Job, setting: Setting, deadline: float) -> Row:
 
 
 def _run(job: Job, setting: Setting, deadline: float) -> Row:
+    # Runs hold cycles; what is left of the last one would count as memory of the next.
+    gc.collect()
     device = torch.device(setting.device)
     judged, steps = setting.judged(job.mode), job.steps(tiny=setting.tiny)
     if device.type == "cuda":
         load_libraries(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if (job.problem, judged) not in _loaded:
         _loaded[job.problem, judged] = Data(PROBLEMS[job.problem], setting.data, judged, device)
     data, side = _loaded[job.problem, judged], SIDES[job.side]
@@ -102,6 +106,10 @@ def _run(job: Job, setting: Setting, deadline: float) -> Row:
         length = Length(steps, evaluations=min(setting.evaluations, steps), deadline=deadline)
         return train(side, data, job.rate, job.seed, length)
     short = min(steps, setting.timed_steps)
+    if device.type == "cuda":
+        # Kernels are loaded when they are first used, which is no run's time.
+        train(side, data, job.rate, job.seed, Length(WARMING_STEPS, 0, like=steps, deadline=deadline))
+        gc.collect()
     return train(side, data, job.rate, job.seed, Length(short, 0, timed=True, like=steps, deadline=deadline))
 
 
@@ -121,7 +129,7 @@ def testing(
 
 def timing(problems: Sequence[str], sides: Sequence[str], best: dict[tuple[str, str], float]) -> list[Job]:
     """Every side once."""
-    return [Job("time", p, s, best.get((p, s), 1.0), 1.0, 0) for p in problems for s in sides]
+    return [Job("time", p, s, best.get((p, s), 1.0), 1.0, 0) for s in sides for p in problems]
 
 
 def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
@@ -149,10 +157,10 @@ class Workers:
         After ``seconds`` no job is begun, and one under way is stopped.
         """
         deadline = math.inf if seconds is None else time.time() + seconds
-        waiting, batch = list(jobs), 1 if alone else len(jobs)
+        waiting, suspected = list(jobs), set[Job]()
         while waiting:
-            chosen = waiting[:batch]
             done: set[Job] = set()
+            chosen = waiting[:1] if alone else waiting
             try:
                 futures = {self.pool.submit(work, job, self.setting, deadline): job for job in chosen}
                 for future in as_completed(futures):
@@ -160,12 +168,17 @@ class Workers:
                     done.add(futures[future])
                     keep(row)
             except BrokenProcessPool:
-                # Which of the jobs under way ended its process is not known: one at a time tells.
-                self._pool, batch = None, 1
-                if len(chosen) == 1:
-                    done = set(chosen)
-                    keep({**self.setting.head(chosen[0]), "failed": "its process died"})
+                # One of the jobs under way ended its process, the first ones that are not done.
+                self._pool = None
+                under_way = [job for job in chosen if job not in done][: self.parallel]
+                for job in under_way:
+                    if job in suspected or alone:
+                        done.add(job)
+                        keep({**self.setting.head(job), "failed": "its process died"})
+                suspected |= set(under_way)
             waiting = [job for job in waiting if job not in done]
+            # Those that may end a process again come last.
+            waiting.sort(key=lambda job: job in suspected)
 
     @property
     def pool(self) -> ProcessPoolExecutor:
@@ -180,3 +193,4 @@ class Workers:
         """End the processes."""
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None

@@ -54,6 +54,10 @@ class Life:
         """Whether hooks of the model must run in the next step."""
         return False
 
+    def hooked_steps(self, steps: int) -> int:
+        """How many steps of a run of ``steps`` are eager for that."""
+        return 0
+
     def after(self, done: int) -> bool:
         """Called after each step; whether parameters or the optimizer's state were replaced."""
         return False
@@ -145,10 +149,21 @@ class OialrLife(Life):
         variant = replace(variant, round_to=variant.round_to or _multiple(model))
         config, self.rule = variant.oialr(steps, 0)
         config.selection = selection_of(data)
-        # The method's own windows, at most a third of what lies before the conversion.
-        config.moments_steps = max(1, min(config.moments_steps, config.delay // 3))
+        config.moments_steps = self._window(int(config.delay))
         self.oialr = OIALR(model, optimizer, config)
         self.cut = int(config.delay)
+
+    @staticmethod
+    def _window(delay: int) -> int:
+        """The method's own 20 steps of moments, at most a third of what lies before the conversion."""
+        return max(1, min(20, delay // 3))
+
+    def hooked_steps(self, steps: int) -> int:
+        """Before the conversion, and a twentieth of ``frequency`` before the one update that cuts."""
+        if self.variant.importance == "weights":
+            return 0
+        every = (self.variant.until - self.variant.delay) * steps / self.variant.cuts
+        return self._window(round(self.variant.delay * steps)) + max(1, int(every) // 20)
 
     def refuse_graph(self, steps: int) -> str:
         """Why no graph pays in a run of ``steps``, or ""."""
@@ -172,7 +187,7 @@ class OialrLife(Life):
 
 CORES = Variant(
     name="cores", low_rank=True, delay=0.3, until=0.5, cuts=1, at_conversion=2 * FRACTION, fraction=FRACTION,
-    importance="inputs",
+    min_fraction=FRACTION, importance="inputs",
 )  # fmt: skip
 PUBLISHED = Variant(
     name="published", low_rank=True, optimizer="adamw", weight_decay=0.01, clip=5.0, rule="RelativeCutoff:0.15",
@@ -232,7 +247,8 @@ def _projected(
     up for the package's own scale of their steps.
     """
     problem = data.problem
-    every = min(200, max(1, round(steps / 8))) if steps < 400 else min(200, max(50, round(steps / 8)))
+    # New projections eight times a run, which at these lengths is every 40 to 200 steps.
+    every = min(200, max(1, round(steps / 8)))
     choose = r_of(model)
     targets = select(model, selection_of(data))
     taken = {id(target.weight) for target in targets}

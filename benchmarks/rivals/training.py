@@ -101,6 +101,7 @@ class Run:
         self.curve: list[Row] = []
         self.at_cut: Row = {}
         self.times: list[list[float]] = [[]]  # of steps, by phase
+        self.hooked: list[float] = []  # of steps with hooks, of all phases
         self.first: list[float] = []  # what a change at the end of a phase took
 
     @property
@@ -119,18 +120,16 @@ class Run:
         """One step and what the side does after it."""
         if self.done % 20 == 0 and time.time() > self.length.deadline:
             raise OutOfTimeError
-        timed, begin = self.length.timed, time.perf_counter()
+        timed, hooked, begin = self.length.timed, self.life.eager, time.perf_counter()
         self.rates.set(self.done)
-        probed = timed and self.device.type == "cpu" and len(self.times[-1]) == PROBED
+        probed = timed and not hooked and self.device.type == "cpu" and len(self.times[-1]) == PROBED
         with self._probe() if probed else nullcontext():
             self.loss = self.graph(batch)
         self.done += 1
         if timed:
             self._finish()
-            if not probed:
-                self.times[-1].append(time.perf_counter() - begin)
-            else:
-                self.times[-1].append(math.nan)
+            seconds = math.nan if probed else time.perf_counter() - begin
+            (self.hooked if hooked else self.times[-1]).append(seconds)
         cuts, judging = self.done == self.life.cut, self.length.evaluations > 0
         if cuts and judging:
             with self.clock.paused():
@@ -202,15 +201,20 @@ class Run:
         return row
 
     def _phases(self) -> Row:
-        """Steady steps of each phase, and what all else took: changes, captures, warm-ups, other steps' excess."""
-        phases, events = [], sum(self.first)
+        """Steady steps of each phase, and what all else took: changes, captures, warm-ups, other steps' excess.
+
+        Steps with hooks are counted as in the run that this one stands for, which has more of them.
+        """
+        phases, events, taken = [], sum(self.first), self.length.steps - len(self.hooked)
         for times in self.times:
-            if not times:
-                continue
             known = [t for t in times if not math.isnan(t)]
-            # The first steps make state, and a graph is captured.
-            steady = known[min(len(known) - 1, WARM_UP + 1) :] if known else []
+            # The first steps make state, and a graph is captured. A single one, before a conversion at once, is no phase.
+            steady = known[min(len(known) - 1, WARM_UP + 1) :] if len(known) > 1 else []
             median = statistics.median(steady) if steady else 0.0
-            phases.append({"steps": len(times), "share": len(times) / self.length.steps, "step_ms": 1000 * median})
+            if times:
+                phases.append({"steps": len(times), "share": len(times) / taken, "step_ms": 1000 * median})
             events += sum(known) - len(known) * median
+        if self.hooked:
+            count = self.life.hooked_steps(self.length.like or self.length.steps)
+            events += count * (statistics.fmean(self.hooked) - phases[0]["step_ms"] / 1000)
         return {"phases": phases, "events_s": events, "like_steps": self.length.like}
