@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, demo, ett, settings, stability
+from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, demo, ett, settings, stability, text
 from benchmarks.pages.claims import missing
 from benchmarks.pages.contents import contents
 from benchmarks.pages.finetune import finetune
@@ -53,6 +53,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stability": stability,
     "streaming": streaming,
     "support": support,
+    "text": text,
 }
 
 

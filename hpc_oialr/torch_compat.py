@@ -219,9 +219,12 @@ def recompile_limit(times: int) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], config.patch(recompile_limit=times))
 
 
-def free_pool(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """End the use of a pool of memory by a capture that failed, as ``torch.cuda.use_mem_pool`` ends its own."""
+def free_pool(pool: Any, device: torch.device) -> None:
+    """End the use of a pool of memory by a capture that failed, as ``torch.cuda.use_mem_pool`` ends its own.
+
+    Until then the allocator takes the capture for running, and gives back no cached memory of any pool.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     with suppress(RuntimeError):  # where a newer torch has done so
-        torch._C._cuda_endAllocateToPool(index, graph.pool())
-        torch._C._cuda_releasePool(index, graph.pool())
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)

@@ -117,7 +117,7 @@ class _Run:
             begin, end = (share * self.steps for share in (self.variant.delay, self.variant.until))
             self.rule.progress = (self.done - begin) / (end - begin)
         report = self.oialr.step()
-        if report is not None:
+        if report is not None and report.reshaped:
             self.graph.forget()
         self.update_s += 0.0 if report is None else report.seconds
         if converts:

@@ -110,20 +110,42 @@ def cifar_gpu() -> str:
     finished = [row for row in result["rows"] if "accuracy" in row]
     rows = []
     for run in dict.fromkeys(row["run"] for row in finished):
-        mine = [row for row in finished if row["run"] == run]
+        mine = sorted((row for row in finished if row["run"] == run), key=lambda row: int(row["seed"]))
         before, after = (mine[0][f"{when}_conversion"] for when in ("before", "after"))
         rows.append((
             run,
             f"{mine[0]['epochs']:g}",
             ", ".join(f"{100 * row['accuracy']:.2f} %" for row in mine),
-            ", ".join(f"{row['train_s']:.1f} s" for row in mine),
+            ", ".join(f"{row['train_s']:.1f} s" for row in mine if "beside" not in row),
             f"{mine[0]['update_s']:.1f} s" if before else "",
             f"{100 * before:.1f} % to {100 * after:.1f} %" if before else "",
             f"{mine[0]['trained_share']:.1%}",
         ))  # fmt: skip
-    columns = ("test accuracy, a seed each", "training", "of it conversion and updates", "at the conversion")
+    columns = (
+        "test accuracy, a seed each",
+        "training, alone on the GPU",
+        "of it conversion and updates",
+        "at the conversion",
+    )
     text = table(("run", "epochs", *columns, "trained at the end"), rows) + "\n"
     return text + origin("cifar_h100", result["environment"])
+
+
+def text() -> str:
+    """GPT-2 on bytes: the loss at equal tokens, dense runs by rate."""
+    result = load("text")
+    rows = []
+    for run in sorted({row["run"] for row in result["rows"]}, key=lambda run: ("dense" not in run, run)):
+        mine = [row for row in result["rows"] if row["run"] == run]
+        rows.append((
+            run,
+            ", ".join(f"{row['test_loss']:.3f}" for row in mine),
+            ", ".join(f"{row['train_s']:.1f} s" for row in mine),
+            f"{np.mean([row['update_s'] for row in mine]):.1f} s" if "dense" not in run else "",
+            f"{mine[0]['trained_share']:.1%}",
+        ))  # fmt: skip
+    header = ("run", "test loss, nats a byte, a seed each", "training", "of it updates", "trained at the end")
+    return table(header, rows) + "\n" + origin("text", result["environment"])
 
 
 def settings() -> str:

@@ -133,7 +133,11 @@ def transform_state(
         for rows, columns in _factored(state, parameter.shape):
             moved |= move.factored(state, rows, columns, parameter.dim())
         for key, value in moved.items():
-            state[key] = layout.put_core(value.to(state[key].dtype).contiguous())
+            value = layout.put_core(value.to(state[key].dtype).contiguous())
+            if value.shape == state[key].shape:
+                state[key].copy_(value)  # a captured CUDA graph reads it where it is
+            else:
+                state[key] = value
 
 
 def project(value: Tensor, left: Tensor | None, right: Tensor | None, layout: Replicated, *, core: bool) -> Tensor:

@@ -37,6 +37,8 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
     what a graph cannot hold, such as to wait for the device.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    # A graph tells its own pool only once it is captured.
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     try:
         # Threads that pin memory for batches may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -46,7 +48,7 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
         # the step would have held, most of a GPU's memory, stays in the graph's pool.
         torch.cuda.set_stream(stream)
         torch.cuda.synchronize(device)
-        free_pool(graph, device)
+        free_pool(pool, device)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         # The first error is the cause; the end of the capture then raises one of its own.

@@ -115,7 +115,7 @@ class Trainer:
             report = context.controller.step()
             if report is not None:
                 self.timers.seconds["update"] += time.perf_counter() - start
-                if report.kind != "stability":
+                if report.reshaped:
                     self._graph.forget()
                     self.recorder.utilisation.forget()
                 self.recorder.update(report)

@@ -82,6 +82,27 @@ def test_losses_and_r_are_those_of_eager_steps(over: dict[str, Any], tmp_path: P
     assert course_of_r(on) == course_of_r(off)
 
 
+def test_a_graph_outlives_updates_that_leave_r_as_it_is(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors, moments and autocast's copies change where they are: one graph of dense steps, one of low-rank ones."""
+    made: list[GraphedStep] = []
+    keep = GraphedStep.__init__
+
+    def note(self: GraphedStep, *args: Any, **settings: Any) -> None:
+        keep(self, *args, **settings)
+        made.append(self)
+
+    monkeypatch.setattr(GraphedStep, "__init__", note)
+    same_r = {"limits": {"at_conversion": 0.25}, "importance": "weights"}
+    recipe, world = settings(tmp_path, oialr=same_r), World.single(device)
+    on = train(load_config(recipe, ["--train.cuda_graph", "on"]), tmp_path / "on", world=world)
+    assert [step.captures for step in made] == [2]
+    off = train(load_config(recipe, ["--train.cuda_graph", "off"]), tmp_path / "off", world=world)
+    assert len(course_of_r(on)[0]) == 4, "a conversion and three updates"
+    assert losses(on) == pytest.approx(losses(off), rel=2e-3)
+
+
 def test_resumed_between_two_replays(tmp_path: Path, device: torch.device) -> None:
     recipe, world = load_config(settings(tmp_path), ["--train.cuda_graph", "on"]), World.single(device)
     whole = train(recipe, tmp_path / "whole", world=world)
