@@ -141,5 +141,5 @@ def test_the_layout_of_spectra_is_that_of_the_schema(tmp_path: Path) -> None:
 def test_a_figure_in_a_sentence_that_is_not_the_result_files_is_named() -> None:
     page = (ROOT / "docs" / "method.md").read_text()
     assert missing("docs/method.md", page) == []
-    claim = next(text for where, text in claims() if where == "docs/method.md" and "two seeds" in text)
+    claim = next(text for where, text in claims() if where == "docs/method.md" and "dense Muon" in text)
     assert missing("docs/method.md", " ".join(page.split()).replace(claim, claim.replace(".", ".9"))) == [claim]
