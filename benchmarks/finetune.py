@@ -32,7 +32,7 @@ from hpc_oialr.linalg.svd import svd
 from hpc_oialr.lowrank import Selection
 from hpc_oialr.method.rules import CumulativeSum
 from hpc_oialr.models import PretrainedClassifier
-from hpc_oialr.models.base import quiet_transformers
+from hpc_oialr.models.base import prepare_transformers
 from hpc_oialr.serve.trained import load_model
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import train
@@ -81,7 +81,7 @@ def write_base(folder: Path) -> str:
     """The first layers of the pretrained model, saved as it is."""
     from transformers import AutoModel
 
-    quiet_transformers()
+    prepare_transformers()
     AutoModel.from_pretrained(PretrainedClassifier().folder(), num_hidden_layers=LAYERS).save_pretrained(folder)
     return str(folder)
 

@@ -2,9 +2,12 @@
 
 import sys
 
+from hpc_oialr.garbage import search_seldom
+
 
 def entry() -> None:
     """The console script; Ctrl-C during its imports gives no traceback."""
+    search_seldom()
     try:
         from hpc_oialr.cli.main import entry as of_commands
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers
 from hpc_oialr.models import GPT2, ViT
-from hpc_oialr.models.base import attention_without_masks, quiet_transformers
+from hpc_oialr.models.base import attention_without_masks, prepare_transformers
 from hpc_oialr.train.tasks import LanguageModelling
 
 Batch = dict[str, Tensor]
@@ -116,7 +116,7 @@ def _llama(
     name: str, *, dim: int, depth: int, heads: int, mlp: int, vocabulary: int, batch: int, length: int
 ) -> Workload:
     def build() -> nn.Module:
-        quiet_transformers()
+        prepare_transformers()
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(

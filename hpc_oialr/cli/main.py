@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -95,6 +96,7 @@ def entry() -> None:
         unwind_upon(*_ENDING)
         code = main()
         end_at_once_upon(*_ENDING)
+        gc.freeze()  # or half a million objects would be searched for garbage once more
         sys.exit(code)
     unwind_upon("INT")
     launcher = launch_info().launcher

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
 from hpc_oialr.data.base import Batch
 from hpc_oialr.engines.tensor.pairs import ColumnRowPair
 from hpc_oialr.errors import ConfigError
+from hpc_oialr.garbage import search_as_usual
 
 
 class ModelConfig(ABC):
@@ -47,12 +56,64 @@ class ModelConfig(ABC):
         return example[key]
 
 
-def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice out of a run's log."""
-    from transformers.utils import logging
+def prepare_transformers() -> None:
+    """Import transformers, and keep its progress bars and advice out of a run's log."""
+    from transformers.utils import import_utils, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if "transformers.modeling_utils" not in sys.modules:
+        with _models_listed_once(import_utils), _scipy_upon_use():
+            importlib.import_module("transformers.modeling_utils")
+    search_as_usual()
+
+
+@contextmanager
+def _models_listed_once(import_utils: Any) -> Iterator[None]:
+    """Keep transformers from reading the 1,700 files of its models twice.
+
+    It reads them for the names in them when it is imported, and again when the first model is: its cache knows the
+    folder by another name. Without that function nothing happens.
+    """
+    read = getattr(import_utils, "create_import_structure_from_path", None)
+    if read is None:
+        yield
+        return
+    models = Path(import_utils.__file__).parents[1] / "models"
+
+    def read_once(path: Any) -> Any:
+        return read(models if Path(path) == models / "__init__.py" else path)
+
+    with patch.object(import_utils, "create_import_structure_from_path", read_once):
+        yield
+
+
+@contextmanager
+def _scipy_upon_use() -> Iterator[None]:
+    """Import scipy only when something of it is called, or is not the function that transformers' losses name.
+
+    For that one, of object detection, every model would import 300 modules.
+    """
+    if "scipy.optimize" in sys.modules or importlib.util.find_spec("scipy") is None:
+        yield
+        return
+
+    def find(name: str) -> Any:
+        if name == "linear_sum_assignment":
+            return lambda *args, **kwargs: getattr(importlib.import_module("scipy.optimize"), name)(*args, **kwargs)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        sys.modules.pop("scipy.optimize", None)
+        return getattr(importlib.import_module("scipy.optimize"), name)
+
+    stand_in = ModuleType("scipy.optimize")
+    stand_in.__dict__["__getattr__"] = find
+    sys.modules["scipy.optimize"] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get("scipy.optimize") is stand_in:
+            del sys.modules["scipy.optimize"]
 
 
 def attention_without_masks() -> str:
@@ -61,6 +122,7 @@ def attention_without_masks() -> str:
     By its own name transformers looks at positions for packed sequences, which waits for a GPU in every step, and during
     the capture of a CUDA graph it builds masks that nothing needs, which keep attention off its fast kernels.
     """
+    prepare_transformers()
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -72,7 +134,7 @@ def attention_without_masks() -> str:
 
 def stock_model(name: str, **settings: Any) -> nn.Module:
     """The class ``name`` of transformers with fresh weights, from ``settings`` of its config."""
-    quiet_transformers()
+    prepare_transformers()
     import transformers
 
     kind = getattr(transformers, name)

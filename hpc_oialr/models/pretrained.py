@@ -13,7 +13,7 @@ from hpc_oialr.data.base import Batch
 from hpc_oialr.data.fetch import cache_root, describe
 from hpc_oialr.errors import ConfigError, ModelError
 from hpc_oialr.finetune import SARA, FineTuning
-from hpc_oialr.models.base import ModelConfig, quiet_transformers
+from hpc_oialr.models.base import ModelConfig, prepare_transformers
 
 DEFAULT = "minilm"
 
@@ -62,7 +62,7 @@ class PretrainedClassifier(ModelConfig):
         if type(probe) is not torch.Tensor or probe.is_meta:
             rule = "needs the values of its weights, which a plan without data does not have"
             raise ConfigError("class_path", type(self).__name__, rule)
-        quiet_transformers()
+        prepare_transformers()
         from transformers import AutoModelForSequenceClassification
 
         folder = self.folder()

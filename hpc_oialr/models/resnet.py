@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from hpc_oialr.data.base import Batch
 from hpc_oialr.errors import ConfigError, MissingExtraError, check_interval
-from hpc_oialr.models.base import ModelConfig, quiet_transformers, stock_model
+from hpc_oialr.models.base import ModelConfig, prepare_transformers, stock_model
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class ResNetRS(ModelConfig):
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             other = "or train transformers' ResNet, another network: --model.library transformers"
             raise MissingExtraError(f"timm ({reason})", "timm", purpose=f"ResNetRS ({other})") from error
-        quiet_transformers()
+        prepare_transformers()
         from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
         arguments = {"layers": list(self.depths), "drop_rate": self.dropout, "in_chans": self.channels}

@@ -16,7 +16,7 @@ from hpc_oialr import models
 from hpc_oialr.errors import CheckpointError, ModelError
 from hpc_oialr.lowrank import match_structure, untied_state
 from hpc_oialr.lowrank.folded import empty_folded, folded_layers
-from hpc_oialr.models.base import quiet_transformers
+from hpc_oialr.models.base import prepare_transformers
 from hpc_oialr.serve.trained import Trained
 from hpc_oialr.system_errors import read_json
 
@@ -115,7 +115,7 @@ def _build(plan: Mapping[str, Any], folder: Path) -> nn.Module:
             built: nn.Module = getattr(models, name)(**plan["settings"]).build(example)
             return built
         if library == "transformers":
-            quiet_transformers()
+            prepare_transformers()
             import transformers
 
             kind = getattr(transformers, name, None)

@@ -18,7 +18,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.linalg.svd import svd
 from hpc_oialr.lowrank import untied_state
 from hpc_oialr.lowrank.targets import kind_of
-from hpc_oialr.models.base import quiet_transformers
+from hpc_oialr.models.base import prepare_transformers
 
 # PEFT's own layers for these; others are saved whole where they differ.
 KINDS = ("Linear", "Conv1D")
@@ -41,7 +41,7 @@ class Difference:
 
 def load_base(folder: Path) -> nn.Module:
     """The base model of an adapter, a folder that transformers loads; ModelError if it is none."""
-    quiet_transformers()
+    prepare_transformers()
     import transformers
 
     try:

@@ -1,0 +1,66 @@
+"""What makes a run's start quick: transformers and scipy import less, garbage is searched for when the run begins."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.utils import import_utils
+
+from hpc_oialr.garbage import search_as_usual, search_seldom
+from hpc_oialr.models.base import _models_listed_once, _scipy_upon_use
+
+FILE = str(Path(import_utils.__file__).parents[1] / "models" / "__init__.py")
+
+
+def test_transformers_knows_the_same_names_from_one_reading() -> None:
+    read = import_utils.create_import_structure_from_path
+    before = read(Path(FILE).parent)
+    found, misses = [], []
+    for _ in range(2):
+        import_utils.define_import_structure.cache_clear()
+        with _models_listed_once(import_utils):
+            found.append(import_utils.define_import_structure(FILE))
+        misses.append(read.cache_info().misses)
+    assert import_utils.create_import_structure_from_path is read
+    assert misses[1] == misses[0]
+    assert found[0] == found[1]
+    read.cache_clear()
+    import_utils.define_import_structure.cache_clear()
+    assert import_utils.define_import_structure(FILE) == found[0]
+    assert read(Path(FILE).parent) == before
+
+
+def test_scipy_is_imported_when_something_of_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+    monkeypatch.delitem(sys.modules, "scipy.optimize")
+    with _scipy_upon_use():
+        from scipy.optimize import linear_sum_assignment
+
+        assert sys.modules["scipy.optimize"] is not optimize
+    assert "scipy.optimize" not in sys.modules
+    rows, columns = linear_sum_assignment(np.array([[4.0, 1.0], [2.0, 9.0]]))
+    assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])
+    monkeypatch.delitem(sys.modules, "scipy.optimize")
+    with _scipy_upon_use():
+        from scipy.optimize import OptimizeResult
+
+        assert issubclass(OptimizeResult, dict)
+
+
+def test_garbage_is_searched_for_again_once_all_is_imported() -> None:
+    usual = gc.get_threshold()
+    search_as_usual()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (usual, 0), "nothing of a user's process is frozen"
+    try:
+        search_seldom()
+        assert gc.get_threshold()[0] > 1_000_000
+        search_as_usual()
+        assert gc.get_threshold() == usual
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*usual)
