@@ -33,6 +33,10 @@ def main() -> None:
         options.device, options.data.resolve() if options.data else None, options.tiny, options.evaluations,
         options.threads, options.timed_steps,
     )  # fmt: skip
+    if "cifar_vit" in options.problems and not options.tiny:
+        # Decoded once, into the cache, not by every process.
+        PROBLEMS["cifar_vit"].load(setting.data, "test")
+        print("CIFAR-10 is in the cache", flush=True)
     file, workers = RowFile(options.out, KEY), Workers(setting, options.parallel)
     budgets = [*options.budget, *[None] * len(options.mode)]
     missing = {name: SIDES[name].missing for name in options.sides if SIDES[name].missing}
