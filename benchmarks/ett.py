@@ -41,7 +41,6 @@ def run(key: Row, data: Path, work: Path, deadline: float | None) -> Row | None:
     folder = work / "_".join(str(value).replace(", ", "_") for value in key.values())
     recipe, settings = f"autoformer_{key['dataset']}", [*SIDES[key["run"]], *SIZES[key["size"]]]
     settings += ["--data.path", str(data), "--data.horizon", str(key["horizon"]), "--train.seed", str(key["seed"])]
-    settings += ["--train.cuda_graph", "off"]  # the network reads its delays back from the GPU
     command = [sys.executable, "-m", "hpc_oialr", "train", recipe, *settings, "--out", str(folder), "--continue"]
     usage = os.times()
     stopped = False

@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
@@ -20,6 +20,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import register_flop_formula
 
@@ -228,3 +229,14 @@ def free_pool(pool: Any, device: torch.device) -> None:
     with suppress(RuntimeError):  # where a newer torch has done so
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """While active, distributions do not look for impossible values, which would wait for a GPU."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

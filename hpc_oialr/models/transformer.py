@@ -160,6 +160,9 @@ class Autoformer(ModelConfig):
     scaling
         How each window is scaled before the network and back after it: by "std" or "mean" of its context, or "none",
         as published.
+    attention
+        "published", or "transformers": as its modules compute it, where samples of a batch depend on each other (see
+        :class:`~hpc_oialr.models.autoformer.AutoCorrelation`).
     initial
         Initial weights: "transformers", small ones everywhere, or "published": PyTorch's defaults, larger ones of the
         values' embedding, and forecasts that are the decoder's own values, where a random linear map of these would
@@ -178,6 +181,7 @@ class Autoformer(ModelConfig):
     label_length: int = 48
     dropout: float = 0.05
     scaling: Literal["std", "mean", "none"] = "std"
+    attention: Literal["published", "transformers"] = "published"
     initial: Literal["transformers", "published"] = "transformers"
 
     def __post_init__(self) -> None:
@@ -222,6 +226,10 @@ class Autoformer(ModelConfig):
             moving_average=self.moving_average,
             use_cache=False,
         )
+        if self.attention == "published":
+            from hpc_oialr.models.autoformer import use_published_attention
+
+            use_published_attention(model)
         if self.initial == "published":
             _start_as_published(model)
         return model

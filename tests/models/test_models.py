@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_oialr.errors import ConfigError
 from hpc_oialr.models import GPT2, Autoformer, ResNet, ViT
+from hpc_oialr.models.autoformer import aggregate
+from hpc_oialr.train.tasks import Forecasting
 
 IMAGES = {"pixel_values": torch.randn(2, 1, 28, 28), "labels": torch.zeros(2, dtype=torch.int64)}
 TEXT = {"input_ids": torch.zeros(2, 12, dtype=torch.int64)}
@@ -83,6 +86,69 @@ def test_autoformer_starts_with_the_decoders_own_forecast():
             torch.testing.assert_close(model(**batch).params[0], values)
         embedding = model.model.encoder.value_embedding.value_projection.weight.detach()
         assert float(embedding.std()) == pytest.approx((2 / embedding.shape[1]) ** 0.5, rel=0.2)
+
+
+def forecasts(seed=0, samples=5, past=16, future=12, **settings):
+    """An Autoformer, its batch, and transformers' own of the same weights."""
+    torch.manual_seed(seed)
+    small = {"dim": 16, "mlp_dim": 16, "heads": 4, "moving_average": 5, "label_length": 8, "scaling": "none"}
+    values = torch.randn(samples, past, 3)
+    batch = {"past_values": values, "past_time_features": torch.randn(samples, past, 2)}
+    batch |= {"future_values": torch.randn(samples, future, 3), "future_time_features": torch.randn(samples, future, 2)}
+    batch |= {"past_observed_mask": torch.ones_like(values)}
+    model = Autoformer(**small, lags=(0,), dropout=0.0).build(batch)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    stock = Autoformer(**small, lags=(0,), dropout=0.0, attention="transformers").build(batch)
+    stock.load_state_dict(model.state_dict())
+    return model, stock, batch
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autoformers_attention_is_that_of_transformers_for_one_sample(training):
+    """Also its gradients; with no more steps to decode than to encode, as transformers cuts longer queries."""
+    model, stock, batch = forecasts(samples=1, future=8)
+    gradients = []
+    for each in (model.train(training), stock.train(training)):
+        each(**batch).params[0].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    torch.testing.assert_close(model(**batch).params[0], stock(**batch).params[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4 * float(gradients[1].norm()))
+
+
+def test_autoformers_attention_by_its_definition():
+    """Values rolled by the largest correlations' delays; keys and values filled with zeros to the query's length."""
+    torch.manual_seed(0)
+    q, k, v, count = torch.randn(3, 10, 4), torch.randn(3, 6, 4), torch.randn(3, 6, 4), 2
+    filled = [torch.nn.functional.pad(x, (0, 0, 0, 4)) for x in (k, v)]
+    delays = range(10)
+    correlation = torch.stack([(q * filled[0].roll(tau, 1)).sum(1).mean(1) for tau in delays], dim=1)
+    for shared in (True, False):
+        judged = correlation.mean(0).expand_as(correlation) if shared else correlation
+        for i, found in enumerate(aggregate(q, k, v, count, shared=shared)):
+            taus = judged[i].topk(count).indices.tolist()
+            weights = correlation[i, taus].softmax(0)
+            expected = sum(w * filled[1][i].roll(-tau, 0) for w, tau in zip(weights, taus, strict=True))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forecast_does_not_depend_on_the_rest_of_its_batch():
+    """Under transformers' own attention it does."""
+    model, stock, batch = forecasts()
+    alone = {name: value[2:3] for name, value in batch.items()}
+    with torch.no_grad():
+        for each, equal in ((model.eval(), True), (stock.eval(), False)):
+            among, single = each(**batch).params[0][2], each(**alone).params[0][0]
+            assert torch.allclose(among, single, rtol=1e-3, atol=1e-3) is equal
+
+
+def test_a_step_of_autoformer_reads_nothing_back_from_its_device():
+    """So that a CUDA graph can hold it: fake tensors have no values to read."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, _, batch = forecasts()
+        batch["future_observed_mask"] = torch.ones_like(batch["future_values"])
+        for objective in ("mse", "likelihood"):
+            Forecasting(objective=objective).loss(model, batch, None).backward()
 
 
 def test_same_seed_same_weights():
