@@ -18,6 +18,7 @@ from benchmarks.pages.contents import contents
 from benchmarks.pages.finetune import finetune
 from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
 from benchmarks.pages.operators import operators, operators_distributed, streaming
+from benchmarks.pages.rivals import rivals
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
 from benchmarks.pages.systems import engines, life, plan, scaling, support, traffic
 from benchmarks.pages.tables import ROOT
@@ -49,6 +50,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "operators": operators,
     "operators_distributed": operators_distributed,
     "record": record,
+    "rivals": rivals,
     "scaling": scaling,
     "stability": stability,
     "streaming": streaming,

@@ -59,8 +59,8 @@ class Problem:
         Of :meth:`judge`.
     judged
         At most so many samples, the first ones.
-    autocast, graph
-        On a GPU: bf16, and steps as CUDA graphs.
+    autocast
+        On a GPU: bf16.
     clip
         Bound on the gradient's norm, or None.
     """
@@ -81,7 +81,6 @@ class Problem:
     judged: int = 10_000
     weight_decay: float = 0.05
     autocast: bool = True
-    graph: bool = True
     clip: float | None = None
 
     def better(self, value: float, other: float) -> bool:
@@ -246,7 +245,7 @@ PROBLEMS = {
             "etth1", "Autoformer (dim 64) on ETTh1, 96 hours ahead", Forecasting(objective="mse"),
             _autoformer(64, 256), _autoformer(16, 32),
             etth1, batch=32, steps=300, adamw_lr=1e-3, muon_lr=0.003, weight_decay=0.01,
-            metric="mse", higher_is_better=False, autocast=False, graph=False,
+            metric="mse", higher_is_better=False, autocast=False,
         ),
     )
 }  # fmt: skip

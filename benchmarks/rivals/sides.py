@@ -181,8 +181,10 @@ class OialrLife(Life):
             begin, end = self.variant.delay * self.steps, self.variant.until * self.steps
             self.rule.progress = (done - begin) / (end - begin)
         trained = [id(p) for p in self.model.parameters() if p.requires_grad]
-        changed = self.oialr.step() is not None
-        return changed or trained != [id(p) for p in self.model.parameters() if p.requires_grad]
+        report = self.oialr.step()
+        return (report is not None and report.reshaped) or trained != [
+            id(p) for p in self.model.parameters() if p.requires_grad
+        ]
 
 
 CORES = Variant(

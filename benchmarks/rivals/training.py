@@ -92,7 +92,7 @@ class Run:
         self.life: Life = side.start(model, data, length.steps, rate)
         self.memory = MemoryMeter(lambda: tensors_of(self.life), self.device)
         refusal = "" if cuda else "it needs a GPU"
-        refusal = refusal or ("" if data.problem.graph else "the network reads from the GPU") or self.life.refusal
+        refusal = refusal or self.life.refusal
         if isinstance(self.life, OialrLife):
             refusal = refusal or self.life.refuse_graph(length.like or length.steps)
         self.graph = GraphedStep(self._compute, model, self.device, eager=lambda: self.life.eager, refusal=refusal)
