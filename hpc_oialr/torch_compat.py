@@ -167,7 +167,7 @@ class PausedCode:
     def pause(self, model: nn.Module) -> None:
         """Let all of the model run eagerly, also what has been compiled since the last call."""
         for module in model.modules():
-            if _is_wrapper(module):
+            if is_wrapper(module):
                 eager = cast(nn.Module, module._orig_mod).__call__
                 if vars(module)["forward"] != eager:
                     self._code[module], module.forward = vars(module)["forward"], eager
@@ -179,14 +179,14 @@ class PausedCode:
         """Put the code back, but where a module was compiled anew meanwhile."""
         for module, code in self._code.items():
             _paused.discard(module)
-            if _is_wrapper(module):
+            if is_wrapper(module):
                 module.forward = code
             elif module._compiled_call_impl is None:
                 module._compiled_call_impl = code
         self._code.clear()
 
 
-def _is_wrapper(module: nn.Module) -> bool:
+def is_wrapper(module: nn.Module) -> bool:
     """Whether it is what ``torch.compile(model)`` returns."""
     return type(module).__name__ == "OptimizedModule"
 
@@ -218,6 +218,12 @@ def recompile_limit(times: int) -> AbstractContextManager[None]:
     """While active, let torch.compile make so many graphs of one function; its own limit is 8."""
     config: Any = torch._dynamo.config
     return cast(AbstractContextManager[None], config.patch(recompile_limit=times))
+
+
+def allow_recompiles(times: int) -> None:
+    """As :func:`recompile_limit`, to the end of the process; a higher limit stays."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(times, config.recompile_limit)
 
 
 def free_pool(pool: Any, device: torch.device) -> None:

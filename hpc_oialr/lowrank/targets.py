@@ -96,6 +96,11 @@ class TargetWeight:
         return min(self.shape)
 
 
+def plain_name(name: str) -> str:
+    """A layer's name without the wrapper that ``torch.compile`` puts around a model or a part of it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def every_weight(model: nn.Module) -> list[TargetWeight]:
     """Every weight of a known kind, dense or low-rank, in the order of the dense model."""
     targets: list[TargetWeight] = []

@@ -21,6 +21,7 @@ from hpc_oialr.lowrank.execution import crossover_by_dtype
 from hpc_oialr.lowrank.kernel_modes import Inner, factor_shapes, times
 from hpc_oialr.lowrank.shared_input import share_inputs
 from hpc_oialr.lowrank.stored import Stored
+from hpc_oialr.lowrank.targets import plain_name
 from hpc_oialr.method.config import OIALRConfig
 from hpc_oialr.method.decompositions import low_rank_layer
 from hpc_oialr.method.engine import Engine
@@ -65,12 +66,12 @@ class BasisUpdater:
         for average in (getattr(average, "module", average) for average in averages):
             leave_fused_inference(average)
             targets = select(average, config.selection, frozen=True, low_rank=True)
-            self.averages.append((average, {target.name: target for target in targets}))
+            self.averages.append((average, {plain_name(target.name): target for target in targets}))
         leave_fused_inference(model)
 
     def twins(self, target: TargetWeight) -> list[TargetWeight]:
         """The same layer in every average."""
-        return [targets[target.name] for _, targets in self.averages]
+        return [targets[plain_name(target.name)] for _, targets in self.averages]
 
     def order(self, targets: Sequence[TargetWeight]) -> None:
         """Sort cores in the optimizer, whatever order and number of ranks the layers were converted in.

@@ -43,12 +43,19 @@ def require_one_process(engine: Engine) -> None:
         )
 
 
-def check_averages(averages: Sequence[nn.Module], engine: Engine) -> None:
-    """Raise :class:`ModelError` if running averages are given to an engine that splits matrices."""
+def check_averages(averages: Sequence[nn.Module], model: nn.Module, engine: Engine) -> None:
+    """Raise :class:`ModelError` if running averages are elsewhere than the model, or an engine splits matrices."""
     if averages and engine.layout.group is not None:
         raise ModelError(
             f"{len(averages)} running averages were given, but the engine splits each matrix over ranks; averages must "
             "be whole. Average the exported models, or use DistributedDataParallel."
+        )
+    here = {p.device for p in model.parameters()}
+    if away := {p.device for average in averages for p in average.parameters()} - here:
+        raise ModelError(
+            f"a running average is on {next(iter(away))}, the model on {next(iter(here))}: averages are transformed with "
+            "the bases of the model, where it is. Keep the average beside the model (timm's script: without "
+            "--model-ema-force-cpu)."
         )
 
 

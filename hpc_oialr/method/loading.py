@@ -7,7 +7,7 @@ other bases could not give. The controller's counters are not part of the model,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,9 +19,12 @@ from hpc_oialr.lowrank.attention import FactorisedMultiheadAttention, unpack
 from hpc_oialr.lowrank.base import whole_shape
 from hpc_oialr.lowrank.kernel_modes import Inner, as_inner
 from hpc_oialr.lowrank.stored import Stored, match_attention, pack, stored_layers
+from hpc_oialr.lowrank.targets import plain_name
 from hpc_oialr.method.basis import Bases, BasisUpdater, turned
 from hpc_oialr.method.engine import Engine
 from hpc_oialr.optim.state_kinds import FACTORED
+
+T = TypeVar("T")
 
 ORDER = "load the model's state (or call oialr.load_state_dict) first, then the optimizer's"
 
@@ -42,6 +45,18 @@ class Loader:
         self.empty = {target.name for target in empty}  # layers whose values are yet to be loaded
         self.optimizer_loaded = False  # since the last step
         self.guards = [AverageGuard(root, *average) for average in basis.averages]
+
+    def own_names(self, named: Mapping[str, T]) -> dict[str, T]:
+        """Names of layers, or of what belongs to one, as the layers are called here: compiled or not."""
+        own = {plain_name(target.name): target.name for target in self.targets}
+
+        def translate(name: str) -> str:
+            layer = name = plain_name(name)
+            while layer and layer not in own:
+                layer = layer.rpartition(".")[0]
+            return own.get(layer, layer) + name.removeprefix(layer)
+
+        return {translate(name): value for name, value in named.items()}
 
     def take(self, r: Mapping[str, Inner], bases_trained: Sequence[str]) -> list[str]:
         """Give every layer its r, or make it dense if ``r`` lacks it; returns the names of the layers changed.
@@ -170,10 +185,10 @@ class AverageGuard:
 
     def before_load(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *, assign: bool) -> None:
         """Raise :class:`ModelError` unless the state is in the bases that the model has now."""
-        layers = low_rank_layers(self._model)
+        layers = {plain_name(name): layer for name, layer in low_rank_layers(self._model).items()}
         stored = stored_layers(list(self._targets.values()), module, self._average, state, prefix)
         for name, form in stored.items():
-            layer = layers.get(name)
+            layer = layers.get(plain_name(name))
             if form.inner != (None if layer is None else layer.inner) or (layer and turned(layer, form)):
                 raise ModelError(
                     f"the state of a running average holds layer {name} in another r or other bases than the model has. "

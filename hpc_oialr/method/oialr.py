@@ -14,6 +14,7 @@ from hpc_oialr.linalg.arithmetic import exact_arithmetic
 from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import Attachment, untie
 from hpc_oialr.lowrank.shared_input import share_inputs
+from hpc_oialr.lowrank.targets import plain_name
 from hpc_oialr.method.basis import BasisUpdater
 from hpc_oialr.method.channel_bases import layer_factors, layer_rotations
 from hpc_oialr.method.checks import (
@@ -103,7 +104,7 @@ class OIALR:
         self.targets = find_participants(self.module, self.config.selection, self._optimizers, self.engine)
         self._frozen = FrozenByUser(self.targets)
         self.t = self.updates = 0
-        check_averages(averages, self.engine)
+        check_averages(averages, self.module, self.engine)
         check_free_bases(self.config, self._optimizers, self.engine, averages)
         check_tucker(self.targets, self.config.conv, self.engine)
         check_change(self.targets, self._optimizers, self.engine, self.config.core_lr_scale)
@@ -351,15 +352,17 @@ class OIALR:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the r of every low-rank layer; plain numbers that JSON can store."""
-        layers = low_rank_layers(self.module)
+        """Counters and the r of every low-rank layer; plain numbers that JSON can store. Names are the plain model's."""
+        layers = {plain_name(name): layer for name, layer in low_rank_layers(self.module).items()}
         r = {name: layer.inner for name, layer in layers.items()}
-        state = {"t": self.t, "updates": self.updates, "r": r, "streaks": dict(self._tracker.streaks)}
+        streaks = {plain_name(name): streak for name, streak in self._tracker.streaks.items()}
+        state = {"t": self.t, "updates": self.updates, "r": r, "streaks": streaks}
         return state | {"bases_trained": [name for name, layer in layers.items() if layer.bases_trained]}
 
     def tensor_state(self) -> dict[str, Tensor]:
         """Every rank's sums for a change that is near, and bases kept for measuring stability; a collective call."""
-        return self._tracker.bases(self._dense()) | self._window.state()
+        tensors = self._tracker.bases(self._dense()) | self._window.state()
+        return {plain_name(name): tensor for name, tensor in tensors.items()}
 
     @exact_arithmetic()
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
@@ -369,11 +372,13 @@ class OIALR:
         state is loaded raises an error. Raises :class:`ModelError` if this model lacks a stored layer, the optimizer's
         state was loaded before the structure, or ``tensors`` is missing though conversions depend on it.
         """
-        self._tracker.require(tensors, state["streaks"])
-        changed = self._loader.take(state["r"], state.get("bases_trained", []))
+        here = self._loader.own_names
+        streaks, tensors = here(state["streaks"]), None if tensors is None else here(tensors)
+        self._tracker.require(tensors, streaks)
+        changed = self._loader.take(here(state["r"]), list(here(dict.fromkeys(state.get("bases_trained", [])))))
         self._dense_weights.remember(self.targets, changed)
         self.t, self.updates = int(state["t"]), int(state["updates"])
-        self._tracker.restore(tensors or {}, state["streaks"])
+        self._tracker.restore(tensors or {}, streaks)
         self._window.forget()
         self.watch()
         self._window.restore(tensors or {})
