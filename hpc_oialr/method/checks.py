@@ -15,7 +15,7 @@ from hpc_oialr.lowrank import TargetWeight, low_rank_layers
 from hpc_oialr.lowrank.attachment import attached
 from hpc_oialr.lowrank.tucker import takes_tucker
 from hpc_oialr.method.config import OIALRConfig
-from hpc_oialr.method.engine import Engine
+from hpc_oialr.method.engine import Engine, require_not_torchft
 from hpc_oialr.optim.core_lr import check_core_factor
 from hpc_oialr.optim.stack import OptimizerStack
 from hpc_oialr.optim.state import check_state
@@ -61,6 +61,8 @@ def check_averages(averages: Sequence[nn.Module], model: nn.Module, engine: Engi
 
 def check_optimizer(model: nn.Module, optimizer: OptimizerStack) -> None:
     """Raise :class:`ModelError` unless the optimizer holds parameters of the model, and its state is on their device."""
+    for node in optimizer.nodes:
+        require_not_torchft(node)
     names = {id(p): name for name, p in model.named_parameters()}
     held = optimizer.parameters()
     if foreign := [p for p in held if id(p) not in names]:

@@ -280,6 +280,16 @@ class SingleEngine(Engine):
         self.world = world or _OneProcess()
 
 
+def require_not_torchft(part: object) -> None:
+    """Raise :class:`ModelError` if a model or an optimizer is in a wrapper of torchft's."""
+    if type(part).__module__.partition(".")[0] == "torchft":
+        raise ModelError(
+            f"{type(part).__name__} of torchft lets replicas leave, join and skip steps on their own; OIALR changes all of "
+            "them in the same step, by sums over all. Use torch's DistributedDataParallel and the optimizer itself, with "
+            "torchrun --max-restarts and checkpoints for processes that die."
+        )
+
+
 def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
     """The engine for a user's model, by its wrapper or process group, and the module inside; a collective call.
 
@@ -292,6 +302,7 @@ def adopt(model: nn.Module) -> tuple[Engine, nn.Module]:
             f"the model is wrapped in {refused}; must be plain, in DistributedDataParallel or sharded by fully_shard: "
             f"{_REFUSED_WRAPPERS[refused]}."
         )
+    require_not_torchft(model)
     if not _WRAPPERS.intersection(kinds) and not (dist.is_available() and dist.is_initialized()):
         return SingleEngine(), model
     found: tuple[Engine, nn.Module] = importlib.import_module(_ENGINES).engine_of(model)

@@ -327,3 +327,13 @@ def test_other_wrappers_are_refused_with_what_to_do() -> None:
     flat = type("FullyShardedDataParallel", (nn.Module,), {})()
     with pytest.raises(ModelError, match=r"wrapped in FullyShardedDataParallel.*fully_shard \(FSDP2\)"):
         OIALR(flat, torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], 0.1))
+
+
+def test_replicas_that_come_and_go_are_refused() -> None:
+    wrapper = type("DistributedDataParallel", (nn.Sequential,), {"__module__": "torchft.ddp"})
+    with pytest.raises(ModelError, match="DistributedDataParallel of torchft lets replicas leave.*--max-restarts"):
+        made(wrapper(network()))
+    around = type("OptimizerWrapper", (torch.optim.SGD,), {"__module__": "torchft.optim"})
+    net = network()
+    with pytest.raises(ModelError, match="OptimizerWrapper of torchft"):
+        OIALR(net, around(net.parameters(), 0.1))
