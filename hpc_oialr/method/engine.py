@@ -284,9 +284,9 @@ def require_not_torchft(part: object) -> None:
     """Raise :class:`ModelError` if a model or an optimizer is in a wrapper of torchft's."""
     if type(part).__module__.partition(".")[0] == "torchft":
         raise ModelError(
-            f"{type(part).__name__} of torchft lets replicas leave, join and skip steps on their own; OIALR changes all of "
-            "them in the same step, by sums over all. Use torch's DistributedDataParallel and the optimizer itself, with "
-            "torchrun --max-restarts and checkpoints for processes that die."
+            f"{type(part).__name__} of torchft lets replicas leave, join and skip steps on their own; OIALR changes all "
+            "of them in the same step, by sums over all. Use torch's DistributedDataParallel and the optimizer itself, "
+            "with torchrun --max-restarts and checkpoints for processes that die."
         )
 
 
