@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hpc_oialr import FixedFraction, OIALRConfig
 from hpc_oialr.errors import CheckpointError, ModelError
 from hpc_oialr.integrations.timm import KEY, ScriptOIALR, match_checkpoint
+from hpc_oialr.torch_compat import recompile_limit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 SCRIPT = os.environ.get("OIALR_TIMM_SCRIPT", "")
@@ -80,7 +81,9 @@ def script(rank: int, size: int, folder: Path, resume: str, compiled: bool) -> d
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_calls_of_the_script(size: int, tmp_path: Path) -> None:
-    whole = spawn(script, size, tmp_path, "", False) if size > 1 else [script(0, 1, tmp_path, "", compiled=True)]
+    with recompile_limit(8):
+        whole = spawn(script, size, tmp_path, "", False) if size > 1 else [script(0, 1, tmp_path, "", compiled=True)]
+        assert torch._dynamo.config.recompile_limit == (8 if size > 1 else 64)
     saved = [torch.load(tmp_path / f"{epoch}.pth.tar", weights_only=False) for epoch in range(EPOCHS)]
     states = [each["optimizer"][KEY] for each in saved]
     assert states[0]["tensors"], "the bases by which stability is measured are not stored"

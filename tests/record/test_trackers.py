@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -85,6 +87,48 @@ class Failing:
 
     def log(self, values: dict[str, Any], step: int) -> None:
         raise ConnectionError("no route to host")
+
+
+def test_mlflow_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    folder = RunFolder(tmp_path).create()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.logs / 'mlflow.db'}")
+    track("mlflow", folder, 1, 3)
+    track("mlflow", folder, 3, 4)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.run_id == json.loads((tmp_path / "tracker.json").read_text())["id"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.seed": "3"}
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 3, 4]
+    assert run.data.metrics["r/a.0"] == 4
+
+
+def test_trackio_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    folder = RunFolder(tmp_path / "run").create()
+    track("trackio", folder, 1, 3)
+    track("trackio", folder, 3, 4)
+    with sqlite3.connect(tmp_path / "trackio/tests.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in rows} == {"run"}
+    assert [step for _, step, values in rows if "train/loss" in json.loads(values)] == [1, 2, 3, 3, 4]
+    assert json.loads(rows[-1][2])["r/b"] == 4
+
+
+def test_comet_offline_in_a_job_keeps_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("comet_ml")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name in ("COMET_START_ONLINE", "COMET_OFFLINE_DIRECTORY"):
+        monkeypatch.setenv(name, "")  # undone at the end, whatever the tracker sets
+        monkeypatch.delenv(name)
+    folder = RunFolder(tmp_path).create()
+    track("comet", folder, 1, 3)
+    track("comet", folder, 3, 4)
+    archives = [json.loads(ZipFile(path).read("experiment.json")) for path in folder.logs.glob("*.zip")]
+    key = json.loads((tmp_path / "tracker.json").read_text())["id"]
+    assert [(each["offline_id"], each["resume_strategy"]) for each in archives] == [(key, "get_or_create")] * 2
 
 
 def test_a_tracker_that_fails_is_said_once_and_ends_nothing(
