@@ -4,11 +4,14 @@ A small ViT on CIFAR-10 is trained dense up to shares of its run; there copies o
 by each setting of ``importance`` and ``moments``, after the same last steps. Judged by held-out training images.
 
     python -m benchmarks.bases --data FOLDER --out benchmarks/results/bases_conversion.json
+    python -m benchmarks.bases --data FOLDER --out benchmarks/results/bases_windows.json \\
+        --steps 20 8 4 2 1 --fractions 0.5 0.25    # by inputs, gathered in so many last steps
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="as for benchmarks.cifar")
     parser.add_argument("--size", default="small", help="a size of benchmarks.cifar; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, nargs="+", help="of gathering, for full moments of inputs alone")
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="r over k after the conversion")
     options = parser.parse_args()
+    choices = CHOICES
+    if options.steps:
+        choices = [{"importance": "inputs", "moments": "full", "moments_steps": steps} for steps in options.steps]
     torch.set_num_threads(1)
     data = load(options.data, options.size, validation=True)
     run = _Run(Variant(name="dense", epochs=EPOCHS, batch=data.size.batch), data, options.seed)
@@ -48,7 +56,7 @@ def main() -> None:
         for pixels, labels in batches:
             if run.done in starts:
                 last = [(pixels, labels), *(next(batches) for _ in range(STEPS - 1))]
-                rows += converted(run, last, starts[run.done])
+                rows += converted(run, last, starts[run.done], choices, options.fractions)
                 for batch in last:
                     run.step(*batch)
                 if run.done - STEPS == max(starts):
@@ -58,14 +66,21 @@ def main() -> None:
     finish(rows, options.out, seed=options.seed, size=options.size, moments_steps=STEPS)
 
 
-def converted(run: _Run, batches: list[tuple[Tensor, Tensor]], delay: float) -> list[Row]:
+def converted(
+    run: _Run,
+    batches: list[tuple[Tensor, Tensor]],
+    delay: float,
+    choices: Sequence[dict[str, Any]],
+    fractions: Sequence[float],
+) -> list[Row]:
     """Accuracy and loss before and after the conversion of copies of the run's model, trained for the last steps."""
     rows: list[Row] = []
     before: list[float] = []
-    for choice in CHOICES:
+    for choice in choices:
         model, optimizer = copy.deepcopy((run.plain, run.optimizer))
-        limits = RankLimits(at_conversion=FRACTIONS[0])
-        oialr = OIALR(model, optimizer, OIALRConfig(delay=STEPS, moments_steps=STEPS, limits=limits, **choice))
+        limits = RankLimits(at_conversion=fractions[0])
+        settings = {"delay": STEPS, "moments_steps": STEPS, "limits": limits} | choice
+        oialr = OIALR(model, optimizer, OIALRConfig(**settings))
         for i, (pixels, labels) in enumerate(batches, start=1):
             run.criterion(oialr.model(pixel_values=pixels).logits, labels).backward()
             optimizer.step()
@@ -74,7 +89,7 @@ def converted(run: _Run, batches: list[tuple[Tensor, Tensor]], delay: float) -> 
                 oialr.step()
         # Gathering changes nothing: all copies are the same so far.
         before = before or judge(model, run)
-        for fraction in FRACTIONS:
+        for fraction in fractions:
             twin = copy.deepcopy(oialr)
             twin.config.limits = RankLimits(at_conversion=fraction, round_to=8)
             report = twin.step()

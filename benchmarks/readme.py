@@ -16,7 +16,7 @@ from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, d
 from benchmarks.pages.claims import missing
 from benchmarks.pages.contents import contents
 from benchmarks.pages.finetune import finetune
-from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, detection
+from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, bases_windows, detection
 from benchmarks.pages.operators import operators, operators_distributed, streaming
 from benchmarks.pages.rivals import rivals
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
@@ -30,6 +30,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bases_conversion": bases_conversion,
     "bases_h100": bases_h100,
     "bases_trained": bases_trained,
+    "bases_windows": bases_windows,
     "budgets": budgets,
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,

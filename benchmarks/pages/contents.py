@@ -9,6 +9,7 @@ from benchmarks.pages.tables import RESULTS, ROOT, load, table
 # Commands whose name is not that of their result file.
 COMMANDS = {
     "bases_conversion": "bases",
+    "bases_windows": "bases --steps ...",
     "bases_h100": "cifar --size small --validation",
     "cifar_h100": "cifar --epochs 40",
     "cifar_small": "cifar --size small",

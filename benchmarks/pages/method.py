@@ -52,6 +52,20 @@ def bases_conversion() -> str:
     return table(header, rows) + "\n" + origin("bases_conversion", result["environment"])
 
 
+def bases_windows() -> str:
+    """The same by inputs, gathered in fewer steps."""
+    result = load("bases_windows")
+    steps = list(dict.fromkeys(row["moments_steps"] for row in result["rows"]))
+    rows = []
+    for delay, fraction in dict.fromkeys((row["delay"], row["fraction"]) for row in result["rows"]):
+        mine = [row for row in result["rows"] if (row["delay"], row["fraction"]) == (delay, fraction)]
+        found = {row["moments_steps"]: f"{row['accuracy_after']:.1f} ({row['loss_after']:.3f})" for row in mine}
+        before = f"{mine[0]['accuracy_before']:.1f} ({mine[0]['loss_before']:.3f})"
+        rows.append((f"{20 * delay:g} epochs", before, f"k/{1 / fraction:g}", *(found[count] for count in steps)))
+    header = ("converted after", "before", "kept", *(f"{count} step{'s' * (count > 1)}" for count in steps))
+    return table(header, rows) + "\n" + origin("bases_windows", result["environment"])
+
+
 def bases_h100() -> str:
     """Accuracy at the end of runs of one length."""
     named = {

@@ -109,7 +109,7 @@ class OIALRConfig:
     carry_moments: bool = True
     importance: Literal["auto", "weights", "inputs", "inputs and gradients"] = "auto"
     moments: Literal["full", "diagonal"] = "full"
-    moments_steps: int = 20
+    moments_steps: int = 8
     factor_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     conv: Literal["flattened", "tucker"] = "flattened"
     train: Literal["cores", "factors"] = "cores"
