@@ -96,7 +96,7 @@ def test_every_file_and_folder_it_names_exists(page: Path) -> None:
         for path in named
         if not any((base / path).exists() for base in bases)
         and "NAME" not in path
-        and path not in ("checkpoints/", "logs/", "profile/")
+        and path not in ("checkpoints/", "logs/", "profile/", "train.py")  # the last is timm's script
     }
     assert not missing
 
