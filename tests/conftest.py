@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from contextlib import suppress
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# What is imported until all tests are collected stays: it is not searched for garbage, neither now nor later.
+gc.disable()
 
 # Set by the readline library, which pytest imports; a user's environment does not have it.
 for name in ("COLUMNS", "LINES"):
@@ -74,6 +78,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif item.nodeid.startswith(SLOW) or STARTS_PROCESSES & names:
             item.add_marker("slow")
     items.sort(key=lambda item: next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

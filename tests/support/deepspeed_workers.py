@@ -16,7 +16,7 @@ from hpc_oialr.engines import DeepSpeedEngine, Engine, SingleEngine
 from hpc_oialr.engines.zero_live import MASTER
 from hpc_oialr.lowrank.base import whole_shape
 
-STEPS, CONVERTED, CUTS = 16, 4, (7, 10)  # and updates at 13 and 16 that cut nothing
+STEPS, CONVERTED, CUTS = 13, 4, (7, 10)  # and an update at 13 that cuts nothing
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 

@@ -10,6 +10,7 @@ from multiprocessing.context import ForkServerContext
 import torch
 
 _LOADED = [
+    "support.without_garbage",
     "pytest",
     "hypothesis",
     "torch",
@@ -36,3 +37,4 @@ def settle() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     gc.freeze()
+    gc.enable()
