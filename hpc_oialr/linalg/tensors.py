@@ -178,7 +178,7 @@ def _of_blocks(T: Tensor, r: Ranks | None, comm: Communicator, name: str) -> Tuc
     """:func:`mlsvd` of a tensor in blocks along its first mode; a collective call.
 
     Of each mode's unfolding, transposed and in row blocks, all ranks make the triangle of a QR: one all-reduce of
-    ``n_l^2`` numbers, with a QR of two triangles in place of a sum (a Gram matrix would lose the small half of the
+    ``n_l^2 / 2`` numbers, with a QR of two triangles in place of a sum (a Gram matrix would lose the small half of the
     digits). For the first mode one all-to-all before turns the blocks, in which a rank sends what it holds but its own
     share. The core's projection is summed by one all-reduce of the core.
     """
@@ -202,16 +202,22 @@ def _of_blocks(T: Tensor, r: Ranks | None, comm: Communicator, name: str) -> Tuc
 
 
 def _triangle(A: Tensor, comm: Communicator) -> Tensor:
-    """R (n x n) of the QR of a matrix in row blocks (m_p x n), the same on every rank."""
-    R = A.new_zeros(A.shape[1], A.shape[1])
+    """R (n x n) of the QR of a matrix in row blocks (m_p x n), the same on every rank; zeros are not sent."""
+    n = A.shape[1]
+    i, j = torch.triu_indices(n, n, device=A.device)
+    R = A.new_zeros(n, n)
     own = torch.linalg.qr(A, mode="r").R
     R[: len(own)] = own
     for child in children(comm.rank, comm.size):
-        other = comm.receive(R.new_empty(R.shape), child)  # contiguous, which LAPACK's R is not
+        other = A.new_zeros(n, n)
+        other[i, j] = comm.receive(A.new_empty(len(i)), child)
         R = torch.linalg.qr(torch.cat([R, other]), mode="r").R
+    upper = R[i, j]
     if comm.rank:
-        comm.send(R, parent(comm.rank))
-    return comm.broadcast(R.contiguous())
+        comm.send(upper, parent(comm.rank))
+    R = A.new_zeros(n, n)
+    R[i, j] = comm.broadcast(upper)
+    return R
 
 
 def _checked(T: Tensor, r: Ranks | None, name: str) -> Tensor:
