@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_oialr import OIALR, OIALRConfig, Selection, low_rank_layers
-from hpc_oialr.models import GPT2, ViT
-from hpc_oialr.models.base import attention_without_masks, prepare_transformers
+from hpc_oialr.models import GPT2, Llama, ViT
 from hpc_oialr.train.tasks import LanguageModelling
 
 Batch = dict[str, Tensor]
@@ -70,7 +69,7 @@ def _full() -> tuple[Workload, ...]:
             Selection(),
         ),
         _gpt2("GPT-2 124M", GPT2(vocabulary=50257), 16, 1024),
-        _llama("Llama-like 350M", dim=2048, depth=8, heads=16, mlp=4096, vocabulary=8192, batch=8, length=2048),
+        _llama("Llama-like 350M", Llama(dim=2048, depth=8, heads=16, mlp_dim=4096, vocabulary=8192), 8, 2048),
     )
 
 
@@ -80,7 +79,7 @@ def _tiny() -> tuple[Workload, ...]:
         _vit("ViT-B/16", small, 4, Selection(keep_first=True)),
         _vit("mini ViT", small, 4, Selection()),
         _gpt2("GPT-2 124M", GPT2(dim=32, depth=2, heads=2, vocabulary=32), 2, 8),
-        _llama("Llama-like 350M", dim=32, depth=2, heads=2, mlp=64, vocabulary=32, batch=2, length=8),
+        _llama("Llama-like 350M", Llama(dim=32, depth=2, heads=2, mlp_dim=64, vocabulary=32), 2, 8),
     )
 
 
@@ -112,29 +111,11 @@ def _gpt2(name: str, config: GPT2, batch: int, length: int) -> Workload:
     return Workload(name, build, text, batch, batch * length, Selection(), loss=task_loss)
 
 
-def _llama(
-    name: str, *, dim: int, depth: int, heads: int, mlp: int, vocabulary: int, batch: int, length: int
-) -> Workload:
+def _llama(name: str, config: Llama, batch: int, length: int) -> Workload:
     def build() -> nn.Module:
-        prepare_transformers()
-        from transformers import LlamaConfig, LlamaForCausalLM
+        return config.build({"input_ids": torch.empty(1, length, dtype=torch.long)})
 
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=dim,
-            intermediate_size=mlp,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation=attention_without_masks(),
-        )
-        model: nn.Module = LlamaForCausalLM(config)
-        return model
-
-    return Workload(name, build, _text(batch, length, vocabulary), batch, batch * length, Selection())
+    return Workload(name, build, _text(batch, length, config.vocabulary), batch, batch * length, Selection())
 
 
 def on_device(workload: Workload, device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Transformers: images (ViT), text in bytes (GPT-2), time series (Autoformer)."""
+"""Transformers: images (ViT), text (GPT-2, Llama), time series (Autoformer)."""
 
 from __future__ import annotations
 
@@ -123,6 +123,56 @@ class GPT2(ModelConfig):
             attn_pdrop=self.dropout,
             bos_token_id=None,
             eos_token_id=None,
+            use_cache=False,
+            attn_implementation=attention_without_masks(),
+        )
+
+
+@dataclass(kw_only=True)
+class Llama(ModelConfig):
+    """``transformers.LlamaForCausalLM``, its head tied to the embedding. arXiv 2302.13971.
+
+    Parameters
+    ----------
+    dim, depth, heads
+        Width, layers and attention heads.
+    key_value_heads
+        Heads of keys and values, each for ``heads / key_value_heads`` of the queries'; None = as many as queries'.
+    mlp_dim
+        Width of the hidden layer of a block.
+    vocabulary
+        Tokens.
+    """
+
+    pairs = (ColumnRowPair("*.mlp", ("gate_proj", "up_proj"), "down_proj"),)
+
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    key_value_heads: int | None = None
+    mlp_dim: int = 2816
+    vocabulary: int = 32_000
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "dim", "depth", "heads", "mlp_dim", "vocabulary")
+        self.check_divides("dim", "heads")
+        if self.key_value_heads is not None:
+            self.check_at_least(1, "key_value_heads")
+            self.check_divides("heads", "key_value_heads")
+
+    def build(self, example: Batch) -> nn.Module:
+        """The model; its context is the data's sequence length."""
+        tokens = self.require_input(example, "input_ids", "text")
+        return stock_model(
+            "LlamaForCausalLM",
+            vocab_size=self.vocabulary,
+            max_position_embeddings=tokens.shape[1],
+            hidden_size=self.dim,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads or self.heads,
+            intermediate_size=self.mlp_dim,
+            tie_word_embeddings=True,
             use_cache=False,
             attn_implementation=attention_without_masks(),
         )

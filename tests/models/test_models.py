@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_oialr.errors import ConfigError
-from hpc_oialr.models import GPT2, Autoformer, ResNet, ViT
+from hpc_oialr.models import GPT2, Autoformer, Llama, ResNet, ViT
 from hpc_oialr.models.autoformer import aggregate
 from hpc_oialr.train.tasks import Forecasting
 
@@ -69,6 +69,16 @@ def test_attention_is_given_no_mask_even_while_a_cuda_graph_is_captured(model, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     built.set_attn_implementation("sdpa")
     assert torch.equal(logits, built(**inputs).logits)
+
+
+def test_llama():
+    """Context by the data; fewer heads of keys and values; the head is the embedding."""
+    settings = {"dim": 16, "depth": 2, "heads": 4, "mlp_dim": 24, "vocabulary": 50}
+    model = Llama(**settings, key_value_heads=2).build(TEXT)
+    assert model(input_ids=TEXT["input_ids"]).logits.shape == (2, 12, 50)
+    assert model.config.max_position_embeddings == 12
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (8, 16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_autoformer_starts_with_the_decoders_own_forecast():
@@ -166,6 +176,7 @@ def test_same_seed_same_weights():
         (lambda: ViT(dim=10, heads=3), "dim is 10; must be a multiple of heads = 3"),
         (lambda: ViT(dropout=1.0), r"dropout is 1.0; must lie in \[0, 1\)"),
         (lambda: ViT(depth=0), "depth is 0; must be at least 1"),
+        (lambda: Llama(heads=4, key_value_heads=3), "heads is 4; must be a multiple of key_value_heads = 3"),
         (lambda: ResNet(dims=(1,), depths=(1, 2)), "must have one entry for each of depths"),
         (lambda: Autoformer(moving_average=4), "moving_average is 4; must be odd"),
         (lambda: Autoformer(lags=()), "lags is .*; must hold at least one"),
