@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -63,7 +61,7 @@ def prepare_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if "transformers.modeling_utils" not in sys.modules:
-        with _models_listed_once(import_utils), _scipy_upon_use():
+        with _models_listed_once(import_utils):
             importlib.import_module("transformers.modeling_utils")
     search_as_usual()
 
@@ -86,34 +84,6 @@ def _models_listed_once(import_utils: Any) -> Iterator[None]:
 
     with patch.object(import_utils, "create_import_structure_from_path", read_once):
         yield
-
-
-@contextmanager
-def _scipy_upon_use() -> Iterator[None]:
-    """Import scipy only when something of it is called, or is not the function that transformers' losses name.
-
-    For that one, of object detection, every model would import 300 modules.
-    """
-    if "scipy.optimize" in sys.modules or importlib.util.find_spec("scipy") is None:
-        yield
-        return
-
-    def find(name: str) -> Any:
-        if name == "linear_sum_assignment":
-            return lambda *args, **kwargs: getattr(importlib.import_module("scipy.optimize"), name)(*args, **kwargs)
-        if name.startswith("__"):
-            raise AttributeError(name)
-        sys.modules.pop("scipy.optimize", None)
-        return getattr(importlib.import_module("scipy.optimize"), name)
-
-    stand_in = ModuleType("scipy.optimize")
-    stand_in.__dict__["__getattr__"] = find
-    sys.modules["scipy.optimize"] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get("scipy.optimize") is stand_in:
-            del sys.modules["scipy.optimize"]
 
 
 def attention_without_masks() -> str:

@@ -117,6 +117,7 @@ def transform_state(
     stack = optimizer if isinstance(optimizer, OptimizerStack) else OptimizerStack(optimizer)
     check_state(stack, [("a parameter", parameter)])
     move = _Move(left, right, layout, core, reset, new)
+    changed: list[tuple[dict[str, Any], str, Tensor]] = []
     for node, states in stack.states():
         if isinstance(node, LBFGS):
             states.clear()
@@ -132,12 +133,14 @@ def transform_state(
             moved["x0"] = move.anchor(state, moved, eps)
         for rows, columns in _factored(state, parameter.shape):
             moved |= move.factored(state, rows, columns, parameter.dim())
-        for key, value in moved.items():
-            value = layout.put_core(value.to(state[key].dtype).contiguous())
-            if value.shape == state[key].shape:
-                state[key].copy_(value)  # a captured CUDA graph reads it where it is
-            else:
-                state[key] = value
+        changed += [(state, key, value.to(state[key].dtype)) for key, value in moved.items()]
+    # Written at the end: after ZeroRedundancyOptimizer.load_state_dict two states hold one tensor.
+    for state, key, value in changed:
+        value = layout.put_core(value.contiguous())
+        if value.shape == state[key].shape:
+            state[key].copy_(value)  # a captured CUDA graph reads it where it is
+        else:
+            state[key] = value
 
 
 def project(value: Tensor, left: Tensor | None, right: Tensor | None, layout: Replicated, *, core: bool) -> Tensor:

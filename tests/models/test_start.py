@@ -1,17 +1,14 @@
-"""What makes a run's start quick: transformers and scipy import less, garbage is searched for when the run begins."""
+"""What makes a run's start quick: transformers imports less, garbage is searched for when the run begins."""
 
 from __future__ import annotations
 
 import gc
-import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
 from transformers.utils import import_utils
 
 from hpc_oialr.garbage import search_as_usual, search_seldom
-from hpc_oialr.models.base import _models_listed_once, _scipy_upon_use
+from hpc_oialr.models.base import _models_listed_once
 
 FILE = str(Path(import_utils.__file__).parents[1] / "models" / "__init__.py")
 
@@ -32,23 +29,6 @@ def test_transformers_knows_the_same_names_from_one_reading() -> None:
     import_utils.define_import_structure.cache_clear()
     assert import_utils.define_import_structure(FILE) == found[0]
     assert read(Path(FILE).parent) == before
-
-
-def test_scipy_is_imported_when_something_of_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
-    monkeypatch.delitem(sys.modules, "scipy.optimize")
-    with _scipy_upon_use():
-        from scipy.optimize import linear_sum_assignment
-
-        assert sys.modules["scipy.optimize"] is not optimize
-    assert "scipy.optimize" not in sys.modules
-    rows, columns = linear_sum_assignment(np.array([[4.0, 1.0], [2.0, 9.0]]))
-    assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])
-    monkeypatch.delitem(sys.modules, "scipy.optimize")
-    with _scipy_upon_use():
-        from scipy.optimize import OptimizeResult
-
-        assert issubclass(OptimizeResult, dict)
 
 
 def test_garbage_is_searched_for_again_once_all_is_imported() -> None:
