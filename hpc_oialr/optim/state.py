@@ -137,7 +137,7 @@ def transform_state(
     # Written at the end: after ZeroRedundancyOptimizer.load_state_dict two states hold one tensor.
     for state, key, value in changed:
         value = layout.put_core(value.contiguous())
-        if value.shape == state[key].shape:
+        if core and type(value) is type(state[key]) and value.shape == state[key].shape:
             state[key].copy_(value)  # a captured CUDA graph reads it where it is
         else:
             state[key] = value

@@ -144,7 +144,7 @@ def test_dense_twin_takes_its_own_settings(recipe):
         (
             ["--model", "null"],
             ConfigError,
-            "model is None (from the command line); must be set; valid: Autoformer, GPT2, PretrainedClassifier, ResNet,",
+            "model is None (from the command line); must be set; valid: Autoformer, GPT2, Llama, PretrainedClassifier,",
         ),
         (
             ["--train.precision", "fp8"],
