@@ -53,4 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
             f"largest difference of outputs from the trained model's: {difference['absolute']:.2e}, "
             f"{difference['relative']:.1e} of the largest output ({difference['samples']} random inputs)"
         )
+    if note := written.get("note"):
+        show(f"note: {note}")
     show(folder)

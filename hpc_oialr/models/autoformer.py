@@ -35,7 +35,15 @@ class AutoCorrelation(AutoformerAttention):  # type: ignore[misc]
 
 
 class PublishedAutoformer(AutoformerForPrediction):  # type: ignore[misc]
-    """transformers' model with :class:`AutoCorrelation` in place of its attention; a step reads nothing back."""
+    """transformers' model with :class:`AutoCorrelation` in place of its attention; a step reads nothing back.
+
+    ``export_note`` is what an export says to those who load its weights elsewhere.
+    """
+
+    export_note = (
+        "transformers' AutoformerForPrediction gives other forecasts from these weights, which depend on the rest of a "
+        "batch: load them by hpc_oialr.load_factored, or train with model.attention=transformers"
+    )
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """As transformers' own."""

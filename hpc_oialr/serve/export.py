@@ -68,7 +68,7 @@ def export(
 
     Returns
     -------
-    The folder; its ``export.json`` says of which step it is, and how far outputs differ.
+    The folder; its ``export.json`` says of which step it is, how far outputs differ, and what else is to be known.
 
     Raises
     ------
@@ -93,6 +93,8 @@ def export(
         if form != "lora" and not (form in ("pt2", "onnx") and options.weights == "factored"):
             trained = replace(trained, model=merge_adapters(trained.model, inplace=True))
         content: dict[str, Any] = {"form": form, "run": trained.run.name, "step": trained.step}
+        if note := getattr(trained.model, "export_note", None):
+            content["note"] = note
         if form in ("dense", "lowrank"):
             _WRITERS[form](trained, folder, options, content)
         else:

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from support.tiny_images import RECIPE
 from support.tiny_runs import write_recipe
 
+from hpc_oialr.cli.main import main
 from hpc_oialr.distributed import World
 from hpc_oialr.errors import CheckpointError, OIALRError
 from hpc_oialr.lowrank import low_rank_layers, merge
+from hpc_oialr.models.autoformer import PublishedAutoformer
 from hpc_oialr.serve.export import export
 from hpc_oialr.serve.trained import load_model
 from hpc_oialr.train.load_config import load_config
@@ -62,6 +64,17 @@ def test_an_earlier_step_and_another_folder(run, tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint of step 7; there are: 12"):
         export(run.folder, "dense", step=7)
     assert export(run.folder, "dense", step=12, out=tmp_path / "x") == tmp_path / "x"
+
+
+def test_what_else_is_to_be_known_is_written_and_printed(run, tmp_path, monkeypatch, capsys):
+    """Such as of an Autoformer, from whose weights transformers' own class makes other forecasts."""
+    from transformers import ViTForImageClassification
+
+    note = PublishedAutoformer.export_note
+    monkeypatch.setattr(ViTForImageClassification, "export_note", note, raising=False)
+    assert main(["export", str(run.folder), "--format", "dense", "--out", str(tmp_path / "x")]) == 0
+    assert f"note: {note}" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "x" / "export.json").read_text())["note"] == note
 
 
 def test_tied_weights(tmp_path):
