@@ -32,17 +32,18 @@ class Clock:
         self._start()
 
     def _start(self) -> None:
-        self._finish()
+        self.finish()
         self._since = (time.perf_counter(), time.process_time())
 
     def _stop(self) -> None:
-        self._finish()
+        self.finish()
         assert self._since is not None
         self.wall += time.perf_counter() - self._since[0]
         self.cpu += time.process_time() - self._since[1]
         self._since = None
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait for the GPU's queue."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

@@ -13,6 +13,11 @@ from hpc_oialr.record.environment_report import environment_report
 Row = dict[str, Any]
 
 
+def key_of(row: Row, names: Sequence[str]) -> str:
+    """What a run is known by: its values of ``names``."""
+    return json.dumps({name: row[name] for name in names}, sort_keys=True)
+
+
 class RowFile:
     """Whole at every moment; a row takes the place of an earlier one with the same values of ``key``."""
 
@@ -22,7 +27,7 @@ class RowFile:
 
     def key(self, row: Row) -> str:
         """What a run is known by."""
-        return json.dumps({name: row[name] for name in self._key}, sort_keys=True)
+        return key_of(row, self._key)
 
     def rows(self) -> list[Row]:
         """Finished runs; those left out or failed are tried again."""

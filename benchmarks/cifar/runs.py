@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from benchmarks.cifar.images import Images
 from benchmarks.cifar.training import train
 from benchmarks.cifar.variants import Variant
 from benchmarks.clock import load_libraries
-from benchmarks.row_file import Row
+from benchmarks.row_file import Row, key_of
 from hpc_oialr.errors import NonFiniteError
 
 KEY = ("run", "seed", "size", "judged_on", "epochs", "batch", "settings")
@@ -51,12 +50,12 @@ def run(
     """
     data = data.to(torch.device(device))
     load_libraries(data.train_labels.device)
-    known = {_key(row) for row in finished}
+    known = {key_of(row, KEY) for row in finished}
     pace = 0.0  # seconds a step
     for seed in seeds:
         for variant in (_complete(variant, data) for variant in variants):
             head = _head(variant, data, seed)
-            if _key(head) in known:
+            if key_of(head, KEY) in known:
                 continue
             steps = _steps(variant, data)
             left = float("inf") if deadline is None else deadline - time.monotonic()
@@ -94,10 +93,6 @@ def _head(variant: Variant, data: Images, seed: int) -> Row:
         "batch": variant.batch,
         "settings": variant.settings(),
     }
-
-
-def _key(row: Row) -> str:
-    return json.dumps({name: row[name] for name in KEY}, sort_keys=True)
 
 
 class RowFile(row_file.RowFile):

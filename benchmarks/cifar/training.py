@@ -208,13 +208,19 @@ def _model(images: Images, seed: int) -> nn.Module:
         return settings.build({"pixel_values": torch.zeros(1, 3, SIDE, SIDE)})
 
 
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """torch's for all that is trained, matrices with weight decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=parameters[0].is_cuda)
+
+
 def _optimizer(variant: Variant, model: nn.Module) -> torch.optim.Optimizer:
     if variant.optimizer == "adamw":
-        parameters = list(model.parameters())
-        matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": variant.weight_decay}
-        rest = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-        cuda = matrices["params"][0].is_cuda
-        return torch.optim.AdamW([matrices, rest], lr=variant.lr, fused=True, capturable=cuda)
+        return adamw(model, variant.lr, variant.weight_decay)
     return muon_adamw(
         model,
         lr=variant.lr,

@@ -12,12 +12,13 @@ from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from benchmarks.cifar.training import adamw
 from benchmarks.cifar.variants import Line, Variant
 from benchmarks.rivals.factors import become_factors, spectron
 from benchmarks.rivals.problems import Data
-from hpc_oialr import OIALR, RankLimits, muon_adamw
+from hpc_oialr import OIALR, OIALRConfig, RankLimits, muon_adamw
 from hpc_oialr.lowrank import Selection, select
 from hpc_oialr.train.cuda_graph import SHORTEST
 
@@ -93,11 +94,6 @@ class Side:
         return f"{self.package} is missing: pip install --no-deps {self.package}"
 
 
-def selection_of(data: Data) -> Selection:
-    """The layers that every low-rank side cuts; small ones too in small models."""
-    return Selection()
-
-
 def r_of(model: nn.Module) -> Callable[[int], int]:
     """r of a weight by its k at the end, as OIALR rounds it: the same for all sides."""
     return RankLimits(at_conversion=FRACTION, round_to=_multiple(model)).initial
@@ -106,16 +102,6 @@ def r_of(model: nn.Module) -> Callable[[int], int]:
 def _multiple(model: nn.Module) -> int:
     widest = max(target.k for target in select(model))
     return 64 if widest >= 512 else 8 if widest >= 64 else 4
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """torch's, matrices with weight decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=lr, fused=True, capturable=parameters[0].is_cuda)
 
 
 def _dense_adamw(model: nn.Module, data: Data, steps: int, rate: float) -> Life:
@@ -131,7 +117,7 @@ def _muon(model: nn.Module, data: Data, rate: float, *, bases: bool = False) -> 
     lr = rate * problem.muon_lr
     return muon_adamw(
         model, lr=lr, bases_lr=lr if bases else None, adamw_lr=rate * problem.rest_lr,
-        selection=selection_of(data), weight_decay=problem.weight_decay,
+        weight_decay=problem.weight_decay,
     )  # fmt: skip
 
 
@@ -148,15 +134,14 @@ class OialrLife(Life):
         self.variant, self.steps, self.clip = variant, steps, variant.clip
         variant = replace(variant, round_to=variant.round_to or _multiple(model))
         config, self.rule = variant.oialr(steps, 0)
-        config.selection = selection_of(data)
         config.moments_steps = self._window(int(config.delay))
         self.oialr = OIALR(model, optimizer, config)
         self.cut = int(config.delay)
 
     @staticmethod
     def _window(delay: int) -> int:
-        """The method's own 20 steps of moments, at most a third of what lies before the conversion."""
-        return max(1, min(20, delay // 3))
+        """The method's own steps of moments, at most a third of what lies before the conversion."""
+        return max(1, min(OIALRConfig.moments_steps, delay // 3))
 
     def hooked_steps(self, steps: int) -> int:
         """Before the conversion, and a twentieth of ``frequency`` before the one update that cuts."""
@@ -202,12 +187,12 @@ FROM_START = Variant(
 
 def _factors(model: nn.Module, data: Data, steps: int, rate: float, *, silu: bool = False) -> Life:
     """Two factors under AdamW from the start."""
-    become_factors(model, selection_of(data), r_of(model), silu=silu)
+    become_factors(model, Selection(), r_of(model), silu=silu)
     return _dense_adamw(model, data, steps, rate)
 
 
 def _spectron(model: nn.Module, data: Data, steps: int, rate: float) -> Life:
-    layers = become_factors(model, selection_of(data), r_of(model))
+    layers = become_factors(model, Selection(), r_of(model))
     return Life(model, _spectron_optimizer(model, layers, data, rate))
 
 
@@ -228,7 +213,7 @@ class TruncatedLife(Life):
         """The cut, once."""
         if done != self.cut:
             return False
-        layers = become_factors(self.model, selection_of(self.data), r_of(self.model))
+        layers = become_factors(self.model, Selection(), r_of(self.model))
         self.optimizer = _spectron_optimizer(self.model, layers, self.data, self.rate)
         return True
 
@@ -236,7 +221,7 @@ class TruncatedLife(Life):
 def truncated(model: nn.Module, data: Data) -> nn.Module:
     """A copy of a dense model, cut by the SVD of its weights to the r of all sides."""
     model = copy.deepcopy(model)
-    become_factors(model, selection_of(data), r_of(model))
+    become_factors(model, Selection(), r_of(model))
     return model
 
 
@@ -252,7 +237,7 @@ def _projected(
     # New projections eight times a run, which at these lengths is every 40 to 200 steps.
     every = min(200, max(1, round(steps / 8)))
     choose = r_of(model)
-    targets = select(model, selection_of(data))
+    targets = select(model)
     taken = {id(target.weight) for target in targets}
     views: list[tuple[nn.Parameter, nn.Parameter]] = []
     groups: list[dict[str, Any]] = []

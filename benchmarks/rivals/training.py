@@ -7,7 +7,6 @@ import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +122,11 @@ class Run:
         timed, hooked, begin = self.length.timed, self.life.eager, time.perf_counter()
         self.rates.set(self.done)
         probed = timed and not hooked and self.device.type == "cpu" and len(self.times[-1]) == PROBED
-        with self._probe() if probed else nullcontext():
+        with self.memory.probe() if probed else nullcontext():
             self.loss = self.graph(batch)
         self.done += 1
         if timed:
-            self._finish()
+            self.clock.finish()
             seconds = math.nan if probed else time.perf_counter() - begin
             (self.hooked if hooked else self.times[-1]).append(seconds)
         cuts, judging = self.done == self.life.cut, self.length.evaluations > 0
@@ -146,7 +145,7 @@ class Run:
         if self.life.optimizer is not self.rates.optimizer:
             self.rates = self._rates()
         if self.length.timed:
-            self._finish()
+            self.clock.finish()
             self.first.append(time.perf_counter() - begin)
             self.times.append([])
 
@@ -160,14 +159,6 @@ class Run:
         self.life.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return loss.detach()
-
-    def _probe(self) -> Any:
-        """Measure a step's memory."""
-        return self.memory.probe()
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def note(self) -> None:
         """One point of the curve."""
