@@ -67,6 +67,7 @@ def run(key: Row, data: Path, work: Path, deadline: float | None) -> Row | None:
         "steps_of_ten_epochs": 10 * ((8640 - 96 - key["horizon"] + 1) // 32),
         "trained_share": result["trainable_params"] / result["dense_trainable_params"],
         "train_s": result["wall_s"],
+        "cuda_graph": result["cuda_graph"],
         # Of this call alone; of several runs at once it is their sum.
         "cpu_s": now.children_user - usage.children_user + now.children_system - usage.children_system,
         "settings": " ".join([recipe, *SIDES[key["run"]], *SIZES[key["size"]]]),

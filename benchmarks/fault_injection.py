@@ -69,10 +69,9 @@ def batch_shell(cluster: Cluster, job: Job, tasks: list[int]) -> None:
 
 
 Blow = Callable[[Cluster, Job, list[int]], None]
-BLOWS: list[Blow] = [time_limit, preemption, requeued_by_hand, killed]
 
 
-def strike(job: Job, metrics: Path, blows: Sequence[Blow] = BLOWS) -> None:
+def strike(job: Job, metrics: Path, blows: Sequence[Blow]) -> None:
     """End a job of two tasks in up to four ways, one after the other, and let it come to its end."""
     for _ in strikes(job, metrics, zip(STEPS[: len(blows)], blows, strict=True)):
         pass

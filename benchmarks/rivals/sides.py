@@ -26,7 +26,7 @@ from hpc_oialr.train.cuda_graph import SHORTEST
 FRACTION = 0.25
 # Where the dense run is cut, and OIALR's bases begin to follow.
 LATE = 0.7
-RATES = (1.0, 2.0, 0.5)
+RATES = (2.0, 1.0, 4.0)
 """Multiples of a side's base rate it is tuned by, the most likely first."""
 
 

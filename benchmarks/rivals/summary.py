@@ -1,4 +1,4 @@
-"""What the rows say: each side's best rate, its metric at every length, its time, and who is on the Pareto front."""
+"""What the rows say: each side's best rate, its metric and time at every length, and who is on the Pareto front."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import print_table
+from benchmarks.rivals.jobs import best_rates
 from benchmarks.rivals.problems import PROBLEMS
 from benchmarks.rivals.sides import SIDES
 from benchmarks.row_file import Row
@@ -16,44 +17,60 @@ BASE = "dense, Muon"
 
 
 def seconds(timed: Row, steps: int) -> float:
-    """Wall seconds of a run of ``steps`` alone on its machine, from a row of mode "time"."""
+    """A run of ``steps`` alone on its machine, from a row of mode "time": wall time on a GPU, else processor time."""
     mean = sum(phase["share"] * phase["step_ms"] for phase in timed["phases"]) / 1000
     return float(steps * mean + timed["events_s"])
 
 
-def table(rows: Sequence[Row], problem: str) -> list[Row]:
-    """One row a side: ``rate``; the ``metric`` by length, a mean over the seeds; ``seconds`` and ``front`` by length.
+def devices(rows: Sequence[Row], problem: str) -> list[str]:
+    """Those whose times are known, CPUs last: "cuda", "cpu"."""
+    mine = [row for row in rows if row["problem"] == problem and "failed" not in row]
+    timed = {row["device"] for row in mine if row["mode"] == "time"}
+    return sorted(timed | {"cpu" for row in mine if (row["mode"], row["device"]) == ("test", "cpu")}, reverse=True)
 
-    Seconds are of processor time on a CPU, else wall time by rows of mode "time". ``front``: no other side, at whatever
-    length, is at least as good in at most this time.
+
+def table(rows: Sequence[Row], problem: str) -> list[Row]:
+    """One row a side: ``rate``; by length its ``points``, each with ``metric``, a mean over the seeds, and by device
+    ``seconds`` and ``front``.
+
+    Steps are the same on all devices, so what was trained on one can be timed on another. Runs trained on a CPU have
+    times of their own. ``front``: no other side, at whatever length, is at least as good in at most this time.
     """
     mine = [row for row in rows if row["problem"] == problem and "failed" not in row]
-    timed = {row["side"]: row for row in mine if row["mode"] == "time"}
+    timed = {(row["side"], row["device"]): row for row in mine if row["mode"] == "time"}
     tests: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    best = best_rates(rows)
     for row in mine:
-        if row["mode"] == "test":
+        # An earlier test may have had the rate that was best of fewer.
+        if row["mode"] == "test" and row["rate"] == best.get((problem, row["side"]), row["rate"]):
             tests[row["side"], row["budget"]].append(row)
     points = []
     for (side, budget), found in tests.items():
-        gpu = found[0]["device"] != "cpu"
-        if gpu and side not in timed:
-            continue
-        spent = seconds(timed[side], found[0]["steps"]) if gpu else statistics.mean(r["cpu_s"] for r in found)
-        metric = statistics.mean(r["metric"] for r in found)
+        spent = {device: seconds(row, found[0]["steps"]) for (name, device), row in timed.items() if name == side}
+        if all(row["device"] == "cpu" for row in found):
+            spent["cpu"] = statistics.mean(row["cpu_s"] for row in found)
+        metric = statistics.mean(row["metric"] for row in found)
         points.append({"side": side, "budget": budget, "metric": metric, "seconds": spent, "seeds": len(found)})
     better = PROBLEMS[problem].better
     for point in points:
-        point["front"] = not any(
-            (better(p["metric"], point["metric"]) and p["seconds"] <= point["seconds"])
-            or (not better(point["metric"], p["metric"]) and p["seconds"] < point["seconds"])
-            for p in points
-        )
-    return [_line(side, [p for p in points if p["side"] == side], mine, timed.get(side)) for side in SIDES]
+        point["front"] = {
+            device: not any(_beats(p, point, device, better) for p in points if device in p["seconds"])
+            for device in point["seconds"]
+        }
+    return [_line(side, [p for p in points if p["side"] == side], mine, best.get((problem, side))) for side in SIDES]
 
 
-def _line(side: str, points: list[dict[str, Any]], rows: list[Row], timed: Row | None) -> Row:
+def _beats(p: dict[str, Any], point: dict[str, Any], device: str, better: Any) -> bool:
+    mine, other = p["seconds"][device], point["seconds"][device]
+    if better(p["metric"], point["metric"]):
+        return bool(mine <= other)
+    return bool(mine < other) and not better(point["metric"], p["metric"])
+
+
+def _line(side: str, points: list[dict[str, Any]], rows: list[Row], rate: float | None) -> Row:
     mine = [row for row in rows if row["side"] == side]
-    tests = [row for row in mine if row["mode"] == "test"]
+    tests = [row for row in mine if row["mode"] == "test" and rate in (None, row["rate"])]
+    timed = next((row for row in mine if row["mode"] == "time"), None)
     last = tests[0] if tests else None
     return {
         "side": side,
@@ -66,22 +83,26 @@ def _line(side: str, points: list[dict[str, Any]], rows: list[Row], timed: Row |
 
 
 def print_summary(rows: Sequence[Row]) -> None:
-    """A table a problem; * marks the Pareto front of metric against time."""
+    """A table for each problem and device; * marks the Pareto front of metric against time."""
     for problem in PROBLEMS:
         lines = [line for line in table(rows, problem) if line["points"]]
-        if not lines:
-            continue
-        print(f"\n{problem} ({PROBLEMS[problem].metric}):")
-        base = next((line for line in lines if line["side"] == BASE), lines[0])["points"]
-        shown = []
-        for line in lines:
-            cells = {"side": line["side"], "rate": line["rate"]}
-            for budget, p in line["points"].items():
-                ratio = p["seconds"] / base[budget]["seconds"] if budget in base else float("nan")
-                cells[f"x{budget:g}"] = (
-                    f"{p['metric']:.4f}{'*' if p['front'] else ' '} {p['seconds']:.1f} s {ratio:.2f}"
-                )
-            keys = ("trained_share", "stored_share", "peak_memory_mib")
-            shown.append(cells | {key: line[key] for key in keys})
-        keys = list(dict.fromkeys(key for cells in shown for key in cells))
-        print_table([{key: cells.get(key) for key in keys} for cells in shown])
+        for device in devices(rows, problem) if lines else ():
+            print(f"\n{problem} ({PROBLEMS[problem].metric}; {device}):")
+            base = next((line for line in lines if line["side"] == BASE), lines[0])["points"]
+            shown = []
+            for line in lines:
+                cells = {"side": line["side"], "rate": line["rate"]}
+                for budget, p in line["points"].items():
+                    cells[f"x{budget:g}"] = _cell(p, base.get(budget), device)
+                keys = ("trained_share", "stored_share", "peak_memory_mib")
+                shown.append(cells | {key: line[key] for key in keys})
+            keys = list(dict.fromkeys(key for cells in shown for key in cells))
+            print_table([{key: cells.get(key) for key in keys} for cells in shown])
+
+
+def _cell(point: dict[str, Any], base: dict[str, Any] | None, device: str) -> str:
+    if device not in point["seconds"]:
+        return f"{point['metric']:.4f}"
+    taken = point["seconds"][device]
+    ratio = f" {taken / base['seconds'][device]:.2f}" if base and device in base["seconds"] else ""
+    return f"{point['metric']:.4f}{'*' if point['front'][device] else ' '} {taken:.1f} s{ratio}"

@@ -42,7 +42,7 @@ class Length:
     evaluations
         Points of the curve, evenly spaced; 0: nothing is judged.
     timed
-        Measure each step on its own, waiting for the GPU after each, and the memory.
+        Measure each step on its own, waiting for the GPU after each, and the memory; on a CPU in processor seconds.
     like
         Steps of the run that this one stands for, where it is a short one for its times.
     deadline
@@ -96,6 +96,8 @@ class Run:
             refusal = refusal or self.life.refuse_graph(length.like or length.steps)
         self.graph = GraphedStep(self._compute, model, self.device, eager=lambda: self.life.eager, refusal=refusal)
         self.clock, self.done, self.loss = Clock(self.device), 0, torch.zeros((), device=self.device)
+        # On a CPU other work disturbs processor seconds least.
+        self.now = time.perf_counter if cuda else time.process_time
         self.rates = self._rates()
         self.curve: list[Row] = []
         self.at_cut: Row = {}
@@ -119,7 +121,7 @@ class Run:
         """One step and what the side does after it."""
         if self.done % 20 == 0 and time.time() > self.length.deadline:
             raise OutOfTimeError
-        timed, hooked, begin = self.length.timed, self.life.eager, time.perf_counter()
+        timed, hooked, begin = self.length.timed, self.life.eager, self.now()
         self.rates.set(self.done)
         probed = timed and not hooked and self.device.type == "cpu" and len(self.times[-1]) == PROBED
         with self.memory.probe() if probed else nullcontext():
@@ -127,13 +129,13 @@ class Run:
         self.done += 1
         if timed:
             self.clock.finish()
-            seconds = math.nan if probed else time.perf_counter() - begin
+            seconds = math.nan if probed else self.now() - begin
             (self.hooked if hooked else self.times[-1]).append(seconds)
         cuts, judging = self.done == self.life.cut, self.length.evaluations > 0
         if cuts and judging:
             with self.clock.paused():
                 self.at_cut["before_cut"] = self.data.judge(self.model)
-        begin = time.perf_counter()
+        begin = self.now()
         if self.life.after(self.done):
             self._changed(begin)
         if cuts and judging:
@@ -146,7 +148,7 @@ class Run:
             self.rates = self._rates()
         if self.length.timed:
             self.clock.finish()
-            self.first.append(time.perf_counter() - begin)
+            self.first.append(self.now() - begin)
             self.times.append([])
 
     def _compute(self, batch: Batch) -> Tensor:
@@ -201,6 +203,9 @@ class Run:
             known = [t for t in times if not math.isnan(t)]
             # The first steps make state, and a graph is captured. A single one, before a conversion at once, is no phase.
             steady = known[min(len(known) - 1, WARM_UP + 1) :] if len(known) > 1 else []
+            if not steady and self.graph.refusal:
+                # Without captures it took what any step of its phase does.
+                steady = known
             median = statistics.median(steady) if steady else 0.0
             if times:
                 phases.append({"steps": len(times), "share": len(times) / taken, "step_ms": 1000 * median})

@@ -57,6 +57,10 @@ def use_published_attention(model: nn.Module) -> None:
         fix = 'Install transformers 5: pip install "transformers>=5".'
         raise ConfigError("model.attention", "published", "needs the modules of transformers 5", fix=fix)
     model.__class__ = PublishedAutoformer
+    # transformers makes no mask for an attention it does not know. For its own it would make one while a CUDA graph is
+    # captured (5.17) or a program exported, of a tensor that it copies from the host.
+    config: Any = model.config
+    config._attn_implementation = "autocorrelation"
     for module in model.modules():
         if type(module) is AutoformerAttention:
             module.__class__ = AutoCorrelation

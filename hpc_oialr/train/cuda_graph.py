@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -52,10 +54,18 @@ def capture(call: Callable[[], T], device: torch.device, *, pool: Any = None) ->
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         # The first error is the cause; the end of the capture then raises one of its own.
-        lines = str(error.__context__ or error).splitlines() or [type(error).__name__]
-        # "backend='inductor' raised:" has it in the next line.
-        raise CaptureError(" ".join(lines[: 1 + lines[0].endswith(":")])[:160]) from error
+        raise CaptureError(cause(error.__context__ or error)) from error
     return graph.replay, result
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error, and the line of code outside of torch that led to it."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    # "backend='inductor' raised:" has it in the next line.
+    said = " ".join(lines[: 1 + lines[0].endswith(":")])[:160]
+    torch_itself = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_itself)]
+    return f"{said}; {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else said
 
 
 class GraphedStep:

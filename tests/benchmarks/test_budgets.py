@@ -15,9 +15,10 @@ from hpc_oialr.recipes import find_recipe
 
 def test_schedules_scale_with_the_budget() -> None:
     assert budgets.settings("OIALR", 14) == [
-        "--oialr.delay", "224", "--oialr.frequency", "240", "--train.epochs", "14",
+        "--oialr.delay", "224", "--oialr.frequency", "240", "--train.epochs", "14", *budgets.FLIP,
     ]  # fmt: skip
-    assert budgets.settings("dense", 0.5) == [*budgets.DENSE, "--train.epochs", "0.5"]
+    assert [budgets.dense_rate(epochs) for epochs in (0.5, 1, 2, 4)] == [0.005, 0.005, 0.005, 0.0025]
+    assert budgets.settings("dense", 0.5)[-4:] == ["--train.epochs", "0.5", *budgets.FLIP]
 
 
 def test_the_child_finds_the_clock_it_replaces() -> None:
@@ -48,6 +49,6 @@ def test_a_second_call_runs_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(SystemExit, match="killed"):
         budgets.main()
     budgets.main()
-    first = [(*job, 0) for job in budgets.RUNS[:3]]
-    assert [job for job in started if job[2] == 0][:4] == [*first, first[2]], "the one that was killed is run again"
-    assert len(json.loads(out.read_text())["rows"]) == len(budgets.RUNS)
+    jobs = [(*job, 0) for job in budgets.runs(budgets.TIMES)]
+    assert sorted(started) == sorted([*jobs, jobs[2]]), "the one that was killed is run again"
+    assert len(json.loads(out.read_text())["rows"]) == 2 * len(budgets.TIMES)

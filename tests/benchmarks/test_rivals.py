@@ -13,7 +13,7 @@ from benchmarks.rivals.factors import become_factors, spectron
 from benchmarks.rivals.jobs import KEY, Job, Setting, best_rates, tuning, work
 from benchmarks.rivals.problems import PROBLEMS, Data
 from benchmarks.rivals.sides import SIDES
-from benchmarks.rivals.summary import seconds, table
+from benchmarks.rivals.summary import devices, seconds, table
 from benchmarks.row_file import RowFile
 from hpc_oialr import Selection
 from hpc_oialr.lowrank import select
@@ -104,15 +104,37 @@ def test_the_best_rate_and_the_pareto_front() -> None:
         row("test", "CoLA", metric=1.45, cpu_s=11.0, budget=2.0),
         row("test", "APOLLO", failed="diverged"),
     ]
-    front = {
-        (line["side"], p["budget"]) for line in table(tests, "text_gpt") for p in line["points"].values() if p["front"]
-    }
-    assert front == {("dense, Muon", 1.0), ("OIALR", 1.0), ("CoLA", 1.0)}
+    assert front(tests, "cpu") == {("dense, Muon", 1.0), ("OIALR", 1.0), ("CoLA", 1.0)}
+
+
+def front(rows: list[dict[str, Any]], device: str) -> set[tuple[str, float]]:
+    points = [(line["side"], p) for line in table(rows, "text_gpt") for p in line["points"].values()]
+    return {(side, p["budget"]) for side, p in points if p["front"].get(device)}
+
+
+def test_what_a_gpu_trained_is_timed_on_both() -> None:
+    """400 steps: of 10 ms and one event of 1 s, or of 50 ms."""
+
+    def timed(side: str, device: str, step_ms: float, events_s: float) -> dict[str, Any]:
+        phases = [{"steps": 8, "share": 0.25, "step_ms": 2 * step_ms}, {"steps": 24, "share": 0.75, "step_ms": step_ms}]
+        return row("time", side, device=device, metric=None, phases=phases, events_s=events_s)
+
+    rows = [
+        row("test", "dense, Muon", device="cuda", metric=1.4, train_s=99.0, cpu_s=99.0),
+        row("test", "OIALR", device="cuda", metric=1.5, train_s=99.0, cpu_s=99.0),
+    ]
+    assert devices(rows, "text_gpt") == []
+    rows += [timed("dense, Muon", "cuda", 8.0, 0.0), timed("OIALR", "cuda", 8.0, 1.0), timed("OIALR", "cpu", 40.0, 0.0)]
+    lines = {line["side"]: line["points"] for line in table(rows, "text_gpt")}
+    assert lines["OIALR"][1.0]["seconds"] == pytest.approx({"cuda": 5.0, "cpu": 20.0})
+    assert devices(rows, "text_gpt") == ["cuda", "cpu"]
+    assert front(rows, "cuda") == {("dense, Muon", 1.0)}
+    assert front(rows, "cpu") == {("OIALR", 1.0)}
 
 
 def test_the_file_knows_what_was_run(tmp_path: Path) -> None:
     file, jobs = RowFile(tmp_path / "rows.json", KEY), tuning(["text_gpt"], ["OIALR", "CoLA"])
-    assert [(job.side, job.rate) for job in jobs[:3]] == [("OIALR", 1.0), ("CoLA", 1.0), ("OIALR", 2.0)]
+    assert [(job.side, job.rate) for job in jobs[:3]] == [("OIALR", 2.0), ("CoLA", 2.0), ("OIALR", 1.0)]
     left = work(jobs[0], TINY, 0.0)
     assert left["left_out"] == "the time was over"
     file.add({**TINY.head(jobs[1]), "metric": 1.0})

@@ -132,7 +132,9 @@ def alone() -> dict[str, dict[str, Any]]:
     return {name: train(0, 1, name, torch.float64) for name in ("adamw", "muon")}
 
 
-@pytest.mark.parametrize(("size", "name", "replicas"), [(2, "muon", 1), (3, "adamw", 1), (4, "muon", 2)])
+@pytest.mark.parametrize(
+    ("size", "name", "replicas"), [pytest.param(2, "muon", 1, marks=pytest.mark.long), (3, "adamw", 1), (4, "muon", 2)]
+)
 def test_same_as_one_process(alone, size, name, replicas):
     """Through conversion and cuts, uneven shards, accumulation, clipping; HSDP with four processes."""
     expected = alone[name]

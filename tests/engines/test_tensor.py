@@ -105,9 +105,9 @@ def trained(
 
 
 CASES = [(model, optimizer, torch.float64) for optimizer in OPTIMIZERS for model in MODELS]
-CASES += [("mlp", "AdamW", torch.float32), ("vit", "MuonAdamW", torch.float32)]
+SINGLE = [("mlp", "AdamW", torch.float32), ("vit", "MuonAdamW", torch.float32)]
 # On four processes data parallelism is what is new.
-FEWER = [("mlp", "AdamW", torch.float64), ("vit", "MuonAdamW", torch.float64)]
+FEWER = [("mlp", "AdamW", torch.float64), ("vit", "MuonAdamW", torch.float64), *SINGLE]
 
 
 def train_all(rank: int, size: int) -> list[Any]:
@@ -120,7 +120,7 @@ def train_all(rank: int, size: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def alone() -> dict[Any, Any]:
     engine = SingleEngine(World.single("cpu"))
-    return {case: trained(engine, *case) for case in CASES}
+    return {case: trained(engine, *case) for case in [*CASES, *SINGLE]}
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])

@@ -137,6 +137,7 @@ def test_a_step_that_waits_for_the_host_runs_eagerly_with_the_same_random_number
     torch.manual_seed(0)
     assert found == [float(step({"x": batch["x"].to(device)})) for _ in range(6)]
     assert graphed.status.startswith("off: it cannot be captured (")
+    assert graphed.status.endswith(": assert loss.item() > 0)"), "the line that cannot be"
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(device) - before < 1 << 26, "memory of the failed capture is free again"
     # Another capture works after it.

@@ -161,6 +161,14 @@ def test_a_step_of_autoformer_reads_nothing_back_from_its_device():
             Forecasting(objective=objective).loss(model, batch, None).backward()
 
 
+def test_autoformer_makes_no_mask_while_it_is_traced(monkeypatch):
+    """As under a CUDA graph's capture: transformers' functions cannot tell then whether a mask would hide anything."""
+    model, _, batch = forecasts()
+    expected = model.eval()(**batch).params[0]
+    monkeypatch.setattr("transformers.masking_utils.is_torchdynamo_exporting", lambda: True)
+    assert torch.equal(model(**batch).params[0], expected)
+
+
 def test_same_seed_same_weights():
     weights = []
     for _ in range(2):

@@ -32,6 +32,12 @@ def rows(planner):
     return planner.rows([1, 2, 4, 3], 1, DDP())
 
 
+@pytest.fixture(scope="module")
+def by_weights(workload, machine):
+    """On one and two processes, where weights alone choose the bases."""
+    return Planner(with_method(workload, importance="weights"), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
+
+
 def test_a_step_sends_every_gradient_once(planner, rows):
     """768 + 256 + 1024 + 1024 weights of four layers become 4 x 4 numbers each, in fp32."""
     assert set(planner.stages["end"].r.values()) == {4}
@@ -40,13 +46,12 @@ def test_a_step_sends_every_gradient_once(planner, rows):
     assert rows[0]["dense_sent_mb"] == 0
 
 
-def test_an_event_sends_its_factors(workload, machine):
+def test_an_event_sends_its_factors(by_weights):
     """At r = 12 of k = 16: k values and two bases of each layer; at the first update two rotations and values."""
     sides = (48 + 16) + (16 + 16) + (16 + 64) + (64 + 16)
-    rows = Planner(with_method(workload, importance="weights"), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
-    assert 1e6 * rows[1]["conversion_sent_mb"] == pytest.approx(4 * (4 * 16 + 12 * sides))
-    assert 1e6 * rows[1]["update_sent_mb"] == pytest.approx(4 * 4 * (2 * 12 * 12 + 12 + 2))
-    assert rows[0]["conversion_sent_mb"] == 0
+    assert 1e6 * by_weights[1]["conversion_sent_mb"] == pytest.approx(4 * (4 * 16 + 12 * sides))
+    assert 1e6 * by_weights[1]["update_sent_mb"] == pytest.approx(4 * 4 * (2 * 12 * 12 + 12 + 2))
+    assert by_weights[0]["conversion_sent_mb"] == 0
 
 
 def test_buckets_of_ddp(workload):
@@ -138,14 +143,11 @@ INPUTS, OUTPUTS = (16, 16, 16, 64), (48, 16, 64, 16)
 
 
 @pytest.mark.parametrize(("importance", "seen"), [("auto", [INPUTS]), ("inputs and gradients", [INPUTS, OUTPUTS])])
-def test_second_moments_are_counted(workload, machine, importance, seen):
+def test_second_moments_are_counted(workload, machine, by_weights, importance, seen):
     """n^2 numbers of each layer before the conversion, r^2 of each core, r = 12, before an update; what they choose."""
-    plain, rows = (
-        Planner(with_method(workload, importance=name), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
-        for name in ("weights", importance)
-    )
+    rows = Planner(with_method(workload, importance=importance), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
     dense, cores = sum(n * n for side in seen for n in side), 4 * len(seen) * 12**2
-    for before, row in zip(plain, rows, strict=True):
+    for before, row in zip(by_weights, rows, strict=True):
         assert before["conversion_moments_gib"] == before["update_moments_gib"] == 0
         assert row["conversion_moments_gib"] * GIB == 4 * dense
         assert row["update_moments_gib"] * GIB == 4 * cores
@@ -156,28 +158,27 @@ def test_second_moments_are_counted(workload, machine, importance, seen):
         assert more["update"] == pytest.approx(several * 4 * (cores + 4 * (2 * 12 * 12 + 12)))
 
 
-def test_where_second_moments_are(workload, machine):
+def test_where_second_moments_are(workload, machine, planner, rows):
     """On a CPU they are in the same memory; under tensor parallelism there are none."""
-    (on_gpu,) = Planner(workload, machine, memory_gib=40.0).rows([1], 1, DDP())
+    on_gpu = rows[0]
     host = replace(machine, cores=4)
     (on_cpu,) = Planner(workload, host, memory_gib=40.0).rows([1], 1, DDP())
     assert on_cpu["conversion_peak_gib"] >= on_cpu["dense_peak_gib"] + on_cpu["conversion_moments_gib"]
     assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
     note = "counted: 1.8e-05 GiB of second moments before the conversion, in the host's memory of each process"
-    assert note in Planner(workload, machine, memory_gib=40.0).grounds()
+    assert note in planner.grounds()
     (tensor,) = Planner(workload, host, 40.0).rows([2], 1, TensorParallel(size=2))
     assert tensor["conversion_moments_gib"] == 0
     (refused,) = Planner(with_method(workload, importance="inputs"), host, 40.0).rows([2], 1, TensorParallel(size=2))
     assert (refused["fits"], refused["advice"].partition(";")[0]) == (False, "importance is 'inputs'")
 
 
-def test_trained_bases_cost_gradients_and_moments(workload, machine):
+def test_trained_bases_cost_gradients_and_moments(workload, machine, rows):
     """Under AdamW two moments of every basis, and a step counter of each of eight."""
-    frozen = Planner(workload, machine, memory_gib=40.0).rows([1, 2], 1, DDP())
     planner = Planner(with_method(workload, train="factors"), machine, memory_gib=40.0)
     assert set(planner.stages) == {"dense", "converted", "end"}
     bases = sum(r * sum(planner.shapes[name]) for name, r in planner.stages["end"].r.items())
-    for before, row in zip(frozen, planner.rows([1, 2], 1, DDP()), strict=True):
+    for before, row in zip(rows[:2], planner.rows([1, 2], 1, DDP()), strict=True):
         assert (row["end_optimizer_gib"] - before["end_optimizer_gib"]) * GIB == 2 * 4 * bases + 4 * 8
         assert (row["end_gradients_gib"] > 0) == (row["processes"] > 1)
         sent = 4e-6 * bases if row["processes"] > 1 else 0

@@ -1,4 +1,4 @@
-"""A run under a real Slurm that is ended in four ways, one after the other, against an undisturbed one."""
+"""A run under a real Slurm that is ended in several ways, one after the other, against an undisturbed one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from support.mpirun import HERE, WHY_NOT
 
-from benchmarks.fault_injection import TINY, WARNING_S, outcome, strike
+from benchmarks.fault_injection import (
+    TINY,
+    WARNING_S,
+    killed,
+    outcome,
+    preemption,
+    requeued_by_hand,
+    strike,
+    time_limit,
+)
 from benchmarks.slurm_cluster import Cluster, Job
 from hpc_oialr.record import read_metrics
 
@@ -19,17 +28,17 @@ SCRIPT = str(HERE / "slurm" / "fashion_mnist.sh")
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, whole: Callable[[], Path]) -> tuple[Path, Path, Job]:
-    """Folders of an undisturbed run and of one that was struck at four steps, and the latter's job."""
+    """Folders of an undisturbed run and of one that was struck at three steps, and the latter's job."""
     folder = cluster.root / "it's $(struck)"
     options = [f"--signal=USR2@{WARNING_S}", "--job-name=a 'b' $(touch broken)", "--output=struck.out"]
     job = cluster.sbatch("--nodes=2", *options, SCRIPT, *TINY, OIALR_OUT=str(folder))
-    strike(job, folder / "metrics.jsonl")
+    strike(job, folder / "metrics.jsonl", [time_limit, requeued_by_hand, killed])
     return whole(), folder, job
 
 
-def test_four_blows_lose_nothing(runs: tuple[Path, Path, Job]) -> None:
+def test_three_blows_lose_nothing(runs: tuple[Path, Path, Job]) -> None:
     whole, struck, job = runs
-    assert job.fields()["Restarts"] == "4"
+    assert job.fields()["Restarts"] == "3"
     assert outcome(struck) == outcome(whole)
 
 
@@ -37,17 +46,23 @@ def test_the_job_tells_its_life(runs: tuple[Path, Path, Job]) -> None:
     *_, job = runs
     assert re.search(r"stopped after step \d+: signal USR2", job.output)
     told = re.findall(r"oialr: (.*requeue \d of 20)\n", job.output)
-    assert told[:2] == [
-        "stopped with a checkpoint; requeue 1 of 20",
-        "stopped with a checkpoint; requeue 2 of 20",
-    ]
-    assert "requeue 3 of 20" not in job.output, "Slurm itself counts the one by hand"
-    assert told[2:] == ["killed by signal 9; requeue 4 of 20"]
+    assert told[0] == "stopped with a checkpoint; requeue 1 of 20"
+    assert "requeue 2 of 20" not in job.output, "Slurm itself counts the one by hand"
+    assert told[1:] == ["killed by signal 9; requeue 3 of 20"]
     assert "left in the job" in job.output
 
 
 def test_names_are_no_commands(runs: tuple[Path, Path, Job], cluster: Cluster) -> None:
     assert not list(cluster.root.rglob("broken"))
+
+
+@pytest.mark.long
+def test_preempted(cluster: Cluster, whole: Callable[[], Path]) -> None:
+    folder = cluster.root / "preempted"
+    job = cluster.sbatch("--nodes=2", f"--signal=USR2@{WARNING_S}", SCRIPT, *TINY, OIALR_OUT=str(folder))
+    strike(job, folder / "metrics.jsonl", [preemption])
+    assert "stopped with a checkpoint; requeue 1 of 20" in job.output
+    assert outcome(folder) == outcome(whole())
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from hpc_oialr.errors import ConfigError
 from hpc_oialr.record import read_metrics
 from hpc_oialr.train import cuda_graph
 from hpc_oialr.train.checkpoint import load_optimizer, optimizer_state
-from hpc_oialr.train.cuda_graph import WARM_UP, CaptureError, GraphedStep, refusal
+from hpc_oialr.train.cuda_graph import WARM_UP, CaptureError, GraphedStep, cause, refusal
 from hpc_oialr.train.load_config import load_config
 from hpc_oialr.train.run import resume, train
 from hpc_oialr.train.run_context import make_run_context
@@ -245,6 +245,14 @@ def test_nothing_is_lost_where_a_step_cannot_be_captured(monkeypatch, caplog):
     reason = "it cannot be captured (the host waits for a value)"
     assert caplog.messages == [f"no CUDA graph of the steps from now on: {reason}"]
     assert steps.graphed.status == f"off: {reason}"
+
+
+def test_the_reason_names_the_line_outside_of_torch():
+    with pytest.raises(RuntimeError) as caught:
+        nn.Linear(2, 3)(torch.ones(4))
+    line = caught.tb.tb_lineno
+    assert cause(caught.value).endswith(f"; test_cuda_graph.py:{line}: nn.Linear(2, 3)(torch.ones(4))")
+    assert cause(RuntimeError("never raised")) == "never raised"
 
 
 def test_a_parameter_that_is_replaced_is_freed(monkeypatch):
