@@ -5,7 +5,7 @@
 "small" images are CIFAR-10's JPEGs, "large" ones mosaics of them of 480 x 352 pixels, about 50 kB. One
 process reads in a new random order each round, all ways in turn; rates are medians over the rounds. Files are in the
 page cache, so that the formats are compared, not the disk. "decode" is the decoder on bytes that are in memory; "reader"
-also scales the pixels to floats in whole batches, as training does.
+makes whole batches, as training gets them.
 """
 
 from __future__ import annotations

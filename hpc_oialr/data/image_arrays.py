@@ -75,11 +75,7 @@ class Normalisation:
         """uint8 [B, C, H, W] as float32."""
         if self.factor.device != images.device:
             self.factor, self.shift = self.factor.to(images.device), self.shift.to(images.device)
-        return self.scale_(images.to(torch.float32))
-
-    def scale_(self, images: Tensor) -> Tensor:
-        """The same for pixels as float32 [..., C, H, W], in place."""
-        return images.mul_(self.factor).add_(self.shift)
+        return images.to(torch.float32).mul_(self.factor).add_(self.shift)
 
 
 class ImageArrays(ArrayDataset):

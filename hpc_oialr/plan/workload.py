@@ -44,7 +44,7 @@ class Workload:
             train = config.data.build().train
         except DataError as missing:
             return cls._without_data(config, samples, missing)
-        sample = {key: value[0] for key, value in train.gather(torch.arange(1)).items()}
+        sample = {key: value[0] for key, value in train.example(1).items()}
         return cls(config, sample, samples or len(train))
 
     @classmethod

@@ -149,7 +149,7 @@ def contenders(
     forms = {"dense": module}
     if low_rank_layers(module):
         forms = {"merged": merge(module), "factored": fold(module, inplace=True)}
-    sample, dtype = dataset.gather(torch.arange(1)), INPUTS.get(config.train.precision)
+    sample, dtype = dataset.example(1), INPUTS.get(config.train.precision)
     for form, each in forms.items():
         last = wants_channels_last(config, each, sample, device)
         each.to(device, torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(False).eval()
@@ -164,7 +164,7 @@ def metrics_of(model: Contender, config: RunConfig, dataset: ArrayDataset) -> di
     parts = []
     for batch in batches.epoch(0):
         with model.passes.autocast():
-            parts.append(config.task.totals(model.module, model.passes.place(batch)))
+            parts.append(config.task.totals(model.module, model.passes.place(batch, dataset)))
     return config.task.metrics(torch.stack(parts).sum(0).cpu())
 
 
@@ -199,7 +199,7 @@ def _peak_bytes(model: Contender, config: RunConfig, batch: Batch) -> int:
 
 def _batch(model: Contender, dataset: ArrayDataset, size: int) -> Batch:
     """The first samples, again from the start where there are fewer."""
-    return model.passes.place(dataset.gather(torch.arange(size) % len(dataset)))
+    return model.passes.place(dataset.gather(torch.arange(size) % len(dataset)), dataset)
 
 
 def _speeds(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hpc_oialr.data import Batch
+from hpc_oialr.data import ArrayDataset, Batch
 from hpc_oialr.train.bf16_params import cast_parameters
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,9 +38,12 @@ class Passes:
             return nullcontext()
         return cast_parameters(module, torch.bfloat16)
 
-    def place(self, batch: Batch) -> Batch:
-        """A batch on the device; floating-point values in the dtype of the passes, if that is not fp32 or autocast's."""
-        moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+    def place(self, batch: Batch, dataset: ArrayDataset) -> Batch:
+        """A batch of a data set as the model sees it: on the device and finished there.
+
+        Floating-point values have the dtype of the passes, if that is not fp32 or autocast's.
+        """
+        moved = dataset.finish({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
         for key, value in moved.items() if self.channels_last else ():
             if is_image(value):
                 # Convolutions take on the format of their input, whatever that of the weight. By a copy: images of one

@@ -153,7 +153,7 @@ def make_run_context(config: RunConfig, world: World) -> RunContext:
     if config.oialr is not None:
         config = replace(config, oialr=config.oialr.in_steps(total))
     torch.manual_seed(train.seed)
-    sample = splits.train.gather(torch.arange(min(2, len(splits.train))))
+    sample = splits.train.example(2)
     config.task.check(sample, splits.classes, config.model)
     with _section("model"):
         module = config.model.build(sample)

@@ -287,7 +287,7 @@ def forward_backward(
     pass, in which DDP's ranks wait for each other.
     """
     train, losses, passes = context.config.train, [], context.passes
-    parts = {key: value.chunk(train.accumulation) for key, value in passes.place(batch).items()}
+    parts = {key: value.chunk(train.accumulation) for key, value in passes.place(batch, context.splits.train).items()}
     with passes.casts(context.module):
         for i in range(train.accumulation):
             piece = {key: values[i] for key, values in parts.items()}
@@ -320,7 +320,7 @@ def evaluate(context: RunContext, dataset: ArrayDataset) -> dict[str, float]:
 
     def totals(batch: Batch) -> Tensor:
         with passes.autocast():
-            return task.totals(module, passes.place(batch))
+            return task.totals(module, passes.place(batch, dataset))
 
     module.eval()
     eager = torch.compiler.set_stance("force_eager") if context.config.compile != "off" else nullcontext()

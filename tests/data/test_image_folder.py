@@ -39,7 +39,8 @@ def test_training_is_random_and_evaluation_is_the_middle(folder: Path) -> None:
     splits = ImageFolder(path=str(folder), size=16, evaluation_size=20).build()
     batch = splits.train.gather(torch.tensor([9, 2]))
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
-    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].dtype == torch.uint8, "floats are made on the device"
+    assert splits.train.finish(batch)["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [1, 0]
     validation = files(splits.validation)
     assert validation.gather(torch.arange(2))["pixel_values"].shape == (2, 3, 20, 20)
@@ -53,7 +54,9 @@ def test_pixels_are_normalised_by_channel(tmp_path: Path) -> None:
     for part in ("train", "val"):
         (tmp_path / part / "grey").mkdir(parents=True)
         Image.new("RGB", (20, 20), (255, 0, 51)).save(tmp_path / part / "grey" / "a.png")
-    pixels = ImageFolder(path=str(tmp_path), size=4).build().train.gather(torch.arange(1))["pixel_values"]
+    train = ImageFolder(path=str(tmp_path), size=4, limit=1).build().train
+    assert isinstance(train, SubsetView)
+    pixels = train.example(2)["pixel_values"]
     wanted = (np.array([1.0, 0.0, 0.2]) - MEAN) / STD
     torch.testing.assert_close(pixels[0, :, 0, 0].double(), torch.from_numpy(wanted), atol=1e-5, rtol=0)
 
