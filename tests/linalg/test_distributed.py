@@ -20,13 +20,13 @@ from support.threads import run_threads
 
 from hpc_oialr.linalg.row_partition import even_blocks
 
-# Threads cost nothing; of processes the fewest that make a tree of two full levels, and one that is not full.
+# Of processes the fewest that make a tree of two full levels, and one that is not full.
 SIZES = {"threads": (1, 2, 3, 4, 8), "gloo": (1, 2, 3, 4), "mpi": (1, 2, 3)}
 MATRICES = {case.name: case.A for case in cases()}
 worlds = pytest.mark.parametrize(
     ("backend", "size"),
     [
-        pytest.param(backend, size, marks=needs_mpirun if backend == "mpi" else ())
+        pytest.param(backend, size, marks=needs_mpirun if backend == "mpi" else pytest.mark.long if size > 4 else ())
         for backend, sizes in SIZES.items()
         for size in sizes
     ],

@@ -74,7 +74,7 @@ def losses_of(rank: int, size: int, name: str, dtype: torch.dtype) -> tuple[list
     return losses, oialr.r
 
 
-@pytest.mark.parametrize(("name", "size"), [("AdamW", 2), ("MuonAdamW", 4)])
+@pytest.mark.parametrize(("name", "size"), [("AdamW", 2), pytest.param("MuonAdamW", 4, marks=pytest.mark.long)])
 def test_equal_to_one_process(name: str, size: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
         alone, r_alone = losses_of(0, 1, name, dtype)

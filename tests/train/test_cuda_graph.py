@@ -45,7 +45,12 @@ def losses(result):
     [
         ("MuonAdamW", {"frequency": 6}, 4),
         ("AdamW", {"frequency": 6}, 4),
-        ("MuonAdamW", {"frequency": 9, "importance": "inputs and gradients", "moments_steps": 2}, 3),
+        pytest.param(
+            "MuonAdamW",
+            {"frequency": 9, "importance": "inputs and gradients", "moments_steps": 2},
+            3,
+            marks=pytest.mark.long,
+        ),
         ("AdamW", {"frequency": 30, "bases_trained": [[11, 17]]}, 4),
     ],
     ids=["Muon", "AdamW", "moments", "phases"],

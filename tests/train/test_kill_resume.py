@@ -14,7 +14,7 @@ from support.tiny_runs import write_recipe
 ATTEMPTS = 3
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_kill_and_resume(tmp_path: Path, size: int) -> None:
     checkpoints = {"every": 3, "asynchronous": True}
     recipe = str(write_recipe(tmp_path, train={"steps": 40, "evaluations": 3}, checkpoint=checkpoints))

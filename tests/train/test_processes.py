@@ -22,7 +22,7 @@ def single(tmp_path_factory):
     return recipe, train(load_config(recipe), folder / "run", world=World.single("cpu"))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_same_r_and_losses(single, tmp_path, size):
     recipe, alone = single
     summaries = spawn(train_worker, size, str(recipe), str(tmp_path / "run"))
