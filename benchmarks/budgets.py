@@ -63,12 +63,24 @@ def runs(times: Sequence[float]) -> list[tuple[str, float]]:
     return [pair for time in times for pair in (("OIALR", PER_DENSE_EPOCH * time), ("dense", time))]
 
 
+def head(side: str, epochs: float, seed: int) -> Row:
+    """What a run's row begins with, and is known by."""
+    return {"run": side, "epochs": epochs, "seed": seed, "settings": " ".join(settings(side, epochs))}
+
+
+def accuracies(rows: Sequence[Row]) -> dict[tuple[str, float], list[float]]:
+    """Test accuracies in percent by side and epochs, in the order of the seeds."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found.setdefault((row["run"], row["epochs"]), []).append(100 * row["test_accuracy"])
+    return found
+
+
 def run(side: str, epochs: float, seed: int) -> Row:
     """Train one side at one budget."""
-    overrides = settings(side, epochs)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        options = [*overrides, "--train.seed", str(seed), "--train.evaluations", "6", "--out", str(folder)]
+        options = [*settings(side, epochs), "--train.seed", str(seed), "--train.evaluations", "6", "--out", str(folder)]
         command = [sys.executable, "-c", CHILD, "train", "fashion_mnist_vit", *options]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -78,16 +90,12 @@ def run(side: str, epochs: float, seed: int) -> Row:
         result = json.loads((folder / "summary.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["step"], round(row["wall_s"], 1), row["metric"]) for row in lines if "metric" in row]
-    return {
-        "run": side,
-        "epochs": epochs,
-        "seed": seed,
+    return head(side, epochs, seed) | {
         "test_accuracy": result["metric"],
         "cpu_s": result["wall_s"],
         "trained_share": result["trainable_params"] / result["dense_trainable_params"],
         "steps": result["steps"],
         "curve": [[step / result["steps"] * epochs, seconds, metric] for step, seconds, metric in curve],
-        "settings": " ".join(overrides),
     }
 
 
@@ -102,10 +110,8 @@ def main() -> None:
     known = {file.key(row) for row in file.rows()}
 
     def work(job: tuple[str, float, int]) -> None:
-        side, epochs, seed = job
-        row = {"run": side, "epochs": epochs, "seed": seed, "settings": " ".join(settings(side, epochs))}
-        if file.key(row) not in known:
-            file.add(run(side, epochs, seed))
+        if file.key(head(*job)) not in known:
+            file.add(run(*job))
 
     with ThreadPoolExecutor(options.parallel) as pool:
         list(pool.map(work, [(*pair, seed) for seed in options.seeds for pair in runs(options.times)]))

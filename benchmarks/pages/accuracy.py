@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.budgets import PER_DENSE_EPOCH
+from benchmarks.budgets import PER_DENSE_EPOCH, accuracies
 from benchmarks.pages.tables import load, origin, origins, table
 
 
@@ -57,10 +57,7 @@ def budgets() -> str:
     results = {name: load(name) for name in ("budgets", "budgets_h100")}
     timed, judged = (result["rows"] for result in results.values())
     epoch_s = {row["run"]: row["cpu_s"] / row["epochs"] for row in timed}
-    found: dict[tuple[str, float], list[float]] = {}
-    for row in sorted(judged, key=lambda row: row["seed"]):
-        found.setdefault((row["run"], row["epochs"]), []).append(100 * row["test_accuracy"])
-    rows = []
+    found, rows = accuracies(judged), []
     for side, epochs in sorted(found, key=lambda key: key[1]):
         if side == "dense" and (others := found.get(("OIALR", PER_DENSE_EPOCH * epochs))):
             ratio = PER_DENSE_EPOCH * epoch_s["OIALR"] / epoch_s["dense"]

@@ -14,6 +14,8 @@ from benchmarks.rivals.sides import SIDES
 from benchmarks.row_file import Row
 
 BASE = "dense, Muon"
+# The same in all tests of a side.
+OF_A_SIDE = ("rate", "trained_share", "stored_share")
 
 
 def seconds(timed: Row, steps: int) -> float:
@@ -30,22 +32,22 @@ def devices(rows: Sequence[Row], problem: str) -> list[str]:
 
 
 def table(rows: Sequence[Row], problem: str) -> list[Row]:
-    """One row a side: ``rate``; by length its ``points``, each with ``metric``, a mean over the seeds, and by device
-    ``seconds`` and ``front``.
+    """One row a side: ``rate`` and shares; by device ``peak_memory_mib``; by length its ``points``, each with ``metric``,
+    a mean over the seeds, and by device ``seconds`` and ``front``.
 
     Steps are the same on all devices, so what was trained on one can be timed on another. Runs trained on a CPU have
     times of their own. ``front``: no other side, at whatever length, is at least as good in at most this time.
     """
     mine = [row for row in rows if row["problem"] == problem and "failed" not in row]
     timed = {(row["side"], row["device"]): row for row in mine if row["mode"] == "time"}
-    tests: dict[tuple[str, float], list[Row]] = defaultdict(list)
     best = best_rates(rows)
-    for row in mine:
-        # An earlier test may have had the rate that was best of fewer.
-        if row["mode"] == "test" and row["rate"] == best.get((problem, row["side"]), row["rate"]):
-            tests[row["side"], row["budget"]].append(row)
+    # An earlier test may have had the rate that was best of fewer.
+    tests = [r for r in mine if r["mode"] == "test" and r["rate"] == best.get((problem, r["side"]), r["rate"])]
+    equal: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for row in tests:
+        equal[row["side"], row["budget"]].append(row)
     points = []
-    for (side, budget), found in tests.items():
+    for (side, budget), found in equal.items():
         spent = {device: seconds(row, found[0]["steps"]) for (name, device), row in timed.items() if name == side}
         if all(row["device"] == "cpu" for row in found):
             spent["cpu"] = statistics.mean(row["cpu_s"] for row in found)
@@ -57,7 +59,15 @@ def table(rows: Sequence[Row], problem: str) -> list[Row]:
             device: not any(_beats(p, point, device, better) for p in points if device in p["seconds"])
             for device in point["seconds"]
         }
-    return [_line(side, [p for p in points if p["side"] == side], mine, best.get((problem, side))) for side in SIDES]
+    return [
+        {
+            "side": side,
+            "points": {p["budget"]: p for p in sorted(points, key=lambda p: p["budget"]) if p["side"] == side},
+            "peak_memory_mib": {d: row["peak_memory_mib"] for (name, d), row in timed.items() if name == side},
+            **{key: next((row[key] for row in tests if row["side"] == side), None) for key in OF_A_SIDE},
+        }
+        for side in SIDES
+    ]
 
 
 def _beats(p: dict[str, Any], point: dict[str, Any], device: str, better: Any) -> bool:
@@ -65,21 +75,6 @@ def _beats(p: dict[str, Any], point: dict[str, Any], device: str, better: Any) -
     if better(p["metric"], point["metric"]):
         return bool(mine <= other)
     return bool(mine < other) and not better(point["metric"], p["metric"])
-
-
-def _line(side: str, points: list[dict[str, Any]], rows: list[Row], rate: float | None) -> Row:
-    mine = [row for row in rows if row["side"] == side]
-    tests = [row for row in mine if row["mode"] == "test" and rate in (None, row["rate"])]
-    timed = next((row for row in mine if row["mode"] == "time"), None)
-    last = tests[0] if tests else None
-    return {
-        "side": side,
-        "rate": last["rate"] if last else None,
-        "points": {p["budget"]: p for p in sorted(points, key=lambda p: p["budget"])},
-        "trained_share": last["trained_share"] if last else None,
-        "stored_share": last["stored_share"] if last else None,
-        "peak_memory_mib": timed["peak_memory_mib"] if timed else None,
-    }
 
 
 def print_summary(rows: Sequence[Row]) -> None:
@@ -94,8 +89,8 @@ def print_summary(rows: Sequence[Row]) -> None:
                 cells = {"side": line["side"], "rate": line["rate"]}
                 for budget, p in line["points"].items():
                     cells[f"x{budget:g}"] = _cell(p, base.get(budget), device)
-                keys = ("trained_share", "stored_share", "peak_memory_mib")
-                shown.append(cells | {key: line[key] for key in keys})
+                cells |= {key: line[key] for key in ("trained_share", "stored_share")}
+                shown.append(cells | {"peak_memory_mib": line["peak_memory_mib"].get(device)})
             keys = list(dict.fromkeys(key for cells in shown for key in cells))
             print_table([{key: cells.get(key) for key in keys} for cells in shown])
 

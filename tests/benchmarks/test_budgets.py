@@ -18,7 +18,8 @@ def test_schedules_scale_with_the_budget() -> None:
         "--oialr.delay", "224", "--oialr.frequency", "240", "--train.epochs", "14", *budgets.FLIP,
     ]  # fmt: skip
     assert [budgets.dense_rate(epochs) for epochs in (0.5, 1, 2, 4)] == [0.005, 0.005, 0.005, 0.0025]
-    assert budgets.settings("dense", 0.5)[-4:] == ["--train.epochs", "0.5", *budgets.FLIP]
+    muon = ["--optimizer.dense_algorithm", "muon", "--optimizer.lr", "0.005"]
+    assert budgets.settings("dense", 0.5) == ["--oialr", "null", *muon, "--train.epochs", "0.5", *budgets.FLIP]
 
 
 def test_the_child_finds_the_clock_it_replaces() -> None:
@@ -40,8 +41,7 @@ def test_a_second_call_runs_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp
         started.append((side, epochs, seed))
         if len(started) == 3:
             raise SystemExit("killed")
-        row = {"run": side, "epochs": epochs, "seed": seed}
-        return row | {"settings": " ".join(budgets.settings(side, epochs))}
+        return budgets.head(side, epochs, seed)
 
     monkeypatch.setattr(budgets, "run", run)
     out = tmp_path / "budgets.json"
