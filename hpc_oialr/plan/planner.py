@@ -55,7 +55,7 @@ class Planner:
             trained = method.train == "factors"
             self.rule, self.assumption = predictable_rule(method.rule, r_fraction, shapes, bases_trained=trained)
         self._traces: dict[tuple[object, ...], Step] = {}
-        self._event_peaks: dict[tuple[int, bool, str], float] = {}
+        self._event_peaks: dict[tuple[int, bool, str, bool], float] = {}
 
     def use(self, measured: Measured) -> None:
         """Prefer measured steps to counted operations, and take SVDs to be as fast as a measured conversion."""
@@ -289,7 +289,7 @@ class Planner:
             beside = step_cost.sharded_event_bytes(self.shapes, phase, d.processes, whole_bases=d.whole_bases)
             return max(gathering, resident + held + beside)
         # At most one result of each layer is alive at once.
-        key = min(d.processes, len(phase.before)), d.processes > 1, phase.event
+        key = min(d.processes, len(phase.before)), d.processes > 1, phase.event, on_gpu
         if key not in self._event_peaks:
             trained = self.stages[BEFORE[phase.event]].trained
             self._event_peaks[key] = trace_event(

@@ -19,9 +19,10 @@ from hpc_oialr import Selection
 from hpc_oialr.lowrank import select
 
 TINY = Setting("cpu", None, tiny=True, evaluations=2)
-# Convolutions, Conv1D, and an Autoformer with what differs there.
+# Conv1D; convolutions, Linear and an Autoformer with what differs there.
 RUNS = [
-    *((problem, side) for problem in ("fashion_conv", "text_gpt") for side in SIDES),
+    *(("text_gpt", side) for side in SIDES),
+    *(("fashion_conv", side) for side in ("OIALR, published", "Spectron", "GaLore", "CoLA")),
     *(("fashion_vit", side) for side in ("OIALR, bases follow", "CoLA")),
     ("etth1", "truncated, then trained"),
 ]

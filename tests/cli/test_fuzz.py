@@ -54,12 +54,12 @@ def ends_well(capsys, arguments):
 
 
 def test_settings_are_a_recipe_or_an_error(recipe, capsys):
-    for settings in command_lines(recipe, 250):
+    for settings in command_lines(recipe, 150):
         ends_well(capsys, ["train", str(recipe), *settings, "--print_config"])
 
 
 def test_settings_run_or_are_an_error(recipe, capsys, tmp_path):
-    for settings in command_lines(recipe, 50):
+    for settings in command_lines(recipe, 36):
         if any(name in str(settings) for name in HEAVY):
             continue
         out = tmp_path / "run"
@@ -113,7 +113,7 @@ WORDS = (
 
 def test_any_words_end_well(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for seed in seeds(200):
+    for seed in seeds(120):
         rng = random.Random(seed)
         words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
         if words[0] in ("data", "compare", "plan"):

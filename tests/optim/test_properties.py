@@ -31,7 +31,7 @@ def failures(plans: range, processes: int) -> list[str]:
 
 
 def test_on_one_process() -> None:
-    assert not failures(seeds(24), 1)
+    assert not failures(seeds(16), 1)
 
 
 def on_two(rank: int, size: int, plans: range) -> list[str]:
@@ -44,7 +44,7 @@ def on_two(rank: int, size: int, plans: range) -> list[str]:
 
 
 def test_on_two_processes() -> None:
-    assert spawn(on_two, 2, seeds(12)) == [[], []]
+    assert spawn(on_two, 2, seeds(8)) == [[], []]
 
 
 def test_modules_are_not_shared_between_runs() -> None:

@@ -13,7 +13,11 @@ from hpc_oialr.method.rules import FixedFraction
 from hpc_oialr.plan.scripted_run import dry_run
 
 
-@pytest.mark.parametrize("engine", [DDP(), FSDP(), FSDP(frozen="replicated"), TensorParallel(size=4)], ids=str)
+@pytest.mark.parametrize(
+    "engine",
+    [DDP(), pytest.param(FSDP(), marks=pytest.mark.long), FSDP(frozen="replicated"), TensorParallel(size=4)],
+    ids=str,
+)
 def test_some_of_1024_processes(workload, engine):
     ranks = None if isinstance(engine, DDP) else [0, 1023]
     found = list(dry_run(workload, 1024, engine=engine, rule=FixedFraction(0.25), ranks=ranks))

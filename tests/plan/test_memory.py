@@ -73,10 +73,10 @@ def of_results(engine: str) -> float:
     [
         (DDP(), 4, "fp32", 164.34, of_results("ddp")),
         (FSDP(), 4, "fp32", None, of_results("fsdp")),
-        (TensorParallel(size=2), 4, "fp32", None, of_results("tensor")),
+        pytest.param(TensorParallel(size=2), 4, "fp32", None, of_results("tensor"), marks=pytest.mark.long),
         # By MemoryMeter around a step under DeepSpeed 0.19.8, on 2 and 4 gloo processes.
         (DeepSpeed(stage=1), 2, "fp32", 102.71, 184.95),
-        (DeepSpeed(stage=1), 4, "fp32", 71.90, 125.55),
+        pytest.param(DeepSpeed(stage=1), 4, "fp32", 71.90, 125.55, marks=pytest.mark.long),
         (DeepSpeed(stage=1), 2, "bf16", 82.17, 154.01),
         (DeepSpeed(stage=2), 2, "fp32", 102.71, 184.95),
         (DeepSpeed(stage=3), 2, "fp32", 83.57, 144.91),

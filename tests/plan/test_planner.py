@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -23,13 +24,19 @@ def machine():
 
 
 @pytest.fixture(scope="module")
-def planner(workload, machine):
+def traced(workload, machine):
     return Planner(workload, machine, memory_gib=40.0)
 
 
+@pytest.fixture
+def planner(traced):
+    """A test's own, to be told of other machines and speeds; what was traced before is shared."""
+    return copy(traced)
+
+
 @pytest.fixture(scope="module")
-def rows(planner):
-    return planner.rows([1, 2, 4, 3], 1, DDP())
+def rows(traced):
+    return traced.rows([1, 2, 3], 1, DDP())
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +105,8 @@ def test_zero_sends_parameters_instead_of_gradients():
 
 
 def test_batches_that_cannot_be_distributed_are_said(rows):
-    assert rows[3]["advice"] == "8 samples cannot be distributed over 3 ranks; 9 can, or take --weak"
-    assert [row["batch"] for row in rows[:3]] == [8, 4, 2]
+    assert rows[2]["advice"] == "8 samples cannot be distributed over 3 ranks; 9 can, or take --weak"
+    assert [row["batch"] for row in rows[:2]] == [8, 4]
 
 
 def test_what_cannot_be():
@@ -115,14 +122,15 @@ def test_what_cannot_be():
     assert "which Muon cannot step" in reason(DeepSpeed(), 2, "MuonAdamW")
 
 
-def test_weak_scaling_keeps_the_batch_of_a_process(workload, machine):
-    found = Planner(workload, machine, memory_gib=40.0, weak=True).rows([1, 2], 1, DDP())
+def test_weak_scaling_keeps_the_batch_of_a_process(planner, rows):
+    planner.weak = True
+    found = planner.rows([1, 2], 1, DDP())
     assert [(row["batch"], row["global_batch"]) for row in found] == [(8, 8), (8, 16)]
 
 
-def test_a_run_is_the_sum_of_its_phases(workload, machine):
+def test_a_run_is_the_sum_of_its_phases(planner, rows):
     """Of 24 steps 6 are dense; r falls from 12 to 4 in the others, and no SVD takes time."""
-    planner = Planner(workload, replace(machine, svd_flops=float("inf")), memory_gib=40.0)
+    planner.machine = replace(planner.machine, svd_flops=float("inf"))
     planner.use(Measured({("dense", 8): 1.0, ("converted", 8): 0.8, ("end", 8): 0.2}))
     (row,) = planner.rows([1], 1, DDP())
     assert (row["steps"], row["dense_s"], row["events_s"]) == (24, 24.0, 0.0)
@@ -145,9 +153,10 @@ INPUTS, OUTPUTS = (16, 16, 16, 64), (48, 16, 64, 16)
 @pytest.mark.parametrize(("importance", "seen"), [("auto", [INPUTS]), ("inputs and gradients", [INPUTS, OUTPUTS])])
 def test_second_moments_are_counted(workload, machine, by_weights, importance, seen):
     """n^2 numbers of each layer before the conversion, r^2 of each core, r = 12, before an update; what they choose."""
-    rows = Planner(with_method(workload, importance=importance), machine, memory_gib=40.0).rows([1, 2], 1, DDP())
+    planner = Planner(with_method(workload, importance=importance), machine, memory_gib=40.0)
+    rows = planner.rows([1, 2] if importance == "auto" else [2], 1, DDP())
     dense, cores = sum(n * n for side in seen for n in side), 4 * len(seen) * 12**2
-    for before, row in zip(by_weights, rows, strict=True):
+    for before, row in zip(by_weights[-len(rows) :], rows, strict=True):
         assert before["conversion_moments_gib"] == before["update_moments_gib"] == 0
         assert row["conversion_moments_gib"] * GIB == 4 * dense
         assert row["update_moments_gib"] * GIB == 4 * cores
@@ -158,16 +167,16 @@ def test_second_moments_are_counted(workload, machine, by_weights, importance, s
         assert more["update"] == pytest.approx(several * 4 * (cores + 4 * (2 * 12 * 12 + 12)))
 
 
-def test_where_second_moments_are(workload, machine, planner, rows):
+def test_where_second_moments_are(workload, planner, rows):
     """On a CPU they are in the same memory; under tensor parallelism there are none."""
     on_gpu = rows[0]
-    host = replace(machine, cores=4)
-    (on_cpu,) = Planner(workload, host, memory_gib=40.0).rows([1], 1, DDP())
-    assert on_cpu["conversion_peak_gib"] >= on_cpu["dense_peak_gib"] + on_cpu["conversion_moments_gib"]
-    assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
     note = "counted: 1.8e-05 GiB of second moments before the conversion, in the host's memory of each process"
     assert note in planner.grounds()
-    (tensor,) = Planner(workload, host, 40.0).rows([2], 1, TensorParallel(size=2))
+    planner.machine = host = replace(planner.machine, cores=4)
+    (on_cpu,) = planner.rows([1], 1, DDP())
+    assert on_cpu["conversion_peak_gib"] >= on_cpu["dense_peak_gib"] + on_cpu["conversion_moments_gib"]
+    assert on_cpu["conversion_peak_gib"] > on_gpu["conversion_peak_gib"]
+    (tensor,) = planner.rows([2], 1, TensorParallel(size=2))
     assert tensor["conversion_moments_gib"] == 0
     (refused,) = Planner(with_method(workload, importance="inputs"), host, 40.0).rows([2], 1, TensorParallel(size=2))
     assert (refused["fits"], refused["advice"].partition(";")[0]) == (False, "importance is 'inputs'")
@@ -225,25 +234,24 @@ def test_bases_that_grow_cost_sketches(workload, machine):
     assert (refused["fits"], refused["advice"]) == (False, "its layers see parts of inputs and gradients (oialr.grow)")
 
 
-def test_a_measured_conversion_sets_the_speed_of_svds(workload, machine):
-    planner = Planner(workload, machine, memory_gib=40.0)
+def test_a_measured_conversion_sets_the_speed_of_svds(planner, rows):
     planner.use(Measured(conversion_s=3.0))
     (row,) = planner.rows([1], 1, DDP())
     assert row["conversion_s"] == pytest.approx(3.0)
 
 
-def test_too_little_memory_names_the_engines_that_fit(workload, machine, rows):
-    peak = rows[2]["peak_gib"]
-    planner = Planner(workload, machine, memory_gib=1.001 * peak)
-    assert planner.rows([4], 1, DDP())[0]["fits"]
+def test_too_little_memory_names_the_engines_that_fit(planner, rows):
+    peak = rows[1]["peak_gib"]
+    planner.memory_gib = 1.001 * peak
+    assert planner.rows([2], 1, DDP())[0]["fits"]
     planner.memory_gib = 0.9 * peak
-    (row,) = planner.rows([4], 1, DDP())
+    (row,) = planner.rows([2], 1, DDP())
     assert not row["fits"]
     assert row["advice"].startswith("fits with FSDP (")
     assert "DDP (" not in row["advice"]
-    assert planner.rows([4], 1, FSDP())[0]["peak_gib"] <= 0.9 * peak, "what is named does fit"
+    assert planner.rows([2], 1, FSDP())[0]["peak_gib"] <= 0.9 * peak, "what is named does fit"
     planner.memory_gib = 1e-9
-    assert planner.rows([4], 1, DDP())[0]["advice"] == (
+    assert planner.rows([2], 1, DDP())[0]["advice"] == (
         "no engine fits; try --train.activation_checkpointing true, or a smaller --train.global_batch"
     )
 

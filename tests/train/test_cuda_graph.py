@@ -44,7 +44,7 @@ def losses(result):
     ("optimizer", "method", "captures"),
     [
         ("MuonAdamW", {"frequency": 6}, 4),
-        ("AdamW", {"frequency": 6}, 4),
+        pytest.param("AdamW", {"frequency": 6}, 4, marks=pytest.mark.long),
         pytest.param(
             "MuonAdamW",
             {"frequency": 9, "importance": "inputs and gradients", "moments_steps": 2},

@@ -38,7 +38,7 @@ def whole(recipe, tmp_path_factory):
     return train(load_config(recipe), tmp_path_factory.mktemp("whole") / "run", world=WORLD)
 
 
-@pytest.mark.parametrize("at", [7, 12, 17, 22])
+@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.long) for at in (7, 17)), 12, 22])
 def test_a_resumed_run_is_the_same_run(recipe, whole, tmp_path, at):
     assert train(load_config(recipe), tmp_path / "run", world=WORLD, stop=stop_at_step(at)).summary is None
     result = resume(tmp_path / "run", world=WORLD)

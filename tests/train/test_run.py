@@ -95,7 +95,9 @@ def test_resuming_nothing(tmp_path):
         resume(tmp_path)
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 7, 13, 23])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(1, marks=pytest.mark.long), 5, 6, pytest.param(7, marks=pytest.mark.long), 13, 23]
+)
 def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
     """At any step: within the dense phase, at the conversion, after a cut, in another epoch."""
     recipe, whole = finished
@@ -113,10 +115,10 @@ def test_stop_and_resume_is_bitwise(finished, tmp_path, stop_at):
 @pytest.mark.parametrize(
     "over",
     [
-        {"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.01}}},
-        {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}},
+        pytest.param({"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.01}}}, marks=pytest.mark.long),
+        pytest.param({"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}, marks=pytest.mark.long),
         {"train": {"accumulation": 2, "gradient_clip": 0.5, "precision": "bf16"}},
-        {"train": {"precision": "float64"}},
+        pytest.param({"train": {"precision": "float64"}}, marks=pytest.mark.long),
         {"train": {"precision": "fp16", "activation_checkpointing": True}},
         {"oialr": {"stability_frequency": 2, "stability_threshold": 0.1, "delay": 4}},
         {"oialr": None},
