@@ -16,7 +16,14 @@ from benchmarks.pages.accuracy import budgets, cifar, cifar_gpu, convolutions, d
 from benchmarks.pages.claims import missing
 from benchmarks.pages.contents import contents
 from benchmarks.pages.finetune import finetune
-from benchmarks.pages.method import bases_conversion, bases_h100, bases_trained, bases_windows, detection
+from benchmarks.pages.method import (
+    bases_conversion,
+    bases_h100,
+    bases_trained,
+    bases_windows,
+    budgets_trials,
+    detection,
+)
 from benchmarks.pages.operators import operators, operators_distributed, streaming
 from benchmarks.pages.rivals import rivals
 from benchmarks.pages.speed import gpu, image_shards, layer, record, serve, step
@@ -32,6 +39,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bases_trained": bases_trained,
     "bases_windows": bases_windows,
     "budgets": budgets,
+    "budgets_trials": budgets_trials,
     "cifar": cifar,
     "cifar_gpu": cifar_gpu,
     "convolutions": convolutions,

@@ -13,6 +13,7 @@ COMMANDS = {
     "bases_h100": "cifar --size small --validation",
     "budgets": "budgets --times 1",
     "budgets_h100": "budgets --seeds 0 1",
+    "budgets_trials": "budgets --trials",
     "cifar_h100": "cifar --epochs 40",
     "cifar_small": "cifar --size small",
     "engines": "worlds --settings ...",

@@ -66,6 +66,26 @@ def bases_windows() -> str:
     return table(header, rows) + "\n" + origin("bases_windows", result["environment"])
 
 
+def budgets_trials() -> str:
+    """Settings tried in long runs; their steps' time for as many epochs of all training images, over dense training's."""
+    result = load("budgets_trials")
+    (timed,) = (row for row in load("budgets")["rows"] if row["run"] == "dense")
+    four_s, steps_an_epoch = 4 * timed["cpu_s"] / timed["epochs"], timed["steps"] / timed["epochs"]
+    rows = [
+        (
+            row["run"],
+            f"{row['epochs']:g}",
+            f"x {row['cpu_s'] / row['steps'] * row['epochs'] * steps_an_epoch / four_s:.2f}",
+            f"{100 * row['validation_accuracy']:.2f}",
+            f"{100 * row['test_accuracy']:.2f}",
+            f"{row['trained_share']:.1%}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("run", "epochs", "CPU time over that of four dense epochs", "held-out images", "test images", "trained")
+    return table(header, rows) + "\n" + origin("budgets_trials", result["environment"])
+
+
 def bases_h100() -> str:
     """Accuracy at the end of runs of one length."""
     named = {

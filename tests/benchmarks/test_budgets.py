@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import budgets
 from hpc_oialr.recipes import find_recipe
+from hpc_oialr.train.load_config import load_config
 
 
 def test_schedules_scale_with_the_budget() -> None:
@@ -34,14 +35,23 @@ def test_its_own_length_is_the_recipe() -> None:
         assert line in text
 
 
+def test_trials_are_settings_of_the_recipe() -> None:
+    recipe = find_recipe("fashion_mnist_vit")
+    heads = [budgets.trial(name) for name in budgets.TRIALS]
+    trees = [load_config(recipe, head["settings"].split()).tree for head in heads]
+    assert [tree["train"]["epochs"] for tree in trees] == [head["epochs"] for head in heads]
+    assert all(tree["data"]["init_args"]["validation"] == 5000 for tree in trees)
+    assert len({head["settings"] for head in heads}) == len(heads)
+
+
 def test_a_second_call_runs_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[tuple[str, float, int]] = []
 
-    def run(side: str, epochs: float, seed: int) -> budgets.Row:
-        started.append((side, epochs, seed))
+    def run(head: budgets.Row) -> budgets.Row:
+        started.append((head["run"], head["epochs"], head["seed"]))
         if len(started) == 3:
             raise SystemExit("killed")
-        return budgets.head(side, epochs, seed)
+        return head
 
     monkeypatch.setattr(budgets, "run", run)
     out = tmp_path / "budgets.json"
