@@ -17,7 +17,8 @@ A step of P processes on C cores or GPUs is then fitted, for both sides at once,
 
 with recursive halving and doubling as the cost of an all-reduce (Thakur, Rabenseifner and Gropp, 2005). `extrapolated`
 is the formula's weak scaling on up to 4,096 processes that share nothing but the network, under the assumption that
-latency and bandwidth stay what they were and that nothing overlaps. `planned` is what `oialr plan` says of the recipe
+latency and bandwidth stay what they were and that nothing overlaps. Each engine has its own: they are those of all its
+messages taken for all-reduces. `planned` is what `oialr plan` says of the recipe
 `--plan` on the GPUs and the network of a site, with its grounds.
 """
 
@@ -52,6 +53,8 @@ from hpc_oialr.record import read_metrics
 from hpc_oialr.train.load_config import load_config
 
 SIDES = {"dense": ["--oialr", "null"], "OIALR": []}
+# DeepSpeed's flat partitions cannot be stepped by Muon: both of its sides have AdamW, on one process too.
+OPTIMIZERS = {"DeepSpeed": ["--optimizer", "AdamW", "--optimizer.lr", "1e-3"]}
 KEY = ("recipe", "engine", "scaling", "side", "nodes")
 SKIPPED = 3  # first steps of a phase: allocations, new buckets
 MOST = 4096
@@ -127,7 +130,8 @@ def _run(key: Row, options: argparse.Namespace, work: Path) -> Row:
     processes = key["nodes"] * per_node
     batch = load_config(options.recipe).config.train.global_batch
     batch *= key["nodes"] // options.nodes[0] if key["scaling"] == "weak" else 1
-    settings = [*SIDES[key["side"]], "--engine", key["engine"] if processes > 1 else "DDP"]
+    settings = [*SIDES[key["side"]], *OPTIMIZERS.get(key["engine"], [])]
+    settings += ["--engine", key["engine"] if processes > 1 else "DDP"]
     settings += ["--train.steps", str(options.steps), "--train.global_batch", str(batch), "--train.evaluations", "1"]
     settings += ["--checkpoint.every", "null", "--record.every", "1"]
     settings += [f"--{word}" for word in options.settings]

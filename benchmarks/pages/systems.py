@@ -122,8 +122,10 @@ def support() -> str:
 def scaling() -> str:
     """Strong and weak scaling, the formula fitted to it, and what it says of many processes."""
     result = load("scaling")
+    order = list(result["fits"])
     rows = [
         (
+            row["engine"],
             row["scaling"] if row["processes"] > 1 else "one",
             row["side"],
             str(row["nodes"]),
@@ -134,10 +136,13 @@ def scaling() -> str:
             f"{row['update_share']:.1%}",
             f"{row['peak_memory_gib']:.2f} GiB",
         )
-        for row in sorted(result["rows"], key=lambda row: (row["nodes"], row["scaling"], row["side"]))
+        for row in sorted(
+            result["rows"], key=lambda row: (order.index(row["engine"]), row["nodes"], row["scaling"], row["side"])
+        )
     ]
     header = (
-        "scaling", "side", "nodes", "batch", "step", "efficiency", "sent in a step", "updates, of the run", "memory"
+        "engine", "scaling", "side", "nodes", "batch", "step", "efficiency", "sent in a step", "updates, of the run",
+        "memory",
     )  # fmt: skip
     sentences = []
     for engine, found in result["fits"].items():
