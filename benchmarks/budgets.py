@@ -106,18 +106,24 @@ def trial(name: str) -> Row:
     return {"run": name, "epochs": epochs, "seed": 0, "settings": " ".join(words)}
 
 
-def run(head: Row) -> Row:
+def over_four_epochs(row: Row, dense: Row) -> float:
+    """CPU time of a trial over that of four epochs of a dense run, had the trial all of the training images."""
+    steps = row["epochs"] * dense["steps"] / dense["epochs"]
+    return float(row["cpu_s"] / row["steps"] * steps / (4 * dense["cpu_s"] / dense["epochs"]))
+
+
+def run(known: Row) -> Row:
     """Train as the head of a row says; the whole row."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        options = [*head["settings"].split(), "--train.seed", str(head["seed"]), "--train.evaluations", "6"]
+        options = [*known["settings"].split(), "--train.seed", str(known["seed"]), "--train.evaluations", "6"]
         command = [sys.executable, "-c", CHILD, "train", "fashion_mnist_vit", *options, "--out", str(folder)]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(options)} ended with {done.returncode}: {done.stderr[-2000:]}")
-        return head | figures(folder, head["epochs"])
+        return known | figures(folder, known["epochs"])
 
 
 def figures(folder: Path, epochs: float) -> Row:
@@ -146,16 +152,13 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once, each on one thread")
     options = parser.parse_args()
     file = RowFile(options.out, KEY)
-    known = {file.key(row) for row in file.rows()}
-
-    heads = [head(*pair, seed) for seed in options.seeds for pair in runs(options.times)]
-
-    def work(job: Row) -> None:
-        if file.key(job) not in known:
-            file.add(run(job))
-
+    finished = {file.key(row) for row in file.rows()}
+    if options.trials:
+        wanted = [trial(name) for name in TRIALS]
+    else:
+        wanted = [head(*pair, seed) for seed in options.seeds for pair in runs(options.times)]
     with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(work, map(trial, TRIALS) if options.trials else heads))
+        list(pool.map(lambda row: file.add(run(row)), (row for row in wanted if file.key(row) not in finished)))
     print_table([{key: row[key] for key in row if key not in ("curve", "settings")} for row in file.rows()])
 
 

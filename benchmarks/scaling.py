@@ -18,8 +18,8 @@ A step of P processes on C cores or GPUs is then fitted, for both sides at once,
 with recursive halving and doubling as the cost of an all-reduce (Thakur, Rabenseifner and Gropp, 2005). `extrapolated`
 is the formula's weak scaling on up to 4,096 processes that share nothing but the network, under the assumption that
 latency and bandwidth stay what they were and that nothing overlaps. Each engine has its own: they are those of all its
-messages taken for all-reduces. `planned` is what `oialr plan` says of the recipe
-`--plan` on the GPUs and the network of a site, with its grounds.
+messages taken for all-reduces. `planned` is what `oialr plan` says of the recipe `--plan` on the GPUs and the network
+of a site, with its grounds.
 """
 
 from __future__ import annotations

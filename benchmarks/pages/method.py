@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.budgets import over_four_epochs
 from benchmarks.pages.tables import load, origin, table
 
 
@@ -69,13 +70,12 @@ def bases_windows() -> str:
 def budgets_trials() -> str:
     """Settings tried in long runs; their steps' time for as many epochs of all training images, over dense training's."""
     result = load("budgets_trials")
-    (timed,) = (row for row in load("budgets")["rows"] if row["run"] == "dense")
-    four_s, steps_an_epoch = 4 * timed["cpu_s"] / timed["epochs"], timed["steps"] / timed["epochs"]
+    (dense,) = (row for row in load("budgets")["rows"] if row["run"] == "dense")
     rows = [
         (
             row["run"],
             f"{row['epochs']:g}",
-            f"x {row['cpu_s'] / row['steps'] * row['epochs'] * steps_an_epoch / four_s:.2f}",
+            f"x {over_four_epochs(row, dense):.2f}",
             f"{100 * row['validation_accuracy']:.2f}",
             f"{100 * row['test_accuracy']:.2f}",
             f"{row['trained_share']:.1%}",

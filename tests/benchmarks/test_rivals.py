@@ -19,10 +19,12 @@ from hpc_oialr import Selection
 from hpc_oialr.lowrank import select
 
 TINY = Setting("cpu", None, tiny=True, evaluations=2)
+# One of each kind: the controller, two factors with Muon, a projected gradient, an activation between the factors.
+ON_CONVOLUTIONS = ("OIALR, published", "Spectron", "GaLore", "CoLA")
 # Conv1D; convolutions, Linear and an Autoformer with what differs there.
 RUNS = [
     *(("text_gpt", side) for side in SIDES),
-    *(("fashion_conv", side) for side in ("OIALR, published", "Spectron", "GaLore", "CoLA")),
+    *(pytest.param("fashion_conv", side, marks=[] if side in ON_CONVOLUTIONS else pytest.mark.long) for side in SIDES),
     *(("fashion_vit", side) for side in ("OIALR, bases follow", "CoLA")),
     ("etth1", "truncated, then trained"),
 ]

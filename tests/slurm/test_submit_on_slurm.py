@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_injection import TINY, WARNING_S, batch_shell, outcome, strike
+from benchmarks.fault_injection import TINY, WARNING_S, batch_shell, killed, outcome, strike
 from benchmarks.slurm_cluster import Cluster, Job, until
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hpc_oialr[slurm]'")
@@ -18,27 +18,30 @@ def submit(cluster: Cluster, folder: Path, *words: str) -> Job:
     return cluster.submit("fashion_mnist_vit", "--nodes=2", "--out", str(folder), *words, *TINY)
 
 
-@pytest.fixture(scope="module")
-def struck(cluster: Cluster) -> tuple[Path, Job]:
-    """Folder and job of a run that was struck once; other blows come to the same requeue, as in test_life."""
-    folder = cluster.root / 'it\'s "$(touch broken)"'
-    job = submit(cluster, folder, f"--signal-s={WARNING_S}", "--max-requeues=1")
-    strike(job, folder / "metrics.jsonl", [batch_shell])
-    return folder, job
+@pytest.fixture(
+    scope="module", params=[[batch_shell], pytest.param([batch_shell, killed], marks=pytest.mark.long)], ids=len
+)
+def struck(cluster: Cluster, request: pytest.FixtureRequest) -> tuple[Path, Job, int]:
+    """Folder and job of a run, and how often it was struck; other blows come to the same requeue, as in test_life."""
+    count = len(request.param)
+    folder = cluster.root / f'it\'s "$(touch broken)" {count}'
+    job = submit(cluster, folder, f"--signal-s={WARNING_S}", f"--max-requeues={count}")
+    strike(job, folder / "metrics.jsonl", request.param)
+    return folder, job, count
 
 
-def test_a_blow_loses_nothing(struck: tuple[Path, Job], whole: Callable[[], Path], cluster: Cluster) -> None:
-    folder, _ = struck
+def test_blows_lose_nothing(struck: tuple[Path, Job, int], whole: Callable[[], Path], cluster: Cluster) -> None:
+    folder, *_ = struck
     assert outcome(folder) == outcome(whole())
     assert not list(cluster.root.rglob("broken"))
 
 
-def test_jobs_tell_of_them(struck: tuple[Path, Job], cluster: Cluster) -> None:
-    folder, job = struck
+def test_jobs_tell_of_them(struck: tuple[Path, Job, int], cluster: Cluster) -> None:
+    folder, job, count = struck
     table = cluster.oialr("jobs", str(folder))
     assert f"{job.number} " in table
-    assert "COMPLETED   1 of 1     60 of 60" in table
-    assert "requeue 1 of 1" in cluster.oialr("logs", str(folder))
+    assert f"COMPLETED   {count} of {count}     60 of 60" in table
+    assert f"requeue {count} of {count}" in cluster.oialr("logs", str(folder))
 
 
 def test_an_error_that_starting_again_does_not_cure(cluster: Cluster) -> None:
